@@ -1,0 +1,22 @@
+"""tarflow_scale: train, evaluate, promote and sample image normalizing flows at scale.
+
+``load`` gives a flow from a registry or a folder; everything else is in the modules, one a stage.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tarflow_scale.loading import load
+
+__all__ = ["__version__", "load"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only for those who ask for a flow."""
+    if name == "load":
+        from tarflow_scale.loading import load
+
+        return load
+    raise AttributeError(f"module 'tarflow_scale' has no attribute {name!r}")

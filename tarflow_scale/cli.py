@@ -1,0 +1,162 @@
+"""Command line: argv to verb and configuration. Verbs are imported when called; ``--help`` needs neither torch nor ray.
+
+An expected failure is one line on standard error and exit code 2; a bug keeps its traceback.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from tarflow_scale import config as configuration
+from tarflow_scale import distributed
+from tarflow_scale.config.base import Root
+from tarflow_scale.errors import ConfigError, UserError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class _Verb:
+    """A verb: where it is, what it reads, and what its manual says."""
+
+    module: str
+    function: str
+    config: type[Root]
+    summary: str
+    example: str
+
+
+_VERBS = {
+    "prepare": _Verb(
+        "prepare", "run", configuration.PrepareConfig,
+        "pack images into WebDataset shards",
+        "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",
+    ),
+    "train": _Verb(
+        "train", "run", configuration.TrainConfig,
+        "train a flow on shards under DeepSpeed and register it",
+        "torchrun --nproc-per-node 2 -m tarflow_scale train configs/train/digits.yaml optimizer.peak_lr=1e-3",
+    ),
+    "evaluate": _Verb(
+        "evaluate", "run", configuration.EvaluateConfig,
+        "measure a registered version by protocols, on Ray",
+        "tarflow-scale evaluate configs/evaluate/digits.yaml registry.version=3 cluster.num_workers=4",
+    ),
+    "promote": _Verb(
+        "promote", "run", configuration.PromoteConfig,
+        "let a gate decide whether a version takes an alias",
+        "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
+    ),
+    "generate": _Verb(
+        "generate", "run", configuration.GenerateConfig,
+        "write shards of new images from a registered version, on Ray",
+        "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
+    ),
+    "models list": _Verb(
+        "models", "list_models", configuration.ModelsConfig,
+        "list all versions of all models of a registry",
+        "tarflow-scale models list configs/models/digits.yaml",
+    ),
+    "models show": _Verb(
+        "models", "show", configuration.ModelsConfig,
+        "show where a version came from, its numbers and its history",
+        "tarflow-scale models show configs/models/digits.yaml registry.version=2",
+    ),
+    "models rollback": _Verb(
+        "models", "rollback", configuration.ModelsConfig,
+        "point an alias back to the version before",
+        "tarflow-scale models rollback configs/models/digits.yaml registry.version=champion",
+    ),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    verb = _VERBS[arguments.verb]
+    try:
+        config = verb.config.load(*_split_arguments(arguments.config))
+        module = importlib.import_module(f"tarflow_scale.{verb.module}")
+        getattr(module, verb.function)(config, arguments.dry_run)
+    except UserError as error:
+        if distributed.is_main() or not isinstance(error, ConfigError):
+            print(f"tarflow-scale: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file, if the first argument is one, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tarflow-scale",
+        description="Train, evaluate, promote and sample image normalizing flows at scale.",
+        epilog="Every verb reads one YAML file and section.key=value overrides; 'VERB --help' is its manual.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    groups: dict[str, Any] = {}
+    for name, verb in _VERBS.items():
+        parent, _, leaf = name.rpartition(" ")
+        if parent and parent not in groups:
+            group = verbs.add_parser(parent, help="look at a registry, or move an alias back")
+            groups[parent] = group.add_subparsers(metavar="COMMAND", required=True)
+        added = (groups[parent] if parent else verbs).add_parser(
+            leaf,
+            help=verb.summary,
+            description=f"{verb.summary[0].upper()}{verb.summary[1:]}. {(verb.config.__doc__ or '').strip()}",
+            epilog=_manual(verb),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
+        added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+        added.set_defaults(verb=name)
+    return parser
+
+
+def _manual(verb: _Verb) -> str:
+    """Example and every key with its default and meaning."""
+    lines = ["example:", f"  {verb.example}", "", "keys (default) and what they mean:"]
+    for name, field in verb.config.model_fields.items():
+        lines += ["", *_describe(name, field)]
+    return "\n".join(lines).replace("%", "%%")
+
+
+def _describe(path: str, field: FieldInfo) -> list[str]:
+    section = _section(field.annotation)
+    if section is not None:
+        head = " ".join((section.__doc__ or "").strip().split())
+        lines = [f"{path}:  {head}" if "." not in path else f"  {path}:  {head}"]
+        for name, inner in section.model_fields.items():
+            lines += _describe(f"{path}.{name}", inner)
+        return lines
+    default = "required" if field.is_required() else _default(field)
+    text = " ".join((field.description or "").split())
+    return [f"  {path} ({default})", f"      {text}"] if text else [f"  {path} ({default})"]
+
+
+def _default(field: FieldInfo) -> str:
+    return "none" if field.default is None or field.default is PydanticUndefined else str(field.default)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, UnionType):
+        found = [_section(part) for part in get_args(annotation)]
+        return next((section for section in found if section), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

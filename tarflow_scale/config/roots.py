@@ -1,0 +1,100 @@
+"""One root section a verb."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from tarflow_scale.config.base import Root
+from tarflow_scale.config.sections import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    GateRef,
+    LoggingConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    ReferenceConfig,
+    RegistryConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    SeededSamplingConfig,
+    ShardsConfig,
+    SourceConfig,
+    SplitConfig,
+    TrainingConfig,
+    VersionConfig,
+)
+
+__all__ = ["EvaluateConfig", "GenerateConfig", "ModelsConfig", "PrepareConfig", "PromoteConfig", "TrainConfig"]
+
+
+class PrepareConfig(Root):
+    """Images in, WebDataset shards out: ``<shards.path>/train`` and ``<shards.path>/test``."""
+
+    source: SourceConfig
+    split: SplitConfig = SplitConfig()
+    shards: ShardsConfig
+
+
+class TrainConfig(Root):
+    """Shards in, checkpoints, a log, sample grids and a registered model version out."""
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    parallelism: ParallelismConfig = ParallelismConfig()
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    registry: RegistryConfig
+
+    @model_validator(mode="after")
+    def _counts_divide(self) -> Self:
+        batch, micro = self.training.global_batch_size, self.training.micro_batch_size
+        if batch % micro:
+            raise ValueError(
+                f"training.global_batch_size must be a multiple of training.micro_batch_size "
+                f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+            )
+        if self.schedule.warmup_images >= self.training.total_images:
+            raise ValueError(
+                f"schedule.warmup_images must be below training.total_images (got {self.schedule.warmup_images} "
+                f"and {self.training.total_images}); shorten the warm-up"
+            )
+        return self
+
+
+class EvaluateConfig(Root):
+    """A registered version in, numbers with their protocol out, attached to the version."""
+
+    registry: VersionConfig
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    metrics: MetricsConfig
+    reference: ReferenceConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class PromoteConfig(Root):
+    """A version with its report in, a decision out; the alias moves if the gate opens."""
+
+    registry: VersionConfig
+    gate: GateRef
+
+
+class GenerateConfig(Root):
+    """A version in, shards of generated images out; runs again only what is missing."""
+
+    registry: VersionConfig
+    sampling: SeededSamplingConfig
+    shards: ShardsConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class ModelsConfig(Root):
+    """Look at a registry, or move an alias back."""
+
+    registry: VersionConfig

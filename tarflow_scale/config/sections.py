@@ -1,0 +1,296 @@
+"""Every section of every configuration, in the order in which a batch meets them.
+
+A verb's root (`tarflow_scale.config.roots`) is composed of these. Functions get their section, never a root.
+Defaults live here and nowhere else; the text under a field is its documentation, printed by ``--help``.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tarflow_scale.config.base import Section
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "GateRef",
+    "LoggingConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ParallelismConfig",
+    "ReferenceConfig",
+    "RegistryConfig",
+    "SamplingConfig",
+    "ScheduleConfig",
+    "ShardsConfig",
+    "SourceConfig",
+    "TarFlowConfig",
+    "TrainingConfig",
+    "VersionConfig",
+]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""A name that is also a safe file name."""
+
+
+class SourceConfig(Section):
+    """Where images come from (verb ``prepare``)."""
+
+    kind: Literal["digits", "folder"]
+    """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
+    ``folder``: ``path/class/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class."""
+    path: str | None = None
+    """Folder of images; needed by ``folder``."""
+    size_pixels: int | None = Field(default=None, ge=1)
+    """Side of the square training images; None keeps the size the images have."""
+    resize: Literal["refuse", "center_crop"] = "refuse"
+    """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
+    ``size_pixels`` (Lanczos), then crop the centre."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SourceConfig":
+        if self.kind == "folder" and not self.path:
+            raise ValueError("source.path is required for kind=folder (got None); name the folder of images")
+        if self.resize == "center_crop" and self.size_pixels is None:
+            raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
+        return self
+
+
+class ShardsConfig(Section):
+    """Where a data set is written and how it is cut (verbs ``prepare`` and ``generate``)."""
+
+    path: str
+    """Folder or URL of the data set."""
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Images in one tar; large tars suit object stores, a few hundred MB each."""
+
+
+class SplitConfig(Section):
+    """How ``prepare`` divides the source into ``train`` and ``test``."""
+
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Share of each class that goes to the test split; 0 makes no test split."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the split and of the order in which samples are packed."""
+
+
+class DataConfig(Section):
+    """A packed data set to read (verbs ``train`` and ``evaluate``)."""
+
+    path: str
+    """Folder or URL that holds ``manifest.json``."""
+    shuffle_block: int = Field(default=16, ge=1)
+    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
+    and more memory: slots per rank x block x bytes per sample."""
+    verify: Literal["size", "full"] = "size"
+    """What is checked before the first step: sizes, or every sha256. Each sample's checksum is checked at every
+    read in either case."""
+
+
+class TarFlowConfig(Section):
+    """TarFlow (arXiv 2412.06329); see `tarflow_scale.flows.tarflow`."""
+
+    kind: Literal["tarflow"] = "tarflow"
+    patch_size: int = Field(ge=1)
+    """Side of a patch in pixels; must divide the image size."""
+    width: int = Field(ge=1)
+    """Channels of the transformer; a multiple of ``head_width``."""
+    layers_per_block: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Transformer layers of each block, from data to noise; its length is the number of blocks."""
+    head_width: int = Field(default=64, ge=1)
+    """Width of one attention head."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of features of the residual branches, alike for all tokens of a sample; for small data sets."""
+    class_conditional: bool = True
+    """Whether labels condition the flow."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TarFlowConfig":
+        if self.width % self.head_width:
+            raise ValueError(
+                f"width must be a multiple of head_width (got {self.width} and {self.head_width}); change either"
+            )
+        return self
+
+
+ModelConfig = TarFlowConfig
+"""The flow to train; a union tagged by ``kind`` once there is more than one."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    peak_lr: float = Field(default=1e-4, gt=0)
+    """Highest learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay on every parameter, as published for TarFlow."""
+    gradient_clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients of larger global norm are scaled down to it."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of images seen: linear warm-up, then cosine."""
+
+    warmup_images: int = Field(default=0, ge=0)
+    """Images over which the rate rises from 0 to its peak."""
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Rate at the end, as a fraction of the peak."""
+
+
+class NoiseConfig(Section):
+    """What is added to quantised pixels before the flow sees them."""
+
+    kind: Literal["uniform", "gaussian"] = "uniform"
+    """``uniform``: dequantisation inside the bin, for an exact likelihood and bits/dim.
+    ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim."""
+    std: float = Field(default=0.0, ge=0)
+    """Standard deviation on [-1, 1]; needed by ``gaussian``."""
+
+    @model_validator(mode="after")
+    def _std_fits_kind(self) -> "NoiseConfig":
+        if (self.kind == "gaussian") != (self.std > 0):
+            raise ValueError(f"std must be > 0 for gaussian and 0 for uniform noise (got {self.kind} and {self.std})")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, how large, from which seed."""
+
+    total_images: int = Field(ge=1)
+    """Images seen by the end of the run; the unit of all progress."""
+    global_batch_size: int = Field(ge=1)
+    """Images per optimizer step over all ranks; part of the order of samples."""
+    micro_batch_size: int = Field(ge=1)
+    """Images per rank in one forward pass; gradients accumulate over the rest."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, order of samples, noise and label dropping."""
+    noise: NoiseConfig = NoiseConfig()
+    label_drop: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a sample's label is dropped, so that guidance has an unconditional model to lean on."""
+    ema_half_life_images: int = Field(default=50_000, ge=1)
+    """Half-life, in images, of the exponential moving average of the weights; sampling uses the average."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than this many in a row stop the run."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads per rank; 0 shares the cores among the ranks of the machine."""
+
+
+class ParallelismConfig(Section):
+    """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, 2 also the gradients, 3 also the weights.
+
+    Bytes per parameter on N ranks, for weights, gradients, fp32 masters, two moments and one moving average:
+    stage 0: 16 + 4/N; stage 1: 8 + 16/N; stage 2: 4 + 20/N; stage 3: 24/N. (Stage 0 has no separate master.)
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved so that it can be resumed."""
+
+    every_images: int = Field(ge=1)
+    """Images between checkpoints; rounded up to whole steps."""
+    keep_last: int = Field(default=2, ge=1)
+    """Older complete checkpoints are deleted."""
+
+
+class LoggingConfig(Section):
+    """The run folder and what is written to it."""
+
+    path: str
+    """Folder of the run: ``config.yaml log.jsonl checkpoints/ previews/ model/``."""
+    every_images: int = Field(default=2_000, ge=1)
+    """Images between lines of ``log.jsonl``."""
+    preview_every_images: int = Field(default=50_000, ge=1)
+    """Images between sample grids."""
+    preview_guidance: float = Field(default=0.0, ge=0)
+    """Guidance of the sample grids."""
+
+
+class RegistryConfig(Section):
+    """A registry and one model in it."""
+
+    path: str
+    """Folder or URL of the registry."""
+    model: Name
+    """Name of the model."""
+
+
+class VersionConfig(RegistryConfig):
+    """One version of a model."""
+
+    version: int | str = "latest"
+    """A number, an alias such as ``champion``, or ``latest``."""
+
+
+class SamplingConfig(Section):
+    """How the flow is sampled. Image i depends on (weights, seed, i, guidance, temperature), not on the batch."""
+
+    batch_size: int = Field(default=128, ge=1)
+    """Images decoded together."""
+    guidance: float = Field(default=0.0, ge=0)
+    """Classifier-free guidance; 0 samples the model's own distribution."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Standard deviation of the latent."""
+
+
+class SeededSamplingConfig(SamplingConfig):
+    """Sampling of the verb ``generate``."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the latents."""
+    num_images: int = Field(ge=1)
+    """Images to generate; labels run through the classes in turn."""
+
+
+class MetricsConfig(Section):
+    """What is measured."""
+
+    protocols: tuple[str, ...] = Field(min_length=1)
+    """Protocol files, one for each number; see ``evals/protocols/``."""
+    extractor_weights: str | None = None
+    """Weights file of the extractor; None looks in the torch hub cache. Its sha256 is checked."""
+    baselines: bool = True
+    """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
+
+
+class ReferenceConfig(Section):
+    """The real images that distances are measured to."""
+
+    path: str
+    """The data set: folder or URL that holds ``manifest.json``."""
+    cache: str
+    """Folder or URL where reference statistics are kept, by the digests of protocol, extractor and images."""
+
+
+class ClusterConfig(Section):
+    """Where units of work run."""
+
+    executor: Literal["ray", "local"] = "ray"
+    """``ray``: actors. ``local``: this process; the results are identical."""
+    address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine, on loopback."""
+    num_workers: int = Field(default=2, ge=1)
+    """Actors, each with one copy of the model."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores, and torch threads, of a worker."""
+    gpus_per_worker: int = Field(default=0, ge=0)
+    """GPUs of a worker."""
+
+
+class GateRef(Section):
+    """Which gate guards which alias."""
+
+    path: str
+    """Gate file; see ``evals/gates/``."""
+    alias: Name = "champion"
+    """The alias that moves when the gate opens."""
+    reason: str = ""
+    """Why, in the words of whoever promotes; stored."""

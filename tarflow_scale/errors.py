@@ -1,0 +1,34 @@
+"""Failures that a user can cause and mend: one line, exit code 2, no traceback.
+
+The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
+"""
+
+__all__ = ["ConfigError", "DataError", "PlanError", "PromotionRefused", "RegistryError", "StorageError", "UserError"]
+
+
+class UserError(Exception):
+    """Base class of expected failures; the command line prints the message and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A key, type or value of a configuration is wrong."""
+
+
+class DataError(UserError):
+    """A data set is missing, half-written, corrupt or unsuited to the configuration."""
+
+
+class StorageError(UserError):
+    """A path or URL cannot be read or written."""
+
+
+class RegistryError(UserError):
+    """A model, version or alias does not exist, or what is stored does not match its digest."""
+
+
+class PlanError(UserError):
+    """An output folder belongs to another plan, or does not hold what its records say."""
+
+
+class PromotionRefused(UserError):
+    """The gate's decision was no."""

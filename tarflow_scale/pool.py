@@ -1,0 +1,129 @@
+"""Units of work on Ray actors, or in this process. The only user of ray.
+
+A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable on the
+worker. A unit must be idempotent, because a lost worker's unit runs again on another. Results come in the order in
+which units finish; they must not depend on the worker, so both executors give the same answer.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+from tarflow_scale.errors import UserError
+
+__all__ = ["Worker", "run_units"]
+
+
+class Worker(Protocol):
+    """What a pool runs."""
+
+    def run(self, unit: Any) -> Any:
+        """Do one unit of work and return a small result."""
+        ...
+
+
+_OBJECT_STORE_BYTES = 128 * 1024**2
+"""Results are records and moments, never images, so a small store is enough."""
+
+
+def run_units(
+    worker_class: type[Worker],
+    arguments: dict[str, Any],
+    units: Sequence[Any],
+    *,
+    executor: Literal["ray", "local"],
+    num_workers: int = 1,
+    cpus_per_worker: int = 1,
+    gpus_per_worker: int = 0,
+    address: str | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """Run every unit once to success; yield ``(unit, result)`` as they finish.
+
+    Args:
+        worker_class: the worker; built once a worker with ``arguments``.
+        arguments: keyword arguments of the worker, small and picklable.
+        units: the work.
+        executor: ``ray`` or ``local``.
+        num_workers: actors; never more than units.
+        cpus_per_worker: cores, and threads of numerical libraries, of an actor.
+        gpus_per_worker: GPUs of an actor.
+        address: a running cluster, or None for one on this machine's loopback, which ends with the work.
+
+    Raises:
+        UserError: when a worker raises one; it is passed on as it was.
+    """
+    if not units:
+        return
+    if executor == "local":
+        worker = worker_class(**arguments)
+        for unit in units:
+            yield unit, worker.run(unit)
+        return
+    yield from _run_on_ray(
+        worker_class, arguments, units, min(num_workers, len(units)), cpus_per_worker, gpus_per_worker, address
+    )
+
+
+def _run_on_ray(
+    worker_class: type[Worker],
+    arguments: dict[str, Any],
+    units: Sequence[Any],
+    num_workers: int,
+    cpus: int,
+    gpus: int,
+    address: str | None,
+) -> Iterator[tuple[Any, Any]]:
+    _start(address, num_workers * cpus)
+    import ray
+
+    try:
+        actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(worker_class)
+        actors = [actor_class.remote(**arguments) for _ in range(num_workers)]
+        waiting = list(reversed(units))
+        running: dict[Any, tuple[Any, Any]] = {}
+        for actor in actors:
+            unit = waiting.pop()
+            running[actor.run.remote(unit)] = (actor, unit)
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            actor, unit = running.pop(done)
+            if waiting:
+                following = waiting.pop()
+                running[actor.run.remote(following)] = (actor, following)
+            yield unit, _result(done)
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, num_cpus: int) -> None:
+    if address is None:
+        # Read by Ray when it is imported. The first makes it listen on loopback only, as it does on laptops; the
+        # second keeps its workers from yielding to every other process of the machine.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+    import ray
+
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        num_cpus=max(num_cpus, 1),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _result(reference: Any) -> Any:
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise

@@ -1,0 +1,163 @@
+"""What travels between verbs and is stored: small, typed, versioned by their fields. No torch.
+
+Units are in the names. Unknown fields are refused, so a record of a newer version is never half-read.
+"""
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tarflow_scale.errors import RegistryError
+
+__all__ = [
+    "DataSetFacts",
+    "FileRecord",
+    "GenerationPlan",
+    "MetricValue",
+    "MetricsReport",
+    "ModelVersion",
+    "PixelFormat",
+    "Record",
+    "canonical_json",
+]
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+class Record(BaseModel):
+    """Immutable, no unknown fields, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, content: bytes, origin: str) -> Self:
+        """Parse; ``origin`` names the file in the error.
+
+        Raises:
+            RegistryError: when the content is not this record.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise RegistryError(
+                f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); it is damaged or of another version"
+            ) from error
+
+
+class FileRecord(Record):
+    """One stored file."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class PixelFormat(Record):
+    """How stored uint8 pixels become floats on [-1, 1] in training, and back after sampling."""
+
+    bit_depth: int = Field(ge=1, le=8)
+    noise: Literal["uniform", "gaussian"]
+    """``uniform``: dequantisation inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim."""
+    noise_std: float = Field(default=0.0, ge=0)
+    """Standard deviation on [-1, 1] of Gaussian noise; 0 for uniform."""
+
+
+class DataSetFacts(Record):
+    """What a model must know of the data it was trained on."""
+
+    name: str
+    split: str
+    digest: str
+    """SHA-256 of the manifest."""
+    image_size_pixels: int
+    num_channels: int
+    class_names: tuple[str, ...]
+    num_images: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
+
+
+class ModelVersion(Record):
+    """An immutable version in the registry: files by digest, and where they came from."""
+
+    version: int = Field(ge=1)
+    files: dict[str, FileRecord]
+    pixels: PixelFormat
+    data: DataSetFacts
+    parameters: int
+    images_seen: int
+    ema_half_life_images: int
+    config_digest: str
+    """SHA-256 of the resolved training configuration."""
+    git_commit: str
+    packages: dict[str, str]
+
+    @property
+    def weights_digest(self) -> str:
+        """One digest over every file of the version."""
+        return hashlib.sha256(canonical_json({name: file.sha256 for name, file in self.files.items()})).hexdigest()
+
+
+class MetricValue(Record):
+    """One number, with what it takes to read it."""
+
+    value: float
+    unit: str
+    standard_error: float | None = None
+    num_images: int = Field(ge=1)
+    protocol: str
+    """Name of the protocol."""
+    protocol_digest: str
+    """SHA-256 of the resolved protocol file."""
+    protocol_id: str
+    """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
+
+
+class MetricsReport(Record):
+    """All numbers of one evaluation of one version."""
+
+    model: str
+    version: int
+    weights_digest: str
+    metrics: dict[str, MetricValue]
+    baselines: dict[str, float]
+    """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    guidance: float
+    temperature: float
+    seconds: float
+    packages: dict[str, str]
+
+
+class GenerationPlan(Record):
+    """Everything that decides the bytes of a generated data set; frozen in the output folder."""
+
+    model: str
+    version: int
+    weights_digest: str
+    seed: int
+    num_images: int
+    samples_per_shard: int
+    batch_size: int
+    guidance: float
+    temperature: float
+    labels: Literal["balanced", "none"]
+    """``balanced``: image i has label i modulo the number of classes."""
+    class_names: tuple[str, ...]
+    image_size_pixels: int
+    num_channels: int
+    pixels: PixelFormat
+    threads: int
+    """Torch threads of a worker; they change the last bits of a sum."""

@@ -1,0 +1,259 @@
+"""Local path or URL alike: read, list, write atomically, create if absent. The only user of fsspec.
+
+A location is a local path or an fsspec URL (``s3://bucket/run``). What a reader can open is always whole: local
+files are written beside their final name, flushed to disk and renamed; object stores publish an object when its
+upload completes. ``create`` lets exactly one of many writers win.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from tarflow_scale.errors import StorageError
+
+__all__ = [
+    "create",
+    "digest",
+    "exists",
+    "is_remote",
+    "join",
+    "list_names",
+    "local_copy",
+    "read_bytes",
+    "read_range",
+    "remove",
+    "remove_tree",
+    "size_bytes",
+    "write_bytes",
+    "writing",
+]
+
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
+_COPY_BYTES = 1 << 22
+
+
+def is_remote(location: str) -> bool:
+    """Whether ``location`` is a URL rather than a local path."""
+    return bool(_URL.match(location)) and not location.startswith("file://")
+
+
+def join(location: str, *parts: str) -> str:
+    """``location/part/part``; a part may not climb out of its parent.
+
+    Raises:
+        StorageError: when a part is absolute or contains ``..``.
+    """
+    for part in parts:
+        if part.startswith("/") or ".." in part.split("/") or "\0" in part:
+            raise StorageError(f"a name may not leave its folder (got {part!r}); use a plain relative name")
+    return "/".join([location.rstrip("/") or "/", *parts])
+
+
+def read_bytes(location: str) -> bytes:
+    """The whole content.
+
+    Raises:
+        StorageError: when it is missing or unreadable.
+    """
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            return cast(bytes, fs.cat_file(path))
+        return _local(location).read_bytes()
+
+
+def read_range(location: str, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)``; shorter where the file is."""
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            return cast(bytes, fs.cat_file(path, start=start, end=stop))
+        with _local(location).open("rb") as file:
+            return os.pread(file.fileno(), stop - start, start)
+
+
+def size_bytes(location: str) -> int:
+    """Size of a file.
+
+    Raises:
+        StorageError: when it is missing.
+    """
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            return int(fs.info(path)["size"])
+        return _local(location).stat().st_size
+
+
+def exists(location: str) -> bool:
+    """Whether a file or folder is there."""
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            fs.invalidate_cache()
+            return bool(fs.exists(path))
+        return _local(location).exists()
+
+
+def list_names(location: str) -> list[str]:
+    """Sorted names directly below a folder; empty when there is no such folder."""
+    with _explained(location, "list"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            fs.invalidate_cache()
+            if not fs.exists(path):
+                return []
+            return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        folder = _local(location)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+@contextmanager
+def writing(location: str) -> Generator[IO[bytes]]:
+    """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises."""
+    with _explained(location, "write"):
+        target = _local(location) if not is_remote(location) else None
+        folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".{uuid.uuid4().hex}.partial"
+        try:
+            with staged.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target:
+                staged.replace(target)
+                _sync_folder(folder)
+            else:
+                fs, path = _filesystem(location)
+                fs.put_file(str(staged), path)
+        finally:
+            staged.unlink(missing_ok=True)
+            if target is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Write or replace a file atomically."""
+    with writing(location) as file:
+        file.write(content)
+
+
+def create(location: str, content: bytes) -> bool:
+    """Create a file unless it exists; of any number of concurrent writers exactly one gets True.
+
+    Local: a flushed temporary file is hard-linked to the final name, which fails if that exists. Object stores:
+    a conditional put. The content must not be empty, because some stores make an empty put unconditional.
+    """
+    assert content, "create() needs content"
+    with _explained(location, "write"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            try:
+                fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = _local(location)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.parent / f".{uuid.uuid4().hex}.partial"
+        try:
+            with staged.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        finally:
+            staged.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+        return True
+
+
+def remove(location: str) -> None:
+    """Delete a file if it exists."""
+    with _explained(location, "delete"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            if fs.exists(path):
+                fs.rm_file(path)
+            return
+        _local(location).unlink(missing_ok=True)
+
+
+def remove_tree(location: str) -> None:
+    """Delete a folder and all below it if it exists."""
+    with _explained(location, "delete"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+            return
+        if _local(location).exists():
+            shutil.rmtree(_local(location))
+
+
+@contextmanager
+def local_copy(location: str) -> Generator[Path]:
+    """The file as a local path: itself, or a temporary copy of a remote one."""
+    if not is_remote(location):
+        yield _local(location)
+        return
+    with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
+        copy = Path(folder) / location.rsplit("/", 1)[-1]
+        with _explained(location, "read"):
+            fs, path = _filesystem(location)
+            fs.get_file(path, str(copy))
+        yield copy
+
+
+def digest(source: bytes | Path) -> str:
+    """SHA-256 of bytes or of a local file, as lower-case hex."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    state = hashlib.sha256()
+    with source.open("rb") as file:
+        while block := file.read(_COPY_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _local(location: str) -> Path:
+    return Path(location.removeprefix("file://")).expanduser()
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    import fsspec  # here, because it costs a tenth of a second and local runs never need it
+
+    try:
+        return fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"no file system for {location} ({error}); install the extra for it, e.g. [s3]") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(location: str, verb: str) -> Generator[None]:
+    """Turn an operating-system or store error into one line that names the location."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {verb} {location} (no such file); check the path") from error
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"cannot {verb} {location} ({reason}); check the path, permissions and space") from error

@@ -1,0 +1,125 @@
+"""What a person and a script see of a run: a JSONL log, a progress bar, package versions, git commit, peak memory."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Self
+
+__all__ = ["JsonLog", "git_commit", "package_versions", "peak_memory_bytes", "progress_bar", "table"]
+
+_PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
+
+
+class JsonLog:
+    """Append-only JSON lines; a line is on disk when `write` returns, and a torn last line is dropped on reopening.
+
+    Args:
+        path: the file.
+        keep_until_images: on resuming, lines with ``images`` beyond this are removed, because they will be written
+            again; None keeps all.
+    """
+
+    def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if _within(line, keep_until_images)]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, enabled: bool = True) -> Any:
+    """A tqdm bar on a terminal; elsewhere a plain line every ten seconds or so."""
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=not enabled,
+        mininterval=0.2 if on_terminal else 10.0,
+        maxinterval=1.0 if on_terminal else 15.0,
+        ncols=None if on_terminal else 110,
+        ascii=not on_terminal,
+        dynamic_ncols=on_terminal,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of what decides a result."""
+    found = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, with ``+`` when files differ from it; ``unknown`` outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """A text table with columns as wide as they need to be."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    head = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
+    return "\n".join([head, "  ".join("-" * width for width in widths), *lines])
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    return result.stdout.strip()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if _parsed(line) is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _within(line: str, keep_until_images: int | None) -> bool:
+    record = _parsed(line)
+    assert record is not None
+    return keep_until_images is None or record.get("images", 0) <= keep_until_images

@@ -1,0 +1,148 @@
+"""Configuration: every mistake is found before anything starts, and named by the path of its key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tarflow_scale.config import (
+    EvaluateConfig,
+    GateConfig,
+    GenerateConfig,
+    ModelsConfig,
+    PrepareConfig,
+    PromoteConfig,
+    TrainConfig,
+    load_config,
+    load_protocol,
+)
+from tarflow_scale.errors import ConfigError
+from tests.conftest import TOP
+
+ROOTS = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "promote": PromoteConfig,
+    "generate": GenerateConfig,
+    "models": ModelsConfig,
+}
+FILES = sorted((TOP / "configs").rglob("*.yaml"))
+TRAIN = TOP / "configs/train/digits.yaml"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(TOP)))
+def test_every_committed_configuration_loads_and_says_how_to_run_it(file: Path) -> None:
+    load_config(ROOTS[file.parent.name], file, [])
+    header = file.read_text().split("\n\n")[0]
+    assert "# Command:" in header
+    assert str(file.relative_to(TOP)) in header
+
+
+@pytest.mark.parametrize("file", sorted((TOP / "evals/protocols").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_protocol_loads(file: Path) -> None:
+    protocol = load_protocol(str(file))
+    assert len(protocol.digest) == 64
+    assert file.read_text().startswith("#")
+
+
+@pytest.mark.parametrize("file", sorted((TOP / "evals/gates").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_gate_names_protocols_that_exist(file: Path) -> None:
+    for requirement in load_config(GateConfig, file, []).requirements:
+        load_protocol(str(TOP / requirement.protocol))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.peak_lr=1", "optimiser: unknown key; check the spelling against --help"),
+        ("optimizer.lr=1", "optimizer.lr: unknown key; check the spelling against --help"),
+        (
+            "optimizer.peak_lr=fast",
+            "optimizer.peak_lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        ),
+        ("optimizer.peak_lr=0", "optimizer.peak_lr: Input should be greater than 0 (got 0)"),
+        ("optimizer.peak_lr=.nan", "optimizer.peak_lr: Input should be a finite number (got nan)"),
+        ("optimizer.peak_lr=.inf", "optimizer.peak_lr: Input should be a finite number (got inf)"),
+        ("model.patch_size=0", "model.patch_size: Input should be greater than or equal to 1 (got 0)"),
+        (
+            "model.patch_size=1.5",
+            "model.patch_size: Input should be a valid integer, got a number with a fractional part (got 1.5)",
+        ),
+        (
+            "model.layers_per_block=[]",
+            "model.layers_per_block: Tuple should have at least 1 item after validation, not 0 (got [])",
+        ),
+        ("model.kind=gan", "model.kind: Input should be 'tarflow' (got 'gan')"),
+        ("model.width=100", "model: width must be a multiple of head_width (got 100 and 64); change either"),
+        ("parallelism.zero_stage=4", "parallelism.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
+        (
+            "training.noise.std=0.1",
+            "training.noise: std must be > 0 for gaussian and 0 for uniform noise (got uniform and 0.1)",
+        ),
+        (
+            "training.micro_batch_size=48",
+            "training.global_batch_size must be a multiple of training.micro_batch_size (got 64 and 48); use 48",
+        ),
+        ("training.total_images=", "training.total_images: Input should be a valid integer (got None)"),
+        ("data=5", "data: Input should be a valid dictionary or instance of DataConfig (got 5)"),
+        (
+            "optimizer.peak_lr.x=5",
+            "optimizer.peak_lr.x: peak_lr is a value, not a section (got 0.0025); check the path of the key",
+        ),
+        ("nonsense", "an override is section.key=value (got 'nonsense'); for example training.seed=1"),
+        (".a=1", "an override is section.key=value (got '.a=1'); for example training.seed=1"),
+        ("data.path=[", "data.path: the value is not valid YAML (got '['); quote it"),
+        (
+            "registry.model=a/b",
+            r"registry.model: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$' (got 'a/b')",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_path_of_its_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, TRAIN, [override])
+    assert str(error.value) == message
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError, match="optimizer.peak_lr: .*; model.patch_size: .*"):
+        load_config(TrainConfig, TRAIN, ["model.patch_size=0", "optimizer.peak_lr=0"])
+
+
+def test_overrides_win_and_defaults_fill_in() -> None:
+    config = load_config(
+        TrainConfig, TRAIN, ["optimizer.peak_lr=1e-4", "training.seed=7", "model.layers_per_block=[3]"]
+    )
+    assert config.optimizer.peak_lr == 1e-4
+    assert config.training.seed == 7
+    assert config.model.layers_per_block == (3,)
+    assert config.optimizer.gradient_clip_norm == 1.0
+    again = TrainConfig.model_validate(config.model_dump(mode="json"))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "is not valid YAML"), ("- 1", "must hold sections"), ("", "must")]
+)
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(TrainConfig, file, [])
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config(TrainConfig, TRAIN, [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 1  # type: ignore[misc]
+
+
+def test_the_digest_of_a_protocol_is_that_of_its_content(tmp_path: Path) -> None:
+    content = yaml.safe_load((TOP / "evals/protocols/digits-frechet-pixels.yaml").read_text())
+    digests = set()
+    for seed in (0, 0, 1):
+        file = tmp_path / f"{len(digests)}-{seed}.yaml"
+        file.write_text(yaml.safe_dump(content | {"seed": seed}))
+        digests.add(load_protocol(str(file)).digest)
+    assert len(digests) == 2

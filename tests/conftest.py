@@ -1,0 +1,107 @@
+"""Fixtures: a small data set, a small trained model in a registry, and ways to run the command line for real."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflow_scale.config import PrepareConfig
+from tarflow_scale.prepare import run as prepare
+
+TOP = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU cases run where there is one."""
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, packed: ``train/`` and ``test/``. Read only."""
+    path = tmp_path_factory.mktemp("digits")
+    config = {"source": {"kind": "digits"}, "shards": {"path": str(path), "samples_per_shard": 200}}
+    prepare(PrepareConfig.model_validate(config), dry_run=False)
+    return path
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def command(
+    *arguments: str, ranks: int = 0, cwd: Path = TOP, timeout: float = 300
+) -> "subprocess.CompletedProcess[str]":
+    """Run ``tarflow-scale ARGUMENTS``; with ``ranks``, under torchrun."""
+    python = [sys.executable, "-m"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*python, *launcher, "tarflow_scale", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+SMALL_MODEL = (
+    "model.kind=tarflow",
+    "model.patch_size=2",
+    "model.width=32",
+    "model.head_width=16",
+    "model.layers_per_block=[1,1]",
+    "model.dropout=0.1",
+)
+
+
+def train_arguments(data: Path, run: Path, registry: Path, *more: str) -> list[str]:
+    """Arguments of a training run of a few seconds."""
+    return [
+        "train",
+        f"data.path={data}/train",
+        *SMALL_MODEL,
+        "optimizer.peak_lr=5e-3",
+        "training.total_images=1280",
+        "training.global_batch_size=32",
+        "training.micro_batch_size=16",
+        "training.ema_half_life_images=200",
+        "training.threads=1",
+        "checkpoint.every_images=320",
+        "checkpoint.keep_last=10",
+        f"logging.path={run}",
+        "logging.every_images=64",
+        "logging.preview_every_images=640",
+        f"registry.path={registry}",
+        "registry.model=small",
+        *more,
+    ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run and the registry it registered in."""
+
+    data: Path
+    run: Path
+    registry: Path
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A small model, trained by one process from the command line. Tests must not change its registry."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = command(*train_arguments(digits, folder / "run", folder / "registry"))
+    assert result.returncode == 0, result.stderr
+    return Trained(digits, folder / "run", folder / "registry")

@@ -1,0 +1,97 @@
+"""Storage: local paths and URLs behave alike; what can be read is whole."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from tarflow_scale import storage
+from tarflow_scale.errors import StorageError
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}-{request.node.name[:20]}"
+
+
+def test_write_read_list_remove(root: str) -> None:
+    location = storage.join(root, "a", "b.bin")
+    storage.write_bytes(location, b"0123456789")
+    assert storage.read_bytes(location) == b"0123456789"
+    assert storage.read_range(location, 2, 5) == b"234"
+    assert storage.read_range(location, 8, 20) == b"89"
+    assert storage.size_bytes(location) == 10
+    assert storage.list_names(root) == ["a"]
+    assert storage.list_names(storage.join(root, "a")) == ["b.bin"]
+    with storage.local_copy(location) as copy:
+        assert storage.digest(copy) == storage.digest(b"0123456789")
+    storage.remove(location)
+    assert not storage.exists(location)
+    storage.remove(location)
+    storage.write_bytes(location, b"x")
+    storage.remove_tree(storage.join(root, "a"))
+    assert storage.list_names(root) == []
+
+
+def test_create_has_one_winner(root: str) -> None:
+    location = storage.join(root, "once")
+    assert storage.create(location, b"first")
+    assert not storage.create(location, b"second")
+    assert storage.read_bytes(location) == b"first"
+
+
+def _race(folder: str, key: int, writer: int, barrier: object) -> bool:
+    barrier.wait()  # type: ignore[attr-defined]
+    return storage.create(f"{folder}/{key}", f"{writer}".encode())
+
+
+def test_create_has_one_winner_among_processes(tmp_path: Path) -> None:
+    keys, writers = 25, 4
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager, context.Pool(writers) as pool:
+        for key in range(keys):
+            barrier = manager.Barrier(writers)
+            wins = pool.starmap(
+                _race, [(str(tmp_path), key, writer, barrier) for writer in range(writers)], chunksize=1
+            )
+            assert wins.count(True) == 1
+            assert int((tmp_path / str(key)).read_text()) == wins.index(True)
+    assert len(list(tmp_path.iterdir())) == keys  # no partial file is left
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_debris(root: str) -> None:
+    location = storage.join(root, "file")
+    storage.write_bytes(location, b"old")
+
+    def fail_half_way() -> None:
+        with storage.writing(location) as file:
+            file.write(b"new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
+    assert storage.read_bytes(location) == b"old"
+    assert storage.list_names(root) == ["file"]
+
+
+def test_a_missing_file_is_one_clear_line(root: str) -> None:
+    location = storage.join(root, "absent")
+    with pytest.raises(StorageError) as error:
+        storage.read_bytes(location)
+    assert str(error.value) == f"cannot read {location} (no such file); check the path"
+
+
+@pytest.mark.parametrize("part", ["../up", "/root", "a/../../b", "nul\0"])
+def test_a_name_cannot_leave_its_folder(part: str) -> None:
+    with pytest.raises(StorageError, match="may not leave its folder"):
+        storage.join("folder", part)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        storage.write_bytes(str(tmp_path / "file"), b"content")
+    assert list(tmp_path.iterdir()) == []
