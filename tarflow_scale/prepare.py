@@ -1,0 +1,119 @@
+"""Verb ``prepare``: images to WebDataset shards.
+
+Open the source, split it by class, pack each split in a random order into tars with an index beside each, and
+publish the manifest last. The same source and configuration give the same bytes. What fails half-way leaves nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage, telemetry
+from tarflow_scale.config import PrepareConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.randomness import Purpose, permutation
+from tarflow_scale.records import canonical_json
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from tarflow_scale.shards.sources import ImageSource, open_source
+from tarflow_scale.shards.writer import Sample, publish_manifest, write_shard
+
+__all__ = ["run"]
+
+
+def run(config: PrepareConfig, dry_run: bool) -> None:
+    """Pack the splits of the source that are not packed yet.
+
+    Raises:
+        DataError: the source is unsuitable, or the target holds another data set.
+    """
+    recipe = storage.digest(canonical_json(config.model_dump(mode="json", exclude={"shards": {"path"}})))
+    source = open_source(config.source)
+    splits = _split(source.labels, config.split.test_fraction, config.split.seed)
+    _print_plan(source, splits, config)
+    if dry_run:
+        return
+    for split, members in splits.items():
+        path = storage.join(config.shards.path, split)
+        if _already_there(path, recipe):
+            print(f"{path}: nothing to do, this data set is packed")
+            continue
+        manifest = _pack(source, members, split, path, recipe, config)
+        print(f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest {manifest.digest[:12]}")
+
+
+def _split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> dict[str, NDArray[np.int64]]:
+    """Numbers of the images of each split, stratified: each class gives the same share to ``test``."""
+    test: list[NDArray[np.int64]] = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen = permutation(len(members), Purpose.SPLIT, seed, int(label))[: round(len(members) * test_fraction)]
+        test.append(members[chosen])
+    in_test = np.isin(np.arange(len(labels)), np.concatenate(test))
+    splits = {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
+    return {name: members for name, members in splits.items() if len(members)}
+
+
+def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], config: PrepareConfig) -> None:
+    channels, height, width = source.image(0).shape
+    size = f"{channels}x{height}x{width}, {source.bit_depth} bit"
+    rows = [
+        (name, str(len(members)), str(-(-len(members) // config.shards.samples_per_shard)), size)
+        for name, members in splits.items()
+    ]
+    print(f"{source.name}: {len(source)} images, {len(source.class_names)} classes -> {config.shards.path}")
+    print(telemetry.table(rows, ("split", "images", "shards", "image")))
+
+
+def _already_there(path: str, recipe: str) -> bool:
+    if not storage.exists(storage.join(path, MANIFEST_NAME)):
+        return False
+    if read_manifest(path).recipe != recipe:
+        raise DataError(f"{path} holds another data set; choose another shards.path or delete it")
+    return True
+
+
+def _pack(
+    source: ImageSource, members: NDArray[np.int64], split: str, path: str, recipe: str, config: PrepareConfig
+) -> Manifest:
+    order = members[permutation(len(members), Purpose.PACK_ORDER, config.split.seed)]
+    size = config.shards.samples_per_shard
+    try:
+        with telemetry.progress_bar(len(order), f"prepare {split}") as bar:
+            shards = [
+                write_shard(
+                    path,
+                    f"{split}-{number:05d}.tar",
+                    _samples(source, order[number * size : (number + 1) * size], number * size, bar),
+                )
+                for number in range(-(-len(order) // size))
+            ]
+    except BaseException:
+        storage.remove_tree(path)
+        raise
+    channels, height, _ = source.image(int(order[0])).shape
+    manifest = Manifest(
+        name=source.name,
+        split=split,
+        image_size_pixels=height,
+        num_channels=channels,
+        class_names=source.class_names,
+        bit_depth=source.bit_depth,
+        source=source.description,
+        recipe=recipe,
+        shards=tuple(shards),
+    )
+    publish_manifest(path, manifest)
+    return manifest
+
+
+def _samples(source: ImageSource, numbers: NDArray[np.int64], first: int, bar: Any) -> Iterator[Sample]:
+    for place, number in enumerate(numbers):
+        bar.update(1)
+        yield Sample(
+            key=f"{first + place:08d}",
+            image=source.image(int(number)),
+            label=int(source.labels[number]),
+            facts={"origin": source.origin(int(number))},
+        )

@@ -1,0 +1,1 @@
+"""Data sets on disk: plain WebDataset tars with an index beside each and a manifest; the only user of webdataset."""

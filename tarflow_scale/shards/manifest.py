@@ -1,0 +1,109 @@
+"""The manifest: what makes a folder of tars a data set. Written last; no manifest, no data set."""
+
+from typing import Self
+
+from pydantic import Field, ValidationError
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.records import DataSetFacts, FileRecord, Record
+
+__all__ = ["MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
+
+MANIFEST_NAME = "manifest.json"
+
+
+class ShardRecord(FileRecord):
+    """One tar of samples, and the digest of the index beside it."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    samples: int = Field(ge=1)
+    index_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(Record):
+    """A data set on disk.
+
+    Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image), ``{key}.cls`` (label, where
+    there are classes), ``{key}.json`` (facts about the sample).
+    """
+
+    name: str
+    split: str
+    image_size_pixels: int = Field(ge=1)
+    num_channels: int = Field(ge=1)
+    class_names: tuple[str, ...]
+    """Empty for a data set without labels."""
+    bit_depth: int = Field(ge=1, le=8)
+    """Pixels are stored as uint8; their ``bit_depth`` high bits are the data."""
+    source: str
+    """Where the images came from, in words."""
+    recipe: str
+    """SHA-256 of the configuration that made it; the same command again has nothing to do."""
+    shards: tuple[ShardRecord, ...] = Field(min_length=1)
+
+    @property
+    def num_images(self) -> int:
+        """Samples over all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of an image."""
+        return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, hence of every byte of the data set."""
+        return storage.digest(self.to_json())
+
+    def facts(self) -> DataSetFacts:
+        """What a model version keeps of the data it was trained on."""
+        return DataSetFacts(
+            name=self.name,
+            split=self.split,
+            digest=self.digest,
+            image_size_pixels=self.image_size_pixels,
+            num_channels=self.num_channels,
+            class_names=self.class_names,
+            num_images=self.num_images,
+        )
+
+    @classmethod
+    def parse(cls, content: bytes, origin: str) -> Self:
+        """Read a manifest's bytes.
+
+        Raises:
+            DataError: when they are not a manifest.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise DataError(f"{origin} is not a manifest ({where}: {first['msg']}); pack the data set again") from error
+
+
+def index_name(tar_name: str) -> str:
+    """``train-00000.tar`` -> ``train-00000.index.npz``."""
+    return tar_name.removesuffix(".tar") + ".index.npz"
+
+
+def read_manifest(path: str) -> Manifest:
+    """The manifest of the data set at ``path``.
+
+    Raises:
+        DataError: when there is none, so that a half-written data set is not one.
+    """
+    location = storage.join(path, MANIFEST_NAME)
+    if not storage.exists(location):
+        raise DataError(
+            f"{path} is not a data set (no {MANIFEST_NAME}); run 'tarflow-scale prepare', "
+            f"or again if it was interrupted"
+        )
+    return Manifest.parse(storage.read_bytes(location), location)

@@ -1,0 +1,71 @@
+"""Samples to shards: reproducible tars through webdataset, an index beside each, the manifest last."""
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from tarflow_scale import storage
+from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.index import ShardIndex, checksum
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
+
+__all__ = ["Sample", "pack_shard", "publish_manifest", "write_shard"]
+
+_MODIFIED_SECONDS = 0
+"""Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image ``(C, H, W)`` uint8 with its label and facts."""
+
+    key: str
+    image: NDArray[np.uint8]
+    label: int | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, ShardIndex]:
+    """Tar and index of a shard; the same samples give the same bytes."""
+    buffer = io.BytesIO()
+    offsets = [0]
+    writer = TarWriter(buffer, mtime=_MODIFIED_SECONDS, encoder=False)
+    for sample in samples:
+        members: dict[str, Any] = {"__key__": sample.key, "png": encode_png(sample.image)}
+        if sample.label is not None:
+            members["cls"] = str(sample.label).encode()
+        members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+        writer.write(members)
+        offsets.append(writer.tarstream.offset)  # the stream buffers, so the position of the file lags behind
+    writer.close()
+    content = buffer.getvalue()
+    view = memoryview(content)
+    checksums = [checksum(view[start:stop]) for start, stop in pairwise(offsets)]
+    return content, ShardIndex(np.array(offsets, dtype=np.int64), np.array(checksums, dtype=np.uint64))
+
+
+def write_shard(path: str, tar_name: str, samples: Iterable[Sample]) -> ShardRecord:
+    """Write one shard and its index; each appears whole or not at all, the index first."""
+    content, index = pack_shard(samples)
+    index_content = index.to_bytes()
+    storage.write_bytes(storage.join(path, index_name(tar_name)), index_content)
+    storage.write_bytes(storage.join(path, tar_name), content)
+    return ShardRecord(
+        file=tar_name,
+        samples=len(index),
+        bytes=len(content),
+        sha256=storage.digest(content),
+        index_sha256=storage.digest(index_content),
+    )
+
+
+def publish_manifest(path: str, manifest: Manifest) -> None:
+    """Write the manifest, which makes the folder a data set."""
+    storage.write_bytes(storage.join(path, MANIFEST_NAME), manifest.to_json())

@@ -1,0 +1,70 @@
+"""Sources: the digits, and folders of images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale.config import SourceConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.sources import open_source
+
+
+def write(path: Path, shape: tuple[int, int, int], value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_png(np.full(shape, value, np.uint8)))
+
+
+def folder(path: Path, **options: object) -> SourceConfig:
+    return SourceConfig.model_validate({"kind": "folder", "path": str(path), **options})
+
+
+def test_digits_are_four_bit_and_complete() -> None:
+    source = open_source(SourceConfig(kind="digits"))
+    assert len(source) == 1797
+    assert source.bit_depth == 4
+    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    levels = np.stack([source.image(i) for i in range(len(source))])
+    assert (levels % 17 == 0).all()
+    assert levels.max() == 255
+
+
+def test_a_folder_gives_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    write(tmp_path / "zebra/a.png", (3, 4, 4), 9)
+    write(tmp_path / "ant/b.png", (3, 4, 4), 1)
+    write(tmp_path / "ant/deep/c.png", (3, 4, 4), 2)
+    (tmp_path / "empty").mkdir()
+    source = open_source(folder(tmp_path))
+    assert source.class_names == ("ant", "zebra")
+    assert source.labels.tolist() == [0, 0, 1]
+    assert [source.origin(i) for i in range(3)] == ["ant/b.png", "ant/deep/c.png", "zebra/a.png"]
+    assert [int(source.image(i)[0, 0, 0]) for i in range(3)] == [1, 2, 9]
+
+
+def test_several_sizes_need_a_rule(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 8))
+    write(tmp_path / "a/2.png", (3, 8, 12))
+    source = open_source(folder(tmp_path))
+    with pytest.raises(
+        DataError, match=r"one shape \(got \(3, 8, 12\) for .*2.png, not \(3, 8, 8\)\); set source.resize"
+    ):
+        source.image(1)
+    source = open_source(folder(tmp_path, resize="center_crop", size_pixels=6))
+    assert source.image(0).shape == source.image(1).shape == (3, 6, 6)
+
+
+def test_a_grey_image_among_coloured_ones_is_coloured(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 8))
+    write(tmp_path / "a/2.png", (1, 8, 8), 7)
+    assert (open_source(folder(tmp_path)).image(1) == 7).all()
+    assert open_source(folder(tmp_path)).image(1).shape == (3, 8, 8)
+
+
+def test_no_folder_and_no_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must be a folder"):
+        open_source(folder(tmp_path / "absent"))
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class/readme.txt").write_text("no image")
+    with pytest.raises(DataError, match="no images in"):
+        open_source(folder(tmp_path))

@@ -1,0 +1,100 @@
+"""``prepare``: stratified, reproducible, whole or absent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale import cli
+from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.reader import ShardSet
+
+
+def pack(path: Path, *more: str) -> int:
+    return cli.main(["prepare", "source.kind=digits", f"shards.path={path}", "shards.samples_per_shard=200", *more])
+
+
+def test_the_splits_are_stratified_disjoint_and_complete(digits: Path) -> None:
+    splits = {name: ShardSet(f"{digits}/{name}") for name in ("train", "test")}
+    batches = {name: shards.take(np.arange(shards.manifest.num_images)) for name, shards in splits.items()}
+    counts = {name: np.bincount(batch.labels) for name, batch in batches.items()}
+    assert (counts["train"] + counts["test"]).sum() == 1797
+    share = counts["test"] / (counts["train"] + counts["test"])
+    assert abs(share - 0.2).max() < 0.004
+    stored = [
+        sample
+        for shards in splits.values()
+        for number, shard in enumerate(shards.manifest.shards)
+        for sample in shards.read_run(number, 0, shard.samples)
+    ]
+    origins = {json.loads(sample.members["json"])["origin"] for sample in stored}
+    assert len(origins) == 1797
+
+
+def test_packing_mixes_the_classes(digits: Path) -> None:
+    shards = ShardSet(f"{digits}/train")
+    first = np.bincount(shards.take(np.arange(200)).labels, minlength=10)
+    assert first.min() > 5
+
+
+def test_packing_is_reproducible_and_repeating_it_does_nothing(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack(tmp_path / "a") == 0
+    for file in sorted((digits / "train").iterdir()):
+        assert (tmp_path / "a/train" / file.name).read_bytes() == file.read_bytes()
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "a").rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert pack(tmp_path / "a") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+
+
+def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(tmp_path) == 0
+    assert pack(tmp_path, "split.seed=1") == 2
+    assert capsys.readouterr().err == (
+        f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path or delete it\n"
+    )
+
+
+def test_an_interrupted_packing_is_no_data_set_and_can_be_repeated(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/train-00000.tar").write_bytes(b"half")
+    assert pack(tmp_path) == 0
+    assert (tmp_path / "train/manifest.json").read_bytes() == (digits / "train/manifest.json").read_bytes()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(tmp_path / "x", "--dry-run") == 0
+    assert not (tmp_path / "x").exists()
+    assert "1x8x8, 4 bit" in capsys.readouterr().out
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            image = rng.integers(0, 256, (3, 20 + i, 30), np.uint8)
+            (tmp_path / "images" / name / f"{i}.png").write_bytes(encode_png(image))
+    arguments = ["source.kind=folder", f"source.path={tmp_path}/images", "source.resize=center_crop"]
+    code = cli.main(["prepare", *arguments, "source.size_pixels=16", f"shards.path={tmp_path}/packed"])
+    assert code == 0
+    train, test = ShardSet(f"{tmp_path}/packed/train"), ShardSet(f"{tmp_path}/packed/test")
+    assert (train.manifest.num_images, test.manifest.num_images) == (16, 4)
+    assert train.manifest.class_names == ("cat", "dog")
+    assert train.take(np.arange(3)).images.shape == (3, 3, 16, 16)
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    for i in range(9):
+        (tmp_path / f"images/a/{i}.png").write_bytes(encode_png(np.full((1, 8, 8), i, np.uint8)))
+    (tmp_path / "images/a/broken.png").write_bytes(b"no image")
+    arguments = ["source.kind=folder", f"source.path={tmp_path}/images", "split.test_fraction=0"]
+    assert cli.main(["prepare", *arguments, f"shards.path={tmp_path}/out", "shards.samples_per_shard=2"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "broken.png cannot be decoded" in error
+    assert not (tmp_path / "out/train").exists()
