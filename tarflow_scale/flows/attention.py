@@ -1,0 +1,87 @@
+"""The transformer inside a TarFlow block: pre-LayerNorm, causal, with a key/value cache that is passed around.
+
+Shapes: B batch, T tokens, C width, N heads, H = C / N head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["KeyValueCache", "TransformerLayer"]
+
+
+class KeyValueCache:
+    """Preallocated keys and values ``(layers, B, N, T, H)`` of one block; filled one token at a time."""
+
+    def __init__(self, num_layers: int, batch: int, heads: int, tokens: int, head_width: int, like: Tensor) -> None:
+        shape = (num_layers, batch, heads, tokens, head_width)
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
+        self.length = 0
+        """Number of tokens already in the cache; advanced by the block after its last layer."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token ``(B, N, 1, H)`` of ``layer`` and return everything stored so far ``(B, N, t, H)``."""
+        self.keys[layer, :, :, self.length] = k[:, :, 0]
+        self.values[layer, :, :, self.length] = v[:, :, 0]
+        stop = self.length + 1
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class TransformerLayer(nn.Module):
+    """Pre-LayerNorm attention and MLP with exact GELU, as in arXiv 2412.06329; LayerNorm is kept in fp32.
+
+    Args:
+        width: C, a multiple of ``head_width``.
+        head_width: H.
+        dropout: probability of dropping a feature of a residual branch in training, for all tokens of a sample at
+            once (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
+    """
+
+    def __init__(self, width: int, head_width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads = width // head_width
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.dropout = dropout
+
+    def forward(self, h: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """All tokens at once; token t sees tokens <= t."""
+        q, k, v = self._heads(h)
+        h = h + self._dropped(self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        return h + self._dropped(self._mlp(h))
+
+    def step(self, h: Float[Tensor, "B 1 C"], cache: KeyValueCache, layer: int) -> Float[Tensor, "B 1 C"]:
+        """The next token alone, attending to the cache and to itself."""
+        q, k, v = self._heads(h)
+        k, v = cache.extend(layer, k, v)
+        h = h + self._merge(F.scaled_dot_product_attention(q, k, v))
+        return h + self._mlp(h)
+
+    def _heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(self._norm(self.attention_norm, h))
+        q, k, v = rearrange(qkv, "b t (three n h) -> three b n t h", three=3, n=self.num_heads)
+        return q, k, v
+
+    def _merge(self, heads: Tensor) -> Tensor:
+        return self.attention_out(rearrange(heads, "b n t h -> b t (n h)"))
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        return self.mlp_out(F.gelu(self.mlp_in(self._norm(self.mlp_norm, h))))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0:
+            return branch
+        return branch * F.dropout(branch.new_ones(len(branch), 1, branch.shape[2]), self.dropout)
+
+    @staticmethod
+    def _norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            wide = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
+            return F.layer_norm(wide, norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(h)

@@ -1,0 +1,70 @@
+"""Pixels to numbers and numbers to bits: the one place for dequantisation, noise, nats and bits/dim.
+
+A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
+
+* Uniform dequantisation, x = 2 (level + u) / 2^n - 1 with u in [0, 1): by Jensen the mean of -log p(x) over u bounds
+  the cost of the discrete image (Theis et al., arXiv 1511.01844), which in bits per dimension is
+
+      bits/dim = -log_prob / (D ln 2) + n - 1
+
+* Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, as TarFlow trains for sample quality (arXiv 2412.06329): a
+  density of noisy data, without a comparable bits/dim.
+
+Shapes: images (B, C, H, W) uint8; x (B, C, H, W) float on [-1, 1]; log_prob (B,) nats, summed over dimensions.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from tarflow_scale.records import PixelFormat
+
+__all__ = ["add_noise", "bits_per_dim", "quantize", "rounding_of", "to_levels"]
+
+
+def to_levels(images: UInt8[Tensor, "B C H W"], bit_depth: int) -> UInt8[Tensor, "B C H W"]:
+    """Levels 0..2^bit_depth-1 of stored pixels."""
+    return images >> (8 - bit_depth)
+
+
+def add_noise(
+    images: UInt8[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], pixels: PixelFormat
+) -> Float[Tensor, "B C H W"]:
+    """Stored pixels to the floats that a flow is trained on.
+
+    Args:
+        images: stored pixels; not changed.
+        noise: u in [0, 1) for uniform dequantisation, a standard normal for Gaussian noise.
+        pixels: the format.
+    """
+    levels = to_levels(images, pixels.bit_depth).to(noise)
+    num_levels = 2**pixels.bit_depth
+    if pixels.noise == "uniform":
+        return (levels + noise) * (2 / num_levels) - 1
+    return levels * (2 / (num_levels - 1)) - 1 + pixels.noise_std * noise
+
+
+def rounding_of(pixels: PixelFormat) -> Literal["floor", "nearest"]:
+    """The rounding that undoes the training noise."""
+    return "floor" if pixels.noise == "uniform" else "nearest"
+
+
+def quantize(
+    x: Float[Tensor, "B C H W"], bit_depth: int, rounding: Literal["floor", "nearest"]
+) -> UInt8[Tensor, "B C H W"]:
+    """Floats to stored pixels, clipped to [-1, 1]; inverse of `add_noise` with the rounding of its noise.
+
+    ``floor`` takes the bin that x lies in, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1].
+    """
+    top = 2**bit_depth - 1
+    x = x.float()
+    levels = torch.floor((x + 1) * ((top + 1) / 2)) if rounding == "floor" else torch.round((x + 1) * (top / 2))
+    return torch.round(levels.clamp(0, top) * (255 / top)).to(torch.uint8)
+
+
+def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
+    """Bits per dimension of uniformly dequantised ``bit_depth``-bit data, from nats on [-1, 1]."""
+    return -log_prob / (num_dims * math.log(2)) + (bit_depth - 1)

@@ -1,0 +1,79 @@
+"""A flow on disk: ``model.safetensors`` and ``config.json``. Nothing is pickled, nothing is executed on loading."""
+
+import json
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from tarflow_scale import storage
+from tarflow_scale.config import ModelConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.flows.build import build
+from tarflow_scale.flows.flow import Flow
+from tarflow_scale.records import PixelFormat, canonical_json
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "flow_files", "flow_from_files", "load_flow", "save_flow"]
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_FORMAT = 1
+
+
+def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str, bytes]:
+    """The files of a flow by name; ``weights`` (by parameter and buffer name) replace the flow's own."""
+    assert flow.config is not None, "only a flow made by build() knows its configuration"
+    tensors = weights if weights is not None else flow.state_dict()
+    facts = {
+        "format": _FORMAT,
+        "model": flow.config.model_dump(mode="json"),
+        "event_shape": list(flow.event_shape),
+        "num_classes": flow.num_classes,
+        "pixels": flow.pixels.model_dump(mode="json") if flow.pixels else None,
+    }
+    return {
+        WEIGHTS_NAME: save_tensors({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}),
+        CONFIG_NAME: canonical_json(facts),
+    }
+
+
+def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
+    """Rebuild a flow, in evaluation mode on the CPU.
+
+    Raises:
+        DataError: when a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
+        config = ModelConfig.model_validate(facts["model"])
+        with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
+            flow = build(config, tuple(facts["event_shape"]), facts["num_classes"])
+        flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
+        flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
+    except (KeyError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{origin} does not hold a flow ({reason}); export or register it again") from error
+    return flow.eval()
+
+
+def save_flow(flow: Flow, path: str) -> None:
+    """Write a flow to a folder or URL; the configuration last, so that half a flow is none."""
+    for name, content in flow_files(flow).items():
+        storage.write_bytes(storage.join(path, name), content)
+
+
+def load_flow(path: str) -> Flow:
+    """Read a flow from a folder or URL, in evaluation mode on the CPU.
+
+    Raises:
+        DataError: when it is not a flow.
+    """
+    names = (CONFIG_NAME, WEIGHTS_NAME)
+    for name in names:
+        if not storage.exists(storage.join(path, name)):
+            raise DataError(f"{path} is not a saved flow (no {name}); give the folder that save_flow wrote")
+    return flow_from_files({name: storage.read_bytes(storage.join(path, name)) for name in names}, path)
