@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Train on one machine with N ranks; or on several, by starting it on each with the variables below.
+#
+#   launch/torchrun.sh N CONFIG.yaml [section.key=value ...]
+#
+#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node
+#
+# The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: launch/torchrun.sh NUM_RANKS CONFIG.yaml [section.key=value ...]" >&2
+    exit 2
+fi
+ranks=$1
+shift
+nodes=${NNODES:-1}
+
+# Cores shared among the ranks of this machine; torch reads it when it starts.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1)) / ranks))}
+
+RANK=0 WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks python -m tarflow_scale train "$@" --dry-run >/dev/null
+
+if [ "$nodes" = 1 ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?set it to HOST:PORT of one node}")
+fi
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$ranks" -m tarflow_scale train "$@"

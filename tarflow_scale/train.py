@@ -1,0 +1,218 @@
+"""Verb ``train``: shards to a registered model version.
+
+Open the data, build the flow, put it under DeepSpeed, train from the latest checkpoint to the configured number of
+images, export the averaged weights and register them. The same command again continues where the run stopped.
+Start it on several ranks with torchrun; see ``launch/``.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from tarflow_scale import distributed, storage, telemetry
+from tarflow_scale.config import ModelConfig, TrainConfig
+from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows.weights import flow_files
+from tarflow_scale.records import PixelFormat, canonical_json
+from tarflow_scale.registry import Registry
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.order import OrderSpec, steps_per_epoch
+from tarflow_scale.shards.reader import ShardSet, SlotReader
+from tarflow_scale.training.ema import WeightAverage
+from tarflow_scale.training.engine import Engine, deepspeed_config, start_process_group
+from tarflow_scale.training.loop import Loop
+
+__all__ = ["run"]
+
+_PREVIEW_IMAGES = 40
+_PREVIEW_ZOOM = 4
+_GIB = 1024**3
+
+
+def run(config: TrainConfig, dry_run: bool) -> None:
+    """Train, export, register.
+
+    Raises:
+        UserError: the data set, the counts or the run folder do not fit the configuration.
+    """
+    shards = ShardSet(config.data.path, config.data.verify)
+    spec = OrderSpec(
+        samples_per_shard=tuple(shard.samples for shard in shards.manifest.shards),
+        num_slots=config.training.global_batch_size,
+        shuffle_block=config.data.shuffle_block,
+        seed=config.training.seed,
+    )
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in _build(config.model, shards.manifest).parameters())
+    ranks = distributed.world_size()
+    deepspeed_config(config.optimizer, config.training, config.parallelism, num_parameters, ranks)
+    if distributed.is_main():
+        _print_plan(config, shards.manifest, spec, num_parameters)
+    if dry_run:
+        return
+
+    device = start_process_group(config.training.threads)
+    torch.manual_seed(config.training.seed)
+    flow = _build(config.model, shards.manifest)
+    flow.pixels = _pixel_format(config, shards.manifest)
+    engine = Engine(flow, device, config.optimizer, config.training, config.parallelism)
+    loop = Loop(
+        engine=engine,
+        average=WeightAverage(engine, config.training.ema_half_life_images),
+        reader=SlotReader(shards, spec, _own_slots(spec.num_slots)),
+        pixels=flow.pixels,
+        class_conditional=flow.num_classes is not None,
+        run=_identity(config, shards.manifest),
+        training=config.training,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        checkpoints=config.checkpoint,
+        logging=config.logging,
+        preview=_preview(config, shards.manifest, flow.pixels),
+    )
+    if distributed.is_main():
+        _describe_run(config)
+    loop.fit()
+    weights = loop.averaged_weights()
+    if distributed.is_main():
+        _publish(config, shards.manifest, flow, weights, loop.total_images, num_parameters)
+    distributed.barrier()
+    distributed.shut_down()
+
+
+def _build(model: ModelConfig, manifest: Manifest) -> Flow:
+    return build(model, manifest.event_shape, manifest.num_classes or None)
+
+
+def _pixel_format(config: TrainConfig, manifest: Manifest) -> PixelFormat:
+    noise = config.training.noise
+    return PixelFormat(bit_depth=manifest.bit_depth, noise=noise.kind, noise_std=noise.std)
+
+
+def _own_slots(num_slots: int) -> range:
+    """This rank's run of slots."""
+    share = num_slots // distributed.world_size()
+    return range(distributed.rank() * share, (distributed.rank() + 1) * share)
+
+
+def _identity(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """What must not change when a run continues; ranks, ZeRO stage, logging and length may."""
+    training = config.training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
+    return {
+        "data": manifest.digest,
+        "data.shuffle_block": config.data.shuffle_block,
+        "model": config.model.model_dump(mode="json"),
+        **{f"training.{key}": value for key, value in training.items()},
+        "training.ema_half_life_images": config.training.ema_half_life_images,
+    }
+
+
+def _config_digest(config: TrainConfig) -> str:
+    return storage.digest(canonical_json(config.model_dump(mode="json")))
+
+
+def _describe_run(config: TrainConfig) -> None:
+    """Leave beside the results what made them: resolved configuration, its digest, commit and versions."""
+    folder = Path(config.logging.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    storage.write_bytes(str(folder / "config.yaml"), text.encode())
+    facts = {
+        "config_digest": _config_digest(config),
+        "git_commit": telemetry.git_commit(),
+        "packages": telemetry.package_versions(),
+        "ranks": distributed.world_size(),
+    }
+    storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))
+
+
+def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Callable[[dict[str, Tensor], int], None]:
+    """A function that draws a grid from an unwrapped copy of the averaged weights; column c holds class c."""
+
+    def draw(weights: dict[str, Tensor], images_seen: int) -> None:
+        with torch.device("meta"):
+            flow = _build(config.model, manifest)
+        flow.load_state_dict(weights, assign=True)
+        flow.pixels = pixels
+        sampler = Sampler(flow.eval(), seed=0, batch_size=_PREVIEW_IMAGES, guidance=config.logging.preview_guidance)
+        columns = manifest.num_classes if 0 < manifest.num_classes <= _PREVIEW_IMAGES else 8
+        images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
+        path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"
+        storage.write_bytes(path, contact_sheet(images, columns, _PREVIEW_ZOOM))
+
+    return draw
+
+
+def _publish(
+    config: TrainConfig, manifest: Manifest, flow: Flow, weights: dict[str, Tensor], images_seen: int, parameters: int
+) -> None:
+    """Export the averaged weights to the run folder and register them."""
+    files = flow_files(flow, weights)
+    for name, content in files.items():
+        storage.write_bytes(f"{config.logging.path}/model/{name}", content)
+    assert flow.pixels is not None
+    version = Registry(config.registry.path, config.registry.model).register(
+        files,
+        {
+            "pixels": flow.pixels.model_dump(mode="json"),
+            "data": manifest.facts().model_dump(mode="json"),
+            "parameters": parameters,
+            "images_seen": images_seen,
+            "ema_half_life_images": config.training.ema_half_life_images,
+            "config_digest": _config_digest(config),
+            "git_commit": telemetry.git_commit(),
+            "packages": telemetry.package_versions(),
+        },
+        reason=f"end of training {config.logging.path}",
+    )
+    memory = telemetry.peak_memory_bytes() / _GIB
+    print(
+        f"registered {config.registry.model}@{version.version} in {config.registry.path} (peak {memory:.2f} GiB a rank)"
+    )
+
+
+def _print_plan(config: TrainConfig, manifest: Manifest, spec: OrderSpec, num_parameters: int) -> None:
+    training, ranks = config.training, distributed.world_size()
+    per_epoch = steps_per_epoch(spec)
+    steps = -(-training.total_images // training.global_batch_size)
+    state = num_parameters * _state_bytes_per_parameter(config.parallelism.zero_stage, ranks)
+    sample = max(shard.bytes // shard.samples for shard in manifest.shards)
+    loader = spec.num_slots // ranks * spec.shuffle_block * sample
+    rows = [
+        ("data", f"{manifest.name}/{manifest.split}: {manifest.num_images} images {manifest.event_shape}"),
+        ("model", f"{config.model.kind}, {num_parameters:,} parameters"),
+        ("ranks", f"{ranks}, ZeRO stage {config.parallelism.zero_stage}, {config.parallelism.precision}"),
+        ("batch", _batch_arithmetic(config, ranks)),
+        ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images = {steps / per_epoch:.1f} epochs"),
+        ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, average)"),
+        ("activations", f"about {_activation_bytes(config, manifest) / _GIB:.3f} GiB a rank"),
+        ("loader", f"{loader / _GIB:.4f} GiB a rank (slots x block x bytes per sample)"),
+        ("output", f"{config.logging.path}, registry {config.registry.path}"),
+    ]
+    print(telemetry.table(rows, ("train", "")))
+
+
+def _batch_arithmetic(config: TrainConfig, ranks: int) -> str:
+    training = config.training
+    accumulation = training.global_batch_size // (training.micro_batch_size * ranks)
+    return f"{training.global_batch_size} = {training.micro_batch_size} x {ranks} ranks x {accumulation} accumulated"
+
+
+def _state_bytes_per_parameter(stage: int, ranks: int) -> float:
+    """The arithmetic of `ParallelismConfig`."""
+    replicated, divided = {0: (16, 4), 1: (8, 16), 2: (4, 20), 3: (0, 24)}[stage]
+    return replicated + divided / ranks
+
+
+def _activation_bytes(config: TrainConfig, manifest: Manifest) -> float:
+    """What the backward pass keeps: about 18 fp32 vectors of the width per token and layer (half in bf16)."""
+    model = config.model
+    tokens = (manifest.image_size_pixels // model.patch_size) ** 2
+    width_bytes = 4 if config.parallelism.precision == "fp32" else 2
+    return 18.0 * width_bytes * model.width * tokens * sum(model.layers_per_block) * config.training.micro_batch_size

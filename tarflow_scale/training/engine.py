@@ -1,0 +1,333 @@
+"""The one place that talks to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
+
+The rest of training sees named tensors and never a partition. What is master depends on the ZeRO stage: at stage 0
+the parameters themselves, at stages 1 to 3 an fp32 partition on each rank, of which the parameters are a working
+copy. DeepSpeed's setters change the master only, so `Engine.restore` writes the working copy as well.
+"""
+
+import os
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.distributed import local_world_size, rank, world_size
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows import Flow
+
+__all__ = ["MOMENTS", "Engine", "MicroBatch", "StepResult", "deepspeed_config", "start_process_group"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_PREFIX = "flow."
+_BUCKET_ELEMENTS = 50_000_000
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes: ``x (B, C, H, W)`` float, ``y (B,)`` labels or None."""
+
+    x: Tensor
+    y: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports.
+
+    nats_per_dim: mean over this rank's images. gradient_norm: over all ranks, before clipping. skipped: a gradient was
+    not finite, so no rank changed its weights.
+    """
+
+    nats_per_dim: float
+    gradient_norm: float
+    skipped: bool
+
+
+class _NatsPerImage(nn.Module):
+    """Negative log-likelihood ``(B,)``; the module that DeepSpeed wraps."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return -self.flow.log_prob(x, y)
+
+
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW that skips a step with a non-finite gradient, as ZeRO's own optimizers do; for stage 0.
+
+    Gradients are already reduced here, so all ranks decide alike. The engine reads ``overflow``.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return None if self.overflow else super().step(closure)
+
+
+def start_process_group(threads: int) -> torch.device:
+    """Join the other ranks (or found a group of one) and return this rank's device.
+
+    Args:
+        threads: torch threads of this rank; 0 shares the machine's cores among its ranks.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    return device
+
+
+def deepspeed_config(
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    num_parameters: int,
+    ranks: int,
+) -> dict[str, Any]:
+    """The DeepSpeed configuration that the sections imply. Nothing is ``auto``; no number is kept twice.
+
+    Args:
+        optimizer: the section ``optimizer``.
+        training: the section ``training``.
+        parallelism: the section ``parallelism``.
+        num_parameters: of the flow; reduction buckets are no larger, because DeepSpeed allocates them whole.
+        ranks: world size.
+
+    Raises:
+        ConfigError: when the global batch is not a multiple of micro batch times ranks.
+    """
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    if batch % (micro * ranks):
+        down = max(1, batch // (micro * ranks)) * micro * ranks
+        raise ConfigError(
+            f"training.global_batch_size must be a multiple of training.micro_batch_size x ranks "
+            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {down}"
+        )
+    bucket = max(1, min(_BUCKET_ELEMENTS, num_parameters))
+    return {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batch // (micro * ranks),
+        "gradient_clipping": optimizer.gradient_clip_norm,
+        "steps_per_print": None,
+        "torch_autocast": {"enabled": parallelism.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": {
+            "stage": parallelism.zero_stage,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+        },
+    }
+
+
+class Engine:
+    """A flow under DeepSpeed.
+
+    Args:
+        flow: freshly built, equal on all ranks; it is moved to ``device`` and owned from here on.
+        device: this rank's device.
+        optimizer, training, parallelism: the sections.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        device: torch.device,
+        optimizer: OptimizerConfig,
+        training: TrainingConfig,
+        parallelism: ParallelismConfig,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.device = device
+        self.stage: Literal[0, 1, 2, 3] = parallelism.zero_stage
+        self.num_dims = flow.num_dims
+        module = _NatsPerImage(flow.to(device).train())
+        self.num_parameters = sum(p.numel() for p in module.parameters())
+        adamw = _GuardedAdamW if self.stage == 0 else torch.optim.AdamW
+        client = adamw(module.parameters(), optimizer.peak_lr, optimizer.betas, weight_decay=optimizer.weight_decay)
+        settings = deepspeed_config(optimizer, training, parallelism, self.num_parameters, world_size())
+        self.num_micro_batches = settings["gradient_accumulation_steps"]
+        self._engine: Any
+        self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        self.names = [name.removeprefix(_PREFIX) for name, _ in module.named_parameters()]
+        self._parameters = dict(zip(self.names, module.parameters(), strict=True))
+        self._module = module
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+        """Forward, backward and update over this rank's share of a global batch.
+
+        The loss is the mean negative log-likelihood in nats per dimension, so that gradients do not grow with the
+        image.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self._engine.skipped_steps
+        total = torch.zeros((), device=self.device)
+        count = 0
+        for batch in micro_batches:
+            loss = self._engine(batch.x, batch.y).mean() / self.num_dims
+            self._engine.backward(loss)
+            self._engine.step()
+            total += loss.detach()
+            count += 1
+        assert count == self.num_micro_batches, "a step takes exactly the accumulated micro batches"
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            nats_per_dim=float(total) / count,
+            gradient_norm=float(norm) if norm is not None else 0.0,
+            skipped=self._engine.skipped_steps > skipped_before,
+        )
+
+    # -- weights by name -----------------------------------------------------------------------------------------
+
+    def masters(self) -> list[Tensor]:
+        """This rank's own fp32 master tensors: flat partitions, or at stage 0 all parameters."""
+        optimizer = self._engine.optimizer
+        match self.stage:
+            case 0:
+                return [p.data for p in self._parameters.values()]
+            case 1 | 2:
+                return [flat.data for flat in optimizer.single_partition_of_fp32_groups]
+            case 3:
+                return [flat.data for flat in optimizer.fp32_partitioned_groups_flat]
+
+    def full_weight(self, name: str) -> Tensor:
+        """The whole fp32 master weight of a parameter; all ranks must call."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self._parameters[name]
+        full = parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
+        assert full is not None
+        return full.detach().float()
+
+    def full_moment(self, name: str, moment: str) -> Tensor:
+        """The whole optimizer moment of a parameter; all ranks must call, after the first step."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            return self._engine.optimizer.state[parameter][moment]
+        full = safe_get_full_optimizer_state(parameter, moment)
+        assert full is not None
+        return full
+
+    def set_master(self, name: str, value: Tensor) -> None:
+        """Overwrite a master weight (this rank's part of it), not the working copy."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter, value = self._parameters[name], value.to(self.device)
+        match self.stage:
+            case 0:
+                parameter.data.copy_(value)
+            case 1 | 2:
+                safe_set_full_fp32_param(parameter, value)
+            case 3:
+                safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+
+    def set_moment(self, name: str, moment: str, value: Tensor) -> None:
+        """Overwrite an optimizer moment (this rank's part of it)."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        parameter, value = self._parameters[name], value.to(self.device)
+        match self.stage:
+            case 0:
+                self._engine.optimizer.state[parameter][moment].copy_(value)
+            case 1 | 2:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            case 3:
+                safe_set_local_optimizer_state(parameter, _own_part(parameter, value), moment)
+
+    def set_working_copy(self, name: str, value: Tensor) -> None:
+        """Overwrite what the forward pass uses; all ranks must call."""
+        parameter = self._parameters[name]
+        value = value.to(self.device)
+        if self.stage < 3:
+            parameter.data.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates the optimizer has made; AdamW's bias correction depends on it."""
+        steps = [int(state["step"]) for state in self._base_optimizer().state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def set_num_steps(self, steps: int) -> None:
+        """Overwrite the optimizer's count of updates."""
+        for state in self._base_optimizer().state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by name; equal on all ranks, because the flow writes them before the engine starts."""
+        return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
+
+    @contextmanager
+    def exchanged(self, others: list[Tensor]) -> Generator[None]:
+        """Swap the masters with tensors laid out alike, so that `full_weight` and `set_master` act on those."""
+        self._swap(others)
+        try:
+            yield
+        finally:
+            self._swap(others)
+
+    def _swap(self, others: list[Tensor]) -> None:
+        for master, other in zip(self.masters(), others, strict=True):
+            kept = master.clone()
+            master.copy_(other)
+            other.copy_(kept)
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return self._engine.optimizer if self.stage == 0 else self._engine.optimizer.optimizer
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's ZeRO-3 part of a whole tensor, padded with zeros.
+
+    DeepSpeed's own setters for whole tensors fail where the number of ranks does not divide the tensor (0.19.8).
+    """
+    share = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, share * world_size() - value.numel()))
+    return padded.narrow(0, share * rank(), share)
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its shared-memory collectives on CPU.
+
+    They are compiled at the first start (35 s, needs g++ and ninja) and help only ranks of one machine; gloo is
+    there already.
+    """
+    import logging
+
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,297 @@
+"""The training loop: batches in order, one step each, and what happens between steps, in plain order.
+
+Progress is counted in images. Whatever is random about a sample is drawn from (seed, epoch, sample); dropout masks
+come from a generator that is seeded anew at every step from (seed, images seen, rank). Hence the run has no random
+state, and one that is killed and resumed on the same number of ranks repeats the lost steps bit for bit.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow_scale import distributed, telemetry
+from tarflow_scale.config import CheckpointConfig, LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from tarflow_scale.errors import UserError
+from tarflow_scale.flows.likelihood import add_noise
+from tarflow_scale.randomness import Purpose, generator
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.shards.reader import Batch, SlotReader
+from tarflow_scale.training import checkpoint
+from tarflow_scale.training.checkpoint import TrainState
+from tarflow_scale.training.ema import WeightAverage
+from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
+from tarflow_scale.training.schedule import learning_rate
+
+__all__ = ["Interrupted", "Loop", "Preview"]
+
+Preview = Callable[[dict[str, Tensor], int], None]
+"""Called on rank 0 with the averaged weights by name and the images seen."""
+
+
+class Interrupted(UserError):
+    """The run was asked to stop, saved a checkpoint, and can be resumed."""
+
+
+@dataclass
+class _Progress:
+    """Mutable counterpart of `TrainState`."""
+
+    images_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything one run needs.
+
+    Args:
+        engine: the flow under DeepSpeed.
+        average: its moving average.
+        reader: this rank's batches.
+        pixels: how stored pixels become floats.
+        class_conditional: whether the flow takes labels.
+        run: what must not change between this run and its continuation.
+        training, optimizer, schedule, checkpoints, logging: the sections.
+        preview: draws a sample grid.
+    """
+
+    engine: Engine
+    average: WeightAverage
+    reader: SlotReader
+    pixels: PixelFormat
+    class_conditional: bool
+    run: dict[str, Any]
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoints: CheckpointConfig
+    logging: LoggingConfig
+    preview: Preview
+
+    @property
+    def total_images(self) -> int:
+        """Images of the run, rounded up to whole steps."""
+        return _whole_steps(self.training.total_images, self.training.global_batch_size)
+
+    def fit(self) -> None:
+        """Train from the latest checkpoint, or from the start, to ``training.total_images``.
+
+        Raises:
+            UserError: the run folder holds another run; too many steps in a row were not finite.
+            Interrupted: SIGTERM or SIGUSR1 came; a checkpoint was saved.
+        """
+        progress = self._resume()
+        stop = _StopSignal()
+        log_path = Path(self.logging.path) / "log.jsonl"
+        main = distributed.is_main()
+        with _main_only_log(log_path, progress.images_seen, main) as log, self._bar(progress, main) as bar:
+            batches = self.reader.batches(progress.images_seen)
+            while progress.images_seen < self.total_images:
+                before = progress.images_seen
+                result = self._step(next(batches), progress)
+                stopping = self._agree(result, stop.received, progress)
+                now = progress.images_seen
+                bar.update(now - before)
+                done = now >= self.total_images
+                if done or _crossed(before, now, self.logging.every_images):
+                    self._log(log, bar, result, progress)
+                if done or stopping or _crossed(before, now, self.checkpoints.every_images):
+                    self._save(progress)
+                if done or _crossed(before, now, self.logging.preview_every_images):
+                    self._preview(now)
+                if stopping and not done:
+                    raise Interrupted(
+                        f"stopped by a signal after {now} images (checkpoint saved); run it again to go on"
+                    )
+
+    def _step(self, batch: Batch, progress: _Progress) -> StepResult:
+        progress_images = progress.images_seen
+        seed = self.training.seed
+        torch.manual_seed(_dropout_seed(seed, progress_images, distributed.rank()))
+        rate = learning_rate(progress_images, self.total_images, self.optimizer, self.schedule)
+        result = self.engine.step(self._micro_batches(batch), rate)
+        progress.images_seen += self.training.global_batch_size
+        if not result.skipped:
+            self.average.update(progress.images_seen, self.training.global_batch_size)
+        return result
+
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        x = noisy_images(batch, self.pixels, self.training.seed)
+        y = dropped_labels(batch, self.training.label_drop, self.training.seed) if self.class_conditional else None
+        size = self.training.micro_batch_size
+        for low in range(0, len(x), size):
+            labels = y[low : low + size].to(self.engine.device) if y is not None else None
+            yield MicroBatch(x[low : low + size].to(self.engine.device), labels)
+
+    def _agree(self, result: StepResult, signalled: bool, progress: _Progress) -> bool:
+        """Sum over ranks what all must know; True when any rank was asked to stop."""
+        facts = torch.tensor([result.nats_per_dim, float(signalled)], dtype=torch.float64, device=self.engine.device)
+        loss, signals = distributed.all_reduce_sum(facts).tolist()
+        if result.skipped:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row > self.training.max_skipped_steps:
+                raise UserError(
+                    f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row, the last at "
+                    f"{progress.images_seen} images (allowed: {self.training.max_skipped_steps}); lower "
+                    f"optimizer.peak_lr, or resume from an older checkpoint"
+                )
+        else:
+            progress.skipped_in_a_row = 0
+            progress.loss_sum += loss / distributed.world_size()
+            progress.loss_steps += 1
+        return signals > 0
+
+    def _log(self, log: telemetry.JsonLog | None, bar: Any, result: StepResult, progress: _Progress) -> None:
+        loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        images = progress.images_seen
+        record: dict[str, Any] = {
+            "images": images,
+            "nats_per_dim": loss,
+            "bits_per_dim": self._bits(loss),
+            "learning_rate": learning_rate(images, self.total_images, self.optimizer, self.schedule),
+            "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
+            "skipped_steps": progress.skipped_steps,
+            "images_per_second": images / progress.elapsed,
+            "peak_memory_bytes": telemetry.peak_memory_bytes(),
+            "seconds": progress.elapsed,
+        }
+        if log is not None:
+            log.write(record)
+        if loss is not None:
+            name, value = ("nats/dim", loss) if record["bits_per_dim"] is None else ("bits/dim", record["bits_per_dim"])
+            bar.set_postfix_str(f"{name} {value:.3f}", refresh=False)
+
+    def _bits(self, nats_per_dim: float | None) -> float | None:
+        """Training loss in bits/dim; only uniform dequantisation has any."""
+        if nats_per_dim is None or self.pixels.noise != "uniform":
+            return None
+        return nats_per_dim / math.log(2) + self.pixels.bit_depth - 1
+
+    def _save(self, progress: _Progress) -> None:
+        state = TrainState(
+            images_seen=progress.images_seen,
+            num_steps=self.engine.num_steps,
+            skipped_steps=progress.skipped_steps,
+            skipped_in_a_row=progress.skipped_in_a_row,
+            loss_sum=progress.loss_sum,
+            loss_steps=progress.loss_steps,
+            seconds=progress.elapsed,
+            run=self.run,
+        )
+        checkpoint.save(self._checkpoint_path, self.engine, self.average, state, self.checkpoints.keep_last)
+
+    def _preview(self, images_seen: int) -> None:
+        weights = self.averaged_weights()
+        if distributed.is_main():
+            self.preview(weights, images_seen)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average and the buffers by name, whole, on rank 0; empty elsewhere. All ranks must call."""
+        main = distributed.is_main()
+        weights = {name: full.cpu().clone() for name, full in self.average.full() if main}
+        return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}
+
+    def _resume(self) -> _Progress:
+        found = checkpoint.find_latest(self._checkpoint_path)
+        if found is None:
+            return _Progress()
+        folder, state = found
+        changed = sorted(key for key in self.run if self.run[key] != state.run.get(key))
+        if changed:
+            raise UserError(
+                f"the run folder {self.logging.path} holds another run ({', '.join(changed)} differ); "
+                f"choose another logging.path or delete it"
+            )
+        checkpoint.load(folder, self.engine, self.average, self._prime)
+        return _Progress(
+            images_seen=state.images_seen,
+            skipped_steps=state.skipped_steps,
+            skipped_in_a_row=state.skipped_in_a_row,
+            loss_sum=state.loss_sum,
+            loss_steps=state.loss_steps,
+            seconds=state.seconds,
+        )
+
+    def _prime(self) -> StepResult:
+        """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
+        return self.engine.step(self._micro_batches(next(self.reader.batches(0))), learning_rate=0.0)
+
+    def _bar(self, progress: _Progress, main: bool) -> Any:
+        return telemetry.progress_bar(self.total_images, "train", initial=progress.images_seen, enabled=main)
+
+    @property
+    def _checkpoint_path(self) -> str:
+        return f"{self.logging.path}/checkpoints"
+
+
+def noisy_images(batch: Batch, pixels: PixelFormat, seed: int) -> Tensor:
+    """Images of a batch as floats ``(B, C, H, W)`` with the training noise, a function of (seed, epoch, sample)."""
+    shape = batch.images.shape[1:]
+    noise = np.empty(batch.images.shape, dtype=np.float32)
+    for i, sample in enumerate(batch.samples):
+        draw = generator(Purpose.NOISE, seed, batch.epoch, int(sample))
+        uniform = pixels.noise == "uniform"
+        noise[i] = draw.random(shape, np.float32) if uniform else draw.standard_normal(shape, np.float32)
+    return add_noise(torch.from_numpy(batch.images), torch.from_numpy(noise), pixels)
+
+
+def dropped_labels(batch: Batch, probability: float, seed: int) -> Tensor:
+    """Labels ``(B,)``, -1 where dropped; a function of (seed, epoch, sample)."""
+    draws = [generator(Purpose.LABEL_DROP, seed, batch.epoch, int(sample)).random() for sample in batch.samples]
+    return torch.from_numpy(np.where(np.array(draws) < probability, -1, batch.labels))
+
+
+class _StopSignal:
+    """Set by SIGTERM or SIGUSR1 (what schedulers send before they preempt a job)."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+
+
+class _NoLog:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _main_only_log(path: Path, images_seen: int, main: bool) -> "telemetry.JsonLog | _NoLog":
+    return telemetry.JsonLog(path, keep_until_images=images_seen) if main else _NoLog()
+
+
+def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, images_seen, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _whole_steps(images: int, step_images: int) -> int:
+    return -(-images // step_images) * step_images
+
+
+def _crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every

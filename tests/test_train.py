@@ -1,0 +1,186 @@
+"""``train`` from the command line: what a run leaves, and that killing it loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tarflow_scale import cli
+from tarflow_scale.flows import load_flow
+from tarflow_scale.registry import Registry
+from tests.conftest import TOP, Trained, command, train_arguments
+
+VOLATILE = {"images_per_second", "seconds", "peak_memory_bytes"}
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model/model.safetensors").read_bytes()
+
+
+def test_a_run_explains_itself_and_learns(trained: Trained) -> None:
+    log = curve(trained.run)
+    assert [line["images"] for line in log] == list(range(64, 1281, 64))
+    assert log[-1]["bits_per_dim"] < log[0]["bits_per_dim"] - 0.3
+    names = {path.name for path in trained.run.iterdir()}
+    assert names == {"checkpoints", "config.yaml", "environment.json", "log.jsonl", "model", "previews"}
+    environment = json.loads((trained.run / "environment.json").read_text())
+    assert environment["packages"]["torch"] != "not installed"
+    previews = sorted(path.name for path in (trained.run / "previews").iterdir())
+    assert previews == ["images-000000000640.png", "images-000000001280.png"]
+    version = Registry(str(trained.registry), "small").resolve("latest")
+    assert version.images_seen == 1280
+    assert version.config_digest == environment["config_digest"]
+    assert load_flow(str(trained.run / "model")).pixels == version.pixels
+
+
+def start(arguments: list[str], ranks: int = 0) -> "subprocess.Popen[str]":
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "tarflow_scale", *arguments],
+        cwd=TOP,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_checkpoint(run: Path, images: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 180
+    while not (run / f"checkpoints/images-{images:012d}/manifest.json").exists():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_kill_dash_nine_and_the_same_command_again_equals_never_stopping(trained: Trained, tmp_path: Path) -> None:
+    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
+    process = start(arguments)
+    wait_for_checkpoint(tmp_path / "run", 640, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run/model").exists()
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "run") == curve(trained.run)
+    assert weights(tmp_path / "run") == weights(trained.run)
+
+
+@pytest.mark.distributed
+def test_two_ranks_killed_and_resumed_equal_two_ranks_undisturbed(trained: Trained, tmp_path: Path) -> None:
+    whole = train_arguments(trained.data, tmp_path / "whole", tmp_path / "registry")
+    broken = train_arguments(trained.data, tmp_path / "broken", tmp_path / "registry")
+    result = command(*whole, ranks=2)
+    assert result.returncode == 0, result.stderr
+    process = start(broken, ranks=2)
+    wait_for_checkpoint(tmp_path / "broken", 320, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    result = command(*broken, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    losses = [[line["nats_per_dim"] for line in curve(run)] for run in (tmp_path / "whole", trained.run)]
+    assert losses[0][:2] == pytest.approx(
+        losses[1][:2], rel=0.05
+    )  # dropout masks differ with the ranks, samples do not
+
+
+def test_sigterm_saves_and_says_so(trained: Trained, tmp_path: Path) -> None:
+    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", "training.total_images=100000")
+    process = start(arguments)
+    wait_for_checkpoint(tmp_path / "run", 320, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "images (checkpoint saved); run it again to go on" in output
+    newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    assert (newest / "manifest.json").exists()
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Trained) -> None:
+    before = curve(trained.run)
+    result = command(*train_arguments(trained.data, trained.run, trained.registry))
+    assert result.returncode == 0, result.stderr
+    assert "registered small@1" in result.stdout
+    assert curve(trained.run) == before
+    assert len(Registry(str(trained.registry), "small").state().versions) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(trained: Trained, tmp_path: Path) -> None:
+    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
+    process = start(arguments)
+    wait_for_checkpoint(tmp_path / "run", 640, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = max(p for p in (tmp_path / "run/checkpoints").iterdir() if (p / "manifest.json").exists())
+    part = next(newest.glob("part-*.safetensors"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(bytes(content))
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "skipping a damaged checkpoint" in result.stderr
+    assert curve(tmp_path / "run") == curve(trained.run)
+    assert weights(tmp_path / "run") == weights(trained.run)
+
+
+def test_a_run_folder_of_another_run_is_refused(trained: Trained) -> None:
+    result = command(*train_arguments(trained.data, trained.run, trained.registry, "training.seed=1"))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"tarflow-scale: error: the run folder {trained.run} holds another run (training.seed differ); "
+        f"choose another logging.path or delete it"
+    )
+
+
+def test_a_loss_that_stays_nan_stops_the_run(digits: Path, tmp_path: Path) -> None:
+    more = ["optimizer.peak_lr=1e6", "optimizer.gradient_clip_norm=1e9", "training.max_skipped_steps=3"]
+    result = command(*train_arguments(digits, tmp_path / "run", tmp_path / "registry", *more))
+    assert result.returncode == 2
+    assert "loss or gradient was not finite in 4 steps in a row" in result.stderr.splitlines()[-1]
+
+
+def test_dry_run_prints_the_arithmetic_and_starts_nothing(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*train_arguments(digits, tmp_path / "run", tmp_path / "registry"), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "32 = 16 x 1 ranks x 2 accumulated" in plan
+    assert "40 steps = 1,280 images" in plan
+    assert "parameters" in plan
+    assert "GiB a rank" in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu(digits: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "parallelism.precision=bf16")
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    log = curve(tmp_path / "run")
+    assert log[-1]["bits_per_dim"] < log[0]["bits_per_dim"] - 0.3
+
+
+def test_bf16_and_gaussian_noise_on_the_cpu(digits: Path, tmp_path: Path) -> None:
+    noise = "training.noise={kind: gaussian, std: 0.1}"
+    more = ["parallelism.precision=bf16", noise, "model.class_conditional=false"]
+    result = command(*train_arguments(digits, tmp_path / "run", tmp_path / "registry", *more))
+    assert result.returncode == 0, result.stderr
+    log = curve(tmp_path / "run")
+    assert log[-1]["nats_per_dim"] < log[0]["nats_per_dim"] - 0.2
+    assert log[-1]["bits_per_dim"] is None
