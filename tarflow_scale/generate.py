@@ -1,0 +1,236 @@
+"""Verb ``generate``: a registered version to shards of new images, in the format that ``prepare`` writes.
+
+Resolve everything that decides the bytes into a plan, freeze it in the output folder, and make each shard as one
+idempotent unit of work: decode its range of indices, write the shard, then its record. The manifest comes last.
+Running it again makes what is missing, byte for byte; a folder that holds another plan is refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tarflow_scale import storage, telemetry
+from tarflow_scale.config import GenerateConfig
+from tarflow_scale.errors import PlanError
+from tarflow_scale.loading import load_version
+from tarflow_scale.pool import run_units
+from tarflow_scale.records import GenerationPlan, canonical_json
+from tarflow_scale.registry import Registry
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.writer import Sample, publish_manifest, write_shard
+
+__all__ = ["ShardMaker", "Unit", "run"]
+
+_PLAN = "plan.json"
+_RECORDS = "records"
+_GRID = "grid.png"
+_GRID_IMAGES = 100
+_GRID_ZOOM = 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One output shard: images ``[start, stop)``."""
+
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def tar_name(self) -> str:
+        """``generated-00000.tar``."""
+        return f"generated-{self.number:05d}.tar"
+
+
+def run(config: GenerateConfig, dry_run: bool) -> None:
+    """Make the shards that are missing, then the manifest.
+
+    Raises:
+        RegistryError: no such version.
+        PlanError: the folder holds another plan, or a shard that was made again has other bytes.
+    """
+    plan = _plan(config)
+    units = _units(plan)
+    path = config.shards.path
+    _check_plan(path, plan)
+    missing = [unit for unit in units if not _is_done(path, unit)]
+    _print_plan(plan, len(units), len(missing), path)
+    if dry_run:
+        return
+    _freeze_plan(path, plan)
+    if not missing and storage.exists(storage.join(path, MANIFEST_NAME)):
+        print(f"{path}: nothing to do, all {plan.num_images} images are there")
+        return
+    arguments = {"registry": config.registry.path, "plan": plan, "path": path}
+    with telemetry.progress_bar(plan.num_images, "generate", initial=_images(units) - _images(missing)) as bar:
+        for unit, _ in run_units(ShardMaker, arguments, missing, **config.cluster.model_dump()):
+            bar.update(unit.stop - unit.start)
+    records = tuple(_read_record(path, unit) for unit in units)
+    publish_manifest(path, _manifest(plan, records))
+    _write_grid(path, plan)
+    print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
+
+
+class ShardMaker:
+    """Holds the flow; makes one shard at a time.
+
+    Args:
+        registry: folder or URL of the registry.
+        plan: the plan.
+        path: output folder or URL.
+    """
+
+    def __init__(self, registry: str, plan: GenerationPlan, path: str) -> None:
+        torch.set_num_threads(plan.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        flow = load_version(registry, plan.model, plan.version).to(device)
+        self._plan = plan
+        self._path = path
+        self._sampler = Sampler(
+            flow,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            guidance=plan.guidance,
+            temperature=plan.temperature,
+        )
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """Make a shard: tar and index, then the record that says it is done.
+
+        Raises:
+            PlanError: a record from before names other bytes, so this is another machine or library version.
+        """
+        images = self._sampler.images(range(unit.start, unit.stop)).numpy()
+        samples = [self._sample(unit.start + i, image) for i, image in enumerate(images)]
+        record = write_shard(self._path, unit.tar_name, samples)
+        location = _record_location(self._path, unit)
+        if not storage.create(location, record.to_json()):
+            earlier = _read_record(self._path, unit)
+            if earlier != record:
+                raise PlanError(
+                    f"{unit.tar_name} came out with other bytes than before (sha256 {record.sha256[:12]}, not "
+                    f"{earlier.sha256[:12]}); use the package versions of the first run, or another shards.path"
+                )
+        return record.model_dump()
+
+    def _sample(self, index: int, image: Any) -> Sample:
+        plan = self._plan
+        classes = len(plan.class_names) if plan.labels == "balanced" else 0
+        label = index % classes if classes else None
+        facts = {
+            "index": index,
+            "label": label,
+            "model": f"{plan.model}@{plan.version}",
+            "weights": plan.weights_digest,
+            "seed": plan.seed,
+            "guidance": plan.guidance,
+            "temperature": plan.temperature,
+        }
+        return Sample(key=f"{index:09d}", image=image, label=label, facts=facts)
+
+
+def _plan(config: GenerateConfig) -> GenerationPlan:
+    version = Registry(config.registry.path, config.registry.model).resolve(config.registry.version)
+    flow = load_version(config.registry.path, config.registry.model, version.version)
+    if config.sampling.guidance > 0 and flow.num_classes is None:
+        raise PlanError(
+            f"guidance needs a class-conditional model (got guidance={config.sampling.guidance} for "
+            f"{config.registry.model}@{version.version}); set sampling.guidance=0"
+        )
+    return GenerationPlan(
+        model=config.registry.model,
+        version=version.version,
+        weights_digest=version.weights_digest,
+        seed=config.sampling.seed,
+        num_images=config.sampling.num_images,
+        samples_per_shard=config.shards.samples_per_shard,
+        batch_size=config.sampling.batch_size,
+        guidance=config.sampling.guidance,
+        temperature=config.sampling.temperature,
+        labels="balanced" if flow.num_classes else "none",
+        class_names=version.data.class_names,
+        image_size_pixels=version.data.image_size_pixels,
+        num_channels=version.data.num_channels,
+        pixels=version.pixels,
+        threads=config.cluster.cpus_per_worker,
+    )
+
+
+def _units(plan: GenerationPlan) -> list[Unit]:
+    size = plan.samples_per_shard
+    starts = range(0, plan.num_images, size)
+    return [Unit(number, start, min(start + size, plan.num_images)) for number, start in enumerate(starts)]
+
+
+def _images(units: list[Unit]) -> int:
+    return sum(unit.stop - unit.start for unit in units)
+
+
+def _check_plan(path: str, plan: GenerationPlan) -> None:
+    """Refuse a folder that holds another plan, or anything that is not a generation."""
+    location = storage.join(path, _PLAN)
+    if storage.exists(location):
+        frozen = GenerationPlan.from_json(storage.read_bytes(location), location)
+        changed = [name for name in GenerationPlan.model_fields if getattr(frozen, name) != getattr(plan, name)]
+        if changed:
+            raise PlanError(f"{path} holds another plan ({', '.join(changed)} differ); choose another shards.path")
+    elif storage.list_names(path):
+        raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
+
+
+def _freeze_plan(path: str, plan: GenerationPlan) -> None:
+    storage.create(storage.join(path, _PLAN), plan.to_json())
+    _check_plan(path, plan)  # another driver may have been faster
+
+
+def _record_location(path: str, unit: Unit) -> str:
+    return storage.join(path, _RECORDS, unit.tar_name.removesuffix(".tar") + ".json")
+
+
+def _read_record(path: str, unit: Unit) -> ShardRecord:
+    location = _record_location(path, unit)
+    return ShardRecord.from_json(storage.read_bytes(location), location)
+
+
+def _is_done(path: str, unit: Unit) -> bool:
+    """Whether record, tar and index are there and the tar has its size."""
+    tar = storage.join(path, unit.tar_name)
+    needed = (_record_location(path, unit), tar, storage.join(path, index_name(unit.tar_name)))
+    return all(map(storage.exists, needed)) and storage.size_bytes(tar) == _read_record(path, unit).bytes
+
+
+def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:
+    return Manifest(
+        name=plan.model,
+        split="generated",
+        image_size_pixels=plan.image_size_pixels,
+        num_channels=plan.num_channels,
+        class_names=plan.class_names if plan.labels == "balanced" else (),
+        bit_depth=plan.pixels.bit_depth,
+        source=f"{plan.model}@{plan.version} {plan.weights_digest}",
+        recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),
+        shards=shards,
+    )
+
+
+def _write_grid(path: str, plan: GenerationPlan) -> None:
+    """The first images as one picture; with up to 20 classes, column c holds class c."""
+    columns = len(plan.class_names) if 0 < len(plan.class_names) <= 20 else 10
+    batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
+    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, _GRID_ZOOM))
+
+
+def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: str) -> None:
+    shape = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
+    rows = [
+        ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
+        ("images", f"{plan.num_images:,} of {shape}, {plan.labels} labels, seed {plan.seed}"),
+        ("sampling", f"batch {plan.batch_size}, guidance {plan.guidance:g}, temperature {plan.temperature:g}"),
+        ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
+        ("output", path),
+    ]
+    print(telemetry.table(rows, ("generate", "")))

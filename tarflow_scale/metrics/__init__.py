@@ -1,0 +1,1 @@
+"""Images and likelihoods to numbers that carry their protocol; the only user of torch-fidelity."""

@@ -1,0 +1,285 @@
+"""Bad input: one clear line with the exact words, exit code 2, and nothing left behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tarflow_scale import cli
+from tarflow_scale.shards.images import encode_png
+from tests.conftest import TOP, Trained, train_arguments
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a case may write, and what it may read."""
+
+    tmp: Path
+    trained: Trained
+
+    @property
+    def out(self) -> Path:
+        return self.tmp / "out"
+
+    def folder_source(self, **images: np.ndarray | bytes) -> list[str]:
+        """``prepare`` on a folder of one class; names use ``_`` for ``.``."""
+        (self.tmp / "images/class").mkdir(parents=True)
+        for name, image in images.items():
+            content = image if isinstance(image, bytes) else encode_png(image)
+            (self.tmp / "images/class" / name.replace("_", ".")).write_bytes(content)
+        return ["prepare", "source.kind=folder", f"source.path={self.tmp}/images", f"shards.path={self.out}"]
+
+    def data_copy(self) -> Path:
+        shutil.copytree(self.trained.data / "train", self.tmp / "data/train")
+        return self.tmp / "data"
+
+    def train(self, data: Path, *more: str) -> list[str]:
+        return train_arguments(data, self.out, self.out, *more)
+
+    def registry(self, verb: str, *more: str) -> list[str]:
+        return [*verb.split(), f"registry.path={self.trained.registry}", "registry.model=small", *more]
+
+    def generate(self, *more: str) -> list[str]:
+        return self.registry(
+            "generate", "sampling.num_images=20", f"shards.path={self.out}", "cluster.executor=local", *more
+        )
+
+    def evaluate(self, *more: str) -> list[str]:
+        protocols = [str(TOP / f"evals/protocols/digits-{name}.yaml") for name in ("bits-per-dim", "frechet-pixels")]
+        return self.registry(
+            "evaluate",
+            f"data.path={self.trained.data}/test",
+            f"reference.path={self.trained.data}/train",
+            f"reference.cache={self.out}",
+            f"metrics.protocols={json.dumps(protocols)}",
+            "cluster.executor=local",
+            *more,
+        )
+
+    def gate(self) -> Path:
+        facts = {"name": "g", "requirements": [{"protocol": str(TOP / "evals/protocols/digits-bits-per-dim.yaml")}]}
+        (self.tmp / "gate.yaml").write_text(yaml.safe_dump(facts))
+        return self.tmp / "gate.yaml"
+
+
+def unknown_key(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "optimizer.lr=1"), "optimizer.lr: unknown key; check the spelling against --help"
+
+
+def wrong_type(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "training.seed=soon"), (
+        "training.seed: Input should be a valid integer, unable to parse string as an integer (got 'soon')"
+    )
+
+
+def out_of_range(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "training.label_drop=1.5"), (
+        "training.label_drop: Input should be less than or equal to 1 (got 1.5)"
+    )
+
+
+def not_a_number(w: World) -> tuple[list[str], str]:
+    return w.generate("sampling.temperature=.nan"), "sampling.temperature: Input should be a finite number (got nan)"
+
+
+def no_data_set(w: World) -> tuple[list[str], str]:
+    return w.train(w.tmp / "absent"), (
+        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
+        f"interrupted"
+    )
+
+
+def half_written_data_set(w: World) -> tuple[list[str], str]:
+    data = w.data_copy()
+    (data / "train/manifest.json").unlink()
+    return w.train(data), (
+        f"{data}/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
+        f"interrupted"
+    )
+
+
+def damaged_manifest(w: World) -> tuple[list[str], str]:
+    data = w.data_copy()
+    (data / "train/manifest.json").write_text("{}")
+    return w.train(data), (
+        f"{data}/train/manifest.json is not a manifest (name: Field required); pack the data set again"
+    )
+
+
+def truncated_shard(w: World) -> tuple[list[str], str]:
+    data = w.data_copy()
+    tar = data / "train/train-00000.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes()[:-1])
+    return w.train(data), (f"{tar} does not match its manifest (got {size - 1} bytes, not {size}); pack the data again")
+
+
+def changed_shard(w: World) -> tuple[list[str], str]:
+    data = w.data_copy()
+    tar = data / "train/train-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    return w.train(data, "data.verify=full"), (
+        f"{tar} does not match its manifest (sha256 differs); pack the data set again"
+    )
+
+
+def empty_folder(w: World) -> tuple[list[str], str]:
+    return w.folder_source(), (
+        f"no images in {w.tmp}/images (looked for class/*.png, jpg, jpeg, webp, bmp); check source.path"
+    )
+
+
+def unreadable_image(w: World) -> tuple[list[str], str]:
+    return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=b"no image"), (
+        f"{w.tmp}/images/class/b.png cannot be decoded (cannot identify image file <_io.BytesIO object>); replace or "
+        f"remove the image"
+    )
+
+
+def several_sizes(w: World) -> tuple[list[str], str]:
+    return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=np.zeros((1, 9, 9), np.uint8)), (
+        f"all images must have one shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
+        f"source.resize=center_crop and source.size_pixels"
+    )
+
+
+def resize_without_a_size(w: World) -> tuple[list[str], str]:
+    return [*w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8)), "source.resize=center_crop"], (
+        "source: source.size_pixels is required for resize=center_crop (got None); set the side in pixels"
+    )
+
+
+def batch_that_does_not_divide(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "training.micro_batch_size=12"), (
+        "training.global_batch_size must be a multiple of training.micro_batch_size (got 32 and 12); use 24"
+    )
+
+
+def batch_larger_than_the_data(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "training.global_batch_size=4096"), (
+        "the global batch must not exceed the data set (got 4096 and 1438 samples); lower training.global_batch_size"
+    )
+
+
+def patch_that_does_not_divide(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "model.patch_size=3"), (
+        "image height and width must be multiples of model.patch_size (got 8x8 and 3); choose another patch size"
+    )
+
+
+def no_registry(w: World) -> tuple[list[str], str]:
+    return ["models", "list", f"registry.path={w.tmp}/absent", "registry.model=x"], (
+        f"no registry at {w.tmp}/absent; train a model into it first, or check registry.path"
+    )
+
+
+def no_model(w: World) -> tuple[list[str], str]:
+    return ["models", "show", f"registry.path={w.trained.registry}", "registry.model=large"], (
+        f"no model 'large' in the registry {w.trained.registry}; check registry.model"
+    )
+
+
+def no_version(w: World) -> tuple[list[str], str]:
+    return w.evaluate("registry.version=9"), "no version 9 of small (there are 1); check the number"
+
+
+def no_alias(w: World) -> tuple[list[str], str]:
+    return w.generate("registry.version=champion"), ("no alias 'champion' of small (there is none); check the name")
+
+
+def no_report(w: World) -> tuple[list[str], str]:
+    return w.registry("promote", f"gate.path={w.gate()}"), (
+        "small@1 has no report (the gate asks for bits_per_dim); run 'tarflow-scale evaluate' first"
+    )
+
+
+def report_of_another_protocol(w: World) -> tuple[list[str], str]:
+    registry = w.tmp / "registry"
+    shutil.copytree(w.trained.registry, registry)
+    facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
+    (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"num_draws": 1}))
+    more = [f"registry.path={registry}", f"metrics.protocols=[{w.tmp}/edition.yaml]", f"reference.cache={w.tmp}/cache"]
+    assert cli.main(w.evaluate(*more)) == 0
+    return w.registry("promote", f"registry.path={registry}", f"gate.path={w.gate()}"), (
+        "small@1 has no number by this protocol bits_per_dim (its reports: bits_per_dim, perhaps an earlier edition); "
+        "run 'tarflow-scale evaluate' with it"
+    )
+
+
+def data_of_another_depth(w: World) -> tuple[list[str], str]:
+    facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
+    (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"bit_depth": 8}))
+    return w.evaluate(f"metrics.protocols=[{w.tmp}/edition.yaml]"), (
+        "protocol bits_per_dim is for 8-bit data (got 4 in digits/test); choose another protocol"
+    )
+
+
+def generation_of_another_plan(w: World) -> tuple[list[str], str]:
+    path = w.tmp / "generated"
+    assert cli.main(w.generate(f"shards.path={path}")) == 0
+    return w.generate(f"shards.path={path}", "sampling.seed=1"), (
+        f"{path} holds another plan (seed differ); choose another shards.path"
+    )
+
+
+def generation_among_other_files(w: World) -> tuple[list[str], str]:
+    (w.tmp / "thesis").mkdir()
+    (w.tmp / "thesis/chapter.tex").write_text("x")
+    return w.generate(f"shards.path={w.tmp}/thesis"), (
+        f"{w.tmp}/thesis holds other files (no plan.json); choose another shards.path"
+    )
+
+
+CASES: list[Callable[[World], tuple[list[str], str]]] = [
+    unknown_key,
+    wrong_type,
+    out_of_range,
+    not_a_number,
+    no_data_set,
+    half_written_data_set,
+    damaged_manifest,
+    truncated_shard,
+    changed_shard,
+    empty_folder,
+    unreadable_image,
+    several_sizes,
+    resize_without_a_size,
+    batch_that_does_not_divide,
+    batch_larger_than_the_data,
+    patch_that_does_not_divide,
+    no_registry,
+    no_model,
+    no_version,
+    no_alias,
+    no_report,
+    report_of_another_protocol,
+    data_of_another_depth,
+    generation_of_another_plan,
+    generation_among_other_files,
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_bad_input(
+    case: Callable[[World], tuple[list[str], str]],
+    trained: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world = World(tmp_path, trained)
+    arguments, message = case(world)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.split("\n") if "img/s" not in line and line]
+    assert [line.partition(" object at 0x")[0] for line in errors] == [
+        f"tarflow-scale: error: {message}".partition(" object>")[0]
+    ]
+    if case is not several_sizes and case is not unreadable_image:
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert not any(path.is_file() for path in world.out.rglob("*"))

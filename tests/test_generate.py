@@ -1,0 +1,128 @@
+"""``generate``: plain WebDataset shards, made once, made again byte for byte."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from tarflow_scale import cli
+from tarflow_scale.shards.reader import ShardSet
+from tests.conftest import Trained, command
+
+
+def arguments(trained: Trained, path: Path, *more: str) -> list[str]:
+    return [
+        "generate",
+        f"registry.path={trained.registry}",
+        "registry.model=small",
+        f"shards.path={path}",
+        "shards.samples_per_shard=40",
+        "sampling.num_images=150",
+        "sampling.batch_size=16",
+        "cluster.executor=local",
+        *more,
+    ]
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def generated(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("generate") / "out"
+    assert cli.main(arguments(trained, path)) == 0
+    return path
+
+
+def test_plain_webdataset_opens_the_shards(generated: Path) -> None:
+    urls = [str(file) for file in sorted(generated.glob("*.tar"))]
+    assert len(urls) == 4
+    data = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls", "json")
+    found = list(data)
+    assert len({key for key, *_ in found}) == 150
+    assert [label for _, _, label, _ in found] == [i % 10 for i in range(150)]
+    facts = found[7][3]
+    assert (facts["index"], facts["label"], facts["model"]) == (7, 7, "small@1")
+
+
+def test_the_result_is_a_data_set_that_can_be_read_and_trained_on(generated: Path) -> None:
+    shards = ShardSet(str(generated), verify="full")
+    batch = next(shards.batches(0, 150, 150))
+    assert batch.images.shape == (150, 1, 8, 8)
+    assert (batch.images % 17 == 0).all()
+    assert shards.manifest.split == "generated"
+
+
+def test_running_it_again_does_nothing(trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {file: file.stat().st_mtime_ns for file in generated.rglob("*")}
+    assert cli.main(arguments(trained, generated)) == 0
+    assert "nothing to do, all 150 images are there" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in generated.rglob("*")} == times
+
+
+@pytest.mark.parametrize("lost", ["generated-00001.tar", "generated-00002.index.npz", "records/generated-00003.json"])
+def test_what_is_lost_comes_back_byte_for_byte(trained: Trained, generated: Path, lost: str) -> None:
+    before = content(generated)
+    (generated / lost).unlink()
+    assert cli.main(arguments(trained, generated)) == 0
+    assert content(generated) == before
+
+
+def test_a_truncated_shard_is_made_again(trained: Trained, generated: Path) -> None:
+    before = content(generated)
+    tar = generated / "generated-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:1000])
+    assert cli.main(arguments(trained, generated)) == 0
+    assert content(generated) == before
+
+
+@pytest.mark.ray
+def test_ray_workers_make_the_same_bytes(trained: Trained, generated: Path, tmp_path: Path) -> None:
+    result = command(*arguments(trained, tmp_path / "out", "cluster.executor=ray"))
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "out") == content(generated)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [("sampling.seed=5", "seed"), ("sampling.num_images=151", "num_images"), ("sampling.guidance=1", "guidance")],
+)
+def test_another_plan_is_refused(
+    trained: Trained, generated: Path, override: str, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(generated)
+    assert cli.main(arguments(trained, generated, override)) == 2
+    assert capsys.readouterr().err == (
+        f"tarflow-scale: error: {generated} holds another plan ({changed} differ); choose another shards.path\n"
+    )
+    assert content(generated) == before
+
+
+def test_other_bytes_for_the_same_plan_are_refused(
+    trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another version of a library would make them."""
+    record = generated / "records/generated-00001.json"
+    kept = record.read_bytes()
+    record.write_bytes(kept.replace(b'"sha256":"', b'"sha256":"0')[: len(kept) + 1].replace(
+        json.loads(kept)["sha256"][-1:].encode() + b'"}', b'"}'))  # fmt: skip
+    (generated / "generated-00001.tar").unlink()
+    assert cli.main(arguments(trained, generated)) == 2
+    assert "generated-00001.tar came out with other bytes than before" in capsys.readouterr().err
+    record.write_bytes(kept)
+    assert cli.main(arguments(trained, generated)) == 0
+
+
+@pytest.fixture
+def dry(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
+    assert cli.main(arguments(trained, tmp_path / "dry", "--dry-run")) == 0
+    yield capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(dry: str) -> None:
+    assert "150 of 1x8x8, balanced labels, seed 0" in dry
+    assert "4 of up to 40 images, 4 to make" in dry

@@ -1,0 +1,111 @@
+"""The repository itself: layout, figures that come from results, commands that exist, scripts that lint."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOP
+
+TRACKED = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False).stdout.split()
+README = TOP / "README.md"
+
+
+@pytest.mark.skipif(not TRACKED, reason="not a git checkout")
+def test_the_top_level_is_the_agreed_one() -> None:
+    allowed = {"pyproject.toml", "README.md", "tarflow_scale", "launch", "configs", "evals", "tests", "docker"}
+    found = {name.split("/")[0] for name in TRACKED}
+    assert {name for name in found if not name.startswith(".")} - allowed == {"LICENSE", "Makefile"}
+
+
+def test_no_module_is_longer_than_400_lines() -> None:
+    lengths = {path: path.read_text().count("\n") for path in (TOP / "tarflow_scale").rglob("*.py")}
+    assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_tests_mirror_the_package() -> None:
+    modules = {path.relative_to(TOP / "tarflow_scale") for path in (TOP / "tarflow_scale").rglob("*.py")}
+    for test in (TOP / "tests").rglob("test_*.py"):
+        folder = test.relative_to(TOP / "tests").parent
+        assert folder == Path() or any(module.parent == folder for module in modules), test
+
+
+def test_the_readme_shows_what_the_results_file_says() -> None:
+    result = subprocess.run(
+        [sys.executable, "evals/render_readme.py", "--check"], cwd=TOP, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    text = README.read_text()
+    named = re.findall(r"(?:configs|evals|launch|docker|tests|tarflow_scale)/[\w./-]+\w", text)
+    missing = {name for name in named if not (TOP / name).exists() and "*" not in name}
+    assert missing == set()
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lines = [line.split("   #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(("tarflow-scale", "launch/torchrun.sh"))]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
+    """Run with --dry-run in an empty folder: what is missing may be data or models, never a key or a file of ours."""
+    import shlex
+
+    for name in ("configs", "evals", "launch"):
+        (tmp_path / name).symlink_to(TOP / name)
+    words = shlex.split(line)
+    if words[0] == "launch/torchrun.sh":
+        words = ["tarflow-scale", "train", *words[2:]]
+    result = subprocess.run(
+        [sys.executable, "-m", "tarflow_scale", *words[1:], "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode in (0, 2), result.stderr
+    assert not re.search(r"unknown key|required key|Input should|cannot read the configuration|usage:", result.stderr)
+
+
+def test_the_makefile_and_ci_say_the_same() -> None:
+    ci = (TOP / ".ci/run").read_text()
+    assert all(f"make {target}" in ci for target in ("test", "lint", "demo"))
+    assert "bash .ci/run" in (TOP / ".github/workflows/ci.yml").read_text()
+
+
+SCRIPTS = sorted([*(TOP / "launch").glob("*.sh"), TOP / ".ci/run"])
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_pass_shellcheck(script: Path) -> None:
+    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_torchrun_sh_finds_a_mistake_before_it_starts(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", "launch/torchrun.sh", "2", "configs/train/digits.yaml", "optimizer.lr=1"],
+        cwd=TOP,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "tarflow-scale: error: optimizer.lr: unknown key; check the spelling against --help\n"
+
+
+def test_no_machine_or_registry_host_is_named() -> None:
+    pattern = re.compile(r"/(?:work|farm|root)/|pypi\.org|pythonhosted|registry\.npmjs|deb\.debian\.org")
+    for name in TRACKED:
+        path = TOP / name
+        if path.is_file() and path != Path(__file__):
+            assert not pattern.search(path.read_text(errors="ignore")), name
