@@ -19,7 +19,7 @@ from tarflow_scale import telemetry
 from tarflow_scale.config import (
     BitsPerDimProtocol,
     ClusterConfig,
-    DataConfig,
+    DataSetConfig,
     EvaluateConfig,
     FrechetProtocol,
     ReferenceConfig,
@@ -29,7 +29,7 @@ from tarflow_scale.config import (
 from tarflow_scale.errors import ConfigError, DataError, PlanError
 from tarflow_scale.flows.likelihood import bits_per_dim, quantize
 from tarflow_scale.loading import load_version
-from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
+from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import dequantised, gaussian_bits_per_dim, pixel_hashes
 from tarflow_scale.metrics.features import open_extractor, weights_digest
 from tarflow_scale.metrics.frechet import Moments, frechet_distance, merge_all
@@ -109,7 +109,7 @@ def run(config: EvaluateConfig, dry_run: bool) -> None:
             found = known[path] or _bind_reference(path, results, caches[path])
             values[protocol.name] = _frechet_value(path, protocol, results, found, config)
             if config.metrics.baselines:
-                gaussian = _gaussian(protocol, found.moments) or gaussian
+                gaussian = gaussian_for(protocol, found.moments) or gaussian
                 baselines |= _frechet_baselines(path, protocol, results, found.moments, gaussian)
         else:
             values[protocol.name] = _bits_value(path, protocol, results)
@@ -153,7 +153,7 @@ class Scorer:
         self,
         registry: VersionConfig,
         version: int,
-        data: DataConfig,
+        data: DataSetConfig,
         reference: ReferenceConfig,
         sampling: dict[str, Any],
         protocols: Sequence[str],
@@ -243,6 +243,11 @@ def _check(
                     f"protocol {protocol.name} is for {protocol.bit_depth}-bit data (got {manifest.bit_depth} in "
                     f"{manifest.name}/{manifest.split}); choose another protocol"
                 )
+    if version.data.class_names and data.class_names != version.data.class_names:
+        raise DataError(
+            f"the model knows {len(version.data.class_names)} classes by name (got {len(data.class_names)} others in "
+            f"{data.name}/{data.split}); evaluate on data with the same classes"
+        )
     for protocol in protocols:
         if isinstance(protocol, BitsPerDimProtocol) and version.pixels.noise != "uniform":
             raise ConfigError(
@@ -349,12 +354,6 @@ def _bind_reference(path: str, results: dict[Unit, UnitResult], cache: Reference
     reference = Reference(_moments(results, "reference", path), digest)
     cache.write(reference)
     return reference
-
-
-def _gaussian(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
-    if protocol.extractor != "pixels" or len(reference.mean) > MAX_DIMS:
-        return None
-    return PixelGaussian(reference, protocol.bit_depth)
 
 
 def _frechet_baselines(

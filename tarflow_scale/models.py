@@ -11,10 +11,11 @@ __all__ = ["list_models", "rollback", "show"]
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
-    """Print every version of every model of the registry, newest first, with its numbers."""
+    """Print every version of every model of the registry (or of the one named), newest first, with its numbers."""
     del dry_run  # there is nothing to change
     rows: list[tuple[str, ...]] = []
-    for model in Registry.models(config.registry.path):
+    wanted = config.registry.model
+    for model in [wanted] if wanted else Registry.models(config.registry.path):
         state = Registry(config.registry.path, model).state()
         for number in sorted(state.versions, reverse=True):
             version = state.versions[number]
@@ -28,7 +29,7 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
 def show(config: ModelsConfig, dry_run: bool) -> None:
     """Print what is known of one version: where it came from, its numbers, and what happened to it."""
     del dry_run  # there is nothing to change
-    model = config.registry.model
+    model = _named(config)
     state = Registry(config.registry.path, model).state()
     version = resolve(state, config.registry.version, model)
     aliases = [alias for alias, held in state.aliases.items() if held == version.version]
@@ -63,7 +64,7 @@ def rollback(config: ModelsConfig, dry_run: bool) -> None:
     Raises:
         RegistryError: not an alias, or nothing to go back to.
     """
-    alias, model = config.registry.version, config.registry.model
+    alias, model = config.registry.version, _named(config)
     if not isinstance(alias, str) or alias == "latest":
         raise RegistryError(f"rollback needs an alias (got registry.version={alias}); for example champion")
     registry = Registry(config.registry.path, model)
@@ -73,6 +74,12 @@ def rollback(config: ModelsConfig, dry_run: bool) -> None:
         return
     before, after = registry.rollback(alias, reason="rolled back by hand")
     print(f"{alias} of {model} is {model}@{after} again (was {model}@{before})")
+
+
+def _named(config: ModelsConfig) -> str:
+    if config.registry.model is None:
+        raise RegistryError("this command needs a model (got none); set registry.model")
+    return config.registry.model
 
 
 def _numbers(reports: list[MetricsReport]) -> str:

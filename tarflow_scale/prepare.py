@@ -4,6 +4,7 @@ Open the source, split it by class, pack each split in a random order into tars 
 publish the manifest last. The same source and configuration give the same bytes. What fails half-way leaves nothing.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         return
     for split, members in splits.items():
         path = storage.join(config.shards.path, split)
-        if _already_there(path, recipe):
+        if _already_there(path, split, recipe):
             print(f"{path}: nothing to do, this data set is packed")
             continue
         manifest = _pack(source, members, split, path, recipe, config)
@@ -66,12 +67,30 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     print(telemetry.table(rows, ("split", "images", "shards", "image")))
 
 
-def _already_there(path: str, recipe: str) -> bool:
+def _already_there(path: str, split: str, recipe: str) -> bool:
     if not storage.exists(storage.join(path, MANIFEST_NAME)):
+        foreign = [name for name in storage.list_names(path) if not _is_ours(name, split)]
+        if foreign:
+            raise DataError(f"{path} holds other files (got {foreign[0]}); choose another shards.path")
         return False
     if read_manifest(path).recipe != recipe:
         raise DataError(f"{path} holds another data set; choose another shards.path or delete it")
     return True
+
+
+def _is_ours(name: str, split: str) -> bool:
+    """Whether a file is of an interrupted packing of this split."""
+    return re.fullmatch(rf"{split}-\d{{5}}(\.tar|\.index\.npz)|\.[0-9a-f]{{32}}\.partial", name) is not None
+
+
+def _clear(path: str, split: str) -> None:
+    """Remove what an interrupted packing left, and the folder if nothing else is in it."""
+    names = storage.list_names(path)
+    ours = [name for name in names if _is_ours(name, split)]
+    for name in ours:
+        storage.remove(storage.join(path, name))
+    if names and len(ours) == len(names):
+        storage.remove_tree(path)
 
 
 def _pack(
@@ -79,6 +98,7 @@ def _pack(
 ) -> Manifest:
     order = members[permutation(len(members), Purpose.PACK_ORDER, config.split.seed)]
     size = config.shards.samples_per_shard
+    _clear(path, split)
     try:
         with telemetry.progress_bar(len(order), f"prepare {split}") as bar:
             shards = [
@@ -90,7 +110,7 @@ def _pack(
                 for number in range(-(-len(order) // size))
             ]
     except BaseException:
-        storage.remove_tree(path)
+        _clear(path, split)
         raise
     channels, height, _ = source.image(int(order[0])).shape
     manifest = Manifest(

@@ -141,6 +141,20 @@ def unreadable_image(w: World) -> tuple[list[str], str]:
     )
 
 
+def other_files_in_the_way(w: World) -> tuple[list[str], str]:
+    (w.tmp / "mine/train").mkdir(parents=True)
+    (w.tmp / "mine/train/thesis.tex").write_text("x")
+    return ["prepare", "source.kind=digits", f"shards.path={w.tmp}/mine"], (
+        f"{w.tmp}/mine/train holds other files (got thesis.tex); choose another shards.path"
+    )
+
+
+def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
+    return w.registry("promote", f"gate.path={w.gate()}", "gate.alias='3'"), (
+        "gate: alias must be a name other than latest (got 3); for example champion"
+    )
+
+
 def several_sizes(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=np.zeros((1, 9, 9), np.uint8)), (
         f"all images must have one shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
@@ -173,7 +187,7 @@ def patch_that_does_not_divide(w: World) -> tuple[list[str], str]:
 
 
 def no_registry(w: World) -> tuple[list[str], str]:
-    return ["models", "list", f"registry.path={w.tmp}/absent", "registry.model=x"], (
+    return ["models", "list", f"registry.path={w.tmp}/absent"], (
         f"no registry at {w.tmp}/absent; train a model into it first, or check registry.path"
     )
 
@@ -247,6 +261,8 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     changed_shard,
     empty_folder,
     unreadable_image,
+    other_files_in_the_way,
+    alias_that_is_a_number,
     several_sizes,
     resize_without_a_size,
     batch_that_does_not_divide,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
+from tests.conftest import TOP, Trained
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False).stdout.split()
 README = TOP / "README.md"
@@ -72,6 +72,15 @@ def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) ->
     )
     assert result.returncode in (0, 2), result.stderr
     assert not re.search(r"unknown key|required key|Input should|cannot read the configuration|usage:", result.stderr)
+
+
+def test_the_python_of_the_readme_runs(trained: Trained) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    ours = block.replace("digits@champion", "small@1").replace("runs/demo/registry", str(trained.registry))
+    assert ours != block
+    names: dict[str, object] = {}
+    exec(ours, names)
+    assert tuple(names["nats"].shape) == (10,)  # type: ignore[attr-defined]
 
 
 def test_the_makefile_and_ci_say_the_same() -> None:

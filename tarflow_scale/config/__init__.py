@@ -17,9 +17,11 @@ from tarflow_scale.config.roots import (
     TrainConfig,
 )
 from tarflow_scale.config.sections import (
+    BrowseConfig,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    DataSetConfig,
     GateRef,
     LoggingConfig,
     MetricsConfig,
@@ -41,9 +43,11 @@ from tarflow_scale.config.sections import (
 
 __all__ = [
     "BitsPerDimProtocol",
+    "BrowseConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
+    "DataSetConfig",
     "EvaluateConfig",
     "FrechetProtocol",
     "GateConfig",

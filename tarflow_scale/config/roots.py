@@ -6,9 +6,11 @@ from pydantic import model_validator
 
 from tarflow_scale.config.base import Root
 from tarflow_scale.config.sections import (
+    BrowseConfig,
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    DataSetConfig,
     GateRef,
     LoggingConfig,
     MetricsConfig,
@@ -71,7 +73,7 @@ class EvaluateConfig(Root):
     """A registered version in, numbers with their protocol out, attached to the version."""
 
     registry: VersionConfig
-    data: DataConfig
+    data: DataSetConfig
     sampling: SamplingConfig = SamplingConfig()
     metrics: MetricsConfig
     reference: ReferenceConfig
@@ -97,4 +99,4 @@ class GenerateConfig(Root):
 class ModelsConfig(Root):
     """Look at a registry, or move an alias back."""
 
-    registry: VersionConfig
+    registry: BrowseConfig

@@ -11,9 +11,11 @@ from pydantic import Field, model_validator
 from tarflow_scale.config.base import Section
 
 __all__ = [
+    "BrowseConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
+    "DataSetConfig",
     "GateRef",
     "LoggingConfig",
     "MetricsConfig",
@@ -77,17 +79,22 @@ class SplitConfig(Section):
     """Seed of the split and of the order in which samples are packed."""
 
 
-class DataConfig(Section):
-    """A packed data set to read (verbs ``train`` and ``evaluate``)."""
+class DataSetConfig(Section):
+    """A packed data set to read."""
 
     path: str
     """Folder or URL that holds ``manifest.json``."""
-    shuffle_block: int = Field(default=16, ge=1)
-    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
-    and more memory: slots per rank x block x bytes per sample."""
     verify: Literal["size", "full"] = "size"
     """What is checked before the first step: sizes, or every sha256. Each sample's checksum is checked at every
     read in either case."""
+
+
+class DataConfig(DataSetConfig):
+    """A packed data set to train on."""
+
+    shuffle_block: int = Field(default=16, ge=1)
+    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
+    and more memory: slots per rank x block x bytes per sample."""
 
 
 class TarFlowConfig(Section):
@@ -230,6 +237,17 @@ class VersionConfig(RegistryConfig):
     """A number, an alias such as ``champion``, or ``latest``."""
 
 
+class BrowseConfig(Section):
+    """A registry to look at (verb ``models``)."""
+
+    path: str
+    """Folder or URL of the registry."""
+    model: Name | None = None
+    """Name of a model; ``list`` shows all models without it, the other commands need it."""
+    version: int | str = "latest"
+    """A number, an alias such as ``champion``, or ``latest``; for ``rollback`` the alias."""
+
+
 class SamplingConfig(Section):
     """How the flow is sampled. Image i depends on (weights, seed, i, guidance, temperature), not on the batch."""
 
@@ -294,3 +312,9 @@ class GateRef(Section):
     """The alias that moves when the gate opens."""
     reason: str = ""
     """Why, in the words of whoever promotes; stored."""
+
+    @model_validator(mode="after")
+    def _alias_is_no_number(self) -> "GateRef":
+        if self.alias == "latest" or self.alias.isdigit():
+            raise ValueError(f"alias must be a name other than latest (got {self.alias}); for example champion")
+        return self

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tarflow_scale.config import FrechetProtocol
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.randomness import Purpose, generator
 
-__all__ = ["MAX_DIMS", "PixelGaussian"]
+__all__ = ["PixelGaussian", "gaussian_for"]
 
-MAX_DIMS = 4096
+_MAX_DIMS = 4096
 """Above this many pixels a full covariance is not a sensible baseline."""
 
 
@@ -45,3 +46,10 @@ class PixelGaussian:
         """``(num, D)`` float64 samples, floored to bins and clipped to levels."""
         z = np.stack([generator(Purpose.BASELINE, seed, i).standard_normal(len(self._mean)) for i in range(num)])
         return (torch.from_numpy(z) @ self._factor.T + self._mean).floor().clamp(0, self._top)
+
+
+def gaussian_for(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
+    """The Gaussian of a reference measured in pixels; None for other features, or too many pixels."""
+    if protocol.extractor != "pixels" or len(reference.mean) > _MAX_DIMS:
+        return None
+    return PixelGaussian(reference, protocol.bit_depth)

@@ -62,16 +62,23 @@ class _NatsPerImage(nn.Module):
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips a step with a non-finite gradient, as ZeRO's own optimizers do; for stage 0.
+    """AdamW that clips, and skips a step with a non-finite gradient, as ZeRO's own optimizers do; for stage 0.
 
-    Gradients are already reduced here, so all ranks decide alike. The engine reads ``overflow``.
+    Gradients are already reduced here, so all ranks decide alike. The engine reads ``overflow`` and
+    ``_global_grad_norm``.
     """
 
-    overflow = False
+    def __init__(self, parameters: Iterable[nn.Parameter], clip_norm: float, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self._clip_norm = clip_norm
+        self._global_grad_norm = 0.0
+        self.overflow = False
 
     def step(self, closure: Any = None) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+        self._global_grad_norm = float(norm)
+        self.overflow = not bool(torch.isfinite(norm))
         return None if self.overflow else super().step(closure)
 
 
@@ -129,7 +136,7 @@ def deepspeed_config(
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": batch // (micro * ranks),
-        "gradient_clipping": optimizer.gradient_clip_norm,
+        "gradient_clipping": optimizer.gradient_clip_norm if parallelism.zero_stage else 0.0,
         "steps_per_print": None,
         "torch_autocast": {"enabled": parallelism.precision == "bf16", "dtype": "bfloat16"},
         "zero_optimization": {
@@ -165,8 +172,11 @@ class Engine:
         self.num_dims = flow.num_dims
         module = _NatsPerImage(flow.to(device).train())
         self.num_parameters = sum(p.numel() for p in module.parameters())
-        adamw = _GuardedAdamW if self.stage == 0 else torch.optim.AdamW
-        client = adamw(module.parameters(), optimizer.peak_lr, optimizer.betas, weight_decay=optimizer.weight_decay)
+        options = {"lr": optimizer.peak_lr, "betas": optimizer.betas, "weight_decay": optimizer.weight_decay}
+        if self.stage == 0:
+            client = _GuardedAdamW(module.parameters(), optimizer.gradient_clip_norm, **options)
+        else:
+            client = torch.optim.AdamW(module.parameters(), **options)
         settings = deepspeed_config(optimizer, training, parallelism, self.num_parameters, world_size())
         self.num_micro_batches = settings["gradient_accumulation_steps"]
         self._engine: Any

@@ -53,6 +53,8 @@ def test_every_stage_has_the_loss_curve_of_one_process(
     found = ranks(number, "curve", tmp_path / "out.json", stage, 25, accumulation)
     assert expected["losses"][-1] < expected["losses"][0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    assert max(expected["norms"]) > 0.5  # so that clipping acts
     assert found["average_error"] < 1e-6
     assert found["num_steps"] == 25
 

@@ -64,16 +64,18 @@ def case_curve(device: torch.device, stage: str, steps: str, accumulation: str =
     engine = small_engine(int(stage), device, int(accumulation))
     average = WeightAverage(engine, HALF_LIFE)
     plain = {name: engine.full_weight(name).clone() for name in engine.names}
-    losses = []
+    losses, norms = [], []
     for step in range(int(steps)):
-        losses.append(mean_loss(step_on(engine, step)))
+        result = step_on(engine, step)
+        losses.append(mean_loss(result))
+        norms.append(result.gradient_norm)
         seen = (step + 1) * BATCH
         average.update(seen, BATCH)
         decay = average_decay(seen, BATCH, HALF_LIFE)
         for name in engine.names:
             plain[name].lerp_(engine.full_weight(name), 1 - decay)
     error = max(float((full - plain[name]).abs().max()) for name, full in average.full())
-    return {"losses": losses, "average_error": error, "num_steps": engine.num_steps}
+    return {"losses": losses, "norms": norms, "average_error": error, "num_steps": engine.num_steps}
 
 
 def case_save(device: torch.device, stage: str, folder: str) -> dict[str, Any]:
