@@ -30,5 +30,5 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev,s3]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

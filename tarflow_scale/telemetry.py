@@ -46,7 +46,7 @@ class JsonLog:
 
 
 def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, enabled: bool = True) -> Any:
-    """A tqdm bar on a terminal; elsewhere a plain line every ten seconds or so."""
+    """A tqdm bar on a terminal; elsewhere a plain line every ten seconds or so, and none for shorter work."""
     from tqdm import tqdm
 
     on_terminal = sys.stderr.isatty()
@@ -56,12 +56,25 @@ def progress_bar(total: int, description: str, unit: str = "img", initial: int =
         unit=unit,
         initial=initial,
         disable=not enabled,
+        file=sys.stderr if on_terminal else _PlainLines(),
+        delay=0.0 if on_terminal else 2.0,
         mininterval=0.2 if on_terminal else 10.0,
         maxinterval=1.0 if on_terminal else 15.0,
         ncols=None if on_terminal else 110,
         ascii=not on_terminal,
         dynamic_ncols=on_terminal,
     )
+
+
+class _PlainLines:
+    """Standard error for a log file: every state of a bar is a line of its own."""
+
+    def write(self, text: str) -> int:
+        line = text.strip()
+        return sys.stderr.write(f"{line}\n") if line else 0
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def package_versions() -> dict[str, str]:

@@ -53,6 +53,7 @@ def test_packing_is_reproducible_and_repeating_it_does_nothing(
 
 def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(tmp_path) == 0
+    capsys.readouterr()
     assert pack(tmp_path, "split.seed=1") == 2
     assert capsys.readouterr().err == (
         f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path or delete it\n"

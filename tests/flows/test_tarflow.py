@@ -16,7 +16,7 @@ def randomised(num_classes: int | None = 3, layers: tuple[int, ...] = (1, 2)) ->
     flow = TarFlow(SHAPE, num_classes, patch_size=2, width=16, layers_per_block=layers, head_width=8).double().eval()
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
-            parameter.add_((0.05 if "proj_out" in name else 0.3) * torch.randn_like(parameter))
+            parameter.add_((0.03 if "proj_out" in name else 0.3) * torch.randn_like(parameter))
     return flow
 
 
