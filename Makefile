@@ -20,7 +20,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/codespell
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs/demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("tarflow-scale needs Python 3.11 or newer (got %d.%d); set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -3,7 +3,8 @@
 #
 #   launch/torchrun.sh N CONFIG.yaml [section.key=value ...]
 #
-#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node
+#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node; logging.path must be a
+#                                                                           folder that all nodes share
 #
 # The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
 set -euo pipefail
@@ -25,4 +26,5 @@ if [ "$nodes" = 1 ]; then
 else
     rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?set it to HOST:PORT of one node}")
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$ranks" -m tarflow_scale train "$@"
+# SIGUSR1 is what schedulers send before they take the machine; the ranks save and stop.
+exec torchrun "${rendezvous[@]}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --nproc-per-node "$ranks" -m tarflow_scale train "$@"

@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from tarflow_scale import config as configuration
 from tarflow_scale import distributed
 from tarflow_scale.config.base import Root
-from tarflow_scale.errors import ConfigError, UserError
+from tarflow_scale.errors import DataError, StorageError, UserError
 
 __all__ = ["main"]
 
@@ -88,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
         getattr(module, verb.function)(config, arguments.dry_run)
     except UserError as error:
-        if distributed.is_main() or not isinstance(error, ConfigError):
+        if distributed.is_main():
             print(f"tarflow-scale: error: {error}", file=sys.stderr)
+        elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
+            print(f"tarflow-scale: error on rank {distributed.rank()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)

@@ -4,12 +4,18 @@ Imported cheaply; torch is imported when a function that needs it is called. A s
 """
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tarflow_scale.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["all_reduce_sum", "barrier", "is_main", "local_world_size", "rank", "shut_down", "world_size"]
+__all__ = ["all_reduce_sum", "barrier", "from_main", "is_main", "local_world_size", "rank", "shut_down", "world_size"]
+
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -47,6 +53,24 @@ def all_reduce_sum(values: "Tensor") -> "Tensor":
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank; a `UserError` of rank 0 is raised everywhere."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return compute()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def shut_down() -> None:

@@ -3,7 +3,16 @@
 The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
 """
 
-__all__ = ["ConfigError", "DataError", "PlanError", "PromotionRefused", "RegistryError", "StorageError", "UserError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "NumericsError",
+    "PlanError",
+    "PromotionRefused",
+    "RegistryError",
+    "StorageError",
+    "UserError",
+]
 
 
 class UserError(Exception):
@@ -20,6 +29,10 @@ class DataError(UserError):
 
 class StorageError(UserError):
     """A path or URL cannot be read or written."""
+
+
+class NumericsError(UserError):
+    """A model produced values that are not finite."""
 
 
 class RegistryError(UserError):

@@ -8,8 +8,7 @@ hashes of pixels, never images; the merge does not depend on who did what, so Ra
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +27,14 @@ from tarflow_scale.config import (
 )
 from tarflow_scale.errors import ConfigError, DataError, PlanError
 from tarflow_scale.flows.likelihood import bits_per_dim, quantize
-from tarflow_scale.loading import load_version
+from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import dequantised, gaussian_bits_per_dim, pixel_hashes
 from tarflow_scale.metrics.features import open_extractor, weights_digest
-from tarflow_scale.metrics.frechet import Moments, frechet_distance, merge_all
+from tarflow_scale.metrics.frechet import Moments, frechet_distance
+from tarflow_scale.metrics.gather import Results, Unit, UnitKind, UnitResult
 from tarflow_scale.metrics.reference import Reference, ReferenceCache
-from tarflow_scale.metrics.report import images_digest, protocol_id
+from tarflow_scale.metrics.report import protocol_id
 from tarflow_scale.pool import run_units
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion
@@ -43,33 +43,10 @@ from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.manifest import Manifest, read_manifest
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["Scorer", "Unit", "UnitResult", "run"]
+__all__ = ["Scorer", "run"]
 
 _UNIT_IMAGES = 250
 """Images of a unit of work: small enough to balance workers, large enough to hide the call."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A range of images of one protocol.
-
-    ``score``: log-likelihood of test images. ``sample``: moments of generated images. ``reference``: moments of
-    reference images. ``real``: moments of a fixed random subset of them.
-    """
-
-    kind: Literal["score", "sample", "reference", "real"]
-    protocol: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """bits: bits/dim of each image. moments: of features. hashes: sha256 of each image's pixels."""
-
-    bits: NDArray[np.float64] | None = None
-    moments: Moments | None = None
-    hashes: tuple[str, ...] = ()
 
 
 def run(config: EvaluateConfig, dry_run: bool) -> None:
@@ -147,6 +124,7 @@ class Scorer:
         protocols: protocol files.
         extractor_weights: path of the extractor's weights, or None.
         threads: torch threads.
+        gpu: whether this worker was given a GPU.
     """
 
     def __init__(
@@ -159,10 +137,16 @@ class Scorer:
         protocols: Sequence[str],
         extractor_weights: str | None,
         threads: int,
+        gpu: bool,
     ) -> None:
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = worker_device(gpu)
         self._flow = load_version(registry.path, registry.model, version).to(self._device)
+        if sampling["guidance"] > 0 and self._flow.num_classes is None:
+            raise ConfigError(
+                f"guidance needs a class-conditional model (got sampling.guidance={sampling['guidance']} for "
+                f"{registry.model}@{version}); set it to 0"
+            )
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling
@@ -276,7 +260,7 @@ def _units(
     return units
 
 
-def _cut(kind: Literal["score", "sample", "reference", "real"], path: str, num: int) -> list[Unit]:
+def _cut(kind: UnitKind, path: str, num: int) -> list[Unit]:
     return [Unit(kind, path, low, min(low + _UNIT_IMAGES, num)) for low in range(0, num, _UNIT_IMAGES)]
 
 
@@ -290,34 +274,23 @@ def _worker_arguments(config: EvaluateConfig, version: ModelVersion) -> dict[str
         "protocols": config.metrics.protocols,
         "extractor_weights": config.metrics.extractor_weights,
         "threads": config.cluster.cpus_per_worker,
+        "gpu": config.cluster.gpus_per_worker > 0,
     }
 
 
-def _run(units: list[Unit], arguments: dict[str, Any], cluster: ClusterConfig) -> dict[Unit, UnitResult]:
-    results: dict[Unit, UnitResult] = {}
+def _run(units: list[Unit], arguments: dict[str, Any], cluster: ClusterConfig) -> Results:
+    results = Results()
     with telemetry.progress_bar(sum(unit.stop - unit.start for unit in units), "evaluate") as bar:
         for unit, result in run_units(Scorer, arguments, units, **cluster.model_dump()):
-            results[unit] = result
+            results.add(unit, result)
             bar.update(unit.stop - unit.start)
     return results
 
 
-def _parts(results: dict[Unit, UnitResult], kind: str, path: str) -> list[UnitResult]:
-    """Results of one kind in the order of their images, whatever the order in which they came."""
-    chosen = [unit for unit in results if (unit.kind, unit.protocol) == (kind, path)]
-    return [results[unit] for unit in sorted(chosen, key=lambda unit: unit.start)]
-
-
-def _moments(results: dict[Unit, UnitResult], kind: str, path: str) -> Moments:
-    return merge_all([part.moments for part in _parts(results, kind, path) if part.moments is not None])
-
-
-def _bits_value(path: str, protocol: BitsPerDimProtocol, results: dict[Unit, UnitResult]) -> MetricValue:
-    parts = _parts(results, "score", path)
-    bits = np.concatenate([part.bits for part in parts if part.bits is not None])
+def _bits_value(path: str, protocol: BitsPerDimProtocol, results: Results) -> MetricValue:
+    bits = np.concatenate([part.bits for part in results.parts("score", path) if part.bits is not None])
     if not np.isfinite(bits).all():
         raise PlanError(f"{protocol.name} is not finite for {int((~np.isfinite(bits)).sum())} images; check the model")
-    digest = images_digest(hash_ for part in parts for hash_ in part.hashes)
     return MetricValue(
         value=float(bits.mean()),
         unit="bits/dim",
@@ -325,21 +298,21 @@ def _bits_value(path: str, protocol: BitsPerDimProtocol, results: dict[Unit, Uni
         num_images=len(bits),
         protocol=protocol.name,
         protocol_digest=protocol.digest,
-        protocol_id=protocol_id(protocol, "none", digest),
+        protocol_id=protocol_id(protocol, "none", results.images_digest("score", path)),
     )
 
 
 def _frechet_value(
     path: str,
     protocol: FrechetProtocol,
-    results: dict[Unit, UnitResult],
+    results: Results,
     reference: Reference,
     config: EvaluateConfig,
 ) -> MetricValue:
     extractor = weights_digest(protocol, config.metrics.extractor_weights)
     unit = f"levels of {protocol.bit_depth} bits, squared" if protocol.extractor == "pixels" else "FID"
     return MetricValue(
-        value=frechet_distance(_moments(results, "sample", path), reference.moments),
+        value=frechet_distance(results.moments("sample", path), reference.moments),
         unit=unit,
         num_images=protocol.num_images,
         protocol=protocol.name,
@@ -348,10 +321,9 @@ def _frechet_value(
     )
 
 
-def _bind_reference(path: str, results: dict[Unit, UnitResult], cache: ReferenceCache) -> Reference:
+def _bind_reference(path: str, results: Results, cache: ReferenceCache) -> Reference:
     """Merge the reference's parts and keep them; from here on the protocol is bound to these images."""
-    digest = images_digest(hash_ for part in _parts(results, "reference", path) for hash_ in part.hashes)
-    reference = Reference(_moments(results, "reference", path), digest)
+    reference = Reference(results.moments("reference", path), results.images_digest("reference", path))
     cache.write(reference)
     return reference
 
@@ -359,11 +331,11 @@ def _bind_reference(path: str, results: dict[Unit, UnitResult], cache: Reference
 def _frechet_baselines(
     path: str,
     protocol: FrechetProtocol,
-    results: dict[Unit, UnitResult],
+    results: Results,
     reference: Moments,
     gaussian: PixelGaussian | None,
 ) -> dict[str, float]:
-    found = {f"real_{protocol.name}": frechet_distance(_moments(results, "real", path), reference)}
+    found = {f"real_{protocol.name}": frechet_distance(results.moments("real", path), reference)}
     if gaussian is not None and protocol.extractor == "pixels":
         levels = gaussian.sample_levels(protocol.num_images, protocol.seed)
         found[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), reference)

@@ -1,7 +1,7 @@
 """Verb ``generate``: a registered version to shards of new images, in the format that ``prepare`` writes.
 
 Resolve everything that decides the bytes into a plan, freeze it in the output folder, and make each shard as one
-idempotent unit of work: decode its range of indices, write the shard, then its record. The manifest comes last.
+idempotent unit of work: decode its range of indices, record its digests, write it. The manifest comes last.
 Running it again makes what is missing, byte for byte; a folder that holds another plan is refused.
 """
 
@@ -13,7 +13,7 @@ import torch
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import GenerateConfig
 from tarflow_scale.errors import PlanError
-from tarflow_scale.loading import load_version
+from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.pool import run_units
 from tarflow_scale.records import GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
@@ -21,7 +21,7 @@ from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.writer import Sample, publish_manifest, write_shard
+from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
 
 __all__ = ["ShardMaker", "Unit", "run"]
 
@@ -86,8 +86,7 @@ class ShardMaker:
 
     def __init__(self, registry: str, plan: GenerationPlan, path: str) -> None:
         torch.set_num_threads(plan.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        flow = load_version(registry, plan.model, plan.version).to(device)
+        flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
         self._plan = plan
         self._path = path
         self._sampler = Sampler(
@@ -99,23 +98,24 @@ class ShardMaker:
         )
 
     def run(self, unit: Unit) -> dict[str, Any]:
-        """Make a shard: tar and index, then the record that says it is done.
+        """Make a shard: first the record of what it will be, then index and tar.
 
         Raises:
             PlanError: a record from before names other bytes, so this is another machine or library version.
         """
         images = self._sampler.images(range(unit.start, unit.stop)).numpy()
         samples = [self._sample(unit.start + i, image) for i, image in enumerate(images)]
-        record = write_shard(self._path, unit.tar_name, samples)
-        location = _record_location(self._path, unit)
-        if not storage.create(location, record.to_json()):
+        shard = PackedShard.of(unit.tar_name, samples)
+        if not storage.create(_record_location(self._path, unit), shard.record.to_json()):
             earlier = _read_record(self._path, unit)
-            if earlier != record:
+            if earlier != shard.record:
                 raise PlanError(
-                    f"{unit.tar_name} came out with other bytes than before (sha256 {record.sha256[:12]}, not "
-                    f"{earlier.sha256[:12]}); use the package versions of the first run, or another shards.path"
+                    f"{unit.tar_name} came out with other bytes than before (sha256 {shard.record.sha256[:12]}, not "
+                    f"{earlier.sha256[:12]}); use the package versions and device of the first run, or another "
+                    f"shards.path"
                 )
-        return record.model_dump()
+        shard.write(self._path)
+        return shard.record.model_dump()
 
     def _sample(self, index: int, image: Any) -> Sample:
         plan = self._plan
@@ -156,6 +156,7 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
         image_size_pixels=version.data.image_size_pixels,
         num_channels=version.data.num_channels,
         pixels=version.pixels,
+        device="cuda" if config.cluster.gpus_per_worker else "cpu",
         threads=config.cluster.cpus_per_worker,
     )
 
@@ -197,10 +198,17 @@ def _read_record(path: str, unit: Unit) -> ShardRecord:
 
 
 def _is_done(path: str, unit: Unit) -> bool:
-    """Whether record, tar and index are there and the tar has its size."""
-    tar = storage.join(path, unit.tar_name)
-    needed = (_record_location(path, unit), tar, storage.join(path, index_name(unit.tar_name)))
-    return all(map(storage.exists, needed)) and storage.size_bytes(tar) == _read_record(path, unit).bytes
+    """Whether record, tar and index are there and are what the record says."""
+    tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
+    if not all(map(storage.exists, (_record_location(path, unit), tar, index))):
+        return False
+    record = _read_record(path, unit)
+    return _digest(tar) == record.sha256 and _digest(index) == record.index_sha256
+
+
+def _digest(location: str) -> str:
+    with storage.local_copy(location) as copy:
+        return storage.digest(copy)
 
 
 def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:

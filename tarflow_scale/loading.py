@@ -1,11 +1,13 @@
 """A flow from a registry or a folder: what a notebook user types, and what workers do."""
 
-from tarflow_scale.errors import RegistryError
+import torch
+
+from tarflow_scale.errors import ConfigError, RegistryError
 from tarflow_scale.flows import Flow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.registry import Registry
 
-__all__ = ["load", "load_version"]
+__all__ = ["load", "load_version", "worker_device"]
 
 
 def load(source: str, registry: str | None = None) -> Flow:
@@ -25,6 +27,17 @@ def load(source: str, registry: str | None = None) -> Flow:
     if not separator or not reference:
         raise RegistryError(f"a version is model@version (got {source!r}); for example digits@champion")
     return load_version(registry, model, reference)
+
+
+def worker_device(gpu: bool) -> torch.device:
+    """The device of a worker that was given a GPU or none.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("cluster.gpus_per_worker needs a CUDA device (got none on this machine); set it to 0")
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def load_version(registry: str, model: str, reference: int | str) -> Flow:

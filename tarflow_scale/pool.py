@@ -23,7 +23,7 @@ class Worker(Protocol):
         ...
 
 
-_OBJECT_STORE_BYTES = 128 * 1024**2
+_OBJECT_STORE_BYTES = 256 * 1024**2
 """Results are records and moments, never images, so a small store is enough."""
 
 
@@ -51,7 +51,7 @@ def run_units(
         address: a running cluster, or None for one on this machine's loopback, which ends with the work.
 
     Raises:
-        UserError: when a worker raises one; it is passed on as it was.
+        UserError: when a worker raises one, which is passed on as it was; when the cluster is too small.
     """
     if not units:
         return
@@ -65,6 +65,20 @@ def run_units(
     )
 
 
+class _Host:
+    """An actor: builds its worker with the first unit, so that a mistake in building it comes back as an answer."""
+
+    def __init__(self, worker_class: type[Worker], arguments: dict[str, Any]) -> None:
+        self._worker_class = worker_class
+        self._arguments = arguments
+        self._worker: Worker | None = None
+
+    def run(self, unit: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._worker_class(**self._arguments)
+        return self._worker.run(unit)
+
+
 def _run_on_ray(
     worker_class: type[Worker],
     arguments: dict[str, Any],
@@ -74,12 +88,12 @@ def _run_on_ray(
     gpus: int,
     address: str | None,
 ) -> Iterator[tuple[Any, Any]]:
-    _start(address, num_workers * cpus)
+    _start(address, num_workers, cpus, gpus)
     import ray
 
     try:
-        actor_class: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(worker_class)
-        actors = [actor_class.remote(**arguments) for _ in range(num_workers)]
+        host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
+        actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
         waiting = list(reversed(units))
         running: dict[Any, tuple[Any, Any]] = {}
         for actor in actors:
@@ -96,7 +110,7 @@ def _run_on_ray(
         ray.shutdown()
 
 
-def _start(address: str | None, num_cpus: int) -> None:
+def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
     if address is None:
         # Read by Ray when it is imported. The first makes it listen on loopback only, as it does on laptops; the
         # second keeps its workers from yielding to every other process of the machine.
@@ -106,14 +120,23 @@ def _start(address: str | None, num_cpus: int) -> None:
 
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    ray.init(
-        num_cpus=max(num_cpus, 1),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    else:
+        ray.init(
+            address="local",  # never somebody else's cluster that happens to run here
+            num_cpus=max(num_workers * cpus, 1),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    there = ray.cluster_resources()
+    for name, needed in (("CPU", num_workers * cpus), ("GPU", num_workers * gpus)):
+        if needed > there.get(name, 0):
+            ray.shutdown()
+            raise UserError(
+                f"the cluster must have {needed} {name}s for {num_workers} workers (got {there.get(name, 0):g}); lower "
+                f"cluster.num_workers or cluster.{name.lower()}s_per_worker"
+            )
 
 
 def _result(reference: Any) -> Any:

@@ -1,7 +1,8 @@
 """Verb ``prepare``: images to WebDataset shards.
 
 Open the source, split it by class, pack each split in a random order into tars with an index beside each, and
-publish the manifest last. The same source and configuration give the same bytes. What fails half-way leaves nothing.
+publish the manifests last, when all splits are packed. The same source and configuration give the same bytes. What
+fails half-way leaves nothing.
 """
 
 import re
@@ -24,24 +25,36 @@ __all__ = ["run"]
 
 
 def run(config: PrepareConfig, dry_run: bool) -> None:
-    """Pack the splits of the source that are not packed yet.
+    """Pack the splits of the source, unless they are packed already.
 
     Raises:
         DataError: the source is unsuitable, or the target holds another data set.
     """
-    recipe = storage.digest(canonical_json(config.model_dump(mode="json", exclude={"shards": {"path"}})))
     source = open_source(config.source)
+    settings = config.model_dump(mode="json", exclude={"shards": {"path"}})
+    recipe = storage.digest(canonical_json([settings, source.digest]))
     splits = _split(source.labels, config.split.test_fraction, config.split.seed)
     _print_plan(source, splits, config)
     if dry_run:
         return
-    for split, members in splits.items():
-        path = storage.join(config.shards.path, split)
-        if _already_there(path, split, recipe):
-            print(f"{path}: nothing to do, this data set is packed")
-            continue
-        manifest = _pack(source, members, split, path, recipe, config)
+    missing = [split for split in splits if not _already_there(_path(config, split), split, recipe)]
+    if not missing:
+        print(f"{config.shards.path}: nothing to do, this data set is packed")
+        return
+    try:
+        manifests = {split: _pack(source, splits[split], split, recipe, config) for split in missing}
+    except BaseException:
+        for split in missing:
+            _clear(_path(config, split), split)
+        raise
+    for split, manifest in manifests.items():
+        path = _path(config, split)
+        publish_manifest(path, manifest)
         print(f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest {manifest.digest[:12]}")
+
+
+def _path(config: PrepareConfig, split: str) -> str:
+    return storage.join(config.shards.path, split)
 
 
 def _split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> dict[str, NDArray[np.int64]]:
@@ -93,27 +106,23 @@ def _clear(path: str, split: str) -> None:
         storage.remove_tree(path)
 
 
-def _pack(
-    source: ImageSource, members: NDArray[np.int64], split: str, path: str, recipe: str, config: PrepareConfig
-) -> Manifest:
+def _pack(source: ImageSource, members: NDArray[np.int64], split: str, recipe: str, config: PrepareConfig) -> Manifest:
+    """Write the shards of a split and return the manifest that will make them a data set."""
+    path = _path(config, split)
     order = members[permutation(len(members), Purpose.PACK_ORDER, config.split.seed)]
     size = config.shards.samples_per_shard
     _clear(path, split)
-    try:
-        with telemetry.progress_bar(len(order), f"prepare {split}") as bar:
-            shards = [
-                write_shard(
-                    path,
-                    f"{split}-{number:05d}.tar",
-                    _samples(source, order[number * size : (number + 1) * size], number * size, bar),
-                )
-                for number in range(-(-len(order) // size))
-            ]
-    except BaseException:
-        _clear(path, split)
-        raise
+    with telemetry.progress_bar(len(order), f"prepare {split}") as bar:
+        shards = [
+            write_shard(
+                path,
+                f"{split}-{number:05d}.tar",
+                _samples(source, order[number * size : (number + 1) * size], number * size, bar),
+            )
+            for number in range(-(-len(order) // size))
+        ]
     channels, height, _ = source.image(int(order[0])).shape
-    manifest = Manifest(
+    return Manifest(
         name=source.name,
         split=split,
         image_size_pixels=height,
@@ -124,8 +133,6 @@ def _pack(
         recipe=recipe,
         shards=tuple(shards),
     )
-    publish_manifest(path, manifest)
-    return manifest
 
 
 def _samples(source: ImageSource, numbers: NDArray[np.int64], first: int, bar: Any) -> Iterator[Sample]:

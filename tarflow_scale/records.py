@@ -159,5 +159,7 @@ class GenerationPlan(Record):
     image_size_pixels: int
     num_channels: int
     pixels: PixelFormat
+    device: Literal["cpu", "cuda"]
+    """Where images are decoded; it changes the last bits of a float."""
     threads: int
     """Torch threads of a worker; they change the last bits of a sum."""

@@ -26,7 +26,9 @@ class JsonLog:
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if _within(line, keep_until_images)]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        staged = path.with_name(f".{path.name}.partial")
+        staged.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        staged.replace(path)  # at once, so that a kill here loses nothing
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ images, export the averaged weights and register them. The same command again co
 Start it on several ranks with torchrun; see ``launch/``.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import ModelConfig, TrainConfig
+from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.records import PixelFormat, canonical_json
@@ -76,12 +78,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         logging=config.logging,
         preview=_preview(config, shards.manifest, flow.pixels),
     )
+    progress = loop.resume()
     if distributed.is_main():
         _describe_run(config)
-    loop.fit()
+    loop.fit(progress)
     weights = loop.averaged_weights()
     if distributed.is_main():
-        _publish(config, shards.manifest, flow, weights, loop.total_images, num_parameters)
+        _publish(config, shards.manifest, flow, weights, progress.images_seen, num_parameters)
     distributed.barrier()
     distributed.shut_down()
 
@@ -142,7 +145,11 @@ def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Ca
         flow.pixels = pixels
         sampler = Sampler(flow.eval(), seed=0, batch_size=_PREVIEW_IMAGES, guidance=config.logging.preview_guidance)
         columns = manifest.num_classes if 0 < manifest.num_classes <= _PREVIEW_IMAGES else 8
-        images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
+        try:
+            images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
+        except NumericsError as error:  # no reason to stop a run whose loss is finite
+            warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
+            return
         path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"
         storage.write_bytes(path, contact_sheet(images, columns, _PREVIEW_ZOOM))
 

@@ -62,7 +62,10 @@ class World:
         )
 
     def gate(self) -> Path:
-        facts = {"name": "g", "requirements": [{"protocol": str(TOP / "evals/protocols/digits-bits-per-dim.yaml")}]}
+        facts = {
+            "name": "g",
+            "requirements": [{"protocol": str(TOP / "evals/protocols/digits-bits-per-dim.yaml"), "maximum": 9}],
+        }
         (self.tmp / "gate.yaml").write_text(yaml.safe_dump(facts))
         return self.tmp / "gate.yaml"
 

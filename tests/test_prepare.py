@@ -89,13 +89,33 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert train.take(np.arange(3)).images.shape == (3, 3, 16, 16)
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("broken", range(0, 40, 7))
+def test_a_failure_half_way_leaves_nothing_and_mending_it_mixes_no_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: int
+) -> None:
+    """Whichever split the broken image falls into: no split may survive from a division that is no longer valid."""
     (tmp_path / "images/a").mkdir(parents=True)
-    for i in range(9):
+    for i in range(40):
+        content = b"no image" if i == broken else encode_png(np.full((1, 8, 8), i, np.uint8))
+        (tmp_path / f"images/a/{i:02d}.png").write_bytes(content)
+    arguments = ["prepare", "source.kind=folder", f"source.path={tmp_path}/images", f"shards.path={tmp_path}/out"]
+    assert cli.main([*arguments, "shards.samples_per_shard=8"]) == 2
+    assert f"{broken:02d}.png cannot be decoded" in capsys.readouterr().err.splitlines()[-1]
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+    (tmp_path / f"images/a/{broken:02d}.png").unlink()
+    assert cli.main([*arguments, "shards.samples_per_shard=8"]) == 0
+    splits = [ShardSet(f"{tmp_path}/out/{name}") for name in ("train", "test")]
+    values = [shards.take(np.arange(shards.manifest.num_images)).images[:, 0, 0, 0].tolist() for shards in splits]
+    assert sorted(values[0] + values[1]) == [i for i in range(40) if i != broken]
+
+
+def test_images_that_were_added_later_are_another_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    arguments = ["prepare", "source.kind=folder", f"source.path={tmp_path}/images", f"shards.path={tmp_path}/out"]
+    for i in range(10):
         (tmp_path / f"images/a/{i}.png").write_bytes(encode_png(np.full((1, 8, 8), i, np.uint8)))
-    (tmp_path / "images/a/broken.png").write_bytes(b"no image")
-    arguments = ["source.kind=folder", f"source.path={tmp_path}/images", "split.test_fraction=0"]
-    assert cli.main(["prepare", *arguments, f"shards.path={tmp_path}/out", "shards.samples_per_shard=2"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "broken.png cannot be decoded" in error
-    assert not (tmp_path / "out/train").exists()
+    assert cli.main(arguments) == 0
+    (tmp_path / "images/a/new.png").write_bytes(encode_png(np.full((1, 8, 8), 99, np.uint8)))
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    assert "holds another data set" in capsys.readouterr().err

@@ -140,12 +140,20 @@ def test_a_damaged_checkpoint_is_passed_over(trained: Trained, tmp_path: Path) -
 
 
 def test_a_run_folder_of_another_run_is_refused(trained: Trained) -> None:
+    records = {name: (trained.run / name).read_bytes() for name in ("config.yaml", "environment.json", "log.jsonl")}
     result = command(*train_arguments(trained.data, trained.run, trained.registry, "training.seed=1"))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
         f"tarflow-scale: error: the run folder {trained.run} holds another run (training.seed differ); "
         f"choose another logging.path or delete it"
     )
+    assert {name: (trained.run / name).read_bytes() for name in records} == records
+
+
+def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:
+    result = command(*train_arguments(trained.data, trained.run, trained.registry, "training.total_images=640"))
+    assert result.returncode == 2
+    assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
 
 
 def test_a_loss_that_stays_nan_stops_the_run(digits: Path, tmp_path: Path) -> None:
@@ -165,6 +173,31 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     assert "parameters" in plan
     assert "GiB a rank" in plan
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.distributed
+def test_torchrun_sh_passes_sigusr1_on_and_two_ranks_save(trained: Trained, tmp_path: Path) -> None:
+    """What a scheduler does before it takes the machine."""
+    _, *arguments = train_arguments(
+        trained.data, tmp_path / "run", tmp_path / "registry", "training.total_images=100000"
+    )
+    (tmp_path / "empty.yaml").write_text("{}")
+    process = subprocess.Popen(
+        ["bash", "launch/torchrun.sh", "2", str(tmp_path / "empty.yaml"), *arguments],
+        cwd=TOP,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_checkpoint(tmp_path / "run", 320, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert "images (checkpoint saved); run it again to go on" in output
+    newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    assert (newest / "manifest.json").exists()
+    assert output.count("tarflow-scale: error") == 1
 
 
 @pytest.mark.gpu

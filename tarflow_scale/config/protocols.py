@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, RootModel
+from pydantic import Field, RootModel, model_validator
 
 from tarflow_scale.config.base import Section, load_config
 from tarflow_scale.config.sections import Name
@@ -85,6 +85,14 @@ class Requirement(Section):
     """The value must be lower than the current holder's by at least ``margin``, on the same protocol id."""
     margin: float = Field(default=0.0, ge=0)
     """In the unit of the metric."""
+    protocol_id: str | None = None
+    """The full id that the number must carry, which pins the images too; None accepts any reference."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "Requirement":
+        if self.maximum is None and not self.must_beat_champion:
+            raise ValueError("a requirement needs maximum or must_beat_champion (got neither); set one")
+        return self
 
 
 class GateConfig(Section):

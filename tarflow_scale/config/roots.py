@@ -61,6 +61,11 @@ class TrainConfig(Root):
                 f"training.global_batch_size must be a multiple of training.micro_batch_size "
                 f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
             )
+        if self.logging.preview_guidance > 0 and not self.model.class_conditional:
+            raise ValueError(
+                f"logging.preview_guidance needs model.class_conditional (got {self.logging.preview_guidance} and "
+                f"false); set it to 0"
+            )
         if self.schedule.warmup_images >= self.training.total_images:
             raise ValueError(
                 f"schedule.warmup_images must be below training.total_images (got {self.schedule.warmup_images} "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-__all__ = ["Moments", "frechet_distance", "merge_all"]
+__all__ = ["Moments", "OrderedMerge", "frechet_distance"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,33 @@ class Moments:
             return cls(int(arrays["num"]), arrays["mean"], arrays["m2"])
 
 
-def merge_all(parts: list[Moments]) -> Moments:
-    """Merge any number of parts, pairwise, in the given order."""
-    while len(parts) > 1:
-        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
-        parts = [pair[0].merge(pair[1]) if len(pair) == 2 else pair[0] for pair in pairs]
-    return parts[0]
+class OrderedMerge:
+    """Merges parts in the order of their images, whatever the order in which they come.
+
+    Only parts that came early are kept, so the memory does not grow with their number.
+    """
+
+    def __init__(self) -> None:
+        self._early: dict[int, tuple[int, Moments]] = {}
+        self._merged: Moments | None = None
+        self._next = 0
+
+    def add(self, start: int, stop: int, part: Moments) -> None:
+        """Add the moments of images ``[start, stop)``."""
+        self._early[start] = (stop, part)
+        while self._next in self._early:
+            self._next, following = self._early.pop(self._next)
+            self._merged = following if self._merged is None else self._merged.merge(following)
+
+    def result(self) -> Moments:
+        """Moments of all images.
+
+        Raises:
+            ValueError: when a part is missing.
+        """
+        if self._merged is None or self._early:
+            raise ValueError(f"a part is missing from image {self._next} on; add all parts first")
+        return self._merged
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

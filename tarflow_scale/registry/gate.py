@@ -32,13 +32,15 @@ class Contender:
     name: str
     reports: list[MetricsReport]
 
-    def value(self, protocol: BitsPerDimProtocol | FrechetProtocol) -> MetricValue | None:
-        """The newest number by this protocol."""
+    def value(
+        self, protocol: BitsPerDimProtocol | FrechetProtocol, protocol_id: str | None = None
+    ) -> MetricValue | None:
+        """The newest number by this protocol, and with this id if one is given."""
         found = [
             metric
             for report in self.reports
             for metric in report.metrics.values()
-            if metric.protocol_digest == protocol.digest
+            if metric.protocol_digest == protocol.digest and protocol_id in (None, metric.protocol_id)
         ]
         return found[-1] if found else None
 
@@ -63,7 +65,7 @@ def decide(
     reasons: list[Reason] = []
     for requirement in gate.requirements:
         protocol = protocols[requirement.protocol]
-        value = candidate.value(protocol)
+        value = candidate.value(protocol, requirement.protocol_id)
         if value is None:
             raise RegistryError(_nothing_by(protocol.name, candidate))
         reasons.extend(_judge(requirement, protocol, value, candidate, champion))
@@ -110,8 +112,8 @@ def _against_champion(
         return Reason(requirement=wanted, found="there is no champion yet", holds=True)
     if champion.name == candidate.name:
         return Reason(requirement=wanted, found="it is the champion", holds=True)
-    best = champion.value(protocol)
-    if best is None or best.protocol_id != value.protocol_id:
+    best = champion.value(protocol, value.protocol_id)
+    if best is None:
         found = f"{champion.name} has no number with the same protocol id; evaluate it on the same reference"
         return Reason(requirement=wanted, found=found, holds=False)
     holds = value.value < best.value - margin

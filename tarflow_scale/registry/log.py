@@ -6,6 +6,7 @@ carries the writer's own random id, an earlier attempt had succeeded after all.
 """
 
 import getpass
+import os
 import socket
 import uuid
 from collections.abc import Callable
@@ -80,7 +81,7 @@ class EventLog:
                 to raise if the event no longer makes sense.
         """
         identity = uuid.uuid4().hex
-        actor = f"{getpass.getuser()}@{socket.gethostname()}"
+        actor = f"{_user()}@{socket.gethostname()}"
         for _ in range(_ATTEMPTS):
             events = self.read()
             event = Event.model_validate(
@@ -101,6 +102,14 @@ class EventLog:
             if Event.from_json(storage.read_bytes(location), location).id == identity:
                 return event
         raise RegistryError(f"{self._path} is written by too many at once ({_ATTEMPTS} attempts lost); try again")
+
+
+def _user() -> str:
+    """Name of the user, or its number in a container that has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _name(number: int) -> str:

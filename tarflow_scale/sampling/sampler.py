@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.sampling.latents import balanced_labels, latents
@@ -40,26 +41,33 @@ class Sampler:
 
     @torch.no_grad()
     def floats(self, indices: range) -> Iterator[Tensor]:
-        """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond."""
+        """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond.
+
+        Raises:
+            NumericsError: a value is not finite.
+        """
         for low in range(0, len(indices), self._batch_size):
             part = indices[low : low + self._batch_size]
             z = self._temperature * latents(self._seed, part, self._flow.num_dims)
             classes = self._flow.num_classes
             y = balanced_labels(part, classes).to(self._device) if classes else None
-            yield self._flow.inverse(z.to(self._device), y, self._guidance)
+            x = self._flow.inverse(z.to(self._device), y, self._guidance)
+            if not bool(torch.isfinite(x).all()):
+                raise NumericsError(
+                    f"the model produced values that are not finite (images {part.start} to {part.stop - 1}); check "
+                    f"its training, or lower sampling.guidance and sampling.temperature"
+                )
+            yield x
 
     def images(self, indices: range) -> Tensor:
         """Stored pixels ``(len(indices), C, H, W)`` uint8, quantised as the training noise asks, on the CPU.
 
         Raises:
-            ValueError: when the flow does not know its pixel format, or gives a value that is not finite.
+            ValueError: when the flow does not know its pixel format.
+            NumericsError: a value is not finite.
         """
         pixels = self._flow.pixels
         if pixels is None:
             raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
-        batches: list[Tensor] = []
-        for x in self.floats(indices):
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError("the flow produced values that are not finite; check its weights")
-            batches.append(quantize(x, pixels.bit_depth, rounding_of(pixels)).cpu())
-        return torch.cat(batches)
+        rounding = rounding_of(pixels)
+        return torch.cat([quantize(x, pixels.bit_depth, rounding).cpu() for x in self.floats(indices)])

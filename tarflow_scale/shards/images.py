@@ -27,8 +27,9 @@ def decode_image(content: bytes, origin: str) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            grey = image.mode in ("1", "L", "I;16", "LA")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tarflow_scale import storage
 from tarflow_scale.config import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import decode_image, resize_center_crop
@@ -29,16 +30,24 @@ class ImageSource(ABC):
         class_names: names of the classes, in the order of their labels.
         bit_depth: high bits of a uint8 pixel that are data.
         labels: label of every image, ``(n,)`` int64.
+        digest: of what the source holds, so that a changed source is another data set.
     """
 
     def __init__(
-        self, name: str, description: str, class_names: tuple[str, ...], bit_depth: int, labels: NDArray[np.int64]
+        self,
+        name: str,
+        description: str,
+        class_names: tuple[str, ...],
+        bit_depth: int,
+        labels: NDArray[np.int64],
+        digest: str,
     ) -> None:
         self.name = name
         self.description = description
         self.class_names = class_names
         self.bit_depth = bit_depth
         self.labels = labels
+        self.digest = digest
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,6 +77,7 @@ class DigitsSource(ImageSource):
             class_names=tuple(str(digit) for digit in range(10)),
             bit_depth=4,
             labels=digits.target.astype(np.int64),
+            digest=storage.digest(digits.images.tobytes()),
         )
         self._levels = np.minimum(digits.images, 15).astype(np.uint8)
 
@@ -93,9 +103,7 @@ class FolderSource(ImageSource):
         if not root.is_dir():
             raise DataError(f"source.path must be a folder (got {path}); check the path")
         classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        found = {
-            name: sorted(f for f in (root / name).rglob("*") if f.suffix.lower() in _EXTENSIONS) for name in classes
-        }
+        found = {name: _image_files(root / name) for name in classes}
         found = {name: files for name, files in found.items() if files}
         if not found:
             raise DataError(f"no images in {path} (looked for class/*.png, jpg, jpeg, webp, bmp); check source.path")
@@ -107,11 +115,12 @@ class FolderSource(ImageSource):
             class_names=tuple(found),
             bit_depth=8,
             labels=np.array(labels, dtype=np.int64),
+            digest=storage.digest("\n".join(f"{f.relative_to(root)} {f.stat().st_size}" for f in self._files).encode()),
         )
         self._root = root
         self._resize = resize
         self._size = size_pixels
-        self._shape = self._shape_rule(decode_image(self._files[0].read_bytes(), str(self._files[0])))
+        self._shape = self._shape_rule(_decode_file(self._files[0]))
 
     def image(self, number: int) -> NDArray[np.uint8]:
         """Image ``number``, in the one shape of the data set.
@@ -120,12 +129,14 @@ class FolderSource(ImageSource):
             DataError: unreadable, or of another shape than the rest.
         """
         file = self._files[number]
-        image = decode_image(file.read_bytes(), str(file))
+        image = _decode_file(file)
         if self._resize == "center_crop":
             assert self._size is not None
             image = resize_center_crop(image, self._size)
         if image.shape[0] == 1 and self._shape[0] == 3:
             image = image.repeat(3, axis=0)
+        if image.shape[0] != self._shape[0]:
+            raise DataError(f"images must be all grey or all coloured (got {file} among grey ones); convert them")
         if image.shape != self._shape:
             raise DataError(
                 f"all images must have one shape (got {image.shape} for {file}, not {self._shape}); "
@@ -146,6 +157,14 @@ class FolderSource(ImageSource):
                 f"set source.resize=center_crop and source.size_pixels"
             )
         return (channels, size, size)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file())
+
+
+def _decode_file(file: Path) -> NDArray[np.uint8]:
+    return decode_image(storage.read_bytes(str(file)), str(file))
 
 
 def open_source(config: SourceConfig) -> ImageSource:

@@ -16,7 +16,7 @@ from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 
-__all__ = ["Sample", "pack_shard", "publish_manifest", "write_shard"]
+__all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest", "write_shard"]
 
 _MODIFIED_SECONDS = 0
 """Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
@@ -51,19 +51,39 @@ def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, ShardIndex]:
     return content, ShardIndex(np.array(offsets, dtype=np.int64), np.array(checksums, dtype=np.uint64))
 
 
+@dataclass(frozen=True)
+class PackedShard:
+    """A shard in memory: tar, index, and the record that describes both."""
+
+    tar: bytes
+    index: bytes
+    record: ShardRecord
+
+    @classmethod
+    def of(cls, tar_name: str, samples: Iterable[Sample]) -> "PackedShard":
+        """Pack samples; the same samples give the same bytes."""
+        tar, index = pack_shard(samples)
+        index_bytes = index.to_bytes()
+        record = ShardRecord(
+            file=tar_name,
+            samples=len(index),
+            bytes=len(tar),
+            sha256=storage.digest(tar),
+            index_sha256=storage.digest(index_bytes),
+        )
+        return cls(tar, index_bytes, record)
+
+    def write(self, path: str) -> None:
+        """Write index and tar; each appears whole or not at all, the index first."""
+        storage.write_bytes(storage.join(path, index_name(self.record.file)), self.index)
+        storage.write_bytes(storage.join(path, self.record.file), self.tar)
+
+
 def write_shard(path: str, tar_name: str, samples: Iterable[Sample]) -> ShardRecord:
-    """Write one shard and its index; each appears whole or not at all, the index first."""
-    content, index = pack_shard(samples)
-    index_content = index.to_bytes()
-    storage.write_bytes(storage.join(path, index_name(tar_name)), index_content)
-    storage.write_bytes(storage.join(path, tar_name), content)
-    return ShardRecord(
-        file=tar_name,
-        samples=len(index),
-        bytes=len(content),
-        sha256=storage.digest(content),
-        index_sha256=storage.digest(index_content),
-    )
+    """Pack and write one shard."""
+    shard = PackedShard.of(tar_name, samples)
+    shard.write(path)
+    return shard.record
 
 
 def publish_manifest(path: str, manifest: Manifest) -> None:

@@ -172,7 +172,11 @@ class Engine:
         self.num_dims = flow.num_dims
         module = _NatsPerImage(flow.to(device).train())
         self.num_parameters = sum(p.numel() for p in module.parameters())
-        options = {"lr": optimizer.peak_lr, "betas": optimizer.betas, "weight_decay": optimizer.weight_decay}
+        options: dict[str, Any] = {
+            "lr": optimizer.peak_lr,
+            "betas": optimizer.betas,
+            "weight_decay": optimizer.weight_decay,
+        }
         if self.stage == 0:
             client = _GuardedAdamW(module.parameters(), optimizer.gradient_clip_norm, **options)
         else:

@@ -30,7 +30,7 @@ from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.schedule import learning_rate
 
-__all__ = ["Interrupted", "Loop", "Preview"]
+__all__ = ["Interrupted", "Loop", "Preview", "Progress"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
 """Called on rank 0 with the averaged weights by name and the images seen."""
@@ -41,8 +41,8 @@ class Interrupted(UserError):
 
 
 @dataclass
-class _Progress:
-    """Mutable counterpart of `TrainState`."""
+class Progress:
+    """How far a run is; the mutable counterpart of `TrainState`."""
 
     images_seen: int = 0
     skipped_steps: int = 0
@@ -54,6 +54,7 @@ class _Progress:
 
     @property
     def elapsed(self) -> float:
+        """Seconds of training so far, over all its parts."""
         return self.seconds + time.monotonic() - self.started
 
 
@@ -90,14 +91,13 @@ class Loop:
         """Images of the run, rounded up to whole steps."""
         return _whole_steps(self.training.total_images, self.training.global_batch_size)
 
-    def fit(self) -> None:
-        """Train from the latest checkpoint, or from the start, to ``training.total_images``.
+    def fit(self, progress: Progress) -> None:
+        """Train from ``progress``, which moves along, to ``training.total_images``.
 
         Raises:
-            UserError: the run folder holds another run; too many steps in a row were not finite.
+            UserError: too many steps in a row were not finite.
             Interrupted: SIGTERM or SIGUSR1 came; a checkpoint was saved.
         """
-        progress = self._resume()
         stop = _StopSignal()
         log_path = Path(self.logging.path) / "log.jsonl"
         main = distributed.is_main()
@@ -121,7 +121,7 @@ class Loop:
                         f"stopped by a signal after {now} images (checkpoint saved); run it again to go on"
                     )
 
-    def _step(self, batch: Batch, progress: _Progress) -> StepResult:
+    def _step(self, batch: Batch, progress: Progress) -> StepResult:
         progress_images = progress.images_seen
         seed = self.training.seed
         torch.manual_seed(_dropout_seed(seed, progress_images, distributed.rank()))
@@ -140,7 +140,7 @@ class Loop:
             labels = y[low : low + size].to(self.engine.device) if y is not None else None
             yield MicroBatch(x[low : low + size].to(self.engine.device), labels)
 
-    def _agree(self, result: StepResult, signalled: bool, progress: _Progress) -> bool:
+    def _agree(self, result: StepResult, signalled: bool, progress: Progress) -> bool:
         """Sum over ranks what all must know; True when any rank was asked to stop."""
         facts = torch.tensor([result.nats_per_dim, float(signalled)], dtype=torch.float64, device=self.engine.device)
         loss, signals = distributed.all_reduce_sum(facts).tolist()
@@ -159,7 +159,7 @@ class Loop:
             progress.loss_steps += 1
         return signals > 0
 
-    def _log(self, log: telemetry.JsonLog | None, bar: Any, result: StepResult, progress: _Progress) -> None:
+    def _log(self, log: telemetry.JsonLog | None, bar: Any, result: StepResult, progress: Progress) -> None:
         loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         progress.loss_sum, progress.loss_steps = 0.0, 0
         images = progress.images_seen
@@ -186,7 +186,7 @@ class Loop:
             return None
         return nats_per_dim / math.log(2) + self.pixels.bit_depth - 1
 
-    def _save(self, progress: _Progress) -> None:
+    def _save(self, progress: Progress) -> None:
         state = TrainState(
             images_seen=progress.images_seen,
             num_steps=self.engine.num_steps,
@@ -210,19 +210,32 @@ class Loop:
         weights = {name: full.cpu().clone() for name, full in self.average.full() if main}
         return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}
 
-    def _resume(self) -> _Progress:
-        found = checkpoint.find_latest(self._checkpoint_path)
+    def resume(self) -> Progress:
+        """Restore the latest checkpoint, if there is one; rank 0 finds it, so that all ranks take the same.
+
+        Raises:
+            UserError: the run folder holds another or a longer run, or not all ranks see it.
+        """
+        found = distributed.from_main(lambda: checkpoint.find_latest(self._checkpoint_path))
         if found is None:
-            return _Progress()
+            return Progress()
         folder, state = found
+        unseen = torch.tensor([float(not checkpoint.is_complete(folder))], device=self.engine.device)
+        if distributed.all_reduce_sum(unseen).item() > 0:
+            raise UserError(f"all ranks must see the run folder (got {folder} on some only); put it on shared storage")
         changed = sorted(key for key in self.run if self.run[key] != state.run.get(key))
         if changed:
             raise UserError(
                 f"the run folder {self.logging.path} holds another run ({', '.join(changed)} differ); "
                 f"choose another logging.path or delete it"
             )
+        if state.images_seen > self.total_images:
+            raise UserError(
+                f"training.total_images must not lie before the checkpoint (got {self.total_images} and "
+                f"{state.images_seen}); raise it or choose another logging.path"
+            )
         checkpoint.load(folder, self.engine, self.average, self._prime)
-        return _Progress(
+        return Progress(
             images_seen=state.images_seen,
             skipped_steps=state.skipped_steps,
             skipped_in_a_row=state.skipped_in_a_row,
@@ -235,7 +248,7 @@ class Loop:
         """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
         return self.engine.step(self._micro_batches(next(self.reader.batches(0))), learning_rate=0.0)
 
-    def _bar(self, progress: _Progress, main: bool) -> Any:
+    def _bar(self, progress: Progress, main: bool) -> Any:
         return telemetry.progress_bar(self.total_images, "train", initial=progress.images_seen, enabled=main)
 
     @property

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from tarflow_scale.metrics.frechet import Moments, frechet_distance, merge_all
+from tarflow_scale.metrics.frechet import Moments, OrderedMerge, frechet_distance
 
 
 def features(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -24,16 +24,32 @@ def test_moments_are_numpys() -> None:
     assert (again.m2 == moments.m2).all()
 
 
+def merged(parts: tuple[torch.Tensor, ...], order: list[int]) -> Moments:
+    merge = OrderedMerge()
+    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
+    for i in order:
+        merge.add(starts[i], starts[i + 1], Moments.of(parts[i]))
+    return merge.result()
+
+
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (50, 50), (7, 13, 80), (10,) * 10])
 def test_any_division_merges_to_the_same_moments(sizes: tuple[int, ...]) -> None:
     x = features(100, 8, 2) + 1000  # a large mean, which naive sums would not survive
     whole = Moments.of(x)
-    merged = merge_all([Moments.of(part) for part in x.split(list(sizes))])
-    backwards = merge_all([Moments.of(part) for part in reversed(x.split(list(sizes)))])
-    for found in (merged, backwards):
-        assert found.num == 100
-        assert np.allclose(found.mean, whole.mean, rtol=1e-14)
-        assert np.allclose(found.m2, whole.m2, rtol=1e-10)
+    parts = x.split(list(sizes))
+    found = merged(parts, list(range(len(parts))))
+    assert found.num == 100
+    assert np.allclose(found.mean, whole.mean, rtol=1e-14)
+    assert np.allclose(found.m2, whole.m2, rtol=1e-10)
+    backwards = merged(parts, list(range(len(parts)))[::-1])
+    assert (backwards.m2 == found.m2).all()  # the order of arrival does not matter at all
+
+
+def test_a_missing_part_is_noticed() -> None:
+    merge = OrderedMerge()
+    merge.add(10, 20, Moments.of(features(10, 2, 0)))
+    with pytest.raises(ValueError, match="missing from image 0 on"):
+        merge.result()
 
 
 def test_distance_of_two_known_gaussians() -> None:
@@ -50,5 +66,5 @@ def test_it_is_torch_fidelitys_distance() -> None:
     x, y = features(200, 5, 3), features(300, 5, 4)
     statistics = [fid_features_to_statistics(part) for part in (x, y)]
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    merged = merge_all([Moments.of(part) for part in x.split(37)])
-    assert frechet_distance(merged, Moments.of(y)) == pytest.approx(expected, rel=1e-9)
+    parts = x.split(37)
+    assert frechet_distance(merged(parts, [3, 0, 1, 5, 4, 2]), Moments.of(y)) == pytest.approx(expected, rel=1e-9)

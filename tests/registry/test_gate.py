@@ -79,3 +79,23 @@ def test_no_report_and_a_report_by_another_protocol() -> None:
         outcome(gate(maximum=2.0), contender("m@2"))
     with pytest.raises(RegistryError, match="m@2 has no number by this protocol bits"):
         outcome(gate(maximum=2.0), contender("m@2", 1.0, protocol=EARLIER))
+
+
+def test_a_number_with_the_same_id_is_found_behind_a_newer_one() -> None:
+    champion = contender("m@1", 2.0)
+    champion.reports.extend(contender("m@1", 0.5, identity="other reference").reports)
+    assert outcome(gate(must_beat_champion=True), contender("m@2", 1.0), champion) == (
+        True,
+        "1.0000 against 2.0000 of m@1",
+    )
+
+
+def test_a_gate_can_pin_the_images() -> None:
+    assert outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0))[0]
+    with pytest.raises(RegistryError, match="m@2 has no number by this protocol"):
+        outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0, identity="training images"))
+
+
+def test_a_requirement_must_ask_for_something() -> None:
+    with pytest.raises(ValueError, match="needs maximum or must_beat_champion"):
+        gate()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
@@ -62,5 +63,5 @@ def test_images_are_stored_pixels(flow: Flow) -> None:
 def test_a_flow_that_overflows_is_not_an_image(flow: Flow) -> None:
     with torch.no_grad():
         flow.blocks[0].proj_out.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NumericsError, match=r"not finite \(images 0 to 1\)"):
         Sampler(flow, seed=0, batch_size=8).images(range(2))
