@@ -17,7 +17,7 @@ shift
 nodes=${NNODES:-1}
 
 # Cores shared among the ranks of this machine; torch reads it when it starts.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1)) / ranks))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 
 RANK=0 WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks python -m tarflow_scale train "$@" --dry-run >/dev/null
 
