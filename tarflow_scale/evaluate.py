@@ -7,7 +7,6 @@ hashes of pixels, never images; the merge does not depend on who did what, so Ra
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from tarflow_scale.config import (
     VersionConfig,
     load_protocol,
 )
-from tarflow_scale.errors import ConfigError, DataError, PlanError
+from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.likelihood import bits_per_dim, quantize
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
@@ -77,7 +76,7 @@ def run(config: EvaluateConfig, dry_run: bool) -> None:
     if dry_run:
         return
 
-    results = _run(units, _worker_arguments(config, version), config.cluster)
+    results = _run(units, _worker_arguments(config, version, protocols), config.cluster)
     values: dict[str, MetricValue] = {}
     baselines: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
@@ -121,7 +120,7 @@ class Scorer:
         data: the split to score.
         reference: the reference images.
         sampling: keyword arguments of `Sampler` but the seed.
-        protocols: protocol files.
+        protocols: protocols by the path of their file, which need not exist on the worker.
         extractor_weights: path of the extractor's weights, or None.
         threads: torch threads.
         gpu: whether this worker was given a GPU.
@@ -134,7 +133,7 @@ class Scorer:
         data: DataSetConfig,
         reference: ReferenceConfig,
         sampling: dict[str, Any],
-        protocols: Sequence[str],
+        protocols: dict[str, BitsPerDimProtocol | FrechetProtocol],
         extractor_weights: str | None,
         threads: int,
         gpu: bool,
@@ -150,10 +149,10 @@ class Scorer:
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling
-        self._protocols = {path: load_protocol(path) for path in protocols}
+        self._protocols = protocols
         self._extractors = {
             path: open_extractor(protocol, extractor_weights, self._device)
-            for path, protocol in self._protocols.items()
+            for path, protocol in protocols.items()
             if isinstance(protocol, FrechetProtocol)
         }
 
@@ -175,7 +174,7 @@ class Scorer:
                 hashes = tuple(hash_ for batch in batches for hash_ in pixel_hashes(batch))
         features = torch.cat([self._extractors[unit.protocol](part) for part in images.split(batch_size)])
         if not bool(torch.isfinite(features).all()):
-            raise DataError(
+            raise NumericsError(
                 f"features of {protocol.name} are not finite (unit {unit.kind} {unit.start}); check the model"
             )
         return UnitResult(moments=Moments.of(features), hashes=hashes)
@@ -214,6 +213,9 @@ def _check(
     version: ModelVersion, data: Manifest, reference: Manifest, protocols: list[BitsPerDimProtocol | FrechetProtocol]
 ) -> None:
     """Refuse what cannot be measured, before any work."""
+    names = [protocol.name for protocol in protocols]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); drop one")
     for manifest in (data, reference):
         size, channels = version.data.image_size_pixels, version.data.num_channels
         if (manifest.image_size_pixels, manifest.num_channels) != (size, channels):
@@ -264,14 +266,16 @@ def _cut(kind: UnitKind, path: str, num: int) -> list[Unit]:
     return [Unit(kind, path, low, min(low + _UNIT_IMAGES, num)) for low in range(0, num, _UNIT_IMAGES)]
 
 
-def _worker_arguments(config: EvaluateConfig, version: ModelVersion) -> dict[str, Any]:
+def _worker_arguments(
+    config: EvaluateConfig, version: ModelVersion, protocols: dict[str, BitsPerDimProtocol | FrechetProtocol]
+) -> dict[str, Any]:
     return {
         "registry": config.registry,
         "version": version.version,
         "data": config.data,
         "reference": config.reference,
         "sampling": config.sampling.model_dump(),
-        "protocols": config.metrics.protocols,
+        "protocols": protocols,
         "extractor_weights": config.metrics.extractor_weights,
         "threads": config.cluster.cpus_per_worker,
         "gpu": config.cluster.gpus_per_worker > 0,
@@ -290,7 +294,9 @@ def _run(units: list[Unit], arguments: dict[str, Any], cluster: ClusterConfig) -
 def _bits_value(path: str, protocol: BitsPerDimProtocol, results: Results) -> MetricValue:
     bits = np.concatenate([part.bits for part in results.parts("score", path) if part.bits is not None])
     if not np.isfinite(bits).all():
-        raise PlanError(f"{protocol.name} is not finite for {int((~np.isfinite(bits)).sum())} images; check the model")
+        raise NumericsError(
+            f"{protocol.name} is not finite for {int((~np.isfinite(bits)).sum())} images; check the model"
+        )
     return MetricValue(
         value=float(bits.mean()),
         unit="bits/dim",

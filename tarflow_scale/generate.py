@@ -29,7 +29,7 @@ _PLAN = "plan.json"
 _RECORDS = "records"
 _GRID = "grid.png"
 _GRID_IMAGES = 100
-_GRID_ZOOM = 4
+_GRID_ZOOM = 6
 
 
 @dataclass(frozen=True)

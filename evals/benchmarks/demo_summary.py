@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def record(summary: dict[str, Any]) -> None:
-    """Write the committed results file."""
+def record(summary: dict[str, Any], grid: Path) -> None:
+    """Write the committed results file, and the picture beside it."""
     gaussian_bits, gaussian_distance = summary["gaussian_bits_per_dim"], summary["gaussian_frechet_pixels"]
     figures = {
         "bits_per_dim": (f"<= {gaussian_bits - 0.6:.4f}", summary["bits_per_dim"], "bits/dim"),
@@ -94,6 +95,7 @@ def record(summary: dict[str, Any]) -> None:
         "figures": {name: {"asked": a, "got": g, "unit": u} for name, (a, g, u) in figures.items()},
     }
     RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(grid, RESULTS.with_suffix(".png"))
     print(f"wrote {RESULTS}")
 
 
@@ -108,7 +110,7 @@ def main() -> None:
     print(telemetry.table(rows(summary), ("demo", "got", "asked")))
     print(f"\nsample grid: {arguments.folder}/generated/grid.png (column c holds digit c)")
     if arguments.record:
-        record(summary)
+        record(summary, arguments.folder / "generated" / "grid.png")
 
 
 if __name__ == "__main__":

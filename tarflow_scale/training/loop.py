@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ class Loop:
         stop = _StopSignal()
         log_path = Path(self.logging.path) / "log.jsonl"
         main = distributed.is_main()
-        with _main_only_log(log_path, progress.images_seen, main) as log, self._bar(progress, main) as bar:
+        opened = telemetry.JsonLog(log_path, keep_until_images=progress.images_seen) if main else nullcontext()
+        with opened as log, self._bar(progress, main) as bar:
             batches = self.reader.batches(progress.images_seen)
             while progress.images_seen < self.total_images:
                 before = progress.images_seen
@@ -122,10 +124,9 @@ class Loop:
                     )
 
     def _step(self, batch: Batch, progress: Progress) -> StepResult:
-        progress_images = progress.images_seen
-        seed = self.training.seed
-        torch.manual_seed(_dropout_seed(seed, progress_images, distributed.rank()))
-        rate = learning_rate(progress_images, self.total_images, self.optimizer, self.schedule)
+        seen = progress.images_seen
+        torch.manual_seed(_dropout_seed(self.training.seed, seen, distributed.rank()))
+        rate = learning_rate(seen, self.total_images, self.optimizer, self.schedule)
         result = self.engine.step(self._micro_batches(batch), rate)
         progress.images_seen += self.training.global_batch_size
         if not result.skipped:
@@ -283,18 +284,6 @@ class _StopSignal:
 
     def _receive(self, *_: object) -> None:
         self.received = True
-
-
-class _NoLog:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _main_only_log(path: Path, images_seen: int, main: bool) -> "telemetry.JsonLog | _NoLog":
-    return telemetry.JsonLog(path, keep_until_images=images_seen) if main else _NoLog()
 
 
 def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:
