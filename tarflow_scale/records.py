@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tarflow_scale.errors import RegistryError
+from tarflow_scale.errors import RegistryError, UserError
 
 __all__ = [
     "DataSetFacts",
@@ -39,18 +39,18 @@ class Record(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     @classmethod
-    def from_json(cls, content: bytes, origin: str) -> Self:
+    def from_json(cls, content: bytes, origin: str, failure: type[UserError] = RegistryError) -> Self:
         """Parse; ``origin`` names the file in the error.
 
         Raises:
-            RegistryError: when the content is not this record.
+            UserError: of the kind ``failure``, when the content is not this record.
         """
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
-            raise RegistryError(
+            raise failure(
                 f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); it is damaged or of another version"
             ) from error
 

@@ -110,7 +110,7 @@ def damaged_manifest(w: World) -> tuple[list[str], str]:
     data = w.data_copy()
     (data / "train/manifest.json").write_text("{}")
     return w.train(data), (
-        f"{data}/train/manifest.json is not a manifest (name: Field required); pack the data set again"
+        f"{data}/train/manifest.json is not a Manifest (name: Field required); it is damaged or of another version"
     )
 
 

@@ -1,8 +1,6 @@
 """The manifest: what makes a folder of tars a data set. Written last; no manifest, no data set."""
 
-from typing import Self
-
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
@@ -74,20 +72,6 @@ class Manifest(Record):
             num_images=self.num_images,
         )
 
-    @classmethod
-    def parse(cls, content: bytes, origin: str) -> Self:
-        """Read a manifest's bytes.
-
-        Raises:
-            DataError: when they are not a manifest.
-        """
-        try:
-            return cls.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise DataError(f"{origin} is not a manifest ({where}: {first['msg']}); pack the data set again") from error
-
 
 def index_name(tar_name: str) -> str:
     """``train-00000.tar`` -> ``train-00000.index.npz``."""
@@ -106,4 +90,4 @@ def read_manifest(path: str) -> Manifest:
             f"{path} is not a data set (no {MANIFEST_NAME}); run 'tarflow-scale prepare', "
             f"or again if it was interrupted"
         )
-    return Manifest.parse(storage.read_bytes(location), location)
+    return Manifest.from_json(storage.read_bytes(location), location, DataError)

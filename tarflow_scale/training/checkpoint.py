@@ -21,12 +21,12 @@ from torch import Tensor
 
 from tarflow_scale import storage
 from tarflow_scale.distributed import barrier, is_main, rank, world_size
-from tarflow_scale.errors import DataError, RegistryError
+from tarflow_scale.errors import DataError
 from tarflow_scale.records import FileRecord, Record
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import MOMENTS, Engine
 
-__all__ = ["CheckpointManifest", "TrainState", "find_latest", "is_complete", "load", "save"]
+__all__ = ["CheckpointManifest", "TrainState", "find_latest", "load", "save"]
 
 _MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
@@ -76,11 +76,6 @@ def save(path: str, engine: Engine, average: WeightAverage, state: TrainState, k
     barrier()
 
 
-def is_complete(folder: str) -> bool:
-    """Whether this rank sees a complete checkpoint in ``folder``."""
-    return storage.exists(storage.join(folder, _MANIFEST))
-
-
 def find_latest(path: str) -> tuple[str, TrainState] | None:
     """Folder and state of the newest complete checkpoint whose files are intact, or None.
 
@@ -89,7 +84,7 @@ def find_latest(path: str) -> tuple[str, TrainState] | None:
     for folder in reversed(_complete(path)):
         try:
             return folder, _verified(folder).state
-        except (DataError, RegistryError) as error:
+        except DataError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
     return None
 
@@ -154,12 +149,12 @@ def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tenso
 def _complete(path: str) -> list[str]:
     """Folders with a manifest, oldest first."""
     folders = [storage.join(path, name) for name in storage.list_names(path) if name.startswith("images-")]
-    return [folder for folder in folders if is_complete(folder)]
+    return [folder for folder in folders if storage.exists(storage.join(folder, _MANIFEST))]
 
 
 def _verified(folder: str) -> CheckpointManifest:
     location = storage.join(folder, _MANIFEST)
-    manifest = CheckpointManifest.from_json(storage.read_bytes(location), location)
+    manifest = CheckpointManifest.from_json(storage.read_bytes(location), location, DataError)
     for file, record in manifest.files.items():
         if not storage.exists(storage.join(folder, file)):
             raise DataError(f"{folder}/{file} is missing, though the manifest names it; delete the checkpoint")

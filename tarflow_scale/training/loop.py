@@ -8,6 +8,7 @@ state, and one that is killed and resumed on the same number of ranks repeats th
 import math
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale import distributed, telemetry
+from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import CheckpointConfig, LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows.likelihood import add_noise
@@ -31,7 +32,7 @@ from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.schedule import learning_rate
 
-__all__ = ["Interrupted", "Loop", "Preview", "Progress"]
+__all__ = ["Interrupted", "Loop", "Preview", "Progress", "check_shared"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
 """Called on rank 0 with the averaged weights by name and the images seen."""
@@ -215,15 +216,13 @@ class Loop:
         """Restore the latest checkpoint, if there is one; rank 0 finds it, so that all ranks take the same.
 
         Raises:
-            UserError: the run folder holds another or a longer run, or not all ranks see it.
+            UserError: the run folder holds another or a longer run, or is not one folder for all ranks.
         """
+        check_shared(self.logging.path, self.engine.device)
         found = distributed.from_main(lambda: checkpoint.find_latest(self._checkpoint_path))
         if found is None:
             return Progress()
         folder, state = found
-        unseen = torch.tensor([float(not checkpoint.is_complete(folder))], device=self.engine.device)
-        if distributed.all_reduce_sum(unseen).item() > 0:
-            raise UserError(f"all ranks must see the run folder (got {folder} on some only); put it on shared storage")
         changed = sorted(key for key in self.run if self.run[key] != state.run.get(key))
         if changed:
             raise UserError(
@@ -255,6 +254,32 @@ class Loop:
     @property
     def _checkpoint_path(self) -> str:
         return f"{self.logging.path}/checkpoints"
+
+
+def check_shared(path: str, device: torch.device) -> None:
+    """All ranks must see one run folder, or only some would find the checkpoints; rank 0 leaves a mark to look for.
+
+    Raises:
+        UserError: on every rank, when some rank does not see it.
+    """
+    if distributed.world_size() == 1:
+        return
+    name = f".shared-{distributed.from_main(lambda: _leave_mark(path))}"
+    unseen = torch.tensor([float(not storage.exists(storage.join(path, name)))], device=device)
+    num_unseen = int(distributed.all_reduce_sum(unseen).item())
+    if distributed.is_main():
+        storage.remove(storage.join(path, name))
+    if num_unseen:
+        raise UserError(
+            f"logging.path must be one folder for all ranks (got {num_unseen} that do not see {path} of rank 0); "
+            f"put it on storage that all nodes share"
+        )
+
+
+def _leave_mark(path: str) -> str:
+    mark = uuid.uuid4().hex
+    storage.write_bytes(storage.join(path, f".shared-{mark}"), b"seen")
+    return mark
 
 
 def noisy_images(batch: Batch, pixels: PixelFormat, seed: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_every_protocol_loads(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((TOP / "evals/gates").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_gate_names_protocols_that_exist(file: Path) -> None:
     for requirement in load_config(GateConfig, file, []).requirements:
-        load_protocol(str(TOP / requirement.protocol))
+        assert len(load_protocol(str(TOP / requirement.protocol)).digest) == 64
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ def test_a_step_with_a_nan_on_one_rank_is_skipped_on_all(tmp_path: Path, stage: 
     assert found == {"skipped": True, "unchanged": True, "next_skipped": False, "moved": True, "finite": True}
 
 
+def test_a_run_folder_on_each_node_is_refused_by_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    found = ranks(2, "shared", tmp_path / "out.json", tmp_path / "run")
+    assert found["refused"].startswith("logging.path must be one folder for all ranks (got 1 that do not see")
+    assert found["ranks"] == 2
+    assert found["left"] == []
+
+
 def test_the_deepspeed_dictionary_is_derived() -> None:
     training = TrainingConfig(total_images=1, global_batch_size=96, micro_batch_size=8)
     parallelism = ParallelismConfig(zero_stage=3, precision="bf16")

@@ -12,11 +12,13 @@ import torch
 
 from tarflow_scale import distributed
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TarFlowConfig, TrainingConfig
+from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
+from tarflow_scale.training.loop import check_shared
 from tarflow_scale.training.schedule import average_decay
 
 BATCH = 12
@@ -134,6 +136,19 @@ def case_poison(device: torch.device, stage: str) -> dict[str, Any]:
         "moved": moved,
         "finite": all(bool(torch.isfinite(engine.full_weight(name)).all()) for name in engine.names),
     }
+
+
+def case_shared(device: torch.device, folder: str) -> dict[str, Any]:
+    """One folder for all ranks is fine; one for each is refused by all."""
+    check_shared(folder, device)
+    try:
+        check_shared(f"{folder}/{distributed.rank()}", device)
+        refused = ""
+    except UserError as error:
+        refused = str(error)
+    ranks = distributed.all_reduce_sum(torch.tensor([float(bool(refused))]))
+    left = [str(path) for path in Path(folder).rglob("*") if path.is_file()]
+    return {"refused": refused, "ranks": float(ranks), "left": left}
 
 
 def main() -> None:
