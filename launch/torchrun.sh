@@ -8,6 +8,8 @@
 #
 # The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
 set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+export PATH="$here/.venv/bin:$PATH"
 if [ $# -lt 2 ]; then
     echo "usage: launch/torchrun.sh NUM_RANKS CONFIG.yaml [section.key=value ...]" >&2
     exit 2
