@@ -65,12 +65,16 @@ def wait_for_checkpoint(run: Path, images: int, process: "subprocess.Popen[str]"
         time.sleep(0.02)
 
 
-def test_kill_dash_nine_and_the_same_command_again_equals_never_stopping(trained: Trained, tmp_path: Path) -> None:
-    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
-    process = start(arguments)
-    wait_for_checkpoint(tmp_path / "run", 640, process)
+def kill_after_checkpoint(process: "subprocess.Popen[str]", run: Path, images: int) -> None:
+    """``kill -9`` of the launcher and all ranks, once a checkpoint is complete."""
+    wait_for_checkpoint(run, images, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_kill_dash_nine_and_the_same_command_again_equals_never_stopping(trained: Trained, tmp_path: Path) -> None:
+    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
+    kill_after_checkpoint(start(arguments), tmp_path / "run", 640)
     assert not (tmp_path / "run/model").exists()
     result = command(*arguments)
     assert result.returncode == 0, result.stderr
@@ -84,10 +88,7 @@ def test_two_ranks_killed_and_resumed_equal_two_ranks_undisturbed(trained: Train
     broken = train_arguments(trained.data, tmp_path / "broken", tmp_path / "registry")
     result = command(*whole, ranks=2)
     assert result.returncode == 0, result.stderr
-    process = start(broken, ranks=2)
-    wait_for_checkpoint(tmp_path / "broken", 320, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_checkpoint(start(broken, ranks=2), tmp_path / "broken", 320)
     time.sleep(0.5)
     result = command(*broken, ranks=2)
     assert result.returncode == 0, result.stderr
@@ -123,10 +124,7 @@ def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Traine
 
 def test_a_damaged_checkpoint_is_passed_over(trained: Trained, tmp_path: Path) -> None:
     arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
-    process = start(arguments)
-    wait_for_checkpoint(tmp_path / "run", 640, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_checkpoint(start(arguments), tmp_path / "run", 640)
     newest = max(p for p in (tmp_path / "run/checkpoints").iterdir() if (p / "manifest.json").exists())
     part = next(newest.glob("part-*.safetensors"))
     content = bytearray(part.read_bytes())

@@ -70,7 +70,11 @@ class Flow(nn.Module, ABC):
         """Draw ``num`` samples ``(num, *event)``; the latent is scaled by ``temperature``.
 
         For images that depend on (seed, index) alone, whatever the batch, use `tarflow_scale.sampling`.
+
+        Raises:
+            ValueError: labels that do not fit this flow.
         """
+        self.check_labels(y, num)
         reference = next(self.parameters())
         z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
         return self.inverse(temperature * z, y, guidance)

@@ -32,7 +32,7 @@ def test_temperature_zero_is_deterministic_and_does_not_touch_log_prob() -> None
 )
 def test_labels_that_do_not_fit(labels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(CONFIG, (1, 4, 4), 2).check_labels(labels, 2)
+        build(CONFIG, (1, 4, 4), 2).sample(2, labels)
 
 
 def test_a_conditional_model_needs_classes() -> None:
@@ -41,4 +41,4 @@ def test_a_conditional_model_needs_classes() -> None:
     unconditional = build(CONFIG.model_copy(update={"class_conditional": False}), (1, 4, 4), 2)
     assert unconditional.num_classes is None
     with pytest.raises(ValueError, match="takes no labels"):
-        unconditional.check_labels(torch.tensor([0]), 1)
+        unconditional.sample(1, torch.tensor([0]))
