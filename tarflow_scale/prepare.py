@@ -1,8 +1,8 @@
 """Verb ``prepare``: images to WebDataset shards.
 
-Open the source, split it by class, pack each split in a random order into tars with an index beside each, and
-publish the manifests last, when all splits are packed. The same source and configuration give the same bytes. What
-fails half-way leaves nothing.
+Open the source, split it (as it says, or by class), pack each split in a random order into tars with an index beside
+each, and publish the manifests last, when all splits are packed. The same source and configuration give the same
+bytes. What fails half-way leaves nothing.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.config import PrepareConfig
+from tarflow_scale.config import PrepareConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
@@ -33,7 +33,7 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     source = open_source(config.source)
     settings = config.model_dump(mode="json", exclude={"shards": {"path"}})
     recipe = storage.digest(canonical_json([settings, source.digest]))
-    splits = _split(source.labels, config.split.test_fraction, config.split.seed)
+    splits = _split(source, config.split)
     _print_plan(source, splits, config)
     if dry_run:
         return
@@ -57,16 +57,26 @@ def _path(config: PrepareConfig, split: str) -> str:
     return storage.join(config.shards.path, split)
 
 
-def _split(labels: NDArray[np.int64], test_fraction: float, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Numbers of the images of each split, stratified: each class gives the same share to ``test``."""
+def _split(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[np.int64]]:
+    """Numbers of the images of each split."""
+    if config.kind == "official" and source.official_test is None:
+        raise DataError(f"{source.name} has no official split (got split.kind=official); use stratified")
+    if config.kind == "stratified" or source.official_test is None:
+        in_test = _stratified(source.labels, config.test_fraction, config.seed)
+    else:
+        in_test = source.official_test
+    splits = {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
+    return {name: members for name, members in splits.items() if len(members)}
+
+
+def _stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images are for testing; each class gives the same share."""
     test: list[NDArray[np.int64]] = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         chosen = permutation(len(members), Purpose.SPLIT, seed, int(label))[: round(len(members) * test_fraction)]
         test.append(members[chosen])
-    in_test = np.isin(np.arange(len(labels)), np.concatenate(test))
-    splits = {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
-    return {name: members for name, members in splits.items() if len(members)}
+    return np.isin(np.arange(len(labels)), np.concatenate(test))
 
 
 def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], config: PrepareConfig) -> None:

@@ -41,11 +41,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 class SourceConfig(Section):
     """Where images come from (verb ``prepare``)."""
 
-    kind: Literal["digits", "folder"]
+    kind: Literal["digits", "folder", "mnist"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: ``path/class/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class."""
+    ``folder``: ``path/class/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class.
+    ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped."""
     path: str | None = None
-    """Folder of images; needed by ``folder``."""
+    """Where the images are; needed by ``folder`` and ``mnist``."""
     size_pixels: int | None = Field(default=None, ge=1)
     """Side of the square training images; None keeps the size the images have."""
     resize: Literal["refuse", "center_crop"] = "refuse"
@@ -54,8 +55,10 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
-        if self.kind == "folder" and not self.path:
-            raise ValueError("source.path is required for kind=folder (got None); name the folder of images")
+        if self.kind != "digits" and not self.path:
+            raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
+        if self.kind != "folder" and (self.size_pixels is not None or self.resize != "refuse"):
+            raise ValueError(f"source.size_pixels and source.resize need kind=folder (got {self.kind}); remove them")
         if self.resize == "center_crop" and self.size_pixels is None:
             raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
         return self
@@ -73,8 +76,11 @@ class ShardsConfig(Section):
 class SplitConfig(Section):
     """How ``prepare`` divides the source into ``train`` and ``test``."""
 
+    kind: Literal["auto", "official", "stratified"] = "auto"
+    """``official``: as the source divides itself. ``stratified``: by ``test_fraction`` of each class. ``auto``:
+    official where the source has a split, stratified elsewhere."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Share of each class that goes to the test split; 0 makes no test split."""
+    """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
     seed: int = Field(default=0, ge=0)
     """Seed of the split and of the order in which samples are packed."""
 

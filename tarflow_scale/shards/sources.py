@@ -1,4 +1,4 @@
-"""Where images come from: built-in digits, or a folder of class folders.
+"""Where images come from: built-in digits, a folder of class folders, or MNIST's formats (`shards.mnist`).
 
 A source knows its size, classes and format before it reads an image, and reads any one image by number, so that
 packing can be planned, split and ordered first.
@@ -31,6 +31,7 @@ class ImageSource(ABC):
         bit_depth: high bits of a uint8 pixel that are data.
         labels: label of every image, ``(n,)`` int64.
         digest: of what the source holds, so that a changed source is another data set.
+        official_test: ``(n,)`` bool, which images the source itself sets aside for testing; None when it does not say.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ImageSource(ABC):
         bit_depth: int,
         labels: NDArray[np.int64],
         digest: str,
+        official_test: NDArray[np.bool_] | None = None,
     ) -> None:
         self.name = name
         self.description = description
@@ -48,6 +50,7 @@ class ImageSource(ABC):
         self.bit_depth = bit_depth
         self.labels = labels
         self.digest = digest
+        self.official_test = official_test
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -175,3 +178,8 @@ def open_source(config: SourceConfig) -> ImageSource:
         case "folder":
             assert config.path is not None
             return FolderSource(config.path, config.size_pixels, config.resize)
+        case "mnist":
+            from tarflow_scale.shards.mnist import MnistSource
+
+            assert config.path is not None
+            return MnistSource(config.path)

@@ -1,0 +1,146 @@
+"""MNIST and what is published in its format: one ``.npz``, or four IDX files, plain or gzipped.
+
+The split is the official one. IDX: two zero bytes, a type (8 is uint8), the number of axes, each axis as a
+big-endian uint32, then the values in row-major order (yann.lecun.com/exdb/mnist).
+"""
+
+import gzip
+import io
+import math
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources import ImageSource
+
+__all__ = ["MnistSource", "read_idx"]
+
+_NPZ_KEYS = ("{split}_{part}", "{part}_{split}")
+"""``train_x`` as well as Keras's ``x_train``."""
+_IDX_NAMES = {
+    ("train", "x"): "train-images-idx3-ubyte",
+    ("train", "y"): "train-labels-idx1-ubyte",
+    ("test", "x"): "t10k-images-idx3-ubyte",
+    ("test", "y"): "t10k-labels-idx1-ubyte",
+}
+_IDX_UINT8 = 8
+
+
+class MnistSource(ImageSource):
+    """Grey images with integer labels and an official split; 8 bits.
+
+    Args:
+        path: an ``.npz`` file with ``train_x train_y test_x test_y`` (or ``x_train ...``), or a folder (or URL) of
+            the IDX files ``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte`` and so on, plain or ``.gz``.
+
+    Raises:
+        DataError: a file is missing or damaged, or images and labels do not fit.
+    """
+
+    def __init__(self, path: str) -> None:
+        arrays = _read_npz(path) if path.endswith(".npz") else _read_idx_folder(path)
+        for split in ("train", "test"):
+            _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
+        if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
+            raise DataError(
+                f"both splits must have images of one size (got {arrays['train', 'x'].shape[1:]} and "
+                f"{arrays['test', 'x'].shape[1:]} in {path}); check the files"
+            )
+        self._images = np.concatenate([arrays["train", "x"], arrays["test", "x"]])
+        labels = np.concatenate([arrays["train", "y"], arrays["test", "y"]]).astype(np.int64)
+        num_train = len(arrays["train", "x"])
+        super().__init__(
+            name=path.rstrip("/").rpartition("/")[2].removesuffix(".npz"),
+            description="MNIST format, official split",
+            class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
+            bit_depth=8,
+            labels=labels,
+            digest=storage.digest(self._images.tobytes() + labels.tobytes()),
+            official_test=np.arange(len(labels)) >= num_train,
+        )
+        self._num_train = num_train
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Image ``number`` as ``(1, H, W)`` uint8; the training images come first."""
+        return self._images[number][None]
+
+    def origin(self, number: int) -> str:
+        """``train/17`` or ``test/3``."""
+        return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"
+
+
+def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
+    """Values of an IDX file of unsigned bytes.
+
+    Raises:
+        DataError: it is none, or is shorter or longer than its header says.
+    """
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UINT8:
+        raise DataError(f"{name} is not an IDX file of unsigned bytes (starts with {content[:4]!r}); check the file")
+    axes, start = content[3], 4 + 4 * content[3]
+    if len(content) < start:
+        raise DataError(f"{name} ends inside its header (got {len(content)} bytes); download it again")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise DataError(
+            f"{name} must hold {math.prod(shape)} values (got {len(content) - start} for the shape {shape}); "
+            f"download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_idx_folder(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
+    arrays: dict[tuple[str, str], NDArray[np.uint8]] = {}
+    for key, name in _IDX_NAMES.items():
+        plain, zipped = storage.join(path, name), storage.join(path, f"{name}.gz")
+        if storage.exists(plain):
+            arrays[key] = read_idx(storage.read_bytes(plain), plain)
+        elif storage.exists(zipped):
+            try:
+                content = gzip.decompress(storage.read_bytes(zipped))
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{zipped} cannot be unpacked ({error}); download it again") from error
+            arrays[key] = read_idx(content, zipped)
+        else:
+            raise DataError(f"no {name} or {name}.gz in {path}; source.path is an .npz file or the folder of IDX files")
+    return arrays
+
+
+def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
+    if not storage.exists(path):
+        raise DataError(f"there is no {path}; check source.path")
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
+            return {
+                (split, part): file[_npz_key(set(file.files), split, part, path)]
+                for split in ("train", "test")
+                for part in ("x", "y")
+            }
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
+
+
+def _npz_key(names: set[str], split: str, part: str, path: str) -> str:
+    candidates = [key.format(split=split, part=part) for key in _NPZ_KEYS]
+    for key in candidates:
+        if key in names:
+            return key
+    raise DataError(f"{path} must hold {' or '.join(candidates)} (got {', '.join(sorted(names))}); rename its arrays")
+
+
+def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], what: str) -> None:
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise DataError(
+            f"images must be square, (n, H, H) uint8 (got {images.shape} {images.dtype} in {what}); convert them"
+        )
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.shape != (len(images),) or len(labels) == 0 or int(labels.min()) < 0:
+        raise DataError(
+            f"there must be one label of at least 0 for each of {len(images)} images (got {labels.shape} "
+            f"{labels.dtype} in {what}); check the labels"
+        )

@@ -1,0 +1,183 @@
+"""MNIST's formats: npz and IDX, plain and gzipped; and what damaged files say."""
+
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale.config import PrepareConfig, SourceConfig, SplitConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.prepare import run as prepare
+from tarflow_scale.shards.mnist import MnistSource
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.sources import ImageSource, open_source
+
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "train_x": RNG.integers(0, 256, (30, 6, 6), np.uint8),
+    "train_y": (np.arange(30) % 3).astype(np.uint8),
+    "test_x": RNG.integers(0, 256, (10, 6, 6), np.uint8),
+    "test_y": (np.arange(10) % 3).astype(np.uint8),
+}
+IDX = {
+    "train-images-idx3-ubyte": "train_x",
+    "train-labels-idx1-ubyte": "train_y",
+    "t10k-images-idx3-ubyte": "test_x",
+    "t10k-labels-idx1-ubyte": "test_y",
+}
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_npz(path: Path) -> str:
+    np.savez(path / "small.npz", **ARRAYS)
+    return str(path / "small.npz")
+
+
+def write_keras_npz(path: Path) -> str:
+    np.savez_compressed(path / "small.npz", **{"_".join(reversed(k.split("_"))): v for k, v in ARRAYS.items()})
+    return str(path / "small.npz")
+
+
+def write_idx(path: Path) -> str:
+    for name, key in IDX.items():
+        (path / name).write_bytes(idx_bytes(ARRAYS[key]))
+    return str(path)
+
+
+def write_idx_gz(path: Path) -> str:
+    for name, key in IDX.items():
+        (path / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(ARRAYS[key])))
+    return str(path)
+
+
+WRITERS = [write_npz, write_keras_npz, write_idx, write_idx_gz]
+
+
+def images(source: ImageSource) -> np.ndarray:
+    return np.stack([source.image(i) for i in range(len(source))])
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_form_gives_the_same_images_and_the_official_split(write: Callable, tmp_path: Path) -> None:
+    source = open_source(SourceConfig(kind="mnist", path=write(tmp_path)))
+    assert (images(source)[:, 0] == np.concatenate([ARRAYS["train_x"], ARRAYS["test_x"]])).all()
+    assert source.labels.tolist() == [*(i % 3 for i in range(30)), *(i % 3 for i in range(10))]
+    assert source.official_test is not None
+    assert np.flatnonzero(source.official_test).tolist() == list(range(30, 40))
+    assert (source.origin(29), source.origin(30)) == ("train/29", "test/0")
+    assert source.class_names == ("0", "1", "2")
+    assert source.bit_depth == 8
+
+
+@pytest.mark.parametrize(("kind", "num_test"), [("auto", 10), ("official", 10), ("stratified", 19)])
+def test_the_official_split_is_kept_unless_told_otherwise(tmp_path: Path, kind: str, num_test: int) -> None:
+    config = PrepareConfig.model_validate(
+        {
+            "source": {"kind": "mnist", "path": write_npz(tmp_path)},
+            "split": {"kind": kind, "test_fraction": 0.5},
+            "shards": {"path": str(tmp_path / "packed"), "samples_per_shard": 8},
+        }
+    )
+    prepare(config, dry_run=False)
+    test = ShardSet(str(tmp_path / "packed/test"))
+    assert test.manifest.num_images == num_test
+    if num_test == 10:
+        found = {image.tobytes() for image in test.take(np.arange(10)).images}
+        assert found == {image.tobytes() for image in ARRAYS["test_x"]}
+
+
+def test_digits_have_no_official_split(tmp_path: Path) -> None:
+    config = PrepareConfig.model_validate(
+        {"source": {"kind": "digits"}, "split": SplitConfig(kind="official"), "shards": {"path": str(tmp_path / "x")}}
+    )
+    with pytest.raises(DataError, match=r"digits has no official split \(got split.kind=official\); use stratified"):
+        prepare(config, dry_run=False)
+    assert not (tmp_path / "x").exists()
+
+
+def truncated(path: Path) -> str:
+    folder = write_idx(path)
+    file = path / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    return folder
+
+
+def short_header(path: Path) -> str:
+    folder = write_idx(path)
+    (path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
+    return folder
+
+
+def not_idx(path: Path) -> str:
+    folder = write_idx(path)
+    (path / "t10k-labels-idx1-ubyte").write_bytes(b"<html>")
+    return folder
+
+
+def broken_gzip(path: Path) -> str:
+    folder = write_idx_gz(path)
+    file = path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    return folder
+
+
+def missing(path: Path) -> str:
+    folder = write_idx(path)
+    (path / "t10k-images-idx3-ubyte").unlink()
+    return folder
+
+
+def absent(path: Path) -> str:
+    return str(path / "absent.npz")
+
+
+def not_npz(path: Path) -> str:
+    (path / "a.npz").write_bytes(b"PK no archive")
+    return str(path / "a.npz")
+
+
+def pickled(path: Path) -> str:
+    np.savez(path / "a.npz", **(ARRAYS | {"train_x": np.array([{"run": "me"}], dtype=object)}))
+    return str(path / "a.npz")
+
+
+def other_names(path: Path) -> str:
+    np.savez(path / "a.npz", images=ARRAYS["train_x"])
+    return str(path / "a.npz")
+
+
+def fewer_labels(path: Path) -> str:
+    np.savez(path / "a.npz", **(ARRAYS | {"test_y": ARRAYS["test_y"][:-1]}))
+    return str(path / "a.npz")
+
+
+def floats(path: Path) -> str:
+    np.savez(path / "a.npz", **(ARRAYS | {"train_x": ARRAYS["train_x"].astype(np.float32)}))
+    return str(path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, r"train-images-idx3-ubyte must hold 1080 values \(got 1079 for the shape \(30, 6, 6\)\)"),
+        (short_header, r"train-labels-idx1-ubyte ends inside its header \(got 6 bytes\)"),
+        (not_idx, r"t10k-labels-idx1-ubyte is not an IDX file of unsigned bytes \(starts with b'<htm'\)"),
+        (broken_gzip, r"train-images-idx3-ubyte.gz cannot be unpacked"),
+        (missing, r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in"),
+        (absent, r"there is no .*absent.npz; check source.path"),
+        (not_npz, r"a.npz is not an .npz file of plain arrays"),
+        (pickled, r"a.npz is not an .npz file of plain arrays \(Object arrays cannot be loaded"),
+        (other_names, r"must hold train_x or x_train \(got images\)"),
+        (fewer_labels, r"one label of at least 0 for each of 10 images \(got \(9,\) uint8 in test"),
+        (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),
+    ],
+)
+def test_damage_is_named(make: Callable, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        MnistSource(make(tmp_path))
