@@ -1,4 +1,4 @@
-"""Ranks: who am I, how many are we, and the three collectives the pipeline needs.
+"""Ranks: who am I, how many are we, and the four collectives the pipeline needs.
 
 Imported cheaply; torch is imported when a function that needs it is called. A single process is rank 0 of 1.
 """
@@ -11,8 +11,19 @@ from tarflow_scale.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
-__all__ = ["all_reduce_sum", "barrier", "from_main", "is_main", "local_world_size", "rank", "shut_down", "world_size"]
+__all__ = [
+    "all_reduce_sum",
+    "barrier",
+    "broadcast_module",
+    "from_main",
+    "is_main",
+    "local_world_size",
+    "rank",
+    "shut_down",
+    "world_size",
+]
 
 
 T = TypeVar("T")
@@ -53,6 +64,15 @@ def all_reduce_sum(values: "Tensor") -> "Tensor":
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def broadcast_module(module: "Module") -> None:
+    """Give every rank rank 0's parameters and buffers, in place."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 def from_main(compute: Callable[[], T]) -> T:

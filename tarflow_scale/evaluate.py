@@ -21,6 +21,7 @@ from tarflow_scale.config import (
     EvaluateConfig,
     FrechetProtocol,
     ReferenceConfig,
+    SamplingConfig,
     VersionConfig,
     load_protocol,
 )
@@ -99,8 +100,7 @@ def run(config: EvaluateConfig, dry_run: bool) -> None:
         weights_digest=version.weights_digest,
         metrics=values,
         baselines=baselines,
-        guidance=config.sampling.guidance,
-        temperature=config.sampling.temperature,
+        sampling=config.sampling.model_dump(mode="json"),
         seconds=time.monotonic() - started,
         packages=telemetry.package_versions(),
     )
@@ -119,7 +119,7 @@ class Scorer:
         version: its number.
         data: the split to score.
         reference: the reference images.
-        sampling: keyword arguments of `Sampler` but the seed.
+        sampling: the section.
         protocols: protocols by the path of their file, which need not exist on the worker.
         extractor_weights: path of the extractor's weights, or None.
         threads: torch threads.
@@ -132,7 +132,7 @@ class Scorer:
         version: int,
         data: DataSetConfig,
         reference: ReferenceConfig,
-        sampling: dict[str, Any],
+        sampling: SamplingConfig,
         protocols: dict[str, BitsPerDimProtocol | FrechetProtocol],
         extractor_weights: str | None,
         threads: int,
@@ -141,11 +141,8 @@ class Scorer:
         torch.set_num_threads(threads)
         self._device = worker_device(gpu)
         self._flow = load_version(registry.path, registry.model, version).to(self._device)
-        if sampling["guidance"] > 0 and self._flow.num_classes is None:
-            raise ConfigError(
-                f"guidance needs a class-conditional model (got sampling.guidance={sampling['guidance']} for "
-                f"{registry.model}@{version}); set it to 0"
-            )
+        if any(isinstance(protocol, FrechetProtocol) for protocol in protocols.values()):
+            Sampler(self._flow, 0, sampling)  # refuses settings that do not fit the model, before any work
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling
@@ -159,7 +156,7 @@ class Scorer:
     def run(self, unit: Unit) -> UnitResult:
         """Score, sample or read a range of images."""
         protocol = self._protocols[unit.protocol]
-        batch_size = int(self._sampling["batch_size"])
+        batch_size = self._sampling.batch_size
         if isinstance(protocol, BitsPerDimProtocol):
             return self._score(unit, protocol, batch_size)
         match unit.kind:
@@ -195,7 +192,7 @@ class Scorer:
         return UnitResult(bits=np.concatenate(bits), hashes=tuple(hashes))
 
     def _samples(self, unit: Unit, protocol: FrechetProtocol) -> torch.Tensor:
-        sampler = Sampler(self._flow, seed=protocol.seed, **self._sampling)
+        sampler = Sampler(self._flow, protocol.seed, self._sampling)
         parts = sampler.floats(range(unit.start, unit.stop))
         return torch.cat([quantize(x, protocol.bit_depth, protocol.rounding).cpu() for x in parts])
 
@@ -274,7 +271,7 @@ def _worker_arguments(
         "version": version.version,
         "data": config.data,
         "reference": config.reference,
-        "sampling": config.sampling.model_dump(),
+        "sampling": config.sampling,
         "protocols": protocols,
         "extractor_weights": config.metrics.extractor_weights,
         "threads": config.cluster.cpus_per_worker,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.config import GenerateConfig
+from tarflow_scale.config import GenerateConfig, SamplingConfig
 from tarflow_scale.errors import PlanError
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.pool import run_units
@@ -89,13 +89,7 @@ class ShardMaker:
         flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
         self._plan = plan
         self._path = path
-        self._sampler = Sampler(
-            flow,
-            seed=plan.seed,
-            batch_size=plan.batch_size,
-            guidance=plan.guidance,
-            temperature=plan.temperature,
-        )
+        self._sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling))
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """Make a shard: first the record of what it will be, then index and tar.
@@ -127,8 +121,7 @@ class ShardMaker:
             "model": f"{plan.model}@{plan.version}",
             "weights": plan.weights_digest,
             "seed": plan.seed,
-            "guidance": plan.guidance,
-            "temperature": plan.temperature,
+            "sampling": plan.sampling,
         }
         return Sample(key=f"{index:09d}", image=image, label=label, facts=facts)
 
@@ -136,11 +129,8 @@ class ShardMaker:
 def _plan(config: GenerateConfig) -> GenerationPlan:
     version = Registry(config.registry.path, config.registry.model).resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)
-    if config.sampling.guidance > 0 and flow.num_classes is None:
-        raise PlanError(
-            f"guidance needs a class-conditional model (got guidance={config.sampling.guidance} for "
-            f"{config.registry.model}@{version.version}); set sampling.guidance=0"
-        )
+    settings = SamplingConfig.model_validate(config.sampling.model_dump(exclude={"seed", "num_images"}))
+    Sampler(flow, config.sampling.seed, settings)  # refuses settings that do not fit the model
     return GenerationPlan(
         model=config.registry.model,
         version=version.version,
@@ -148,9 +138,7 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
         seed=config.sampling.seed,
         num_images=config.sampling.num_images,
         samples_per_shard=config.shards.samples_per_shard,
-        batch_size=config.sampling.batch_size,
-        guidance=config.sampling.guidance,
-        temperature=config.sampling.temperature,
+        sampling=settings.model_dump(mode="json"),
         labels="balanced" if flow.num_classes else "none",
         class_names=version.data.class_names,
         image_size_pixels=version.data.image_size_pixels,
@@ -237,8 +225,15 @@ def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: st
     rows = [
         ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
         ("images", f"{plan.num_images:,} of {shape}, {plan.labels} labels, seed {plan.seed}"),
-        ("sampling", f"batch {plan.batch_size}, guidance {plan.guidance:g}, temperature {plan.temperature:g}"),
+        ("sampling", _settings_line(SamplingConfig.model_validate(plan.sampling))),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
         ("output", path),
     ]
     print(telemetry.table(rows, ("generate", "")))
+
+
+def _settings_line(settings: SamplingConfig) -> str:
+    guidance = settings.guidance
+    how = f"{guidance.scale:g}{' annealed' if guidance.annealed else ''}"
+    line = f"batch {settings.batch_size}, guidance {how}, temperature {settings.temperature:g}"
+    return f"{line}, denoise {settings.denoise:g}" if settings.denoise else line

@@ -135,8 +135,8 @@ class MetricsReport(Record):
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
     """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
-    guidance: float
-    temperature: float
+    sampling: dict[str, Any]
+    """The resolved section ``sampling``."""
     seconds: float
     packages: dict[str, str]
 
@@ -150,9 +150,8 @@ class GenerationPlan(Record):
     seed: int
     num_images: int
     samples_per_shard: int
-    batch_size: int
-    guidance: float
-    temperature: float
+    sampling: dict[str, Any]
+    """The resolved settings ``batch_size guidance temperature denoise``."""
     labels: Literal["balanced", "none"]
     """``balanced``: image i has label i modulo the number of classes."""
     class_names: tuple[str, ...]

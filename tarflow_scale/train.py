@@ -15,9 +15,10 @@ import yaml
 from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import ModelConfig, TrainConfig
+from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, TrainConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows.memory import estimated_activation_bytes
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.records import PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
@@ -28,7 +29,7 @@ from tarflow_scale.shards.order import OrderSpec, steps_per_epoch
 from tarflow_scale.shards.reader import ShardSet, SlotReader
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, deepspeed_config, start_process_group
-from tarflow_scale.training.loop import Loop
+from tarflow_scale.training.loop import Loop, noisy_images
 
 __all__ = ["run"]
 
@@ -63,11 +64,14 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     torch.manual_seed(config.training.seed)
     flow = _build(config.model, shards.manifest)
     flow.pixels = _pixel_format(config, shards.manifest)
+    flow.activations = config.parallelism.activations
+    reader = SlotReader(shards, spec, _own_slots(spec.num_slots))
+    _initialize(flow.to(device), reader, config)
     engine = Engine(flow, device, config.optimizer, config.training, config.parallelism)
     loop = Loop(
         engine=engine,
         average=WeightAverage(engine, config.training.ema_half_life_images),
-        reader=SlotReader(shards, spec, _own_slots(spec.num_slots)),
+        reader=reader,
         pixels=flow.pixels,
         class_conditional=flow.num_classes is not None,
         run=_identity(config, shards.manifest),
@@ -91,6 +95,21 @@ def run(config: TrainConfig, dry_run: bool) -> None:
 
 def _build(model: ModelConfig, manifest: Manifest) -> Flow:
     return build(model, manifest.event_shape, manifest.num_classes or None)
+
+
+def _initialize(flow: Flow, reader: SlotReader, config: TrainConfig) -> None:
+    """Data-dependent initialisation on a micro batch of every rank, before DeepSpeed divides the weights.
+
+    A resumed run repeats it; the checkpoint then overwrites what it set.
+    """
+    assert flow.pixels is not None
+    size = config.training.micro_batch_size
+    batch = next(reader.batches(0))
+    device = next(flow.parameters()).device
+    x = noisy_images(batch, flow.pixels, config.training.seed)[:size].to(device)
+    y = torch.from_numpy(batch.labels)[:size].to(device) if flow.num_classes is not None else None
+    flow.train().initialize(x, y)
+    distributed.broadcast_module(flow)
 
 
 def _pixel_format(config: TrainConfig, manifest: Manifest) -> PixelFormat:
@@ -143,7 +162,8 @@ def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Ca
             flow = _build(config.model, manifest)
         flow.load_state_dict(weights, assign=True)
         flow.pixels = pixels
-        sampler = Sampler(flow.eval(), seed=0, batch_size=_PREVIEW_IMAGES, guidance=config.logging.preview_guidance)
+        guidance = Guidance(scale=config.logging.preview_guidance)
+        sampler = Sampler(flow.eval(), 0, SamplingConfig(batch_size=_PREVIEW_IMAGES, guidance=guidance))
         columns = manifest.num_classes if 0 < manifest.num_classes <= _PREVIEW_IMAGES else 8
         try:
             images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
@@ -191,6 +211,13 @@ def _print_plan(config: TrainConfig, manifest: Manifest, spec: OrderSpec, num_pa
     state = num_parameters * _state_bytes_per_parameter(config.parallelism.zero_stage, ranks)
     sample = max(shard.bytes // shard.samples for shard in manifest.shards)
     loader = spec.num_slots // ranks * spec.shuffle_block * sample
+    activations = estimated_activation_bytes(
+        config.model,
+        manifest.event_shape,
+        training.micro_batch_size,
+        config.parallelism.activations,
+        config.parallelism.precision == "bf16",
+    )
     rows = [
         ("data", f"{manifest.name}/{manifest.split}: {manifest.num_images} images {manifest.event_shape}"),
         ("model", f"{config.model.kind}, {num_parameters:,} parameters"),
@@ -198,7 +225,7 @@ def _print_plan(config: TrainConfig, manifest: Manifest, spec: OrderSpec, num_pa
         ("batch", _batch_arithmetic(config, ranks)),
         ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images = {steps / per_epoch:.1f} epochs"),
         ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, average)"),
-        ("activations", f"about {_activation_bytes(config, manifest) / _GIB:.3f} GiB a rank"),
+        ("activations", f"about {activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),
         ("loader", f"{loader / _GIB:.4f} GiB a rank (slots x block x bytes per sample)"),
         ("output", f"{config.logging.path}, registry {config.registry.path}"),
     ]
@@ -215,11 +242,3 @@ def _state_bytes_per_parameter(stage: int, ranks: int) -> float:
     """The arithmetic of `ParallelismConfig`."""
     replicated, divided = {0: (16, 4), 1: (8, 16), 2: (4, 20), 3: (0, 24)}[stage]
     return replicated + divided / ranks
-
-
-def _activation_bytes(config: TrainConfig, manifest: Manifest) -> float:
-    """What the backward pass keeps: about 18 fp32 vectors of the width per token and layer (half in bf16)."""
-    model = config.model
-    tokens = (manifest.image_size_pixels // model.patch_size) ** 2
-    width_bytes = 4 if config.parallelism.precision == "fp32" else 2
-    return 18.0 * width_bytes * model.width * tokens * sum(model.layers_per_block) * config.training.micro_batch_size

@@ -88,7 +88,7 @@ def test_ray_workers_make_the_same_bytes(trained: Trained, generated: Path, tmp_
 
 @pytest.mark.parametrize(
     ("override", "changed"),
-    [("sampling.seed=5", "seed"), ("sampling.num_images=151", "num_images"), ("sampling.guidance=1", "guidance")],
+    [("sampling.seed=5", "seed"), ("sampling.num_images=151", "num_images"), ("sampling.guidance.scale=1", "sampling")],
 )
 def test_another_plan_is_refused(
     trained: Trained, generated: Path, override: str, changed: str, capsys: pytest.CaptureFixture[str]

@@ -66,6 +66,16 @@ class TrainConfig(Root):
                 f"logging.preview_guidance needs model.class_conditional (got {self.logging.preview_guidance} and "
                 f"false); set it to 0"
             )
+        if self.model.logit_alpha is not None and self.training.noise.kind != "uniform":
+            raise ValueError(
+                f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
+                f"{self.training.noise.kind}); remove either"
+            )
+        if self.parallelism.activations == "rebuild" and self.model.kind != "glow":
+            raise ValueError(
+                f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
+                f"{self.model.kind}); use checkpoint"
+            )
         if self.schedule.warmup_images >= self.training.total_images:
             raise ValueError(
                 f"schedule.warmup_images must be below training.total_images (got {self.schedule.warmup_images} "

@@ -17,6 +17,8 @@ __all__ = [
     "DataConfig",
     "DataSetConfig",
     "GateRef",
+    "GlowConfig",
+    "Guidance",
     "LoggingConfig",
     "MetricsConfig",
     "ModelConfig",
@@ -103,7 +105,15 @@ class DataConfig(DataSetConfig):
     and more memory: slots per rank x block x bytes per sample."""
 
 
-class TarFlowConfig(Section):
+class _FlowConfig(Section):
+    class_conditional: bool = True
+    """Whether labels condition the flow."""
+    logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
+    """Pixels pass logit(alpha + (1 - 2 alpha) p) before the flow, p on [0, 1], which spreads out black and white;
+    for images that are mostly either, under uniform noise. None leaves them on [-1, 1]."""
+
+
+class TarFlowConfig(_FlowConfig):
     """TarFlow (arXiv 2412.06329); see `tarflow_scale.flows.tarflow`."""
 
     kind: Literal["tarflow"] = "tarflow"
@@ -117,20 +127,43 @@ class TarFlowConfig(Section):
     """Width of one attention head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of features of the residual branches, alike for all tokens of a sample; for small data sets."""
-    class_conditional: bool = True
-    """Whether labels condition the flow."""
+    variant: Literal["affine", "volume_preserving"] = "affine"
+    """``affine``: every token is shifted and scaled. ``volume_preserving``: shifted only, and the latent has one
+    learned deviation per feature."""
+    log_scale_bound: float | None = Field(default=None, gt=0)
+    """Smooth bound c of a block's log-scales, c tanh(a / c), against overflow at high resolution; None for none."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "TarFlowConfig":
+    def _fits(self) -> "TarFlowConfig":
         if self.width % self.head_width:
             raise ValueError(
                 f"width must be a multiple of head_width (got {self.width} and {self.head_width}); change either"
             )
+        if self.log_scale_bound is not None and self.variant == "volume_preserving":
+            raise ValueError(
+                f"log_scale_bound has no effect on variant=volume_preserving (got {self.log_scale_bound}); remove it"
+            )
         return self
 
 
-ModelConfig = TarFlowConfig
-"""The flow to train; a union tagged by ``kind`` once there is more than one."""
+class GlowConfig(_FlowConfig):
+    """Glow (arXiv 1807.03039); see `tarflow_scale.flows.glow`."""
+
+    kind: Literal["glow"]
+    levels: int = Field(ge=1)
+    """Levels L; the image size must be a multiple of 2^levels."""
+    steps_per_level: int = Field(ge=1)
+    """Steps K of ActNorm, 1x1 convolution and coupling on each level."""
+    width: int = Field(default=512, ge=1)
+    """Channels of the networks inside couplings."""
+    coupling: Literal["affine", "additive"] = "affine"
+    """``affine`` reaches better likelihoods; ``additive`` is the published choice for large images and samples."""
+    convolution: Literal["dense", "lu"] = "lu"
+    """Parametrisation of the 1x1 convolutions; ``lu`` has a cheap determinant, ``dense`` fewer operations."""
+
+
+ModelConfig = Annotated[TarFlowConfig | GlowConfig, Field(discriminator="kind")]
+"""The flow to train."""
 
 
 class OptimizerConfig(Section):
@@ -203,6 +236,9 @@ class ParallelismConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
+    activations: Literal["keep", "checkpoint", "rebuild"] = "keep"
+    """Memory for time. ``checkpoint``: keep the inputs of layers and run each again in the backward pass.
+    ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth."""
 
 
 class CheckpointConfig(Section):
@@ -254,15 +290,34 @@ class BrowseConfig(Section):
     """A number, an alias such as ``champion``, or ``latest``; for ``rollback`` the alias."""
 
 
+class Guidance(Section):
+    """Guidance of sampling: predictions a become a + scale (a - a_weak), where the weak prediction drops the label.
+
+    It acts on log-scale and mean alike (arXiv 2412.06329, section 3.4).
+    """
+
+    scale: float = Field(default=0.0, ge=0)
+    """Strength; 0 samples the model's own distribution."""
+    annealed: bool = False
+    """TarFlow: the strength rises linearly over the T tokens of a block, from scale / (T - 1) to scale."""
+    attention_temperature: float = Field(default=1.0, gt=0)
+    """TarFlow: attention logits of the weak prediction are divided by it. It is what guides a model without classes,
+    whose two predictions are equal at 1."""
+    what: Literal["both", "log_scale", "mean"] = "both"
+    """Which of the two parameters is guided."""
+
+
 class SamplingConfig(Section):
-    """How the flow is sampled. Image i depends on (weights, seed, i, guidance, temperature), not on the batch."""
+    """How the flow is sampled. Image i depends on (weights, seed, i) and these settings, not on the batch."""
 
     batch_size: int = Field(default=128, ge=1)
     """Images decoded together."""
-    guidance: float = Field(default=0.0, ge=0)
-    """Classifier-free guidance; 0 samples the model's own distribution."""
+    guidance: Guidance = Guidance()
     temperature: float = Field(default=1.0, ge=0)
     """Standard deviation of the latent."""
+    denoise: float = Field(default=0.0, ge=0)
+    """Strength of one Tweedie step, for models trained with Gaussian noise: 1 removes the noise in the mean, 0 is
+    off."""
 
 
 class SeededSamplingConfig(SamplingConfig):

@@ -57,9 +57,19 @@ class TransformerLayer(nn.Module):
         h = h + self._dropped(self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
         return h + self._dropped(self._mlp(h))
 
-    def step(self, h: Float[Tensor, "B 1 C"], cache: KeyValueCache, layer: int) -> Float[Tensor, "B 1 C"]:
-        """The next token alone, attending to the cache and to itself."""
+    def step(
+        self, h: Float[Tensor, "B 1 C"], cache: KeyValueCache, layer: int, sharpness: Tensor | None = None
+    ) -> Float[Tensor, "B 1 C"]:
+        """The next token alone, attending to the cache and to itself.
+
+        Args:
+            h: the token.
+            cache: what came before; the token is added.
+            layer: number of this layer in the cache.
+            sharpness: factor on the attention logits of each sample, ``(B, 1, 1, 1)``; None for 1.
+        """
         q, k, v = self._heads(h)
+        q = q if sharpness is None else q * sharpness
         k, v = cache.extend(layer, k, v)
         h = h + self._merge(F.scaled_dot_product_attention(q, k, v))
         return h + self._mlp(h)

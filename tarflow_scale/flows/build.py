@@ -1,8 +1,9 @@
 """From a configuration to a flow."""
 
-from tarflow_scale.config import ModelConfig
+from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.glow import Glow
 from tarflow_scale.flows.tarflow import TarFlow
 
 __all__ = ["build"]
@@ -19,19 +20,16 @@ def build(config: ModelConfig, event_shape: tuple[int, int, int], num_classes: i
     Raises:
         ConfigError: when the model does not fit the images.
     """
-    classes = num_classes if config.class_conditional else None
     if config.class_conditional and not num_classes:
         raise ConfigError("model.class_conditional needs a data set with classes (got none); set it to false")
+    settings = config.model_dump(exclude={"kind", "class_conditional"})
+    classes = num_classes if config.class_conditional else None
     try:
-        flow = TarFlow(
-            event_shape,
-            classes,
-            patch_size=config.patch_size,
-            width=config.width,
-            layers_per_block=config.layers_per_block,
-            head_width=config.head_width,
-            dropout=config.dropout,
-        )
+        match config:
+            case TarFlowConfig():
+                flow = TarFlow(event_shape, classes, **settings)
+            case GlowConfig():
+                flow = Glow(event_shape, classes, **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config

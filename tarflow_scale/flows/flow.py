@@ -1,24 +1,41 @@
 """The contract every flow keeps: an exact bijection between data and a standard normal.
 
-Shapes: B batch, D = prod(event_shape) dimensions. Units: nats per sample, summed over dimensions. Images live on
-[-1, 1]; whatever prior a model learns is folded into ``z`` and ``log_det``, so that one temperature and one
+Shapes: B batch, D = prod(event_shape) dimensions, K classes. Units: nats per sample, summed over dimensions. Images
+live on [-1, 1]; whatever prior a model learns is folded into ``z`` and ``log_det``, so that one temperature and one
 bits/dim formula serve the whole family.
+
+``forward`` and ``inverse`` check shapes only, which costs nothing; ``log_prob`` and ``sample`` are the edge of the
+API and look at values too.
 """
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflow_scale.config import ModelConfig
+from tarflow_scale.config import Guidance, ModelConfig
 from tarflow_scale.records import PixelFormat
 
-__all__ = ["Condition", "Flow", "standard_normal_log_prob"]
+__all__ = [
+    "Activations",
+    "Condition",
+    "Flow",
+    "embed_labels",
+    "from_logits",
+    "standard_normal_log_prob",
+    "to_logits",
+]
 
 Condition = Tensor | None
 """Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped; or None, which drops all of them."""
+
+Activations = Literal["keep", "checkpoint", "rebuild"]
+"""What the backward pass does for activations: keep them, compute them again from kept inputs of layers, or rebuild
+them from outputs by inverting layers."""
 
 
 def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
@@ -27,34 +44,107 @@ def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
 
 
+def embed_labels(table: Float[Tensor, "K F"], y: Int[Tensor, " B"] | None) -> Float[Tensor, "batch F"]:
+    """Rows of ``table`` by label, the mean of all rows where the label is dropped; one row if ``y`` is None."""
+    dropped = table.mean(dim=0, keepdim=True)
+    if y is None:
+        return dropped
+    return torch.where(y[:, None] < 0, dropped, table[y.clamp(min=0)])
+
+
+def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+    """``logit(alpha + (1 - 2 alpha) (x + 1) / 2)`` and its log-determinant (Dinh et al., arXiv 1605.08803, sec. 4.1).
+
+    It spreads out the ends of [-1, 1], where an image like MNIST has nearly all of its pixels; with noise outside of
+    that interval it gives NaN.
+    """
+    p = alpha + (1 - 2 * alpha) * (x + 1) / 2
+    h = torch.log(p) - torch.log1p(-p)
+    log_det = math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
+    return h, log_det.flatten(1).sum(dim=1)
+
+
+def from_logits(h: Float[Tensor, "B ..."], alpha: float) -> Float[Tensor, "B ..."]:
+    """Inverse of `to_logits`."""
+    return 2 * (torch.sigmoid(h) - alpha) / (1 - 2 * alpha) - 1
+
+
 class Flow(nn.Module, ABC):
     """A normalizing flow ``x <-> z`` with exact log-determinant.
+
+    A model implements `encode` and `decode`; what all models share around them is here.
 
     Args:
         event_shape: shape of one sample, ``(C, H, W)`` for images.
         num_classes: number of classes the flow is conditioned on; None for an unconditional flow.
+        logit_alpha: the data passes `to_logits` first; None leaves it on [-1, 1].
     """
 
-    def __init__(self, event_shape: tuple[int, ...], num_classes: int | None) -> None:
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, logit_alpha: float | None) -> None:
         super().__init__()
+        self.logit_alpha = logit_alpha
         self.event_shape = event_shape
         self.num_classes = num_classes
         self.num_dims = math.prod(event_shape)
+        self.activations: Activations = "keep"
+        """How the backward pass gets its activations; changes memory and time, never a result."""
         self.config: ModelConfig | None = None
         """The configuration the flow was built from; saved with the weights."""
         self.pixels: PixelFormat | None = None
         """How the training images were quantised and noised; needed to turn samples back into pixels."""
 
-    @abstractmethod
-    def forward(self, x: Tensor, y: Condition = None) -> tuple[Tensor, Tensor]:
-        """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats."""
+    def forward(
+        self, x: Float[Tensor, "B ..."], y: Condition = None
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+        """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
+
+        Raises:
+            ValueError: data of another shape.
+        """
+        self.check_shape(x)
+        if self.logit_alpha is None:
+            return self.encode(x, y)
+        with torch.autocast(x.device.type, enabled=False):
+            h, logit_log_det = to_logits(x, self.logit_alpha)
+        z, log_det = self.encode(h, y)
+        return z, log_det + logit_log_det
+
+    def inverse(
+        self, z: Float[Tensor, "B D"], y: Condition = None, guidance: Guidance | None = None
+    ) -> Float[Tensor, "B ..."]:
+        """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is None or its scale 0.
+
+        Raises:
+            ValueError: guidance that cannot have an effect.
+        """
+        h = self.decode(z, y, guidance if self.is_guided(y, guidance) else None)
+        return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
     @abstractmethod
-    def inverse(self, z: Float[Tensor, "B D"], y: Condition = None, guidance: float = 0.0) -> Tensor:
-        """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is 0."""
+    def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """The model itself: ``h (B, *event)`` to ``z (B, D)`` and log-determinant ``(B,)``."""
+
+    @abstractmethod
+    def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
+        """Inverse of `encode`; ``guidance`` is None or has an effect."""
+
+    def initialize(self, x: Tensor, y: Condition = None) -> None:
+        """Data-dependent initialisation of a fresh flow; all ranks must call, each with its part of one batch.
+
+        Flows that need none do nothing.
+        """
 
     def log_prob(self, x: Tensor, y: Condition = None) -> Float[Tensor, " B"]:
-        """Log density of ``x (B, *event)``, in nats of the continuous density."""
+        """Log density of ``x (B, *event)``, in nats of the continuous density.
+
+        Raises:
+            ValueError: images of another shape, values that are not finite, or labels that do not fit this flow.
+        """
+        self.check_shape(x)
+        if not bool(torch.isfinite(x).all()):
+            number = int((~torch.isfinite(x)).sum())
+            raise ValueError(f"images must be finite (got {number} values that are not); check how they were made")
+        self.check_labels(y, len(x))
         z, log_det = self(x, y)
         return standard_normal_log_prob(z) + log_det
 
@@ -64,7 +154,7 @@ class Flow(nn.Module, ABC):
         num: int,
         y: Condition = None,
         temperature: float = 1.0,
-        guidance: float = 0.0,
+        guidance: Guidance | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw ``num`` samples ``(num, *event)``; the latent is scaled by ``temperature``.
@@ -72,12 +162,32 @@ class Flow(nn.Module, ABC):
         For images that depend on (seed, index) alone, whatever the batch, use `tarflow_scale.sampling`.
 
         Raises:
-            ValueError: labels that do not fit this flow.
+            ValueError: labels or guidance that do not fit this flow.
         """
         self.check_labels(y, num)
         reference = next(self.parameters())
         z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
         return self.inverse(temperature * z, y, guidance)
+
+    def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
+        """One step of Tweedie's formula, ``x + strength noise_std^2 grad log p(x)``.
+
+        A flow trained on images plus N(0, noise_std^2) samples noisy images; at strength 1 this is the mean of the
+        clean image given the noisy one (arXiv 2412.06329, section 3.3).
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            z, log_det = self(x, y)
+            (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
+        return x.detach() + strength * noise_std**2 * score
+
+    def check_shape(self, x: Tensor) -> None:
+        """Raise ValueError when images have another shape than this flow's."""
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise ValueError(
+                f"images must have shape (batch, {', '.join(map(str, self.event_shape))}) (got {tuple(x.shape)}); "
+                f"use data of the shape this flow was built for"
+            )
 
     def check_labels(self, y: Condition, batch_size: int) -> None:
         """Raise ValueError when labels do not fit this flow (host-side check, for the edges of the API)."""
@@ -87,9 +197,31 @@ class Flow(nn.Module, ABC):
             raise ValueError("this flow takes no labels (it was built with num_classes=None); pass y=None")
         if y.shape != (batch_size,):
             raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one per sample")
+        if y.is_floating_point():
+            raise ValueError(f"labels must be integers (got {y.dtype}); convert them to int64")
+        if batch_size == 0:
+            return
         low, high = int(y.min()), int(y.max())
         if low < -1 or high >= self.num_classes:
             bad = low if low < -1 else high
             raise ValueError(
                 f"labels must be in [0, {self.num_classes}) or -1 for dropped (got {bad}); check the labels"
             )
+
+    def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
+        """Whether sampling needs a second, weak prediction.
+
+        Raises:
+            ValueError: guidance that cannot have an effect, because there is no label to drop.
+        """
+        if guidance is None or guidance.scale == 0:
+            return False
+        if guidance.attention_temperature == 1.0:
+            if self.num_classes is None:
+                raise ValueError(
+                    f"guidance of a flow without classes needs attention_temperature other than 1 (got "
+                    f"scale={guidance.scale}); set it, or the scale to 0"
+                )
+            if y is None:
+                raise ValueError(f"guidance needs labels (got y=None and scale={guidance.scale}); pass them")
+        return True

@@ -6,26 +6,41 @@ D = C p p features; each block predicts, from the tokens before it, a log-scale 
     z_t = (x_t - mean_t) * exp(-log_scale_t),    log|det| = -sum_t sum_d log_scale_td        (their equation 5)
 
 with the order of tokens reversed from one block to the next. Training sees all tokens at once; sampling inverts a
-block token by token with a key/value cache.
+block token by token with a key/value cache. The volume-preserving variant predicts means only; all of its scale is
+one learned deviation per feature of the last tokens,
 
-What differs from the public code, and why: log_det is a sum in nats, not a mean per dimension; the output layer
-starts at exactly zero (the public one leaves its bias random), so a fresh flow is the identity; causality is
-SDPA's ``is_causal``, not a stored mask; the cache is an object that is passed, not module state; layers may have
-dropout, for small data sets. Token order, feature order (channel, row, column), the shift of the output by one
-token with an untouched first token, and the mean class embedding for dropped labels are as published.
+    z = u exp(-log_std),    log|det| = -sum log_std
+
+Blocks may differ in depth: one deep block and several shallow ones are the layout of STARFlow (arXiv 2506.06276).
+
+What differs from the public code (apple/ml-tarflow), and why: log_det is a sum in nats, not a mean per dimension;
+the volume-preserving loss is the likelihood, with log_std in it and learned by gradient (the public loss scores
+z under a unit normal, leaves the logarithm of the scale out, and tracks it by a moving average of z^2); the output
+layer starts at exactly zero (the public one leaves its bias random), so a fresh flow is the identity; causality is
+SDPA's ``is_causal``, not a stored mask, which lets attention skip half of its work; the cache is an object that is
+passed, not module state; log-scales may be bounded smoothly, c tanh(a / c), as STARFlow does at high resolution;
+layers may have dropout, for small data sets. Token order, feature order (channel, row, column), the shift of the
+output by one token with an untouched first token, the mean class embedding for dropped labels, and the rules of
+guidance are as published; `tarflow_scale.flows.ml_tarflow` reads the public weights.
 
 Shapes: B batch, T tokens, D features per token, C width, K classes.
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config import Guidance
 from tarflow_scale.flows.attention import KeyValueCache, TransformerLayer
-from tarflow_scale.flows.flow import Condition, Flow
+from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
+
+Variant = Literal["affine", "volume_preserving"]
 
 
 def patchify(x: Float[Tensor, "B c H W"], patch_size: int) -> Float[Tensor, "B T D"]:
@@ -47,6 +62,8 @@ class TarFlowBlock(nn.Module):
         num_classes: K, or None.
         flip: read the tokens back to front.
         dropout: dropout of the transformer layers.
+        variant: whether there are log-scales.
+        log_scale_bound: c, the smooth bound of the log-scales; None for no bound.
     """
 
     def __init__(
@@ -59,87 +76,106 @@ class TarFlowBlock(nn.Module):
         num_classes: int | None,
         flip: bool,
         dropout: float = 0.0,
+        variant: Variant = "affine",
+        log_scale_bound: float | None = None,
     ) -> None:
         super().__init__()
         self.flip = flip
         self.head_width = head_width
+        self.variant: Variant = variant
+        self.log_scale_bound = log_scale_bound
         self.proj_in = nn.Linear(features, width)
         self.position = nn.Parameter(torch.randn(num_tokens, width) * 1e-2)
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.randn(num_classes, width) * 1e-2)
         self.layers = nn.ModuleList(TransformerLayer(width, head_width, dropout) for _ in range(num_layers))
-        self.proj_out = nn.Linear(width, 2 * features)
+        self.proj_out = nn.Linear(width, 2 * features if variant == "affine" else features)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x: Float[Tensor, "B T D"], y: Condition) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
-        """Data to noise: tokens ``z`` and the log-determinant in nats."""
+    def forward(
+        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
+        """Data to noise: tokens ``z`` and the log-determinant in nats; ``recompute`` checkpoints every layer."""
         x = self._order(x)
         h = self.proj_in(x) + self._order(self.position[None]) + self._condition(y)
         for layer in self.layers:
-            h = layer(h)
+            h = checkpoint(layer, h) if recompute else layer(h)
         log_scale, mean = self._shifted_parameters(h, x)
         with torch.autocast(x.device.type, enabled=False):
+            if log_scale is None:
+                return self._order(x - mean), x.new_zeros(len(x))
             z = (x - mean) * torch.exp(-log_scale)
             log_det = -log_scale.sum(dim=(1, 2))
         return self._order(z), log_det
 
-    def inverse(self, z: Float[Tensor, "B T D"], y: Condition, guidance: float = 0.0) -> Float[Tensor, "B T D"]:
-        """Noise to data, token by token.
+    def inverse(
+        self, z: Float[Tensor, "B T D"], y: Condition, guidance: Guidance | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Noise to data, token by token; ``guidance`` is None or has an effect.
 
-        With ``guidance`` g > 0 the predictions with the label are pushed away from those without it,
-        ``a + g (a - a_dropped)`` for log-scale and mean alike (arXiv 2412.06329, section 3.4). Both lanes are
-        decoded as one batch.
+        The weak predictions of guidance are a second lane, decoded in the same batch.
         """
-        lanes = 2 if guidance > 0 else 1
+        batch, num_tokens, _ = z.shape
         z = self._order(z)
-        position, condition = self._order(self.position[None]), self._condition(y).expand(z.shape[0], -1, -1)
-        if lanes == 2:
-            condition = torch.cat([condition, self._condition(None).expand(z.shape[0], -1, -1)])
+        position, condition = self._order(self.position[None]), self._condition(y).expand(batch, -1, -1)
+        lanes, sharpness, like = 1, None, self.proj_in.weight
+        if guidance is not None:
+            lanes = 2
+            condition = torch.cat([condition, self._condition(None).expand(batch, -1, -1)])
+            if guidance.attention_temperature != 1:
+                sharpness = like.new_ones(2 * batch, 1, 1, 1)
+                sharpness[batch:] /= guidance.attention_temperature
         heads = self.position.shape[1] // self.head_width
-        like = self.proj_in.weight
-        cache = KeyValueCache(len(self.layers), lanes * z.shape[0], heads, z.shape[1], self.head_width, like)
+        cache = KeyValueCache(len(self.layers), lanes * batch, heads, num_tokens, self.head_width, like)
         tokens = [z[:, :1]]
-        for t in range(z.shape[1] - 1):
+        for t in range(num_tokens - 1):
             token = tokens[-1].repeat(lanes, 1, 1).to(like)
-            log_scale, mean = self._step(token, position[:, t : t + 1] + condition, cache)
-            if lanes == 2:
-                log_scale, mean = _guided(log_scale, guidance), _guided(mean, guidance)
+            log_scale, mean = self._step(token, position[:, t : t + 1] + condition, cache, sharpness)
+            if guidance is not None:
+                scale = guidance.scale * ((t + 1) / (num_tokens - 1) if guidance.annealed else 1.0)
+                mean = _guided(mean, scale if guidance.what != "log_scale" else 0.0)
+                log_scale = _guided(log_scale, scale if guidance.what != "mean" else 0.0)
             tokens.append(z[:, t + 1 : t + 2] * torch.exp(log_scale.to(z)) + mean.to(z))
         return self._order(torch.cat(tokens, dim=1))
 
-    def _step(self, token: Tensor, offset: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, token: Tensor, offset: Tensor, cache: KeyValueCache, sharpness: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Log-scale and mean ``(B, 1, D)`` of the token that follows ``token``."""
         h = self.proj_in(token) + offset
         for index, layer in enumerate(self.layers):
-            h = layer.step(h, cache, index)  # pyright: ignore[reportCallIssue]
+            h = layer.step(h, cache, index, sharpness)  # pyright: ignore[reportCallIssue]
         cache.length += 1
-        log_scale, mean = self.proj_out(h).chunk(2, dim=-1)
-        return log_scale, mean
+        log_scale, mean = self._parameters_of(self.proj_out(h))
+        return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
 
-    def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """Parameters of token t come from tokens < t; token 0 gets zeros, hence stays as it is."""
         out = self.proj_out(h).to(like)
-        out = torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1)
+        return self._parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
+
+    def _parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Log-scale, None if volume is preserved, and mean; the published order of the output layer."""
+        if self.variant == "volume_preserving":
+            return None, out
         log_scale, mean = out.chunk(2, dim=-1)
+        if self.log_scale_bound is not None:
+            log_scale = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
         return log_scale, mean
 
     def _order(self, tokens: Tensor) -> Tensor:
         return tokens.flip(dims=(1,)) if self.flip else tokens
 
-    def _condition(self, y: Int[Tensor, " B"] | None) -> Tensor:
+    def _condition(self, y: Condition) -> Tensor:
         """Class embedding ``(B or 1, 1, C)``; the mean over classes where the label is dropped."""
         if self.class_embedding is None:
             return self.position.new_zeros(1, 1, self.position.shape[1])
-        dropped = self.class_embedding.mean(dim=0)[None, None]
-        if y is None:
-            return dropped
-        chosen = self.class_embedding[y.clamp(min=0)][:, None]
-        return torch.where(y[:, None, None] < 0, dropped, chosen)
+        return embed_labels(self.class_embedding, y)[:, None]
 
 
-def _guided(lanes: Tensor, guidance: float) -> Tensor:
-    labelled, dropped = lanes.chunk(2)
-    return labelled + guidance * (labelled - dropped)
+def _guided(lanes: Tensor, scale: float) -> Tensor:
+    strong, weak = lanes.chunk(2)
+    return strong + scale * (strong - weak)
 
 
 class TarFlow(Flow):
@@ -153,6 +189,9 @@ class TarFlow(Flow):
         layers_per_block: transformer layers of each block, from data to noise.
         head_width: width of one attention head.
         dropout: dropout of the transformer layers.
+        variant: ``affine``, or ``volume_preserving`` with one learned deviation per feature of the latent.
+        log_scale_bound: smooth bound of the log-scales of a block; None for no bound.
+        logit_alpha: see `Flow`.
 
     Raises:
         ValueError: when the image does not divide into patches.
@@ -168,8 +207,11 @@ class TarFlow(Flow):
         layers_per_block: tuple[int, ...],
         head_width: int = 64,
         dropout: float = 0.0,
+        variant: Variant = "affine",
+        log_scale_bound: float | None = None,
+        logit_alpha: float | None = None,
     ) -> None:
-        super().__init__(event_shape, num_classes)
+        super().__init__(event_shape, num_classes, logit_alpha)
         channels, height, image_width = event_shape
         if height % patch_size or image_width % patch_size:
             raise ValueError(
@@ -178,37 +220,43 @@ class TarFlow(Flow):
             )
         self.patch_size = patch_size
         num_tokens = (height // patch_size) * (image_width // patch_size)
+        features = channels * patch_size**2
+        self.log_std = nn.Parameter(torch.zeros(num_tokens, features)) if variant == "volume_preserving" else None
         self.blocks = nn.ModuleList(
             TarFlowBlock(
                 num_tokens=num_tokens,
-                features=channels * patch_size**2,
+                features=features,
                 width=width,
                 num_layers=num_layers,
                 head_width=head_width,
                 num_classes=num_classes,
                 flip=index % 2 == 1,
                 dropout=dropout,
+                variant=variant,
+                log_scale_bound=log_scale_bound,
             )
             for index, num_layers in enumerate(layers_per_block)
         )
 
-    def forward(
-        self, x: Float[Tensor, "B c H W"], y: Condition = None
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+    def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Data to noise: ``z (B, D)`` in token order and ``log_det (B,)`` in nats."""
-        tokens = patchify(x, self.patch_size)
+        tokens = patchify(h, self.patch_size)
         log_det = tokens.new_zeros(len(tokens))
+        recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
         for block in self.blocks:
-            tokens, block_log_det = block(tokens, y)
+            tokens, block_log_det = block(tokens, y, recompute)
             log_det = log_det + block_log_det
+        if self.log_std is not None:
+            tokens = tokens * torch.exp(-self.log_std)
+            log_det = log_det - self.log_std.sum()
         return rearrange(tokens, "b t d -> b (t d)"), log_det
 
-    def inverse(self, z: Float[Tensor, "B D"], y: Condition = None, guidance: float = 0.0) -> Float[Tensor, "B c H W"]:
-        """Noise to data, exact token-by-token decoding; see `TarFlowBlock.inverse` for ``guidance``."""
-        if guidance > 0 and self.num_classes is None:
-            raise ValueError(f"guidance needs a class-conditional flow (got guidance={guidance}); set it to 0")
+    def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
+        """Noise to data, exact token-by-token decoding; guidance acts in every block."""
         features = self.event_shape[0] * self.patch_size**2
         tokens = rearrange(z, "b (t d) -> b t d", d=features)
+        if self.log_std is not None:
+            tokens = tokens * torch.exp(self.log_std)
         for block in reversed(self.blocks):
             tokens = block.inverse(tokens, y, guidance)  # pyright: ignore[reportCallIssue]
         return unpatchify(tokens, self.patch_size, self.event_shape[1])

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -49,15 +49,23 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
     """
     try:
         facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
-        config = ModelConfig.model_validate(facts["model"])
+        config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
         with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
             flow = build(config, tuple(facts["event_shape"]), facts["num_classes"])
         flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
+        _check_finite(flow)
     except (KeyError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{origin} does not hold a flow ({reason}); export or register it again") from error
     return flow.eval()
+
+
+def _check_finite(flow: Flow) -> None:
+    for name, tensor in flow.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            number = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"weights must be finite (got {number} values of {name} that are not)")
 
 
 def save_flow(flow: Flow, path: str) -> None:

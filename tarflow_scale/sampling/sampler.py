@@ -1,8 +1,8 @@
 """Sample indices to images.
 
-Image i depends on (weights, seed, i, guidance, temperature): its latent is counter-based and its label follows from
-i. Batch size and thread count change the last bits of a float, hence in rare cases a pixel by one level; whoever
-needs equal bytes fixes them, as the generation plan does.
+Image i depends on (weights, seed, i, sampling settings): its latent is counter-based and its label follows from i.
+Batch size and thread count change the last bits of a float, hence in rare cases a pixel by one level; whoever needs
+equal bytes fixes them, as the generation plan does.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tarflow_scale.errors import NumericsError
+from tarflow_scale.config import SamplingConfig
+from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.sampling.latents import balanced_labels, latents
@@ -24,19 +25,26 @@ class Sampler:
     Args:
         flow: in evaluation mode; its ``pixels`` say how floats become levels.
         seed: seed of the latents.
-        batch_size: images decoded together.
-        guidance: classifier-free guidance; 0 samples the model's own distribution.
-        temperature: standard deviation of the latent.
+        settings: the section ``sampling``.
+
+    Raises:
+        ConfigError: settings that cannot have an effect on this flow.
     """
 
-    def __init__(
-        self, flow: Flow, *, seed: int, batch_size: int, guidance: float = 0.0, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, flow: Flow, seed: int, settings: SamplingConfig) -> None:
+        try:
+            flow.is_guided(balanced_labels(range(1), flow.num_classes) if flow.num_classes else None, settings.guidance)
+        except ValueError as error:
+            raise ConfigError(f"sampling.guidance: {error}") from error
+        noise = flow.pixels.noise if flow.pixels else "unknown"
+        if settings.denoise > 0 and noise != "gaussian":
+            raise ConfigError(
+                f"sampling.denoise needs a model trained with Gaussian noise (got {settings.denoise:g} for {noise} "
+                f"noise); set it to 0"
+            )
         self._flow = flow
         self._seed = seed
-        self._batch_size = batch_size
-        self._guidance = guidance
-        self._temperature = temperature
+        self._settings = settings
         self._device = next(flow.parameters()).device
 
     @torch.no_grad()
@@ -46,16 +54,19 @@ class Sampler:
         Raises:
             NumericsError: a value is not finite.
         """
-        for low in range(0, len(indices), self._batch_size):
-            part = indices[low : low + self._batch_size]
-            z = self._temperature * latents(self._seed, part, self._flow.num_dims)
-            classes = self._flow.num_classes
+        settings, classes = self._settings, self._flow.num_classes
+        for low in range(0, len(indices), settings.batch_size):
+            part = indices[low : low + settings.batch_size]
+            z = settings.temperature * latents(self._seed, part, self._flow.num_dims)
             y = balanced_labels(part, classes).to(self._device) if classes else None
-            x = self._flow.inverse(z.to(self._device), y, self._guidance)
+            x = self._flow.inverse(z.to(self._device), y, settings.guidance)
+            if settings.denoise > 0:
+                assert self._flow.pixels is not None
+                x = self._flow.denoised(x, y, self._flow.pixels.noise_std, settings.denoise)
             if not bool(torch.isfinite(x).all()):
                 raise NumericsError(
                     f"the model produced values that are not finite (images {part.start} to {part.stop - 1}); check "
-                    f"its training, or lower sampling.guidance and sampling.temperature"
+                    f"its training, or lower sampling.guidance.scale and sampling.temperature"
                 )
             yield x
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.distributed import local_world_size, rank, world_size
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows import Flow
+from tarflow_scale.flows import Flow, standard_normal_log_prob
 
 __all__ = ["MOMENTS", "Engine", "MicroBatch", "StepResult", "deepspeed_config", "start_process_group"]
 
@@ -58,7 +58,8 @@ class _NatsPerImage(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        return -self.flow.log_prob(x, y)
+        z, log_det = self.flow(x, y)  # not log_prob, whose checks of values would wait for the device
+        return -(standard_normal_log_prob(z) + log_det)
 
 
 class _GuardedAdamW(torch.optim.AdamW):

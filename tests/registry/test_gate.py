@@ -28,8 +28,7 @@ def contender(name: str, *values: float, protocol: BitsPerDimProtocol = PROTOCOL
                 )
             },
             baselines={},
-            guidance=0,
-            temperature=1,
+            sampling={},
             seconds=0,
             packages={},
         )

@@ -145,8 +145,7 @@ def report(version: int, weights: str) -> MetricsReport:
         weights_digest=weights,
         metrics={"p": value},
         baselines={},
-        guidance=0,
-        temperature=1,
+        sampling={},
         seconds=1,
         packages={},
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config import Guidance, SamplingConfig, TarFlowConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.randomness import Purpose, generator
@@ -39,13 +39,17 @@ def test_latents_are_standard_normal() -> None:
     assert abs(float(neighbours)) < 5 / np.sqrt(z.numel())
 
 
+def sampler(flow: Flow, batch_size: int, guidance: float = 0.0) -> Sampler:
+    return Sampler(flow, 1, SamplingConfig(batch_size=batch_size, guidance=Guidance(scale=guidance)))
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_images_do_not_depend_on_the_batch(flow: Flow, guidance: float) -> None:
-    whole = torch.cat(list(Sampler(flow, seed=1, batch_size=20, guidance=guidance).floats(range(20))))
+    whole = torch.cat(list(sampler(flow, 20, guidance).floats(range(20))))
     for batch_size in (1, 7):
-        parts = torch.cat(list(Sampler(flow, seed=1, batch_size=batch_size, guidance=guidance).floats(range(20))))
+        parts = torch.cat(list(sampler(flow, batch_size, guidance).floats(range(20))))
         assert (parts - whole).abs().max() < 1e-5
-    alone = torch.cat(list(Sampler(flow, seed=1, batch_size=4, guidance=guidance).floats(range(13, 17))))
+    alone = torch.cat(list(sampler(flow, 4, guidance).floats(range(13, 17))))
     assert (alone - whole[13:17]).abs().max() < 1e-5
 
 
@@ -54,7 +58,7 @@ def test_labels_run_through_the_classes() -> None:
 
 
 def test_images_are_stored_pixels(flow: Flow) -> None:
-    images = Sampler(flow, seed=0, batch_size=8).images(range(10))
+    images = sampler(flow, 8).images(range(10))
     assert images.shape == (10, 1, 4, 4)
     assert images.dtype == torch.uint8
     assert (images % 17 == 0).all()
@@ -64,4 +68,4 @@ def test_a_flow_that_overflows_is_not_an_image(flow: Flow) -> None:
     with torch.no_grad():
         flow.blocks[0].proj_out.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
     with pytest.raises(NumericsError, match=r"not finite \(images 0 to 1\)"):
-        Sampler(flow, seed=0, batch_size=8).images(range(2))
+        sampler(flow, 8).images(range(2))

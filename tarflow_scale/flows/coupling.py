@@ -1,0 +1,292 @@
+"""Invertible layers on feature maps: activation normalisation, 1x1 convolution, coupling, and the squeeze.
+
+They are Glow's (Kingma and Dhariwal, arXiv 1807.03039, section 3 and table 1). Shapes: B batch, C channels, H W
+pixels. A log-determinant is ``(B,)``, in nats, summed over dimensions. Layers compute in the precision of their
+input, which a flow keeps at fp32 or wider under autocast; only the networks inside couplings run in bf16.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflow_scale.distributed import all_reduce_sum
+
+__all__ = ["ActNorm", "Coupling", "CouplingNetwork", "InvertibleConv", "Layer", "ZeroConv", "squeeze", "unsqueeze"]
+
+_STD_FLOOR = 1e-6
+_ZERO_CONV_GAIN = 3.0
+"""Published factor on the log-scale of the last convolution; it acts as a higher learning rate."""
+_SIGMOID_SHIFT = 2.0
+"""A zero-initialised affine coupling scales by sigmoid(2) = 0.88, as published."""
+
+Leaves = tuple[Tensor, ...]
+
+
+def squeeze(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C4 H2 W2"]:
+    """Trade space for channels: every 2x2 square becomes 4 channels, ordered (channel, row, column)."""
+    return rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+
+
+def unsqueeze(x: Float[Tensor, "B C4 H2 W2"]) -> Float[Tensor, "B C H W"]:
+    """Inverse of `squeeze`."""
+    return rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
+
+
+class Layer(nn.Module, ABC):
+    """An invertible layer.
+
+    Both directions go through ``__call__``, because that is where ZeRO-3 gathers the parameters of a module.
+    """
+
+    def forward(self, x: Tensor, inverse: bool = False) -> Any:
+        """``(y, log_det)``; with ``inverse``, see `inverse`."""
+        return self._invert(x) if inverse else self._map(x)
+
+    def inverse(self, y: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The ``x`` that this layer maps to ``y``."""
+        return self(y, inverse=True)
+
+    def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
+        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.memory`.
+
+        Returns:
+            The input as leaves that require gradients, in parts along the channels; the output; ``log_det``.
+        """
+        with torch.no_grad():
+            x = self.inverse(y)
+        x.requires_grad_()
+        again, log_det = self(x)
+        return (x,), again, log_det
+
+    @abstractmethod
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _invert(self, y: Tensor) -> Tensor: ...
+
+
+class ActNorm(Layer):
+    """A scale and a shift per channel, ``y = (x + bias) exp(log_scale)``, set from data to mean 0 and deviation 1.
+
+    The statistics of the first batch are summed over all ranks, so that ranks with different numbers of images agree
+    to the bit with each other and to rounding with one process that has all images. That they were set is a buffer:
+    it is saved with the weights.
+
+    Args:
+        channels: C.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self._known_initialized = False
+
+    @torch.no_grad()
+    def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
+        """Set scale and shift from ``x``, one batch over all ranks (a rank may have none of it)."""
+        wide = x.double()
+        count = wide.new_full((1,), wide.shape[0] * wide.shape[2] * wide.shape[3])
+        sums = torch.cat([wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3)), count])
+        total, squares, count = all_reduce_sum(sums).split([x.shape[1], x.shape[1], 1])
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-torch.log(std + _STD_FLOOR))
+        self.initialized.fill_(True)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_initialized()
+        y = (x + _per_channel(self.bias, x)) * _per_channel(self.log_scale.exp(), x)
+        return y, (self.log_scale.sum() * (x.shape[2] * x.shape[3])).expand(len(x))
+
+    def _invert(self, y: Tensor) -> Tensor:
+        self._check_initialized()
+        return y * _per_channel((-self.log_scale).exp(), y) - _per_channel(self.bias, y)
+
+    def _check_initialized(self) -> None:
+        """Looks at the buffer until it is true, then never again: a look waits for the device."""
+        if not self._known_initialized:
+            if not bool(self.initialized):
+                raise RuntimeError("ActNorm was never initialised; call initialize() of the flow, or load weights")
+            self._known_initialized = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._known_initialized = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class InvertibleConv(Layer):
+    """A 1x1 convolution, ``y = W x`` at every pixel, that starts as a random rotation (section 3.2).
+
+    ``dense``: W is the parameter; log|det W| costs O(C^3). ``lu``: W = P L (U + diag(sign exp(log_diagonal))) with
+    fixed P and sign; the determinant is the sum of ``log_diagonal``. Determinants and inverses are fp64.
+
+    Args:
+        channels: C.
+        kind: the parametrisation.
+    """
+
+    def __init__(self, channels: int, kind: Literal["dense", "lu"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.permutation: Tensor
+        self.sign: Tensor
+        rotation = torch.linalg.qr(torch.randn(channels, channels)).Q
+        if kind == "dense":
+            self.weight = nn.Parameter(rotation)
+            return
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+
+    def matrix(self) -> Float[Tensor, "C C"]:
+        """W, in the precision of the parameters."""
+        if self.kind == "dense":
+            return self.weight
+        lower, upper = self._triangles()
+        return self.permutation @ lower @ upper
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            if self.kind == "dense":
+                log_det = torch.linalg.slogdet(self.weight.double()).logabsdet.to(x.dtype)
+            else:
+                log_det = self.log_diagonal.sum()
+            return self._apply_matrix(self.matrix(), x), (log_det * (x.shape[2] * x.shape[3])).expand(len(x))
+
+    def _invert(self, y: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            if self.kind == "dense":
+                return self._apply_matrix(torch.linalg.inv(self.weight.double()), y)
+            lower, upper = (triangle.double() for triangle in self._triangles())
+            solved = torch.linalg.solve_triangular(lower, self.permutation.double().mT, upper=False, unitriangular=True)
+            return self._apply_matrix(torch.linalg.solve_triangular(upper, solved, upper=True), y)
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        diagonal = torch.diag(self.sign * self.log_diagonal.exp())
+        eye = torch.eye(len(diagonal), dtype=diagonal.dtype, device=diagonal.device)
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal
+
+    @staticmethod
+    def _apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
+        return F.conv2d(x, matrix.to(x.dtype)[:, :, None, None])
+
+
+class ZeroConv(nn.Module):
+    """A 3x3 convolution that starts at zero, with a learned scale per output channel.
+
+    Args:
+        inputs, outputs: channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # pyright: ignore[reportArgumentType]
+        self.log_scale = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
+        """Convolve and scale."""
+        out = self.conv(h)
+        return out * _per_channel((_ZERO_CONV_GAIN * self.log_scale).exp(), out)
+
+
+class CouplingNetwork(nn.Module):
+    """3x3, 1x1 and zero-initialised 3x3 convolution, with ActNorm and ReLU between.
+
+    Args:
+        inputs, outputs: channels.
+        width: channels in between.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False)
+        self.norm_in = ActNorm(width)
+        self.conv_mid = nn.Conv2d(width, width, kernel_size=1, bias=False)
+        self.norm_mid = ActNorm(width)
+        self.conv_out = ZeroConv(width, outputs)
+        for conv in (self.conv_in, self.conv_mid):
+            nn.init.normal_(conv.weight, std=0.05)
+
+    def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
+        """What changes the other half of the channels."""
+        h = F.relu(self.norm_in(self.conv_in(h))[0])
+        h = F.relu(self.norm_mid(self.conv_mid(h))[0])
+        return self.conv_out(h)
+
+
+class Coupling(Layer):
+    """The first half of the channels decides how the second half is changed.
+
+    ``affine``: ``y = (x + shift) sigmoid(raw + 2)``; ``additive``: ``y = x + shift``. Where C is odd, the changed
+    half is the larger.
+
+    Args:
+        channels: C, at least 2.
+        width: of the network.
+        kind: affine or additive.
+    """
+
+    def __init__(self, channels: int, width: int, kind: Literal["affine", "additive"]) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"a coupling needs at least 2 channels (got {channels}); squeeze first")
+        self.kind = kind
+        self.sizes = (channels // 2, channels - channels // 2)
+        self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, changed = x.split(self.sizes, dim=1)
+        return _couple(kept, changed, *self._shift_and_log_scale(kept))
+
+    def _invert(self, y: Tensor) -> Tensor:
+        kept, changed = y.split(self.sizes, dim=1)
+        shift, log_scale = self._shift_and_log_scale(kept)
+        return torch.cat([kept, _uncouple(changed, shift, log_scale)], dim=1)
+
+    def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
+        """As `Layer.rebuild`, but the network, which sees the same input in both directions, runs only once."""
+        kept, changed = (part.detach() for part in y.split(self.sizes, dim=1))
+        kept.requires_grad_()
+        shift, log_scale = self._shift_and_log_scale(kept)
+        with torch.no_grad():
+            before = _uncouple(changed, shift, log_scale)
+        before.requires_grad_()
+        return (kept, before), *_couple(kept, before, shift, log_scale)
+
+    def _shift_and_log_scale(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.network(kept).to(kept.dtype)
+        if self.kind == "additive":
+            return out, None
+        shift, raw = out.chunk(2, dim=1)
+        return shift, F.logsigmoid(raw + _SIGMOID_SHIFT)
+
+
+def _couple(kept: Tensor, changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    changed = changed + shift
+    if log_scale is None:
+        return torch.cat([kept, changed], dim=1), changed.new_zeros(len(changed))
+    return torch.cat([kept, changed * log_scale.exp()], dim=1), log_scale.sum(dim=(1, 2, 3))
+
+
+def _uncouple(changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> Tensor:
+    return (changed if log_scale is None else changed * (-log_scale).exp()) - shift
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype)[:, None, None]
