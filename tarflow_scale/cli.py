@@ -61,6 +61,11 @@ _VERBS = {
         "write shards of new images from a registered version, on Ray",
         "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
     ),
+    "convert": _Verb(
+        "convert", "run", configuration.ConvertConfig,
+        "turn weights of apple/ml-tarflow into a flow of ours",
+        "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
+    ),
     "models list": _Verb(
         "models", "list_models", configuration.ModelsConfig,
         "list all versions of all models of a registry",

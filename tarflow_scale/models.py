@@ -3,7 +3,7 @@
 from tarflow_scale import telemetry
 from tarflow_scale.config import ModelsConfig
 from tarflow_scale.errors import RegistryError
-from tarflow_scale.records import MetricsReport
+from tarflow_scale.records import MetricsReport, ModelVersion
 from tarflow_scale.registry import Registry
 from tarflow_scale.registry.registry import resolve
 
@@ -21,7 +21,7 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
             version = state.versions[number]
             aliases = ", ".join(sorted(alias for alias, held in state.aliases.items() if held == number))
             numbers = _numbers(state.reports.get(number, []))
-            images = f"{version.images_seen:,}"
+            images = _images(version)
             rows.append((f"{model}@{number}", aliases, images, f"{version.parameters:,}", numbers))
     print(telemetry.table(rows, ("version", "aliases", "images seen", "parameters", "numbers")))
 
@@ -38,7 +38,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
         ("weights", version.weights_digest),
         ("data", f"{version.data.name}/{version.data.split}, manifest {version.data.digest}"),
         ("pixels", f"{version.pixels.bit_depth} bit, {version.pixels.noise} noise"),
-        ("trained", f"{version.images_seen:,} images, {version.parameters:,} parameters"),
+        ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
         ("config", version.config_digest),
         ("code", version.git_commit),
         ("packages", ", ".join(f"{name} {number}" for name, number in version.packages.items())),
@@ -91,3 +91,7 @@ def _subject(payload: dict[str, object]) -> object:
     """The version number inside the payload of a registration or an evaluation."""
     inner = payload.get("version") or payload.get("report")
     return inner.get("version") if isinstance(inner, dict) else inner
+
+
+def _images(version: ModelVersion) -> str:
+    return "unknown" if version.images_seen is None else f"{version.images_seen:,}"

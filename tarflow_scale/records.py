@@ -98,10 +98,11 @@ class ModelVersion(Record):
     pixels: PixelFormat
     data: DataSetFacts
     parameters: int
-    images_seen: int
-    ema_half_life_images: int
+    images_seen: int | None
+    """In training; None where that is not known, as for converted weights."""
+    ema_half_life_images: int | None
     config_digest: str
-    """SHA-256 of the resolved training configuration."""
+    """SHA-256 of the resolved configuration that made this version."""
     git_commit: str
     packages: dict[str, str]
 

@@ -9,6 +9,7 @@ from tarflow_scale.config.protocols import (
     load_protocol,
 )
 from tarflow_scale.config.roots import (
+    ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
     ModelsConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "BrowseConfig",
     "CheckpointConfig",
     "ClusterConfig",
+    "ConvertConfig",
     "DataConfig",
     "DataSetConfig",
     "EvaluateConfig",

@@ -11,6 +11,8 @@ from tarflow_scale.config.sections import (
     ClusterConfig,
     DataConfig,
     DataSetConfig,
+    FlowOutputConfig,
+    ForeignWeightsConfig,
     GateRef,
     LoggingConfig,
     MetricsConfig,
@@ -29,7 +31,15 @@ from tarflow_scale.config.sections import (
     VersionConfig,
 )
 
-__all__ = ["EvaluateConfig", "GenerateConfig", "ModelsConfig", "PrepareConfig", "PromoteConfig", "TrainConfig"]
+__all__ = [
+    "ConvertConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "ModelsConfig",
+    "PrepareConfig",
+    "PromoteConfig",
+    "TrainConfig",
+]
 
 
 class PrepareConfig(Root):
@@ -109,6 +119,25 @@ class GenerateConfig(Root):
     sampling: SeededSamplingConfig
     shards: ShardsConfig
     cluster: ClusterConfig = ClusterConfig()
+
+
+class ConvertConfig(Root):
+    """Weights of apple/ml-tarflow in, a saved flow out, and a registered version where a registry is named."""
+
+    weights: ForeignWeightsConfig
+    output: FlowOutputConfig
+    registry: RegistryConfig | None = None
+    data: DataSetConfig | None = None
+
+    @model_validator(mode="after")
+    def _registers_with_data(self) -> Self:
+        if (self.registry is None) != (self.data is None):
+            given, missing = ("registry", "data") if self.data is None else ("data", "registry")
+            raise ValueError(
+                f"registry and data.path go together (got {given} without {missing}); a version names the data set it "
+                f"was trained on"
+            )
+        return self
 
 
 class ModelsConfig(Root):

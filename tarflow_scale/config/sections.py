@@ -16,6 +16,8 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "DataSetConfig",
+    "FlowOutputConfig",
+    "ForeignWeightsConfig",
     "GateRef",
     "GlowConfig",
     "Guidance",
@@ -362,6 +364,25 @@ class ClusterConfig(Section):
     """CPU cores, and torch threads, of a worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs of a worker."""
+
+
+class ForeignWeightsConfig(Section):
+    """Weights that another project saved (verb ``convert``)."""
+
+    path: str
+    """The ``.pth`` that apple/ml-tarflow's train.py saved; path or URL."""
+    num_channels: int | None = Field(default=None, ge=1)
+    """Channels of the images; None infers 1 or 3 from the size of a token."""
+    noise: NoiseConfig
+    """Noise of the training, which is not in the file but in its name: ``..._0.05.pth`` is
+    ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` is ``{kind: uniform}``."""
+
+
+class FlowOutputConfig(Section):
+    """Where a flow is written."""
+
+    path: str
+    """Folder or URL for ``model.safetensors`` and ``config.json``."""
 
 
 class GateRef(Section):

@@ -1,0 +1,95 @@
+"""Verb ``convert``: an apple/ml-tarflow ``.pth`` to a saved flow, and into a registry if one is named.
+
+Read the tensors without running code, infer every size, rename, write ``model.safetensors`` and ``config.json``.
+What the tensors do not say, the noise the model was trained with, is configured. A registered version also needs the
+data set's manifest, so that it can be evaluated and sampled like any other.
+"""
+
+from tarflow_scale import storage, telemetry
+from tarflow_scale.config import ConvertConfig
+from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.ml_tarflow import load_ml_tarflow
+from tarflow_scale.flows.weights import CONFIG_NAME, flow_files
+from tarflow_scale.records import DataSetFacts, PixelFormat, canonical_json
+from tarflow_scale.registry import Registry
+from tarflow_scale.shards.manifest import Manifest, read_manifest
+
+__all__ = ["run"]
+
+_BIT_DEPTH = 8
+
+
+def run(config: ConvertConfig, dry_run: bool) -> None:
+    """Read, check, write, register.
+
+    Raises:
+        DataError: the file is no TarFlow, or the output folder holds another flow.
+        ConfigError: the model does not fit the data set it is registered with.
+    """
+    noise = config.weights.noise
+    flow = load_ml_tarflow(config.weights.path, config.weights.num_channels)
+    flow.pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise=noise.kind, noise_std=noise.std)
+    facts = _facts(flow, read_manifest(config.data.path)) if config.data is not None else None
+    _print_plan(config, flow)
+    if dry_run:
+        return
+    files = flow_files(flow)
+    existing = storage.join(config.output.path, CONFIG_NAME)
+    if storage.exists(existing) and storage.read_bytes(existing) != files[CONFIG_NAME]:
+        raise DataError(f"{config.output.path} holds another flow; choose another output.path")
+    for name, content in files.items():
+        storage.write_bytes(storage.join(config.output.path, name), content)
+    print(f"{config.output.path}: {', '.join(files)}")
+    if config.registry is not None and facts is not None:
+        _register(config, flow, files, facts)
+
+
+def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
+    if manifest.event_shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
+        raise ConfigError(
+            f"{manifest.name} must have the model's shape {flow.event_shape} and {flow.num_classes or 'any number of'} classes "
+            f"  (got {manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
+        )
+    return manifest.facts()
+
+
+def _register(config: ConvertConfig, flow: Flow, files: dict[str, bytes], data: DataSetFacts) -> None:
+    assert config.registry is not None
+    assert flow.pixels is not None
+    version = Registry(config.registry.path, config.registry.model).register(
+        files,
+        {
+            "pixels": flow.pixels.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
+            "parameters": sum(p.numel() for p in flow.parameters()),
+            "images_seen": None,
+            "ema_half_life_images": None,
+            "config_digest": storage.digest(canonical_json(config.model_dump(mode="json"))),
+            "git_commit": telemetry.git_commit(),
+            "packages": telemetry.package_versions(),
+        },
+        reason=f"converted from {config.weights.path}",
+    )
+    print(f"registered {config.registry.model}@{version.version} in {config.registry.path}")
+
+
+def _print_plan(config: ConvertConfig, flow: Flow) -> None:
+    model, noise = flow.config, config.weights.noise
+    assert model is not None
+    assert model.kind == "tarflow"
+    depths = model.layers_per_block
+    rows = [
+        ("weights", config.weights.path),
+        (
+            "images",
+            f"{flow.event_shape}, {flow.num_classes or 'no'} classes, {noise.kind} noise {noise.std or ''}".strip(),
+        ),
+        (
+            "model",
+            f"patch {model.patch_size}, width {model.width}, {len(depths)} blocks of {depths} layers, {model.variant}",
+        ),
+        ("parameters", f"{sum(p.numel() for p in flow.parameters()):,}"),
+        ("output", config.output.path),
+    ]
+    print(telemetry.table(rows, ("convert", "")))
