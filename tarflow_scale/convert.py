@@ -47,9 +47,10 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
 
 def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
     if manifest.event_shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
+        classes = flow.num_classes or "any number of"
         raise ConfigError(
-            f"{manifest.name} must have the model's shape {flow.event_shape} and {flow.num_classes or 'any number of'} classes "
-            f"  (got {manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
+            f"{manifest.name} must have the model's shape {flow.event_shape} and {classes} classes (got "
+            f"{manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
         )
     return manifest.facts()
 
