@@ -18,12 +18,25 @@ TOP = Path(__file__).resolve().parents[1]
 torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU cases run where there is one."""
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ml-tarflow", metavar="PATH", help="a checkout of apple/ml-tarflow, for the tests 'reference'")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU cases run where there is one, comparisons with the public code where there is a checkout."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_checkout = pytest.mark.skip(reason="needs --ml-tarflow PATH; the stored fixture is compared without it")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(skip)
+            item.add_marker(no_gpu)
+        if "reference" in item.keywords and not config.getoption("--ml-tarflow"):
+            item.add_marker(no_checkout)
+
+
+@pytest.fixture(scope="session")
+def ml_tarflow(request: pytest.FixtureRequest) -> Path:
+    """The checkout of apple/ml-tarflow."""
+    return Path(request.config.getoption("--ml-tarflow"))
 
 
 @pytest.fixture(scope="session")
