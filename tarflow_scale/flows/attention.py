@@ -21,9 +21,16 @@ class KeyValueCache:
         self.values = like.new_zeros(shape)
         self.length = 0
         """Number of tokens already in the cache; advanced by the block after its last layer."""
+        self._grown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token ``(B, N, 1, H)`` of ``layer`` and return everything stored so far ``(B, N, t, H)``."""
+        if k.requires_grad:  # a graph may not be overwritten, so gradients through sampling cost a copy a token
+            if layer in self._grown:
+                earlier_k, earlier_v = self._grown[layer]
+                k, v = torch.cat([earlier_k, k], dim=2), torch.cat([earlier_v, v], dim=2)
+            self._grown[layer] = k, v
+            return k, v
         self.keys[layer, :, :, self.length] = k[:, :, 0]
         self.values[layer, :, :, self.length] = v[:, :, 0]
         stop = self.length + 1

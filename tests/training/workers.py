@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tarflow_scale import distributed
-from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TarFlowConfig, TrainingConfig
+from tarflow_scale.config import GlowConfig, OptimizerConfig, ParallelismConfig, TarFlowConfig, TrainingConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.training import checkpoint
@@ -20,23 +20,41 @@ from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
 from tarflow_scale.training.loop import check_shared
 from tarflow_scale.training.schedule import average_decay
+from tests.flows.catalogue import moved
 
 BATCH = 12
 RATE = 1e-2
 HALF_LIFE = 60
+UNEVEN = {1: (12,), 2: (7, 5), 3: (8, 4, 0)}
+"""Images of each rank in the initialisation of ActNorm, by the number of ranks."""
 
 
 def small_flow() -> Flow:
     torch.manual_seed(0)
-    config = TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1, 1))
+    config = TarFlowConfig(kind="tarflow", patch_size=2, width=16, head_width=8, layers_per_block=(1, 1))
     return build(config, (1, 4, 4), 3)
 
 
-def small_engine(stage: int, device: torch.device, accumulation: int = 1) -> Engine:
+def small_glow() -> Flow:
+    """A fresh Glow, initialised on the first global batch, of which each rank has an uneven part."""
+    torch.manual_seed(0)
+    config = GlowConfig(kind="glow", levels=2, steps_per_level=3, width=8)
+    flow = build(config, (1, 4, 4), 3)
+    x, y = global_batch(0)
+    sizes = UNEVEN[distributed.world_size()]
+    start = sum(sizes[: distributed.rank()])
+    own = slice(start, start + sizes[distributed.rank()])
+    flow.initialize(x[own], y[own])
+    return flow
+
+
+def small_engine(
+    stage: int, device: torch.device, accumulation: int = 1, flow: Flow | None = None, precision: str = "fp32"
+) -> Engine:
     micro = BATCH // distributed.world_size() // accumulation
     training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=micro)
-    parallelism = ParallelismConfig.model_validate({"zero_stage": stage})
-    return Engine(small_flow(), device, OptimizerConfig(gradient_clip_norm=0.5), training, parallelism)
+    parallelism = ParallelismConfig.model_validate({"zero_stage": stage, "precision": precision})
+    return Engine(flow or small_flow(), device, OptimizerConfig(gradient_clip_norm=0.5), training, parallelism)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +154,28 @@ def case_poison(device: torch.device, stage: str) -> dict[str, Any]:
         "moved": moved,
         "finite": all(bool(torch.isfinite(engine.full_weight(name)).all()) for name in engine.names),
     }
+
+
+def case_glow(device: torch.device, steps: str, *variants: str) -> dict[str, Any]:
+    """Loss curves of a Glow by ``stage:activations:precision``, and how it was initialised."""
+    flow = small_glow()
+    statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
+    digests: list[Any] = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(digests, [tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
+    curves: dict[str, Any] = {}
+    for variant in variants:
+        stage, activations, precision = variant.split(":")
+        flow = small_glow()
+        moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
+        flow.activations = activations  # type: ignore[assignment]
+        engine = small_engine(int(stage), device, flow=flow, precision=precision)
+        results = [step_on(engine, 0) for _ in range(int(steps))]
+        assert all(bool(value) for name, value in engine.buffers().items() if name.endswith("initialized"))
+        curves[variant] = {
+            "losses": [mean_loss(result) for result in results],
+            "norms": [result.gradient_norm for result in results],
+        }
+    return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests), "curves": curves}
 
 
 def case_shared(device: torch.device, folder: str) -> dict[str, Any]:

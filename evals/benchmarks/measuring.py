@@ -1,0 +1,130 @@
+"""What the benchmarks share: time and memory of a step in a process of its own, and the results file."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow_scale import telemetry
+
+__all__ = ["Figure", "alternate", "device_name", "measure_step", "synchronize", "write_results"]
+
+Figure = tuple[str, float, str]
+"""Asked, got, unit."""
+_MIB = 1024**2
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads, {_processor()}"
+
+
+def measure_step(
+    step: Callable[[int], None], batch: int, device: str, repeats: int, warm_up: int = 1
+) -> dict[str, float]:
+    """Seconds of the fastest of ``repeats`` steps, and the MiB that a step adds at its peak.
+
+    Args:
+        step: forward and backward of a batch of the given size.
+        batch: the size to measure.
+        device: cpu or cuda.
+        repeats: timed steps.
+        warm_up: steps before, at that size.
+    """
+    step(1)  # gradients and library buffers are not what a step adds
+    synchronize(device)
+    before = _resident_bytes(device)
+    _reset_peak(device)
+    for _ in range(warm_up):
+        step(batch)
+    seconds: list[float] = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        step(batch)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds), "peak_mib": (_peak_bytes(device) - before) / _MIB}
+
+
+def alternate(script: str, variants: Sequence[Sequence[str]], rounds: int) -> list[dict[str, float]]:
+    """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest and the mean memory.
+
+    A worker prints the dictionary of `measure_step` as its last line.
+    """
+    found: list[list[dict[str, float]]] = [[] for _ in variants]
+    for number in range(rounds):
+        for i, variant in enumerate(variants):
+            command = [sys.executable, script, "--worker", *variant]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+            found[i].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}: {' '.join(variant)}: {found[i][-1]}", file=sys.stderr)
+    return [
+        {
+            "seconds": min(one["seconds"] for one in several),
+            "peak_mib": sum(one["peak_mib"] for one in several) / len(several),
+        }
+        for several in found
+    ]
+
+
+def write_results(path: Path, device: str, figures: dict[str, Figure], **facts: Any) -> None:
+    """Write a results file, and print its figures."""
+    content = {
+        "command": " ".join(["python", *sys.argv]),
+        "git_commit": telemetry.git_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(device),
+        "versions": telemetry.package_versions(),
+        **facts,
+        "figures": {name: {"asked": a, "got": round(g, 6), "unit": u} for name, (a, g, u) in figures.items()},
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(telemetry.table([(n, f"{g:.4g} {u}", a) for n, (a, g, u) in figures.items()], ("figure", "got", "asked")))
+    print(f"wrote {path}")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def _resident_bytes(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def _peak_bytes(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")

@@ -1,0 +1,165 @@
+"""Every flow and every layer that the conformance suite checks. List a new one here, once.
+
+Weights are moved away from their start, where a zero-initialised coupling is the identity and no test of a
+log-determinant can fail.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
+
+NUM_CLASSES = 3
+
+
+@dataclass(frozen=True)
+class FlowCase:
+    """A small flow.
+
+    Args:
+        name: how the test is called.
+        config: what is built.
+        event_shape: ``(C, H, W)``, small enough for a whole Jacobian.
+        density_shape: an event of 2 to 4 dimensions on which the density is integrated.
+        cautious: fragments of names of parameters that move less, lest the flow cannot be inverted in floats.
+        activations: the ways of the backward pass that the flow has.
+    """
+
+    name: str
+    config: ModelConfig
+    event_shape: tuple[int, int, int]
+    density_shape: tuple[int, int, int]
+    cautious: tuple[str, ...]
+    activations: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int | None:
+        return NUM_CLASSES if self.config.class_conditional else None
+
+    def fresh(self, event_shape: tuple[int, int, int] | None = None) -> Flow:
+        torch.manual_seed(0)
+        return build(self.config, event_shape or self.event_shape, self.num_classes)
+
+    def flow(self, dtype: torch.dtype = torch.float64, event_shape: tuple[int, int, int] | None = None) -> Flow:
+        """With moved weights, in evaluation mode."""
+        flow = self.fresh(event_shape).double()
+        flow.initialize(*self.data(16, event_shape))
+        moved(flow, self.cautious)
+        return flow.to(dtype).eval()
+
+    def dense(self) -> Flow:
+        """The flow on an event of so few dimensions that its density can be integrated."""
+        config = self.config.model_copy(update={"patch_size": 1} if self.config.kind == "tarflow" else {"levels": 1})
+        return replace(self, config=config, event_shape=self.density_shape).flow()
+
+    def data(
+        self, batch: int, event_shape: tuple[int, int, int] | None = None, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images inside [-1, 1], and labels of which some are dropped."""
+        generator = torch.Generator().manual_seed(1)
+        x = 2 * torch.rand(batch, *(event_shape or self.event_shape), dtype=torch.float64, generator=generator) - 1
+        y = torch.arange(batch) % (NUM_CLASSES + 1) - 1 if self.num_classes else None
+        return x.to(dtype), y
+
+
+@torch.no_grad()
+def moved(module: nn.Module, cautious: tuple[str, ...]) -> None:
+    """Add noise to every parameter."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in module.named_parameters():
+        size = 0.03 if any(part in name for part in cautious) else 0.2
+        parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+
+
+def tarflow(name: str, **settings: object) -> FlowCase:
+    base = {"kind": "tarflow", "patch_size": 2, "width": 16, "head_width": 8, "layers_per_block": (1, 2)}
+    return FlowCase(
+        name=f"tarflow_{name}",
+        config=TarFlowConfig.model_validate(base | settings),
+        event_shape=(1, 4, 6),
+        density_shape=(1, 1, 2),
+        cautious=("proj_out",),
+        activations=("keep", "checkpoint"),
+    )
+
+
+def glow(name: str, **settings: object) -> FlowCase:
+    base = {"kind": "glow", "levels": 2, "steps_per_level": 2, "width": 6}
+    return FlowCase(
+        name=f"glow_{name}",
+        config=GlowConfig.model_validate(base | settings),
+        event_shape=(1, 8, 4),
+        density_shape=(1, 2, 2),
+        cautious=("",),
+        activations=("keep", "checkpoint", "rebuild"),
+    )
+
+
+FLOWS = [
+    tarflow("affine", class_conditional=False),
+    tarflow("conditional"),
+    tarflow("deep_shallow", layers_per_block=(1, 1, 3)),
+    tarflow("volume_preserving", variant="volume_preserving"),
+    tarflow("bounded", log_scale_bound=0.5, class_conditional=False),
+    tarflow("logit", logit_alpha=0.05, class_conditional=False),
+    *(
+        glow(
+            f"{convolution}_{coupling}{'_conditional' if conditional else ''}",
+            convolution=convolution,
+            coupling=coupling,
+            class_conditional=conditional,
+        )
+        for convolution in ("dense", "lu")
+        for coupling in ("affine", "additive")
+        for conditional in (True, False)
+    ),
+    glow("logit", logit_alpha=1e-3, class_conditional=False),
+]
+"""The flows."""
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """An invertible layer of C channels."""
+
+    name: str
+    make: Callable[[int], Layer]
+
+    def layer(self, channels: int, size: float = 0.1) -> Layer:
+        """With moved weights, in float64."""
+        torch.manual_seed(0)
+        layer = self.make(channels).double()
+        x = feature_maps(8, channels)
+        hooks = [
+            norm.register_forward_pre_hook(lambda module, arguments: module.initialize(arguments[0]))
+            for norm in layer.modules()
+            if isinstance(norm, ActNorm)
+        ]
+        layer(x)
+        for hook in hooks:
+            hook.remove()
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        return layer
+
+
+def feature_maps(batch: int, channels: int, height: int = 2, width: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, channels, height, width, dtype=torch.float64, generator=generator)
+
+
+LAYERS = [
+    LayerCase("actnorm", ActNorm),
+    LayerCase("conv_dense", lambda channels: InvertibleConv(channels, "dense")),
+    LayerCase("conv_lu", lambda channels: InvertibleConv(channels, "lu")),
+    LayerCase("coupling_affine", lambda channels: Coupling(channels, 5, "affine")),
+    LayerCase("coupling_additive", lambda channels: Coupling(channels, 5, "additive")),
+]
+"""The layers."""

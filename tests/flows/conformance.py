@@ -1,0 +1,144 @@
+"""The checks of the conformance suite: each raises AssertionError on a flow or layer that is wrong.
+
+They are functions so that `test_mutations` can show that they fail on broken models.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tarflow_scale.flows import Flow, standard_normal_log_prob
+from tarflow_scale.flows.coupling import Layer
+
+EXACT = 1e-10
+LOG_DET = 1e-8
+
+
+def jacobian_log_det(function: object, x: Tensor) -> float:
+    """log|det| of the Jacobian of ``function`` at one sample ``x``, by autograd."""
+    jacobian = torch.autograd.functional.jacobian(function, x)
+    return float(torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet)
+
+
+def one(y: Tensor | None, i: int) -> Tensor | None:
+    return None if y is None else y[i : i + 1]
+
+
+def check_flow_log_det(flow: Flow, x: Tensor, y: Tensor | None) -> None:
+    """The log-determinant is autograd's, sample by sample."""
+    with torch.no_grad():
+        _, log_det = flow(x, y)
+    assert log_det.shape == (len(x),)
+    for i in range(len(x)):
+        expected = jacobian_log_det(lambda v, i=i: flow(v[None], one(y, i))[0][0], x[i])
+        assert abs(float(log_det[i]) - expected) < LOG_DET, (i, float(log_det[i]), expected)
+
+
+@torch.no_grad()
+def check_flow_inverse(flow: Flow, x: Tensor, y: Tensor | None) -> None:
+    """Encoding and decoding undo each other, both ways."""
+    z, _ = flow(x, y)
+    assert z.shape == (len(x), flow.num_dims)
+    assert (flow.inverse(z, y) - x).abs().max() < EXACT
+    z = torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(5))
+    assert (flow(flow.inverse(z, y), y)[0] - z).abs().max() < 10 * EXACT
+
+
+def check_sample_density(flow: Flow, z: Tensor, y: Tensor | None) -> None:
+    """``log_prob`` of a sample is the base density of its latent over the volume change of the *inverse*."""
+    with torch.no_grad():
+        x = flow.inverse(z, y)
+        log_prob = flow.log_prob(x, y)
+    for i in range(len(z)):
+        volume = jacobian_log_det(lambda v, i=i: flow.inverse(v[None], one(y, i))[0].flatten(), z[i])
+        expected = float(standard_normal_log_prob(z[i : i + 1])) - volume
+        assert abs(float(log_prob[i]) - expected) < LOG_DET
+
+
+@torch.no_grad()
+def check_density_integrates_to_one(flow: Flow) -> None:
+    """By trapezoids in two dimensions; by 200,000 samples, within 4 standard errors, in more."""
+    bound = None if flow.logit_alpha is None else 1 / (1 - 2 * flow.logit_alpha)
+    if flow.num_dims == 2:
+        end, points = (7.0, 281) if bound is None else (bound - 1e-9, 501)
+        axis = torch.linspace(-end, end, points, dtype=torch.float64)
+        grid = torch.cartesian_prod(axis, axis).reshape(-1, *flow.event_shape)
+        total = sum(float(flow.log_prob(part).exp().sum()) for part in grid.split(100_000))
+        total *= (2 * end / (points - 1)) ** 2
+        assert abs(total - 1) < 1e-3, total
+        return
+    generator = torch.Generator().manual_seed(0)
+    shape = (200_000, *flow.event_shape)
+    if bound is None:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        proposal = standard_normal_log_prob(x.flatten(1))
+    else:
+        x = bound * (2 * torch.rand(shape, dtype=torch.float64, generator=generator) - 1)
+        proposal = torch.full((len(x),), -flow.num_dims * math.log(2 * bound), dtype=torch.float64)
+    weights = (flow.log_prob(x) - proposal).exp()
+    error = float(weights.std()) / math.sqrt(len(x))
+    assert error < 0.02, error
+    assert abs(float(weights.mean()) - 1) < 4 * error, (float(weights.mean()), error)
+
+
+@torch.no_grad()
+def check_uniform_pixels_cost(flow: Flow, expected_bits_per_dim: float) -> None:
+    """The identity flow on uniform pixels has a closed form: cross-entropy of U(-1, 1) under N(0, 1)."""
+    grid = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 20_000 - 1
+    x = grid.reshape(-1, *flow.event_shape)
+    bits = -flow.log_prob(x).mean() / (flow.num_dims * math.log(2)) + 7
+    assert abs(float(bits) - expected_bits_per_dim) < 1e-6, float(bits)
+
+
+def check_layer_log_det(layer: Layer, x: Tensor) -> None:
+    """As `check_flow_log_det`, and the Jacobian of the inverse has the opposite log-determinant."""
+    with torch.no_grad():
+        y, log_det = layer(x)
+    assert log_det.shape == (len(x),)
+    assert y.shape == x.shape
+    for i in range(len(x)):
+        expected = jacobian_log_det(lambda v: layer(v[None])[0][0], x[i])
+        assert abs(float(log_det[i]) - expected) < LOG_DET, (i, float(log_det[i]), expected)
+        inverse = jacobian_log_det(lambda v: layer.inverse(v[None])[0], y[i])
+        assert abs(float(log_det[i]) + inverse) < LOG_DET
+
+
+@torch.no_grad()
+def check_layer_inverse(layer: Layer, x: Tensor) -> None:
+    """Both directions undo each other."""
+    y, _ = layer(x)
+    assert (layer.inverse(y) - x).abs().max() < EXACT
+    assert (layer(layer.inverse(x))[0] - x).abs().max() < EXACT
+
+
+@torch.no_grad()
+def check_samples_are_independent(flow: Flow, x: Tensor, y: Tensor | None) -> None:
+    """The first sample does not notice when the rest of the batch changes."""
+    z, log_det = flow(x, y)
+    other = torch.cat([x[:1], 0.5 * x[1:].flip(0)])
+    z_other, log_det_other = flow(other, y)
+    assert (z[1:] - z_other[1:]).abs().max() > 1e-3
+    assert (z[0] - z_other[0]).abs().max() < 1e-12
+    assert abs(float(log_det[0] - log_det_other[0])) < 1e-12
+    back = flow.inverse(z, y)
+    back_other = flow.inverse(torch.cat([z[:1], z_other[1:]]), y)
+    assert (back[0] - back_other[0]).abs().max() < 1e-12
+
+
+def gradients(flow: Flow, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    """Gradients of the mean log-likelihood per dimension by parameter name, and of the images."""
+    flow.zero_grad()
+    x = x.clone().requires_grad_()
+    z, log_det = flow(x, y)
+    ((standard_normal_log_prob(z) + log_det).mean() / flow.num_dims).backward()
+    found = {name: parameter.grad.clone() for name, parameter in flow.named_parameters() if parameter.grad is not None}
+    assert x.grad is not None
+    return found | {"images": x.grad}
+
+
+def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Norm of the difference of all gradients over the norm of the expected ones."""
+    assert found.keys() == expected.keys()
+    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
+    return math.sqrt(difference / sum(float(value.square().sum()) for value in expected.values()))

@@ -1,0 +1,176 @@
+"""Every flow of the catalogue keeps the contract. Tolerances are those of float64 unless a test says otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.flows import load_flow, save_flow
+from tarflow_scale.flows.likelihood import add_noise, quantize
+from tarflow_scale.records import PixelFormat
+from tests.flows import conformance
+from tests.flows.catalogue import FLOWS, FlowCase
+
+every_flow = pytest.mark.parametrize("case", FLOWS, ids=lambda case: case.name)
+
+
+@every_flow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_log_determinant_is_autograds(case: FlowCase, batch: int) -> None:
+    conformance.check_flow_log_det(case.flow(), *case.data(batch))
+
+
+@every_flow
+def test_the_inverse_is_exact_both_ways(case: FlowCase) -> None:
+    conformance.check_flow_inverse(case.flow(), *case.data(5))
+
+
+@every_flow
+def test_the_inverse_is_close_in_fp32(case: FlowCase) -> None:
+    x, y = case.data(5, dtype=torch.float32)
+    flow = case.flow(torch.float32)
+    with torch.no_grad():
+        assert (flow.inverse(flow(x, y)[0], y) - x).abs().max() / x.abs().max() < 1e-4
+
+
+@every_flow
+def test_samples_have_the_density_that_log_prob_says(case: FlowCase) -> None:
+    flow = case.flow()
+    z = torch.randn(2, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    conformance.check_sample_density(flow, z, case.data(2)[1])
+
+
+@every_flow
+def test_the_density_integrates_to_one(case: FlowCase) -> None:
+    conformance.check_density_integrates_to_one(case.dense())
+
+
+@every_flow
+def test_samples_of_a_batch_do_not_see_each_other(case: FlowCase) -> None:
+    conformance.check_samples_are_independent(case.flow(), *case.data(3))
+
+
+@every_flow
+@pytest.mark.parametrize("bits", [1, 5, 8])
+def test_an_image_survives_encoding_byte_for_byte(case: FlowCase, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, *case.event_shape), dtype=torch.uint8, generator=generator)
+    stored = quantize(images.double() / 127.5 - 1, bits, "nearest")
+    x = add_noise(stored, torch.rand(images.shape, generator=generator), PixelFormat(bit_depth=bits, noise="uniform"))
+    flow, y = case.flow(torch.float32), case.data(4)[1]
+    with torch.no_grad():
+        assert torch.equal(quantize(flow.inverse(flow(x, y)[0], y), bits, "floor"), stored)
+
+
+@every_flow
+def test_every_parameter_gets_a_gradient(case: FlowCase) -> None:
+    flow = case.flow().train()
+    found = conformance.gradients(flow, *case.data(8))
+    assert found.keys() == {name for name, _ in flow.named_parameters()} | {"images"}
+    for name, gradient in found.items():
+        assert torch.isfinite(gradient).all(), name
+        assert (gradient != 0).any(), name
+
+
+@pytest.mark.parametrize(
+    ("case", "activations"),
+    [(case, how) for case in FLOWS for how in case.activations if how != "keep"],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_gradients_do_not_depend_on_what_is_kept(case: FlowCase, activations: str) -> None:
+    flow = case.flow().train()
+    expected = conformance.gradients(flow, *case.data(4))
+    flow.activations = activations  # type: ignore[assignment]
+    found = conformance.gradients(flow, *case.data(4))
+    assert conformance.relative_difference(found, expected) < (1e-10 if activations == "checkpoint" else 1e-6)
+    conformance.check_flow_log_det(flow, *case.data(1))
+
+
+@every_flow
+def test_a_saved_flow_is_the_same_to_the_bit(case: FlowCase, tmp_path: Path) -> None:
+    flow = case.flow(torch.float32)
+    save_flow(flow, str(tmp_path))
+    x, y = case.data(3, dtype=torch.float32)
+    loaded = load_flow(str(tmp_path))
+    assert torch.equal(flow.log_prob(x, y), loaded.log_prob(x, y))
+    z = torch.randn(3, flow.num_dims, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(flow.inverse(z, y), loaded.inverse(z, y))
+
+
+@every_flow
+def test_labels_matter_exactly_where_there_are_classes(case: FlowCase) -> None:
+    flow, (x, _) = case.flow(), case.data(1)
+    if case.num_classes is None:
+        with pytest.raises(ValueError, match="takes no labels"):
+            flow.log_prob(x, torch.tensor([0]))
+        return
+    found = [float(flow.log_prob(x, torch.tensor([label])).detach()) for label in (-1, 0, 1, 2)]
+    assert len({round(value, 9) for value in found}) == 4
+    assert float(flow.log_prob(x, None).detach()) == pytest.approx(found[0], abs=1e-10)
+
+
+@every_flow
+def test_temperature_changes_samples_alone(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(3)
+    before = flow.log_prob(x, y)
+    assert torch.equal(flow.sample(3, y, temperature=0.0), flow.sample(3, y, temperature=0.0))
+    warm, cold = (flow.sample(3, y, temperature=t, generator=torch.Generator().manual_seed(0)) for t in (1.0, 0.5))
+    assert (warm - cold).abs().max() > 1e-3
+    assert torch.equal(flow.log_prob(x, y), before)
+
+
+@pytest.mark.parametrize("case", [case for case in FLOWS if case.num_classes], ids=lambda case: case.name)
+def test_guidance_of_strength_zero_changes_nothing_and_of_one_does(case: FlowCase) -> None:
+    flow, y = case.flow(), torch.tensor([0, 1, 2])
+    z = torch.randn(3, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = flow.inverse(z, y)
+        assert torch.equal(flow.inverse(z, y, Guidance(scale=0)), plain)
+        assert (flow.inverse(z, y, Guidance(scale=1)) - plain).abs().max() > 1e-3
+
+
+@every_flow
+def test_bf16_autocast_is_finite_and_keeps_the_maps_wide(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(torch.float32), case.data(4, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        z, log_det = flow(x, y)
+        back = flow.inverse(z, y)
+    assert z.dtype == log_det.dtype == back.dtype == torch.float32
+    with torch.no_grad():
+        exact, exact_log_det = flow(x, y)
+    assert (z - exact).abs().max() < 0.3
+    assert (log_det - exact_log_det).abs().max() < 0.05 * flow.num_dims
+    assert torch.isfinite(back).all()
+
+
+@every_flow
+def test_training_and_evaluation_mode_agree(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(3)
+    assert torch.equal(flow.train().log_prob(x, y), flow.eval().log_prob(x, y))
+
+
+@every_flow
+def test_shapes_and_values_that_do_not_fit_are_named(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(2)
+    with pytest.raises(ValueError, match=r"images must have shape \(batch, .*\) \(got \(2, 5, "):
+        flow(torch.zeros(2, 5, *case.event_shape[1:], dtype=torch.float64), y)
+    with pytest.raises(ValueError, match="images must have shape"):
+        flow(x[:, :, 1:], y)
+    for bad in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[1, 0, 0, 0] = bad
+        with pytest.raises(ValueError, match=r"images must be finite \(got 1 values that are not\)"):
+            flow.log_prob(broken, y)
+
+
+@pytest.mark.gpu
+@every_flow
+def test_cuda_equals_cpu(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(4)
+    with torch.no_grad():
+        z, log_det = flow(x, y)
+        z_cuda, log_det_cuda = flow.cuda()(x.cuda(), None if y is None else y.cuda())
+        assert (z - z_cuda.cpu()).abs().max() < 1e-9
+        assert (log_det - log_det_cuda.cpu()).abs().max() < 1e-9
+        assert (flow.inverse(z_cuda, None if y is None else y.cuda()).cpu() - x).abs().max() < 1e-9
