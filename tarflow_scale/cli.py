@@ -146,12 +146,14 @@ def _manual(verb: _Verb) -> str:
 
 
 def _describe(path: str, field: FieldInfo) -> list[str]:
-    section = _section(field.annotation)
-    if section is not None:
-        head = " ".join((section.__doc__ or "").strip().split())
-        lines = [f"{path}:  {head}" if "." not in path else f"  {path}:  {head}"]
-        for name, inner in section.model_fields.items():
-            lines += _describe(f"{path}.{name}", inner)
+    sections = _sections(field.annotation)
+    if sections:
+        lines: list[str] = []
+        for section in sections:
+            head = " ".join((section.__doc__ or "").strip().split())
+            lines.append(f"{path}:  {head}" if "." not in path else f"  {path}:  {head}")
+            for name, inner in section.model_fields.items():
+                lines += _describe(f"{path}.{name}", inner)
         return lines
     default = "required" if field.is_required() else _default(field)
     text = " ".join((field.description or "").split())
@@ -162,8 +164,8 @@ def _default(field: FieldInfo) -> str:
     return "none" if field.default is None or field.default is PydanticUndefined else str(field.default)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The section that an annotation names; several where it is a union."""
     if get_origin(annotation) in (Union, UnionType):
-        found = [_section(part) for part in get_args(annotation)]
-        return next((section for section in found if section), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        return [section for part in get_args(annotation) for section in _sections(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

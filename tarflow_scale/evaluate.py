@@ -26,7 +26,7 @@ from tarflow_scale.config import (
     load_protocol,
 )
 from tarflow_scale.errors import ConfigError, DataError, NumericsError
-from tarflow_scale.flows.likelihood import bits_per_dim, quantize
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import dequantised, gaussian_bits_per_dim, pixel_hashes
@@ -183,11 +183,9 @@ class Scorer:
         for batch in self._data.batches(unit.start, unit.stop, batch_size):
             labels = protocol.labels == "given" and self._flow.num_classes is not None
             y = torch.from_numpy(batch.labels).to(self._device) if labels else None
-            draws = [
-                bits_per_dim(self._flow.log_prob(x.to(self._device), y), self._flow.num_dims, protocol.bit_depth)
-                for x in dequantised(batch, protocol)
-            ]
-            bits.append(torch.stack(draws).double().mean(dim=0).cpu().numpy())
+            draws = [self._flow.log_prob(x.to(self._device), y) for x in dequantised(batch, protocol)]
+            log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
+            bits.append(bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth).cpu().numpy())
             hashes.extend(pixel_hashes(batch))
         return UnitResult(bits=np.concatenate(bits), hashes=tuple(hashes))
 

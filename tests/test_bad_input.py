@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tarflow_scale import cli
+from tarflow_scale.flows import load_flow
+from tarflow_scale.flows.weights import flow_files
+from tarflow_scale.registry import Registry
 from tarflow_scale.shards.images import encode_png
 from tests.conftest import TOP, Trained, train_arguments
 
@@ -189,6 +193,54 @@ def patch_that_does_not_divide(w: World) -> tuple[list[str], str]:
     )
 
 
+def levels_that_do_not_divide(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "model={kind: glow, levels: 4, steps_per_level: 1}"), (
+        "image height and width must be multiples of 2^model.levels (got 8x8 and 2^4 = 16); choose fewer levels"
+    )
+
+
+def logit_of_gaussian_noise(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "model.logit_alpha=0.01", "training.noise={kind: gaussian, std: 0.1}"), (
+        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove either"
+    )
+
+
+def denoising_of_uniform_noise(w: World) -> tuple[list[str], str]:
+    return w.generate("sampling.denoise=1"), (
+        "sampling.denoise needs a model trained with Gaussian noise (got 1 for uniform noise); set it to 0"
+    )
+
+
+def protocol_of_nine_bits(w: World) -> tuple[list[str], str]:
+    facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
+    (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"bit_depth": 9}))
+    return w.evaluate(f"metrics.protocols=[{w.tmp}/edition.yaml]"), (
+        "bits_per_dim.bit_depth: Input should be less than or equal to 8 (got 9)"
+    )
+
+
+def weights_that_are_not_finite(w: World) -> tuple[list[str], str]:
+    """Registered by another program, say: what is stored is intact, and still no model."""
+    flow = load_flow(str(w.trained.run / "model"))
+    with torch.no_grad():
+        next(flow.parameters())[0] = float("nan")
+    store = Registry(str(w.tmp / "registry"), "small")
+    facts = Registry(str(w.trained.registry), "small").resolve(1).model_dump(mode="json", exclude={"version", "files"})
+    store.register(flow_files(flow), facts, reason="broken")
+    count = next(flow.parameters())[0].numel()
+    name = next(name for name, _ in flow.named_parameters())
+    return w.generate(f"registry.path={w.tmp}/registry"), (
+        f"small@1 does not hold a flow (weights must be finite (got {count} values of {name} that are not)); export "
+        f"or register it again"
+    )
+
+
+def mnist_that_is_missing(w: World) -> tuple[list[str], str]:
+    return ["prepare", "source.kind=mnist", f"source.path={w.tmp}/mnist.npz", f"shards.path={w.out}"], (
+        f"there is no {w.tmp}/mnist.npz; check source.path"
+    )
+
+
 def no_registry(w: World) -> tuple[list[str], str]:
     return ["models", "list", f"registry.path={w.tmp}/absent"], (
         f"no registry at {w.tmp}/absent; train a model into it first, or check registry.path"
@@ -271,6 +323,12 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     batch_that_does_not_divide,
     batch_larger_than_the_data,
     patch_that_does_not_divide,
+    levels_that_do_not_divide,
+    logit_of_gaussian_noise,
+    denoising_of_uniform_noise,
+    protocol_of_nine_bits,
+    weights_that_are_not_finite,
+    mnist_that_is_missing,
     no_registry,
     no_model,
     no_version,

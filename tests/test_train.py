@@ -100,6 +100,36 @@ def test_two_ranks_killed_and_resumed_equal_two_ranks_undisturbed(trained: Train
     )  # dropout masks differ with the ranks, samples do not
 
 
+@pytest.mark.distributed
+def test_a_glow_passes_all_verbs_and_survives_kill_dash_nine(trained: Trained, tmp_path: Path) -> None:
+    """Two ranks, ZeRO-3, activations rebuilt: ActNorm's buffers and statistics come back with the checkpoint."""
+    model = "model={kind: glow, levels: 2, steps_per_level: 3, width: 16}"
+    more = [model, "parallelism.zero_stage=3", "parallelism.activations=rebuild", "training.total_images=960"]
+    whole = train_arguments(trained.data, tmp_path / "whole", tmp_path / "registry", *more)
+    broken = train_arguments(trained.data, tmp_path / "broken", tmp_path / "registry", *more)
+    result = command(*whole, ranks=2)
+    assert result.returncode == 0, result.stderr
+    kill_after_checkpoint(start(broken, ranks=2), tmp_path / "broken", 320)
+    time.sleep(0.5)
+    result = command(*broken, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
+    log = curve(tmp_path / "whole")
+    assert log[-1]["bits_per_dim"] < log[0]["bits_per_dim"]
+
+    registry = [f"registry.path={tmp_path}/registry", "registry.model=small", "cluster.executor=local"]
+    protocols = [f"{TOP}/evals/protocols/digits-{name}.yaml" for name in ("bits-per-dim", "frechet-pixels")]
+    data = [f"data.path={trained.data}/test", f"reference.path={trained.data}/train"]
+    more = [f"reference.cache={tmp_path}/cache", f"metrics.protocols={json.dumps(protocols)}"]
+    assert cli.main(["evaluate", *registry, *data, *more, "sampling.guidance.scale=0.5"]) == 0
+    report = Registry(f"{tmp_path}/registry", "small").state().reports[2][-1]
+    assert report.metrics["bits_per_dim"].value == pytest.approx(log[-1]["bits_per_dim"], abs=1.0)
+    arguments = ["sampling.num_images=20", f"shards.path={tmp_path}/out", "sampling.guidance.scale=0.5"]
+    assert cli.main(["generate", *registry, *arguments]) == 0
+    assert (tmp_path / "out/manifest.json").exists()
+
+
 def test_sigterm_saves_and_says_so(trained: Trained, tmp_path: Path) -> None:
     arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", "training.total_images=100000")
     process = start(arguments)

@@ -80,7 +80,7 @@ def worker(arguments: argparse.Namespace) -> None:
     device, sizes = arguments.device, SIZES[arguments.device]
     torch.manual_seed(0)
     model = public_model(arguments.ml_tarflow, sizes) if who == "public" else our_model(sizes, activations)
-    model = model.to(device).train()
+    model: Any = model.to(device).train()
     if arguments.compile:
         model.compile()
     x = torch.randn(sizes.batch, 3, sizes.image_size, sizes.image_size, device=device)

@@ -91,6 +91,14 @@ def _one_line(problem: Any) -> str:
     match problem["type"]:
         case "extra_forbidden":
             return f"{path}: unknown key; check the spelling against --help"
+        case "union_tag_invalid":
+            ctx = problem["ctx"]
+            key = ctx["discriminator"].strip("'")
+            return f"{path}.{key}: must be one of {ctx['expected_tags']} (got {ctx['tag']!r})".lstrip(".")
+        case "union_tag_not_found":
+            key = problem["ctx"]["discriminator"].strip("'")
+            missing = f"{path}.{key}".lstrip(".")
+            return f"{missing}: required key is missing; set it in the YAML or as {missing}=VALUE"
         case "missing":
             return f"{path}: required key is missing; set it in the YAML or as {path}=VALUE"
         case _:

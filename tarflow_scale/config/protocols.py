@@ -30,7 +30,10 @@ class BitsPerDimProtocol(_Protocol):
     bit_depth: int = Field(ge=1, le=8)
     """Levels of a pixel are 2^bit_depth; must be the data set's."""
     num_draws: int = Field(default=1, ge=1)
-    """Dequantisation draws per image; the mean over draws is an upper bound of the discrete likelihood's cost."""
+    """Dequantisation draws per image."""
+    estimate: Literal["mean", "importance"] = "mean"
+    """``mean`` over draws: an upper bound of the discrete image's cost. ``importance``: log of the mean density, a
+    tighter bound, exact in the limit of many draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["given", "none"] = "given"

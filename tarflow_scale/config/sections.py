@@ -119,6 +119,7 @@ class TarFlowConfig(_FlowConfig):
     """TarFlow (arXiv 2412.06329); see `tarflow_scale.flows.tarflow`."""
 
     kind: Literal["tarflow"] = "tarflow"
+    """Chooses this model; must be written."""
     patch_size: int = Field(ge=1)
     """Side of a patch in pixels; must divide the image size."""
     width: int = Field(ge=1)
@@ -151,7 +152,8 @@ class TarFlowConfig(_FlowConfig):
 class GlowConfig(_FlowConfig):
     """Glow (arXiv 1807.03039); see `tarflow_scale.flows.glow`."""
 
-    kind: Literal["glow"]
+    kind: Literal["glow"] = "glow"
+    """Chooses this model; must be written."""
     levels: int = Field(ge=1)
     """Levels L; the image size must be a multiple of 2^levels."""
     steps_per_level: int = Field(ge=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow_scale.config import FrechetProtocol
+from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.randomness import Purpose, generator
 
@@ -34,13 +35,13 @@ class PixelGaussian:
         covariance = torch.from_numpy(moments.covariance) + torch.eye(len(moments.mean)) / 12
         self._factor = torch.linalg.cholesky(covariance)
 
-    def bits_per_dim(self, pixels: Tensor) -> Tensor:
-        """Bits per dimension ``(B,)`` of dequantised pixels ``(B, D)`` in levels."""
-        num_dims = pixels.shape[1]
-        whitened = torch.linalg.solve_triangular(self._factor, (pixels.double() - self._mean).T, upper=False)
-        log_det = self._factor.diagonal().log().sum()
-        nats = 0.5 * whitened.square().sum(dim=0) + log_det + 0.5 * num_dims * math.log(2 * math.pi)
-        return nats / (num_dims * math.log(2))
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density ``(B,)`` of dequantised images ``(B, C, H, W)`` on [-1, 1], in nats, as a flow's."""
+        levels_per_unit = (self._top + 1) / 2
+        levels = (x.double().flatten(1) + 1) * levels_per_unit
+        whitened = torch.linalg.solve_triangular(self._factor, (levels - self._mean).T, upper=False)
+        log_det = levels.shape[1] * math.log(levels_per_unit) - self._factor.diagonal().log().sum()
+        return standard_normal_log_prob(whitened.T) + log_det
 
     def sample_levels(self, num: int, seed: int) -> Tensor:
         """``(num, D)`` float64 samples, floored to bins and clipped to levels."""

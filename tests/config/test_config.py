@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tarflow_scale.config import (
+    ConvertConfig,
     EvaluateConfig,
     GateConfig,
     GenerateConfig,
@@ -26,6 +27,7 @@ ROOTS = {
     "promote": PromoteConfig,
     "generate": GenerateConfig,
     "models": ModelsConfig,
+    "convert": ConvertConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
 BASE = """
@@ -87,12 +89,27 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
             "model.layers_per_block=[]",
             "model.layers_per_block: Tuple should have at least 1 item after validation, not 0 (got [])",
         ),
-        ("model.kind=gan", "model.kind: Input should be 'tarflow' (got 'gan')"),
+        ("model.kind=gan", "model.kind: must be one of 'tarflow', 'glow' (got 'gan')"),
         ("model.width=100", "model: width must be a multiple of head_width (got 100 and 64); change either"),
         ("parallelism.zero_stage=4", "parallelism.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         (
             "training.noise.std=0.1",
             "training.noise: std must be > 0 for gaussian and 0 for uniform noise (got uniform and 0.1)",
+        ),
+        (
+            "model={kind: glow, levels: 2, steps_per_level: 1, patch_size: 4}",
+            "model.patch_size: unknown key; check the spelling against --help",
+        ),
+        ("model={patch_size: 4}", "model.kind: required key is missing; set it in the YAML or as model.kind=VALUE"),
+        (
+            "parallelism.activations=rebuild",
+            "parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind=tarflow); "
+            "use checkpoint",
+        ),
+        (
+            "model={kind: tarflow, patch_size: 2, width: 64, layers_per_block: [1], variant: volume_preserving, "
+            "log_scale_bound: 2}",
+            "model: log_scale_bound has no effect on variant=volume_preserving (got 2.0); remove it",
         ),
         (
             "training.micro_batch_size=48",

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from tarflow_scale.flows.likelihood import bits_per_dim
 from tarflow_scale.metrics.baseline import PixelGaussian
 from tarflow_scale.metrics.frechet import Moments
 
@@ -14,8 +15,11 @@ def test_likelihood_is_that_of_the_multivariate_normal() -> None:
     gaussian = PixelGaussian(Moments.of(levels), bit_depth=4)
     covariance = torch.cov(levels.T) + torch.eye(6) / 12
     normal = torch.distributions.MultivariateNormal(levels.mean(0) + 0.5, covariance)
-    x = levels[:20] + torch.rand(20, 6)
-    assert (gaussian.bits_per_dim(x) + normal.log_prob(x) / (6 * math.log(2))).abs().max() < 1e-10
+    dequantised = levels[:20] + torch.rand(20, 6)
+    x = (dequantised / 8 - 1).reshape(20, 1, 2, 3)
+    expected = normal.log_prob(dequantised)  # nats a unit of level; in bits this is bits/dim as it is
+    assert (gaussian.log_prob(x) - (expected + 6 * math.log(8))).abs().max() < 1e-10
+    assert (bits_per_dim(gaussian.log_prob(x), 6, 4) + expected / (6 * math.log(2))).abs().max() < 1e-10
 
 
 def test_samples_are_levels_with_the_right_moments() -> None:
