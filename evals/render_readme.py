@@ -47,6 +47,10 @@ def number(value: float, unit: str) -> str:
             return f"{value:.2f} {unit}"
 
 
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((TOP / "evals/results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def demo_table(results: dict[str, Any]) -> str:
     """The table of the demo."""
     versions = results["versions"]
@@ -63,15 +67,72 @@ def demo_table(results: dict[str, Any]) -> str:
     return head + "\n".join(["| figure | got | asked |", "|---|---|---|", *rows])
 
 
+def mnist_table(results: dict[str, Any]) -> str:
+    """Bits/dim of both models, and the published ones."""
+    figures, counts = results["figures"], results["counts"]
+    rows: list[str] = []
+    for model, label in (("tarflow", "TarFlow"), ("glow", "Glow")):
+        got = {key.removeprefix(f"{model}_"): one["got"] for key, one in figures.items() if key.startswith(model)}
+        rows.append(
+            f"| {label}, {got['parameters']:.2f} M parameters | {got['bits_per_dim']:.3f} "
+            f"(± {got['bits_per_dim_standard_error']:.3f}) | {got['bits_per_dim_iw8']:.3f} | "
+            f"{counts[f'{model}_images_seen'] / 60_000:.1f} epochs, {got['training_hours']:.1f} h of one CPU core |"
+        )
+    published = ", ".join(
+        f"{label} {figures[f'published_{key}']['got']:.2f}"
+        for key, label in (("ffjord", "FFJORD"), ("glow", "Glow"), ("realnvp", "RealNVP"), ("maf", "MAF"))
+    )
+    head = (
+        f"Measured on {results['date']} with torch {results['versions']['torch']}, seed 0, protocols "
+        f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['bits_per_dim_iw8'][:12]}` "
+        f"([evals/results/mnist-cpu.json](evals/results/mnist-cpu.json)).\n\n"
+    )
+    header = [
+        "| MNIST, 10,000 test images | bits/dim, mean of 4 draws | importance-weighted, 8 draws | budget |",
+        "|---|---|---|---|",
+    ]
+    return head + "\n".join([*header, *rows, f"| published, on budgets of days: {published} | | | |"])
+
+
+def speed_table(training: dict[str, Any], memory: dict[str, Any]) -> str:
+    """Ratios of the benchmarks."""
+    rows = [
+        ("TarFlow step, bf16 autocast, over apple/ml-tarflow's", training, "speed_bf16_over_public_bf16"),
+        ("TarFlow step, fp32, over apple/ml-tarflow's", training, "speed_fp32_over_public_fp32"),
+        ("TarFlow step, bf16, over apple/ml-tarflow's fp32", training, "speed_bf16_over_public_fp32"),
+        ("this processor's bf16 matrix product over its fp32", training, "matmul_bf16_over_fp32"),
+        ("TarFlow memory, fp32, checkpointed, over theirs", training, "memory_checkpointed_fp32_over_public_fp32"),
+        ("TarFlow memory, bf16, checkpointed, over theirs", training, "memory_checkpointed_bf16_over_public_bf16"),
+        ("Glow memory, activations rebuilt, 32 steps a level over 8", memory, "memory_rebuilt_32_over_8"),
+        ("Glow memory, activations rebuilt over kept, 32 steps", memory, "memory_rebuilt_over_kept_32"),
+        ("Glow time, activations rebuilt over kept, 32 steps", memory, "time_rebuilt_over_kept_32"),
+        ("Glow 256x256 recipe, one image a step, whole process", memory, "recipe_256_peak_memory"),
+    ]  # fmt: skip
+    lines = ["| ratio, both sides in one run | got | asked |", "|---|---|---|"]
+    for label, results, name in rows:
+        figure = results["figures"][name]
+        unit = "" if figure["unit"] in ("times", "of it") else f" {figure['unit']}"
+        lines.append(f"| {label} | {figure['got']:.2f}{unit} | {figure['asked']} |")
+    return (
+        f"Measured on {training['date']} on {training['device']}, torch {training['versions']['torch']}.\n\n"
+        + "\n".join(lines)
+    )
+
+
 def main() -> None:
     """Render or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 when README.md differs from the results")
     check = parser.parse_args().check
     before = README.read_text(encoding="utf-8")
-    results = json.loads((TOP / "evals/results/demo-cpu.json").read_text(encoding="utf-8"))
-    block = f"<!-- demo:begin -->\n{demo_table(results)}\n<!-- demo:end -->"
-    after = re.sub(r"<!-- demo:begin -->.*<!-- demo:end -->", lambda _: block, before, flags=re.DOTALL)
+    after = before
+    for name, text in {
+        "demo": demo_table(_results("demo-cpu")),
+        "mnist": mnist_table(_results("mnist-cpu")),
+        "speed": speed_table(_results("tarflow-training-cpu"), _results("glow-memory-cpu")),
+    }.items():
+        block = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->"
+        after = re.sub(rf"<!-- {name}:begin -->.*<!-- {name}:end -->", lambda _, b=block: b, after, flags=re.DOTALL)
     if check and before != after:
         sys.exit("README.md differs from evals/results; run: python evals/render_readme.py")
     if not check:

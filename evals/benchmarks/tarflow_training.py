@@ -74,6 +74,15 @@ def our_model(sizes: Sizes, activations: str) -> TarFlow:
     return flow
 
 
+def matmul_ratio(device: str) -> float:
+    """Speed of this device's matrix product in bf16 over that in fp32: what autocast can gain at most."""
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(2048, 1024, device=device).to(dtype) for _ in range(2))
+        seconds[dtype] = measure_step(lambda _, a=a, b=b: (a @ b.T, None)[1], 1, device, repeats=20)["seconds"]
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
 def worker(arguments: argparse.Namespace) -> None:
     """Measure one variant and print it."""
     who, precision, activations = arguments.worker
@@ -135,6 +144,7 @@ def main() -> None:
         "memory_checkpointed_bf16_over_public_bf16": (
             "<= 0.5", memory["ours", "bf16", "checkpoint"] / memory[public], "of it"),
     }  # fmt: skip
+    figures["matmul_bf16_over_fp32"] = ("", matmul_ratio(arguments.device), "times")
     for variant, one in by_name.items():
         name = "_".join(variant)
         figures[f"images_per_second_{name}"] = ("", SIZES[arguments.device].batch / one["seconds"], "images/s")

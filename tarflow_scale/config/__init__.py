@@ -1,6 +1,7 @@
 """Configuration: pydantic sections, one YAML a run, ``section.key=value`` overrides. Nothing heavy is imported."""
 
 from tarflow_scale.config.base import Section, load_config
+from tarflow_scale.config.flows import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
     FrechetProtocol,
@@ -24,11 +25,9 @@ from tarflow_scale.config.sections import (
     DataConfig,
     DataSetConfig,
     GateRef,
-    GlowConfig,
     Guidance,
     LoggingConfig,
     MetricsConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     ParallelismConfig,
@@ -39,7 +38,6 @@ from tarflow_scale.config.sections import (
     ShardsConfig,
     SourceConfig,
     SplitConfig,
-    TarFlowConfig,
     TrainingConfig,
     VersionConfig,
 )

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import model_validator
 
 from tarflow_scale.config.base import Root
+from tarflow_scale.config.flows import ModelConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
     CheckpointConfig,
@@ -16,7 +17,6 @@ from tarflow_scale.config.sections import (
     GateRef,
     LoggingConfig,
     MetricsConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelismConfig,
     ReferenceConfig,

@@ -10,7 +10,7 @@ API and look at values too.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,8 @@ def from_logits(h: Float[Tensor, "B ..."], alpha: float) -> Float[Tensor, "B ...
 class Flow(nn.Module, ABC):
     """A normalizing flow ``x <-> z`` with exact log-determinant.
 
-    A model implements `encode` and `decode`; what all models share around them is here.
+    A model implements `encode` and `decode`; what all models share around them is here. It names in
+    ``activation_choices`` what its backward pass can do.
 
     Args:
         event_shape: shape of one sample, ``(C, H, W)`` for images.
@@ -80,14 +81,15 @@ class Flow(nn.Module, ABC):
         logit_alpha: the data passes `to_logits` first; None leaves it on [-1, 1].
     """
 
+    activation_choices: ClassVar[tuple[Activations, ...]] = ("keep", "checkpoint")
+
     def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, logit_alpha: float | None) -> None:
         super().__init__()
         self.logit_alpha = logit_alpha
         self.event_shape = event_shape
         self.num_classes = num_classes
         self.num_dims = math.prod(event_shape)
-        self.activations: Activations = "keep"
-        """How the backward pass gets its activations; changes memory and time, never a result."""
+        self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
         """The configuration the flow was built from; saved with the weights."""
         self.pixels: PixelFormat | None = None
@@ -119,6 +121,21 @@ class Flow(nn.Module, ABC):
         """
         h = self.decode(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
+
+    @property
+    def activations(self) -> Activations:
+        """How the backward pass gets its activations; changes memory and time, never a result.
+
+        Setting it raises ValueError where the model has no such way.
+        """
+        return self._activations
+
+    @activations.setter
+    def activations(self, how: Activations) -> None:
+        if how not in self.activation_choices:
+            choices = ", ".join(self.activation_choices)
+            raise ValueError(f"activations of {type(self).__name__} must be one of {choices} (got {how}); choose one")
+        self._activations = how
 
     @abstractmethod
     def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ Shapes: B batch, D dimensions, L levels, K steps a level. log_det: nats, summed 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ from tarflow_scale.flows.coupling import (
     squeeze,
     unsqueeze,
 )
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.flow import Activations, Condition, Flow, embed_labels
 from tarflow_scale.flows.memory import run_layers
 
 __all__ = ["Glow", "GlowLevel", "GlowStep", "Prior"]
@@ -168,6 +168,8 @@ class Glow(Flow):
         ValueError: when the image cannot be squeezed so often.
     """
 
+    activation_choices: ClassVar[tuple[Activations, ...]] = ("keep", "checkpoint", "rebuild")
+
     def __init__(
         self,
         event_shape: tuple[int, int, int],
@@ -227,7 +229,7 @@ class Glow(Flow):
         """Noise to data.
 
         Guidance moves the means and log-deviations of the priors, where the label enters; it has no effect on a
-        model without classes. Annealing and attention temperature are TarFlow's and change nothing here.
+        model without classes.
         """
         parts = z.split([c * h * w for c, h, w in self.latent_shapes], dim=1)
         h: Tensor | None = None
@@ -243,14 +245,21 @@ class Glow(Flow):
         return h
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """As `Flow.is_guided`; without classes nothing can be guided.
+        """As `Flow.is_guided`; it takes classes, and there are no tokens to anneal over and no attention.
 
         Raises:
-            ValueError: guidance without classes or labels.
+            ValueError: guidance without classes or labels, or settings that are TarFlow's.
         """
-        if guidance is not None and guidance.scale > 0 and (self.num_classes is None or y is None):
+        if guidance is None or guidance.scale == 0:
+            return False
+        if self.num_classes is None or y is None:
             raise ValueError(f"guidance of Glow needs classes and labels (got scale={guidance.scale}); set it to 0")
-        return super().is_guided(y, guidance)
+        if guidance.annealed or guidance.attention_temperature != 1:
+            raise ValueError(
+                f"annealed and attention_temperature have no effect on Glow (got {guidance.annealed} and "
+                f"{guidance.attention_temperature}); leave them out"
+            )
+        return True
 
     def _levels(self) -> list[GlowLevel]:
         return list(self.levels)  # pyright: ignore[reportReturnType]

@@ -260,3 +260,14 @@ class TarFlow(Flow):
         for block in reversed(self.blocks):
             tokens = block.inverse(tokens, y, guidance)  # pyright: ignore[reportCallIssue]
         return unpatchify(tokens, self.patch_size, self.event_shape[1])
+
+    def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
+        """As `Flow.is_guided`; a volume-preserving model has no log-scales to guide.
+
+        Raises:
+            ValueError: guidance that cannot have an effect.
+        """
+        guided = super().is_guided(y, guidance)
+        if guided and guidance is not None and guidance.what == "log_scale" and self.log_std is not None:
+            raise ValueError("a volume-preserving flow has no log-scales to guide (got what=log_scale); use mean")
+        return guided

@@ -141,6 +141,13 @@ def test_guidance_moves_the_priors() -> None:
             small(classes=classes).inverse(z, labels, Guidance(scale=1))
 
 
+def test_settings_of_tarflow_are_refused() -> None:
+    z, y = torch.zeros(1, 192, dtype=torch.float64), torch.tensor([0])
+    for option in ({"annealed": True}, {"attention_temperature": 0.5}):
+        with pytest.raises(ValueError, match="annealed and attention_temperature have no effect on Glow"):
+            small(classes=2).inverse(z, y, Guidance(scale=1, **option))  # type: ignore[arg-type]
+
+
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of 2\^model.levels \(got 28x28 and 2\^3 = 8\)"):
         Glow((1, 28, 28), None, levels=3, steps_per_level=1, width=8)

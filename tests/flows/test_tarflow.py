@@ -185,6 +185,19 @@ def test_guidance_without_an_effect_is_refused() -> None:
         randomised().inverse(z, None, Guidance(scale=1))
 
 
+def test_a_volume_preserving_flow_has_no_log_scale_to_guide() -> None:
+    flow = randomised(variant="volume_preserving")
+    z = torch.zeros(1, flow.num_dims, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no log-scales to guide \(got what=log_scale\)"):
+        flow.inverse(z, torch.tensor([0]), Guidance(scale=1, what="log_scale"))
+
+
+def test_activations_cannot_be_rebuilt() -> None:
+    flow = randomised()
+    with pytest.raises(ValueError, match=r"activations of TarFlow must be one of keep, checkpoint \(got rebuild\)"):
+        flow.activations = "rebuild"
+
+
 def test_samples_carry_gradients_when_asked() -> None:
     """What a variational posterior needs: the graph of the sequential decoder equals that of no cache at all."""
     flow, y = randomised(), torch.tensor([1])
