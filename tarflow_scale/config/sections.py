@@ -50,6 +50,8 @@ class SourceConfig(Section):
     """Where the images are; needed by ``folder`` and ``mnist``."""
     size_pixels: int | None = Field(default=None, ge=1)
     """Side of the square training images; None keeps the size the images have."""
+    bit_depth: int | None = Field(default=None, ge=1, le=8)
+    """High bits of a pixel that are kept; None keeps what the source has."""
     resize: Literal["refuse", "center_crop"] = "refuse"
     """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
     ``size_pixels`` (Lanczos), then crop the centre."""

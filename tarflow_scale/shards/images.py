@@ -8,7 +8,7 @@ from PIL import Image
 
 from tarflow_scale.errors import DataError
 
-__all__ = ["contact_sheet", "decode_image", "encode_png", "resize_center_crop"]
+__all__ = ["contact_sheet", "decode_image", "encode_png", "reduce_depth", "resize_center_crop"]
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -45,6 +45,12 @@ def resize_center_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]
     return cropped[None] if cropped.ndim == 2 else np.ascontiguousarray(cropped.transpose(2, 0, 1))
+
+
+def reduce_depth(image: NDArray[np.uint8], bit_depth: int) -> NDArray[np.uint8]:
+    """Keep the ``bit_depth`` high bits of 8-bit pixels; the 2^bit_depth levels are spread evenly over 0..255."""
+    levels = image >> (8 - bit_depth)
+    return np.round(levels * (255 / (2**bit_depth - 1))).astype(np.uint8)
 
 
 def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1) -> bytes:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.config import SourceConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import decode_image, resize_center_crop
+from tarflow_scale.shards.images import decode_image, reduce_depth, resize_center_crop
 
-__all__ = ["DigitsSource", "FolderSource", "ImageSource", "open_source"]
+__all__ = ["DigitsSource", "FolderSource", "ImageSource", "ReducedSource", "open_source"]
 
 _EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -162,6 +162,43 @@ class FolderSource(ImageSource):
         return (channels, size, size)
 
 
+class ReducedSource(ImageSource):
+    """Another source with fewer bits a pixel, as Glow is trained at high resolution (arXiv 1807.03039, section 6).
+
+    Args:
+        source: the source.
+        bit_depth: high bits that are kept.
+
+    Raises:
+        DataError: the source has fewer.
+    """
+
+    def __init__(self, source: ImageSource, bit_depth: int) -> None:
+        if bit_depth > source.bit_depth:
+            raise DataError(
+                f"source.bit_depth must not exceed the source's (got {bit_depth} for {source.bit_depth}-bit "
+                f"{source.name}); lower it or leave it out"
+            )
+        super().__init__(
+            name=source.name,
+            description=f"{source.description}; {bit_depth} of {source.bit_depth} bits kept",
+            class_names=source.class_names,
+            bit_depth=bit_depth,
+            labels=source.labels,
+            digest=source.digest,
+            official_test=source.official_test,
+        )
+        self._source = source
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Image ``number`` in fewer levels."""
+        return reduce_depth(self._source.image(number), self.bit_depth)
+
+    def origin(self, number: int) -> str:
+        """As the source says."""
+        return self._source.origin(number)
+
+
 def _image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _EXTENSIONS and file.is_file())
 
@@ -172,6 +209,13 @@ def _decode_file(file: Path) -> NDArray[np.uint8]:
 
 def open_source(config: SourceConfig) -> ImageSource:
     """The source that a configuration names."""
+    source = _whole_source(config)
+    if config.bit_depth is None or config.bit_depth == source.bit_depth:
+        return source
+    return ReducedSource(source, config.bit_depth)
+
+
+def _whole_source(config: SourceConfig) -> ImageSource:
     match config.kind:
         case "digits":
             return DigitsSource()

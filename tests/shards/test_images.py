@@ -4,10 +4,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import contact_sheet, decode_image, encode_png, resize_center_crop
+from tarflow_scale.flows.likelihood import quantize
+from tarflow_scale.shards.images import contact_sheet, decode_image, encode_png, reduce_depth, resize_center_crop
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -37,6 +39,17 @@ def test_crop_takes_the_centre_of_the_short_side(height: int, width: int) -> Non
     assert square.shape == (3, 16, 16)
     assert abs(float(square[0].mean()) - float(image[0].mean())) < 8  # centred, to half a pixel
     assert abs(float(square[1].mean()) - float(image[1].mean())) < 8
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_fewer_bits_are_the_high_ones_spread_over_the_range(bits: int) -> None:
+    image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    reduced = reduce_depth(image, bits)
+    assert (reduced >> (8 - bits) == image >> (8 - bits)).all()
+    assert len(np.unique(reduced)) == 2**bits
+    assert (reduced.min(), reduced.max()) == (0, 255)
+    stored = quantize(torch.from_numpy(image >> (8 - bits))[None] * (2 / (2**bits - 1)) - 1, bits, "nearest")
+    assert (stored[0].numpy() == reduced).all()  # what generated images look like
 
 
 def test_contact_sheet_places_images_row_by_row() -> None:

@@ -68,3 +68,15 @@ def test_no_folder_and_no_images(tmp_path: Path) -> None:
     (tmp_path / "class/readme.txt").write_text("no image")
     with pytest.raises(DataError, match="no images in"):
         open_source(folder(tmp_path))
+
+
+def test_fewer_bits_are_another_source_of_the_same_images(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 4, 4), 201)
+    write(tmp_path / "b/2.png", (3, 4, 4), 3)
+    source = open_source(folder(tmp_path, bit_depth=5))
+    assert source.bit_depth == 5
+    assert [int(source.image(i)[0, 0, 0]) >> 3 for i in range(2)] == [201 >> 3, 0]
+    assert source.origin(1) == "b/2.png"
+    assert open_source(folder(tmp_path, bit_depth=8)).image(0)[0, 0, 0] == 201
+    with pytest.raises(DataError, match=r"must not exceed the source's \(got 5 for 4-bit digits\)"):
+        open_source(SourceConfig(kind="digits", bit_depth=5))
