@@ -66,6 +66,9 @@ class GlowConfig(_FlowConfig):
     """``affine`` reaches better likelihoods; ``additive`` is the published choice for large images and samples."""
     convolution: Literal["dense", "lu"] = "lu"
     """Parametrisation of the 1x1 convolutions; ``lu`` has a cheap determinant, ``dense`` fewer operations."""
+    log_scale_bound: float | None = Field(default=3.0, gt=0)
+    """Smooth bound c of affine couplings, whose scale is sigmoid(c tanh(raw / c) + 2): at 3 between 0.27 and 0.99.
+    None is the published form, whose samples may overflow. Additive couplings have no scale."""
 
 
 ModelConfig = Annotated[TarFlowConfig | GlowConfig, Field(discriminator="kind")]

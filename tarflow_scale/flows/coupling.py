@@ -233,20 +233,25 @@ class CouplingNetwork(nn.Module):
 class Coupling(Layer):
     """The first half of the channels decides how the second half is changed.
 
-    ``affine``: ``y = (x + shift) sigmoid(raw + 2)``; ``additive``: ``y = x + shift``. Where C is odd, the changed
-    half is the larger.
+    ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. Where C is odd, the
+    changed half is the larger. The published form has no bound c. Its scale can come arbitrarily near 0, and now and
+    then a sample is divided by it until it overflows.
 
     Args:
         channels: C, at least 2.
         width: of the network.
         kind: affine or additive.
+        bound: c; None for the published form.
     """
 
-    def __init__(self, channels: int, width: int, kind: Literal["affine", "additive"]) -> None:
+    def __init__(
+        self, channels: int, width: int, kind: Literal["affine", "additive"], bound: float | None = None
+    ) -> None:
         super().__init__()
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels (got {channels}); squeeze first")
         self.kind = kind
+        self.bound = bound
         self.sizes = (channels // 2, channels - channels // 2)
         self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
 
@@ -274,6 +279,8 @@ class Coupling(Layer):
         if self.kind == "additive":
             return out, None
         shift, raw = out.chunk(2, dim=1)
+        if self.bound is not None:
+            raw = self.bound * torch.tanh(raw / self.bound)
         return shift, F.logsigmoid(raw + _SIGMOID_SHIFT)
 
 

@@ -15,7 +15,8 @@ so ``z`` is standard normal as a whole and one temperature acts on every level, 
 What differs from the public code (openai/glow), and why: the statistics of ActNorm are those of all ranks together,
 not rank 0's; ActNorm learns its log-scale directly, not a third of it; convolutions pad with zeros, without the
 extra channel that marks the border; the label enters the priors of all levels, not the top one alone, through a
-table that starts at zero, and without a classifier in the loss; activations may be rebuilt from outputs.
+table that starts at zero, and without a classifier in the loss; the scale of an affine coupling is bounded from
+below, without which a few samples in a hundred overflow; activations may be rebuilt from outputs.
 
 Shapes: B batch, D dimensions, L levels, K steps a level. log_det: nats, summed over dimensions.
 """
@@ -50,6 +51,7 @@ class GlowStep(nn.Module):
         channels: C.
         width: of the coupling's network.
         coupling: affine or additive.
+        bound: of the scale of an affine coupling; see `Coupling`.
         convolution: parametrisation of the 1x1 convolution.
     """
 
@@ -58,12 +60,13 @@ class GlowStep(nn.Module):
         channels: int,
         width: int,
         coupling: Literal["affine", "additive"],
+        bound: float | None,
         convolution: Literal["dense", "lu"],
     ) -> None:
         super().__init__()
         self.norm = ActNorm(channels)
         self.mix = InvertibleConv(channels, convolution)
-        self.couple = Coupling(channels, width, coupling)
+        self.couple = Coupling(channels, width, coupling, bound)
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in the direction from data to noise."""
@@ -106,7 +109,7 @@ class GlowLevel(nn.Module):
         channels: C after the squeeze.
         num_steps: K.
         split: whether half of the channels go on to another level.
-        width, coupling, convolution: of the steps.
+        width, coupling, bound, convolution: of the steps.
         num_classes: classes, or None.
     """
 
@@ -117,11 +120,12 @@ class GlowLevel(nn.Module):
         split: bool,
         width: int,
         coupling: Literal["affine", "additive"],
+        bound: float | None,
         convolution: Literal["dense", "lu"],
         num_classes: int | None,
     ) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(GlowStep(channels, width, coupling, convolution) for _ in range(num_steps))
+        self.steps = nn.ModuleList(GlowStep(channels, width, coupling, bound, convolution) for _ in range(num_steps))
         self.passed_on = channels // 2 if split else 0
         self.prior = Prior(self.passed_on, channels - self.passed_on, num_classes)
 
@@ -162,6 +166,7 @@ class Glow(Flow):
         width: channels inside couplings; 512 as published.
         coupling: affine or additive.
         convolution: parametrisation of the 1x1 convolutions.
+        log_scale_bound: bound c of affine couplings, see `Coupling`; None for the published form.
         logit_alpha: see `Flow`.
 
     Raises:
@@ -180,6 +185,7 @@ class Glow(Flow):
         width: int = 512,
         coupling: Literal["affine", "additive"] = "affine",
         convolution: Literal["dense", "lu"] = "lu",
+        log_scale_bound: float | None = 3.0,
         logit_alpha: float | None = None,
     ) -> None:
         super().__init__(event_shape, num_classes, logit_alpha)
@@ -196,7 +202,16 @@ class Glow(Flow):
         """Shape of the latents that each level gives out; ``z`` is these, flattened and laid end to end."""
         for number in range(levels):
             channels, height, image_width = 4 * channels, height // 2, image_width // 2
-            level = GlowLevel(channels, steps_per_level, number < levels - 1, width, coupling, convolution, num_classes)
+            level = GlowLevel(
+                channels,
+                steps_per_level,
+                number < levels - 1,
+                width,
+                coupling,
+                log_scale_bound,
+                convolution,
+                num_classes,
+            )
             self.levels.append(level)
             self.latent_shapes.append((channels - level.passed_on, height, image_width))
             channels = level.passed_on

@@ -118,6 +118,7 @@ FLOWS = [
         for coupling in ("affine", "additive")
         for conditional in (True, False)
     ),
+    glow("published_scale", log_scale_bound=None, class_conditional=False),
     glow("logit", logit_alpha=1e-3, class_conditional=False),
 ]
 """The flows."""
@@ -160,6 +161,7 @@ LAYERS = [
     LayerCase("conv_dense", lambda channels: InvertibleConv(channels, "dense")),
     LayerCase("conv_lu", lambda channels: InvertibleConv(channels, "lu")),
     LayerCase("coupling_affine", lambda channels: Coupling(channels, 5, "affine")),
+    LayerCase("coupling_bounded", lambda channels: Coupling(channels, 5, "affine", bound=0.7)),
     LayerCase("coupling_additive", lambda channels: Coupling(channels, 5, "additive")),
 ]
 """The layers."""

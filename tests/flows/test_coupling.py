@@ -154,6 +154,17 @@ def test_a_fresh_affine_coupling_scales_by_sigmoid_2(channels: int, changed: int
     assert (log_det + 0.126928011 * changed * 6).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("bound", "low", "high"), [(None, 0, 1), (3.0, 0.2689, 0.9934)])
+def test_a_bounded_scale_cannot_vanish(bound: float | None, low: float, high: float) -> None:
+    coupling, x = Coupling(4, 8, "affine", bound).double(), feature_maps(2, 4)
+    initialise(coupling.network, x[:, :2])
+    for raw, limit in ((-1e3, low), (1e3, high)):
+        with torch.no_grad():
+            coupling.network.conv_out.conv.bias[2:] = raw  # type: ignore[index]
+        scale = float((coupling(x)[1] / 12).exp()[0].detach())
+        assert scale == pytest.approx(limit, abs=1e-4)
+
+
 def test_a_fresh_additive_coupling_is_the_identity() -> None:
     coupling, x = Coupling(4, 8, "additive").double(), feature_maps(2, 4)
     initialise(coupling.network, x[:, :2])
