@@ -15,7 +15,6 @@ The file is read with ``weights_only``: what would run code is refused.
 """
 
 import math
-import pickle
 import re
 from typing import Any, Literal
 
@@ -59,7 +58,7 @@ def load_ml_tarflow(path: str, num_channels: int | None = None) -> Flow:
     with storage.local_copy(path) as copy:
         try:
             state: Any = torch.load(copy, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # a damaged or hostile file makes the reader raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(
                 f"{path} cannot be read as plain weights ({reason}); only a state dict that runs no code is accepted"
@@ -128,6 +127,8 @@ def _sizes(tensors: dict[str, Tensor], num_channels: int | None) -> _Sizes:
     if side * side != num_tokens:
         raise _Unfit(f"the number of tokens must be a square, got {num_tokens}")
     embedding = tensors.get("blocks.0.class_embed")
+    if embedding is not None and _shape(tensors, "blocks.0.class_embed", 3)[1:] != (1, width):
+        raise _Unfit(f"class_embed must be (classes, 1, {width}), got {tuple(embedding.shape)}")
     config = TarFlowConfig(
         kind="tarflow",
         patch_size=patch,
@@ -141,8 +142,8 @@ def _sizes(tensors: dict[str, Tensor], num_channels: int | None) -> _Sizes:
 
 
 def _shape(tensors: dict[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    if tensors[name].ndim != axes:
-        raise _Unfit(f"{name} must have {axes} axes, got {tuple(tensors[name].shape)}")
+    if tensors[name].ndim != axes or tensors[name].numel() == 0:
+        raise _Unfit(f"{name} must have {axes} axes and be filled, got {tuple(tensors[name].shape)}")
     return tuple(tensors[name].shape)
 
 
@@ -156,21 +157,23 @@ def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
 
 
 def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    """Layers of each block."""
-    found: dict[int, int] = {}
+    """Layers of each block; numbers without a gap, so that a name cannot ask for a million layers."""
+    found: dict[int, set[int]] = {}
     for name in tensors:
-        match = re.match(r"blocks\.(\d+)\.attn_blocks\.(\d+)\.", name)
+        match = re.match(r"blocks\.(\d{1,9})\.attn_blocks\.(\d{1,9})\.", name)
         if match:
-            block, layer = int(match[1]), int(match[2])
-            found[block] = max(found.get(block, 0), layer + 1)
-    if sorted(found) != list(range(len(found))) or not found:
-        raise _Unfit(f"blocks must be numbered from 0 without a gap, got {sorted(found)}")
-    return tuple(found[block] for block in range(len(found)))
+            found.setdefault(int(match[1]), set()).add(int(match[2]))
+    for what, numbers in (("blocks", set(found)), *((f"layers of block {b}", found[b]) for b in sorted(found))):
+        if numbers != set(range(len(numbers))) or not numbers:
+            raise _Unfit(f"{what} must be numbered from 0 without a gap, got {sorted(numbers)[:8]}")
+    return tuple(len(found[block]) for block in range(len(found)))
 
 
 def _renamed(tensors: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise _Unfit(f"{name} must be dense floats, got {tensor.dtype} {tensor.layout}")
         value = tensor.float()
         if name == "var":
             if variant == "volume_preserving":
@@ -183,13 +186,15 @@ def _renamed(tensors: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
         if prefix != "blocks":
             raise _Unfit(f"unknown tensor {name}")
         if rest == "attn_mask":
-            if not torch.equal(value, torch.ones_like(value).tril()):
+            if value.ndim != 2 or not torch.equal(value, torch.ones_like(value).tril()):
                 raise _Unfit(f"{name} must be a causal mask")
             continue
         layer = _LAYER.fullmatch(rest)
         if layer is not None and layer[2] in _LAYER_NAMES:
             rest = f"layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
         elif rest == "class_embed":
-            value = value[:, 0]
+            if value.ndim != 3:
+                raise _Unfit(f"{name} must have 3 axes, got {tuple(value.shape)}")
+            value = value.flatten(1)
         ours[f"blocks.{block}.{_BLOCK_NAMES.get(rest, rest)}"] = value
     return ours

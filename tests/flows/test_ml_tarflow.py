@@ -152,12 +152,28 @@ def broken(stored: Fixture, **changes: object) -> dict[str, object]:
         (lambda s: broken(s, blocks__0__pos_embed=torch.ones(16, 48)), r"multiple of 64, got 48"),
         (lambda s: broken(s, var=torch.ones(15, 12)), r"number of tokens must be a square, got 15"),
         (lambda s: broken(s, var=torch.ones(16, 12) / 2), r"var of an affine model must be all ones"),
-        (lambda s: broken(s, var=torch.ones(16)), r"var must have 2 axes, got \(16,\)"),
+        (lambda s: broken(s, var=torch.ones(16)), r"var must have 2 axes and be filled, got \(16,\)"),
         (lambda s: broken(s, blocks__0__attn_mask=torch.ones(16, 16)), r"blocks.0.attn_mask must be a causal mask"),
         (
             lambda s: broken(s, blocks__0__proj_out__weight=torch.ones(7, 64)),
             r"proj_out must have 12 or 24 rows, got 7",
         ),
+        (lambda s: broken(s, var=torch.ones(0, 12)), r"var must have 2 axes and be filled, got \(0, 12\)"),
+        (
+            lambda s: broken(s, blocks__0__class_embed=torch.ones(3, 2, 64)),
+            r"must be \(classes, 1, 64\), got \(3, 2, 64\)",
+        ),
+        (lambda s: broken(s, blocks__1__class_embed=torch.ones(3)), r"blocks.1.class_embed must have 3 axes"),
+        (
+            lambda s: broken(s, blocks__1__class_embed=torch.ones(2, 1, 64)),
+            r"size mismatch for blocks.1.class_embedding",
+        ),
+        (
+            lambda s: broken(s, blocks__0__attn_blocks__1000000__mlp__norm__bias=torch.ones(64)),
+            r"layers of block 0 must be numbered from 0 without a gap, got \[0, 1, 1000000\]",
+        ),
+        (lambda s: broken(s, blocks__0__proj_in__bias=torch.ones(64).int()), r"must be dense floats, got torch.int32"),
+        (lambda s: broken(s, blocks__0__attn_mask=torch.ones(16)), r"blocks.0.attn_mask must be a causal mask"),
         (lambda s: broken(s, head__weight=torch.ones(2)), r"unknown tensor head.weight"),
         (
             lambda s: broken(s, blocks__2__proj_in__bias=torch.full((64,), float("nan"))),
