@@ -10,10 +10,11 @@ from tarflow_scale.config import ConvertConfig
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.ml_tarflow import load_ml_tarflow
-from tarflow_scale.flows.weights import CONFIG_NAME, flow_files
+from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.records import DataSetFacts, PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
-from tarflow_scale.shards.manifest import Manifest, read_manifest
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.reader import ShardSet
 
 __all__ = ["run"]
 
@@ -30,14 +31,15 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
     noise = config.weights.noise
     flow = load_ml_tarflow(config.weights.path, config.weights.num_channels)
     flow.pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise=noise.kind, noise_std=noise.std)
-    facts = _facts(flow, read_manifest(config.data.path)) if config.data is not None else None
+    facts = _facts(flow, ShardSet(config.data.path, config.data.verify).manifest) if config.data is not None else None
     _print_plan(config, flow)
     if dry_run:
         return
     files = flow_files(flow)
-    existing = storage.join(config.output.path, CONFIG_NAME)
-    if storage.exists(existing) and storage.read_bytes(existing) != files[CONFIG_NAME]:
-        raise DataError(f"{config.output.path} holds another flow; choose another output.path")
+    for name, content in files.items():
+        existing = storage.join(config.output.path, name)
+        if storage.exists(existing) and storage.read_bytes(existing) != content:
+            raise DataError(f"{config.output.path} holds another flow ({name} differs); choose another output.path")
     for name, content in files.items():
         storage.write_bytes(storage.join(config.output.path, name), content)
     print(f"{config.output.path}: {', '.join(files)}")
@@ -51,6 +53,11 @@ def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
         raise ConfigError(
             f"{manifest.name} must have the model's shape {flow.event_shape} and {classes} classes (got "
             f"{manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
+        )
+    if manifest.bit_depth != _BIT_DEPTH:
+        raise ConfigError(
+            f"public models are of {_BIT_DEPTH}-bit images (got {manifest.bit_depth} bits in {manifest.name}); pack "
+            f"the data set without source.bit_depth"
         )
     return manifest.facts()
 

@@ -141,8 +141,7 @@ class Scorer:
         torch.set_num_threads(threads)
         self._device = worker_device(gpu)
         self._flow = load_version(registry.path, registry.model, version).to(self._device)
-        if any(isinstance(protocol, FrechetProtocol) for protocol in protocols.values()):
-            Sampler(self._flow, 0, sampling)  # refuses settings that do not fit the model, before any work
+        Sampler(self._flow, 0, sampling)  # refuses settings that do not fit the model, before any work
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling

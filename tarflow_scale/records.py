@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tarflow_scale.errors import RegistryError, UserError
 
@@ -127,7 +127,24 @@ class MetricValue(Record):
     """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
 
 
-class MetricsReport(Record):
+class _WithSampling(Record):
+    """A record of how images were sampled."""
+
+    sampling: dict[str, Any]
+    """The resolved section ``sampling``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_early_form(cls, raw: Any) -> Any:
+        """Version 0.1.0 of 2026-11-23 wrote ``guidance`` and ``temperature`` as numbers of their own."""
+        if isinstance(raw, dict) and "sampling" not in raw and "guidance" in raw:
+            rest = {key: value for key, value in raw.items() if key not in ("guidance", "temperature", "batch_size")}
+            sampling = {key: raw[key] for key in ("temperature", "batch_size") if key in raw}
+            return rest | {"sampling": sampling | {"guidance": {"scale": raw["guidance"]}}}
+        return raw
+
+
+class MetricsReport(_WithSampling):
     """All numbers of one evaluation of one version."""
 
     model: str
@@ -136,13 +153,11 @@ class MetricsReport(Record):
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
     """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
-    sampling: dict[str, Any]
-    """The resolved section ``sampling``."""
     seconds: float
     packages: dict[str, str]
 
 
-class GenerationPlan(Record):
+class GenerationPlan(_WithSampling):
     """Everything that decides the bytes of a generated data set; frozen in the output folder."""
 
     model: str
@@ -151,8 +166,6 @@ class GenerationPlan(Record):
     seed: int
     num_images: int
     samples_per_shard: int
-    sampling: dict[str, Any]
-    """The resolved settings ``batch_size guidance temperature denoise``."""
     labels: Literal["balanced", "none"]
     """``balanced``: image i has label i modulo the number of classes."""
     class_names: tuple[str, ...]

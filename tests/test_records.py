@@ -3,7 +3,7 @@
 import pytest
 
 from tarflow_scale.errors import RegistryError
-from tarflow_scale.records import FileRecord, PixelFormat, canonical_json
+from tarflow_scale.records import FileRecord, MetricsReport, PixelFormat, canonical_json
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
@@ -27,3 +27,10 @@ def test_a_record_comes_back_and_a_stranger_is_refused() -> None:
 def test_a_digest_is_a_digest(sha256: str) -> None:
     with pytest.raises(ValueError, match="sha256"):
         FileRecord(sha256=sha256, bytes=1)
+
+
+def test_reports_of_the_early_form_can_still_be_read() -> None:
+    early = {"model": "m", "version": 1, "weights_digest": "d", "metrics": {}, "baselines": {}, "seconds": 1.0}
+    report = MetricsReport.model_validate({**early, "guidance": 0.15, "temperature": 0.9, "packages": {}})
+    assert report.sampling == {"temperature": 0.9, "guidance": {"scale": 0.15}}
+    assert MetricsReport.from_json(report.to_json(), "x") == report

@@ -246,6 +246,12 @@ class Guidance(Section):
     what: Literal["both", "log_scale", "mean"] = "both"
     """Which of the two parameters is guided."""
 
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "Guidance":
+        if self.scale == 0 and (self.annealed or self.attention_temperature != 1 or self.what != "both"):
+            raise ValueError("annealed, attention_temperature and what have no effect at scale=0; set a scale")
+        return self
+
 
 class SamplingConfig(Section):
     """How the flow is sampled. Image i depends on (weights, seed, i) and these settings, not on the batch."""

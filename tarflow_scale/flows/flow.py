@@ -101,9 +101,10 @@ class Flow(nn.Module, ABC):
         """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
 
         Raises:
-            ValueError: data of another shape.
+            ValueError: data or labels of another shape.
         """
         self.check_shape(x)
+        _check_count(y, len(x))
         if self.logit_alpha is None:
             return self.encode(x, y)
         with torch.autocast(x.device.type, enabled=False):
@@ -117,8 +118,13 @@ class Flow(nn.Module, ABC):
         """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is None or its scale 0.
 
         Raises:
-            ValueError: guidance that cannot have an effect.
+            ValueError: latents or labels of another shape, or guidance that cannot have an effect.
         """
+        if z.shape[1] != self.num_dims:
+            raise ValueError(
+                f"latents must have {self.num_dims} dimensions (got {z.shape[1]}); one a pixel and channel"
+            )
+        _check_count(y, len(z))
         h = self.decode(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
@@ -192,10 +198,14 @@ class Flow(nn.Module, ABC):
         A flow trained on images plus N(0, noise_std^2) samples noisy images; at strength 1 this is the mean of the
         clean image given the noisy one (arXiv 2412.06329, section 3.3).
         """
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            z, log_det = self(x, y)
-            (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
+        how, self._activations = self._activations, "keep"  # rebuilding would add to the gradients of parameters
+        try:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                z, log_det = self(x, y)
+                (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
+        finally:
+            self._activations = how
         return x.detach() + strength * noise_std**2 * score
 
     def check_shape(self, x: Tensor) -> None:
@@ -212,8 +222,7 @@ class Flow(nn.Module, ABC):
             return
         if self.num_classes is None:
             raise ValueError("this flow takes no labels (it was built with num_classes=None); pass y=None")
-        if y.shape != (batch_size,):
-            raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one per sample")
+        _check_count(y, batch_size)
         if y.is_floating_point():
             raise ValueError(f"labels must be integers (got {y.dtype}); convert them to int64")
         if batch_size == 0:
@@ -242,3 +251,8 @@ class Flow(nn.Module, ABC):
             if y is None:
                 raise ValueError(f"guidance needs labels (got y=None and scale={guidance.scale}); pass them")
         return True
+
+
+def _check_count(y: Condition, batch_size: int) -> None:
+    if y is not None and y.shape != (batch_size,):
+        raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one per sample")

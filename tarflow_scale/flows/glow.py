@@ -39,7 +39,7 @@ from tarflow_scale.flows.coupling import (
     unsqueeze,
 )
 from tarflow_scale.flows.flow import Activations, Condition, Flow, embed_labels
-from tarflow_scale.flows.memory import run_layers
+from tarflow_scale.flows.memory import ANCHOR_EVERY, run_layers
 
 __all__ = ["Glow", "GlowLevel", "GlowStep", "Prior"]
 
@@ -195,7 +195,7 @@ class Glow(Flow):
                 f"image height and width must be multiples of 2^model.levels (got {height}x{image_width} and "
                 f"2^{levels} = {2**levels}); choose fewer levels"
             )
-        self.anchor_every = 8
+        self.anchor_every = ANCHOR_EVERY
         """Steps between anchors when activations are rebuilt."""
         self.levels = nn.ModuleList()
         self.latent_shapes: list[tuple[int, int, int]] = []

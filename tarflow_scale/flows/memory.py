@@ -5,7 +5,8 @@
   arXiv 1604.06174): a group's activations and one feature map per group; about 4/3 of the time.
 * ``rebuild``: only outputs are kept, one every ``anchor_every`` groups (an anchor); the backward pass walks from an
   anchor down, inverting one layer at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth, but
-  for one feature map per anchor. Rounding errors of the inverses add up between anchors only.
+  for one feature map per anchor. Rounding errors of the inverses add up between anchors only. Gradients of
+  parameters are added to ``.grad`` by ``backward()``; ``torch.autograd.grad`` with respect to parameters finds none.
 """
 
 import contextlib
@@ -21,9 +22,12 @@ from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.flows.coupling import Layer
 from tarflow_scale.flows.flow import Activations
 
-__all__ = ["checkpoint", "estimated_activation_bytes", "run_layers"]
+__all__ = ["ANCHOR_EVERY", "checkpoint", "estimated_activation_bytes", "run_layers"]
 
 Group = Sequence[Layer]
+
+ANCHOR_EVERY = 8
+"""Groups between anchors: their feature maps cost little, and errors of 8 inverses are small."""
 
 
 def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -35,7 +39,7 @@ def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def run_layers(
-    groups: Sequence[Group], h: Tensor, activations: Activations = "keep", anchor_every: int = 8
+    groups: Sequence[Group], h: Tensor, activations: Activations = "keep", anchor_every: int = ANCHOR_EVERY
 ) -> tuple[Tensor, Tensor]:
     """Map ``h (B, C, H, W)`` through all layers of all groups, in order.
 
@@ -92,13 +96,13 @@ def estimated_activation_bytes(
         case GlowConfig():
             total, largest, maps = 0.0, 0.0, 0.0
             for level in range(config.levels):
-                at_level = channels * 2 ** (level + 2) if level else 4 * channels
+                at_level = channels * 2 ** (level + 2)
                 pixels = batch * (height >> (level + 1)) * (width >> (level + 1))
                 step = pixels * (6.0 * network * config.width + 40.0 * at_level)
                 total += config.steps_per_level * step
                 maps += config.steps_per_level * 4.0 * pixels * at_level
                 largest = max(largest, step)
-            return {"keep": total, "checkpoint": maps + largest, "rebuild": maps / 8 + largest}[activations]
+            return {"keep": total, "checkpoint": maps + largest, "rebuild": maps / ANCHOR_EVERY + largest}[activations]
 
 
 class _Rebuilt(torch.autograd.Function):

@@ -172,7 +172,7 @@ def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
 def _renamed(tensors: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise _Unfit(f"{name} must be dense floats, got {tensor.dtype} {tensor.layout}")
         value = tensor.float()
         if name == "var":
@@ -186,7 +186,8 @@ def _renamed(tensors: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
         if prefix != "blocks":
             raise _Unfit(f"unknown tensor {name}")
         if rest == "attn_mask":
-            if value.ndim != 2 or not torch.equal(value, torch.ones_like(value).tril()):
+            tokens = len(tensors["var"])
+            if value.shape != (tokens, tokens) or not torch.equal(value, torch.ones_like(value).tril()):
                 raise _Unfit(f"{name} must be a causal mask")
             continue
         layer = _LAYER.fullmatch(rest)

@@ -8,6 +8,8 @@ is ever unpickled.
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from tarflow_scale import storage
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import FileRecord, MetricsReport, ModelVersion
@@ -86,7 +88,15 @@ class Registry:
         events = self._log.read()
         if not events:
             raise RegistryError(f"no model {self.model!r} in the registry {self.path}; check registry.model")
-        return ModelState.fold(events)
+        try:
+            return ModelState.fold(events)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RegistryError(
+                f"the log of {self.model} in {self.path} holds an event that cannot be read ({where}: {first['msg']}); "
+                f"use the version of this package that wrote it"
+            ) from error
 
     def resolve(self, reference: int | str) -> ModelVersion:
         """The version that a number, an alias or ``latest`` names.

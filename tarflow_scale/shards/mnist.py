@@ -116,12 +116,14 @@ def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
         raise DataError(f"there is no {path}; check source.path")
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
             return {
                 (split, part): file[_npz_key(set(file.files), split, part, path)]
                 for split in ("train", "test")
                 for part in ("x", "y")
             }
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
 
 

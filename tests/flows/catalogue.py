@@ -4,6 +4,7 @@ Weights are moved away from their start, where a zero-initialised coupling is th
 log-determinant can fail.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
-from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows import Flow, Glow, TarFlow, build
 from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
 
 NUM_CLASSES = 3
@@ -165,3 +166,22 @@ LAYERS = [
     LayerCase("coupling_additive", lambda channels: Coupling(channels, 5, "additive")),
 ]
 """The layers."""
+
+
+def moment_matched(name: str) -> Flow:
+    """A flow that is N(0, 1/3) in every pixel: the mean and variance of U(-1, 1)."""
+    log_std = 0.5 * math.log(1 / 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if name == "tarflow":
+            sizes = {"patch_size": 2, "width": 8, "layers_per_block": (1,), "head_width": 8}
+            tar = TarFlow((1, 2, 2), None, variant="volume_preserving", **sizes).double()  # type: ignore[arg-type]
+            assert tar.log_std is not None
+            tar.log_std.fill_(log_std)
+            return tar
+        flow = Glow((1, 2, 2), None, levels=1, steps_per_level=1, width=4, coupling="additive").double()
+        flow.initialize(torch.randn(8, 1, 2, 2, dtype=torch.float64))
+        step = flow.levels[0].steps[0]  # type: ignore[union-attr, index]
+        step.norm.bias.zero_()
+        step.norm.log_scale.fill_(-log_std)
+        return flow  # the 1x1 convolution is a rotation, which a sum of squares does not notice

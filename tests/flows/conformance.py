@@ -13,6 +13,7 @@ from tarflow_scale.flows.coupling import Layer
 
 EXACT = 1e-10
 LOG_DET = 1e-8
+LOG_DETS_CANCEL = 1e-9
 
 
 def jacobian_log_det(function: object, x: Tensor) -> float:
@@ -58,7 +59,7 @@ def check_sample_density(flow: Flow, z: Tensor, y: Tensor | None) -> None:
 
 @torch.no_grad()
 def check_density_integrates_to_one(flow: Flow) -> None:
-    """By trapezoids in two dimensions; by 200,000 samples, within 4 standard errors, in more."""
+    """By trapezoids in two dimensions; by 131,072 quasi-random points of a Sobol sequence in more."""
     bound = None if flow.logit_alpha is None else 1 / (1 - 2 * flow.logit_alpha)
     if flow.num_dims == 2:
         end, points = (7.0, 281) if bound is None else (bound - 1e-9, 501)
@@ -68,23 +69,27 @@ def check_density_integrates_to_one(flow: Flow) -> None:
         total *= (2 * end / (points - 1)) ** 2
         assert abs(total - 1) < 1e-3, total
         return
-    generator = torch.Generator().manual_seed(0)
-    shape = (200_000, *flow.event_shape)
+    u = torch.quasirandom.SobolEngine(flow.num_dims, scramble=True, seed=0).draw(2**17, dtype=torch.float64)
+    u = (2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)
     if bound is None:
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        proposal = standard_normal_log_prob(x.flatten(1))
+        x = math.sqrt(2) * torch.erfinv(u)
+        proposal = standard_normal_log_prob(x)
     else:
-        x = bound * (2 * torch.rand(shape, dtype=torch.float64, generator=generator) - 1)
+        x = bound * u
         proposal = torch.full((len(x),), -flow.num_dims * math.log(2 * bound), dtype=torch.float64)
-    weights = (flow.log_prob(x) - proposal).exp()
-    error = float(weights.std()) / math.sqrt(len(x))
-    assert error < 0.02, error
-    assert abs(float(weights.mean()) - 1) < 4 * error, (float(weights.mean()), error)
+    total = float((flow.log_prob(x.reshape(-1, *flow.event_shape)) - proposal).exp().mean())
+    assert abs(total - 1) < 1e-3, total
+
+
+MOMENT_MATCHED = 8.254614
+"""8-bit bits/dim of uniform pixels under the Gaussian of their mean and variance: 0.5 log2(2 pi e / 3) + 7."""
+STANDARD_NORMAL = 8.566197
+"""The same under N(0, 1): 0.5 log2(2 pi) + 1 / (6 ln 2) + 7."""
 
 
 @torch.no_grad()
 def check_uniform_pixels_cost(flow: Flow, expected_bits_per_dim: float) -> None:
-    """The identity flow on uniform pixels has a closed form: cross-entropy of U(-1, 1) under N(0, 1)."""
+    """Uniform pixels on [-1, 1], every value as often as any other, cost what the closed form says."""
     grid = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 20_000 - 1
     x = grid.reshape(-1, *flow.event_shape)
     bits = -flow.log_prob(x).mean() / (flow.num_dims * math.log(2)) + 7
@@ -101,7 +106,7 @@ def check_layer_log_det(layer: Layer, x: Tensor) -> None:
         expected = jacobian_log_det(lambda v: layer(v[None])[0][0], x[i])
         assert abs(float(log_det[i]) - expected) < LOG_DET, (i, float(log_det[i]), expected)
         inverse = jacobian_log_det(lambda v: layer.inverse(v[None])[0], y[i])
-        assert abs(float(log_det[i]) + inverse) < LOG_DET
+        assert abs(float(log_det[i]) + inverse) < LOG_DETS_CANCEL
 
 
 @torch.no_grad()

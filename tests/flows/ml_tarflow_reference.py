@@ -39,10 +39,10 @@ CASES = {
         num_classes=NUM_CLASSES,
         samplings={
             "plain": {},
-            "guided": {"guidance": 1.7},
-            "annealed": {"guidance": 2.3, "annealed_guidance": True},
-            "mean_only": {"guidance": 1.7, "guide_what": "b"},
-            "tempered": {"guidance": 1.2, "attn_temp": 0.6},
+            "guided": {"guidance": 1.0},
+            "annealed": {"guidance": 1.5, "annealed_guidance": True},
+            "mean_only": {"guidance": 1.0, "guide_what": "b"},
+            "tempered": {"guidance": 0.7, "attn_temp": 0.6},
         },
     ),
     "unconditional": Case(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tarflow_scale.config import Guidance
-from tarflow_scale.flows import load_flow, save_flow
+from tarflow_scale.flows import TarFlow, load_flow, save_flow
 from tarflow_scale.flows.likelihood import add_noise, quantize
 from tarflow_scale.records import PixelFormat
 from tests.flows import conformance
-from tests.flows.catalogue import FLOWS, FlowCase
+from tests.flows.catalogue import FLOWS, FlowCase, moment_matched
 
 every_flow = pytest.mark.parametrize("case", FLOWS, ids=lambda case: case.name)
 
@@ -44,6 +44,14 @@ def test_samples_have_the_density_that_log_prob_says(case: FlowCase) -> None:
 @every_flow
 def test_the_density_integrates_to_one(case: FlowCase) -> None:
     conformance.check_density_integrates_to_one(case.dense())
+
+
+@pytest.mark.parametrize("name", ["tarflow", "glow"])
+def test_uniform_pixels_cost_what_the_closed_form_says(name: str) -> None:
+    conformance.check_uniform_pixels_cost(moment_matched(name), conformance.MOMENT_MATCHED)
+    if name == "tarflow":
+        identity = TarFlow((1, 2, 2), None, patch_size=2, width=8, layers_per_block=(1,), head_width=8).double()
+        conformance.check_uniform_pixels_cost(identity, conformance.STANDARD_NORMAL)
 
 
 @every_flow
@@ -153,6 +161,12 @@ def test_training_and_evaluation_mode_agree(case: FlowCase) -> None:
 @every_flow
 def test_shapes_and_values_that_do_not_fit_are_named(case: FlowCase) -> None:
     flow, (x, y) = case.flow(), case.data(2)
+    with pytest.raises(ValueError, match=rf"latents must have {flow.num_dims} dimensions \(got 7\)"):
+        flow.inverse(torch.zeros(2, 7, dtype=torch.float64), y)
+    if y is not None:
+        for use in (lambda: flow(x, y[:1]), lambda: flow.inverse(flow(x, y)[0], y[:1])):
+            with pytest.raises(ValueError, match=r"labels must have shape \(2,\) \(got \(1,\)\)"):
+                use()
     with pytest.raises(ValueError, match=r"images must have shape \(batch, .*\) \(got \(2, 5, "):
         flow(torch.zeros(2, 5, *case.event_shape[1:], dtype=torch.float64), y)
     with pytest.raises(ValueError, match="images must have shape"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 
 from tarflow_scale.config import GlowConfig, Guidance, TrainConfig
 from tarflow_scale.flows import build
-from tarflow_scale.flows.coupling import ActNorm
+from tarflow_scale.flows.coupling import ActNorm, unsqueeze
 from tarflow_scale.flows.glow import Glow
 from tests.conftest import TOP
 from tests.flows import conformance
@@ -84,6 +84,32 @@ def test_a_fresh_flow_starts_from_unit_activations() -> None:
     assert not any(module._forward_pre_hooks for module in flow.modules())
 
 
+def test_denoising_leaves_no_gradients_behind() -> None:
+    flow = small()
+    flow.activations = "rebuild"
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    rebuilt = flow.denoised(x, None, 0.1)
+    assert all(parameter.grad is None for parameter in flow.parameters())
+    assert flow.activations == "rebuild"
+    flow.activations = "keep"
+    assert torch.equal(flow.denoised(x, None, 0.1), rebuilt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["keep", "rebuild"])
+def test_fp32_on_cuda_is_no_tf32(how: str) -> None:
+    """The 1x1 convolutions must not lose mantissa bits to tensor cores: the inverse and rebuilt gradients would."""
+    flow = small((3, 8, 8), levels=1, steps_per_level=32, width=16).float()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = conformance.gradients(flow, x, None)
+    flow = flow.cuda()
+    with torch.no_grad():
+        assert (flow.inverse(flow(x.cuda())[0]).cpu() - x).abs().max() < 1e-3
+    flow.activations = how  # type: ignore[assignment]
+    found = {name: value.cpu() for name, value in conformance.gradients(flow, x.cuda(), None).items()}
+    assert conformance.relative_difference(found, expected) < 1e-2
+
+
 @pytest.mark.parametrize("how", ["checkpoint", "rebuild"])
 def test_gradients_at_depth_32_in_fp32(how: str) -> None:
     """K = 32 steps: rounding errors of 32 inverses, bounded by the anchors, stay below 1e-3 of the gradient."""
@@ -127,15 +153,31 @@ def test_rebuilding_keeps_no_activations_of_the_steps() -> None:
     assert kept["keep", 32] > 3 * kept["keep", 8]
 
 
-def test_guidance_moves_the_priors() -> None:
-    flow = small(classes=3)
-    z, y = torch.zeros(3, flow.num_dims, dtype=torch.float64), torch.tensor([0, 1, 2])
-    with torch.no_grad():
-        plain = flow.inverse(z, y)
-        assert (flow.inverse(z, y, Guidance(scale=1, what="mean")) - plain).abs().max() > 1e-3
-        # at z = 0 only means matter, on the last level at least; log-scales do not
-        weak = flow.inverse(z, None)
-        assert (weak - plain).abs().max() > 1e-3
+@pytest.mark.parametrize("what", ["both", "mean", "log_scale"])
+@torch.no_grad()
+def test_guidance_moves_the_priors_by_the_rule(what: str) -> None:
+    """On one level the prior is a Gaussian per class; its guided form is written out here."""
+    flow = small((1, 4, 4), classes=3, levels=1)
+    (level,) = flow.levels
+    y = torch.tensor([0, 1, 2])
+    z = torch.randn(3, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (mean, log_std), (weak_mean, weak_log_std) = level.prior(None, y), level.prior(None, None)
+    assert (mean - weak_mean).abs().min() > 1e-4
+    if what != "log_scale":
+        mean = 2.5 * mean - 1.5 * weak_mean
+    if what != "mean":
+        log_std = 2.5 * log_std - 1.5 * weak_log_std
+    h = z.reshape(3, *flow.latent_shapes[0]) * log_std.exp() + mean
+    for group in reversed(level.groups()):  # type: ignore[operator]
+        for layer in reversed(group):
+            h = layer.inverse(h)
+    guided = flow.inverse(z, y, Guidance(scale=1.5, what=what))  # type: ignore[arg-type]
+    assert (guided - unsqueeze(h)).abs().max() < 1e-10
+    assert (guided - flow.inverse(z, y)).abs().max() > 1e-3
+
+
+def test_guidance_needs_classes_and_labels() -> None:
+    z = torch.zeros(3, 192, dtype=torch.float64)
     for labels, classes in ((None, 3), (None, None)):
         with pytest.raises(ValueError, match=r"guidance of Glow needs classes and labels \(got scale=1"):
             small(classes=classes).inverse(z, labels, Guidance(scale=1))

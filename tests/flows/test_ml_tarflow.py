@@ -173,6 +173,7 @@ def broken(stored: Fixture, **changes: object) -> dict[str, object]:
             r"layers of block 0 must be numbered from 0 without a gap, got \[0, 1, 1000000\]",
         ),
         (lambda s: broken(s, blocks__0__proj_in__bias=torch.ones(64).int()), r"must be dense floats, got torch.int32"),
+        (lambda s: broken(s, blocks__0__attn_mask=torch.ones(3, 3).tril()), r"attn_mask must be a causal mask"),
         (lambda s: broken(s, blocks__0__attn_mask=torch.ones(16)), r"blocks.0.attn_mask must be a causal mask"),
         (lambda s: broken(s, head__weight=torch.ones(2)), r"unknown tensor head.weight"),
         (

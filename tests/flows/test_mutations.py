@@ -11,7 +11,7 @@ from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Laye
 from tarflow_scale.flows.glow import GlowLevel
 from tarflow_scale.flows.tarflow import TarFlowBlock
 from tests.flows import conformance
-from tests.flows.catalogue import FLOWS, LAYERS, FlowCase, LayerCase, feature_maps
+from tests.flows.catalogue import FLOWS, LAYERS, FlowCase, LayerCase, feature_maps, moment_matched
 
 MUTATIONS = {"sign": -1.0, "doubled": 2.0, "dropped": 0.0, "mean instead of sum": 1 / 6}
 
@@ -132,3 +132,15 @@ def test_a_batch_that_mixes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActNorm, "_map", batch_norm)
     with pytest.raises(AssertionError):
         conformance.check_samples_are_independent(case.flow(), *case.data(3))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", ["tarflow", "glow"])
+def test_a_wrong_log_determinant_misses_the_closed_form_of_bits_per_dim(
+    name: str, mutation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = moment_matched(name)
+    conformance.check_uniform_pixels_cost(flow, conformance.MOMENT_MATCHED)
+    monkeypatch.setattr(type(flow), "encode", scaled(type(flow).encode, MUTATIONS[mutation], place=1))
+    with pytest.raises(AssertionError):
+        conformance.check_uniform_pixels_cost(flow, conformance.MOMENT_MATCHED)

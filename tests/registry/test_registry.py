@@ -166,3 +166,12 @@ def test_events_are_plain_json_with_who_when_why(tmp_path: Path) -> None:
     assert "@" in event["actor"]
     assert event["time"].endswith("+00:00")
     assert event["previous"] == ""
+
+
+def test_an_event_of_another_version_is_one_line(tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path), "m")
+    registry._log.append("register", "by a newer program", lambda events: {"version": {"version": 1, "shape": "new"}})
+    with pytest.raises(
+        RegistryError, match=r"the log of m in .* holds an event that cannot be read \(files: Field req"
+    ):
+        registry.state()

@@ -147,6 +147,12 @@ def pickled(path: Path) -> str:
     return str(path / "a.npz")
 
 
+def single_array(path: Path) -> str:
+    with (path / "a.npz").open("wb") as file:
+        np.save(file, ARRAYS["train_x"])
+    return str(path / "a.npz")
+
+
 def other_names(path: Path) -> str:
     np.savez(path / "a.npz", images=ARRAYS["train_x"])
     return str(path / "a.npz")
@@ -173,6 +179,7 @@ def floats(path: Path) -> str:
         (absent, r"there is no .*absent.npz; check source.path"),
         (not_npz, r"a.npz is not an .npz file of plain arrays"),
         (pickled, r"a.npz is not an .npz file of plain arrays \(Object arrays cannot be loaded"),
+        (single_array, r"a.npz is not an .npz file of plain arrays"),
         (other_names, r"must hold train_x or x_train \(got images\)"),
         (fewer_labels, r"one label of at least 0 for each of 10 images \(got \(9,\) uint8 in test"),
         (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),

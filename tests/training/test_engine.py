@@ -105,6 +105,7 @@ def test_the_deepspeed_dictionary_is_derived() -> None:
     assert found["gradient_clipping"] == 0.5
     assert found["zero_optimization"]["stage"] == 3
     assert found["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert found["zero_optimization"]["stage3_param_persistence_threshold"] == 10
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     with pytest.raises(ConfigError, match=r"\(got 96 and 8 x 5 = 40\); use 80"):
         deepspeed_config(OptimizerConfig(), training, parallelism, 1000, ranks=5)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 6
 FP32 = [f"{stage}:rebuild:fp32" for stage in range(4)] + ["2:checkpoint:fp32", "3:checkpoint:fp32", "3:keep:fp32"]
+TARFLOW = ["3:keep:fp32:tarflow", "3:checkpoint:fp32:tarflow", "2:checkpoint:fp32:tarflow"]
 BF16 = ["0:rebuild:bf16", "2:rebuild:bf16", "3:rebuild:bf16", "2:checkpoint:bf16"]
 
 
@@ -23,12 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     """One process that keeps all activations."""
-    return ranks(1, "glow", folder / "one.json", STEPS, "0:keep:fp32", "0:keep:bf16")
+    return ranks(1, "glow", folder / "one.json", STEPS, "0:keep:fp32", "0:keep:bf16", "0:keep:fp32:tarflow")
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Any]:
-    return ranks(2, "glow", folder / "two.json", STEPS, *FP32, *BF16)
+    return ranks(2, "glow", folder / "two.json", STEPS, *FP32, *BF16, *TARFLOW)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,18 @@ def check_curve(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", FP32)
+@pytest.mark.parametrize("variant", [*FP32, *TARFLOW])
 def test_every_stage_has_the_loss_curve_of_one_process(
     alone: dict[str, Any], two: dict[str, Any], variant: str
 ) -> None:
-    check_curve(two["curves"][variant], alone["curves"]["0:keep:fp32"])
+    expected = alone["curves"]["0:keep:fp32:tarflow" if variant.endswith("tarflow") else "0:keep:fp32"]
+    check_curve(two["curves"][variant], expected)
+
+
+def test_stage_3_lets_go_of_parameters_between_steps(two: dict[str, Any]) -> None:
+    """Else nothing would be gathered, and these curves would show nothing about stage 3."""
+    for variant, curve in two["curves"].items():
+        assert (curve["released"] > 5) == variant.startswith("3:"), variant
 
 
 def test_three_ranks_do_too(alone: dict[str, Any], three: dict[str, Any]) -> None:

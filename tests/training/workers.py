@@ -157,15 +157,15 @@ def case_poison(device: torch.device, stage: str) -> dict[str, Any]:
 
 
 def case_glow(device: torch.device, steps: str, *variants: str) -> dict[str, Any]:
-    """Loss curves of a Glow by ``stage:activations:precision``, and how it was initialised."""
+    """Loss curves by ``stage:activations:precision[:tarflow]``, and how the Glow was initialised."""
     flow = small_glow()
     statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
     digests: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(digests, [tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
     curves: dict[str, Any] = {}
     for variant in variants:
-        stage, activations, precision = variant.split(":")
-        flow = small_glow()
+        stage, activations, precision, *other = variant.split(":")
+        flow = small_flow() if other else small_glow()
         moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
         flow.activations = activations  # type: ignore[assignment]
         engine = small_engine(int(stage), device, flow=flow, precision=precision)
@@ -174,6 +174,7 @@ def case_glow(device: torch.device, steps: str, *variants: str) -> dict[str, Any
         curves[variant] = {
             "losses": [mean_loss(result) for result in results],
             "norms": [result.gradient_norm for result in results],
+            "released": sum(parameter.numel() == 0 for parameter in flow.parameters()),
         }
     return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests), "curves": curves}
 
