@@ -88,7 +88,7 @@ def alternate(script: str, variants: Sequence[Sequence[str]], rounds: int) -> li
 def write_results(path: Path, device: str, figures: dict[str, Figure], **facts: Any) -> None:
     """Write a results file, and print its figures."""
     content = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *("PATH" if Path(word).is_absolute() else word for word in sys.argv)]),
         "git_commit": telemetry.git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(device),

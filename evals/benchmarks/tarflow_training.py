@@ -36,9 +36,11 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(image_size=64, patch_size=4, width=256, blocks=4, layers=2, batch=8),
-    "cuda": Sizes(image_size=64, patch_size=2, width=768, blocks=8, layers=8, batch=32),
+    "256-tokens": Sizes(image_size=64, patch_size=4, width=256, blocks=4, layers=2, batch=8),
+    "1024-tokens": Sizes(image_size=64, patch_size=2, width=256, blocks=2, layers=2, batch=2),
+    "imagenet64": Sizes(image_size=64, patch_size=2, width=768, blocks=8, layers=8, batch=32),
 }
+"""The published ImageNet 64x64 model, for a GPU; and for a CPU its number of tokens, and a quarter of it."""
 VARIANTS = [
     ("public", "fp32", "keep"),
     ("ours", "fp32", "keep"),
@@ -86,7 +88,7 @@ def matmul_ratio(device: str) -> float:
 def worker(arguments: argparse.Namespace) -> None:
     """Measure one variant and print it."""
     who, precision, activations = arguments.worker
-    device, sizes = arguments.device, SIZES[arguments.device]
+    device, sizes = arguments.device, SIZES[arguments.sizes]
     torch.manual_seed(0)
     model = public_model(arguments.ml_tarflow, sizes) if who == "public" else our_model(sizes, activations)
     model: Any = model.to(device).train()
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--ml-tarflow", type=Path, required=True, help="a checkout of apple/ml-tarflow")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sizes", choices=list(SIZES), default="256-tokens")
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round")
@@ -122,7 +125,8 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
-    common = ["--ml-tarflow", str(arguments.ml_tarflow), "--device", arguments.device, "--steps", str(arguments.steps)]
+    common = ["--ml-tarflow", str(arguments.ml_tarflow), "--device", arguments.device, "--sizes", arguments.sizes]
+    common += ["--steps", str(arguments.steps)]
     common += ["--compile"] if arguments.compile else []
     found = alternate(__file__, [[*variant, *common] for variant in VARIANTS], arguments.rounds)
     by_name = dict(zip(VARIANTS, found, strict=True))
@@ -147,10 +151,10 @@ def main() -> None:
     figures["matmul_bf16_over_fp32"] = ("", matmul_ratio(arguments.device), "times")
     for variant, one in by_name.items():
         name = "_".join(variant)
-        figures[f"images_per_second_{name}"] = ("", SIZES[arguments.device].batch / one["seconds"], "images/s")
+        figures[f"images_per_second_{name}"] = ("", SIZES[arguments.sizes].batch / one["seconds"], "images/s")
         figures[f"peak_{name}"] = ("", one["peak_mib"], "MiB")
     if arguments.output:
-        facts = {"sizes": asdict(SIZES[arguments.device]), "rounds": arguments.rounds, "compile": arguments.compile}
+        facts = {"sizes": asdict(SIZES[arguments.sizes]), "rounds": arguments.rounds, "compile": arguments.compile}
         write_results(arguments.output, arguments.device, figures, **facts, seeds={"weights": 0})
 
 
