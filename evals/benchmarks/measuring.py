@@ -1,6 +1,7 @@
 """What the benchmarks share: time and memory of a step in a process of its own, and the results file."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,9 @@ __all__ = ["Figure", "alternate", "device_name", "measure_step", "synchronize", 
 Figure = tuple[str, float, str]
 """Asked, got, unit."""
 _MIB = 1024**2
+_EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+_KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""Environment of glibc's allocator."""
 
 
 def synchronize(device: str) -> None:
@@ -63,24 +67,24 @@ def measure_step(
 
 
 def alternate(script: str, variants: Sequence[Sequence[str]], rounds: int) -> list[dict[str, float]]:
-    """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest and the mean memory.
+    """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest time, and the memory.
 
-    A worker prints the dictionary of `measure_step` as its last line.
+    Memory is that of one more run, in which glibc gives freed blocks back at once, so that resident memory is what is
+    in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the dictionary of
+    `measure_step` as its last line.
     """
     found: list[list[dict[str, float]]] = [[] for _ in variants]
-    for number in range(rounds):
+    for number in range(rounds + 1):
         for i, variant in enumerate(variants):
             command = [sys.executable, script, "--worker", *variant]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            settings = _EXACT_MEMORY if number == rounds else _KEPT_MEMORY
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
             found[i].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}: {' '.join(variant)}: {found[i][-1]}", file=sys.stderr)
     return [
-        {
-            "seconds": min(one["seconds"] for one in several),
-            "peak_mib": sum(one["peak_mib"] for one in several) / len(several),
-        }
+        {"seconds": min(one["seconds"] for one in several[:-1]), "peak_mib": several[-1]["peak_mib"]}
         for several in found
     ]
 

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from tarflow_scale.distributed import all_reduce_sum
 
-__all__ = ["ActNorm", "Coupling", "CouplingNetwork", "InvertibleConv", "Layer", "ZeroConv", "squeeze", "unsqueeze"]
+__all__ = [
+    "ActNorm",
+    "Coupling",
+    "CouplingNetwork",
+    "InvertibleConv",
+    "Layer",
+    "Leaves",
+    "ZeroConv",
+    "squeeze",
+    "unsqueeze",
+]
 
 _STD_FLOOR = 1e-6
 _ZERO_CONV_GAIN = 3.0
@@ -50,18 +60,6 @@ class Layer(nn.Module, ABC):
     def inverse(self, y: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The ``x`` that this layer maps to ``y``."""
         return self(y, inverse=True)
-
-    def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
-        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.memory`.
-
-        Returns:
-            The input as leaves that require gradients, in parts along the channels; the output; ``log_det``.
-        """
-        with torch.no_grad():
-            x = self.inverse(y)
-        x.requires_grad_()
-        again, log_det = self(x)
-        return (x,), again, log_det
 
     @abstractmethod
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -266,7 +264,13 @@ class Coupling(Layer):
         return torch.cat([kept, _uncouple(changed, shift, log_scale)], dim=1)
 
     def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
-        """As `Layer.rebuild`, but the network, which sees the same input in both directions, runs only once."""
+        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.memory`.
+
+        The network, which sees the same input in both directions, runs only once.
+
+        Returns:
+            The input as leaves that require gradients, in parts along the channels; the output; ``log_det``.
+        """
         kept, changed = (part.detach() for part in y.split(self.sizes, dim=1))
         kept.requires_grad_()
         shift, log_scale = self._shift_and_log_scale(kept)

@@ -4,14 +4,14 @@
 * ``checkpoint``: the inputs of groups of layers are kept and each group runs forward again (Chen et al.,
   arXiv 1604.06174): a group's activations and one feature map per group; about 4/3 of the time.
 * ``rebuild``: only outputs are kept, one every ``anchor_every`` groups (an anchor); the backward pass walks from an
-  anchor down, inverting one layer at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth, but
+  anchor down, inverting a few layers at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth, but
   for one feature map per anchor. Rounding errors of the inverses add up between anchors only. Gradients of
   parameters are added to ``.grad`` by ``backward()``; ``torch.autograd.grad`` with respect to parameters finds none.
 """
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
-from tarflow_scale.flows.coupling import Layer
+from tarflow_scale.flows.coupling import Coupling, Layer, Leaves
 from tarflow_scale.flows.flow import Activations
 
-__all__ = ["ANCHOR_EVERY", "checkpoint", "estimated_activation_bytes", "run_layers"]
+__all__ = ["ANCHOR_EVERY", "checkpoint", "estimated_activation_bytes", "rebuild_run", "run_layers"]
 
 Group = Sequence[Layer]
 
@@ -125,15 +125,38 @@ class _Rebuilt(torch.autograd.Function):
         gradient, log_det_gradient = gradients
         (h,) = ctx.saved_tensors
         h = h.detach()
-        for layer in reversed(ctx.layers):
+        for layers in _backward_runs(ctx.layers):
             with torch.enable_grad(), ctx.autocast():
-                leaves, again, log_det = layer.rebuild(h)
+                leaves, again, log_det = rebuild_run(layers, h)
             outputs = [(again, gradient), (log_det, log_det_gradient)]
             outputs = [(value, grad) for value, grad in outputs if value.requires_grad]
             torch.autograd.backward([value for value, _ in outputs], [grad for _, grad in outputs])
             h = torch.cat([leaf.detach() for leaf in leaves], dim=1)
             gradient = torch.cat([leaf.grad for leaf in leaves], dim=1)  # pyright: ignore[reportArgumentType]
         return None, None, gradient
+
+
+def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
+    """Layers from last to first: every coupling alone, and those between two couplings together, in forward order.
+
+    The latter cost little but for the calls: one inner backward pass for all of them is cheaper than one for each.
+    """
+    for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
+        if is_coupling:
+            yield from ((layer,) for layer in run)
+        else:
+            yield tuple(reversed(list(run)))
+
+
+def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Tensor]:
+    """As `Coupling.rebuild`, for one coupling or for a run of other layers."""
+    if isinstance(layers[0], Coupling):
+        return layers[0].rebuild(h)
+    with torch.no_grad():
+        for layer in reversed(layers):
+            h = layer.inverse(h)
+    h.requires_grad_()
+    return (h,), *_run(layers, h)
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
