@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from tarflow_scale import config as configuration
 from tarflow_scale import distributed
 from tarflow_scale.config.base import Root
-from tarflow_scale.errors import DataError, StorageError, UserError
+from tarflow_scale.errors import ConfigError, DataError, StorageError, UserError
 
 __all__ = ["main"]
 
@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     verb = _VERBS[arguments.verb]
     try:
+        if _look(arguments):
+            return 0
         config = verb.config.load(*_split_arguments(arguments.config))
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
         getattr(module, verb.function)(config, arguments.dry_run)
@@ -102,6 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _look(arguments: argparse.Namespace) -> bool:
+    """Look at a packed data set, if ``prepare`` was asked to."""
+    for flag, function in (("check", "check"), ("stats", "statistics")):
+        path = getattr(arguments, flag, None)
+        if path is not None:
+            if arguments.config:
+                raise ConfigError(f"--{flag} takes a folder alone (got {arguments.config[0]} too); remove it")
+            getattr(importlib.import_module("tarflow_scale.prepare"), function)(path)
+            return True
+    return False
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -132,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
+        if name == "prepare":
+            looks = added.add_mutually_exclusive_group()
+            looks.add_argument("--check", metavar="DIR", help="verify every byte of a packed data set instead")
+            looks.add_argument("--stats", metavar="DIR", help="print what is in a packed data set instead")
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser

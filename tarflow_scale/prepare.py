@@ -2,12 +2,8 @@
 
 Open the source, split it (as it says, or by class), pack each split in a random order into tars with an index beside
 each, and publish the manifests last, when all splits are packed. The same source and configuration give the same
-bytes. What fails half-way leaves nothing.
+bytes, with any number of workers. A packing that was killed goes on when it is run again; bad input leaves nothing.
 """
-
-import re
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +13,13 @@ from tarflow_scale.config import PrepareConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
-from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from tarflow_scale.shards import inspection, packing
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.sources import ImageSource, open_source
-from tarflow_scale.shards.writer import Sample, publish_manifest, write_shard
+from tarflow_scale.shards.sources.tars import index_tars
+from tarflow_scale.shards.writer import publish_manifest
 
-__all__ = ["run"]
+__all__ = ["check", "run", "statistics"]
 
 
 def run(config: PrepareConfig, dry_run: bool) -> None:
@@ -30,8 +28,11 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     Raises:
         DataError: the source is unsuitable, or the target holds another data set.
     """
+    if config.source.in_place:
+        _index_in_place(config, dry_run)
+        return
     source = open_source(config.source)
-    settings = config.model_dump(mode="json", exclude={"shards": {"path"}})
+    settings = config.model_dump(mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"}})
     recipe = storage.digest(canonical_json([settings, source.digest]))
     splits = _split(source, config.split)
     _print_plan(source, splits, config)
@@ -42,15 +43,35 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         print(f"{config.shards.path}: nothing to do, this data set is packed")
         return
     try:
-        manifests = {split: _pack(source, splits[split], split, recipe, config) for split in missing}
-    except BaseException:
+        plans = {split: _plan(source, splits[split], split, recipe, config) for split in missing}
+        notes = {split: packing.pack(plan, config.shards.num_workers) for split, plan in plans.items()}
+        manifests = {split: _manifest(plans[split], notes[split], recipe) for split in missing}
+    except DataError:
         for split in missing:
-            _clear(_path(config, split), split)
+            packing.clear(_path(config, split), split)
         raise
     for split, manifest in manifests.items():
         path = _path(config, split)
+        packing.tidy(plans[split], notes[split])
         publish_manifest(path, manifest)
-        print(f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest {manifest.digest[:12]}")
+        skipped = sum(len(note.skipped) for note in notes[split])
+        left_out = f", {skipped} unusable images left out ({path}/skipped.jsonl)" if skipped else ""
+        print(
+            f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest "
+            f"{manifest.digest[:12]}{left_out}"
+        )
+
+
+def check(path: str) -> None:
+    """``--check``: verify every byte of a packed data set."""
+    print(f"{path}: all {inspection.check(path)} samples are what was packed")
+
+
+def statistics(path: str) -> None:
+    """``--stats``: what is in a packed data set."""
+    found = inspection.statistics(path)
+    print(found.table)
+    print(f"contact sheet: {found.sheet}")
 
 
 def _path(config: PrepareConfig, split: str) -> str:
@@ -76,7 +97,9 @@ def _stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> N
         members = np.flatnonzero(labels == label)
         chosen = permutation(len(members), Purpose.SPLIT, seed, int(label))[: round(len(members) * test_fraction)]
         test.append(members[chosen])
-    return np.isin(np.arange(len(labels)), np.concatenate(test))
+    in_test = np.zeros(len(labels), dtype=np.bool_)
+    in_test[np.concatenate(test)] = True
+    return in_test
 
 
 def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], config: PrepareConfig) -> None:
@@ -92,7 +115,7 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
 
 def _already_there(path: str, split: str, recipe: str) -> bool:
     if not storage.exists(storage.join(path, MANIFEST_NAME)):
-        foreign = [name for name in storage.list_names(path) if not _is_ours(name, split)]
+        foreign = [name for name in storage.list_names(path) if not packing.is_ours(name, split)]
         if foreign:
             raise DataError(f"{path} holds other files (got {foreign[0]}); choose another shards.path")
         return False
@@ -101,56 +124,69 @@ def _already_there(path: str, split: str, recipe: str) -> bool:
     return True
 
 
-def _is_ours(name: str, split: str) -> bool:
-    """Whether a file is of an interrupted packing of this split."""
-    return re.fullmatch(rf"{split}-\d{{5}}(\.tar|\.index\.npz)|\.[0-9a-f]{{32}}\.partial", name) is not None
-
-
-def _clear(path: str, split: str) -> None:
-    """Remove what an interrupted packing left, and the folder if nothing else is in it."""
-    names = storage.list_names(path)
-    ours = [name for name in names if _is_ours(name, split)]
-    for name in ours:
-        storage.remove(storage.join(path, name))
-    if names and len(ours) == len(names):
-        storage.remove_tree(path)
-
-
-def _pack(source: ImageSource, members: NDArray[np.int64], split: str, recipe: str, config: PrepareConfig) -> Manifest:
-    """Write the shards of a split and return the manifest that will make them a data set."""
-    path = _path(config, split)
+def _plan(
+    source: ImageSource, members: NDArray[np.int64], split: str, recipe: str, config: PrepareConfig
+) -> packing.Packing:
     order = members[permutation(len(members), Purpose.PACK_ORDER, config.split.seed)]
-    size = config.shards.samples_per_shard
-    _clear(path, split)
-    with telemetry.progress_bar(len(order), f"prepare {split}") as bar:
-        shards = [
-            write_shard(
-                path,
-                f"{split}-{number:05d}.tar",
-                _samples(source, order[number * size : (number + 1) * size], number * size, bar),
-            )
-            for number in range(-(-len(order) // size))
-        ]
-    channels, height, _ = source.image(int(order[0])).shape
+    return packing.Packing(
+        source=source,
+        path=_path(config, split),
+        split=split,
+        order=order,
+        samples_per_shard=config.shards.samples_per_shard,
+        codec=config.shards.codec,
+        quality=config.shards.jpeg_quality,
+        skip_bad=config.source.bad_images == "skip",
+        plan=storage.digest(f"{recipe} {split}".encode() + order.tobytes()),
+    )
+
+
+def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str) -> Manifest:
+    source = plan.source
+    records = tuple(note.record for note in notes if note.record is not None)
+    if not records:
+        raise DataError(
+            f"no image of {source.name} could be used (of {len(plan.order)} in {plan.split}); see the source"
+        )
+    channels, height, _ = source.image(0).shape
     return Manifest(
         name=source.name,
-        split=split,
+        split=plan.split,
         image_size_pixels=height,
         num_channels=channels,
         class_names=source.class_names,
         bit_depth=source.bit_depth,
+        codec=f"jpeg, quality {plan.quality}" if plan.codec == "jpeg" else plan.codec,
         source=source.description,
         recipe=recipe,
-        shards=tuple(shards),
+        shards=records,
     )
 
 
-def _samples(source: ImageSource, numbers: NDArray[np.int64], first: int, bar: Any) -> Iterator[Sample]:
-    for place, number in enumerate(numbers):
-        bar.update(1)
-        yield Sample(
-            key=f"{first + place:08d}",
-            image=source.image(int(number)),
-            label=int(source.labels[number]),
-            facts={"origin": source.origin(int(number))},
-        )
+def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
+    """Make foreign tars a data set where they lie: an index beside each, and the manifest last."""
+    path = config.shards.path
+    if storage.exists(storage.join(path, MANIFEST_NAME)):
+        read_manifest(path)
+        print(f"{path}: nothing to do, this is a data set")
+        return
+    found = index_tars(path)
+    manifest = Manifest(
+        name=storage.base_name(path),
+        split="train",
+        image_size_pixels=found.size_pixels,
+        num_channels=found.num_channels,
+        class_names=tuple(str(label) for label in range(int(found.labels.max()) + 1)) if found.labelled else (),
+        bit_depth=8,
+        codec="as found",
+        source="WebDataset tars, indexed in place",
+        recipe=storage.digest(b"".join(found.indexes)),
+        shards=found.records,
+    )
+    print(f"{path}: {manifest.num_images} images {manifest.event_shape} in {len(manifest.shards)} tars")
+    if dry_run:
+        return
+    for record, index in zip(found.records, found.indexes, strict=True):
+        storage.write_bytes(storage.join(path, index_name(record.file)), index)
+    publish_manifest(path, manifest)
+    print(f"{path}: indexed in place, {manifest.num_classes} classes, manifest {manifest.digest[:12]}")

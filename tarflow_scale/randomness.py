@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Purpose", "generator", "integer", "permutation"]
+__all__ = ["Purpose", "generator", "integer", "permutation", "raw_words"]
 
 
 class Purpose(IntEnum):
@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     REFERENCE_SUBSET = 10
     BASELINE = 11
     ROTATION = 12
+    AUGMENTATION = 13
 
 
 def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.random.Generator:
@@ -52,6 +53,11 @@ def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: in
 def integer(below: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> int:
     """A random integer in ``[0, below)``, from one raw 64-bit word (its bias, below / 2^64, does not matter)."""
     return int(_philox(purpose, seed, index, lane).random_raw()) % below
+
+
+def raw_words(num: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> list[int]:
+    """Random integers in ``[0, 2^64)``; what NumPy guarantees for ever."""
+    return [int(word) for word in _philox(purpose, seed, index, lane).random_raw(num)]
 
 
 def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Philox:

@@ -19,18 +19,23 @@ from typing import IO, Any, cast
 from tarflow_scale.errors import StorageError
 
 __all__ = [
+    "base_name",
     "create",
     "digest",
     "exists",
+    "is_folder",
     "is_remote",
     "join",
     "list_names",
+    "list_sizes",
     "local_copy",
+    "open_seekable",
     "read_bytes",
     "read_range",
     "remove",
     "remove_tree",
     "size_bytes",
+    "walk",
     "write_bytes",
     "writing",
 ]
@@ -113,6 +118,57 @@ def list_names(location: str) -> list[str]:
             return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
         folder = _local(location)
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def list_sizes(location: str) -> dict[str, int]:
+    """Sizes in bytes of the files directly below a folder, by name; one request where a store lists sizes."""
+    with _explained(location, "list"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            fs.invalidate_cache()
+            entries = fs.ls(path, detail=True)
+            return {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+        with os.scandir(_local(location)) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def is_folder(location: str) -> bool:
+    """Whether there is a folder; in an object store, whether there are names below."""
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            fs.invalidate_cache()
+            return bool(fs.isdir(path))
+        return _local(location).is_dir()
+
+
+def walk(location: str) -> list[tuple[str, int]]:
+    """Relative path and size in bytes of every file below a folder, sorted by path."""
+    with _explained(location, "list"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            fs.invalidate_cache()
+            root = path.strip("/")
+            found = fs.find(path, detail=True).values()
+            return sorted((str(e["name"]).strip("/").removeprefix(root).lstrip("/"), int(e["size"])) for e in found)
+        root = _local(location)
+        files = (Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
+        return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in files if file.is_file())
+
+
+def open_seekable(location: str) -> IO[bytes]:
+    """A file to read from and seek in; of a remote one, only what is read is fetched."""
+    with _explained(location, "read"):
+        if is_remote(location):
+            fs, path = _filesystem(location)
+            return cast(IO[bytes], fs.open(path, "rb"))
+        return _local(location).open("rb")
+
+
+def base_name(location: str) -> str:
+    """Last part of a path or URL; of a relative path like ``.``, the folder's real name."""
+    name = location.rstrip("/").rsplit("/", 1)[-1]
+    return name if is_remote(location) or name not in ("", ".", "..", "~") else _local(location).resolve().name
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, TrainConfig
-from tarflow_scale.errors import NumericsError
+from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
+from tarflow_scale.errors import DataError, NumericsError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.memory import estimated_activation_bytes
 from tarflow_scale.flows.weights import flow_files
@@ -24,9 +24,10 @@ from tarflow_scale.records import PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
-from tarflow_scale.shards.order import OrderSpec, steps_per_epoch
-from tarflow_scale.shards.reader import ShardSet, SlotReader
+from tarflow_scale.shards.mix import Mix, MixPart, open_mix
+from tarflow_scale.shards.order import steps_per_epoch
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, deepspeed_config, start_process_group
 from tarflow_scale.training.loop import Loop, noisy_images
@@ -44,28 +45,30 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     Raises:
         UserError: the data set, the counts or the run folder do not fit the configuration.
     """
-    shards = ShardSet(config.data.path, config.data.verify)
-    spec = OrderSpec(
-        samples_per_shard=tuple(shard.samples for shard in shards.manifest.shards),
-        num_slots=config.training.global_batch_size,
-        shuffle_block=config.data.shuffle_block,
-        seed=config.training.seed,
-    )
+    mix = open_mix(config.data, config.training.global_batch_size, config.training.seed)
+    manifest = _seen_by_model(mix.manifest, config.data.augmentation.crop_pixels)
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in _build(config.model, shards.manifest).parameters())
+        num_parameters = sum(p.numel() for p in _build(config.model, manifest).parameters())
     ranks = distributed.world_size()
     deepspeed_config(config.optimizer, config.training, config.parallelism, num_parameters, ranks)
     if distributed.is_main():
-        _print_plan(config, shards.manifest, spec, num_parameters)
+        _print_plan(config, mix, manifest, num_parameters)
     if dry_run:
         return
 
     device = start_process_group(config.training.threads)
     torch.manual_seed(config.training.seed)
-    flow = _build(config.model, shards.manifest)
-    flow.pixels = _pixel_format(config, shards.manifest)
+    flow = _build(config.model, manifest)
+    flow.pixels = _pixel_format(config, manifest)
     flow.activations = config.parallelism.activations
-    reader = SlotReader(shards, spec, _own_slots(spec.num_slots))
+    reader = Loader(
+        mix=mix,
+        slots=_own_slots(mix.num_slots),
+        config=config.data,
+        seed=config.training.seed,
+        quarantine_path=f"{config.logging.path}/quarantine-{distributed.rank():05d}.jsonl",
+        pin_memory=device.type == "cuda",
+    )
     _initialize(flow.to(device), reader, config)
     engine = Engine(flow, device, config.optimizer, config.training, config.parallelism)
     loop = Loop(
@@ -74,13 +77,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         reader=reader,
         pixels=flow.pixels,
         class_conditional=flow.num_classes is not None,
-        run=_identity(config, shards.manifest),
+        run=_identity(config, mix),
         training=config.training,
         optimizer=config.optimizer,
         schedule=config.schedule,
         checkpoints=config.checkpoint,
         logging=config.logging,
-        preview=_preview(config, shards.manifest, flow.pixels),
+        preview=_preview(config, manifest, flow.pixels),
     )
     progress = loop.resume()
     if distributed.is_main():
@@ -88,7 +91,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     loop.fit(progress)
     weights = loop.averaged_weights()
     if distributed.is_main():
-        _publish(config, shards.manifest, flow, weights, progress.images_seen, num_parameters)
+        _publish(config, mix, flow, weights, progress.images_seen, num_parameters)
     distributed.barrier()
     distributed.shut_down()
 
@@ -97,14 +100,14 @@ def _build(model: ModelConfig, manifest: Manifest) -> Flow:
     return build(model, manifest.event_shape, manifest.num_classes or None)
 
 
-def _initialize(flow: Flow, reader: SlotReader, config: TrainConfig) -> None:
+def _initialize(flow: Flow, reader: Loader, config: TrainConfig) -> None:
     """Data-dependent initialisation on a micro batch of every rank, before DeepSpeed divides the weights.
 
     A resumed run repeats it; the checkpoint then overwrites what it set.
     """
     assert flow.pixels is not None
     size = config.training.micro_batch_size
-    batch = next(reader.batches(0))
+    batch = reader.first()
     device = next(flow.parameters()).device
     x = noisy_images(batch, flow.pixels, config.training.seed)[:size].to(device)
     y = torch.from_numpy(batch.labels)[:size].to(device) if flow.num_classes is not None else None
@@ -123,16 +126,36 @@ def _own_slots(num_slots: int) -> range:
     return range(distributed.rank() * share, (distributed.rank() + 1) * share)
 
 
-def _identity(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
+def _seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
+    """The manifest with the size of the images that the model sees."""
+    if crop_pixels is None:
+        return manifest
+    if crop_pixels > manifest.image_size_pixels:
+        raise DataError(
+            f"data.augmentation.crop_pixels must not exceed the images (got {crop_pixels} and "
+            f"{manifest.image_size_pixels}); lower it or leave it out"
+        )
+    return manifest.model_copy(update={"image_size_pixels": crop_pixels})
+
+
+def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
     """What must not change when a run continues; ranks, ZeRO stage, logging and length may."""
     training = config.training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
+    further = [[part.shards.manifest.digest, part.weight] for part in mix.parts[1:]]
     return {
-        "data": manifest.digest,
+        "data": mix.manifest.digest,
+        **({"data.weight": config.data.weight, "data.mix": further} if further else {}),
+        **_changed({"data.augmentation": config.data.augmentation}),
         "data.shuffle_block": config.data.shuffle_block,
         "model": config.model.model_dump(mode="json"),
         **{f"training.{key}": value for key, value in training.items()},
         "training.ema_half_life_images": config.training.ema_half_life_images,
     }
+
+
+def _changed(sections: dict[str, Section]) -> dict[str, Any]:
+    """Those that are not at their defaults, so that runs from before a section was there can go on."""
+    return {name: section.model_dump(mode="json") for name, section in sections.items() if section != type(section)()}
 
 
 def _config_digest(config: TrainConfig) -> str:
@@ -177,9 +200,10 @@ def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Ca
 
 
 def _publish(
-    config: TrainConfig, manifest: Manifest, flow: Flow, weights: dict[str, Tensor], images_seen: int, parameters: int
+    config: TrainConfig, mix: Mix, flow: Flow, weights: dict[str, Tensor], images_seen: int, parameters: int
 ) -> None:
     """Export the averaged weights to the run folder and register them."""
+    facts = mix.manifest.facts().model_copy(update={"image_size_pixels": flow.event_shape[1]})
     files = flow_files(flow, weights)
     for name, content in files.items():
         storage.write_bytes(f"{config.logging.path}/model/{name}", content)
@@ -188,7 +212,7 @@ def _publish(
         files,
         {
             "pixels": flow.pixels.model_dump(mode="json"),
-            "data": manifest.facts().model_dump(mode="json"),
+            "data": facts.model_dump(mode="json"),
             "parameters": parameters,
             "images_seen": images_seen,
             "ema_half_life_images": config.training.ema_half_life_images,
@@ -204,13 +228,11 @@ def _publish(
     )
 
 
-def _print_plan(config: TrainConfig, manifest: Manifest, spec: OrderSpec, num_parameters: int) -> None:
+def _print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, num_parameters: int) -> None:
     training, ranks = config.training, distributed.world_size()
-    per_epoch = steps_per_epoch(spec)
     steps = -(-training.total_images // training.global_batch_size)
     state = num_parameters * _state_bytes_per_parameter(config.parallelism.zero_stage, ranks)
-    sample = max(shard.bytes // shard.samples for shard in manifest.shards)
-    loader = spec.num_slots // ranks * spec.shuffle_block * sample
+    loader = mix.num_slots // ranks * 2 * config.data.shuffle_block * mix.bytes_per_sample
     activations = estimated_activation_bytes(
         config.model,
         manifest.event_shape,
@@ -219,17 +241,23 @@ def _print_plan(config: TrainConfig, manifest: Manifest, spec: OrderSpec, num_pa
         config.parallelism.precision == "bf16",
     )
     rows = [
-        ("data", f"{manifest.name}/{manifest.split}: {manifest.num_images} images {manifest.event_shape}"),
+        *(("data", _data_row(part, manifest)) for part in mix.parts),
         ("model", f"{config.model.kind}, {num_parameters:,} parameters"),
         ("ranks", f"{ranks}, ZeRO stage {config.parallelism.zero_stage}, {config.parallelism.precision}"),
         ("batch", _batch_arithmetic(config, ranks)),
-        ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images = {steps / per_epoch:.1f} epochs"),
+        ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images"),
         ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, average)"),
         ("activations", f"about {activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),
-        ("loader", f"{loader / _GIB:.4f} GiB a rank (slots x block x bytes per sample)"),
+        ("loader", f"{loader / _GIB:.4f} GiB a rank at most (slots x 2 blocks x bytes per sample)"),
         ("output", f"{config.logging.path}, registry {config.registry.path}"),
     ]
     print(telemetry.table(rows, ("train", "")))
+
+
+def _data_row(part: MixPart, manifest: Manifest) -> str:
+    own = part.shards.manifest
+    share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
+    return f"{own.name}/{own.split}: {own.num_images} images {manifest.event_shape}, {share}"
 
 
 def _batch_arithmetic(config: TrainConfig, ranks: int) -> str:

@@ -137,7 +137,8 @@ def changed_shard(w: World) -> tuple[list[str], str]:
 
 def empty_folder(w: World) -> tuple[list[str], str]:
     return w.folder_source(), (
-        f"no images in {w.tmp}/images (looked for class/*.png, jpg, jpeg, webp, bmp); check source.path"
+        f"no images in {w.tmp}/images (looked for class/*.png, jpg, jpeg, webp, bmp, or the same "
+        f"without classes); check source.path"
     )
 
 
@@ -304,6 +305,47 @@ def generation_among_other_files(w: World) -> tuple[list[str], str]:
     )
 
 
+def crop_larger_than_the_images(w: World) -> tuple[list[str], str]:
+    return w.train(w.trained.data, "data.augmentation.crop_pixels=9"), (
+        "data.augmentation.crop_pixels must not exceed the images (got 9 and 8); lower it or leave it out"
+    )
+
+
+def set_of_a_mix_without_a_slot(w: World) -> tuple[list[str], str]:
+    mix = json.dumps([{"path": f"{w.trained.data}/test", "weight": 1e-6}])
+    return w.train(w.trained.data, f"data.mix={mix}"), (
+        f"every data set of a mix needs a slot of the global batch (got weight 1e-06 of 1 at batch 32 for "
+        f"{w.trained.data}/test); raise training.global_batch_size"
+    )
+
+
+def in_place_elsewhere(w: World) -> tuple[list[str], str]:
+    return ["prepare", "source.kind=webdataset", "source.path=a", "source.in_place=true", f"shards.path={w.out}"], (
+        f"shards.path must be source.path where source.in_place is set (got {w.out} and a); tars that are indexed in "
+        f"place do not move"
+    )
+
+
+def unknown_format(w: World) -> tuple[list[str], str]:
+    return ["prepare", "source.kind=lmdb", "source.path=a", f"shards.path={w.out}"], (
+        "source.kind: Input should be 'digits', 'folder', 'zip', 'mnist', 'cifar', 'imagenet_npz', 'parquet' or "
+        "'webdataset' (got 'lmdb')"
+    )
+
+
+def mixed_channels(w: World) -> tuple[list[str], str]:
+    arguments = w.folder_source(a_png=np.zeros((1, 4, 4), np.uint8), b_png=np.zeros((3, 4, 4), np.uint8))
+    return arguments, (
+        f"images must be all grey or all coloured (got {w.tmp}/images/class/b.png among grey ones); convert them"
+    )
+
+
+def check_of_no_data_set(w: World) -> tuple[list[str], str]:
+    return ["prepare", "--check", str(w.tmp)], (
+        f"{w.tmp} is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was interrupted"
+    )
+
+
 CASES: list[Callable[[World], tuple[list[str], str]]] = [
     unknown_key,
     wrong_type,
@@ -338,6 +380,12 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     data_of_another_depth,
     generation_of_another_plan,
     generation_among_other_files,
+    crop_larger_than_the_images,
+    set_of_a_mix_without_a_slot,
+    in_place_elsewhere,
+    unknown_format,
+    mixed_channels,
+    check_of_no_data_set,
 ]
 
 
@@ -357,6 +405,6 @@ def test_bad_input(
     assert [line.partition(" object at 0x")[0] for line in errors] == [
         f"tarflow-scale: error: {message}".partition(" object>")[0]
     ]
-    if case is not several_sizes and case is not unreadable_image:
+    if case not in (several_sizes, unreadable_image, mixed_channels):
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert not any(path.is_file() for path in world.out.rglob("*"))

@@ -1,14 +1,18 @@
 """``prepare``: stratified, reproducible, whole or absent."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tarflow_scale import cli
-from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
+from tests.conftest import TOP
 
 
 def pack(path: Path, *more: str) -> int:
@@ -28,7 +32,7 @@ def test_the_splits_are_stratified_disjoint_and_complete(digits: Path) -> None:
         for number, shard in enumerate(shards.manifest.shards)
         for sample in shards.read_run(number, 0, shard.samples)
     ]
-    origins = {json.loads(sample.members["json"])["origin"] for sample in stored}
+    origins = {json.loads(sample.members()["json"])["origin"] for sample in stored}
     assert len(origins) == 1797
 
 
@@ -119,3 +123,124 @@ def test_images_that_were_added_later_are_another_data_set(tmp_path: Path, capsy
     capsys.readouterr()
     assert cli.main(arguments) == 2
     assert "holds another data set" in capsys.readouterr().err
+
+
+def write_classes(path: Path, num: int = 40, size: int = 8) -> list[str]:
+    """A folder of two classes, and the arguments that pack it into small shards."""
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        (path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 256, (3, size, size), np.uint8)
+        (path / f"images/{'ab'[i % 2]}/{i:03d}.png").write_bytes(encode_png(image))
+    return ["prepare", "source.kind=folder", f"source.path={path}/images", "shards.samples_per_shard=4"]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_workers_do_not_change_the_bytes(tmp_path: Path) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/one"]) == 0
+    assert cli.main([*arguments, f"shards.path={tmp_path}/two", "shards.num_workers=2"]) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 2 * 10 + 2
+
+
+def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    arguments = write_classes(tmp_path, num=600, size=48)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "tarflow_scale", *arguments, f"shards.path={out}"]
+    process = subprocess.Popen(command, cwd=TOP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("train/*.tar"))) < 10:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not list(out.rglob("manifest.json"))
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("train/.*.packed.json")}
+    assert len(kept) >= 9
+    broken = sorted(out.glob("train/*.tar"))[2]
+    broken.write_bytes(broken.read_bytes()[:-7])
+    times = {tar: tar.stat().st_mtime_ns for tar in sorted(out.glob("train/*.tar"))[:8]}
+    assert cli.main([*arguments, f"shards.path={out}"]) == 0
+    assert [tar.stat().st_mtime_ns == times[tar] for tar in times] == [tar != broken for tar in times]
+    assert cli.main([*arguments, f"shards.path={tmp_path}/whole"]) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_another_plan_left_half_done_is_not_mixed_in(tmp_path: Path) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
+    assert cli.main([*arguments, f"shards.path={tmp_path}/whole", "split.seed=1"]) == 0
+    for split in ("train", "test"):
+        (tmp_path / f"out/{split}/manifest.json").unlink()
+    (tmp_path / "out/train/train-00099.tar").write_bytes(b"of a longer plan")
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out", "split.seed=1"]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_unusable_images_are_an_error_or_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", f"shards.num_workers={workers}"]
+    bad = {"images/a/010.png": b"", "images/b/011.png": encode_png(np.zeros((3, 8, 9), np.uint8))}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    assert cli.main(arguments) == 2
+    assert not contents(tmp_path / "out")
+    capsys.readouterr()
+    assert cli.main([*arguments, "source.bad_images=skip"]) == 0
+    assert "unusable images left out" in capsys.readouterr().out
+    splits = [ShardSet(f"{tmp_path}/out/{name}") for name in ("train", "test")]
+    assert sum(shards.manifest.num_images for shards in splits) == 38
+    listed = [
+        json.loads(line)["origin"]
+        for file in (tmp_path / "out").rglob("skipped.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    assert sorted(listed) == ["a/010.png", "b/011.png"]
+    assert cli.main(["prepare", "--check", f"{tmp_path}/out/train"]) == 0
+
+
+@pytest.mark.parametrize("codec", ["png", "webp", "raw", "jpeg"])
+def test_codecs(tmp_path: Path, codec: str) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/png"]) == 0
+    assert cli.main([*arguments, f"shards.path={tmp_path}/it", f"shards.codec={codec}"]) == 0
+    it, png = ShardSet(f"{tmp_path}/it/train"), ShardSet(f"{tmp_path}/png/train")
+    assert it.manifest.codec == ("jpeg, quality 95" if codec == "jpeg" else codec)
+    a, b = (shards.take(np.arange(shards.manifest.num_images)).images.astype(int) for shards in (it, png))
+    assert abs(a - b).max() <= (60 if codec == "jpeg" else 0)
+
+
+def test_check_finds_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
+    path = tmp_path / "out/train"
+    assert cli.main(["prepare", "--check", str(path)]) == 0
+    assert f"{path}: all 32 samples are what was packed" in capsys.readouterr().out
+    for file in [*sorted(path.glob("*.tar"))[:2], *sorted(path.glob("*.npz"))[:2]]:
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        file.write_bytes(bytes(damaged))
+        assert cli.main(["prepare", "--check", str(path)]) == 2
+        assert file.name in capsys.readouterr().err
+        file.write_bytes(whole)
+    assert cli.main(["prepare", "--check", str(path)]) == 0
+
+
+def test_statistics_and_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
+    capsys.readouterr()
+    assert cli.main(["prepare", "--stats", f"{tmp_path}/out/train"]) == 0
+    out = capsys.readouterr().out
+    assert "32 of 3x8x8, 8 bit, png" in out
+    assert "2, from 16 images (a) to 16 (a)" in out
+    sheet = decode_image((tmp_path / "out/train/contact-sheet.png").read_bytes(), "sheet")
+    assert sheet.shape == (3, 4 * 9 + 1, 8 * 9 + 1)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
+    assert cli.main(["prepare", "--stats", f"{tmp_path}/out/train", "x=1"]) == 2

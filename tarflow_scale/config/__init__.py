@@ -1,6 +1,15 @@
 """Configuration: pydantic sections, one YAML a run, ``section.key=value`` overrides. Nothing heavy is imported."""
 
 from tarflow_scale.config.base import Section, load_config
+from tarflow_scale.config.data import (
+    AugmentationConfig,
+    DataConfig,
+    DataSetConfig,
+    MixedDataSetConfig,
+    ShardsConfig,
+    SourceConfig,
+    SplitConfig,
+)
 from tarflow_scale.config.flows import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
@@ -22,8 +31,6 @@ from tarflow_scale.config.sections import (
     BrowseConfig,
     CheckpointConfig,
     ClusterConfig,
-    DataConfig,
-    DataSetConfig,
     GateRef,
     Guidance,
     LoggingConfig,
@@ -35,14 +42,12 @@ from tarflow_scale.config.sections import (
     RegistryConfig,
     SamplingConfig,
     ScheduleConfig,
-    ShardsConfig,
-    SourceConfig,
-    SplitConfig,
     TrainingConfig,
     VersionConfig,
 )
 
 __all__ = [
+    "AugmentationConfig",
     "BitsPerDimProtocol",
     "BrowseConfig",
     "CheckpointConfig",
@@ -59,6 +64,7 @@ __all__ = [
     "Guidance",
     "LoggingConfig",
     "MetricsConfig",
+    "MixedDataSetConfig",
     "ModelConfig",
     "ModelsConfig",
     "NoiseConfig",

@@ -5,13 +5,19 @@ from typing import Self
 from pydantic import model_validator
 
 from tarflow_scale.config.base import Root
+from tarflow_scale.config.data import (
+    DataConfig,
+    DataSetConfig,
+    PackedShardsConfig,
+    ShardsConfig,
+    SourceConfig,
+    SplitConfig,
+)
 from tarflow_scale.config.flows import ModelConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
     CheckpointConfig,
     ClusterConfig,
-    DataConfig,
-    DataSetConfig,
     FlowOutputConfig,
     ForeignWeightsConfig,
     GateRef,
@@ -24,9 +30,6 @@ from tarflow_scale.config.sections import (
     SamplingConfig,
     ScheduleConfig,
     SeededSamplingConfig,
-    ShardsConfig,
-    SourceConfig,
-    SplitConfig,
     TrainingConfig,
     VersionConfig,
 )
@@ -47,7 +50,16 @@ class PrepareConfig(Root):
 
     source: SourceConfig
     split: SplitConfig = SplitConfig()
-    shards: ShardsConfig
+    shards: PackedShardsConfig
+
+    @model_validator(mode="after")
+    def _in_place_stays(self) -> Self:
+        if self.source.in_place and self.shards.path != self.source.path:
+            raise ValueError(
+                f"shards.path must be source.path where source.in_place is set (got {self.shards.path} and "
+                f"{self.source.path}); tars that are indexed in place do not move"
+            )
+        return self
 
 
 class TrainConfig(Root):

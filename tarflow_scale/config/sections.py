@@ -14,8 +14,6 @@ __all__ = [
     "BrowseConfig",
     "CheckpointConfig",
     "ClusterConfig",
-    "DataConfig",
-    "DataSetConfig",
     "FlowOutputConfig",
     "ForeignWeightsConfig",
     "GateRef",
@@ -29,81 +27,12 @@ __all__ = [
     "RegistryConfig",
     "SamplingConfig",
     "ScheduleConfig",
-    "ShardsConfig",
-    "SourceConfig",
     "TrainingConfig",
     "VersionConfig",
 ]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a safe file name."""
-
-
-class SourceConfig(Section):
-    """Where images come from (verb ``prepare``)."""
-
-    kind: Literal["digits", "folder", "mnist"]
-    """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: ``path/class/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class.
-    ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped."""
-    path: str | None = None
-    """Where the images are; needed by ``folder`` and ``mnist``."""
-    size_pixels: int | None = Field(default=None, ge=1)
-    """Side of the square training images; None keeps the size the images have."""
-    bit_depth: int | None = Field(default=None, ge=1, le=8)
-    """High bits of a pixel that are kept; None keeps what the source has."""
-    resize: Literal["refuse", "center_crop"] = "refuse"
-    """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
-    ``size_pixels`` (Lanczos), then crop the centre."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "SourceConfig":
-        if self.kind != "digits" and not self.path:
-            raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
-        if self.kind != "folder" and (self.size_pixels is not None or self.resize != "refuse"):
-            raise ValueError(f"source.size_pixels and source.resize need kind=folder (got {self.kind}); remove them")
-        if self.resize == "center_crop" and self.size_pixels is None:
-            raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
-        return self
-
-
-class ShardsConfig(Section):
-    """Where a data set is written and how it is cut (verbs ``prepare`` and ``generate``)."""
-
-    path: str
-    """Folder or URL of the data set."""
-    samples_per_shard: int = Field(default=1000, ge=1)
-    """Images in one tar; large tars suit object stores, a few hundred MB each."""
-
-
-class SplitConfig(Section):
-    """How ``prepare`` divides the source into ``train`` and ``test``."""
-
-    kind: Literal["auto", "official", "stratified"] = "auto"
-    """``official``: as the source divides itself. ``stratified``: by ``test_fraction`` of each class. ``auto``:
-    official where the source has a split, stratified elsewhere."""
-    test_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the split and of the order in which samples are packed."""
-
-
-class DataSetConfig(Section):
-    """A packed data set to read."""
-
-    path: str
-    """Folder or URL that holds ``manifest.json``."""
-    verify: Literal["size", "full"] = "size"
-    """What is checked before the first step: sizes, or every sha256. Each sample's checksum is checked at every
-    read in either case."""
-
-
-class DataConfig(DataSetConfig):
-    """A packed data set to train on."""
-
-    shuffle_block: int = Field(default=16, ge=1)
-    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
-    and more memory: slots per rank x block x bytes per sample."""
 
 
 class OptimizerConfig(Section):

@@ -1,6 +1,7 @@
 """Images to bytes and back, losslessly; bytes of tar members to samples."""
 
 import io
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,43 @@ from PIL import Image
 
 from tarflow_scale.errors import DataError
 
-__all__ = ["contact_sheet", "decode_image", "encode_png", "reduce_depth", "resize_center_crop"]
+__all__ = [
+    "CODECS",
+    "IMAGE_EXTENSIONS",
+    "Codec",
+    "contact_sheet",
+    "decode_image",
+    "encode_image",
+    "encode_png",
+    "image_size",
+    "reduce_depth",
+    "resize_center_crop",
+]
+
+
+Codec = Literal["png", "webp", "jpeg", "raw"]
+CODECS: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "raw": "npy"}
+"""Codec to the extension of its member; ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only jpeg loses."""
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy", "bmp")
+"""Extensions of members that are read as images."""
+_MAX_PIXELS = 2**28
+"""Larger images, 16,384 pixels squared, are refused before they are decoded."""
+
+
+def encode_image(image: NDArray[np.uint8], codec: Codec, quality: int = 95) -> bytes:
+    """Bytes of an image ``(C, H, W)`` uint8 with 1 or 3 channels; ``quality`` is jpeg's."""
+    if codec == "png":
+        return encode_png(image)
+    buffer = io.BytesIO()
+    if codec == "raw":
+        np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
+        return buffer.getvalue()
+    pixels = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
+    if codec == "webp":
+        pixels.save(buffer, format="WEBP", lossless=True, method=4)
+    else:
+        pixels.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -19,29 +56,87 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(content: bytes, origin: str) -> NDArray[np.uint8]:
+def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
     """Decode to ``(C, H, W)`` uint8; grey images have one channel, all others become RGB.
 
+    Args:
+        content: an image file, or an array ``(C, H, W)`` in NumPy's format.
+        origin: what to call it in an error.
+        shape: what it must have; None takes what comes. A grey image becomes RGB if ``shape`` wants it.
+
     Raises:
-        DataError: when the bytes are not an image.
+        DataError: the bytes are not an image, or one of another shape, or a huge one; the latter two are found
+            before any pixel is decoded.
     """
+    if not content:
+        raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
+    if content.startswith(b"\x93NUMPY"):
+        return _decode_array(content, origin, shape)
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
+            if shape is not None and (image.height, image.width) != shape[1:]:
+                raise DataError(
+                    f"{origin} has {image.height}x{image.width} pixels (not {shape[1]}x{shape[2]}); pack again"
+                )
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            is_webp = image.format == "WEBP"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    decoded = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if shape is not None and decoded.shape[0] != shape[0]:
+        if is_webp and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
+            decoded = decoded[:1]
+        elif (decoded.shape[0], shape[0]) == (1, 3):
+            decoded = decoded.repeat(3, axis=0)
+        else:
+            raise DataError(f"{origin} has {decoded.shape[0]} channels (not {shape[0]}); pack again")
+    return np.ascontiguousarray(decoded)
 
 
-def resize_center_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Bring the short side of ``(C, H, W)`` to ``size`` pixels with Lanczos, then crop the centre to a square."""
+def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
+    try:
+        image = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
+    if (
+        image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[0] not in (1, 3)
+        or image.shape != (shape or image.shape)
+    ):
+        raise DataError(f"{origin} is {image.dtype} {image.shape} (not uint8 {shape or '(1 or 3, H, W)'}); pack again")
+    return image
+
+
+def image_size(content: bytes, origin: str) -> tuple[int, int, int]:
+    """``(C, H, W)`` that `decode_image` would give, from the header alone.
+
+    Raises:
+        DataError: the bytes are not an image.
+    """
+    if content.startswith(b"\x93NUMPY"):
+        channels, height, width = _decode_array(content, origin, None).shape
+        return channels, height, width
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return 1 if image.mode in ("1", "L", "LA") else 3, image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
+
+
+def resize_center_crop(
+    image: NDArray[np.uint8], size: int, resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
+) -> NDArray[np.uint8]:
+    """Bring the short side of ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square."""
     _, height, width = image.shape
     scale = size / min(height, width)
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.LANCZOS))
+    resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]
     return cropped[None] if cropped.ndim == 2 else np.ascontiguousarray(cropped.transpose(2, 0, 1))

@@ -4,8 +4,8 @@ With it a sample, or a run of samples, is one range read, and a reader that neve
 notices a flipped bit.
 """
 
-import hashlib
 import io
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,17 @@ __all__ = ["ShardIndex", "checksum", "read_index"]
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """64-bit BLAKE2b of a sample's bytes, tar headers and padding included."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    """CRC-32 of the first and of the second half of a sample's bytes, tar headers and padding included; 64 bits.
+
+    It is for accidents, at every read; the manifest's SHA-256 is for everything. A cryptographic hash of a 512 px JPEG
+    takes a fifth of the time of decoding it, this a twentieth.
+    """
+    view = memoryview(content)
+    middle = len(view) // 2
+    return zlib.crc32(view[:middle]) << 32 | zlib.crc32(view[middle:])
+
+
+_ALGORITHM = "crc32 of halves"
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """The ``.npz`` file; equal content gives equal bytes."""
         buffer = io.BytesIO()
-        np.savez(buffer, offsets=self.offsets, checksums=self.checksums)
+        np.savez(buffer, offsets=self.offsets, checksums=self.checksums, algorithm=np.array(_ALGORITHM))
         return buffer.getvalue()
 
 
@@ -56,6 +65,9 @@ def read_index(location: str, samples: int, sha256: str) -> ShardIndex:
     if storage.digest(content) != sha256:
         raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        found = str(arrays["algorithm"]) if "algorithm" in arrays.files else "an older one"
+        if found != _ALGORITHM:
+            raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {found}); pack the data set again")
         index = ShardIndex(arrays["offsets"], arrays["checksums"])
     if len(index) != samples or len(index.offsets) != samples + 1:
         raise DataError(

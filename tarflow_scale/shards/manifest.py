@@ -22,8 +22,8 @@ class ShardRecord(FileRecord):
 class Manifest(Record):
     """A data set on disk.
 
-    Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image), ``{key}.cls`` (label, where
-    there are classes), ``{key}.json`` (facts about the sample).
+    Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image; or ``.webp .jpg .npy``),
+    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (facts about the sample).
     """
 
     name: str
@@ -34,6 +34,8 @@ class Manifest(Record):
     """Empty for a data set without labels."""
     bit_depth: int = Field(ge=1, le=8)
     """Pixels are stored as uint8; their ``bit_depth`` high bits are the data."""
+    codec: str = "png"
+    """How images are stored; all but jpeg without loss."""
     source: str
     """Where the images came from, in words."""
     recipe: str

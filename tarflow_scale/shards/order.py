@@ -12,6 +12,22 @@ What follows:
 * Every rank takes the same number of steps. At most G - 1 samples sit out an epoch; the rotation changes which.
 * A block is one contiguous range of the line, hence one or a few range reads, and no byte is read twice in an epoch.
 
+Why (n samples, G slots, stretches of s = floor(n / G) samples):
+
+* *Once an epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
+  modulo n. Stretch j is the positions [j s, (j + 1) s): disjoint for different j, G s = n - (n mod G) > n - G of them.
+  The blocks of a slot cut its stretch without overlap, and both permutations, of blocks and inside blocks, are
+  bijections. So every position is visited once, and n mod G < G samples are left out.
+* *The same for every world size.* Element t of slot j is a function of (seed, epoch, j, t) and the data set alone. Rank
+  r of R owns slots [r G / R, (r + 1) G / R), in order, and a batch is the slots in order; joined over ranks it is the
+  slots 0 to G - 1, whatever R is. Worker processes divide a rank's run in the same way.
+* *Resume is exact.* After i images (a multiple of G) the next step is t = i / G, its epoch floor(t / s), its element
+  t mod s. Nothing else is remembered, so starting there equals having come there. What must be read is, of each slot,
+  the block that holds the element: at most one block a slot.
+* *Equal steps.* Every slot has s elements, hence every rank has s steps an epoch, whatever the sizes of shards.
+
+`tests/shards/test_order.py` and `tests/shards/test_loader.py` check these as properties of random data sets.
+
 Units: samples. Positions are on the epoch's line; ``Line.locate`` turns them into (shard, index in shard).
 """
 

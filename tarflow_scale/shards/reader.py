@@ -1,47 +1,112 @@
-"""Shards to batches: range reads, a checksum at every read, and an order that depends on (seed, epoch) alone."""
+"""A data set that is open for reading: range reads, a checksum at every read, bytes to images and labels.
 
+Evaluation reads it strictly: a sample that is not what was packed is an error. Training replaces such a sample
+(`tarflow_scale.shards.loader`).
+"""
+
+import contextlib
 import io
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
-from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import decode_image
+from tarflow_scale.errors import DataError, StorageError
+from tarflow_scale.shards.images import IMAGE_EXTENSIONS, decode_image
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
-from tarflow_scale.shards.manifest import Manifest, index_name, read_manifest
-from tarflow_scale.shards.order import Line, OrderSpec, SlotWalk, steps_per_epoch
+from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
 
-__all__ = ["Batch", "ShardSet", "SlotReader"]
+__all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "members_of"]
 
 _TAR_BLOCK = 512
 _REGULAR = (b"0", b"\0")
+_RETRIES = 5
+FIRST_WAIT_SECONDS = 0.5
+"""Waits double: a shard may be gone for 15 seconds, which outlasts a fail-over of most stores."""
+
+
+class CorruptSample(DataError):
+    """A sample that is not what was packed, or is no image.
+
+    Args:
+        sample: the sample.
+        reason: what is wrong with it, in words that complete "sample 7 of train-00001.tar ...".
+    """
+
+    def __init__(self, sample: "StoredSample", reason: str) -> None:
+        super().__init__(f"{sample.origin} {reason}; restore the shard or pack the data set again")
+        self.sample = sample
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["CorruptSample"], tuple["StoredSample", str]]:
+        return CorruptSample, (self.sample, self.reason)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples that are processed together.
 
-    images: ``(B, C, H, W)`` uint8. labels: ``(B,)`` int64, -1 without labels. samples: ``(B,)`` int64, the index of
-    each sample in the manifest's order. epoch: of training; 0 in evaluation.
+    images: ``(B, C, H, W)`` uint8. labels: ``(B,)`` int64, -1 without labels. samples: ``(B,)`` int64, the number of
+    each sample in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
-    epoch: int
+    epochs: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A sample as it lies in the tar."""
+class StoredSample(NamedTuple):
+    """A sample as it was read: its bytes in the tar, and where they should have come from.
 
-    members: dict[str, bytes]
-    index: int
-    origin: str
+    Args:
+        content: tar headers and padding included; shorter where the tar ends early.
+        checksum: what the index says.
+        number: in the manifest's order.
+        place: in its shard.
+        file: name of the shard.
+        path: of the data set.
+    """
+
+    content: bytes
+    checksum: int
+    number: int
+    place: int
+    file: str
+    path: str
+
+    @property
+    def origin(self) -> str:
+        """Which sample it is, in words."""
+        return f"sample {self.place} of {self.file} in {self.path}"
+
+    @property
+    def key(self) -> str:
+        """WebDataset's key: the path up to the first dot of the base name; unreadable bytes of it are replaced."""
+        name = self.content[:100].split(b"\0", 1)[0].decode(errors="replace")
+        if self.content[156:157] not in _REGULAR:
+            with contextlib.suppress(tarfile.TarError, ValueError, OSError), _tar(self.content) as tar:
+                name = (tar.next() or tarfile.TarInfo(name)).name
+        folder, slash, base = name.rpartition("/")
+        return f"{folder}{slash}{base.partition('.')[0]}"
+
+    def members(self) -> dict[str, bytes]:
+        """Extension to content.
+
+        Raises:
+            CorruptSample: the bytes are not those that were packed.
+        """
+        if checksum(self.content) != self.checksum:
+            raise CorruptSample(self, "does not match its checksum")
+        try:
+            return members_of(self.content)
+        except (tarfile.TarError, ValueError) as error:
+            raise CorruptSample(self, f"is no run of tar members ({error})") from error
 
 
 class ShardSet:
@@ -60,61 +125,86 @@ class ShardSet:
         self.manifest: Manifest = read_manifest(path)
         self._first = np.concatenate([[0], np.cumsum([shard.samples for shard in self.manifest.shards])])
         self._indexes: dict[int, ShardIndex] = {}
+        self._shape, self._num_classes = self.manifest.event_shape, self.manifest.num_classes
+        sizes = storage.list_sizes(path)
         for shard in self.manifest.shards:
-            self._check_shard(shard.file, shard.bytes, shard.sha256 if verify == "full" else None)
+            self._check_shard(shard, sizes.get(shard.file), full=verify == "full")
 
-    def read_run(self, shard: int, start: int, stop: int) -> list[_Stored]:
-        """Samples ``[start, stop)`` of a shard, by one range read, each checked against its checksum.
+    def read_run(self, shard: int, start: int, stop: int) -> list[StoredSample]:
+        """Samples ``[start, stop)`` of a shard, by one range read; their checksums are looked at when they are used.
 
         Raises:
-            DataError: when a sample's bytes are not what was packed.
+            DataError: when the shard cannot be read, though it was tried again for a while.
         """
         record = self.manifest.shards[shard]
         index = self._index(shard)
-        offsets = index.offsets[start : stop + 1]
-        content = storage.read_range(storage.join(self.path, record.file), int(offsets[0]), int(offsets[-1]))
-        view = memoryview(content)
-        samples: list[_Stored] = []
-        for i in range(stop - start):
-            sample = view[offsets[i] - offsets[0] : offsets[i + 1] - offsets[0]]
-            origin = f"sample {start + i} of {record.file} in {self.path}"
-            if checksum(sample) != int(index.checksums[start + i]):
-                raise DataError(f"{origin} does not match its checksum; restore the shard or pack the data set again")
-            samples.append(_Stored(_members(sample), int(self._first[shard]) + start + i, origin))
+        offsets: list[int] = index.offsets[start : stop + 1].tolist()
+        checksums: list[int] = index.checksums[start:stop].tolist()
+        base, first, file, path = offsets[0], int(self._first[shard]), record.file, self.path
+        content = _read_patiently(storage.join(path, file), base, offsets[-1])
+        return [
+            StoredSample(content[low - base : high - base], known, first + place, place, file, path)
+            for place, low, high, known in zip(range(start, stop), offsets[:-1], offsets[1:], checksums, strict=True)
+        ]
+
+    def read_scattered(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> list[StoredSample]:
+        """Samples given by (shard, place in shard), in the given order; neighbours are read together."""
+        breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(places) != 1)) + 1
+        samples: list[StoredSample] = []
+        for low, high in zip([0, *breaks], [*breaks, len(shards)], strict=True):
+            first = int(places[low])
+            samples.extend(self.read_run(int(shards[low]), first, first + int(high - low)))
         return samples
+
+    def read(self, samples: NDArray[np.int64]) -> list[StoredSample]:
+        """Samples by their number in the manifest's order."""
+        shards = np.searchsorted(self._first, samples, side="right") - 1
+        return self.read_scattered(shards, samples - self._first[shards])
+
+    def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
+        """Image ``(C, H, W)`` uint8 and label, -1 without labels.
+
+        Raises:
+            CorruptSample: the sample is not what was packed, or not what the manifest says.
+        """
+        members = stored.members()
+        for extension in IMAGE_EXTENSIONS:
+            if extension in members:
+                break
+        else:
+            raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")
+        try:
+            image = decode_image(members[extension], f"its .{extension}", self._shape)
+        except DataError as error:
+            raise CorruptSample(stored, f"is unusable: {str(error).partition(';')[0]}") from error
+        return image, self._label(stored, members)
+
+    def take(self, samples: NDArray[np.int64]) -> Batch:
+        """Samples by their number in the manifest's order.
+
+        Raises:
+            DataError: one of them is corrupt.
+        """
+        decoded = [self.decode(stored) for stored in self.read(samples)]
+        return Batch(
+            images=np.stack([image for image, _ in decoded]),
+            labels=np.array([label for _, label in decoded], dtype=np.int64),
+            samples=np.asarray(samples, dtype=np.int64),
+            epochs=np.zeros(len(decoded), dtype=np.int64),
+        )
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Samples ``[start, stop)`` in the manifest's order; the last batch may be smaller. For evaluation."""
         for low in range(start, stop, batch_size):
             yield self.take(np.arange(low, min(low + batch_size, stop)))
 
-    def take(self, samples: NDArray[np.int64]) -> Batch:
-        """Samples by their number in the manifest's order."""
-        shards = np.searchsorted(self._first, samples, side="right") - 1
-        return self.collate(self.read_scattered(shards, samples - self._first[shards]), epoch=0)
-
-    def read_scattered(self, shards: NDArray[np.int64], indices: NDArray[np.int64]) -> list[_Stored]:
-        """Samples given by (shard, index in shard), in the given order; neighbours are read together."""
-        breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(indices) != 1)) + 1
-        samples: list[_Stored] = []
-        for low, high in zip([0, *breaks], [*breaks, len(shards)], strict=True):
-            first = int(indices[low])
-            samples.extend(self.read_run(int(shards[low]), first, first + int(high - low)))
-        return samples
-
-    def collate(self, stored: list[_Stored], epoch: int) -> Batch:
-        """Decode samples and stack them."""
-        shape = self.manifest.event_shape
-        images = np.empty((len(stored), *shape), dtype=np.uint8)
-        for i, sample in enumerate(stored):
-            image = decode_image(_required(sample, "png"), sample.origin)
-            if image.shape != shape:
-                raise DataError(f"{sample.origin} has shape {image.shape} (the manifest says {shape}); pack again")
-            images[i] = image
-        labelled = self.manifest.num_classes > 0
-        labels = [int(_required(sample, "cls")) if labelled else -1 for sample in stored]
-        order = [sample.index for sample in stored]
-        return Batch(images, np.array(labels, dtype=np.int64), np.array(order, dtype=np.int64), epoch)
+    def _label(self, stored: StoredSample, members: dict[str, bytes]) -> int:
+        if not self._num_classes:
+            return -1
+        text = members.get("cls", b"").strip()
+        if not text.isdigit() or (label := int(text)) >= self._num_classes:
+            raise CorruptSample(stored, f"has no label below {self._num_classes} (got {text[:20]!r} as .cls)")
+        return label
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
@@ -123,104 +213,71 @@ class ShardSet:
             self._indexes[shard] = read_index(location, record.samples, record.index_sha256)
         return self._indexes[shard]
 
-    def _check_shard(self, file: str, size: int, sha256: str | None) -> None:
-        location = storage.join(self.path, file)
-        if not storage.exists(location):
+    def _check_shard(self, record: ShardRecord, found: int | None, full: bool) -> None:
+        location = storage.join(self.path, record.file)
+        if found is None:
             raise DataError(
                 f"{location} is missing, though the manifest names it; restore it or pack the data set again"
             )
-        found = storage.size_bytes(location)
-        if found != size:
+        if found != record.bytes:
             raise DataError(
-                f"{location} does not match its manifest (got {found} bytes, not {size}); pack the data again"
+                f"{location} does not match its manifest (got {found} bytes, not {record.bytes}); pack the data again"
             )
-        if sha256 is not None:
+        if full:
             with storage.local_copy(location) as copy:
-                if storage.digest(copy) != sha256:
+                if storage.digest(copy) != record.sha256:
                     raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")
 
 
-class SlotReader:
-    """The batches of one rank: slots ``[first_slot, first_slot + num_slots)`` of every global batch.
-
-    Args:
-        shards: the data set.
-        spec: the order of samples.
-        slots: this rank's slots.
-    """
-
-    def __init__(self, shards: ShardSet, spec: OrderSpec, slots: range) -> None:
-        self._shards = shards
-        self._spec = spec
-        self._slots = slots
-
-    def batches(self, images_seen: int) -> Iterator[Batch]:
-        """Batches for ever, from the global batch that follows ``images_seen`` images.
-
-        Resuming reads at most one block per slot again. Each batch holds ``len(slots)`` samples.
-        """
-        step = images_seen // self._spec.num_slots
-        while True:
-            epoch, start = divmod(step, steps_per_epoch(self._spec))
-            for batch in self._epoch(epoch, start):
-                yield batch
-                step += 1
-
-    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        line = Line(self._spec, epoch)
-        walks = [SlotWalk(self._spec, epoch, slot) for slot in self._slots]
-        streams = [self._stream(line, walk, start) for walk in walks]
-        for stored in zip(*streams, strict=True):
-            yield self._shards.collate(list(stored), epoch)
-
-    def _stream(self, line: Line, walk: SlotWalk, start: int) -> Iterator[_Stored]:
-        """One slot's samples from step ``start`` to the end of the epoch; holds one block of stored bytes."""
-        skip = start - int(walk.visit_starts[walk.block_at(start)])
-        for block in range(walk.block_at(start), len(walk.block_lengths)):
-            low, high = walk.block_range(block)
-            stored = self._shards.read_scattered(*line.locate(np.arange(low, high)))
-            for i in walk.block_order(block)[skip:]:
-                yield stored[i]
-            skip = 0
-
-
-def _required(sample: _Stored, extension: str) -> bytes:
+def _read_patiently(location: str, start: int, stop: int) -> bytes:
+    """A range read that is tried again, later and later, while the store fails."""
+    for attempt in range(_RETRIES):
+        try:
+            return storage.read_range(location, start, stop)
+        except StorageError:
+            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
     try:
-        return sample.members[extension]
-    except KeyError:
-        raise DataError(f"{sample.origin} has no .{extension} member; pack the data set again") from None
+        return storage.read_range(location, start, stop)
+    except StorageError as error:
+        raise DataError(f"a shard went missing during the run, tried {_RETRIES + 1} times: {error}") from error
 
 
-def _members(sample: memoryview) -> dict[str, bytes]:
+def members_of(content: bytes) -> dict[str, bytes]:
     """Extension to content of the tar members of one sample.
 
     Plain headers, which is all that our writer makes, are read here; anything else is left to ``tarfile``, ten
     times slower.
+
+    Raises:
+        TarError, ValueError: not a run of tar members.
     """
     members: dict[str, bytes] = {}
     position = 0
-    while position < len(sample):
-        header = sample[position : position + _TAR_BLOCK]
-        if bytes(header[156:157]) not in _REGULAR:
-            return _members_by_tarfile(sample)
-        name = bytes(header[:100]).rstrip(b"\0").decode()
-        size = int(bytes(header[124:136]).rstrip(b"\0 ") or b"0", 8)
+    while position < len(content):
+        if content[position + 156 : position + 157] not in _REGULAR:
+            return _members_by_tarfile(content)
+        name = content[position : position + 100].split(b"\0", 1)[0]
+        size = int(content[position + 124 : position + 136].rstrip(b"\0 ") or b"0", 8)
         start = position + _TAR_BLOCK
-        members[_extension(name)] = bytes(sample[start : start + size])
+        members[_extension(name.decode())] = content[start : start + size]
         position = start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
     return members
 
 
-def _members_by_tarfile(sample: memoryview) -> dict[str, bytes]:
+def _members_by_tarfile(content: bytes) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(bytes(sample) + bytes(2 * _TAR_BLOCK)), mode="r:") as tar:
+    with _tar(content) as tar:
         for member in tar:
-            content = tar.extractfile(member)
-            if content is not None:
-                members[_extension(member.name)] = content.read()
+            file = tar.extractfile(member)
+            if file is not None:
+                members[_extension(member.name)] = file.read()
     return members
 
 
+def _tar(content: bytes) -> tarfile.TarFile:
+    return tarfile.open(fileobj=io.BytesIO(content + bytes(2 * _TAR_BLOCK)), mode="r:")
+
+
 def _extension(name: str) -> str:
-    """WebDataset's rule: everything after the first dot of the base name."""
-    return name.rsplit("/", 1)[-1].partition(".")[2]
+    """WebDataset's rule: everything after the first dot of the base name; in lower case, as WebDataset reads it."""
+    return name.rsplit("/", 1)[-1].partition(".")[2].lower()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from tarflow_scale import storage
-from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.images import CODECS, Codec, encode_image
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 
@@ -32,13 +32,13 @@ class Sample:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def pack_shard(samples: Iterable[Sample]) -> tuple[bytes, ShardIndex]:
+def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> tuple[bytes, ShardIndex]:
     """Tar and index of a shard; the same samples give the same bytes."""
     buffer = io.BytesIO()
     offsets = [0]
     writer = TarWriter(buffer, mtime=_MODIFIED_SECONDS, encoder=False)
     for sample in samples:
-        members: dict[str, Any] = {"__key__": sample.key, "png": encode_png(sample.image)}
+        members: dict[str, Any] = {"__key__": sample.key, CODECS[codec]: encode_image(sample.image, codec, quality)}
         if sample.label is not None:
             members["cls"] = str(sample.label).encode()
         members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
@@ -60,9 +60,9 @@ class PackedShard:
     record: ShardRecord
 
     @classmethod
-    def of(cls, tar_name: str, samples: Iterable[Sample]) -> "PackedShard":
+    def of(cls, tar_name: str, samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> "PackedShard":
         """Pack samples; the same samples give the same bytes."""
-        tar, index = pack_shard(samples)
+        tar, index = pack_shard(samples, codec, quality)
         index_bytes = index.to_bytes()
         record = ShardRecord(
             file=tar_name,

@@ -10,7 +10,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from tarflow_scale.errors import UserError
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
-from tarflow_scale.shards.reader import Batch, SlotReader
+from tarflow_scale.shards.loader import Loader
+from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverage
@@ -77,7 +78,7 @@ class Loop:
 
     engine: Engine
     average: WeightAverage
-    reader: SlotReader
+    reader: Loader
     pixels: PixelFormat
     class_conditional: bool
     run: dict[str, Any]
@@ -104,8 +105,8 @@ class Loop:
         log_path = Path(self.logging.path) / "log.jsonl"
         main = distributed.is_main()
         opened = telemetry.JsonLog(log_path, keep_until_images=progress.images_seen) if main else nullcontext()
-        with opened as log, self._bar(progress, main) as bar:
-            batches = self.reader.batches(progress.images_seen)
+        batches = closing(self.reader.batches(progress.images_seen))
+        with opened as log, self._bar(progress, main) as bar, batches as batches:
             while progress.images_seen < self.total_images:
                 before = progress.images_seen
                 result = self._step(next(batches), progress)
@@ -246,7 +247,7 @@ class Loop:
 
     def _prime(self) -> StepResult:
         """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
-        return self.engine.step(self._micro_batches(next(self.reader.batches(0))), learning_rate=0.0)
+        return self.engine.step(self._micro_batches(self.reader.first()), learning_rate=0.0)
 
     def _bar(self, progress: Progress, main: bool) -> Any:
         return telemetry.progress_bar(self.total_images, "train", initial=progress.images_seen, enabled=main)
@@ -286,8 +287,8 @@ def noisy_images(batch: Batch, pixels: PixelFormat, seed: int) -> Tensor:
     """Images of a batch as floats ``(B, C, H, W)`` with the training noise, a function of (seed, epoch, sample)."""
     shape = batch.images.shape[1:]
     noise = np.empty(batch.images.shape, dtype=np.float32)
-    for i, sample in enumerate(batch.samples):
-        draw = generator(Purpose.NOISE, seed, batch.epoch, int(sample))
+    for i, (epoch, sample) in enumerate(zip(batch.epochs, batch.samples, strict=True)):
+        draw = generator(Purpose.NOISE, seed, int(epoch), int(sample))
         uniform = pixels.noise == "uniform"
         noise[i] = draw.random(shape, np.float32) if uniform else draw.standard_normal(shape, np.float32)
     return add_noise(torch.from_numpy(batch.images), torch.from_numpy(noise), pixels)
@@ -295,7 +296,10 @@ def noisy_images(batch: Batch, pixels: PixelFormat, seed: int) -> Tensor:
 
 def dropped_labels(batch: Batch, probability: float, seed: int) -> Tensor:
     """Labels ``(B,)``, -1 where dropped; a function of (seed, epoch, sample)."""
-    draws = [generator(Purpose.LABEL_DROP, seed, batch.epoch, int(sample)).random() for sample in batch.samples]
+    draws = [
+        generator(Purpose.LABEL_DROP, seed, int(epoch), int(sample)).random()
+        for epoch, sample in zip(batch.epochs, batch.samples, strict=True)
+    ]
     return torch.from_numpy(np.where(np.array(draws) < probability, -1, batch.labels))
 
 

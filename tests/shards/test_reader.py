@@ -1,81 +1,21 @@
-"""Reading: every batch is the same for any number of ranks, resuming is exact, and wrong bytes are noticed."""
+"""Reading: samples are those of the source, and wrong bytes are noticed."""
 
 import io
 import shutil
 import tarfile
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from tarflow_scale import storage
-from tarflow_scale.errors import DataError
+from tarflow_scale.errors import DataError, StorageError
+from tarflow_scale.shards.images import Codec, decode_image, encode_image, encode_png
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name
-from tarflow_scale.shards.order import OrderSpec
-from tarflow_scale.shards.reader import Batch, ShardSet, SlotReader
+from tarflow_scale.shards.reader import Batch, CorruptSample, ShardSet
 from tarflow_scale.shards.writer import publish_manifest
-
-
-def spec_of(shards: ShardSet, num_slots: int = 24, block: int = 5) -> OrderSpec:
-    return OrderSpec(tuple(s.samples for s in shards.manifest.shards), num_slots, block, seed=3)
-
-
-def take(shards: ShardSet, spec: OrderSpec, ranks: int, images_seen: int, steps: int) -> list[NDArray[np.int64]]:
-    """Sample numbers of global batches, put together from all ranks."""
-    share = spec.num_slots // ranks
-    readers = [SlotReader(shards, spec, range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
-    streams = [islice(reader.batches(images_seen), steps) for reader in readers]
-    return [np.concatenate([batch.samples for batch in parts]) for parts in zip(*streams, strict=True)]
-
-
-def test_global_batches_do_not_depend_on_the_number_of_ranks(digits: Path) -> None:
-    shards = ShardSet(f"{digits}/test")
-    spec = spec_of(shards)
-    alone = take(shards, spec, 1, 0, 40)
-    for ranks in (2, 3, 8):
-        assert all((a == b).all() for a, b in zip(alone, take(shards, spec, ranks, 0, 40), strict=True))
-
-
-@pytest.mark.parametrize("stop", [1, 7, 14, 15, 33])
-def test_resuming_equals_never_stopping(digits: Path, stop: int) -> None:
-    shards = ShardSet(f"{digits}/test")
-    spec = spec_of(shards)
-    whole = take(shards, spec, 1, 0, 45)
-    resumed = take(shards, spec, 2, stop * spec.num_slots, 45 - stop)
-    assert all((a == b).all() for a, b in zip(whole[stop:], resumed, strict=True))
-
-
-def test_an_epoch_holds_each_sample_at_most_once(digits: Path) -> None:
-    shards = ShardSet(f"{digits}/test")
-    spec = spec_of(shards)
-    steps = shards.manifest.num_images // spec.num_slots
-    seen = np.concatenate(take(shards, spec, 1, 0, steps))
-    assert len(set(seen.tolist())) == len(seen) == steps * spec.num_slots
-
-
-def test_a_block_is_read_once_and_resuming_reads_at_most_one_block_a_slot(
-    digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shards = ShardSet(f"{digits}/train")
-    spec = spec_of(shards, num_slots=8, block=16)
-    read: list[int] = []
-    original = storage.read_range
-
-    def counted(location: str, start: int, stop: int) -> bytes:
-        read.append(stop - start)
-        return original(location, start, stop)
-
-    monkeypatch.setattr(storage, "read_range", counted)
-    steps = shards.manifest.num_images // spec.num_slots
-    take(shards, spec, 1, 0, steps)
-    assert sum(read) <= sum(int(s.bytes) for s in shards.manifest.shards)
-    read.clear()
-    take(shards, spec, 1, steps // 2 * spec.num_slots, 1)
-    largest = max(int(np.diff(shards._index(i).offsets).max()) for i in range(len(shards.manifest.shards)))
-    assert sum(read) <= spec.num_slots * spec.shuffle_block * largest
 
 
 def test_images_and_labels_are_those_of_the_source(digits: Path) -> None:
@@ -154,7 +94,7 @@ def test_tars_with_extended_headers_are_read_too(digits: Path, tmp_path: Path) -
     offsets = [0]
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for number, sample in enumerate(originals):
-            for extension, content in sample.members.items():
+            for extension, content in sample.members().items():
                 info = tarfile.TarInfo(f"{'deep/' * 30}{number:06d}.{extension}")
                 info.size = len(content)
                 info.pax_headers = {"comment": "é"}
@@ -177,3 +117,108 @@ def test_tars_with_extended_headers_are_read_too(digits: Path, tmp_path: Path) -
     batch = ShardSet(str(tmp_path)).take(np.arange(3))
     assert (batch.images == source.take(np.arange(3)).images).all()
     assert (batch.labels == source.take(np.arange(3)).labels).all()
+
+
+def pack_members(path: Path, members: list[dict[str, bytes]], classes: int = 2, size: int = 4) -> ShardSet:
+    """A data set of one shard whose samples have the given members; all checksums are right."""
+    buffer = io.BytesIO()
+    offsets = [0]
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, sample in enumerate(members):
+            for extension, content in sample.items():
+                info = tarfile.TarInfo(f"{number:06d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            offsets.append(tar.offset)
+    content = buffer.getvalue()
+    sums = [checksum(content[a:b]) for a, b in pairwise(offsets)]
+    index = ShardIndex(np.array(offsets, np.int64), np.array(sums, np.uint64)).to_bytes()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "a.tar").write_bytes(content)
+    (path / index_name("a.tar")).write_bytes(index)
+    record = ShardRecord(
+        file="a.tar",
+        samples=len(members),
+        bytes=len(content),
+        sha256=storage.digest(content),
+        index_sha256=storage.digest(index),
+    )
+    manifest = Manifest(
+        name="made",
+        split="train",
+        image_size_pixels=size,
+        num_channels=1,
+        class_names=tuple(str(c) for c in range(classes)),
+        bit_depth=8,
+        source="a test",
+        recipe="0" * 64,
+        shards=(record,),
+    )
+    publish_manifest(str(path), manifest)
+    return ShardSet(str(path))
+
+
+GOOD = encode_png(np.zeros((1, 4, 4), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"cls": b"0"}, r"has no image \(members: cls\)"),
+        ({"png": b"", "cls": b"0"}, r"is unusable: its .png is empty \(0 bytes\)"),
+        ({"png": b"no image", "cls": b"0"}, r"is unusable: its .png cannot be decoded"),
+        ({"png": GOOD[:40], "cls": b"0"}, r"is unusable: its .png cannot be decoded"),
+        ({"png": encode_png(np.zeros((1, 4, 5), np.uint8)), "cls": b"0"}, r"its .png has 4x5 pixels \(not 4x4\)"),
+        ({"png": encode_png(np.zeros((3, 4, 4), np.uint8)), "cls": b"0"}, r"its .png has 3 channels \(not 1\)"),
+        ({"npy": encode_image(np.zeros((1, 5, 4), np.uint8), "raw"), "cls": b"0"}, r"is uint8 \(1, 5, 4\)"),
+        ({"png": GOOD}, r"has no label below 2 \(got b'' as .cls\)"),
+        ({"png": GOOD, "cls": b"2"}, r"has no label below 2 \(got b'2' as .cls\)"),
+        ({"png": GOOD, "cls": b"cat"}, r"has no label below 2 \(got b'cat' as .cls\)"),
+    ],
+)
+def test_a_sample_that_is_no_image_with_a_label_is_named(
+    tmp_path: Path, members: dict[str, bytes], reason: str
+) -> None:
+    shards = pack_members(tmp_path, [{"png": GOOD, "cls": b"1"}, members])
+    assert shards.take(np.array([0])).labels.tolist() == [1]
+    with pytest.raises(CorruptSample, match=rf"sample 1 of a.tar in {tmp_path} .*{reason}"):
+        shards.take(np.array([1]))
+
+
+def test_an_image_bomb_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = encode_png(np.zeros((1, 3000, 3000), np.uint8))
+    shards = pack_members(tmp_path, [{"png": bomb, "cls": b"0"}])
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", never)
+    with pytest.raises(CorruptSample, match="has 3000x3000 pixels"):
+        shards.take(np.array([0]))
+
+
+@pytest.mark.parametrize("codec", ["png", "webp", "jpeg", "raw"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_codec_comes_back(tmp_path: Path, codec: Codec, channels: int) -> None:
+    smooth = np.broadcast_to(np.arange(16, dtype=np.uint8)[:, None] * 8, (channels, 16, 16))
+    image = decode_image(encode_image(np.ascontiguousarray(smooth), codec), "it", (channels, 16, 16))
+    assert abs(image.astype(int) - smooth).max() <= (6 if codec == "jpeg" else 0)
+
+
+def test_a_store_that_fails_for_a_while_is_waited_for(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet(f"{digits}/test")
+    original, waits, failures = storage.read_range, list[float](), [3]
+
+    def flaky(location: str, start: int, stop: int) -> bytes:
+        if failures[0]:
+            failures[0] -= 1
+            raise StorageError(f"cannot read {location} (connection reset)")
+        return original(location, start, stop)
+
+    monkeypatch.setattr(storage, "read_range", flaky)
+    monkeypatch.setattr("tarflow_scale.shards.reader.time.sleep", waits.append)
+    assert len(shards.take(np.arange(3)).images) == 3
+    assert waits == [0.5, 1, 2]
+    failures[0] = 1000
+    with pytest.raises(DataError, match=r"a shard went missing during the run, tried 6 times: cannot read"):
+        shards.take(np.arange(3))

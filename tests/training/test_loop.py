@@ -12,7 +12,7 @@ UNIFORM = PixelFormat(bit_depth=4, noise="uniform")
 
 def batch(samples: list[int], epoch: int = 0) -> Batch:
     images = np.stack([np.full((1, 4, 4), 17 * (sample % 16), np.uint8) for sample in samples])
-    return Batch(images, np.array([sample % 10 for sample in samples]), np.array(samples), epoch)
+    return Batch(images, np.array([sample % 10 for sample in samples]), np.array(samples), np.full(len(samples), epoch))
 
 
 def test_noise_follows_the_sample_not_the_batch() -> None:

@@ -80,3 +80,36 @@ def test_fewer_bits_are_another_source_of_the_same_images(tmp_path: Path) -> Non
     assert open_source(folder(tmp_path, bit_depth=8)).image(0)[0, 0, 0] == 201
     with pytest.raises(DataError, match=r"must not exceed the source's \(got 5 for 4-bit digits\)"):
         open_source(SourceConfig(kind="digits", bit_depth=5))
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    write(tmp_path / "b.png", (3, 4, 4), 2)
+    write(tmp_path / "a.png", (3, 4, 4), 1)
+    source = open_source(folder(tmp_path))
+    assert source.class_names == ()
+    assert [int(source.image(i)[0, 0, 0]) for i in range(2)] == [1, 2]
+    write(tmp_path / "c/d.png", (3, 4, 4))
+    with pytest.raises(DataError, match=r"all in class folders, or all in one \(got a.png beside them"):
+        open_source(folder(tmp_path))
+
+
+def test_a_folder_in_a_store(tmp_path: Path) -> None:
+    import fsspec
+
+    write(tmp_path / "cat/1.png", (3, 4, 4), 5)
+    write(tmp_path / "dog/2.png", (3, 4, 4), 6)
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path), "/folder-test", recursive=True)
+    source = open_source(SourceConfig(kind="folder", path="memory://folder-test"))
+    assert source.class_names == ("cat", "dog")
+    assert [source.origin(i) for i in range(2)] == ["cat/1.png", "dog/2.png"]
+    assert [int(source.image(i)[0, 0, 0]) for i in range(2)] == [5, 6]
+    store.rm("/folder-test", recursive=True)
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "box", "bicubic"])
+def test_the_filter_is_named_in_the_description(tmp_path: Path, resample: str) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 12))
+    source = open_source(folder(tmp_path, resize="center_crop", size_pixels=4, resample=resample))
+    assert source.description == f"image folder, short side to 4 pixels ({resample}), then centre crop"
+    assert source.image(0).shape == (3, 4, 4)

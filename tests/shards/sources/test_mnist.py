@@ -11,9 +11,9 @@ import pytest
 from tarflow_scale.config import PrepareConfig, SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.prepare import run as prepare
-from tarflow_scale.shards.mnist import MnistSource
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import ImageSource, open_source
+from tarflow_scale.shards.sources.mnist import MnistSource
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

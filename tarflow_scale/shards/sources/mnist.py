@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources import ImageSource
+from tarflow_scale.shards.sources.base import ImageSource
 
 __all__ = ["MnistSource", "read_idx"]
 

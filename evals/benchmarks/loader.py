@@ -1,0 +1,229 @@
+"""Images per second of the loader, against a bare decode loop and plain webdataset; and what a seek in a million costs.
+
+    python evals/benchmarks/loader.py --output evals/results/loader-cpu.json
+
+Two data sets of synthetic pictures (noise at octaves, so that they compress like photographs) are packed: 64 px PNG
+and 512 px JPEG. Every variant reads the same tars with the same decoder in a process of its own; rounds alternate and
+the fastest counts.
+
+* bare: the image members lie in memory; one thread decodes them and stacks batches.
+* ours: the loader, checksums and order and all, without worker processes and with two.
+* webdataset: WebDataset(shardshuffle).shuffle(1000), the same decoding and batching, without workers and with two.
+
+The data set of a million samples is one shard of a thousand, linked a thousand times; opening, planning and reading the
+first batch in the middle of an epoch are real.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import Figure, alternate, write_results
+from PIL import Image
+
+from tarflow_scale import storage
+from tarflow_scale.config import DataConfig
+from tarflow_scale.shards.images import decode_image
+from tarflow_scale.shards.loader import Loader
+from tarflow_scale.shards.manifest import Manifest, index_name
+from tarflow_scale.shards.mix import open_mix
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
+
+SETS = {"png64": ("png", 64, 8, 500, 64), "jpeg512": ("jpeg", 512, 8, 50, 16)}
+"""Codec, pixels, shards, samples of a shard, batch."""
+VARIANTS = [(name, who, workers) for name in SETS for who, workers in
+            (("bare", "0"), ("ours", "0"), ("webdataset", "0"), ("ours", "2"), ("webdataset", "2"))]  # fmt: skip
+WARM_UP_BATCHES = 4
+
+
+def picture(number: int, size: int) -> np.ndarray:
+    """Noise at octaves, ``(3, size, size)`` uint8."""
+    rng = np.random.default_rng(number)
+    total = np.zeros((size, size, 3))
+    cells = 4
+    while cells <= size:
+        noise = rng.integers(0, 256, (cells, cells, 3), np.uint8)
+        total += np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)) * (2.0 / cells)
+        cells *= 2
+    total = (total - total.min()) / (total.max() - total.min())
+    return (total * 255).astype(np.uint8).transpose(2, 0, 1)
+
+
+def make(path: Path, name: str) -> None:
+    """Pack a data set, unless it is there."""
+    codec, size, shards, samples, _ = SETS[name]
+    if (path / name / "manifest.json").exists():
+        return
+    records = []
+    for shard in range(shards):
+        numbers = range(shard * samples, (shard + 1) * samples)
+        made = [Sample(f"{n:08d}", picture(n, size), n % 10) for n in numbers]
+        packed = PackedShard.of(f"train-{shard:05d}.tar", made, codec)  # pyright: ignore[reportArgumentType]
+        packed.write(str(path / name))
+        records.append(packed.record)
+    publish_manifest(str(path / name), manifest_of(name, size, tuple(records), codec))
+
+
+def manifest_of(name: str, size: int, records: tuple[Any, ...], codec: str) -> Manifest:
+    """The manifest of a benchmark's data set."""
+    return Manifest(
+        name=name,
+        split="train",
+        image_size_pixels=size,
+        num_channels=3,
+        class_names=tuple(str(c) for c in range(10)),
+        bit_depth=8,
+        codec=codec,
+        source="evals/benchmarks/loader.py",
+        recipe="0" * 64,
+        shards=records,
+    )
+
+
+def bare(path: Path, batch: int) -> Generator[int]:
+    """Decode what is in memory."""
+    shards = ShardSet(str(path))
+    stored = [
+        sample.members()
+        for number, record in enumerate(shards.manifest.shards)
+        for sample in shards.read_run(number, 0, record.samples)
+    ]
+    extension = next(extension for extension in ("png", "jpg") if extension in stored[0])
+    while True:
+        for low in range(0, len(stored) - batch + 1, batch):
+            part = stored[low : low + batch]
+            images = np.stack([decode_image(sample[extension], "bare") for sample in part])
+            labels = np.array([int(sample["cls"]) for sample in part])
+            assert len(images) == len(labels)
+            yield batch
+
+
+def ours(path: Path, batch: int, workers: int) -> Generator[int]:
+    """The loader."""
+    config = DataConfig(path=str(path), num_workers=workers)
+    mix = open_mix(config, batch, 0)
+    for one in Loader(mix, range(batch), config, 0).batches(0):
+        yield len(one.images)
+
+
+def decoded(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
+    """A sample of plain webdataset, by our decoder."""
+    content = sample.get("png") or sample["jpg"]
+    return decode_image(content, sample["__key__"]), int(sample["cls"])
+
+
+def plain_webdataset(path: Path, batch: int, workers: int) -> Generator[int]:
+    """Plain webdataset, as its documentation shows it."""
+    from webdataset.compat import WebDataset, WebLoader
+
+    urls = sorted(str(tar) for tar in path.glob("*.tar"))
+    data: Any = WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).map(decoded).batched(batch, partial=False)
+    while True:
+        for images, _ in WebLoader(data, batch_size=None, num_workers=workers):
+            yield len(images)
+
+
+def worker(variant: list[str], data: Path, seconds: float) -> None:
+    """Measure one variant and print seconds per image."""
+    name, who, workers = variant
+    path, batch = data / name, SETS[name][4]
+    match who:
+        case "bare":
+            stream = bare(path, batch)
+        case "ours":
+            stream = ours(path, batch, int(workers))
+        case _:
+            stream = plain_webdataset(path, batch, int(workers))
+    for _ in range(WARM_UP_BATCHES):
+        next(stream)
+    started, images = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        images += next(stream)
+    elapsed = time.perf_counter() - started
+    print(json.dumps({"seconds": elapsed / images, "peak_mib": 0.0}))
+    stream.close()
+
+
+def million(folder: Path) -> dict[str, float]:
+    """Open a data set of a million samples, go to the middle of an epoch, and read a batch."""
+    rng = np.random.default_rng(0)
+    samples = [Sample(f"{n:04d}", rng.integers(0, 256, (3, 8, 8), np.uint8), n % 10) for n in range(1000)]
+    packed = PackedShard.of("base.tar", samples)
+    packed.write(str(folder))
+    records = []
+    for number in range(1000):
+        name = f"train-{number:05d}.tar"
+        os.link(folder / "base.tar", folder / name)
+        os.link(folder / index_name("base.tar"), folder / index_name(name))
+        records.append(packed.record.model_copy(update={"file": name}))
+    publish_manifest(str(folder), manifest_of("million", 8, tuple(records), "png"))
+    read: list[int] = []
+    original = storage.read_range
+
+    def counted(location: str, start: int, stop: int) -> bytes:
+        read.append(stop - start)
+        return original(location, start, stop)
+
+    storage.read_range = counted
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    config = DataConfig(path=str(folder))
+    mix = open_mix(config, 256, 0)
+    batch = next(Loader(mix, range(256), config, 0).batches(500_000 // 256 * 256))
+    seconds = time.perf_counter() - started
+    storage.read_range = original
+    assert len(batch.images) == 256
+    return {
+        "seconds": seconds,
+        "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "read_over_bound": sum(read) / (256 * config.shuffle_block * mix.bytes_per_sample),
+    }
+
+
+def main() -> None:
+    """Measure all variants, or one as a worker."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("SET", "WHO", "WORKERS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments.data, arguments.seconds)
+        return
+    with tempfile.TemporaryDirectory() as top:
+        seek = million(Path(top) / "million")
+        for name in SETS:
+            make(Path(top), name)
+        common = ["--data", top, "--seconds", str(arguments.seconds)]
+        found = alternate(__file__, [[*variant, *common] for variant in VARIANTS], arguments.rounds)
+    rate = {variant: 1 / one["seconds"] for variant, one in zip(VARIANTS, found, strict=True)}
+    figures: dict[str, Figure] = {
+        "png64_over_bare": (">= 0.9", rate["png64", "ours", "0"] / rate["png64", "bare", "0"], "times"),
+        "jpeg512_over_bare": (">= 0.9", rate["jpeg512", "ours", "0"] / rate["jpeg512", "bare", "0"], "times"),
+    }
+    for name, asked in (("png64", ">= 1.2"), ("jpeg512", ">= 1")):
+        for workers in ("0", "2"):
+            ratio = rate[name, "ours", workers] / rate[name, "webdataset", workers]
+            figures[f"{name}_over_webdataset_{workers}_workers"] = (asked, ratio, "times")
+    figures |= {
+        "million_seconds_to_first_batch": ("<= 2", seek["seconds"], "s"),
+        "million_added_memory": ("<= 200", seek["mib"], "MiB"),
+        "resume_bytes_over_a_block_per_slot": ("<= 1", seek["read_over_bound"], "of it"),
+    }
+    figures |= {f"images_per_second_{'_'.join(variant)}": ("", got, "images/s") for variant, got in rate.items()}
+    if arguments.output:
+        write_results(arguments.output, "cpu", figures, rounds=arguments.rounds, seconds=arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

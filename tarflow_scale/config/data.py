@@ -1,0 +1,149 @@
+"""Sections about images on disk: sources, shards, and what training reads of them."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tarflow_scale.config.base import Section
+
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "DataSetConfig",
+    "MixedDataSetConfig",
+    "PackedShardsConfig",
+    "ShardsConfig",
+    "SourceConfig",
+    "SplitConfig",
+]
+
+
+class SourceConfig(Section):
+    """Where images come from (verb ``prepare``). Paths may be URLs."""
+
+    kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset"]
+    """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
+    ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class; or ``path/*.png``,
+    without classes. ``zip``: the same in a zip, with the labels of its ``dataset.json`` (StyleGAN, EDM) if it has one.
+    ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
+    ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
+    ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
+    ``parquet``: tables with image bytes as Hugging Face stores them; needs the extra ``parquet``.
+    ``webdataset``: tars that others wrote."""
+    path: str | None = None
+    """Where the images are; all kinds but ``digits`` need it."""
+    size_pixels: int | None = Field(default=None, ge=1)
+    """Side of the square training images; None keeps the size the images have."""
+    bit_depth: int | None = Field(default=None, ge=1, le=8)
+    """High bits of a pixel that are kept; None keeps what the source has."""
+    resize: Literal["refuse", "center_crop"] = "refuse"
+    """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
+    ``size_pixels``, then crop the centre."""
+    resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
+    """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
+    bad_images: Literal["refuse", "skip"] = "refuse"
+    """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
+    in_place: bool = False
+    """``webdataset``: make the tars a data set where they are, by writing an index beside each and a manifest;
+    ``shards.path`` is then ``source.path``."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SourceConfig":
+        if self.kind != "digits" and not self.path:
+            raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
+        sized = ("folder", "zip", "parquet", "webdataset")
+        if self.kind not in sized and (self.size_pixels is not None or self.resize != "refuse"):
+            raise ValueError(
+                f"source.size_pixels and source.resize need kind={', '.join(sized)} (got {self.kind}); remove them"
+            )
+        if self.resize == "center_crop" and self.size_pixels is None:
+            raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
+        if self.in_place and self.kind != "webdataset":
+            raise ValueError(f"source.in_place needs kind=webdataset (got {self.kind}); remove it")
+        shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
+        if self.in_place and shaped:
+            raise ValueError("source.in_place leaves images as they are (got settings that change them); remove them")
+        return self
+
+
+class ShardsConfig(Section):
+    """Where a data set is written and how it is cut (verbs ``prepare`` and ``generate``)."""
+
+    path: str
+    """Folder or URL of the data set."""
+    samples_per_shard: int = Field(default=1000, ge=1)
+    """Images in one tar; large tars suit object stores, a few hundred MB each."""
+
+
+class PackedShardsConfig(ShardsConfig):
+    """Where ``prepare`` writes, and how images are stored."""
+
+    codec: Literal["png", "webp", "jpeg", "raw"] = "png"
+    """``png``, ``webp`` (lossless, smaller and slower to write) and ``raw`` (an array, large and fast to read) keep
+    every pixel; ``jpeg`` does not."""
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
+    """Quality of jpeg, without chroma subsampling."""
+    num_workers: int = Field(default=1, ge=1)
+    """Processes that pack; they do not change the bytes."""
+
+
+class SplitConfig(Section):
+    """How ``prepare`` divides the source into ``train`` and ``test``."""
+
+    kind: Literal["auto", "official", "stratified"] = "auto"
+    """``official``: as the source divides itself. ``stratified``: by ``test_fraction`` of each class. ``auto``:
+    official where the source has a split, stratified elsewhere."""
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the split and of the order in which samples are packed."""
+
+
+class DataSetConfig(Section):
+    """A packed data set to read."""
+
+    path: str
+    """Folder or URL that holds ``manifest.json``."""
+    verify: Literal["size", "full"] = "size"
+    """What is checked before the first step: sizes, or every sha256. Each sample's checksum is checked at every
+    read in either case."""
+
+
+class AugmentationConfig(Section):
+    """What is done at random to training images, a function of (seed, epoch, sample)."""
+
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    crop_pixels: int | None = Field(default=None, ge=1)
+    """Side of a square cut out at a random place; the model then sees images of this size. None takes all."""
+
+
+class MixedDataSetConfig(Section):
+    """One more data set to train on."""
+
+    path: str
+    """Folder or URL that holds ``manifest.json``."""
+    weight: float = Field(gt=0)
+    """Share of the global batch, relative to the weights of the other sets."""
+
+
+class DataConfig(DataSetConfig):
+    """A packed data set to train on, or several: each fills its own slots of every global batch."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the global batch, relative to the weights in ``mix``."""
+    mix: tuple[MixedDataSetConfig, ...] = ()
+    """More data sets of the same images and classes, say generated ones."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    num_workers: int = Field(default=0, ge=0)
+    """Processes of a rank that read and decode; 0 does it in the rank itself. They do not change the batches."""
+    read_threads: int | None = Field(default=None, ge=0)
+    """Reads in flight in each of these processes, one block ahead of every slot; None is 16 for URLs and 0 for local
+    folders."""
+    max_corrupt_fraction: float = Field(default=1e-3, ge=0, le=1)
+    """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` of the run folder; more than
+    this share of the samples read (or of 10,000, at the start) stops the run."""
+
+    shuffle_block: int = Field(default=16, ge=1)
+    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
+    and more memory: slots per rank x block x bytes per sample."""

@@ -1,0 +1,94 @@
+"""Looking at a data set: is every byte what was packed, and what is in it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from tarflow_scale import storage, telemetry
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.reader import CorruptSample, ShardSet
+
+__all__ = ["Statistics", "check", "statistics"]
+
+_RUN = 256
+_SHEET_IMAGES = 64
+_SHEET_COLUMNS = 8
+
+
+def check(path: str) -> int:
+    """Verify every sha256, count, checksum, image and label of a data set; the number of samples.
+
+    Raises:
+        DataError: what is wrong, the first of it, and how much in all.
+    """
+    shards = ShardSet(path, verify="full")
+    wrong: list[str] = []
+    keys: Counter[str] = Counter()
+    with telemetry.progress_bar(shards.manifest.num_images, "check") as bar:
+        for number, record in enumerate(shards.manifest.shards):
+            for low in range(0, record.samples, _RUN):
+                for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
+                    keys[stored.key] += 1
+                    try:
+                        shards.decode(stored)
+                    except CorruptSample as error:
+                        wrong.append(str(error))
+                    bar.update(1)
+    double = [key for key, times in keys.items() if times > 1]
+    if double:
+        wrong.append(f"keys of a data set must differ (got {double[0]} {keys[double[0]]} times); pack it again")
+    if wrong:
+        raise DataError(f"{path} has {len(wrong)} faults, the first: {wrong[0]}")
+    return shards.manifest.num_images
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `statistics` found: a table, and where the contact sheet is."""
+
+    table: str
+    sheet: str
+
+
+def statistics(path: str) -> Statistics:
+    """Sizes and classes of a data set, and a contact sheet of 64 images spread over it, beside its manifest.
+
+    Raises:
+        DataError: it is no data set, or an image of the sheet is corrupt.
+    """
+    shards = ShardSet(path)
+    manifest = shards.manifest
+    stored_bytes = sum(shard.bytes for shard in manifest.shards)
+    channels, height, width = manifest.event_shape
+    labels = Counter[int]()
+    with telemetry.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
+        for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
+            for low in range(0, record.samples, _RUN):
+                for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
+                    labels[int(stored.members()["cls"])] += 1
+                    bar.update(1)
+    rows = [
+        ("data set", f"{manifest.name}/{manifest.split}"),
+        (
+            "images",
+            f"{manifest.num_images:,} of {channels}x{height}x{width}, {manifest.bit_depth} bit, {manifest.codec}",
+        ),
+        ("shards", f"{len(manifest.shards):,} of at most {max(s.samples for s in manifest.shards):,} images"),
+        ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} an image"),
+        ("source", manifest.source),
+        ("classes", _class_row(labels, manifest.class_names)),
+    ]
+    chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
+    sheet = storage.join(path, "contact-sheet.png")
+    storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
+    return Statistics(telemetry.table(rows, ("", path)), sheet)
+
+
+def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
+    if not names:
+        return "none"
+    counts = [labels[label] for label in range(len(names))]
+    few, many = int(np.argmin(counts)), int(np.argmax(counts))
+    return f"{len(names):,}, from {counts[few]:,} images ({names[few]}) to {counts[many]:,} ({names[many]})"

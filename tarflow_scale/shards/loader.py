@@ -1,0 +1,267 @@
+"""Slots to batches: what training reads.
+
+Every slot of the global batch is a stream of samples (`tarflow_scale.shards.order`). A rank owns a run of slots, and
+its worker processes own runs of that run; a batch is the next sample of every slot, in the order of the slots. So
+neither ranks nor workers change what is in a global batch, and each byte is fetched once in an epoch.
+
+A stream holds the stored bytes of the block that it is in. Where reads wait for a store, threads fetch each
+slot's next block meanwhile, which makes it two blocks.
+
+A corrupt sample is replaced by its successor in the manifest's order, on every rank and at every restart the same.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tarflow_scale import storage
+from tarflow_scale.config import AugmentationConfig, DataConfig
+from tarflow_scale.errors import DataError, UserError
+from tarflow_scale.randomness import Purpose, raw_words
+from tarflow_scale.shards.mix import Mix, MixPart, line_of
+from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
+from tarflow_scale.shards.quarantine import Quarantine
+from tarflow_scale.shards.reader import Batch, CorruptSample, StoredSample
+
+__all__ = ["Loader", "augment"]
+
+_MAX_SUCCESSORS = 100
+"""Corrupt samples in a row before replacing is given up."""
+_REMOTE_THREADS = 16
+"""Reads in flight in a process while a store answers; local files are read in place."""
+_PREFETCH_BATCHES = 2
+"""Batches that each worker process keeps ready."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of one slot: where it lies, in which order it is taken, and how much of it is over already."""
+
+    epoch: int
+    shards: NDArray[np.int64]
+    places: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+
+Fetch = Callable[[_Block], "Future[list[StoredSample]] | _Later"]
+
+
+class _Later:
+    """What looks like a future, but reads when it is asked."""
+
+    def __init__(self, read: Callable[[], list[StoredSample]]) -> None:
+        self._read = read
+
+    def result(self) -> list[StoredSample]:
+        """Read."""
+        return self._read()
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The batches of one rank: its slots of every global batch.
+
+    Args:
+        mix: the data sets.
+        slots: this rank's slots.
+        config: how they are read.
+        seed: of augmentation.
+        quarantine_path: local file for corrupt samples; None writes none.
+        pin_memory: put images in page-locked memory, from which a GPU copies while it computes.
+    """
+
+    mix: Mix
+    slots: range
+    config: DataConfig
+    seed: int
+    quarantine_path: str | None = None
+    pin_memory: bool = False
+
+    def batches(self, images_seen: int) -> Generator[Batch]:
+        """Batches for ever, from the global batch that follows ``images_seen`` images.
+
+        Resuming reads at most one block per slot again. Each batch holds ``len(slots)`` samples. Close the generator
+        to stop its workers.
+
+        Raises:
+            DataError: too many corrupt samples; a shard that cannot be read; a worker that was killed.
+        """
+        step = images_seen // self.mix.num_slots
+        if self.config.num_workers == 0:
+            yield from self._own_batches(step)
+        else:
+            yield from self._worker_batches(step)
+
+    def first(self) -> Batch:
+        """The first batch of the run, read in this process."""
+        batches = self._own_batches(0)
+        try:
+            return next(batches)
+        finally:
+            batches.close()
+
+    def _own_batches(self, step: int) -> Generator[Batch]:
+        quarantine = Quarantine(self.quarantine_path, self.config.max_corrupt_fraction)
+        threads = self.config.read_threads
+        if threads is None:
+            threads = _REMOTE_THREADS if any(storage.is_remote(part.shards.path) for part in self.mix.parts) else 0
+        pool = ThreadPoolExecutor(threads, "read-ahead") if threads else None
+        try:
+            streams = [_SlotStream(*self.mix.part_of(slot), step, pool) for slot in self.slots]
+            while True:
+                yield self._collate([next(stream) for stream in streams], quarantine)
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _collate(self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine) -> Batch:
+        size = self.config.augmentation.crop_pixels or self.mix.manifest.image_size_pixels
+        images = np.empty((len(taken), self.mix.manifest.num_channels, size, size), dtype=np.uint8)
+        labels, samples, epochs = (np.empty(len(taken), dtype=np.int64) for _ in range(3))
+        quarantine.passed(len(taken))
+        for i, (part, stored, epoch) in enumerate(taken):
+            image, labels[i], number = _decode_or_replace(part, stored, quarantine)
+            samples[i], epochs[i] = part.first_sample + number, epoch
+            images[i] = augment(image, self.config.augmentation, self.seed, epoch, int(samples[i]))
+        return Batch(images, labels, samples, epochs)
+
+    def _worker_batches(self, step: int) -> Generator[Batch]:
+        workers = min(self.config.num_workers, len(self.slots))
+        loader = DataLoader(
+            _WorkerDataSet(self, step, workers),
+            batch_size=None,
+            collate_fn=_as_it_is,  # arrays travel through a pipe; tensors would pass a file descriptor for each
+            num_workers=workers,
+            prefetch_factor=_PREFETCH_BATCHES,
+            # A fork would copy locks that threads of stores and of torch hold. A fork server would outlive a rank that
+            # is killed, and its workers with it: they look whether their parent is there, and that would be the server.
+            multiprocessing_context="spawn",
+        )
+        items = iter(loader)
+        while True:
+            parts = [self._part(items) for _ in range(workers)]
+            images = np.concatenate([part.images for part in parts])
+            yield Batch(
+                images=torch.from_numpy(images).pin_memory().numpy() if self.pin_memory else images,
+                labels=np.concatenate([part.labels for part in parts]),
+                samples=np.concatenate([part.samples for part in parts]),
+                epochs=np.concatenate([part.epochs for part in parts]),
+            )
+
+    @staticmethod
+    def _part(items: Iterator[Any]) -> Batch:
+        try:
+            part = next(items)
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise DataError(f"a loader process died ({reason}); is memory short? lower data.num_workers") from error
+        if isinstance(part, UserError):
+            raise part
+        return part
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _WorkerDataSet(IterableDataset[Any]):
+    """What one worker process of a `Loader` yields: its part of every batch, or the failure that ends it."""
+
+    def __init__(self, loader: Loader, step: int, workers: int) -> None:
+        self._loader = loader
+        self._step = step
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        assert info is not None
+        slots = np.array_split(np.arange(self._loader.slots.start, self._loader.slots.stop), self._workers)[info.id]
+        own = replace(self._loader, slots=range(int(slots[0]), int(slots[-1]) + 1))
+        try:
+            yield from own._own_batches(self._step)  # pyright: ignore[reportPrivateUsage]
+        except UserError as error:
+            yield error  # as a value, because DataLoader would wrap it in its traceback
+
+
+class _SlotStream:
+    """One slot's samples from ``step`` on, for ever; reads the first block at once, each next one when it is due."""
+
+    def __init__(self, part: MixPart, slot: int, step: int, pool: ThreadPoolExecutor | None) -> None:
+        self._part = part
+        self._pool = pool
+        self._blocks = _blocks(part, slot, step)
+        self._coming = self._fetch(next(self._blocks))
+        self._samples = self._walk()
+
+    def __next__(self) -> tuple[MixPart, StoredSample, int]:
+        return next(self._samples)
+
+    def _walk(self) -> Iterator[tuple[MixPart, StoredSample, int]]:
+        while True:
+            block, coming = self._coming
+            stored = coming.result()
+            for taken, place in enumerate(block.order):
+                if taken == 1:
+                    self._coming = self._fetch(next(self._blocks))
+                yield self._part, stored[place], block.epoch
+            if len(block.order) == 1:
+                self._coming = self._fetch(next(self._blocks))
+
+    def _fetch(self, block: _Block) -> "tuple[_Block, Future[list[StoredSample]] | _Later]":
+        def read() -> list[StoredSample]:
+            return self._part.shards.read_scattered(block.shards, block.places)
+
+        return block, _Later(read) if self._pool is None else self._pool.submit(read)
+
+
+def _blocks(part: MixPart, slot: int, step: int) -> Iterator[_Block]:
+    """The blocks of a slot, from the one that holds ``step``, epoch after epoch."""
+    epoch, start = divmod(step, steps_per_epoch(part.spec))
+    while True:
+        walk, line = SlotWalk(part.spec, epoch, slot), line_of(part.spec, epoch)
+        first = walk.block_at(start)
+        for block in range(first, len(walk.block_lengths)):
+            low, high = walk.block_range(block)
+            skip = start - int(walk.visit_starts[first]) if block == first else 0
+            yield _Block(epoch, *line.locate(np.arange(low, high)), walk.block_order(block)[skip:])
+        epoch, start = epoch + 1, 0
+
+
+def _decode_or_replace(
+    part: MixPart, stored: StoredSample, quarantine: Quarantine
+) -> tuple[NDArray[np.uint8], int, int]:
+    """Image, label and number of a sample, or of the next good one in the manifest's order.
+
+    Raises:
+        DataError: too many corrupt samples, on the whole or in a row.
+    """
+    for _ in range(_MAX_SUCCESSORS):
+        try:
+            return *part.shards.decode(stored), stored.number
+        except CorruptSample as fault:
+            quarantine.add(fault)
+            successor = (stored.number + 1) % part.spec.num_samples
+            stored = part.shards.read(np.array([successor]))[0]
+    raise DataError(f"{_MAX_SUCCESSORS} samples in a row are corrupt (up to {stored.origin}); restore the data set")
+
+
+def augment(
+    image: NDArray[np.uint8], config: AugmentationConfig, seed: int, epoch: int, sample: int
+) -> NDArray[np.uint8]:
+    """Crop and flip an image ``(C, H, W)``; a function of (seed, epoch, sample)."""
+    if not config.flip and config.crop_pixels is None:
+        return image
+    flip, top, left = raw_words(3, Purpose.AUGMENTATION, seed, epoch, sample)
+    if config.crop_pixels is not None:
+        free = image.shape[1] - config.crop_pixels + 1
+        top, left = top % free, left % free
+        image = image[:, top : top + config.crop_pixels, left : left + config.crop_pixels]
+    return image[:, :, ::-1] if config.flip and flip & 1 else image

@@ -1,0 +1,123 @@
+"""Which data sets a global batch is made of: slots in proportion to weights, each set with its own line and epoch."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.config import DataConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.order import Line, OrderSpec
+from tarflow_scale.shards.reader import ShardSet
+
+__all__ = ["Mix", "MixPart", "open_mix"]
+
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of the sets of a mix, so that two sets of equal shards are not walked alike."""
+
+
+@dataclass(frozen=True)
+class MixPart:
+    """One data set of a mix.
+
+    Args:
+        shards: the data set.
+        spec: its order; its ``num_slots`` are the slots that it fills.
+        first_slot: the first of them in the global batch.
+        first_sample: number of its first sample among the samples of all sets.
+        weight: as configured.
+    """
+
+    shards: ShardSet
+    spec: OrderSpec
+    first_slot: int
+    first_sample: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Mix:
+    """All data sets of a run, in the order of the configuration."""
+
+    parts: tuple[MixPart, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first set's; the others have the same images and classes."""
+        return self.parts[0].shards.manifest
+
+    @property
+    def num_slots(self) -> int:
+        """The global batch size."""
+        return sum(part.spec.num_slots for part in self.parts)
+
+    @property
+    def num_images(self) -> int:
+        """Samples of all sets."""
+        return sum(part.spec.num_samples for part in self.parts)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Stored bytes of a sample, of the set and shard where they are most."""
+        return max(-(-one.bytes // one.samples) for part in self.parts for one in part.shards.manifest.shards)
+
+    def part_of(self, slot: int) -> tuple[MixPart, int]:
+        """The data set that fills a slot of the global batch, and which of its slots that is."""
+        part = next(part for part in reversed(self.parts) if part.first_slot <= slot)
+        return part, slot - part.first_slot
+
+
+@lru_cache(maxsize=8)
+def line_of(spec: OrderSpec, epoch: int) -> Line:
+    """The line of an epoch; all slots of a set share it."""
+    return Line(spec, epoch)
+
+
+def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
+    """Open the data sets of a run and share out the slots of its global batch.
+
+    Raises:
+        DataError: a set cannot be read, does not fit the first one, or gets no slot.
+    """
+    sets = [ShardSet(config.path, config.verify), *(ShardSet(one.path, config.verify) for one in config.mix)]
+    for other in sets[1:]:
+        _check_alike(sets[0], other)
+    weights = np.array([config.weight, *(one.weight for one in config.mix)])
+    parts: list[MixPart] = []
+    first_slot = first_sample = 0
+    for number, (shards, slots) in enumerate(zip(sets, share_slots(weights, global_batch_size), strict=True)):
+        if slots == 0:
+            raise DataError(
+                f"every data set of a mix needs a slot of the global batch (got weight {weights[number]:g} of "
+                f"{weights.sum():g} at batch {global_batch_size} for {shards.path}); raise training.global_batch_size"
+            )
+        spec = OrderSpec(
+            samples_per_shard=tuple(shard.samples for shard in shards.manifest.shards),
+            num_slots=slots,
+            shuffle_block=config.shuffle_block,
+            seed=(seed + number * _SEED_STEP) % 2**64,
+        )
+        parts.append(MixPart(shards, spec, first_slot, first_sample, float(weights[number])))
+        first_slot += slots
+        first_sample += spec.num_samples
+    return Mix(tuple(parts))
+
+
+def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
+    """Slots in proportion to weights, by largest remainders; equal remainders favour the earlier set."""
+    exact = weights / weights.sum() * num_slots
+    slots = np.floor(exact).astype(int)
+    order = np.argsort(-(exact - slots), kind="stable")
+    slots[order[: num_slots - slots.sum()]] += 1
+    return slots.tolist()
+
+
+def _check_alike(first: ShardSet, other: ShardSet) -> None:
+    for name in ("event_shape", "bit_depth", "class_names"):
+        wanted, got = getattr(first.manifest, name), getattr(other.manifest, name)
+        if wanted != got:
+            raise DataError(
+                f"all data sets of a mix need one {name} (got {got} in {other.path}, not {wanted}); pack them alike"
+            )

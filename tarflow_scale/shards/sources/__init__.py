@@ -1,0 +1,53 @@
+"""Where images come from. `open_source` opens what a configuration names."""
+
+from tarflow_scale.config import SourceConfig
+from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSource, Shaping
+
+__all__ = ["BadImage", "ImageSource", "open_source"]
+
+
+def open_source(config: SourceConfig) -> ImageSource:
+    """The source that a configuration names."""
+    source = _whole_source(config)
+    if config.bit_depth is None or config.bit_depth == source.bit_depth:
+        return source
+    return ReducedSource(source, config.bit_depth)
+
+
+def _whole_source(config: SourceConfig) -> ImageSource:
+    """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
+    shaping = Shaping(config.size_pixels, config.resize, config.resample)
+    path = config.path or ""
+    match config.kind:
+        case "digits":
+            from tarflow_scale.shards.sources.digits import DigitsSource
+
+            return DigitsSource()
+        case "folder":
+            from tarflow_scale.shards.sources.files import FolderSource
+
+            return FolderSource(path, shaping)
+        case "zip":
+            from tarflow_scale.shards.sources.files import ZipSource
+
+            return ZipSource(path, shaping)
+        case "mnist":
+            from tarflow_scale.shards.sources.mnist import MnistSource
+
+            return MnistSource(path)
+        case "cifar":
+            from tarflow_scale.shards.sources.arrays import CifarSource
+
+            return CifarSource(path)
+        case "imagenet_npz":
+            from tarflow_scale.shards.sources.arrays import DownsampledImageNetSource
+
+            return DownsampledImageNetSource(path)
+        case "parquet":
+            from tarflow_scale.shards.sources.parquet import ParquetSource
+
+            return ParquetSource(path, shaping)
+        case "webdataset":
+            from tarflow_scale.shards.sources.tars import TarSource
+
+            return TarSource(path, shaping)

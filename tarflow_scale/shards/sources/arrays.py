@@ -1,0 +1,284 @@
+"""Arrays of pixels: CIFAR-10 and -100 in both of their formats, and downsampled ImageNet.
+
+CIFAR's Python version is pickles. They are read by an unpickler that knows NumPy arrays, numbers, strings and
+containers; anything else in a file is refused, so that no file can run code
+(www.cs.toronto.edu/~kriz/cifar.html; Chrabaszcz et al., arXiv 1707.08819, for downsampled ImageNet).
+"""
+
+import io
+import math
+import pickle
+import re
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources.base import ImageSource
+
+__all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
+
+_SIDE = 32
+_CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+_Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def restricted_unpickle(content: bytes, what: str) -> Any:
+    """Containers, numbers, strings and NumPy arrays from a pickle; bytes of Python 2 stay bytes.
+
+    Raises:
+        DataError: it is no pickle, or wants anything else.
+    """
+    try:
+        return _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise DataError(f"{what} is not a pickle of plain arrays ({error}); download it again") from error
+
+
+class CifarSource(ImageSource):
+    """CIFAR-10 or -100 with the official split, from pickles or binaries, unpacked or as ``.tar.gz``.
+
+    Args:
+        path: folder (or URL) of the batches, or the archive. CIFAR-100 has its fine labels.
+
+    Raises:
+        DataError: a batch is missing or damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        files = _read_files(path)
+        parts, classes, name = self._parts(files, path)
+        (train_x, train_y), (test_x, test_y) = parts
+        labels = np.concatenate([train_y, test_y])
+        self._images = np.concatenate([train_x, test_x])
+        super().__init__(
+            name=name,
+            description=f"{name}, official split",
+            class_names=classes,
+            bit_depth=8,
+            labels=labels,
+            digest=storage.digest(self._images.tobytes() + labels.tobytes()),
+            official_test=np.arange(len(labels)) >= len(train_y),
+        )
+        self._num_train = len(train_y)
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Image ``number`` as ``(3, 32, 32)`` uint8; the training images come first."""
+        return self._images[number]
+
+    def origin(self, number: int) -> str:
+        """``train/17`` or ``test/3``."""
+        return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"
+
+    @staticmethod
+    def _parts(files: dict[str, bytes], path: str) -> tuple[tuple[_Part, _Part], tuple[str, ...], str]:
+        if "data_batch_1" in files:
+            return *_pickled(
+                files, _CIFAR10_TRAIN, "test_batch", b"labels", ("batches.meta", b"label_names")
+            ), "cifar10"
+        if "data_batch_1.bin" in files:
+            names = [f"{name}.bin" for name in _CIFAR10_TRAIN]
+            return *_binary(files, names, "test_batch.bin", 1, "batches.meta.txt", 10), "cifar10"
+        if "train" in files:
+            return *_pickled(files, ("train",), "test", b"fine_labels", ("meta", b"fine_label_names")), "cifar100"
+        if "train.bin" in files:
+            return *_binary(files, ["train.bin"], "test.bin", 2, "fine_label_names.txt", 100), "cifar100"
+        raise DataError(
+            f"no CIFAR batches in {path} (looked for data_batch_1, train, data_batch_1.bin, train.bin); "
+            f"check source.path"
+        )
+
+
+def _read_files(path: str) -> dict[str, bytes]:
+    """Base name to content of the files of a folder or of a tar."""
+    if not storage.exists(path):
+        raise DataError(f"there is no {path}; check source.path")
+    if not path.endswith((".tar.gz", ".tgz", ".tar")):
+        return {name: storage.read_bytes(storage.join(path, name)) for name in storage.list_sizes(path)}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(path))) as tar:
+            files: dict[str, bytes] = {}
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    files[member.name.rsplit("/", 1)[-1]] = file.read()
+            return files
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked ({error}); download it again") from error
+
+
+def _batch(files: dict[str, bytes], name: str) -> bytes:
+    if name not in files:
+        raise DataError(f"the batch {name} is missing (got {', '.join(sorted(files)[:8])}); download CIFAR again")
+    return files[name]
+
+
+def _pickled(
+    files: dict[str, bytes], train: tuple[str, ...], test: str, key: bytes, meta: tuple[str, bytes]
+) -> tuple[tuple[_Part, _Part], tuple[str, ...]]:
+    def read(name: str) -> _Part:
+        batch = restricted_unpickle(_batch(files, name), name)
+        data = batch.get(b"data", batch.get("data")) if isinstance(batch, dict) else None
+        labels = batch.get(key, batch.get(key.decode())) if isinstance(batch, dict) else None
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or not isinstance(labels, list):
+            raise DataError(f"{name} must hold data and {key.decode()} (got {type(batch).__name__}); download it again")
+        return _checked(data, np.array(labels), name)
+
+    names: list[str] = []
+    if meta[0] in files:
+        found = restricted_unpickle(files[meta[0]], meta[0])
+        texts = found.get(meta[1], found.get(meta[1].decode(), [])) if isinstance(found, dict) else []
+        names = [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
+    parts = (_joined([read(name) for name in train]), read(test))
+    return parts, _class_names(names, parts)
+
+
+def _binary(
+    files: dict[str, bytes], train: list[str], test: str, label_bytes: int, names_file: str, classes: int
+) -> tuple[tuple[_Part, _Part], tuple[str, ...]]:
+    row = label_bytes + 3 * _SIDE * _SIDE
+
+    def read(name: str) -> _Part:
+        content = _batch(files, name)
+        if not content or len(content) % row:
+            raise DataError(f"{name} must hold rows of {row} bytes (got {len(content)} bytes); download it again")
+        rows = np.frombuffer(content, np.uint8).reshape(-1, row)
+        labels = rows[:, label_bytes - 1].astype(np.int64)
+        if labels.max() >= classes:
+            raise DataError(f"labels of {name} must lie in 0..{classes - 1} (got {labels.max()}); download it again")
+        return _checked(rows[:, label_bytes:], labels, name)
+
+    names = files.get(names_file, b"").decode(errors="replace").split()
+    parts = (_joined([read(name) for name in train]), read(test))
+    return parts, _class_names(names, parts)
+
+
+def _checked(data: NDArray[np.uint8], labels: NDArray[Any], name: str) -> _Part:
+    if data.ndim != 2 or data.shape[1] != 3 * _SIDE * _SIDE or labels.shape != (len(data),) or labels.dtype.kind != "i":
+        raise DataError(
+            f"{name} must hold one label for each image of {3 * _SIDE * _SIDE} values (got {labels.shape} and "
+            f"{data.shape}); download it again"
+        )
+    return data.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
+
+
+def _joined(parts: list[_Part]) -> _Part:
+    return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+
+
+def _class_names(names: list[str], parts: tuple[_Part, _Part]) -> tuple[str, ...]:
+    """The names that the files give, or numbers."""
+    return tuple(names) or tuple(str(label) for label in range(1 + max(int(y.max()) for _, y in parts)))
+
+
+class DownsampledImageNetSource(ImageSource):
+    """ImageNet at 8 to 64 pixels as published: ``train_data_batch_1.npz`` ... and ``val_data.npz``; official split.
+
+    Each holds ``data (n, 3 S S)`` uint8 and ``labels`` 1..1000. The arrays are unpacked into temporary files (in
+    ``TMPDIR``, as large as the data) and mapped, so that memory stays small whatever the order of reading.
+
+    Args:
+        path: folder or URL of the files.
+
+    Raises:
+        DataError: files are missing or damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        names = sorted(storage.list_sizes(path)) if storage.is_folder(path) else []
+        train = sorted((n for n in names if re.fullmatch(r"train_data(_batch_\d+)?\.npz", n)), key=_batch_number)
+        test = [name for name in names if name == "val_data.npz"]
+        if not train:
+            raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
+        self._scratch = tempfile.TemporaryDirectory(prefix="tarflow-scale-")
+        self._files = [_Mapped(storage.join(path, name), Path(self._scratch.name) / name) for name in [*train, *test]]
+        self._first = np.concatenate([[0], np.cumsum([file.shape[0] for file in self._files])])
+        widths = {file.shape[1] for file in self._files}
+        side = math.isqrt(min(widths) // 3)
+        if len(widths) != 1 or 3 * side * side != min(widths):
+            raise DataError(f"data of {path} must be (n, 3 S S) in every file (got widths {sorted(widths)})")
+        self._side = side
+        labels = np.concatenate([file.labels for file in self._files]) - 1
+        sizes = storage.list_sizes(path)
+        super().__init__(
+            name=f"imagenet{side}",
+            description=f"downsampled ImageNet {side}x{side}, official split (test is its validation set)",
+            class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
+            bit_depth=8,
+            labels=labels,
+            digest=storage.digest("\n".join(f"{n} {sizes[n]}" for n in [*train, *test]).encode() + labels.tobytes()),
+            official_test=(np.arange(len(labels)) >= self._first[len(train)]) if test else None,
+        )
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Image ``number`` as ``(3, S, S)`` uint8."""
+        file = int(np.searchsorted(self._first, number, side="right")) - 1
+        row = self._files[file].rows()[number - int(self._first[file])]
+        return np.array(row).reshape(3, self._side, self._side)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_scratch"}  # the first process tidies up
+
+    def origin(self, number: int) -> str:
+        """File and row."""
+        file = int(np.searchsorted(self._first, number, side="right")) - 1
+        return f"{self._files[file].name}/{number - int(self._first[file])}"
+
+
+def _batch_number(name: str) -> int:
+    return int((re.findall(r"\d+", name) or ["0"])[0])
+
+
+class _Mapped:
+    """``data`` of one ``.npz``, mapped into memory; and its ``labels``."""
+
+    def __init__(self, location: str, scratch: Path) -> None:
+        self.name = location.rsplit("/", 1)[-1]
+        try:
+            with zipfile.ZipFile(storage.open_seekable(location)) as archive:
+                with archive.open("labels.npy") as file:
+                    self.labels: NDArray[np.int64] = np.lib.format.read_array(file, allow_pickle=False).astype(np.int64)
+                with archive.open("data.npy") as source, scratch.open("wb") as copy:
+                    while block := source.read(1 << 22):
+                        copy.write(block)
+            self._path = scratch
+            self._rows: NDArray[np.uint8] | None = None
+            self.shape = self.rows().shape
+        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{location} must hold data and labels (got: {error}); download it again") from error
+        self.labels = self.labels.reshape(-1)
+        if self.rows().dtype != np.uint8 or len(self.shape) != 2 or len(self.labels) != self.shape[0]:
+            raise DataError(
+                f"{location} must hold data (n, 3 S S) uint8 and n labels (got {self.rows().dtype} {self.shape} and "
+                f"{len(self.labels)}); download it again"
+            )
+
+    def rows(self) -> NDArray[np.uint8]:
+        """``(n, 3 S S)``."""
+        if self._rows is None:
+            self._rows = np.lib.format.open_memmap(self._path, mode="r")
+        return self._rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": None}  # mapped again in another process

@@ -1,0 +1,169 @@
+"""Image files: a folder (or URL) of class folders, a flat folder, or a zip of either with or without dataset.json.
+
+A zip may hold ``dataset.json`` with ``{"labels": [["00000/img00000000.png", 6], ...]}``, as StyleGAN's and EDM's
+data set tools write it; its labels then count, not its folders.
+"""
+
+import json
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
+
+__all__ = ["FolderSource", "ZipSource", "classes_of"]
+
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ZIP_LABELS = "dataset.json"
+_WANTED = "looked for class/*.png, jpg, jpeg, webp, bmp, or the same without classes"
+
+
+def classes_of(names: list[str], where: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and labels from relative paths: the first folder is the class; no folders, no classes.
+
+    Raises:
+        DataError: some images lie in class folders, some beside them.
+    """
+    folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    class_names = sorted(set(folders))
+    if class_names == [""]:
+        return (), np.zeros(len(names), dtype=np.int64)
+    if "" in class_names:
+        stray = names[folders.index("")]
+        raise DataError(f"images must lie all in class folders, or all in one (got {stray} beside them in {where})")
+    number = {name: label for label, name in enumerate(class_names)}
+    return tuple(class_names), np.array([number[folder] for folder in folders], dtype=np.int64)
+
+
+def _is_image(name: str) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return name.lower().endswith(_EXTENSIONS) and not hidden
+
+
+class FolderSource(EncodedSource):
+    """``path/class/**/*.png``: every sub-folder is a class, in alphabetical order; or ``path/*.png`` without classes.
+
+    Args:
+        path: the folder, local or URL.
+        shaping: what is done to sizes.
+
+    Raises:
+        DataError: no folder, or no images in it.
+    """
+
+    def __init__(self, path: str, shaping: Shaping) -> None:
+        if not storage.is_folder(path):
+            raise DataError(f"source.path must be a folder (got {path}); check the path")
+        found = [(name, size) for name, size in storage.walk(path) if _is_image(name)]
+        if not found:
+            raise DataError(f"no images in {path} ({_WANTED}); check source.path")
+        self._path = path
+        self._names = [name for name, _ in found]
+        class_names, labels = classes_of(self._names, path)
+        order = np.argsort(labels, kind="stable")
+        self._names = [self._names[i] for i in order]
+        sizes = dict(found)
+        super().__init__(
+            shaping,
+            name=storage.base_name(path),
+            description="image folder",
+            class_names=class_names,
+            labels=labels[order],
+            digest=storage.digest("\n".join(f"{name} {sizes[name]}" for name in self._names).encode()),
+        )
+
+    def encoded(self, number: int) -> bytes:
+        """The file."""
+        return storage.read_bytes(self.place(number))
+
+    def origin(self, number: int) -> str:
+        """Path below the folder."""
+        return self._names[number]
+
+    def place(self, number: int) -> str:
+        """Path or URL of the file."""
+        return f"{self._path.rstrip('/')}/{self._names[number]}"
+
+
+class ZipSource(EncodedSource):
+    """Images in a zip, with the labels of its ``dataset.json`` or else of its folders.
+
+    Args:
+        path: the zip, local or URL (then read by ranges).
+        shaping: what is done to sizes.
+
+    Raises:
+        DataError: no zip, no images, or labels that do not cover them.
+    """
+
+    def __init__(self, path: str, shaping: Shaping) -> None:
+        self._path = path
+        self._zip: zipfile.ZipFile | None = None
+        infos = {info.filename: info for info in self._open().infolist() if _is_image(info.filename)}
+        if not infos:
+            raise DataError(f"no images in {path} ({_WANTED}); check source.path")
+        self._names = sorted(infos)
+        class_names, labels = self._labels()
+        facts = "\n".join(f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names)
+        super().__init__(
+            shaping,
+            name=storage.base_name(path).removesuffix(".zip"),
+            description="zip of images",
+            class_names=class_names,
+            labels=labels,
+            digest=storage.digest(f"{facts}\n{labels.tolist()}".encode()),
+        )
+
+    def encoded(self, number: int) -> bytes:
+        """The member, whose CRC the zip checks."""
+        try:
+            return self._open().read(self._names[number])
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise BadImage(f"{self.place(number)} cannot be unpacked ({error}); replace the zip") from error
+
+    def origin(self, number: int) -> str:
+        """Name in the zip."""
+        return self._names[number]
+
+    def place(self, number: int) -> str:
+        """Zip and member."""
+        return f"{self._path}:{self._names[number]}"
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._zip is None:
+            if not storage.exists(self._path):
+                raise DataError(f"there is no {self._path}; check source.path")
+            try:
+                self._zip = zipfile.ZipFile(storage.open_seekable(self._path))
+            except (zipfile.BadZipFile, EOFError, ValueError) as error:
+                raise DataError(f"{self._path} is not a zip ({error}); check source.path") from error
+        return self._zip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_zip": None}  # an open file does not travel between processes
+
+    def _labels(self) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        if _ZIP_LABELS not in self._open().namelist():
+            return classes_of(self._names, self._path)
+        try:
+            pairs = json.loads(self._open().read(_ZIP_LABELS)).get("labels")
+            known = None if pairs is None else {str(name): int(label) for name, label in pairs}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{_ZIP_LABELS} of {self._path} must hold labels as [[name, number], ...] (got {error}); mend it"
+            ) from error
+        if known is None:
+            return (), np.zeros(len(self._names), dtype=np.int64)
+        missing = [name for name in self._names if name not in known]
+        if missing:
+            raise DataError(
+                f"{_ZIP_LABELS} of {self._path} must label every image (got none for {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}); complete it"
+            )
+        labels = np.array([known[name] for name in self._names], dtype=np.int64)
+        return tuple(str(label) for label in range(int(labels.max()) + 1)), labels

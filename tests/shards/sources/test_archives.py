@@ -1,0 +1,334 @@
+"""Zips, CIFAR, downsampled ImageNet, Parquet and foreign tars: what comes out is what was put in."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from tarflow_scale import cli
+from tarflow_scale.config import SourceConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import encode_image, encode_png
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.sources import ImageSource, open_source
+from tarflow_scale.shards.sources.arrays import restricted_unpickle
+
+RNG = np.random.default_rng(0)
+
+
+def images(num: int, size: int = 6, channels: int = 3) -> NDArray[np.uint8]:
+    return RNG.integers(0, 256, (num, channels, size, size), np.uint8)
+
+
+def opened(kind: str, path: Path | str, **options: object) -> ImageSource:
+    source = open_source(SourceConfig.model_validate({"kind": kind, "path": str(path), **options}))
+    clone = pickle.loads(pickle.dumps(source))  # as a worker process gets it
+    assert all(np.array_equal(clone.image(i), source.image(i)) for i in range(len(source)))
+    assert [clone.origin(i) for i in range(len(source))] == [source.origin(i) for i in range(len(source))]
+    return source
+
+
+# --- zip
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_zip_takes_its_labels_from_dataset_json(tmp_path: Path) -> None:
+    some = images(3)
+    names = [f"00000/img{i:08d}.png" for i in range(3)]
+    members = {name: encode_png(image) for name, image in zip(names, some, strict=True)}
+    labels = json.dumps({"labels": [[names[2], 4], [names[0], 1], [names[1], 0]]}).encode()
+    source = opened("zip", write_zip(tmp_path / "edm.zip", members | {"dataset.json": labels}))
+    assert source.labels.tolist() == [1, 0, 4]
+    assert source.class_names == ("0", "1", "2", "3", "4")
+    assert all(np.array_equal(source.image(i), some[i]) for i in range(3))
+    without = json.dumps({"labels": None}).encode()
+    source = opened("zip", write_zip(tmp_path / "flat.zip", members | {"dataset.json": without}))
+    assert source.class_names == ()
+
+
+def test_a_zip_without_dataset_json_takes_its_folders(tmp_path: Path) -> None:
+    members = {f"{name}/{i}.png": encode_png(images(1)[0]) for name in ("b", "a") for i in range(2)}
+    source = opened("zip", write_zip(tmp_path / "x.zip", members | {"__MACOSX/._a.png": b"", "a/readme.txt": b""}))
+    assert source.class_names == ("a", "b")
+    assert source.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_zips_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    good = {"a.png": encode_png(images(1)[0]), "b.png": encode_png(images(1)[0])}
+    (tmp_path / "no.zip").write_bytes(b"PK no zip")
+    cases = {
+        "no.zip is not a zip": tmp_path / "no.zip",
+        "there is no .*absent.zip": tmp_path / "absent.zip",
+        "no images in .*empty.zip": write_zip(tmp_path / "empty.zip", {"a.txt": b""}),
+        r"must label every image \(got none for b.png\)": write_zip(
+            tmp_path / "half.zip", good | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
+        ),
+        r"must hold labels as \[\[name, number\]": write_zip(
+            tmp_path / "odd.zip", good | {"dataset.json": b'{"labels": 7}'}
+        ),
+        "labels of neg must lie in": write_zip(
+            tmp_path / "neg.zip", good | {"dataset.json": b'{"labels": [["a.png", -1], ["b.png", 0]]}'}
+        ),
+    }
+    for message, path in cases.items():
+        with pytest.raises(DataError, match=message):
+            opened("zip", path)
+
+
+# --- CIFAR
+
+
+def cifar_rows(num: int) -> tuple[NDArray[np.uint8], list[int]]:
+    return RNG.integers(0, 256, (num, 3072), np.uint8), [int(label) for label in RNG.integers(0, 10, num)]
+
+
+def write_cifar10(path: Path, binary: bool, num: int = 4) -> tuple[NDArray[np.uint8], list[int]]:
+    """Five training batches and a test batch, as published; returns all rows and labels in that order."""
+    path.mkdir()
+    rows, labels = [], []
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    words = ["airplane", *(f"c{i}" for i in range(1, 10))]
+    for name in names:
+        data, given = cifar_rows(num)
+        rows.append(data)
+        labels += given
+        if binary:
+            content = np.concatenate([np.array(given, np.uint8)[:, None], data], axis=1).tobytes()
+            (path / f"{name}.bin").write_bytes(content)
+        else:
+            batch = {b"data": data, b"labels": given, b"batch_label": b"x", b"filenames": [b"f.png"] * num}
+            (path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    if binary:
+        (path / "batches.meta.txt").write_text("\n".join(words))
+    else:
+        (path / "batches.meta").write_bytes(pickle.dumps({b"label_names": [w.encode() for w in words]}, protocol=2))
+    return np.concatenate(rows), labels
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_10_in_both_formats(tmp_path: Path, binary: bool, packed: bool) -> None:
+    rows, labels = write_cifar10(tmp_path / "batches", binary)
+    path = tmp_path / "batches"
+    if packed:
+        path = tmp_path / "cifar-10.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(tmp_path / "batches", "cifar-10-batches")
+    source = opened("cifar", path)
+    assert source.labels.tolist() == labels
+    assert source.class_names[0] == "airplane"
+    assert source.official_test is not None
+    assert source.official_test.tolist() == [False] * 20 + [True] * 4
+    assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(24))
+    assert (source.origin(19), source.origin(20)) == ("train/19", "test/0")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_cifar_100_has_fine_labels(tmp_path: Path, binary: bool) -> None:
+    for name in ("train", "test"):
+        data, _ = cifar_rows(3)
+        fine, coarse = [99, 5, 7], [3, 3, 3]
+        if binary:
+            columns = [np.array(coarse, np.uint8)[:, None], np.array(fine, np.uint8)[:, None], data]
+            (tmp_path / f"{name}.bin").write_bytes(np.concatenate(columns, axis=1).tobytes())
+        else:
+            batch = {b"data": data, b"fine_labels": fine, b"coarse_labels": coarse}
+            (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    source = opened("cifar", tmp_path)
+    assert source.name == "cifar100"
+    assert source.labels.tolist() == [99, 5, 7, 99, 5, 7]
+    assert len(source.class_names) == 100
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.system, ("touch /tmp/tarflow-scale-was-here",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "c", binary=False)
+    (tmp_path / "c/data_batch_3").write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}, protocol=2))
+    with pytest.raises(DataError, match=r"data_batch_3 is not a pickle of plain arrays \(it names posix.system\)"):
+        opened("cifar", tmp_path / "c")
+    assert not Path("/tmp/tarflow-scale-was-here").exists()
+    with pytest.raises(DataError, match="not a pickle of plain arrays"):
+        restricted_unpickle(b"\x80\x02}q", "it")
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert (restricted_unpickle(pickle.dumps(array, protocol=2), "it") == array).all()
+
+
+def test_damaged_cifar_batches_are_named(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "a", binary=True)
+    (tmp_path / "a/data_batch_2.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"data_batch_2.bin must hold rows of 3073 bytes \(got 5 bytes\)"):
+        opened("cifar", tmp_path / "a")
+    (tmp_path / "a/data_batch_2.bin").write_bytes(bytes([11]) + bytes(3072))
+    with pytest.raises(DataError, match=r"labels of data_batch_2.bin must lie in 0..9 \(got 11\)"):
+        opened("cifar", tmp_path / "a")
+    (tmp_path / "a/data_batch_2.bin").unlink()
+    with pytest.raises(DataError, match="the batch data_batch_2.bin is missing"):
+        opened("cifar", tmp_path / "a")
+    with pytest.raises(DataError, match="no CIFAR batches in"):
+        opened("cifar", tmp_path)
+
+
+# --- downsampled ImageNet
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_downsampled_imagenet(tmp_path: Path, save: Callable[..., None]) -> None:
+    rows = RNG.integers(0, 256, (12, 3 * 8 * 8), np.uint8)
+    for number, (low, high) in {1: (0, 4), 2: (4, 6), 10: (6, 9)}.items():
+        save(tmp_path / f"train_data_batch_{number}.npz", data=rows[low:high], labels=np.arange(low, high) + 1)
+    save(tmp_path / "val_data.npz", data=rows[9:], labels=np.array([1, 2, 3]))
+    source = opened("imagenet_npz", tmp_path)
+    assert source.name == "imagenet8"
+    assert source.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]
+    assert source.official_test is not None
+    assert source.official_test.sum() == 3
+    assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(12))
+    assert source.origin(6) == "train_data_batch_10.npz/0"
+    (tmp_path / "train_data_batch_2.npz").write_bytes(b"no npz")
+    with pytest.raises(DataError, match="train_data_batch_2.npz must hold data and labels"):
+        opened("imagenet_npz", tmp_path)
+
+
+# --- parquet
+
+
+def write_parquet(path: Path, some: NDArray[np.uint8], labels: list[int] | None, names: list[str] | None) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    columns: dict[str, Any] = {
+        "image": [{"bytes": encode_png(image), "path": f"{i}.png"} for i, image in enumerate(some)]
+    }
+    if labels is not None:
+        columns["label"] = labels
+    table = arrow.table(columns)
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=2)
+
+
+def test_parquet_in_the_layout_of_hugging_face(tmp_path: Path) -> None:
+    some = images(7)
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", some[:3], [1, 0, 1], ["cat", "dog"])
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", some[3:5], [0, 0], ["cat", "dog"])
+    write_parquet(tmp_path / "data/validation-00000-of-00001.parquet", some[5:], [1, 1], ["cat", "dog"])
+    source = opened("parquet", tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.tolist() == [1, 0, 1, 0, 0, 1, 1]
+    assert source.official_test is not None
+    assert source.official_test.tolist() == [False] * 5 + [True] * 2
+    assert all(np.array_equal(source.image(i), some[i]) for i in range(7))
+    assert source.origin(4) == "data/train-00001-of-00002.parquet/1"
+
+
+def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    write_parquet(tmp_path / "one.parquet", images(2), None, None)
+    assert opened("parquet", tmp_path / "one.parquet").class_names == ()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(DataError, match="bad.parquet is not a parquet table"):
+        opened("parquet", tmp_path / "bad.parquet")
+    parquet.write_table(arrow.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(DataError, match=r"must have a column image or img \(got text\)"):
+        opened("parquet", tmp_path / "text.parquet")
+    parquet.write_table(arrow.table({"image": [{"bytes": None, "path": "a.png"}]}), tmp_path / "path.parquet")
+    with pytest.raises(DataError, match=r"row 0 of .*path.parquet must hold image bytes \(got NoneType\)"):
+        opened("parquet", tmp_path / "path.parquet")
+
+
+# --- foreign tars
+
+
+def write_foreign(path: Path, some: NDArray[np.uint8], per_tar: int = 3, extension: str = "jpg") -> None:
+    """Tars by plain webdataset."""
+    path.mkdir(parents=True, exist_ok=True)
+    for number in range(-(-len(some) // per_tar)):
+        with TarWriter(str(path / f"shard-{number}.tar"), encoder=False) as writer:
+            for i in range(number * per_tar, min(len(some), (number + 1) * per_tar)):
+                content = encode_image(some[i], "png")
+                writer.write({"__key__": f"dir/{i:04d}", extension: content, "cls": str(i % 4).encode()})
+
+
+def test_tars_of_plain_webdataset_are_packed_again(tmp_path: Path) -> None:
+    some = images(8)
+    write_foreign(tmp_path / "in", some)
+    source = opened("webdataset", tmp_path / "in")
+    assert source.labels.tolist() == [i % 4 for i in range(8)]
+    assert all(np.array_equal(source.image(i), some[i]) for i in range(8))
+    assert source.origin(3) == "shard-1.tar:dir/0003"
+
+
+def test_tars_of_plain_webdataset_become_a_data_set_where_they_are(tmp_path: Path) -> None:
+    some = images(8)
+    write_foreign(tmp_path / "in", some)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "in").iterdir()}
+    arguments = ["prepare", "source.kind=webdataset", f"source.path={tmp_path}/in", "source.in_place=true"]
+    assert cli.main([*arguments, f"shards.path={tmp_path}/in"]) == 0
+    assert all((tmp_path / "in" / name).read_bytes() == content for name, content in before.items())
+    shards = ShardSet(str(tmp_path / "in"), verify="full")
+    batch = shards.take(np.arange(8))
+    assert np.array_equal(batch.images, some)
+    assert batch.labels.tolist() == [i % 4 for i in range(8)]
+    assert cli.main(["prepare", "--check", f"{tmp_path}/in"]) == 0
+    assert cli.main([*arguments, f"shards.path={tmp_path}/in"]) == 0
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    png = encode_png(images(1)[0])
+    tar_of(tmp_path / "double/a.tar", [("1.png", png), ("2.png", png), ("1.cls", b"0")])
+    tar_of(tmp_path / "half/a.tar", [("1.png", png), ("1.cls", b"0"), ("2.png", png)])
+    tar_of(tmp_path / "text/a.tar", [("1.txt", b"x")])
+    tar_of(tmp_path / "sizes/a.tar", [("1.png", png), ("2.png", encode_png(images(1, size=5)[0]))])
+    tar_of(tmp_path / "cut/a.tar", [("1.png", encode_png(images(1, size=64)[0]))])
+    whole = (tmp_path / "cut/a.tar").read_bytes()
+    (tmp_path / "cut/a.tar").write_bytes(whole[:2048])
+    (tmp_path / "none").mkdir()
+    cases = {
+        "double": "keys of a tar must differ .got 1 twice",
+        "half": "all samples must have labels, or none .got none for .*2",
+        "text": r"has no image \(members: txt\)",
+        "cut": "is not a whole tar",
+        "none": "no .tar in",
+    }
+    for name, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            opened("webdataset", tmp_path / name)
+    arguments = ["prepare", "source.kind=webdataset", "source.in_place=true"]
+    for name in (*cases, "sizes"):
+        path = tmp_path / name
+        before = sorted(file.name for file in path.iterdir())
+        assert cli.main([*arguments, f"source.path={path}", f"shards.path={path}"]) == 2
+        assert sorted(file.name for file in path.iterdir()) == before
