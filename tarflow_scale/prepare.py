@@ -52,8 +52,9 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         raise
     for split, manifest in manifests.items():
         path = _path(config, split)
-        packing.tidy(plans[split], notes[split])
+        packing.list_skipped(plans[split], notes[split])
         publish_manifest(path, manifest)
+        packing.remove_notes(plans[split])
         skipped = sum(len(note.skipped) for note in notes[split])
         left_out = f", {skipped} unusable images left out ({path}/skipped.jsonl)" if skipped else ""
         print(

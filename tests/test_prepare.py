@@ -1,6 +1,8 @@
 """``prepare``: stratified, reproducible, whole or absent."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from tarflow_scale import cli
+from tarflow_scale.shards import packing
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import TOP
@@ -167,6 +170,32 @@ def test_a_killed_packing_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> 
     assert [tar.stat().st_mtime_ns == times[tar] for tar in times] == [tar != broken for tar in times]
     assert cli.main([*arguments, f"shards.path={tmp_path}/whole"]) == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_packing_process_that_dies_costs_only_its_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "shards.num_workers=2"]
+    monkeypatch.setattr("tarflow_scale.shards.packing._pack_in_worker", die_at_the_fourth)
+    assert cli.main(arguments) == 2
+    assert "a packing process died" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0
+    assert "going on" in capsys.readouterr().out
+    assert cli.main([*arguments[:-2], f"shards.path={tmp_path}/whole"]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def die_at_the_fourth(number: int) -> packing.PackNote:
+    """In a worker process: the first three shards, then a kill once they are there."""
+    plan = packing._packing_of_worker[0]
+    if number < 3:
+        return plan.pack(number)
+    while len(list(Path(plan.path).glob(".*.packed.json"))) < 3:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def test_what_another_plan_left_half_done_is_not_mixed_in(tmp_path: Path) -> None:

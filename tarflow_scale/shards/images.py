@@ -1,6 +1,7 @@
 """Images to bytes and back, losslessly; bytes of tar members to samples."""
 
 import io
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "decode_image",
     "encode_image",
     "encode_png",
+    "image_extension",
     "image_size",
     "reduce_depth",
     "resize_center_crop",
@@ -28,6 +30,13 @@ CODECS: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "raw": "n
 """Codec to the extension of its member; ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only jpeg loses."""
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy", "bmp")
 """Extensions of members that are read as images."""
+
+
+def image_extension(members: Mapping[str, bytes]) -> str | None:
+    """Extension of the member that is the image; None if there is none."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+
+
 _MAX_PIXELS = 2**28
 """Larger images, 16,384 pixels squared, are refused before they are decoded."""
 

@@ -67,7 +67,7 @@ def statistics(path: str) -> Statistics:
         for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
             for low in range(0, record.samples, _RUN):
                 for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
-                    labels[int(stored.members()["cls"])] += 1
+                    labels[shards.label(stored)] += 1
                     bar.update(1)
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),

@@ -49,9 +49,6 @@ class _Block:
     order: NDArray[np.int64]
 
 
-Fetch = Callable[[_Block], "Future[list[StoredSample]] | _Later"]
-
-
 class _Later:
     """What looks like a future, but reads when it is asked."""
 

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.errors import DataError
+from tarflow_scale.errors import UserError
 from tarflow_scale.records import Record
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["PackNote", "Packing", "SkippedImage", "clear", "is_ours", "pack"]
+__all__ = ["PackNote", "Packing", "SkippedImage", "clear", "is_ours", "list_skipped", "pack", "remove_notes"]
 
 
 class SkippedImage(Record):
@@ -137,7 +137,8 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     """Pack all shards that are not packed yet; the notes of all, in order.
 
     Raises:
-        DataError: an image cannot be used; a worker was killed.
+        BadImage: an image cannot be used.
+        UserError: a worker was killed.
     """
     _remove_foreign(packing)
     notes = {number: note for number in range(packing.num_shards) if (note := packing.done(number)) is not None}
@@ -165,7 +166,7 @@ def _run(packing: Packing, missing: list[int], num_workers: int) -> Iterator[tup
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError(
+        raise UserError(  # not DataError: what is packed stays, to go on from
             f"a packing process died ({error}); is memory short? lower shards.num_workers and run it again to go on"
         ) from error
     finally:
@@ -203,12 +204,16 @@ def clear(path: str, split: str) -> None:
         storage.remove_tree(path)
 
 
-def tidy(packing: Packing, notes: list[PackNote]) -> None:
-    """List skipped images in ``skipped.jsonl``, and remove the notes."""
+def list_skipped(packing: Packing, notes: list[PackNote]) -> None:
+    """List images that were left out in ``skipped.jsonl``, if there are any."""
     skipped = [one for note in notes for one in note.skipped]
     if skipped:
         lines = "".join(json.dumps(one.model_dump()) + "\n" for one in skipped)
         storage.write_bytes(storage.join(packing.path, "skipped.jsonl"), lines.encode())
+
+
+def remove_notes(packing: Packing) -> None:
+    """Remove the notes of a packing whose manifest is published."""
     for number in range(packing.num_shards):
         storage.remove(storage.join(packing.path, _note_name(packing.tar_name(number))))
 

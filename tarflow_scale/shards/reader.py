@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError, StorageError
-from tarflow_scale.shards.images import IMAGE_EXTENSIONS, decode_image
+from tarflow_scale.shards.images import decode_image, image_extension
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
 
@@ -168,16 +168,22 @@ class ShardSet:
             CorruptSample: the sample is not what was packed, or not what the manifest says.
         """
         members = stored.members()
-        for extension in IMAGE_EXTENSIONS:
-            if extension in members:
-                break
-        else:
+        extension = image_extension(members)
+        if extension is None:
             raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")
         try:
             image = decode_image(members[extension], f"its .{extension}", self._shape)
         except DataError as error:
             raise CorruptSample(stored, f"is unusable: {str(error).partition(';')[0]}") from error
         return image, self._label(stored, members)
+
+    def label(self, stored: StoredSample) -> int:
+        """The label alone, -1 without labels.
+
+        Raises:
+            CorruptSample: as `decode`.
+        """
+        return self._label(stored, stored.members())
 
     def take(self, samples: NDArray[np.int64]) -> Batch:
         """Samples by their number in the manifest's order.

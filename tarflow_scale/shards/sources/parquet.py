@@ -46,6 +46,7 @@ class ParquetSource(EncodedSource):
         ends: list[int] = []
         labels: list[int] = []
         tests: list[bool] = []
+        labelled: set[bool] = set()
         self._rows: list[tuple[str, int]] = []
         class_names: tuple[str, ...] = ()
         chosen = _official(files)
@@ -56,6 +57,9 @@ class ParquetSource(EncodedSource):
                     continue
                 table = _open(location)
                 image_column, label_column = _columns(table, location)
+                labelled.add(label_column is not None)
+                if len(labelled) > 1:
+                    raise DataError(f"all tables must have labels, or none (got both, the second in {location})")
                 class_names = class_names or _class_names(table, label_column)
                 columns = [image_column] + ([label_column] if label_column else [])
                 row = itertools.count()
@@ -67,8 +71,6 @@ class ParquetSource(EncodedSource):
                         labels.append(int(record[label_column]) if label_column else 0)
                         tests.append(split == chosen)
                         self._rows.append((name, number))
-                if label_column is None and any(labels):
-                    raise DataError(f"every table must have labels or none (got none in {location}); mend it")
         self._ends = np.array([0, *ends], dtype=np.int64)
         if not class_names and any(labels):
             class_names = tuple(str(label) for label in range(max(labels) + 1))

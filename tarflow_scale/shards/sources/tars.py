@@ -6,6 +6,7 @@ that ends in png, jpg, jpeg, webp, bmp or npy; its label a ``.cls`` member, or `
 
 import json
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import IMAGE_EXTENSIONS, image_size
+from tarflow_scale.shards.images import image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
@@ -56,9 +57,8 @@ def scan_tar(location: str) -> list[TarSample]:
         raise DataError(f"no samples in {location}; replace or remove it")
     if samples[-1].stop > storage.size_bytes(location):
         raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
-    keys = [sample.key for sample in samples]
-    if len(set(keys)) < len(keys):
-        double = next(key for key in keys if keys.count(key) > 1)
+    double, times = Counter(sample.key for sample in samples).most_common(1)[0]
+    if times > 1:
         raise DataError(f"keys of a tar must differ (got {double} twice in {location}); sort its members by key")
     return samples
 
@@ -116,7 +116,7 @@ class TarSource(EncodedSource):
     def encoded(self, number: int) -> bytes:
         """The image member."""
         members = self._members(number)
-        extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+        extension = image_extension(members)
         if extension is None:
             raise BadImage(f"{self.place(number)} has no image (members: {', '.join(sorted(members))}); remove it")
         return members[extension]
@@ -164,7 +164,7 @@ class IndexedTars:
 
 
 def index_tars(path: str) -> IndexedTars:
-    """Index tars where they lie; reads each once and writes nothing.
+    """Index tars where they lie; holds one sample at a time and writes nothing.
 
     Raises:
         DataError: tars that cannot be a data set as they are: damaged, other sizes or channels, labels not in .cls.
@@ -177,12 +177,11 @@ def index_tars(path: str) -> IndexedTars:
     for name in tar_names(path):
         location = storage.join(path, name)
         samples = scan_tar(location)
-        content = storage.read_bytes(location)
         # What lies between two samples, say a folder, belongs to the one before, so that samples stay contiguous.
         offsets = [*(sample.start for sample in samples), samples[-1].stop]
         sums: list[int] = []
         for number, sample in enumerate(samples):
-            part = content[offsets[number] : offsets[number + 1]]
+            part = storage.read_range(location, offsets[number], offsets[number + 1])
             sums.append(checksum(part))
             members = members_of(part)
             shapes.setdefault(_shape_of(members, f"{location}:{sample.key}"), f"{location}:{sample.key}")
@@ -193,8 +192,8 @@ def index_tars(path: str) -> IndexedTars:
             ShardRecord(
                 file=name,
                 samples=len(samples),
-                bytes=len(content),
-                sha256=storage.digest(content),
+                bytes=storage.size_bytes(location),
+                sha256=_digest_of(location),
                 index_sha256=storage.digest(index),
             )
         )
@@ -210,8 +209,13 @@ def index_tars(path: str) -> IndexedTars:
     )
 
 
+def _digest_of(location: str) -> str:
+    with storage.local_copy(location) as copy:
+        return storage.digest(copy)
+
+
 def _shape_of(members: dict[str, bytes], what: str) -> tuple[int, int, int]:
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    extension = image_extension(members)
     if extension is None:
         raise DataError(f"{what} has no image (members: {', '.join(sorted(members))}); remove it")
     return image_size(members[extension], what)

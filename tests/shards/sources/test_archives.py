@@ -252,6 +252,12 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(DataError, match="bad.parquet is not a parquet table"):
         opened("parquet", tmp_path / "bad.parquet")
+    for first, second in (("labelled", "bare"), ("bare", "labelled")):
+        folder = tmp_path / f"{first}-first"
+        for number, kind in enumerate((first, second)):
+            write_parquet(folder / f"{number}.parquet", images(2), [1, 0] if kind == "labelled" else None, None)
+        with pytest.raises(DataError, match=r"all tables must have labels, or none .*1.parquet"):
+            opened("parquet", folder)
     parquet.write_table(arrow.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(DataError, match=r"must have a column image or img \(got text\)"):
         opened("parquet", tmp_path / "text.parquet")
