@@ -110,9 +110,7 @@ class Packing:
         samples = list(self._samples(number, skipped))
         record = None
         if samples:
-            shard = PackedShard.of(self.tar_name(number), samples, self.codec, self.quality)
-            shard.write(self.path)
-            record = shard.record
+            record = PackedShard.of(self.tar_name(number), samples, self.codec, self.quality).write(self.path)
         note = PackNote(plan=self.plan, record=record, skipped=tuple(skipped))
         storage.write_bytes(storage.join(self.path, _note_name(self.tar_name(number))), note.to_json())
         return note

@@ -16,7 +16,7 @@ from tarflow_scale.shards.images import CODECS, Codec, encode_image
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 
-__all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest", "write_shard"]
+__all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest"]
 
 _MODIFIED_SECONDS = 0
 """Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
@@ -73,17 +73,11 @@ class PackedShard:
         )
         return cls(tar, index_bytes, record)
 
-    def write(self, path: str) -> None:
-        """Write index and tar; each appears whole or not at all, the index first."""
+    def write(self, path: str) -> ShardRecord:
+        """Write index and tar, each whole or not at all, the index first; returns the record."""
         storage.write_bytes(storage.join(path, index_name(self.record.file)), self.index)
         storage.write_bytes(storage.join(path, self.record.file), self.tar)
-
-
-def write_shard(path: str, tar_name: str, samples: Iterable[Sample]) -> ShardRecord:
-    """Pack and write one shard."""
-    shard = PackedShard.of(tar_name, samples)
-    shard.write(path)
-    return shard.record
+        return self.record
 
 
 def publish_manifest(path: str, manifest: Manifest) -> None:

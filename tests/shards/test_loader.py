@@ -25,7 +25,7 @@ from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix, share_slots
 from tarflow_scale.shards.reader import Batch, ShardSet
-from tarflow_scale.shards.writer import Sample, publish_manifest, write_shard
+from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
 
 
 def pack(path: Path, shards: list[int], value: Callable[[int], int] = lambda n: n % 251, classes: int = 3) -> Path:
@@ -36,7 +36,7 @@ def pack(path: Path, shards: list[int], value: Callable[[int], int] = lambda n: 
             Sample(f"{first + i:06d}", np.full((1, 2, 2), value(first + i), np.uint8), (first + i) % classes)
             for i in range(size)
         ]
-        records.append(write_shard(str(path), f"train-{number:05d}.tar", samples))
+        records.append(PackedShard.of(f"train-{number:05d}.tar", samples).write(str(path)))
         first += size
     manifest = Manifest(
         name="numbers",
@@ -332,7 +332,8 @@ def test_sets_that_do_not_fit_or_get_no_slot_are_refused(tmp_path: Path) -> None
 def test_augmentation_follows_seed_epoch_and_sample(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 3, 8, 8), np.uint8)
-    record = write_shard(str(tmp_path), "train-00000.tar", [Sample(f"{i:03d}", im, 0) for i, im in enumerate(images)])
+    samples = [Sample(f"{i:03d}", image, 0) for i, image in enumerate(images)]
+    record = PackedShard.of("train-00000.tar", samples).write(str(tmp_path))
     facts = ShardSet(str(pack(tmp_path / "x", [2]))).manifest
     update = {"image_size_pixels": 8, "num_channels": 3, "class_names": ("a",), "shards": (record,)}
     publish_manifest(str(tmp_path), facts.model_copy(update=update))

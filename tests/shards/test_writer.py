@@ -11,7 +11,7 @@ import webdataset
 from tarflow_scale import storage
 from tarflow_scale.shards.index import checksum, read_index
 from tarflow_scale.shards.manifest import index_name, read_manifest
-from tarflow_scale.shards.writer import Sample, pack_shard, write_shard
+from tarflow_scale.shards.writer import PackedShard, Sample, pack_shard
 
 
 def samples(num: int = 5) -> list[Sample]:
@@ -32,15 +32,15 @@ def test_plain_webdataset_reads_what_we_write(digits: Path) -> None:
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
-    first = write_shard(str(tmp_path / "a"), "s.tar", samples())
-    second = write_shard(str(tmp_path / "b"), "s.tar", samples())
+    first = PackedShard.of("s.tar", samples()).write(str(tmp_path / "a"))
+    second = PackedShard.of("s.tar", samples()).write(str(tmp_path / "b"))
     assert first == second
     assert (tmp_path / "a/s.tar").read_bytes() == (tmp_path / "b/s.tar").read_bytes()
     assert (tmp_path / "a/s.index.npz").read_bytes() == (tmp_path / "b/s.index.npz").read_bytes()
 
 
 def test_members_are_sorted_and_carry_no_time(tmp_path: Path) -> None:
-    write_shard(str(tmp_path), "s.tar", samples(2))
+    PackedShard.of("s.tar", samples(2)).write(str(tmp_path))
     with tarfile.open(tmp_path / "s.tar") as tar:
         members = tar.getmembers()
     assert [m.name for m in members] == [f"{i:04d}.{e}" for i in range(2) for e in ("cls", "json", "png")]
@@ -48,7 +48,7 @@ def test_members_are_sorted_and_carry_no_time(tmp_path: Path) -> None:
 
 
 def test_the_index_points_at_every_sample(tmp_path: Path) -> None:
-    record = write_shard(str(tmp_path), "s.tar", samples())
+    record = PackedShard.of("s.tar", samples()).write(str(tmp_path))
     index = read_index(str(tmp_path / index_name("s.tar")), 5, record.index_sha256)
     content = (tmp_path / "s.tar").read_bytes()
     assert storage.digest(content) == record.sha256
@@ -67,6 +67,6 @@ def test_an_unlabelled_sample_has_no_class_member() -> None:
 
 @pytest.mark.parametrize("label", [0, 9, 999])
 def test_labels_survive(tmp_path: Path, label: int) -> None:
-    write_shard(str(tmp_path), "s.tar", [Sample("a", np.zeros((1, 2, 2), np.uint8), label)])
+    PackedShard.of("s.tar", [Sample("a", np.zeros((1, 2, 2), np.uint8), label)]).write(str(tmp_path))
     [(found,)] = webdataset.WebDataset(f"{tmp_path}/s.tar", shardshuffle=False).decode().to_tuple("cls")
     assert found == label
