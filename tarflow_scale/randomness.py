@@ -9,7 +9,8 @@ device.
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["Purpose", "generator", "integer", "permutation", "raw_words"]
 
@@ -61,6 +62,15 @@ def raw_words(num: int, purpose: Purpose, seed: int, index: int = 0, lane: int =
 
 
 def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Philox:
-    key = np.array([seed, index], dtype=np.uint64)
     counter = np.array([0, 0, lane, int(purpose)], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter)
+    return np.random.Philox(_Key(seed, index), counter=counter)
+
+
+class _Key(ISeedSequence):
+    """A key in NumPy's words. As ``key=`` it would be used just so, but after a draw of entropy that takes longer."""
+
+    def __init__(self, *words: int) -> None:
+        self._words = np.array(words, dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: DTypeLike = np.uint64) -> NDArray[np.uint64]:
+        return self._words

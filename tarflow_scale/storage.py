@@ -80,8 +80,11 @@ def read_range(location: str, start: int, stop: int) -> bytes:
         if is_remote(location):
             fs, path = _filesystem(location)
             return cast(bytes, fs.cat_file(path, start=start, end=stop))
-        with _local(location).open("rb") as file:
-            return os.pread(file.fileno(), stop - start, start)
+        handle = os.open(_local(location), os.O_RDONLY)
+        try:
+            return os.pread(handle, stop - start, start)
+        finally:
+            os.close(handle)
 
 
 def size_bytes(location: str) -> int:

@@ -66,15 +66,17 @@ def measure_step(
     return {"seconds": min(seconds), "peak_mib": (_peak_bytes(device) - before) / _MIB}
 
 
-def alternate(script: str, variants: Sequence[Sequence[str]], rounds: int) -> list[dict[str, float]]:
+def alternate(
+    script: str, variants: Sequence[Sequence[str]], rounds: int, memory: bool = True
+) -> list[dict[str, float]]:
     """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest time, and the memory.
 
-    Memory is that of one more run, in which glibc gives freed blocks back at once, so that resident memory is what is
+    Memory, if asked for, is that of one more run, in which glibc gives freed blocks back at once, so that resident memory is what is
     in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the dictionary of
     `measure_step` as its last line.
     """
     found: list[list[dict[str, float]]] = [[] for _ in variants]
-    for number in range(rounds + 1):
+    for number in range(rounds + memory):
         for i, variant in enumerate(variants):
             command = [sys.executable, script, "--worker", *variant]
             settings = _EXACT_MEMORY if number == rounds else _KEPT_MEMORY
@@ -84,7 +86,7 @@ def alternate(script: str, variants: Sequence[Sequence[str]], rounds: int) -> li
             found[i].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}: {' '.join(variant)}: {found[i][-1]}", file=sys.stderr)
     return [
-        {"seconds": min(one["seconds"] for one in several[:-1]), "peak_mib": several[-1]["peak_mib"]}
+        {"seconds": min(one["seconds"] for one in several[:rounds]), "peak_mib": several[-1]["peak_mib"]}
         for several in found
     ]
 

@@ -37,6 +37,8 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
     return next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
 
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+"""What Pillow may take bytes for; most likely first."""
 _MAX_PIXELS = 2**28
 """Larger images, 16,384 pixels squared, are refused before they are decoded."""
 
@@ -66,7 +68,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 
 def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode to ``(C, H, W)`` uint8; grey images have one channel, all others become RGB.
+    """Decode to ``(C, H, W)`` uint8, read-only and in any memory order; grey images have one channel, others RGB.
 
     Args:
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
@@ -82,20 +84,20 @@ def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
-            if shape is not None and (image.height, image.width) != shape[1:]:
-                raise DataError(
-                    f"{origin} has {image.height}x{image.width} pixels (not {shape[1]}x{shape[2]}); pack again"
-                )
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > _MAX_PIXELS:
+                raise DataError(f"{origin} is too large ({width}x{height} pixels); shrink or remove it")
+            if shape is not None and (height, width) != shape[1:]:
+                raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            pixels = (image if image.mode == mode else image.convert(mode)).tobytes()
             is_webp = image.format == "WEBP"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
-    decoded = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    decoded = np.frombuffer(pixels, np.uint8).reshape(height, width, len(mode)).transpose(2, 0, 1)
     if shape is not None and decoded.shape[0] != shape[0]:
         if is_webp and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
             decoded = decoded[:1]
@@ -103,7 +105,7 @@ def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None
             decoded = decoded.repeat(3, axis=0)
         else:
             raise DataError(f"{origin} has {decoded.shape[0]} channels (not {shape[0]}); pack again")
-    return np.ascontiguousarray(decoded)
+    return decoded
 
 
 def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
@@ -131,7 +133,7 @@ def image_size(content: bytes, origin: str) -> tuple[int, int, int]:
         channels, height, width = _decode_array(content, origin, None).shape
         return channels, height, width
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             return 1 if image.mode in ("1", "L", "LA") else 3, image.height, image.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error

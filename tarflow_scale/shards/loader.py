@@ -4,15 +4,18 @@ Every slot of the global batch is a stream of samples (`tarflow_scale.shards.ord
 its worker processes own runs of that run; a batch is the next sample of every slot, in the order of the slots. So
 neither ranks nor workers change what is in a global batch, and each byte is fetched once in an epoch.
 
-A stream holds the stored bytes of the block that it is in. Where reads wait for a store, threads fetch each
-slot's next block meanwhile, which makes it two blocks.
+A stream holds the stored bytes of the block that it is in. Where reads wait for a store, threads fetch what comes
+next meanwhile, so far as it fits in two blocks together with the first: one block, or the several short ones with
+which an epoch ends and the next begins.
 
 A corrupt sample is replaced by its successor in the manifest's order, on every rank and at every restart the same.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,9 +47,13 @@ class _Block:
     """A block of one slot: where it lies, in which order it is taken, and how much of it is over already."""
 
     epoch: int
-    shards: NDArray[np.int64]
-    places: NDArray[np.int64]
-    order: NDArray[np.int64]
+    runs: list[tuple[int, int, int]]
+    order: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        """What reading it makes stay in memory."""
+        return sum(stop - start for _, start, stop in self.runs)
 
 
 class _Later:
@@ -189,13 +196,15 @@ class _WorkerDataSet(IterableDataset[Any]):
 
 
 class _SlotStream:
-    """One slot's samples from ``step`` on, for ever; reads the first block at once, each next one when it is due."""
+    """One slot's samples from ``step`` on, for ever; begins at once to read the first blocks."""
 
     def __init__(self, part: MixPart, slot: int, step: int, pool: ThreadPoolExecutor | None) -> None:
         self._part = part
         self._pool = pool
         self._blocks = _blocks(part, slot, step)
-        self._coming = self._fetch(next(self._blocks))
+        self._due = next(self._blocks)
+        self._ahead: deque[tuple[_Block, Future[list[StoredSample]] | _Later]] = deque()
+        self._read_ahead(0)
         self._samples = self._walk()
 
     def __next__(self) -> tuple[MixPart, StoredSample, int]:
@@ -203,20 +212,23 @@ class _SlotStream:
 
     def _walk(self) -> Iterator[tuple[MixPart, StoredSample, int]]:
         while True:
-            block, coming = self._coming
+            block, coming = self._ahead.popleft()
             stored = coming.result()
-            for taken, place in enumerate(block.order):
-                if taken == 1:
-                    self._coming = self._fetch(next(self._blocks))
+            self._read_ahead(block.num_samples)
+            for place in block.order:
                 yield self._part, stored[place], block.epoch
-            if len(block.order) == 1:
-                self._coming = self._fetch(next(self._blocks))
 
-    def _fetch(self, block: _Block) -> "tuple[_Block, Future[list[StoredSample]] | _Later]":
-        def read() -> list[StoredSample]:
-            return self._part.shards.read_scattered(block.shards, block.places)
+    def _read_ahead(self, held: int) -> None:
+        """Have the next block read, and more of them while they fit in two whole blocks with the ``held`` samples."""
+        held += sum(block.num_samples for block, _ in self._ahead)
+        while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
+            read = partial(self._read, self._due)
+            self._ahead.append((self._due, _Later(read) if self._pool is None else self._pool.submit(read)))
+            held += self._due.num_samples
+            self._due = next(self._blocks)
 
-        return block, _Later(read) if self._pool is None else self._pool.submit(read)
+    def _read(self, block: _Block) -> list[StoredSample]:
+        return [sample for run in block.runs for sample in self._part.shards.read_run(*run)]
 
 
 def _blocks(part: MixPart, slot: int, step: int) -> Iterator[_Block]:
@@ -228,7 +240,7 @@ def _blocks(part: MixPart, slot: int, step: int) -> Iterator[_Block]:
         for block in range(first, len(walk.block_lengths)):
             low, high = walk.block_range(block)
             skip = start - int(walk.visit_starts[first]) if block == first else 0
-            yield _Block(epoch, *line.locate(np.arange(low, high)), walk.block_order(block)[skip:])
+            yield _Block(epoch, line.runs(low, high), walk.block_order(block)[skip:].tolist())
         epoch, start = epoch + 1, 0
 
 

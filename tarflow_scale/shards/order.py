@@ -28,7 +28,7 @@ Why (n samples, G slots, stretches of s = floor(n / G) samples):
 
 `tests/shards/test_order.py` and `tests/shards/test_loader.py` check these as properties of random data sets.
 
-Units: samples. Positions are on the epoch's line; ``Line.locate`` turns them into (shard, index in shard).
+Units: samples. Positions are on the epoch's line; ``Line`` turns them into (shard, index in shard).
 """
 
 from dataclasses import dataclass
@@ -93,6 +93,18 @@ class Line:
         absolute = (positions + self._rotation) % self.spec.num_samples
         place = np.searchsorted(self._starts, absolute, side="right") - 1
         return self._shards[place], absolute - self._starts[place]
+
+    def runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Line positions ``[start, stop)`` as runs ``(shard number, first index in it, index after the last)``."""
+        runs: list[tuple[int, int, int]] = []
+        while start < stop:
+            absolute = (start + self._rotation) % self.spec.num_samples
+            place = int(np.searchsorted(self._starts, absolute, side="right")) - 1
+            first, end = absolute - int(self._starts[place]), int(self._starts[place + 1])
+            length = min(stop - start, end - absolute)
+            runs.append((int(self._shards[place]), first, first + length))
+            start += length
+        return runs
 
 
 class SlotWalk:

