@@ -63,7 +63,7 @@ def raw_words(num: int, purpose: Purpose, seed: int, index: int = 0, lane: int =
 
 def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Philox:
     counter = np.array([0, 0, lane, int(purpose)], dtype=np.uint64)
-    return np.random.Philox(_Key(seed, index), counter=counter)
+    return np.random.Philox(_Key(seed, index), counter=counter)  # pyright: ignore[reportArgumentType]
 
 
 class _Key(ISeedSequence):

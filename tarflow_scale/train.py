@@ -30,7 +30,8 @@ from tarflow_scale.shards.mix import Mix, MixPart, open_mix
 from tarflow_scale.shards.order import steps_per_epoch
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, deepspeed_config, start_process_group
-from tarflow_scale.training.loop import Loop, noisy_images
+from tarflow_scale.training.loop import Loop
+from tarflow_scale.training.noise import noisy_images
 
 __all__ = ["run"]
 
@@ -106,11 +107,10 @@ def _initialize(flow: Flow, reader: Loader, config: TrainConfig) -> None:
     A resumed run repeats it; the checkpoint then overwrites what it set.
     """
     assert flow.pixels is not None
-    size = config.training.micro_batch_size
-    batch = reader.first()
+    batch = reader.first()[: config.training.micro_batch_size]
     device = next(flow.parameters()).device
-    x = noisy_images(batch, flow.pixels, config.training.seed)[:size].to(device)
-    y = torch.from_numpy(batch.labels)[:size].to(device) if flow.num_classes is not None else None
+    x = noisy_images(batch, flow.pixels, config.training.seed, device)
+    y = torch.from_numpy(batch.labels).to(device) if flow.num_classes is not None else None
     flow.train().initialize(x, y)
     distributed.broadcast_module(flow)
 

@@ -1,4 +1,4 @@
-"""Images per second of the loader, against a bare decode loop, plain webdataset and itself over S3; a seek in a million.
+"""Images per second of the loader against a bare loop, plain webdataset and itself over S3; and a seek in a million.
 
     python evals/benchmarks/loader.py --output evals/results/loader-cpu.json
 
@@ -6,15 +6,16 @@ Two data sets of synthetic pictures (noise at octaves, so that they compress lik
 and 512 px JPEG. Every variant reads the same tars with the same decoder in a process of its own; rounds alternate and
 the fastest counts.
 
-* bare: the image members lie in memory; one thread decodes them, as Pillow's documentation shows it, and stacks batches.
+* bare: the image members lie in memory; one thread decodes them, as Pillow's documentation shows, and stacks batches.
 * decoder: the same with our decoder, which refuses other sizes and is faster.
 * ours: the loader, checksums and order and all, without worker processes and with two.
 * s3: the loader without worker processes, over an S3 server on this machine that answers 30 ms late; and the local
   rate with the same shuffle block (of 64 samples at 64 px, where 16 would be small requests).
 * webdataset: WebDataset(shardshuffle).shuffle(1000), the same decoding and batching, without workers and with two.
 
-Every tar is there eight times, by links, so that epochs are not absurdly short. The data set of a million samples is one shard of a thousand, linked a thousand times; opening, planning and reading the
-first batch in the middle of an epoch are real.
+Every tar is there eight times, by links, so that epochs are not absurdly short. The data set of a million samples is
+one shard of a thousand, linked a thousand times; opening, planning and reading the first batch in the middle of an
+epoch are real.
 """
 
 import argparse

@@ -71,9 +71,9 @@ def alternate(
 ) -> list[dict[str, float]]:
     """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest time, and the memory.
 
-    Memory, if asked for, is that of one more run, in which glibc gives freed blocks back at once, so that resident memory is what is
-    in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the dictionary of
-    `measure_step` as its last line.
+    Memory, if asked for, is that of one more run, in which glibc gives freed blocks back at once, so that resident
+    memory is what is in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the
+    dictionary of `measure_step` as its last line.
     """
     found: list[list[dict[str, float]]] = [[] for _ in variants]
     for number in range(rounds + memory):

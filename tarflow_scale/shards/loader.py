@@ -88,7 +88,7 @@ class Loader:
     pin_memory: bool = False
 
     def batches(self, images_seen: int) -> Generator[Batch]:
-        """Batches for ever, from the global batch that follows ``images_seen`` images.
+        """Batches for ever, from the global batch that follows ``images_seen`` images; their images are NHWC in memory.
 
         Resuming reads at most one block per slot again. Each batch holds ``len(slots)`` samples. Close the generator
         to stop its workers.
@@ -126,7 +126,7 @@ class Loader:
 
     def _collate(self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine) -> Batch:
         size = self.config.augmentation.crop_pixels or self.mix.manifest.image_size_pixels
-        images = np.empty((len(taken), self.mix.manifest.num_channels, size, size), dtype=np.uint8)
+        images = _empty_images((len(taken), self.mix.manifest.num_channels, size, size), self.pin_memory)
         labels, samples, epochs = (np.empty(len(taken), dtype=np.int64) for _ in range(3))
         quarantine.passed(len(taken))
         for i, (part, stored, epoch) in enumerate(taken):
@@ -150,9 +150,9 @@ class Loader:
         items = iter(loader)
         while True:
             parts = [self._part(items) for _ in range(workers)]
-            images = np.concatenate([part.images for part in parts])
+            images = _empty_images((len(self.slots), *parts[0].images.shape[1:]), self.pin_memory)
             yield Batch(
-                images=torch.from_numpy(images).pin_memory().numpy() if self.pin_memory else images,
+                images=np.concatenate([part.images for part in parts], out=images),
                 labels=np.concatenate([part.labels for part in parts]),
                 samples=np.concatenate([part.samples for part in parts]),
                 epochs=np.concatenate([part.epochs for part in parts]),
@@ -169,7 +169,18 @@ class Loader:
             raise DataError(f"a loader process died ({reason}); is memory short? lower data.num_workers") from error
         if isinstance(part, UserError):
             raise part
-        return part
+        return _channels_moved(part, (0, 3, 1, 2))
+
+
+def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
+    """``(B, C, H, W)``, in memory ``(B, H, W, C)``, which is how decoders write."""
+    num, channels, height, width = shape
+    memory = torch.empty((num, height, width, channels), dtype=torch.uint8, pin_memory=pinned)
+    return memory.numpy().transpose(0, 3, 1, 2)
+
+
+def _channels_moved(batch: Batch, axes: tuple[int, ...]) -> Batch:
+    return replace(batch, images=batch.images.transpose(axes))
 
 
 def _as_it_is(item: Any) -> Any:
@@ -188,9 +199,10 @@ class _WorkerDataSet(IterableDataset[Any]):
         info = get_worker_info()
         assert info is not None
         slots = np.array_split(np.arange(self._loader.slots.start, self._loader.slots.stop), self._workers)[info.id]
-        own = replace(self._loader, slots=range(int(slots[0]), int(slots[-1]) + 1))
+        own = replace(self._loader, slots=range(int(slots[0]), int(slots[-1]) + 1), pin_memory=False)
         try:
-            yield from own._own_batches(self._step)  # pyright: ignore[reportPrivateUsage]
+            for batch in own._own_batches(self._step):  # pyright: ignore[reportPrivateUsage]
+                yield _channels_moved(batch, (0, 2, 3, 1))  # contiguous, or pickling would sort every byte
         except UserError as error:
             yield error  # as a value, because DataLoader would wrap it in its traceback
 

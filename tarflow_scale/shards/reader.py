@@ -51,14 +51,20 @@ class CorruptSample(DataError):
 class Batch:
     """Samples that are processed together.
 
-    images: ``(B, C, H, W)`` uint8. labels: ``(B,)`` int64, -1 without labels. samples: ``(B,)`` int64, the number of
-    each sample in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
+    images: ``(B, C, H, W)`` uint8, in memory maybe with channels last. labels: ``(B,)`` int64, -1 without labels.
+    samples: ``(B,)`` int64, numbers in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        return Batch(self.images[part], self.labels[part], self.samples[part], self.epochs[part])
 
 
 class StoredSample(NamedTuple):
@@ -193,7 +199,7 @@ class ShardSet:
         """
         decoded = [self.decode(stored) for stored in self.read(samples)]
         return Batch(
-            images=np.stack([image for image, _ in decoded]),
+            images=np.ascontiguousarray(np.stack([image for image, _ in decoded])),
             labels=np.array([label for _, label in decoded], dtype=np.int64),
             samples=np.asarray(samples, dtype=np.int64),
             epochs=np.zeros(len(decoded), dtype=np.int64),

@@ -22,8 +22,6 @@ from torch import Tensor
 from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import CheckpointConfig, LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from tarflow_scale.errors import UserError
-from tarflow_scale.flows.likelihood import add_noise
-from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.reader import Batch
@@ -31,6 +29,7 @@ from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverage
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
+from tarflow_scale.training.noise import dropped_labels, noisy_images
 from tarflow_scale.training.schedule import learning_rate
 
 __all__ = ["Interrupted", "Loop", "Preview", "Progress", "check_shared"]
@@ -136,12 +135,12 @@ class Loop:
         return result
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        x = noisy_images(batch, self.pixels, self.training.seed)
-        y = dropped_labels(batch, self.training.label_drop, self.training.seed) if self.class_conditional else None
-        size = self.training.micro_batch_size
-        for low in range(0, len(x), size):
-            labels = y[low : low + size].to(self.engine.device) if y is not None else None
-            yield MicroBatch(x[low : low + size].to(self.engine.device), labels)
+        device, seed, size = self.engine.device, self.training.seed, self.training.micro_batch_size
+        for low in range(0, len(batch), size):
+            part = batch[low : low + size]
+            x = noisy_images(part, self.pixels, seed, device)
+            y = dropped_labels(part, self.training.label_drop, seed).to(device) if self.class_conditional else None
+            yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, signalled: bool, progress: Progress) -> bool:
         """Sum over ranks what all must know; True when any rank was asked to stop."""
@@ -281,26 +280,6 @@ def _leave_mark(path: str) -> str:
     mark = uuid.uuid4().hex
     storage.write_bytes(storage.join(path, f".shared-{mark}"), b"seen")
     return mark
-
-
-def noisy_images(batch: Batch, pixels: PixelFormat, seed: int) -> Tensor:
-    """Images of a batch as floats ``(B, C, H, W)`` with the training noise, a function of (seed, epoch, sample)."""
-    shape = batch.images.shape[1:]
-    noise = np.empty(batch.images.shape, dtype=np.float32)
-    for i, (epoch, sample) in enumerate(zip(batch.epochs, batch.samples, strict=True)):
-        draw = generator(Purpose.NOISE, seed, int(epoch), int(sample))
-        uniform = pixels.noise == "uniform"
-        noise[i] = draw.random(shape, np.float32) if uniform else draw.standard_normal(shape, np.float32)
-    return add_noise(torch.from_numpy(batch.images), torch.from_numpy(noise), pixels)
-
-
-def dropped_labels(batch: Batch, probability: float, seed: int) -> Tensor:
-    """Labels ``(B,)``, -1 where dropped; a function of (seed, epoch, sample)."""
-    draws = [
-        generator(Purpose.LABEL_DROP, seed, int(epoch), int(sample)).random()
-        for epoch, sample in zip(batch.epochs, batch.samples, strict=True)
-    ]
-    return torch.from_numpy(np.where(np.array(draws) < probability, -1, batch.labels))
 
 
 class _StopSignal:

@@ -1,0 +1,103 @@
+"""What is random about a training sample once it is decoded: its noise, and whether its label is dropped.
+
+Both are functions of (seed, epoch, sample). Noise is as large as the images in float, so it is drawn where the flow is:
+images travel to the device as uint8. It comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011) in integer arithmetic of torch, whose words are the same on every device; torch's own generators are
+not, and cannot be asked for the noise of one sample.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tarflow_scale.flows.likelihood import add_noise
+from tarflow_scale.randomness import Purpose, generator
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.shards.reader import Batch
+
+__all__ = ["Philox", "dropped_labels", "noisy_images", "sample_noise"]
+
+_MASK = 2**32 - 1
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Philox:
+    """Philox 4x32-10 with a key of two 32-bit words."""
+
+    key: tuple[int, int]
+
+    def words(self, counters: Sequence[Int64[Tensor, "..."]]) -> tuple[Int64[Tensor, "..."], ...]:
+        """Four random words in ``[0, 2^32)`` for each counter of four words, which may broadcast."""
+        c0, c1, c2, c3 = counters
+        k0, k1 = self.key
+        for _ in range(_ROUNDS):
+            # Products wrap at 2^64; shifts of negative numbers fill with ones, which the mask takes away.
+            first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c1 = (second >> 32 & _MASK) ^ c1 ^ k0, second & _MASK
+            c2, c3 = (first >> 32 & _MASK) ^ c3 ^ k1, first & _MASK
+            k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+        return c0, c1, c2, c3
+
+
+def noisy_images(batch: Batch, pixels: PixelFormat, seed: int, device: torch.device) -> Float[Tensor, "B C H W"]:
+    """Images of a batch as the floats that the flow is trained on, on the device."""
+    images = torch.from_numpy(batch.images).to(device, non_blocking=True).contiguous()
+    noise = sample_noise(pixels.noise, seed, batch.epochs, batch.samples, images.shape[1:].numel(), device)
+    return add_noise(images, noise.view(images.shape), pixels)
+
+
+def sample_noise(
+    kind: Literal["uniform", "gaussian"],
+    seed: int,
+    epochs: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    num_dims: int,
+    device: torch.device,
+) -> Float[Tensor, "B D"]:
+    """Float32 noise of samples ``(B,)``: uniform on [0, 1) or standard normal.
+
+    Uniform noise is the same on every device; normal noise is up to the rounding of its logarithm, sine and cosine.
+
+    Args:
+        kind: the distribution.
+        seed: in [0, 2^64).
+        epochs: below 2^32.
+        samples: below 2^56.
+        num_dims: numbers of each sample.
+        device: where.
+    """
+    where = torch.from_numpy(np.stack([epochs, samples])).to(device)[:, :, None]
+    epoch, low, high = where[0], where[1] & _MASK, (where[1] >> 32) | (int(Purpose.NOISE) << 24)
+    blocks = torch.arange(-(-num_dims // 4), device=device)
+    words = Philox((seed & _MASK, seed >> 32)).words((blocks, epoch, low, high))
+    if kind == "uniform":
+        noise = [(word >> 8).float() * 2.0**-24 for word in words]
+    else:
+        noise = [number for pair in (words[:2], words[2:]) for number in _normal(*pair)]
+    return torch.stack(noise, dim=-1).flatten(1)[:, :num_dims]
+
+
+def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
+    """Two standard normal numbers from two words (Box and Muller, 1958); at most 6.8 from 0."""
+    radius = torch.sqrt(-2 * torch.log((first.float() + 0.5) * 2.0**-32))
+    angle = (second >> 8).float() * (2 * math.pi * 2.0**-24)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def dropped_labels(batch: Batch, probability: float, seed: int) -> Int64[Tensor, " B"]:
+    """Labels, -1 where dropped."""
+    draws = [
+        generator(Purpose.LABEL_DROP, seed, int(epoch), int(sample)).random()
+        for epoch, sample in zip(batch.epochs, batch.samples, strict=True)
+    ]
+    return torch.from_numpy(np.where(np.array(draws) < probability, -1, batch.labels))
