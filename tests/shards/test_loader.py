@@ -2,15 +2,18 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from tarflow_scale import storage
 from tarflow_scale.config import DataConfig
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards import loader as loader_module
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
@@ -90,6 +94,27 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
+class WorkersInThisProcess:
+    """torch's DataLoader with its workers run by turns, on copies that went through pickle; processes take seconds."""
+
+    def __init__(self, dataset: Any, *, num_workers: int, **_: object) -> None:
+        self._iterators = [self._worker(dataset, number, num_workers) for number in range(num_workers)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for iterator in cycle(self._iterators):
+            yield next(iterator)
+
+    @staticmethod
+    def _worker(dataset: Any, number: int, num_workers: int) -> Iterator[Any]:
+        info = SimpleNamespace(id=number, num_workers=num_workers)
+        with pytest.MonkeyPatch.context() as patch:  # slots are shared out when the first batch is asked for
+            patch.setattr(loader_module, "get_worker_info", lambda: info)
+            items = iter(pickle.loads(pickle.dumps(dataset)))
+            first = next(items)
+        for item in chain([first], items):
+            yield pickle.loads(pickle.dumps(item))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shards=st.lists(st.integers(1, 30), min_size=1, max_size=6),
@@ -99,6 +124,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     seed=st.integers(0, 2**40),
     stop=st.integers(0, 30),
     threads=st.sampled_from([0, 3]),
+    workers=st.integers(0, 4),
 )
 def test_any_world_size_and_any_stop_give_the_same_global_batches(
     tmp_path_factory: pytest.TempPathFactory,
@@ -109,8 +135,9 @@ def test_any_world_size_and_any_stop_give_the_same_global_batches(
     seed: int,
     stop: int,
     threads: int,
+    workers: int,
 ) -> None:
-    """Union over ranks: each sample once an epoch, minus at most G - 1; any stop and any world size resume exactly."""
+    """Union over ranks and workers: each sample once an epoch, minus at most G - 1; stopping and resuming is exact."""
     slots = slots_per_rank * ranks
     if slots > sum(shards):
         shards = [*shards, slots]
@@ -120,9 +147,12 @@ def test_any_world_size_and_any_stop_give_the_same_global_batches(
     per_epoch = sum(shards) // slots
     steps = 2 * per_epoch + 1
     whole = take(loaders(mix, config, seed), 0, steps)
-    assert same(take(loaders(mix, config, seed, ranks), 0, steps), whole)
+    divided = config.model_copy(update={"num_workers": workers})
     stop = min(stop, steps)
-    assert same(take(loaders(mix, config, seed, ranks), stop * slots, steps - stop), whole[stop:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "DataLoader", WorkersInThisProcess)
+        assert same(take(loaders(mix, divided, seed, ranks), 0, steps), whole)
+        assert same(take(loaders(mix, divided, seed, ranks), stop * slots, steps - stop), whole[stop:])
     for epoch in (0, 1):
         batches = whole[epoch * per_epoch : (epoch + 1) * per_epoch]
         seen = np.concatenate([batch.samples for batch in batches])
@@ -273,7 +303,7 @@ def test_resuming_reads_at_most_one_block_a_slot(tmp_path: Path, monkeypatch: py
 
 
 def test_read_ahead_keeps_at_most_two_blocks_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(path=str(pack(tmp_path, [400])), shuffle_block=10, read_threads=2)
+    config = DataConfig(path=str(pack(tmp_path, [100])), shuffle_block=10, read_threads=2)  # 25 steps an epoch
     mix = open_mix(config, 4, 0)
     num_read = [0]
     original = ShardSet.read_run
