@@ -14,8 +14,10 @@ A corrupt sample is replaced by its successor in the manifest's order, on every 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, repeat
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from tarflow_scale.shards.mix import Mix, MixPart, line_of
 from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
 from tarflow_scale.shards.quarantine import Quarantine
 from tarflow_scale.shards.reader import Batch, CorruptSample, StoredSample
+from tarflow_scale.shards.ring import SharedRing
 
 __all__ = ["Loader", "augment"]
 
@@ -110,7 +113,10 @@ class Loader:
         finally:
             batches.close()
 
-    def _own_batches(self, step: int) -> Generator[Batch]:
+    def _own_batches(self, step: int, rooms: Iterator[NDArray[np.uint8]] | None = None) -> Generator[Batch]:
+        """Batches that are made in this process; their images in new memory, or in given arrays."""
+        shape = self._image_shape(len(self.slots))
+        rooms = rooms or (_empty_images(shape, self.pin_memory) for _ in repeat(None))
         quarantine = Quarantine(self.quarantine_path, self.config.max_corrupt_fraction)
         threads = self.config.read_threads
         if threads is None:
@@ -119,14 +125,14 @@ class Loader:
         try:
             streams = [_SlotStream(*self.mix.part_of(slot), step, pool) for slot in self.slots]
             while True:
-                yield self._collate([next(stream) for stream in streams], quarantine)
+                yield self._collate([next(stream) for stream in streams], quarantine, next(rooms))
         finally:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _collate(self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine) -> Batch:
-        size = self.config.augmentation.crop_pixels or self.mix.manifest.image_size_pixels
-        images = _empty_images((len(taken), self.mix.manifest.num_channels, size, size), self.pin_memory)
+    def _collate(
+        self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine, images: NDArray[np.uint8]
+    ) -> Batch:
         labels, samples, epochs = (np.empty(len(taken), dtype=np.int64) for _ in range(3))
         quarantine.passed(len(taken))
         for i, (part, stored, epoch) in enumerate(taken):
@@ -137,29 +143,38 @@ class Loader:
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
         workers = min(self.config.num_workers, len(self.slots))
-        loader = DataLoader(
-            _WorkerDataSet(self, step, workers),
-            batch_size=None,
-            collate_fn=_as_it_is,  # arrays travel through a pipe; tensors would pass a file descriptor for each
-            num_workers=workers,
-            prefetch_factor=_PREFETCH_BATCHES,
-            # A fork would copy locks that threads of stores and of torch hold. A fork server would outlive a rank that
-            # is killed, and its workers with it: they look whether their parent is there, and that would be the server.
-            multiprocessing_context="spawn",
-        )
-        items = iter(loader)
-        while True:
-            parts = [self._part(items) for _ in range(workers)]
-            images = _empty_images((len(self.slots), *parts[0].images.shape[1:]), self.pin_memory)
-            yield Batch(
-                images=np.concatenate([part.images for part in parts], out=images),
-                labels=np.concatenate([part.labels for part in parts]),
-                samples=np.concatenate([part.samples for part in parts]),
-                epochs=np.concatenate([part.epochs for part in parts]),
+        num, channels, height, width = self._image_shape(len(self.slots))
+        with closing(SharedRing((workers, _PREFETCH_BATCHES + 1, -(-num // workers), height, width, channels))) as ring:
+            loader = DataLoader(
+                _WorkerDataSet(self, step, workers, ring),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=workers,
+                prefetch_factor=_PREFETCH_BATCHES,
+                # A fork would copy locks that threads of stores and of torch hold. A fork server would outlive a rank
+                # that is killed, and its workers with it: they look whether their parent is there, and that would be
+                # the server.
+                multiprocessing_context="spawn",
             )
+            items = iter(loader)
+            while True:
+                parts = [self._part(items) for _ in range(workers)]
+                images = _empty_images((num, channels, height, width), self.pin_memory)
+                arrays = [ring.arrays[i, part.room, : len(part.labels)] for i, part in enumerate(parts)]
+                np.concatenate(arrays, out=images.transpose(0, 2, 3, 1))
+                yield Batch(
+                    images=images,
+                    labels=np.concatenate([part.labels for part in parts]),
+                    samples=np.concatenate([part.samples for part in parts]),
+                    epochs=np.concatenate([part.epochs for part in parts]),
+                )
+
+    def _image_shape(self, num: int) -> tuple[int, int, int, int]:
+        size = self.config.augmentation.crop_pixels or self.mix.manifest.image_size_pixels
+        return num, self.mix.manifest.num_channels, size, size
 
     @staticmethod
-    def _part(items: Iterator[Any]) -> Batch:
+    def _part(items: Iterator[Any]) -> "_Part":
         try:
             part = next(items)
         except (RuntimeError, OSError, EOFError) as error:
@@ -169,7 +184,7 @@ class Loader:
             raise DataError(f"a loader process died ({reason}); is memory short? lower data.num_workers") from error
         if isinstance(part, UserError):
             raise part
-        return _channels_moved(part, (0, 3, 1, 2))
+        return part
 
 
 def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
@@ -179,8 +194,14 @@ def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
     return memory.numpy().transpose(0, 3, 1, 2)
 
 
-def _channels_moved(batch: Batch, axes: tuple[int, ...]) -> Batch:
-    return replace(batch, images=batch.images.transpose(axes))
+@dataclass(frozen=True)
+class _Part:
+    """One worker's part of a batch; its images are in a room of the ring, which is filled anew three parts later."""
+
+    room: int
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    epochs: NDArray[np.int64]
 
 
 def _as_it_is(item: Any) -> Any:
@@ -190,19 +211,22 @@ def _as_it_is(item: Any) -> Any:
 class _WorkerDataSet(IterableDataset[Any]):
     """What one worker process of a `Loader` yields: its part of every batch, or the failure that ends it."""
 
-    def __init__(self, loader: Loader, step: int, workers: int) -> None:
+    def __init__(self, loader: Loader, step: int, workers: int, ring: SharedRing) -> None:
         self._loader = loader
         self._step = step
         self._workers = workers
+        self._ring = ring
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         assert info is not None
         slots = np.array_split(np.arange(self._loader.slots.start, self._loader.slots.stop), self._workers)[info.id]
         own = replace(self._loader, slots=range(int(slots[0]), int(slots[-1]) + 1), pin_memory=False)
+        rooms = self._ring.arrays[info.id, :, : len(slots)].transpose(0, 1, 4, 2, 3)
         try:
-            for batch in own._own_batches(self._step):  # pyright: ignore[reportPrivateUsage]
-                yield _channels_moved(batch, (0, 2, 3, 1))  # contiguous, or pickling would sort every byte
+            batches = own._own_batches(self._step, cycle(rooms))  # pyright: ignore[reportPrivateUsage]
+            for room, batch in zip(cycle(range(len(rooms))), batches, strict=False):
+                yield _Part(room, batch.labels, batch.samples, batch.epochs)
         except UserError as error:
             yield error  # as a value, because DataLoader would wrap it in its traceback
 

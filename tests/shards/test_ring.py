@@ -1,0 +1,44 @@
+"""Memory that a rank and its loader processes share."""
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale.shards.ring import SharedRing
+
+
+def fill(ring: SharedRing, value: int) -> None:
+    ring.arrays[1] = value
+
+
+def test_a_spawned_process_writes_what_its_parent_reads() -> None:
+    ring = SharedRing((3, 2, 5))
+    assert (ring.arrays == 0).all()
+    child = multiprocessing.get_context("spawn").Process(target=fill, args=(ring, 7))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert ring.arrays[:, 0, 0].tolist() == [0, 7, 0]
+    ring.close()
+
+
+def test_memory_outlives_the_descriptor_and_no_descriptor_is_left() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    ring = SharedRing((1000,))
+    same = pickle.loads(pickle.dumps(ring))
+    ring.close()
+    same.close()
+    arrays = ring.arrays, same.arrays
+    del ring, same
+    arrays[0][:] = np.arange(1000) % 256
+    assert (arrays[1] == np.arange(1000) % 256).all()
+    del arrays
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1  # of the thread that passes descriptors on
+
+
+def test_memory_that_is_not_there_is_an_error() -> None:
+    with pytest.raises((OSError, ValueError, OverflowError)):
+        SharedRing((1 << 62,))
