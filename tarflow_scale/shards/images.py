@@ -34,7 +34,10 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy", "bmp")
 
 def image_extension(members: Mapping[str, bytes]) -> str | None:
     """Extension of the member that is the image; None if there is none."""
-    return next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return extension
+    return None
 
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
@@ -84,22 +87,21 @@ def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > _MAX_PIXELS:
-                raise DataError(f"{origin} is too large ({width}x{height} pixels); shrink or remove it")
-            if shape is not None and (height, width) != shape[1:]:
-                raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            pixels = (image if image.mode == mode else image.convert(mode)).tobytes()
-            is_webp = image.format == "WEBP"
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        width, height = image.size
+        if width * height > _MAX_PIXELS:
+            raise DataError(f"{origin} is too large ({width}x{height} pixels); shrink or remove it")
+        if shape is not None and (height, width) != shape[1:]:
+            raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        pixels = (image if image.mode == mode else image.convert(mode)).tobytes()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
     decoded = np.frombuffer(pixels, np.uint8).reshape(height, width, len(mode)).transpose(2, 0, 1)
     if shape is not None and decoded.shape[0] != shape[0]:
-        if is_webp and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
+        if image.format == "WEBP" and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
             decoded = decoded[:1]
         elif (decoded.shape[0], shape[0]) == (1, 3):
             decoded = decoded.repeat(3, axis=0)

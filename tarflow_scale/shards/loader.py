@@ -133,12 +133,14 @@ class Loader:
     def _collate(
         self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine, images: NDArray[np.uint8]
     ) -> Batch:
-        labels, samples, epochs = (np.empty(len(taken), dtype=np.int64) for _ in range(3))
+        facts: list[tuple[int, int, int]] = []
         quarantine.passed(len(taken))
-        for i, (part, stored, epoch) in enumerate(taken):
-            image, labels[i], number = _decode_or_replace(part, stored, quarantine)
-            samples[i], epochs[i] = part.first_sample + number, epoch
-            images[i] = augment(image, self.config.augmentation, self.seed, epoch, int(samples[i]))
+        for room, (part, stored, epoch) in zip(images, taken, strict=True):
+            image, label, number = _decode_or_replace(part, stored, quarantine)
+            number += part.first_sample
+            room[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
+            facts.append((label, number, epoch))
+        labels, samples, epochs = np.array(facts, dtype=np.int64).T.copy()
         return Batch(images, labels, samples, epochs)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:

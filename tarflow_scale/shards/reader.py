@@ -292,4 +292,4 @@ def _tar(content: bytes) -> tarfile.TarFile:
 
 def _extension(name: str) -> str:
     """WebDataset's rule: everything after the first dot of the base name; in lower case, as WebDataset reads it."""
-    return name.rsplit("/", 1)[-1].partition(".")[2].lower()
+    return name[name.rfind("/") + 1 :].partition(".")[2].lower()

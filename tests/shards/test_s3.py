@@ -1,0 +1,33 @@
+"""A data set behind the S3 protocol, whose requests take as long as those of a distant store."""
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale.config import DataConfig
+from tarflow_scale.shards.loader import Loader
+from tarflow_scale.shards.mix import open_mix
+from tests.shards.test_loader import pack
+
+s3fs = pytest.importorskip("s3fs")
+sys.path.insert(0, str(Path(__file__).parents[2] / "evals" / "benchmarks"))
+s3_server = pytest.importorskip("s3_server")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_s3_are_those_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    s3fs.S3FileSystem.clear_instance_cache()  # fsspec keeps file systems with the address they were made for
+    pack(tmp_path / "bucket" / "numbers", [30, 31])
+    with s3_server.serving(tmp_path, delay_seconds=0.03) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        found = []
+        for path in (str(tmp_path / "bucket" / "numbers"), "s3://bucket/numbers"):
+            config = DataConfig(path=path, shuffle_block=5, num_workers=workers)
+            batches = Loader(open_mix(config, 8, 0), range(8), config, 0).batches(0)
+            found.append([batch.images for batch in islice(batches, 12)])
+            batches.close()
+    assert all(np.array_equal(here, there) for here, there in zip(*found, strict=True))
