@@ -38,6 +38,8 @@ __all__ = ["run"]
 _PREVIEW_IMAGES = 40
 _PREVIEW_ZOOM = 4
 _GIB = 1024**3
+_REMOTE_READ_BYTES = 1_000_000
+"""Smaller reads from a store cost more processor time than decoding (evals/results/loader-cpu.json)."""
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
@@ -249,6 +251,7 @@ def _print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, num_parameter
         ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, average)"),
         ("activations", f"about {activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),
         ("loader", f"{loader / _GIB:.4f} GiB a rank at most (slots x 2 blocks x bytes per sample)"),
+        ("reads", _read_size(config.data.shuffle_block, mix)),
         ("output", f"{config.logging.path}, registry {config.registry.path}"),
     ]
     print(telemetry.table(rows, ("train", "")))
@@ -258,6 +261,16 @@ def _data_row(part: MixPart, manifest: Manifest) -> str:
     own = part.shards.manifest
     share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
     return f"{own.name}/{own.split}: {own.num_images} images {manifest.event_shape}, {share}"
+
+
+def _read_size(shuffle_block: int, mix: Mix) -> str:
+    """How large a range read is, and what to do where it is too small for a store that answers late."""
+    block = shuffle_block * mix.bytes_per_sample
+    text = f"{block / 1e6:.3g} MB, a block of {shuffle_block} samples"
+    if block >= _REMOTE_READ_BYTES or not any(storage.is_remote(part.shards.path) for part in mix.parts):
+        return text
+    enough = -(-2 * _REMOTE_READ_BYTES // mix.bytes_per_sample)
+    return f"{text}; small for a store, raise data.shuffle_block to {enough}"
 
 
 def _batch_arithmetic(config: TrainConfig, ranks: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from tarflow_scale import cli
@@ -197,6 +199,20 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     assert "parameters" in plan
     assert "GiB a rank" in plan
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_which_block_suits_a_store(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(digits), "/dry-run", recursive=True)
+    arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "data.path=memory://dry-run/train")
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    small = re.search(r"reads .*; small for a store, raise data.shuffle_block to (\d+)", capsys.readouterr().out)
+    assert small is not None
+    assert cli.main([*arguments, f"data.shuffle_block={small[1]}", "--dry-run"]) == 0
+    store.rm("/dry-run", recursive=True)
+    assert f"2 MB, a block of {small[1]} samples" in capsys.readouterr().out
 
 
 @pytest.mark.distributed
