@@ -5,16 +5,20 @@ each, and publish the manifests last, when all splits are packed. The same sourc
 bytes, with any number of workers. A packing that was killed goes on when it is run again; bad input leaves nothing.
 """
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import PrepareConfig, SplitConfig
 from tarflow_scale.errors import DataError
+from tarflow_scale.processes import exclusive
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
 from tarflow_scale.shards import inspection, packing
-from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, index_name, read_manifest
+from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.tars import index_tars
 from tarflow_scale.shards.writer import publish_manifest
@@ -26,7 +30,8 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     """Pack the splits of the source, unless they are packed already.
 
     Raises:
-        DataError: the source is unsuitable, or the target holds another data set.
+        DataError: the source is unsuitable, or the target holds another data set, or files of somebody else.
+        StorageError: another ``prepare`` writes to the target.
     """
     if config.source.in_place:
         _index_in_place(config, dry_run)
@@ -38,17 +43,26 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     _print_plan(source, splits, config)
     if dry_run:
         return
-    missing = [split for split in splits if not _already_there(_path(config, split), split, recipe)]
-    if not missing:
-        print(f"{config.shards.path}: nothing to do, this data set is packed")
-        return
+    path = config.shards.path
+    with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
+        missing = [split for split in splits if not _already_there(_path(config, split), recipe)]
+        if missing:
+            _pack(source, {split: splits[split] for split in missing}, recipe, config)
+        else:
+            print(f"{path}: nothing to do, this data set is packed")
+
+
+def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str, config: PrepareConfig) -> None:
+    for split in splits:
+        packing.claim(_path(config, split))
     try:
-        plans = {split: _plan(source, splits[split], split, recipe, config) for split in missing}
+        plans = {split: _plan(source, members, split, recipe, config) for split, members in splits.items()}
         notes = {split: packing.pack(plan, config.shards.num_workers) for split, plan in plans.items()}
-        manifests = {split: _manifest(plans[split], notes[split], recipe) for split in missing}
+        _check_skipped(notes, config)
+        manifests = {split: _manifest(plans[split], notes[split], recipe) for split in splits}
     except DataError:
-        for split in missing:
-            packing.clear(_path(config, split), split)
+        for split in splits:
+            packing.clear(_path(config, split))
         raise
     for split, manifest in manifests.items():
         path = _path(config, split)
@@ -60,6 +74,18 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         print(
             f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest "
             f"{manifest.digest[:12]}{left_out}"
+        )
+
+
+def _check_skipped(notes: dict[str, list[packing.PackNote]], config: PrepareConfig) -> None:
+    """A few images may be unusable; if many are, the configuration does not suit them."""
+    skipped = [one for several in notes.values() for note in several for one in note.skipped]
+    packed = sum(note.record.samples for several in notes.values() for note in several if note.record is not None)
+    limit = config.source.max_bad_fraction
+    if len(skipped) > limit * (len(skipped) + packed):
+        raise DataError(
+            f"{len(skipped)} of {len(skipped) + packed} images cannot be used (allowed: source.max_bad_fraction="
+            f"{limit:g}), for one: {skipped[0].reason}"
         )
 
 
@@ -88,6 +114,11 @@ def _split(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[np.int
     else:
         in_test = source.official_test
     splits = {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
+    if not len(splits["train"]):
+        raise DataError(
+            f"no image is left for training (got {len(in_test)} and split.test_fraction={config.test_fraction:g}); "
+            f"lower it"
+        )
     return {name: members for name, members in splits.items() if len(members)}
 
 
@@ -104,21 +135,19 @@ def _stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> N
 
 
 def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], config: PrepareConfig) -> None:
-    channels, height, width = source.image(0).shape
+    channels, height, width = source.shape
     size = f"{channels}x{height}x{width}, {source.bit_depth} bit"
     rows = [
         (name, str(len(members)), str(-(-len(members) // config.shards.samples_per_shard)), size)
         for name, members in splits.items()
     ]
     print(f"{source.name}: {len(source)} images, {len(source.class_names)} classes -> {config.shards.path}")
+    print(source.description)
     print(telemetry.table(rows, ("split", "images", "shards", "image")))
 
 
-def _already_there(path: str, split: str, recipe: str) -> bool:
+def _already_there(path: str, recipe: str) -> bool:
     if not storage.exists(storage.join(path, MANIFEST_NAME)):
-        foreign = [name for name in storage.list_names(path) if not packing.is_ours(name, split)]
-        if foreign:
-            raise DataError(f"{path} holds other files (got {foreign[0]}); choose another shards.path")
         return False
     if read_manifest(path).recipe != recipe:
         raise DataError(f"{path} holds another data set; choose another shards.path or delete it")
@@ -138,7 +167,7 @@ def _plan(
         codec=config.shards.codec,
         quality=config.shards.jpeg_quality,
         skip_bad=config.source.bad_images == "skip",
-        plan=storage.digest(f"{recipe} {split}".encode() + order.tobytes()),
+        plan=storage.digest(f"{recipe} {source.version} {split}".encode() + order.tobytes()),
     )
 
 
@@ -149,7 +178,7 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
         raise DataError(
             f"no image of {source.name} could be used (of {len(plan.order)} in {plan.split}); see the source"
         )
-    channels, height, _ = source.image(0).shape
+    channels, height, _ = source.shape
     return Manifest(
         name=source.name,
         split=plan.split,
@@ -168,7 +197,7 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
     """Make foreign tars a data set where they lie: an index beside each, and the manifest last."""
     path = config.shards.path
     if storage.exists(storage.join(path, MANIFEST_NAME)):
-        read_manifest(path)
+        _check_same_tars(path)
         print(f"{path}: nothing to do, this is a data set")
         return
     found = index_tars(path)
@@ -179,7 +208,7 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         num_channels=found.num_channels,
         class_names=tuple(str(label) for label in range(int(found.labels.max()) + 1)) if found.labelled else (),
         bit_depth=8,
-        codec="as found",
+        codec=AS_FOUND,
         source="WebDataset tars, indexed in place",
         recipe=storage.digest(b"".join(found.indexes)),
         shards=found.records,
@@ -191,3 +220,14 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         storage.write_bytes(storage.join(path, index_name(record.file)), index)
     publish_manifest(path, manifest)
     print(f"{path}: indexed in place, {manifest.num_classes} classes, manifest {manifest.digest[:12]}")
+
+
+def _check_same_tars(path: str) -> None:
+    known = {shard.file: shard.bytes for shard in read_manifest(path).shards}
+    found = {name: size for name, size in storage.list_sizes(path).items() if name.endswith(".tar")}
+    changed = sorted(name for name in known.keys() | found if known.get(name) != found.get(name))
+    if changed:
+        raise DataError(
+            f"{path} has other tars than its manifest names (got {changed[0]} new, gone or changed); delete "
+            f"{MANIFEST_NAME} to index them again"
+        )

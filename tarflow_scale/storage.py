@@ -14,11 +14,12 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
-from tarflow_scale.errors import StorageError
+from tarflow_scale.errors import StorageError, UserError
 
 __all__ = [
+    "FoundFile",
     "base_name",
     "create",
     "digest",
@@ -145,18 +146,49 @@ def is_folder(location: str) -> bool:
         return _local(location).is_dir()
 
 
-def walk(location: str) -> list[tuple[str, int]]:
-    """Relative path and size in bytes of every file below a folder, sorted by path."""
+class FoundFile(NamedTuple):
+    """A file below a folder: its relative path, size in bytes, and what changes when it is written again."""
+
+    name: str
+    num_bytes: int
+    version: str
+
+
+def walk(location: str) -> list[FoundFile]:
+    """Every file below a folder, sorted by path. Links are followed, but into no folder that lies above them.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
     with _explained(location, "list"):
         if is_remote(location):
             fs, path = _filesystem(location)
             fs.invalidate_cache()
             root = path.strip("/")
             found = fs.find(path, detail=True).values()
-            return sorted((str(e["name"]).strip("/").removeprefix(root).lstrip("/"), int(e["size"])) for e in found)
-        root = _local(location)
-        files = (Path(folder) / name for folder, _, names in os.walk(root, followlinks=True) for name in names)
-        return sorted((file.relative_to(root).as_posix(), file.stat().st_size) for file in files if file.is_file())
+            return sorted(
+                FoundFile(str(e["name"]).strip("/").removeprefix(root).lstrip("/"), int(e["size"]), _version(e))
+                for e in found
+            )
+        return sorted(_walk(_local(location), "", ()))
+
+
+def _version(entry: dict[str, Any]) -> str:
+    keys = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime", "created")
+    return str(next((entry[key] for key in keys if entry.get(key)), ""))
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Generator[FoundFile]:
+    facts = folder.stat()
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:  # a link that leads back up
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
+        elif entry.is_file():
+            found = entry.stat()
+            yield FoundFile(f"{prefix}{entry.name}", found.st_size, str(found.st_mtime_ns))
 
 
 def open_seekable(location: str) -> IO[bytes]:
@@ -177,7 +209,7 @@ def base_name(location: str) -> str:
 @contextmanager
 def writing(location: str) -> Generator[IO[bytes]]:
     """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises."""
-    with _explained(location, "write"):
+    with _explained(location, "write", of_store=False):  # what the caller's block raises is its own
         target = _local(location) if not is_remote(location) else None
         folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,8 +223,9 @@ def writing(location: str) -> Generator[IO[bytes]]:
                 staged.replace(target)
                 _sync_folder(folder)
             else:
-                fs, path = _filesystem(location)
-                fs.put_file(str(staged), path)
+                with _explained(location, "write"):
+                    fs, path = _filesystem(location)
+                    fs.put_file(str(staged), path)
         finally:
             staged.unlink(missing_ok=True)
             if target is None:
@@ -307,12 +340,25 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(location: str, verb: str) -> Generator[None]:
-    """Turn an operating-system or store error into one line that names the location."""
+def _explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
+    """Turn an operating-system or store error into one line that names the location.
+
+    Clients of stores raise what their libraries do (botocore, aiohttp, google), so every failure of a store counts.
+    """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise StorageError(f"cannot {verb} {location} (no such file); check the path") from error
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
+        reason = error.strerror or _words(error)
         raise StorageError(f"cannot {verb} {location} ({reason}); check the path, permissions and space") from error
+    except Exception as error:
+        if not (of_store and is_remote(location)):
+            raise
+        raise StorageError(f"cannot {verb} {location} ({_words(error)}); check the URL and credentials") from error
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,8 @@ from tarflow_scale.config import PrepareConfig
 from tarflow_scale.prepare import run as prepare
 
 TOP = Path(__file__).resolve().parents[1]
+SAMPLES = TOP.parent / "shared" / "data"
+"""Real images that may lie beside the checkout; tests of them are skipped where they do not."""
 
 torch.set_num_threads(2)
 

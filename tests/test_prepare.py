@@ -5,17 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from tarflow_scale import cli
+from tarflow_scale.config import SourceConfig
+from tarflow_scale.processes import exclusive
 from tarflow_scale.shards import packing
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
-from tests.conftest import TOP
+from tarflow_scale.shards.sources import open_source
+from tests.conftest import SAMPLES, TOP
+from tests.shards.sources.test_archives import write_cifar10
 
 
 def pack(path: Path, *more: str) -> int:
@@ -69,8 +77,13 @@ def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: 
 
 def test_an_interrupted_packing_is_no_data_set_and_can_be_repeated(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
+    (tmp_path / "train/.packing").write_bytes(b"begun")
     (tmp_path / "train/train-00000.tar").write_bytes(b"half")
+    (tmp_path / "train/.0123.partial").write_bytes(b"half")
     assert pack(tmp_path) == 0
+    assert {file.name for file in (digits / "train").iterdir()} == {
+        file.name for file in (tmp_path / "train").iterdir()
+    }
     assert (tmp_path / "train/manifest.json").read_bytes() == (digits / "train/manifest.json").read_bytes()
 
 
@@ -204,6 +217,7 @@ def test_what_another_plan_left_half_done_is_not_mixed_in(tmp_path: Path) -> Non
     assert cli.main([*arguments, f"shards.path={tmp_path}/whole", "split.seed=1"]) == 0
     for split in ("train", "test"):
         (tmp_path / f"out/{split}/manifest.json").unlink()
+        (tmp_path / f"out/{split}/.packing").write_bytes(b"begun")
     (tmp_path / "out/train/train-00099.tar").write_bytes(b"of a longer plan")
     assert cli.main([*arguments, f"shards.path={tmp_path}/out", "split.seed=1"]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -244,6 +258,156 @@ def test_codecs(tmp_path: Path, codec: str) -> None:
     assert abs(a - b).max() <= (60 if codec == "jpeg" else 0)
 
 
+def test_many_unusable_images_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "source.bad_images=skip"]
+    for number in range(0, 40, 4):
+        (tmp_path / f"images/a/{number:03d}.png").write_bytes(b"no image")
+    assert cli.main(arguments) == 2
+    assert "10 of 40 images cannot be used (allowed: source.max_bad_fraction=0.1), for one: " in capsys.readouterr().err
+    assert not contents(tmp_path / "out")
+    assert cli.main([*arguments, "source.max_bad_fraction=0.25"]) == 0
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may be called just like ours: train-00000.tar is what WebDataset's own examples write."""
+    (tmp_path / "out/train").mkdir(parents=True)
+    for name in ("train-00000.tar", "train-00007.tar", "skipped.jsonl"):
+        (tmp_path / "out/train" / name).write_bytes(b"precious")
+    before = contents(tmp_path / "out")
+    arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out"]
+    assert cli.main(arguments) == 2
+    assert "out/train holds other files (got skipped.jsonl); choose another shards.path" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_source_is_not_packed_over_itself(tmp_path: Path) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/tars", "split.test_fraction=0"]) == 0
+    for name in ("manifest.json", *(file.name for file in (tmp_path / "tars/train").glob("*.npz"))):
+        (tmp_path / "tars/train" / name).unlink()
+    before = contents(tmp_path / "tars")
+    source = ["source.kind=webdataset", f"source.path={tmp_path}/tars/train", "split.test_fraction=0"]
+    assert cli.main(["prepare", *source, f"shards.path={tmp_path}/tars"]) == 2
+    assert contents(tmp_path / "tars") == before
+
+
+def test_a_second_prepare_into_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out"]
+    with exclusive(tmp_path / "out"):
+        assert cli.main([*arguments, "shards.codec=webp"]) == 2
+    assert f"{tmp_path}/out takes one writer at a time (in use by process " in capsys.readouterr().err
+    assert cli.main(arguments) == 0
+
+
+def test_a_killed_prepare_leaves_no_process_and_no_temporary_file(tmp_path: Path) -> None:
+    """Of its workers nothing may go on to write; of the copy of a table's images nothing may stay."""
+    some = np.random.default_rng(0).integers(0, 256, (60, 3, 64, 64), np.uint8)
+    rows = [{"image": {"bytes": encode_png(image)}, "label": 0} for image in some] * 20
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "scratch").mkdir()
+    arguments = ["prepare", "source.kind=parquet", f"source.path={tmp_path}/a.parquet", f"shards.path={tmp_path}/out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tarflow_scale", *arguments, "shards.num_workers=2", "shards.samples_per_shard=4"],
+        cwd=TOP,
+        env=os.environ | {"TMPDIR": str(tmp_path / "scratch")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(list((tmp_path / "out").glob("train/*.tar"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not any(file.stat().st_size for file in (tmp_path / "scratch").rglob("*") if file.is_file())
+    assert cli.main([*arguments, "shards.samples_per_shard=4"]) == 0
+    assert cli.main(["prepare", "--check", f"{tmp_path}/out/train"]) == 0
+
+
+def test_a_source_that_was_written_again_is_not_mixed_with_what_is_packed(tmp_path: Path) -> None:
+    arguments = write_classes(tmp_path)
+    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
+    for file in (tmp_path / "images").rglob("*.png"):
+        facts = file.stat()
+        file.write_bytes(bytes(reversed(file.read_bytes()))[::-1])
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    source = open_source(SourceConfig(kind="folder", path=f"{tmp_path}/images"))
+    (tmp_path / "images/a/000.png").touch()
+    assert open_source(SourceConfig(kind="folder", path=f"{tmp_path}/images")).version != source.version
+    assert open_source(SourceConfig(kind="folder", path=f"{tmp_path}/images")).digest == source.digest
+
+
+def test_nothing_left_for_training_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*write_classes(tmp_path, num=2), f"shards.path={tmp_path}/out", "split.test_fraction=0.9"]
+    assert cli.main(arguments) == 2
+    assert "no image is left for training (got 2 and split.test_fraction=0.9); lower it" in capsys.readouterr().err
+
+
+def test_cifar_binaries_from_the_command_line(tmp_path: Path) -> None:
+    rows, labels = write_cifar10(tmp_path / "cifar", binary=True)
+    arguments = ["prepare", "source.kind=cifar", f"source.path={tmp_path}/cifar", f"shards.path={tmp_path}/out"]
+    assert cli.main(arguments) == 0
+    train, test = ShardSet(f"{tmp_path}/out/train"), ShardSet(f"{tmp_path}/out/test")
+    assert (train.manifest.num_images, test.manifest.num_images) == (20, 4)
+    for shards in (train, test):
+        batch = shards.take(np.arange(shards.manifest.num_images))
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            (number,) = np.flatnonzero((rows == image.reshape(-1)).all(axis=1))
+            assert labels[number] == label
+
+
+needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="needs real images beside the checkout (shared/data)")
+
+
+@needs_samples
+def test_kodak_photos_become_256_pixel_crops(tmp_path: Path) -> None:
+    with tarfile.open(SAMPLES / "kodak24_png.tar") as tar:
+        tar.extractall(tmp_path / "kodak", filter="data")
+    (folder,) = {file.parent for file in (tmp_path / "kodak").rglob("*.png")}
+    arguments = [f"source.path={folder}", "source.resize=center_crop", "source.size_pixels=256"]
+    assert cli.main(["prepare", "source.kind=folder", *arguments, f"shards.path={tmp_path}/out"]) == 0
+    splits = [ShardSet(f"{tmp_path}/out/{name}") for name in ("train", "test")]
+    assert sum(shards.manifest.num_images for shards in splits) == 24
+    assert splits[0].manifest.event_shape == (3, 256, 256)
+    assert "lanczos" in splits[0].manifest.source
+    for name in ("train", "test"):
+        assert cli.main(["prepare", "--check", f"{tmp_path}/out/{name}"]) == 0
+    (stored,) = splits[1].read(np.array([0]))
+    photo = Image.open(folder / json.loads(stored.members()["json"])["origin"]).convert("RGB")
+    width, height = photo.size
+    resized = photo.resize((round(width * 256 / min(photo.size)), round(height * 256 / min(photo.size))), 1)
+    left, top = (resized.width - 256) // 2, (resized.height - 256) // 2
+    expected = np.asarray(resized)[top : top + 256, left : left + 256]
+    assert np.array_equal(splits[1].decode(stored)[0].transpose(1, 2, 0), expected)
+
+
+@needs_samples
+def test_mnist_from_idx_and_from_npz_is_the_same_data_set(tmp_path: Path) -> None:
+    """The first 3,000 and 500 images of the real files."""
+    (tmp_path / "idx/mnist").mkdir(parents=True)
+    kept: dict[str, np.ndarray] = {}
+    with np.load(SAMPLES / "mnist.npz") as arrays:
+        for split, name, num in (("train", "train", 3000), ("test", "t10k", 500)):
+            for part, kind, axes in (("x", "images", 3), ("y", "labels", 1)):
+                key = next(key for key in (f"{split}_{part}", f"{part}_{split}") if key in arrays.files)
+                array = kept[key] = arrays[key][:num].astype(np.uint8)
+                header = bytes([0, 0, 8, axes]) + np.array(array.shape, ">u4").tobytes()
+                (tmp_path / f"idx/mnist/{name}-{kind}-idx{axes}-ubyte").write_bytes(header + array.tobytes())
+    np.savez(tmp_path / "mnist.npz", **kept)
+    for source, out in (("mnist.npz", "npz"), ("idx/mnist", "idx")):
+        path = [f"source.path={tmp_path}/{source}", f"shards.path={tmp_path}/out/{out}"]
+        assert cli.main(["prepare", "source.kind=mnist", *path]) == 0
+    npz, idx = contents(tmp_path / "out/npz"), contents(tmp_path / "out/idx")
+    assert npz.keys() == idx.keys()
+    assert [name for name in npz if npz[name] != idx[name]] == []
+    assert ShardSet(f"{tmp_path}/out/idx/train").manifest.num_images == 3_000
+
+
 def test_check_finds_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = write_classes(tmp_path)
     assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
@@ -257,6 +421,13 @@ def test_check_finds_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
         file.write_bytes(bytes(damaged))
         assert cli.main(["prepare", "--check", str(path)]) == 2
         assert file.name in capsys.readouterr().err
+        file.write_bytes(whole)
+    healthy = {file: file.read_bytes() for file in sorted(path.glob("*.tar"))[:3]}
+    for file, whole in healthy.items():
+        file.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    assert cli.main(["prepare", "--check", str(path)]) == 2
+    assert f"{path} has 6 faults, the first: " in capsys.readouterr().err  # a sha256 and a sample each
+    for file, whole in healthy.items():
         file.write_bytes(whole)
     assert cli.main(["prepare", "--check", str(path)]) == 0
 

@@ -1,6 +1,7 @@
 """Storage: local paths and URLs behave alike; what can be read is whole."""
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,33 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(StorageError, match="No space left on device"):
         storage.write_bytes(str(tmp_path / "file"), b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_lead_back_up_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x").write_bytes(b"12")
+    (tmp_path / "a/b/up").symlink_to(tmp_path / "a")
+    (tmp_path / "a/again").symlink_to("..")
+    (tmp_path / "other").symlink_to(tmp_path / "a/b")
+    (tmp_path / "nothing").symlink_to(tmp_path / "absent")
+    assert [(file.name, file.num_bytes) for file in storage.walk(str(tmp_path))] == [("a/b/x", 2), ("other/x", 2)]
+
+
+def test_a_file_that_is_written_again_has_another_version(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    (first,) = storage.walk(str(tmp_path))
+    os.utime(tmp_path / "x", ns=(0, first_time := 123456789))
+    (second,) = storage.walk(str(tmp_path))
+    assert first.version != second.version == str(first_time)
+
+
+def test_whatever_a_store_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails:
+        def cat_file(self, *_: object, **__: object) -> bytes:
+            raise RuntimeError("could not connect\nto the endpoint")
+
+    monkeypatch.setattr(storage, "_filesystem", lambda _: (Fails(), "x"))
+    with pytest.raises(
+        StorageError, match=r"^cannot read s3://b/x \(could not connect to the endpoint\); check the URL"
+    ):
+        storage.read_range("s3://b/x", 0, 1)

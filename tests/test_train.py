@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from tarflow_scale import cli
 from tarflow_scale.flows import load_flow
 from tarflow_scale.registry import Registry
+from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import TOP, Trained, command, train_arguments
 
 VOLATILE = {"images_per_second", "seconds", "peak_memory_bytes"}
@@ -215,12 +217,33 @@ def test_dry_run_says_which_block_suits_a_store(
     assert f"2 MB, a block of {small[1]} samples" in capsys.readouterr().out
 
 
+def test_too_many_corrupt_samples_stop_the_run_with_the_counts(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits / "train", tmp_path / "train")
+    (first, *_) = sorted((tmp_path / "train").glob("*.tar"))
+    content = bytearray(first.read_bytes())
+    for sample in range(40):
+        content[int(ShardSet(str(tmp_path / "train"))._index(0).offsets[sample]) + 3] ^= 1
+    first.write_bytes(bytes(content))
+    arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", f"data.path={tmp_path}/train")
+    result = command(*arguments, "data.num_workers=2")
+    assert result.returncode == 2
+    assert re.search(
+        r"error: too many corrupt samples \(got 1[1-9] among \d+ read, allowed: data.max_corrupt_fraction=0.001\)",
+        result.stderr.splitlines()[-1],
+    )
+    listed = (tmp_path / "run/quarantine-00000.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["reason"] == "does not match its checksum" for line in listed)
+    assert len(listed) >= 11
+    result = command(*arguments, "data.max_corrupt_fraction=0.004")
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "run")[-1]["replaced_samples"] >= 30
+
+
 @pytest.mark.distributed
 def test_torchrun_sh_passes_sigusr1_on_and_two_ranks_save(trained: Trained, tmp_path: Path) -> None:
     """What a scheduler does before it takes the machine."""
-    _, *arguments = train_arguments(
-        trained.data, tmp_path / "run", tmp_path / "registry", "training.total_images=100000"
-    )
+    more = ["training.total_images=100000", "data.num_workers=1"]  # a launcher signals the loader's processes too
+    _, *arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", *more)
     (tmp_path / "empty.yaml").write_text("{}")
     process = subprocess.Popen(
         ["bash", "launch/torchrun.sh", "2", str(tmp_path / "empty.yaml"), *arguments],

@@ -24,7 +24,9 @@ class SourceConfig(Section):
     kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
     ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class; or ``path/*.png``,
-    without classes. ``zip``: the same in a zip, with the labels of its ``dataset.json`` (StyleGAN, EDM) if it has one.
+    without classes; folders ``train`` and ``test`` or ``val`` above them are an official split. Orientation tags and
+    transparency are ignored, of animations the first picture counts.
+    ``zip``: the same in a zip, with the labels of its ``dataset.json`` (StyleGAN, EDM) if it has one.
     ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
@@ -43,6 +45,8 @@ class SourceConfig(Section):
     """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
+    max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Share of the images that ``bad_images=skip`` may leave out; more are an error."""
     in_place: bool = False
     """``webdataset``: make the tars a data set where they are, by writing an index beside each and a manifest;
     ``shards.path`` is then ``source.path``."""
@@ -95,7 +99,7 @@ class SplitConfig(Section):
     official where the source has a split, stratified elsewhere."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
 
 
@@ -142,7 +146,7 @@ class DataConfig(DataSetConfig):
     folders."""
     max_corrupt_fraction: float = Field(default=1e-3, ge=0, le=1)
     """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` of the run folder; more than
-    this share of the samples read (or of 10,000, at the start) stops the run."""
+    this share of the samples that all ranks read (or of 10,000, at the start) stops the run."""
 
     shuffle_block: int = Field(default=16, ge=1)
     """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads

@@ -59,6 +59,8 @@ class PrepareConfig(Root):
                 f"shards.path must be source.path where source.in_place is set (got {self.shards.path} and "
                 f"{self.source.path}); tars that are indexed in place do not move"
             )
+        if self.source.in_place and self.split != SplitConfig():
+            raise ValueError("split has no effect where source.in_place is set; remove it")
         return self
 
 

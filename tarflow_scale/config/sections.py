@@ -82,7 +82,7 @@ class TrainingConfig(Section):
     """Images per optimizer step over all ranks; part of the order of samples."""
     micro_batch_size: int = Field(ge=1)
     """Images per rank in one forward pass; gradients accumulate over the rest."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
     label_drop: float = Field(default=0.1, ge=0, le=1)
@@ -198,7 +198,7 @@ class SamplingConfig(Section):
 class SeededSamplingConfig(SamplingConfig):
     """Sampling of the verb ``generate``."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the latents."""
     num_images: int = Field(ge=1)
     """Images to generate; labels run through the classes in turn."""

@@ -1,18 +1,23 @@
 """Images to bytes and back, losslessly; bytes of tar members to samples."""
 
 import io
+import tokenize
+import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tarflow_scale.errors import DataError
 
 __all__ = [
     "CODECS",
     "IMAGE_EXTENSIONS",
+    "NPY_FAULTS",
     "Codec",
     "contact_sheet",
     "decode_image",
@@ -42,8 +47,15 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """What Pillow may take bytes for; most likely first."""
-_MAX_PIXELS = 2**28
-"""Larger images, 16,384 pixels squared, are refused before they are decoded."""
+_MAX_PIXELS = 2**27
+"""Larger images, 11,585 pixels squared, are refused before they are decoded."""
+_FAULTS = (OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError)
+"""What Pillow raises on damaged files."""
+NPY_FAULTS = (
+    *(ValueError, TypeError, KeyError, OSError, EOFError, SyntaxError, RuntimeError, MemoryError, OverflowError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy raises on damaged .npy and .npz files."""
 
 
 def encode_image(image: NDArray[np.uint8], codec: Codec, quality: int = 95) -> bytes:
@@ -82,23 +94,17 @@ def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None
         DataError: the bytes are not an image, or one of another shape, or a huge one; the latter two are found
             before any pixel is decoded.
     """
-    if not content:
-        raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
     try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        image = _opened(content, origin)
         width, height = image.size
-        if width * height > _MAX_PIXELS:
-            raise DataError(f"{origin} is too large ({width}x{height} pixels); shrink or remove it")
         if shape is not None and (height, width) != shape[1:]:
             raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         pixels = (image if image.mode == mode else image.convert(mode)).tobytes()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
+    except _FAULTS as error:
+        raise _undecodable(origin, error) from error
     decoded = np.frombuffer(pixels, np.uint8).reshape(height, width, len(mode)).transpose(2, 0, 1)
     if shape is not None and decoded.shape[0] != shape[0]:
         if image.format == "WEBP" and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
@@ -113,8 +119,8 @@ def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None
 def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
     try:
         image = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
+    except NPY_FAULTS as error:
+        raise _undecodable(origin, error) from error
     if (
         image.dtype != np.uint8
         or image.ndim != 3
@@ -135,19 +141,45 @@ def image_size(content: bytes, origin: str) -> tuple[int, int, int]:
         channels, height, width = _decode_array(content, origin, None).shape
         return channels, height, width
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        with _opened(content, origin) as image:
             return 1 if image.mode in ("1", "L", "LA") else 3, image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{origin} cannot be decoded ({error}); replace or remove the image") from error
+    except _FAULTS as error:
+        raise _undecodable(origin, error) from error
+
+
+def _opened(content: bytes, origin: str) -> Image.Image:
+    """The header of an image file that may be decoded."""
+    if not content:
+        raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    if image.width * image.height > _MAX_PIXELS:
+        raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    return image
+
+
+def _undecodable(origin: str, error: Exception) -> DataError:
+    # Pillow names the buffer that it could not identify, which is another one every time.
+    reason = "no image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    return DataError(f"{origin} cannot be decoded ({reason or type(error).__name__}); replace or remove the image")
 
 
 def resize_center_crop(
     image: NDArray[np.uint8], size: int, resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
 ) -> NDArray[np.uint8]:
-    """Bring the short side of ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square."""
+    """Bring the short side of ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square.
+
+    Raises:
+        DataError: the image is so long and narrow that it would be a huge one on the way.
+    """
     _, height, width = image.shape
     scale = size / min(height, width)
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
+    if new_height * new_width > _MAX_PIXELS:
+        raise DataError(f"an image must not be a thread (got {height}x{width} pixels for {size}x{size}); remove it")
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
     resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2

@@ -57,10 +57,9 @@ def read_index(location: str, samples: int, sha256: str) -> ShardIndex:
         sha256: digest the manifest gives the index.
 
     Raises:
-        DataError: when it is missing, damaged or of another shard.
+        DataError: when it is damaged or of another shard.
+        StorageError: when it cannot be read.
     """
-    if not storage.exists(location):
-        raise DataError(f"{location} is missing, though the manifest names its shard; pack the data set again")
     content = storage.read_bytes(location)
     if storage.digest(content) != sha256:
         raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")

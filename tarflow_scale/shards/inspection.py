@@ -8,6 +8,7 @@ import numpy as np
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.manifest import AS_FOUND
 from tarflow_scale.shards.reader import CorruptSample, ShardSet
 
 __all__ = ["Statistics", "check", "statistics"]
@@ -23,19 +24,29 @@ def check(path: str) -> int:
     Raises:
         DataError: what is wrong, the first of it, and how much in all.
     """
-    shards = ShardSet(path, verify="full")
+    shards = ShardSet(path)
+    as_found = shards.manifest.codec == AS_FOUND  # others number the samples of each tar anew
     wrong: list[str] = []
     keys: Counter[str] = Counter()
     with telemetry.progress_bar(shards.manifest.num_images, "check") as bar:
         for number, record in enumerate(shards.manifest.shards):
+            try:
+                shards.verify_shard(record)
+            except DataError as error:
+                wrong.append(str(error))
             for low in range(0, record.samples, _RUN):
-                for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
-                    keys[stored.key] += 1
+                try:
+                    run = shards.read_run(number, low, min(low + _RUN, record.samples))
+                except DataError as error:  # its index is damaged, as was said
+                    wrong += [] if wrong and record.file.removesuffix(".tar") in wrong[-1] else [str(error)]
+                    break
+                for stored in run:
+                    keys[f"{record.file}:{stored.key}" if as_found else stored.key] += 1
                     try:
                         shards.decode(stored)
                     except CorruptSample as error:
                         wrong.append(str(error))
-                    bar.update(1)
+                bar.update(len(run))
     double = [key for key, times in keys.items() if times > 1]
     if double:
         wrong.append(f"keys of a data set must differ (got {double[0]} {keys[double[0]]} times); pack it again")

@@ -11,6 +11,7 @@ which an epoch ends and the next begins.
 A corrupt sample is replaced by its successor in the manifest's order, on every rank and at every restart the same.
 """
 
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tarflow_scale import storage
 from tarflow_scale.config import AugmentationConfig, DataConfig
 from tarflow_scale.errors import DataError, UserError
+from tarflow_scale.processes import die_with_parent, ignore_stop_signals
 from tarflow_scale.randomness import Purpose, raw_words
 from tarflow_scale.shards.mix import Mix, MixPart, line_of
 from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
@@ -97,7 +99,7 @@ class Loader:
         to stop its workers.
 
         Raises:
-            DataError: too many corrupt samples; a shard that cannot be read; a worker that was killed.
+            DataError: too many corrupt samples in a row; a shard that cannot be read; a worker that was killed.
         """
         step = images_seen // self.mix.num_slots
         if self.config.num_workers == 0:
@@ -117,7 +119,7 @@ class Loader:
         """Batches that are made in this process; their images in new memory, or in given arrays."""
         shape = self._image_shape(len(self.slots))
         rooms = rooms or (_empty_images(shape, self.pin_memory) for _ in repeat(None))
-        quarantine = Quarantine(self.quarantine_path, self.config.max_corrupt_fraction)
+        quarantine = Quarantine(self.quarantine_path)
         threads = self.config.read_threads
         if threads is None:
             threads = _REMOTE_THREADS if any(storage.is_remote(part.shards.path) for part in self.mix.parts) else 0
@@ -134,14 +136,15 @@ class Loader:
         self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine, images: NDArray[np.uint8]
     ) -> Batch:
         facts: list[tuple[int, int, int]] = []
-        quarantine.passed(len(taken))
+        replaced = 0
         for room, (part, stored, epoch) in zip(images, taken, strict=True):
             image, label, number = _decode_or_replace(part, stored, quarantine)
+            replaced += number != stored.number
             number += part.first_sample
             room[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
             facts.append((label, number, epoch))
         labels, samples, epochs = np.array(facts, dtype=np.int64).T.copy()
-        return Batch(images, labels, samples, epochs)
+        return Batch(images, labels, samples, epochs, replaced)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
         workers = min(self.config.num_workers, len(self.slots))
@@ -157,8 +160,11 @@ class Loader:
                 # that is killed, and its workers with it: they look whether their parent is there, and that would be
                 # the server.
                 multiprocessing_context="spawn",
+                worker_init_fn=_start_worker,
             )
             items = iter(loader)
+            # DataLoader's handler would raise in whatever line runs when a worker dies; `_part` notices later.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while True:
                 parts = [self._part(items) for _ in range(workers)]
                 images = _empty_images((num, channels, height, width), self.pin_memory)
@@ -169,6 +175,7 @@ class Loader:
                     labels=np.concatenate([part.labels for part in parts]),
                     samples=np.concatenate([part.samples for part in parts]),
                     epochs=np.concatenate([part.epochs for part in parts]),
+                    num_replaced=sum(part.num_replaced for part in parts),
                 )
 
     def _image_shape(self, num: int) -> tuple[int, int, int, int]:
@@ -204,6 +211,13 @@ class _Part:
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
+    num_replaced: int
+
+
+def _start_worker(_: int) -> None:
+    """Launchers send their signals to all processes of a rank; it is for the rank to save and stop its workers."""
+    ignore_stop_signals()
+    die_with_parent()
 
 
 def _as_it_is(item: Any) -> Any:
@@ -228,7 +242,7 @@ class _WorkerDataSet(IterableDataset[Any]):
         try:
             batches = own._own_batches(self._step, cycle(rooms))  # pyright: ignore[reportPrivateUsage]
             for room, batch in zip(cycle(range(len(rooms))), batches, strict=False):
-                yield _Part(room, batch.labels, batch.samples, batch.epochs)
+                yield _Part(room, batch.labels, batch.samples, batch.epochs, batch.num_replaced)
         except UserError as error:
             yield error  # as a value, because DataLoader would wrap it in its traceback
 
@@ -288,7 +302,7 @@ def _decode_or_replace(
     """Image, label and number of a sample, or of the next good one in the manifest's order.
 
     Raises:
-        DataError: too many corrupt samples, on the whole or in a row.
+        DataError: too many corrupt samples in a row.
     """
     for _ in range(_MAX_SUCCESSORS):
         try:

@@ -6,9 +6,11 @@ from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import DataSetFacts, FileRecord, Record
 
-__all__ = ["MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
+__all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
 
 MANIFEST_NAME = "manifest.json"
+AS_FOUND = "as found"
+"""Codec of tars that others wrote and that were indexed where they are."""
 
 
 class ShardRecord(FileRecord):

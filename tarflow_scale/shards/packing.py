@@ -4,29 +4,38 @@ A shard is a unit of work and depends on the plan alone, so packing has the same
 finished shard lies a note, ``.train-00000.packed.json``, with its record and the plan it belongs to; a packing that
 goes on trusts a shard whose note is of the same plan and whose bytes have the digests of the note. The notes go when
 the manifest is published.
+
+A folder is written to only if it was empty when packing began, which a marker in it says, ``.packing``; what is in a
+folder without a marker or a manifest belongs to somebody else, whatever it is called.
 """
 
 import json
 import multiprocessing
-import re
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.errors import UserError
+from tarflow_scale.errors import DataError, UserError
+from tarflow_scale.processes import die_with_parent
 from tarflow_scale.records import Record
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["PackNote", "Packing", "SkippedImage", "clear", "is_ours", "list_skipped", "pack", "remove_notes"]
+__all__ = ["PackNote", "Packing", "SkippedImage", "claim", "clear", "list_skipped", "pack", "remove_notes"]
+
+_MARKER = ".packing"
+_REMOTE_READS = 16
+"""Images of a store that are read at once by a process; local ones are read as they are needed."""
 
 
 class SkippedImage(Record):
@@ -107,10 +116,12 @@ class Packing:
             BadImage: an image cannot be used, and none may be skipped.
         """
         skipped: list[SkippedImage] = []
-        samples = list(self._samples(number, skipped))
+        samples = self._samples(number, skipped)
+        first = next(samples, None)
         record = None
-        if samples:
-            record = PackedShard.of(self.tar_name(number), samples, self.codec, self.quality).write(self.path)
+        if first is not None:
+            packed = PackedShard.of(self.tar_name(number), chain([first], samples), self.codec, self.quality)
+            record = packed.write(self.path)
         note = PackNote(plan=self.plan, record=record, skipped=tuple(skipped))
         storage.write_bytes(storage.join(self.path, _note_name(self.tar_name(number))), note.to_json())
         return note
@@ -118,17 +129,34 @@ class Packing:
     def _samples(self, number: int, skipped: list[SkippedImage]) -> Iterator[Sample]:
         first = number * self.samples_per_shard
         labelled = bool(self.source.class_names)
-        for place, image in enumerate(self.order[first : first + self.samples_per_shard]):
-            origin = self.source.origin(int(image))
-            try:
-                pixels = self.source.image(int(image))
-            except BadImage as error:
+        members = self.order[first : first + self.samples_per_shard].tolist()
+        for place, (image, pixels) in enumerate(zip(members, self._images(members), strict=True)):
+            origin = self.source.origin(image)
+            if isinstance(pixels, BadImage):
                 if not self.skip_bad:
-                    raise
-                skipped.append(SkippedImage(origin=origin, reason=str(error)))
+                    raise pixels
+                skipped.append(SkippedImage(origin=origin, reason=str(pixels)))
                 continue
             label = int(self.source.labels[image]) if labelled else None
             yield Sample(f"{first + place:08d}", pixels, label, {"origin": origin})
+
+    def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
+        """The images, a few of them read ahead where the source is a store."""
+        if not self.source.is_remote:
+            yield from map(self._image, members)
+            return
+        with ThreadPoolExecutor(_REMOTE_READS, "read-ahead") as threads:
+            ahead = deque(threads.submit(self._image, image) for image in members[: 2 * _REMOTE_READS])
+            for following in [*members[2 * _REMOTE_READS :], *repeat(None, len(ahead))]:
+                yield ahead.popleft().result()
+                if following is not None:
+                    ahead.append(threads.submit(self._image, following))
+
+    def _image(self, number: int) -> NDArray[np.uint8] | BadImage:
+        try:
+            return self.source.image(number)
+        except BadImage as error:
+            return error
 
 
 def pack(packing: Packing, num_workers: int) -> list[PackNote]:
@@ -138,7 +166,7 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
         BadImage: an image cannot be used.
         UserError: a worker was killed.
     """
-    _remove_foreign(packing)
+    _remove_others(packing)
     notes = {number: note for number in range(packing.num_shards) if (note := packing.done(number)) is not None}
     missing = [number for number in range(packing.num_shards) if number not in notes]
     if notes:
@@ -175,6 +203,7 @@ _packing_of_worker: list[Packing] = []
 
 
 def _start_worker(packing: Packing) -> None:
+    die_with_parent()
     _packing_of_worker[:] = [packing]
 
 
@@ -186,19 +215,23 @@ def _note_name(tar_name: str) -> str:
     return f".{tar_name.removesuffix('.tar')}.packed.json"
 
 
-def is_ours(name: str, split: str) -> bool:
-    """Whether a file is of a packing of this split that was not finished."""
-    shard = rf"{split}-\d{{5,}}(\.tar|\.index\.npz)|\.{split}-\d{{5,}}\.packed\.json"
-    return re.fullmatch(rf"{shard}|skipped\.jsonl|\.[0-9a-f]{{32}}\.partial", name) is not None
+def claim(path: str) -> None:
+    """Make a folder ours, unless it is already; it must be empty then.
 
-
-def clear(path: str, split: str) -> None:
-    """Remove what an unfinished packing left, and the folder if nothing else is in it."""
+    Raises:
+        DataError: it holds files of somebody else.
+    """
     names = storage.list_names(path)
-    ours = [name for name in names if is_ours(name, split)]
-    for name in ours:
-        storage.remove(storage.join(path, name))
-    if names and len(ours) == len(names):
+    if _MARKER in names:
+        return
+    if names:
+        raise DataError(f"{path} holds other files (got {names[0]}); choose another shards.path")
+    storage.write_bytes(storage.join(path, _MARKER), b"tarflow-scale prepare is not done here")
+
+
+def clear(path: str) -> None:
+    """Remove what an unfinished packing left."""
+    if _MARKER in storage.list_names(path):
         storage.remove_tree(path)
 
 
@@ -211,22 +244,18 @@ def list_skipped(packing: Packing, notes: list[PackNote]) -> None:
 
 
 def remove_notes(packing: Packing) -> None:
-    """Remove the notes of a packing whose manifest is published."""
+    """Remove notes and marker of a packing whose manifest is published."""
     for number in range(packing.num_shards):
         storage.remove(storage.join(packing.path, _note_name(packing.tar_name(number))))
+    storage.remove(storage.join(packing.path, _MARKER))
 
 
-def _remove_foreign(packing: Packing) -> None:
-    """Remove half-written files, and shards beyond the plan's."""
-    wanted = {
-        name
-        for number in range(packing.num_shards)
-        for name in (
-            packing.tar_name(number),
-            index_name(packing.tar_name(number)),
-            _note_name(packing.tar_name(number)),
-        )
-    }
+def _remove_others(packing: Packing) -> None:
+    """Remove half-written files, and shards beyond the plan's; all that is here was written by us."""
+    wanted = {_MARKER}
+    for number in range(packing.num_shards):
+        tar = packing.tar_name(number)
+        wanted |= {tar, index_name(tar), _note_name(tar)}
     for name in storage.list_names(packing.path):
-        if is_ours(name, packing.split) and name not in wanted:
+        if name not in wanted:
             storage.remove(storage.join(packing.path, name))

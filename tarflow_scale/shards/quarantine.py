@@ -7,49 +7,45 @@ from pathlib import Path
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.reader import CorruptSample
 
-__all__ = ["Quarantine"]
+__all__ = ["Quarantine", "check_share"]
 
 _ALLOWANCE_SAMPLES = 10_000
 """A run of fewer samples is judged as if it had read so many, so that one early fault does not stop it."""
 
 
+def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str) -> None:
+    """Whether a run, all its ranks and workers together, has met too many corrupt samples.
+
+    Args:
+        num_replaced: corrupt samples so far.
+        num_read: samples so far.
+        max_fraction: what is allowed, ``data.max_corrupt_fraction``.
+        path: folder of the lists, for the message.
+
+    Raises:
+        DataError: there are too many.
+    """
+    if num_replaced > max_fraction * max(num_read, _ALLOWANCE_SAMPLES):
+        raise DataError(
+            f"too many corrupt samples (got {num_replaced} among {num_read} read, allowed: "
+            f"data.max_corrupt_fraction={max_fraction:g}); they are listed in {path}/quarantine-*.jsonl"
+        )
+
+
 class Quarantine:
-    """Corrupt samples of one process.
+    """The list of corrupt samples of one rank.
 
     Args:
         path: local JSONL file, one line ``{"shard", "sample", "key", "reason"}`` for each corrupt sample; several
             processes may append to it. None writes nothing.
-        max_fraction: corrupt samples, of those read, beyond which the run stops.
     """
 
-    def __init__(self, path: str | None, max_fraction: float) -> None:
+    def __init__(self, path: str | None) -> None:
         self._path = path
-        self._max_fraction = max_fraction
         self._known: set[tuple[str, int]] | None = None
-        self.num_read = 0
-        self.num_corrupt = 0
-
-    def passed(self, num_samples: int) -> None:
-        """Count samples that were read."""
-        self.num_read += num_samples
 
     def add(self, fault: CorruptSample) -> None:
-        """Count and write down a corrupt sample.
-
-        Raises:
-            DataError: there are too many.
-        """
-        self.num_corrupt += 1
-        self._write(fault)
-        if self.num_corrupt > self._max_fraction * max(self.num_read, _ALLOWANCE_SAMPLES):
-            where = f"; they are listed in {self._path}" if self._path else ""
-            raise DataError(
-                f"too many corrupt samples (got {self.num_corrupt} among {self.num_read} read, allowed: "
-                f"data.max_corrupt_fraction={self._max_fraction:g}), the last: {fault.sample.origin} "
-                f"{fault.reason}{where}"
-            )
-
-    def _write(self, fault: CorruptSample) -> None:
+        """Write down a corrupt sample, unless it is there already."""
         if self._path is None:
             return
         if self._known is None:

@@ -8,9 +8,9 @@ import contextlib
 import io
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
 
 __all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "members_of"]
+
+T = TypeVar("T")
 
 _TAR_BLOCK = 512
 _REGULAR = (b"0", b"\0")
@@ -53,12 +55,14 @@ class Batch:
 
     images: ``(B, C, H, W)`` uint8, in memory maybe with channels last. labels: ``(B,)`` int64, -1 without labels.
     samples: ``(B,)`` int64, numbers in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
+    num_replaced: how many stand in for corrupt ones.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
+    num_replaced: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,8 +115,8 @@ class StoredSample(NamedTuple):
             raise CorruptSample(self, "does not match its checksum")
         try:
             return members_of(self.content)
-        except (tarfile.TarError, ValueError) as error:
-            raise CorruptSample(self, f"is no run of tar members ({error})") from error
+        except (tarfile.TarError, ValueError, KeyError) as error:
+            raise CorruptSample(self, f"is no run of tar members ({' '.join(str(error).split())})") from error
 
 
 class ShardSet:
@@ -120,10 +124,10 @@ class ShardSet:
 
     Args:
         path: folder or URL with a manifest.
-        verify: ``size`` compares the size of every shard with the manifest, ``full`` every sha256.
+        verify: ``size`` compares the size of every shard with the manifest, ``full`` every sha256, of indexes too.
 
     Raises:
-        DataError: no manifest; a shard missing, or not the one the manifest names.
+        DataError: no manifest; a shard or its index missing, or not the one the manifest names.
     """
 
     def __init__(self, path: str, verify: str = "size") -> None:
@@ -134,7 +138,7 @@ class ShardSet:
         self._shape, self._num_classes = self.manifest.event_shape, self.manifest.num_classes
         sizes = storage.list_sizes(path)
         for shard in self.manifest.shards:
-            self._check_shard(shard, sizes.get(shard.file), full=verify == "full")
+            self._check_shard(shard, sizes, full=verify == "full")
 
     def read_run(self, shard: int, start: int, stop: int) -> list[StoredSample]:
         """Samples ``[start, stop)`` of a shard, by one range read; their checksums are looked at when they are used.
@@ -147,7 +151,8 @@ class ShardSet:
         offsets: list[int] = index.offsets[start : stop + 1].tolist()
         checksums: list[int] = index.checksums[start:stop].tolist()
         base, first, file, path = offsets[0], int(self._first[shard]), record.file, self.path
-        content = _read_patiently(storage.join(path, file), base, offsets[-1])
+        location = storage.join(path, file)
+        content = _patiently(lambda: storage.read_range(location, base, offsets[-1]))
         return [
             StoredSample(content[low - base : high - base], known, first + place, place, file, path)
             for place, low, high, known in zip(range(start, stop), offsets[:-1], offsets[1:], checksums, strict=True)
@@ -173,7 +178,7 @@ class ShardSet:
         Raises:
             CorruptSample: the sample is not what was packed, or not what the manifest says.
         """
-        members = stored.members()
+        members = self._members(stored)
         extension = image_extension(members)
         if extension is None:
             raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")
@@ -189,7 +194,7 @@ class ShardSet:
         Raises:
             CorruptSample: as `decode`.
         """
-        return self._label(stored, stored.members())
+        return self._label(stored, self._members(stored))
 
     def take(self, samples: NDArray[np.int64]) -> Batch:
         """Samples by their number in the manifest's order.
@@ -210,6 +215,14 @@ class ShardSet:
         for low in range(start, stop, batch_size):
             yield self.take(np.arange(low, min(low + batch_size, stop)))
 
+    def _members(self, stored: StoredSample) -> dict[str, bytes]:
+        """Members of a sample, read once more if it is not what was packed: the fault may have been on the way."""
+        try:
+            return stored.members()
+        except CorruptSample:
+            (again,) = self.read(np.array([stored.number]))
+            return again.members()
+
     def _label(self, stored: StoredSample, members: dict[str, bytes]) -> int:
         if not self._num_classes:
             return -1
@@ -222,34 +235,50 @@ class ShardSet:
         if shard not in self._indexes:
             record = self.manifest.shards[shard]
             location = storage.join(self.path, index_name(record.file))
-            self._indexes[shard] = read_index(location, record.samples, record.index_sha256)
+            self._indexes[shard] = _patiently(lambda: read_index(location, record.samples, record.index_sha256))
         return self._indexes[shard]
 
-    def _check_shard(self, record: ShardRecord, found: int | None, full: bool) -> None:
-        location = storage.join(self.path, record.file)
-        if found is None:
-            raise DataError(
-                f"{location} is missing, though the manifest names it; restore it or pack the data set again"
-            )
+    def _check_shard(self, record: ShardRecord, sizes: dict[str, int], full: bool) -> None:
+        for name in (record.file, index_name(record.file)):
+            if name not in sizes:
+                raise DataError(
+                    f"{storage.join(self.path, name)} is missing, though the manifest names it; restore it or pack the "
+                    f"data set again"
+                )
+        location, found = storage.join(self.path, record.file), sizes[record.file]
         if found != record.bytes:
             raise DataError(
                 f"{location} does not match its manifest (got {found} bytes, not {record.bytes}); pack the data again"
             )
         if full:
-            with storage.local_copy(location) as copy:
-                if storage.digest(copy) != record.sha256:
-                    raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")
+            self.verify_shard(record)
+
+    def verify_shard(self, record: ShardRecord) -> None:
+        """Compare the sha256 of a shard and of its index with the manifest.
+
+        Raises:
+            DataError: one of them differs.
+        """
+        read_index(storage.join(self.path, index_name(record.file)), record.samples, record.index_sha256)
+        location = storage.join(self.path, record.file)
+        with storage.local_copy(location) as copy:
+            if storage.digest(copy) != record.sha256:
+                raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")
 
 
-def _read_patiently(location: str, start: int, stop: int) -> bytes:
-    """A range read that is tried again, later and later, while the store fails."""
+def _patiently(read: Callable[[], T]) -> T:
+    """Try again, later and later, while the store fails.
+
+    Raises:
+        DataError: it keeps failing.
+    """
     for attempt in range(_RETRIES):
         try:
-            return storage.read_range(location, start, stop)
+            return read()
         except StorageError:
             time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
     try:
-        return storage.read_range(location, start, stop)
+        return read()
     except StorageError as error:
         raise DataError(f"a shard went missing during the run, tried {_RETRIES + 1} times: {error}") from error
 

@@ -40,6 +40,8 @@ class TrainState(Record):
     """Updates the optimizer has made."""
     skipped_steps: int = Field(ge=0)
     skipped_in_a_row: int = Field(ge=0)
+    num_replaced: int = Field(default=0, ge=0)
+    """Corrupt samples that others stood in for."""
     loss_sum: float
     """Sum of nats per dimension over the steps since the last line of the log."""
     loss_steps: int = Field(ge=0)

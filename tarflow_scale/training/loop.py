@@ -24,6 +24,7 @@ from tarflow_scale.config import CheckpointConfig, LoggingConfig, OptimizerConfi
 from tarflow_scale.errors import UserError
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.loader import Loader
+from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
@@ -49,6 +50,7 @@ class Progress:
     images_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    num_replaced: int = 0
     loss_sum: float = 0.0
     loss_steps: int = 0
     seconds: float = 0.0
@@ -108,8 +110,9 @@ class Loop:
         with opened as log, self._bar(progress, main) as bar, batches as batches:
             while progress.images_seen < self.total_images:
                 before = progress.images_seen
-                result = self._step(next(batches), progress)
-                stopping = self._agree(result, stop.received, progress)
+                batch = next(batches)
+                result = self._step(batch, progress)
+                stopping = self._agree(result, stop.received, batch.num_replaced, progress)
                 now = progress.images_seen
                 bar.update(now - before)
                 done = now >= self.total_images
@@ -142,10 +145,14 @@ class Loop:
             y = dropped_labels(part, self.training.label_drop, seed).to(device) if self.class_conditional else None
             yield MicroBatch(x, y)
 
-    def _agree(self, result: StepResult, signalled: bool, progress: Progress) -> bool:
+    def _agree(self, result: StepResult, signalled: bool, num_replaced: int, progress: Progress) -> bool:
         """Sum over ranks what all must know; True when any rank was asked to stop."""
-        facts = torch.tensor([result.nats_per_dim, float(signalled)], dtype=torch.float64, device=self.engine.device)
-        loss, signals = distributed.all_reduce_sum(facts).tolist()
+        own = [result.nats_per_dim, float(signalled), float(num_replaced)]
+        facts = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
+        loss, signals, replaced = distributed.all_reduce_sum(facts).tolist()
+        progress.num_replaced += round(replaced)
+        allowed = self.reader.config.max_corrupt_fraction
+        check_share(progress.num_replaced, progress.images_seen, allowed, self.logging.path)
         if result.skipped:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
@@ -172,6 +179,7 @@ class Loop:
             "learning_rate": learning_rate(images, self.total_images, self.optimizer, self.schedule),
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
+            "replaced_samples": progress.num_replaced,
             "images_per_second": images / progress.elapsed,
             "peak_memory_bytes": telemetry.peak_memory_bytes(),
             "seconds": progress.elapsed,
@@ -194,6 +202,7 @@ class Loop:
             num_steps=self.engine.num_steps,
             skipped_steps=progress.skipped_steps,
             skipped_in_a_row=progress.skipped_in_a_row,
+            num_replaced=progress.num_replaced,
             loss_sum=progress.loss_sum,
             loss_steps=progress.loss_steps,
             seconds=progress.elapsed,
@@ -239,6 +248,7 @@ class Loop:
             images_seen=state.images_seen,
             skipped_steps=state.skipped_steps,
             skipped_in_a_row=state.skipped_in_a_row,
+            num_replaced=state.num_replaced,
             loss_sum=state.loss_sum,
             loss_steps=state.loss_steps,
             seconds=state.seconds,

@@ -1,6 +1,9 @@
 """Images to bytes and back."""
 
 import io
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +12,14 @@ from PIL import Image
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows.likelihood import quantize
-from tarflow_scale.shards.images import contact_sheet, decode_image, encode_png, reduce_depth, resize_center_crop
+from tarflow_scale.shards.images import (
+    contact_sheet,
+    decode_image,
+    encode_png,
+    image_size,
+    reduce_depth,
+    resize_center_crop,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -29,6 +39,54 @@ def test_other_modes_become_rgb(mode: str) -> None:
 def test_what_is_no_image_is_named(content: bytes) -> None:
     with pytest.raises(DataError, match=r"some/file.png (cannot be decoded|is empty \(0 bytes\))"):
         decode_image(content, "some/file.png")
+
+
+def npy_that_declares(shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [npy_that_declares((3, 100_000, 100_000)), b"\x93NUMPY\x01\x00v\x00{'descr': (" + b" " * 100, b"\x93NUMPY"],
+    ids=["huge", "unfinished header", "no header"],
+)
+def test_arrays_that_are_none_are_named(content: bytes) -> None:
+    with pytest.raises(DataError, match="x cannot be decoded"):
+        decode_image(content, "x")
+
+
+def png_that_declares(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (2**27 + 1, 1), (100_000, 100_000)])
+def test_an_image_bomb_is_refused_by_its_header(width: int, height: int) -> None:
+    content = png_that_declares(width, height)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=r"x (is too large|cannot be decoded \(Image size)"):
+            image_size(content, "x")
+
+
+def test_a_thread_is_not_resized() -> None:
+    with pytest.raises(DataError, match=r"must not be a thread \(got 1x1000000 pixels for 64x64\)"):
+        resize_center_crop(np.zeros((3, 1, 1_000_000), np.uint8), 64)
+
+
+def test_the_same_fault_has_the_same_words() -> None:
+    words = set()
+    for _ in range(3):
+        with pytest.raises(DataError) as caught:
+            decode_image(b"not an image", "x")
+        words.add(str(caught.value))
+    assert words == {"x cannot be decoded (no image format); replace or remove the image"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (7, 9), (32, 32)])

@@ -16,7 +16,7 @@ def open_source(config: SourceConfig) -> ImageSource:
 
 def _whole_source(config: SourceConfig) -> ImageSource:
     """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
-    shaping = Shaping(config.size_pixels, config.resize, config.resample)
+    shaping = Shaping(config.size_pixels, config.resize, config.resample, skip_bad=config.bad_images == "skip")
     path = config.path or ""
     match config.kind:
         case "digits":

@@ -5,23 +5,23 @@ containers; anything else in a file is refused, so that no file can run code
 (www.cs.toronto.edu/~kriz/cifar.html; Chrabaszcz et al., arXiv 1707.08819, for downsampled ImageNet).
 """
 
+import hashlib
 import io
 import math
 import pickle
 import re
 import tarfile
-import tempfile
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage
+from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import ImageSource
+from tarflow_scale.shards.images import NPY_FAULTS
+from tarflow_scale.shards.sources.base import ImageSource, Spool, numbered_classes
 
 __all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
 
@@ -143,7 +143,10 @@ def _pickled(
         labels = batch.get(key, batch.get(key.decode())) if isinstance(batch, dict) else None
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or not isinstance(labels, list):
             raise DataError(f"{name} must hold data and {key.decode()} (got {type(batch).__name__}); download it again")
-        return _checked(data, np.array(labels), name)
+        try:
+            return _checked(data, np.array(labels), name)
+        except (ValueError, OverflowError) as error:
+            raise DataError(f"labels of {name} are no list of numbers ({error}); download it again") from error
 
     names: list[str] = []
     if meta[0] in files:
@@ -189,14 +192,15 @@ def _joined(parts: list[_Part]) -> _Part:
 
 def _class_names(names: list[str], parts: tuple[_Part, _Part]) -> tuple[str, ...]:
     """The names that the files give, or numbers."""
-    return tuple(names) or tuple(str(label) for label in range(1 + max(int(y.max()) for _, y in parts)))
+    return tuple(names) or numbered_classes(np.concatenate([y for _, y in parts]))
 
 
 class DownsampledImageNetSource(ImageSource):
     """ImageNet at 8 to 64 pixels as published: ``train_data_batch_1.npz`` ... and ``val_data.npz``; official split.
 
     Each holds ``data (n, 3 S S)`` uint8 and ``labels`` 1..1000. The arrays are unpacked into temporary files (in
-    ``TMPDIR``, as large as the data) and mapped, so that memory stays small whatever the order of reading.
+    ``TMPDIR``, as large as the data, gone when the process ends) and mapped, so that memory stays small whatever the
+    order of reading.
 
     Args:
         path: folder or URL of the files.
@@ -211,8 +215,11 @@ class DownsampledImageNetSource(ImageSource):
         test = [name for name in names if name == "val_data.npz"]
         if not train:
             raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
-        self._scratch = tempfile.TemporaryDirectory(prefix="tarflow-scale-")
-        self._files = [_Mapped(storage.join(path, name), Path(self._scratch.name) / name) for name in [*train, *test]]
+        with telemetry.progress_bar(len(train) + len(test), "unpack", unit="file") as bar:
+            self._files: list[_Mapped] = []
+            for name in [*train, *test]:
+                self._files.append(_Mapped(storage.join(path, name)))
+                bar.update(1)
         self._first = np.concatenate([[0], np.cumsum([file.shape[0] for file in self._files])])
         widths = {file.shape[1] for file in self._files}
         side = math.isqrt(min(widths) // 3)
@@ -220,14 +227,14 @@ class DownsampledImageNetSource(ImageSource):
             raise DataError(f"data of {path} must be (n, 3 S S) in every file (got widths {sorted(widths)})")
         self._side = side
         labels = np.concatenate([file.labels for file in self._files]) - 1
-        sizes = storage.list_sizes(path)
+        digests = "\n".join(file.digest for file in self._files)
         super().__init__(
             name=f"imagenet{side}",
             description=f"downsampled ImageNet {side}x{side}, official split (test is its validation set)",
-            class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
+            class_names=numbered_classes(labels),
             bit_depth=8,
             labels=labels,
-            digest=storage.digest("\n".join(f"{n} {sizes[n]}" for n in [*train, *test]).encode() + labels.tobytes()),
+            digest=storage.digest(digests.encode() + labels.tobytes()),
             official_test=(np.arange(len(labels)) >= self._first[len(train)]) if test else None,
         )
 
@@ -236,9 +243,6 @@ class DownsampledImageNetSource(ImageSource):
         file = int(np.searchsorted(self._first, number, side="right")) - 1
         row = self._files[file].rows()[number - int(self._first[file])]
         return np.array(row).reshape(3, self._side, self._side)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_scratch"}  # the first process tidies up
 
     def origin(self, number: int) -> str:
         """File and row."""
@@ -253,19 +257,23 @@ def _batch_number(name: str) -> int:
 class _Mapped:
     """``data`` of one ``.npz``, mapped into memory; and its ``labels``."""
 
-    def __init__(self, location: str, scratch: Path) -> None:
+    def __init__(self, location: str) -> None:
         self.name = location.rsplit("/", 1)[-1]
+        self._spool = Spool()
+        self._rows: NDArray[np.uint8] | None = None
+        content = hashlib.sha256()
         try:
             with zipfile.ZipFile(storage.open_seekable(location)) as archive:
                 with archive.open("labels.npy") as file:
                     self.labels: NDArray[np.int64] = np.lib.format.read_array(file, allow_pickle=False).astype(np.int64)
-                with archive.open("data.npy") as source, scratch.open("wb") as copy:
+                with archive.open("data.npy") as source:
                     while block := source.read(1 << 22):
-                        copy.write(block)
-            self._path = scratch
-            self._rows: NDArray[np.uint8] | None = None
+                        content.update(block)
+                        self._spool.write(block)
+            self._spool.flush()
+            self.digest = content.hexdigest()
             self.shape = self.rows().shape
-        except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        except NPY_FAULTS as error:
             raise DataError(f"{location} must hold data and labels (got: {error}); download it again") from error
         self.labels = self.labels.reshape(-1)
         if self.rows().dtype != np.uint8 or len(self.shape) != 2 or len(self.labels) != self.shape[0]:
@@ -277,7 +285,7 @@ class _Mapped:
     def rows(self) -> NDArray[np.uint8]:
         """``(n, 3 S S)``."""
         if self._rows is None:
-            self._rows = np.lib.format.open_memmap(self._path, mode="r")
+            self._rows = np.lib.format.open_memmap(self._spool.path, mode="r")
         return self._rows
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,15 +1,37 @@
 """What every source of images offers, and the rules that turn encoded images of any size into images of one shape."""
 
+import os
+import re
+import tempfile
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import decode_image, reduce_depth, resize_center_crop
+from tarflow_scale.shards.images import decode_image, image_size, reduce_depth, resize_center_crop
 
-__all__ = ["BadImage", "EncodedSource", "ImageSource", "ReducedSource", "Shaping"]
+__all__ = [
+    "BadImage",
+    "EncodedSource",
+    "ImageSource",
+    "ReducedSource",
+    "Shaping",
+    "SplitLayout",
+    "Spool",
+    "as_label",
+    "numbered_classes",
+    "split_layout",
+]
+
+_MAX_LABEL = 2**20
+"""More classes than any data set has; a larger label is a mistake, and would be as many class names."""
+_TEST_SPLITS = ("test", "validation", "valid", "val")
+_LOOKED_AT = 64
+"""Images that are looked at before packing, to see whether they are grey."""
 
 
 class BadImage(DataError):
@@ -28,8 +50,11 @@ class ImageSource(ABC):
         class_names: names of the classes, in the order of their labels; empty without labels.
         bit_depth: high bits of a uint8 pixel that are data.
         labels: label of every image, ``(n,)`` int64; zeros without labels.
-        digest: of what the source holds, so that a changed source is another data set.
+        digest: of what the source holds, so that a changed source is another data set; what is not read before
+            packing, like the files of a folder, counts by name and size.
         official_test: ``(n,)`` bool, which images the source itself sets aside for testing; None when it does not say.
+        version: changes also when a file is written again with the same size, so that a packing that was killed does
+            not go on with other images; the digest if that says as much.
     """
 
     def __init__(
@@ -41,6 +66,7 @@ class ImageSource(ABC):
         labels: NDArray[np.int64],
         digest: str,
         official_test: NDArray[np.bool_] | None = None,
+        version: str = "",
     ) -> None:
         self.name = name
         self.description = description
@@ -49,10 +75,20 @@ class ImageSource(ABC):
         self.labels = labels
         self.digest = digest
         self.official_test = official_test
+        self.version = version or digest
         self._check_labels()
+
+    is_remote = False
+    """Whether every image is read from a store, so that reading some at once pays."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the images."""
+        channels, height, width = self.image(0).shape
+        return channels, height, width
 
     @abstractmethod
     def image(self, number: int) -> NDArray[np.uint8]:
@@ -85,6 +121,7 @@ class Shaping:
         size_pixels: side of the square result; None takes the size of the first image.
         resize: ``refuse`` images of another size, or ``center_crop``: short side to the size, then the centre.
         resample: filter of the resizing.
+        skip_bad: images that cannot be used are left out, so that the first one may be one of them.
     """
 
     def __init__(
@@ -92,7 +129,9 @@ class Shaping:
         size_pixels: int | None,
         resize: Literal["refuse", "center_crop"],
         resample: Literal["lanczos", "box", "bicubic"],
+        skip_bad: bool = False,
     ) -> None:
+        self.skip_bad = skip_bad
         self.size_pixels = size_pixels
         self.resize = resize
         self.resample: Literal["lanczos", "box", "bicubic"] = resample
@@ -105,12 +144,12 @@ class Shaping:
             return "as they are"
         return f"short side to {self.size_pixels} pixels ({self.resample}), then centre crop"
 
-    def settle(self, first: NDArray[np.uint8], origin: str) -> None:
-        """Let the first image decide what is left open."""
-        channels, height, width = first.shape
+    def settle(self, first: NDArray[np.uint8], origin: str, channels: int) -> None:
+        """Let the first usable image decide the size that is left open; ``channels`` is 3 if any image has colours."""
+        _, height, width = first.shape
         size = self.size_pixels or height
         if self.resize == "refuse" and (height, width) != (size, size):
-            raise DataError(
+            raise BadImage(
                 f"images must be squares of one size (got {height}x{width} for {origin}, not {size}x{size}); "
                 f"set source.resize=center_crop and source.size_pixels"
             )
@@ -124,7 +163,10 @@ class Shaping:
         """
         assert self.shape is not None
         if self.resize == "center_crop":
-            image = resize_center_crop(image, self.shape[1], self.resample)
+            try:
+                image = resize_center_crop(image, self.shape[1], self.resample)
+            except DataError as error:
+                raise BadImage(f"{origin}: {error}") from error
         if image.shape[0] == 1 and self.shape[0] == 3:
             image = image.repeat(3, axis=0)
         if image.shape[0] != self.shape[0]:
@@ -154,10 +196,13 @@ class EncodedSource(ImageSource):
         labels: NDArray[np.int64],
         digest: str,
         official_test: NDArray[np.bool_] | None = None,
+        version: str = "",
     ) -> None:
-        super().__init__(name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official_test)
+        super().__init__(
+            name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official_test, version
+        )
         self._shaping = shaping
-        shaping.settle(self._decoded(0), self.place(0))
+        self._settle()
 
     @abstractmethod
     def encoded(self, number: int) -> bytes:
@@ -167,9 +212,37 @@ class EncodedSource(ImageSource):
         """Where image ``number`` lies, in full, for errors."""
         return self.origin(number)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the images."""
+        assert self._shaping.shape is not None
+        return self._shaping.shape
+
     def image(self, number: int) -> NDArray[np.uint8]:
         """Image ``number``, in the one shape of the data set."""
         return self._shaping.apply(self._decoded(number), self.place(number))
+
+    def _settle(self) -> None:
+        """Look at images that lie spread over the source: are there colours, and how large is the first usable one."""
+        channels, first_fault = 1, None
+        usable: list[int] = []
+        for number in np.unique(np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int)).tolist():
+            try:
+                channels = max(channels, image_size(self.encoded(number), self.place(number))[0])
+                usable.append(number)
+            except DataError as error:
+                first_fault = first_fault or error
+        if first_fault is not None and not self._shaping.skip_bad:
+            raise BadImage(str(first_fault)) from first_fault
+        for number in usable:
+            try:
+                return self._shaping.settle(self._decoded(number), self.place(number), channels)
+            except BadImage as error:
+                if not self._shaping.skip_bad:
+                    raise
+                first_fault = first_fault or error
+        assert first_fault is not None
+        raise BadImage(f"none of the {_LOOKED_AT} images that were looked at is usable, for one: {first_fault}")
 
     def _decoded(self, number: int) -> NDArray[np.uint8]:
         try:
@@ -203,8 +276,15 @@ class ReducedSource(ImageSource):
             labels=source.labels,
             digest=source.digest,
             official_test=source.official_test,
+            version=source.version,
         )
         self._source = source
+        self.is_remote = source.is_remote
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the images."""
+        return self._source.shape
 
     def image(self, number: int) -> NDArray[np.uint8]:
         """Image ``number`` in fewer levels."""
@@ -213,3 +293,93 @@ class ReducedSource(ImageSource):
     def origin(self, number: int) -> str:
         """As the source says."""
         return self._source.origin(number)
+
+
+def as_label(value: Any, what: str) -> int:
+    """A label as a source gives it: a whole number that is not negative, or its digits.
+
+    Raises:
+        DataError: it is anything else.
+    """
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"\s*\d{1,9}\s*", text) or int(text) > _MAX_LABEL:
+        raise DataError(f"a label must be a whole number up to {_MAX_LABEL} (got {text[:40]!r} for {what}); mend it")
+    return int(text)
+
+
+def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Class names where a source has numbers alone: 0 to the highest label.
+
+    Raises:
+        DataError: there would be a great many.
+    """
+    highest = int(labels.max(initial=0))
+    if highest > _MAX_LABEL:
+        raise DataError(f"labels must not exceed {_MAX_LABEL} (got {highest}); mend them")
+    return tuple(str(label) for label in range(highest + 1))
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """How a source that is divided into folders or files for training and testing is read.
+
+    Args:
+        kept: numbers of the names that count.
+        test: of those, which are for testing.
+        words: for the manifest; empty if there is no such division.
+    """
+
+    kept: list[int]
+    test: NDArray[np.bool_]
+    words: str
+
+
+def split_layout(splits: Sequence[str | None]) -> SplitLayout | None:
+    """The division that the splits of all names make; None if they make none.
+
+    There must be one called train, and one called test, validation, valid or val, of which the first counts.
+    """
+    found = {split for split in splits if split is not None}
+    chosen = next((split for split in _TEST_SPLITS if split in found), None)
+    if "train" not in found or chosen is None or None in splits or not found <= {"train", *_TEST_SPLITS}:
+        return None
+    kept = [number for number, split in enumerate(splits) if split in ("train", chosen)]
+    others = ", ".join(sorted(found - {"train", chosen}))
+    words = f"official split (train, {chosen}{f'; {others} left out' if others else ''})"
+    return SplitLayout(kept, np.array([splits[number] == chosen for number in kept], dtype=np.bool_), words)
+
+
+class Spool:
+    """A temporary file without a name, which worker processes read too; nothing is left of it, however all end."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="tarflow-scale-")  # noqa: SIM115
+        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def write(self, content: bytes) -> None:
+        """Append.
+
+        Raises:
+            DataError: there is no room.
+        """
+        assert self._file is not None
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise DataError(
+                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
+            ) from error
+
+    def flush(self) -> None:
+        """Make it readable."""
+        self.write(b"")
+        assert self._file is not None
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}

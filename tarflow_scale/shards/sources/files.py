@@ -1,5 +1,8 @@
 """Image files: a folder (or URL) of class folders, a flat folder, or a zip of either with or without dataset.json.
 
+Folders ``train`` and ``test`` (or ``validation``, ``valid``, ``val``) at the top make an official split, as in AFHQ and
+ImageNet; classes are then the folders below. Empty folders are no classes.
+
 A zip may hold ``dataset.json`` with ``{"labels": [["00000/img00000000.png", 6], ...]}``, as StyleGAN's and EDM's
 data set tools write it; its labels then count, not its folders.
 """
@@ -7,6 +10,7 @@ data set tools write it; its labels then count, not its folders.
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,21 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
+from tarflow_scale.shards.sources.base import (
+    BadImage,
+    EncodedSource,
+    Shaping,
+    SplitLayout,
+    as_label,
+    numbered_classes,
+    split_layout,
+)
 
 __all__ = ["FolderSource", "ZipSource", "classes_of"]
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _ZIP_LABELS = "dataset.json"
+_MAX_MEMBER_BYTES = 1 << 30
 _WANTED = "looked for class/*.png, jpg, jpeg, webp, bmp, or the same without classes"
 
 
@@ -38,6 +51,20 @@ def classes_of(names: list[str], where: str) -> tuple[tuple[str, ...], NDArray[n
         raise DataError(f"images must lie all in class folders, or all in one (got {stray} beside them in {where})")
     number = {name: label for label, name in enumerate(class_names)}
     return tuple(class_names), np.array([number[folder] for folder in folders], dtype=np.int64)
+
+
+def _layout_of(names: list[str]) -> SplitLayout | None:
+    """The official split that the top folders make."""
+    return split_layout([name.split("/", 1)[0] if "/" in name else None for name in names])
+
+
+def _within_splits(names: list[str], layout: SplitLayout | None) -> list[str]:
+    """Names below the folders of the split."""
+    return names if layout is None else [name.split("/", 1)[1] for name in names]
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return storage.digest("\n".join(lines).encode(errors="surrogateescape"))
 
 
 def _is_image(name: str) -> bool:
@@ -59,22 +86,28 @@ class FolderSource(EncodedSource):
     def __init__(self, path: str, shaping: Shaping) -> None:
         if not storage.is_folder(path):
             raise DataError(f"source.path must be a folder (got {path}); check the path")
-        found = [(name, size) for name, size in storage.walk(path) if _is_image(name)]
+        found = [file for file in storage.walk(path) if _is_image(file.name)]
         if not found:
             raise DataError(f"no images in {path} ({_WANTED}); check source.path")
+        layout = _layout_of([file.name for file in found])
+        if layout is not None:
+            found = [found[number] for number in layout.kept]
         self._path = path
-        self._names = [name for name, _ in found]
-        class_names, labels = classes_of(self._names, path)
+        self.is_remote = storage.is_remote(path)
+        self._names = [file.name for file in found]
+        class_names, labels = classes_of(_within_splits(self._names, layout), path)
         order = np.argsort(labels, kind="stable")
         self._names = [self._names[i] for i in order]
-        sizes = dict(found)
+        facts = {file.name: file for file in found}
         super().__init__(
             shaping,
             name=storage.base_name(path),
-            description="image folder",
+            description=f"image folder, {layout.words}" if layout else "image folder",
             class_names=class_names,
             labels=labels[order],
-            digest=storage.digest("\n".join(f"{name} {sizes[name]}" for name in self._names).encode()),
+            digest=_digest(f"{name} {facts[name].num_bytes}" for name in self._names),
+            official_test=layout.test[order] if layout else None,
+            version=_digest(f"{name} {facts[name].num_bytes} {facts[name].version}" for name in self._names),
         )
 
     def encoded(self, number: int) -> bytes:
@@ -108,23 +141,27 @@ class ZipSource(EncodedSource):
         if not infos:
             raise DataError(f"no images in {path} ({_WANTED}); check source.path")
         self._names = sorted(infos)
-        class_names, labels = self._labels()
-        facts = "\n".join(f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names)
+        labelled = _ZIP_LABELS in self._open().namelist()
+        layout = None if labelled else _layout_of(self._names)
+        if layout is not None:
+            self._names = [self._names[number] for number in layout.kept]
+        class_names, labels = (
+            self._labels() if labelled else classes_of(_within_splits(self._names, layout), self._path)
+        )
+        facts = [f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names]
         super().__init__(
             shaping,
             name=storage.base_name(path).removesuffix(".zip"),
-            description="zip of images",
+            description=f"zip of images, {layout.words}" if layout else "zip of images",
             class_names=class_names,
             labels=labels,
-            digest=storage.digest(f"{facts}\n{labels.tolist()}".encode()),
+            digest=_digest([*facts, str(labels.tolist())]),
+            official_test=layout.test if layout else None,
         )
 
     def encoded(self, number: int) -> bytes:
         """The member, whose CRC the zip checks."""
-        try:
-            return self._open().read(self._names[number])
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise BadImage(f"{self.place(number)} cannot be unpacked ({error}); replace the zip") from error
+        return self._member(self._names[number])
 
     def origin(self, number: int) -> str:
         """Name in the zip."""
@@ -133,6 +170,16 @@ class ZipSource(EncodedSource):
     def place(self, number: int) -> str:
         """Zip and member."""
         return f"{self._path}:{self._names[number]}"
+
+    def _member(self, name: str) -> bytes:
+        archive = self._open()
+        size = archive.getinfo(name).file_size
+        if size > _MAX_MEMBER_BYTES:
+            raise BadImage(f"{self._path}:{name} is too large for an image ({size:,} bytes); remove it")
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            raise BadImage(f"{self._path}:{name} cannot be unpacked ({error}); replace the zip") from error
 
     def _open(self) -> zipfile.ZipFile:
         if self._zip is None:
@@ -148,15 +195,15 @@ class ZipSource(EncodedSource):
         return self.__dict__ | {"_zip": None}  # an open file does not travel between processes
 
     def _labels(self) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-        if _ZIP_LABELS not in self._open().namelist():
-            return classes_of(self._names, self._path)
+        content = self._member(_ZIP_LABELS)
         try:
-            pairs = json.loads(self._open().read(_ZIP_LABELS)).get("labels")
-            known = None if pairs is None else {str(name): int(label) for name, label in pairs}
-        except (ValueError, TypeError, AttributeError) as error:
+            pairs = json.loads(content).get("labels")
+            given = None if pairs is None else {str(name): label for name, label in pairs}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{_ZIP_LABELS} of {self._path} must hold labels as [[name, number], ...] (got {error}); mend it"
             ) from error
+        known = None if given is None else {name: as_label(label, name) for name, label in given.items()}
         if known is None:
             return (), np.zeros(len(self._names), dtype=np.int64)
         missing = [name for name in self._names if name not in known]
@@ -166,4 +213,4 @@ class ZipSource(EncodedSource):
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}); complete it"
             )
         labels = np.array([known[name] for name in self._names], dtype=np.int64)
-        return tuple(str(label) for label in range(int(labels.max()) + 1)), labels
+        return numbered_classes(labels), labels

@@ -8,7 +8,6 @@ import gzip
 import io
 import math
 import struct
-import zipfile
 import zlib
 
 import numpy as np
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import ImageSource
+from tarflow_scale.shards.images import NPY_FAULTS
+from tarflow_scale.shards.sources.base import ImageSource, numbered_classes
 
 __all__ = ["MnistSource", "read_idx"]
 
@@ -57,7 +57,7 @@ class MnistSource(ImageSource):
         super().__init__(
             name=path.rstrip("/").rpartition("/")[2].removesuffix(".npz"),
             description="MNIST format, official split",
-            class_names=tuple(str(label) for label in range(int(labels.max()) + 1)),
+            class_names=numbered_classes(labels),
             bit_depth=8,
             labels=labels,
             digest=storage.digest(self._images.tobytes() + labels.tobytes()),
@@ -123,7 +123,7 @@ def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
                 for split in ("train", "test")
                 for part in ("x", "y")
             }
-    except (ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except NPY_FAULTS as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
 
 

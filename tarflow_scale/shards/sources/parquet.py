@@ -2,34 +2,34 @@
 
 A column holds images as ``struct<bytes, path>`` or as binary, another an integer label; names of classes are in the
 schema's metadata. Rows of Parquet lie compressed in groups and cannot be read one by one, so the image bytes are
-copied into one temporary file first (in ``TMPDIR``, as large as the images).
+copied into one temporary file first (in ``TMPDIR``, as large as the images, gone when the process ends).
 """
 
-import itertools
+import hashlib
 import json
 import re
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from tarflow_scale import storage
+from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import EncodedSource, Shaping
+from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool, as_label, numbered_classes, split_layout
 
 __all__ = ["ParquetSource"]
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _ROWS = 256
-_TEST_SPLITS = ("test", "validation", "val")
+_SPLITS = ("train", "test", "validation", "valid", "val")
 
 
 class ParquetSource(EncodedSource):
     """Rows of one ``.parquet`` file, or of all below a folder (or URL).
 
-    Files named ``train-*`` and ``test-*`` or ``validation-*`` make an official split; test goes before validation.
+    Files named ``train-*`` and ``test-*`` or ``validation-*``, or in folders of these names, make an official split;
+    test goes before validation.
 
     Args:
         path: the file or folder.
@@ -41,20 +41,20 @@ class ParquetSource(EncodedSource):
 
     def __init__(self, path: str, shaping: Shaping) -> None:
         files = _tables(path)
-        self._scratch = tempfile.TemporaryDirectory(prefix="tarflow-scale-")
-        self._spool = Path(self._scratch.name) / "images"
-        ends: list[int] = []
-        labels: list[int] = []
-        tests: list[bool] = []
-        labelled: set[bool] = set()
+        layout = split_layout([_split_of(name) for name, _ in files])
+        kept = range(len(files)) if layout is None else layout.kept
+        tests = np.zeros(len(files), dtype=np.bool_) if layout is None else layout.test
+        self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
+        sizes: list[int] = []
+        labels: list[int] = []
+        in_test: list[bool] = []
+        labelled: set[bool] = set()
         class_names: tuple[str, ...] = ()
-        chosen = _official(files)
-        with self._spool.open("wb") as spool:
-            for name, location in files:
-                split = _split_of(name)
-                if chosen is not None and split not in ("train", chosen):
-                    continue
+        content = hashlib.sha256()
+        with telemetry.progress_bar(len(kept), "unpack", unit="table") as bar:
+            for number, test in zip(kept, tests, strict=True):
+                name, location = files[number]
                 table = _open(location)
                 image_column, label_column = _columns(table, location)
                 labelled.add(label_column is not None)
@@ -62,40 +62,38 @@ class ParquetSource(EncodedSource):
                     raise DataError(f"all tables must have labels, or none (got both, the second in {location})")
                 class_names = class_names or _class_names(table, label_column)
                 columns = [image_column] + ([label_column] if label_column else [])
-                row = itertools.count()
-                for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
-                    for record in batch.to_pylist():
-                        number = next(row)
-                        spool.write(_bytes_of(record[image_column], f"row {number} of {location}"))
-                        ends.append(spool.tell())
-                        labels.append(int(record[label_column]) if label_column else 0)
-                        tests.append(split == chosen)
-                        self._rows.append((name, number))
-        self._ends = np.array([0, *ends], dtype=np.int64)
+                for row, record in enumerate(_records(table, columns, location)):
+                    what = f"row {row} of {location}"
+                    image = _bytes_of(record[image_column], what)
+                    content.update(image)
+                    self._spool.write(image)
+                    sizes.append(len(image))
+                    labels.append(as_label(record[label_column], what) if label_column else 0)
+                    in_test.append(bool(test))
+                    self._rows.append((name, row))
+                bar.update(1)
+        self._spool.flush()
+        self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         if not class_names and any(labels):
-            class_names = tuple(str(label) for label in range(max(labels) + 1))
-        sizes = "\n".join(f"{name} {storage.size_bytes(location)}" for name, location in files)
+            class_names = numbered_classes(np.array(labels))
         super().__init__(
             shaping,
             name=storage.base_name(path).removesuffix(".parquet"),
-            description="parquet tables",
+            description=f"parquet tables, {layout.words}" if layout else "parquet tables",
             class_names=class_names,
             labels=np.array(labels, dtype=np.int64),
-            digest=storage.digest(f"{sizes} {labels} {np.diff(self._ends).tolist()}".encode()),
-            official_test=np.array(tests) if chosen is not None else None,
+            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels}".encode()),
+            official_test=np.array(in_test) if layout else None,
         )
 
     def encoded(self, number: int) -> bytes:
         """The bytes in the table."""
-        return storage.read_range(str(self._spool), int(self._ends[number]), int(self._ends[number + 1]))
+        return storage.read_range(self._spool.path, int(self._ends[number]), int(self._ends[number + 1]))
 
     def origin(self, number: int) -> str:
         """Table and row."""
         name, row = self._rows[number]
         return f"{name}/{row}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_scratch"}  # the first process tidies up
 
 
 def _tables(path: str) -> list[tuple[str, str]]:
@@ -103,20 +101,27 @@ def _tables(path: str) -> list[tuple[str, str]]:
         raise DataError(f"there is no {path}; check source.path")
     if not storage.is_folder(path):
         return [(storage.base_name(path), path)]
-    names = [name for name, _ in storage.walk(path) if name.endswith(".parquet")]
+    names = [file.name for file in storage.walk(path) if file.name.endswith(".parquet")]
     if not names:
         raise DataError(f"no .parquet in {path}; check source.path")
     return [(name, storage.join(path, name)) for name in names]
 
 
-def _split_of(name: str) -> str:
-    return re.split(r"[-_./]", name.rsplit("/", 1)[-1], maxsplit=1)[0]
+def _split_of(name: str) -> str | None:
+    """``train`` for ``train-00000-of-00002.parquet`` and for ``default/train/0000.parquet``."""
+    words = [re.split(r"[-_.]", part, maxsplit=1)[0] for part in reversed(name.split("/"))]
+    return next((word for word in words if word in _SPLITS), None)
 
 
-def _official(files: list[tuple[str, str]]) -> str | None:
-    """Which files are for testing, where some are for training."""
-    splits = {_split_of(name) for name, _ in files}
-    return next((split for split in _TEST_SPLITS if split in splits), None) if "train" in splits else None
+def _records(table: Any, columns: list[str], location: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as arrow
+
+    try:
+        for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+            yield from batch.to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{location} is damaged ({reason}); download it again") from error
 
 
 def _open(location: str) -> Any:

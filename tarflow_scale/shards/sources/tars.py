@@ -4,7 +4,9 @@ A sample is a run of members that share a key, the path up to the first dot of t
 that ends in png, jpg, jpeg, webp, bmp or npy; its label a ``.cls`` member, or ``label`` in its ``.json``.
 """
 
+import hashlib
 import json
+import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -12,15 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage
+from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
-from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
+from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping, as_label, numbered_classes
 
 __all__ = ["TarSource", "index_tars", "scan_tar"]
+
+
+_TAR_BLOCK = 512
+_END_BYTES = 1 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+"""What a manifest takes as the name of a shard."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +47,44 @@ def scan_tar(location: str) -> list[TarSample]:
         DataError: it is no whole tar, or a key occurs twice.
     """
     samples: list[TarSample] = []
+    end = 0
     try:
         with storage.open_seekable(location) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
+                end = member.offset_data + (-(-member.size // _TAR_BLOCK) * _TAR_BLOCK if member.isreg() else 0)
                 if not member.isfile():
                     continue
                 folder, _, base = member.name.rpartition("/")
                 key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
-                stop = member.offset_data + -(-member.size // 512) * 512
                 if samples and samples[-1].key == key:
-                    samples[-1] = TarSample(key, samples[-1].start, stop)
+                    samples[-1] = TarSample(key, samples[-1].start, end)
                 else:
-                    samples.append(TarSample(key, member.offset, stop))
-    except (tarfile.TarError, EOFError) as error:
+                    samples.append(TarSample(key, member.offset, end))
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{location} is not a whole tar ({error}); replace or remove it") from error
     if not samples:
         raise DataError(f"no samples in {location}; replace or remove it")
-    if samples[-1].stop > storage.size_bytes(location):
-        raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
+    _check_end(location, end)
     double, times = Counter(sample.key for sample in samples).most_common(1)[0]
     if times > 1:
         raise DataError(f"keys of a tar must differ (got {double} twice in {location}); sort its members by key")
     return samples
+
+
+def _check_end(location: str, end: int) -> None:
+    """After its last member a tar has two blocks of zeros or more, and nothing else.
+
+    Otherwise it was cut, or a header is damaged; ``tarfile`` takes either for the end.
+    """
+    size = storage.size_bytes(location)
+    if size < end:
+        raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
+    rest = storage.read_range(location, end, min(size, end + _END_BYTES))
+    if len(rest) < 2 * _TAR_BLOCK or any(rest):
+        raise DataError(
+            f"{location} is not a whole tar (no end after byte {end:,} of {size:,}: cut, or a damaged header); replace "
+            f"or remove it"
+        )
 
 
 def tar_names(path: str) -> list[str]:
@@ -75,15 +99,19 @@ def tar_names(path: str) -> list[str]:
     return names
 
 
-def label_of(members: dict[str, bytes]) -> int | None:
-    """The label of a sample, None without."""
+def label_of(members: dict[str, bytes], what: str) -> int | None:
+    """The label of a sample, None without.
+
+    Raises:
+        DataError: what stands for a label is none.
+    """
+    if "cls" in members:
+        return as_label(members["cls"], what)
     try:
-        if "cls" in members:
-            return int(members["cls"])
         label = json.loads(members["json"]).get("label") if "json" in members else None
-        return None if label is None else int(label)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
+    return None if label is None else as_label(label, what)
 
 
 class TarSource(EncodedSource):
@@ -99,18 +127,32 @@ class TarSource(EncodedSource):
 
     def __init__(self, path: str, shaping: Shaping) -> None:
         self._path = path
-        self._samples = [(name, sample) for name in tar_names(path) for sample in scan_tar(storage.join(path, name))]
-        labels = [label_of(self._members(number)) for number in range(len(self._samples))]
+        self.is_remote = storage.is_remote(path)
+        self._samples: list[tuple[str, TarSample]] = []
+        labels: list[int | None] = []
+        content = hashlib.sha256()
+        names = tar_names(path)
+        with telemetry.progress_bar(len(names), "scan", unit="tar") as bar:
+            for name in names:
+                location = storage.join(path, name)
+                samples = scan_tar(location)
+                # One read of the tar, since its samples lie in a row; packing then reads them in another order.
+                with storage.open_seekable(location) as stream:
+                    for sample in samples:
+                        stream.seek(sample.start)
+                        part = stream.read(sample.stop - sample.start)
+                        content.update(part)
+                        self._samples.append((name, sample))
+                        labels.append(label_of(_members_of(part, f"{name}:{sample.key}"), f"{name}:{sample.key}"))
+                bar.update(1)
         given = check_labels(labels, [f"{name}:{sample.key}" for name, sample in self._samples])
-        sizes = storage.list_sizes(path)
-        facts = "\n".join(f"{name} {sizes[name]}" for name in tar_names(path))
         super().__init__(
             shaping,
             name=storage.base_name(path),
             description="WebDataset tars",
-            class_names=tuple(str(label) for label in range(int(given.max()) + 1)) if labels[0] is not None else (),
+            class_names=numbered_classes(given) if labels[0] is not None else (),
             labels=given,
-            digest=storage.digest(f"{facts}\n{given.tolist()}".encode()),
+            digest=content.hexdigest(),
         )
 
     def encoded(self, number: int) -> bytes:
@@ -133,10 +175,14 @@ class TarSource(EncodedSource):
     def _members(self, number: int) -> dict[str, bytes]:
         name, sample = self._samples[number]
         content = storage.read_range(storage.join(self._path, name), sample.start, sample.stop)
-        try:
-            return members_of(content)
-        except (tarfile.TarError, ValueError) as error:
-            raise BadImage(f"{self.place(number)} cannot be read ({error}); replace the tar") from error
+        return _members_of(content, self.place(number))
+
+
+def _members_of(content: bytes, what: str) -> dict[str, bytes]:
+    try:
+        return members_of(content)
+    except (tarfile.TarError, ValueError, KeyError) as error:
+        raise BadImage(f"{what} cannot be read ({' '.join(str(error).split())}); replace the tar") from error
 
 
 def check_labels(labels: list[int | None], names: list[str]) -> NDArray[np.int64]:
@@ -176,6 +222,8 @@ def index_tars(path: str) -> IndexedTars:
     shapes: dict[tuple[int, int, int], str] = {}
     for name in tar_names(path):
         location = storage.join(path, name)
+        if not _FILE_NAME.fullmatch(name):
+            raise DataError(f"a shard needs a plain name of letters, digits and ._- (got {name!r}); rename it")
         samples = scan_tar(location)
         # What lies between two samples, say a folder, belongs to the one before, so that samples stay contiguous.
         offsets = [*(sample.start for sample in samples), samples[-1].stop]
@@ -183,10 +231,13 @@ def index_tars(path: str) -> IndexedTars:
         for number, sample in enumerate(samples):
             part = storage.read_range(location, offsets[number], offsets[number + 1])
             sums.append(checksum(part))
-            members = members_of(part)
-            shapes.setdefault(_shape_of(members, f"{location}:{sample.key}"), f"{location}:{sample.key}")
-            labels.append(int(members["cls"]) if members.get("cls", b"").strip().isdigit() else None)
-            names.append(f"{location}:{sample.key}")
+            what = f"{location}:{sample.key}"
+            members = _members_of(part, what)
+            shapes.setdefault(_shape_of(members, what), what)
+            labels.append(label_of(members, what))
+            if labels[-1] is not None and "cls" not in members:
+                raise DataError(f"labels must be in .cls (got one in the .json of {what}); leave out source.in_place")
+            names.append(what)
         index = ShardIndex(np.array(offsets, np.int64), np.array(sums, np.uint64)).to_bytes()
         records.append(
             ShardRecord(

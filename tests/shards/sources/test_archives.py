@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from webdataset.writer import TarWriter
 
 from tarflow_scale import cli
@@ -82,13 +83,45 @@ def test_zips_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         r"must hold labels as \[\[name, number\]": write_zip(
             tmp_path / "odd.zip", good | {"dataset.json": b'{"labels": 7}'}
         ),
-        "labels of neg must lie in": write_zip(
-            tmp_path / "neg.zip", good | {"dataset.json": b'{"labels": [["a.png", -1], ["b.png", 0]]}'}
-        ),
+        **{
+            rf"a label must be a whole number up to 1048576 \(got '{word}' for a.png\)": write_zip(
+                tmp_path / f"{word}.zip",
+                good | {"dataset.json": f'{{"labels": [["a.png", {word}], ["b.png", 0]]}}'.encode()},
+            )
+            for word in ("-1", "1.5", "100000000000", "9" * 30)
+        },
     }
     for message, path in cases.items():
         with pytest.raises(DataError, match=message):
             opened("zip", path)
+
+
+def test_a_zip_member_that_is_too_large_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow_scale.shards.sources.files._MAX_MEMBER_BYTES", 10_000)
+    path = write_zip(tmp_path / "bomb.zip", {"a.png": bytes(20_000)})
+    with pytest.raises(DataError, match=r"bomb.zip:a.png is too large for an image \(20,000 bytes\)"):
+        opened("zip", path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_folders_for_training_and_testing_are_an_official_split(tmp_path: Path, kind: str) -> None:
+    """As in AFHQ and ImageNet."""
+    names = [f"{split}/{c}/{i}.png" for split in ("train", "val", "test") for c in ("cat", "dog") for i in range(3)]
+    members = {f"{name}": encode_png(images(1)[0]) for name in names}
+    for name, content in members.items():
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(content)
+    source = opened(kind, tmp_path / "x" if kind == "folder" else write_zip(tmp_path / "x.zip", members))
+    assert source.class_names == ("cat", "dog")
+    assert source.official_test is not None
+    assert "official split (train, test; val left out)" in source.description
+    found = {(source.origin(i), int(source.labels[i]), bool(source.official_test[i])) for i in range(len(source))}
+    assert found == {(n, int("dog" in n), n.startswith("test")) for n in names if not n.startswith("val")}
+
+
+def test_classes_that_are_called_like_splits_stay_classes(tmp_path: Path) -> None:
+    members = {f"{name}/0.png": encode_png(images(1)[0]) for name in ("train", "bus")}
+    assert opened("zip", write_zip(tmp_path / "x.zip", members)).class_names == ("bus", "train")
 
 
 # --- CIFAR
@@ -243,6 +276,24 @@ def test_parquet_in_the_layout_of_hugging_face(tmp_path: Path) -> None:
     assert source.origin(4) == "data/train-00001-of-00002.parquet/1"
 
 
+def test_parquet_splits_may_be_folders(tmp_path: Path) -> None:
+    for split in ("train", "test", "validation"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        write_parquet(tmp_path / "default" / split / "0000.parquet", images(3), [0, 1, 0], None)
+    source = opened("parquet", tmp_path)
+    assert source.official_test is not None
+    assert source.official_test.tolist() == [True] * 3 + [False] * 3
+    assert source.description.startswith("parquet tables, official split (train, test; validation left out)")
+
+
+def test_a_table_that_was_written_again_is_another_source(tmp_path: Path) -> None:
+    digests = set()
+    for value in (0, 1):
+        write_parquet(tmp_path / "a.parquet", np.full((2, 3, 6, 6), value, np.uint8), [0, 1], None)
+        digests.add(opened("parquet", tmp_path / "a.parquet").digest)
+    assert len(digests) == 2
+
+
 def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -310,6 +361,84 @@ def tar_of(path: Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "damage", ["cut between samples", "cut in a header", "a bit of a header", "zeros over headers"]
+)
+def test_a_damaged_foreign_tar_is_not_taken_for_a_shorter_one(tmp_path: Path, damage: str, in_place: bool) -> None:
+    write_foreign(tmp_path, images(6), per_tar=6)
+    (tar,) = tmp_path.glob("*.tar")
+    with tarfile.open(tar) as members:
+        middle = members.getmembers()[6].offset
+    content = bytearray(tar.read_bytes())
+    match damage:
+        case "cut between samples":
+            content = content[:middle]
+        case "cut in a header":
+            content = content[: middle + 100]
+        case "a bit of a header":
+            content[middle + 150] ^= 1  # its checksum
+        case _:
+            content[middle : middle + 512] = bytes(512)
+    tar.write_bytes(bytes(content))
+    target = tmp_path if in_place else tmp_path / "out"
+    more = ["source.in_place=true"] if in_place else []
+    before = contents(tmp_path)
+    arguments = ["prepare", "source.kind=webdataset", f"source.path={tmp_path}", f"shards.path={target}", *more]
+    assert cli.main(arguments) == 2
+    assert contents(tmp_path) == before
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_tars_that_were_written_again_are_another_source(tmp_path: Path) -> None:
+    digests = set()
+    for _ in range(2):
+        write_foreign(tmp_path, images(3), extension="png")
+        digests.add(opened("webdataset", tmp_path).digest)
+    assert len(digests) == 2
+
+
+def test_tars_in_place_that_cannot_be_used_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = io.BytesIO()
+    Image.fromarray(np.zeros((6, 6), np.uint16)).save(wide, "PNG")
+    good = encode_png(images(1)[0])
+    cases = {
+        "labels must be in .cls (got one in the .json of": [("0.png", good), ("0.json", b'{"label": 1}')],
+        "has more than 8 bits a channel": [("0.png", wide.getvalue()), ("0.cls", b"1")],
+        "a label must be a whole number": [("0.png", good), ("0.cls", b"100000000000000000000")],
+    }
+    for number, (message, members) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tar_of(folder / "a.tar", members)
+        arguments = ["prepare", "source.kind=webdataset", f"source.path={folder}", f"shards.path={folder}"]
+        assert cli.main([*arguments, "source.in_place=true"]) == 2
+        assert message in capsys.readouterr().err
+        assert [file.name for file in folder.iterdir()] == ["a.tar"]
+    (folder / "a.tar").rename(folder / "my data.tar")
+    tar_of(folder / "my data.tar", [("0.png", good)])
+    assert cli.main([*arguments, "source.in_place=true"]) == 2
+    assert "a shard needs a plain name" in capsys.readouterr().err
+
+
+def test_tars_in_place_may_number_their_samples_anew_but_not_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        tar_of(tmp_path / f"{name}.tar", [(f"{i}.png", encode_png(images(1)[0])) for i in range(3)])
+    arguments = ["prepare", "source.kind=webdataset", f"source.path={tmp_path}", f"shards.path={tmp_path}"]
+    assert cli.main([*arguments, "source.in_place=true"]) == 0
+    assert cli.main(["prepare", "--check", str(tmp_path)]) == 0
+    assert cli.main([*arguments, "source.in_place=true"]) == 0
+    tar_of(tmp_path / "c.tar", [("0.png", encode_png(images(1)[0]))])
+    capsys.readouterr()
+    assert cli.main([*arguments, "source.in_place=true"]) == 2
+    assert "has other tars than its manifest names (got c.tar new" in capsys.readouterr().err
 
 
 def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:

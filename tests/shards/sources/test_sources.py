@@ -1,5 +1,6 @@
 """Sources: the digits, and folders of images."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,27 @@ def test_the_filter_is_named_in_the_description(tmp_path: Path, resample: str) -
     source = open_source(folder(tmp_path, resize="center_crop", size_pixels=4, resample=resample))
     assert source.description == f"image folder, short side to 4 pixels ({resample}), then centre crop"
     assert source.image(0).shape == (3, 4, 4)
+
+
+def test_colours_count_wherever_they_are(tmp_path: Path) -> None:
+    for number in range(20):
+        write(tmp_path / f"a/{number:02d}.png", (1 if number == 0 else 3, 8, 8), number)
+    source = open_source(folder(tmp_path, bad_images="skip"))
+    assert all(source.image(number).shape == (3, 8, 8) for number in range(20))
+
+
+def test_the_first_image_may_be_one_that_is_skipped(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 8))
+    (tmp_path / "a/0.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"0.png is empty"):
+        open_source(folder(tmp_path))
+    assert open_source(folder(tmp_path, bad_images="skip")).shape == (3, 8, 8)
+    (tmp_path / "a/1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 64 images that were looked at is usable"):
+        open_source(folder(tmp_path, bad_images="skip"))
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 8))
+    (tmp_path / "a/1.png").rename(tmp_path / os.fsdecode(b"a/\xff.png"))
+    assert open_source(folder(tmp_path)).image(0).shape == (3, 8, 8)
