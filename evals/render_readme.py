@@ -138,7 +138,8 @@ def data_table(loader: dict[str, Any], fuzz: dict[str, Any]) -> str:
         f"Of {outcome['trials']} data sets in which a file was damaged at random (bits flipped, bytes zeroed or "
         f"inserted, cut, deleted,\nswapped; before opening or while open), {outcome['quarantined']} were read with the "
         f"bad samples replaced, {outcome['clear_error']} ended in one clear line,\n{outcome['no_effect']} read as "
-        f"before; crashes, hangs and wrong pixels: {outcome['crashes_hangs_wrong_pixels']}."
+        f"before, {outcome['read_as_packed']} had checksums that agreed with the damage; crashes, hangs and wrong "
+        f"pixels: {outcome['crashes_hangs_wrong_pixels']}."
     )
 
 

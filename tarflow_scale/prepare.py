@@ -5,6 +5,7 @@ each, and publish the manifests last, when all splits are packed. The same sourc
 bytes, with any number of workers. A packing that was killed goes on when it is run again; bad input leaves nothing.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -44,12 +45,11 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     if dry_run:
         return
     path = config.shards.path
+    if not _missing(config, splits, recipe):  # and refuse what is not ours before anything is touched
+        print(f"{path}: nothing to do, this data set is packed")
+        return
     with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
-        missing = [split for split in splits if not _already_there(_path(config, split), recipe)]
-        if missing:
-            _pack(source, {split: splits[split] for split in missing}, recipe, config)
-        else:
-            print(f"{path}: nothing to do, this data set is packed")
+        _pack(source, {split: splits[split] for split in _missing(config, splits, recipe)}, recipe, config)
 
 
 def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str, config: PrepareConfig) -> None:
@@ -146,8 +146,14 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     print(telemetry.table(rows, ("split", "images", "shards", "image")))
 
 
+def _missing(config: PrepareConfig, splits: Iterable[str], recipe: str) -> list[str]:
+    """Splits that are not packed."""
+    return [split for split in splits if not _already_there(_path(config, split), recipe)]
+
+
 def _already_there(path: str, recipe: str) -> bool:
     if not storage.exists(storage.join(path, MANIFEST_NAME)):
+        packing.refuse_foreign(path)
         return False
     if read_manifest(path).recipe != recipe:
         raise DataError(f"{path} holds another data set; choose another shards.path or delete it")

@@ -144,8 +144,7 @@ def empty_folder(w: World) -> tuple[list[str], str]:
 
 def unreadable_image(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=b"no image"), (
-        f"{w.tmp}/images/class/b.png cannot be decoded (cannot identify image file <_io.BytesIO object>); replace or "
-        f"remove the image"
+        f"{w.tmp}/images/class/b.png cannot be decoded (no image format); replace or remove the image"
     )
 
 
@@ -334,9 +333,10 @@ def unknown_format(w: World) -> tuple[list[str], str]:
 
 
 def mixed_channels(w: World) -> tuple[list[str], str]:
-    arguments = w.folder_source(a_png=np.zeros((1, 4, 4), np.uint8), b_png=np.zeros((3, 4, 4), np.uint8))
-    return arguments, (
-        f"images must be all grey or all coloured (got {w.tmp}/images/class/b.png among grey ones); convert them"
+    """One in colours, not among the 64 that decide."""
+    some = {f"i{number:03d}_png": np.zeros((3 if number == 1 else 1, 4, 4), np.uint8) for number in range(131)}
+    return w.folder_source(**some), (
+        f"images must be all grey or all coloured (got {w.tmp}/images/class/i001.png among grey ones); convert them"
     )
 
 

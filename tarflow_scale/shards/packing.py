@@ -31,7 +31,17 @@ from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["PackNote", "Packing", "SkippedImage", "claim", "clear", "list_skipped", "pack", "remove_notes"]
+__all__ = [
+    "PackNote",
+    "Packing",
+    "SkippedImage",
+    "claim",
+    "clear",
+    "list_skipped",
+    "pack",
+    "refuse_foreign",
+    "remove_notes",
+]
 
 _MARKER = ".packing"
 _REMOTE_READS = 16
@@ -215,17 +225,19 @@ def _note_name(tar_name: str) -> str:
     return f".{tar_name.removesuffix('.tar')}.packed.json"
 
 
-def claim(path: str) -> None:
-    """Make a folder ours, unless it is already; it must be empty then.
+def refuse_foreign(path: str) -> None:
+    """See that a folder without a manifest is empty, or ours.
 
     Raises:
         DataError: it holds files of somebody else.
     """
     names = storage.list_names(path)
-    if _MARKER in names:
-        return
-    if names:
+    if names and _MARKER not in names:
         raise DataError(f"{path} holds other files (got {names[0]}); choose another shards.path")
+
+
+def claim(path: str) -> None:
+    """Make an empty folder ours."""
     storage.write_bytes(storage.join(path, _MARKER), b"tarflow-scale prepare is not done here")
 
 
