@@ -2,7 +2,6 @@
 
 import io
 import tokenize
-import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -47,8 +46,8 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """What Pillow may take bytes for; most likely first."""
-_MAX_PIXELS = 2**27
-"""Larger images, 11,585 pixels squared, are refused before they are decoded."""
+_MAX_PIXELS = 89_478_485
+"""Larger images, 9,459 pixels squared, are refused before they are decoded; Pillow warns of them too."""
 _FAULTS = (OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError)
 """What Pillow raises on damaged files."""
 NPY_FAULTS = (
@@ -151,9 +150,7 @@ def _opened(content: bytes, origin: str) -> Image.Image:
     """The header of an image file that may be decoded."""
     if not content:
         raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
     if image.mode.startswith(("I", "F")):

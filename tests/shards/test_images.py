@@ -2,7 +2,6 @@
 
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -66,13 +65,12 @@ def png_that_declares(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (2**27 + 1, 1), (100_000, 100_000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("width", "height"), [(9_500, 9_500), (89_478_486, 1), (100_000, 100_000)])
 def test_an_image_bomb_is_refused_by_its_header(width: int, height: int) -> None:
     content = png_that_declares(width, height)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(DataError, match=r"x (is too large|cannot be decoded \(Image size)"):
-            image_size(content, "x")
+    with pytest.raises(DataError, match=r"x (is too large|cannot be decoded \(Image size)"):
+        image_size(content, "x")
 
 
 def test_a_thread_is_not_resized() -> None:
