@@ -81,7 +81,7 @@ def read_range(location: str, start: int, stop: int) -> bytes:
         if is_remote(location):
             fs, path = _filesystem(location)
             return cast(bytes, fs.cat_file(path, start=start, end=stop))
-        handle = os.open(_local(location), os.O_RDONLY)
+        handle = os.open(_local_name(location), os.O_RDONLY)  # the loader's, so without the cost of a Path
         try:
             return os.pread(handle, stop - start, start)
         finally:
@@ -319,7 +319,11 @@ def digest(source: bytes | Path) -> str:
 
 
 def _local(location: str) -> Path:
-    return Path(location.removeprefix("file://")).expanduser()
+    return Path(_local_name(location))
+
+
+def _local_name(location: str) -> str:
+    return os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
 
 
 def _filesystem(location: str) -> tuple[Any, str]:

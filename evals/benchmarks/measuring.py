@@ -73,7 +73,7 @@ def alternate(
 
     Memory, if asked for, is that of one more run, in which glibc gives freed blocks back at once, so that resident
     memory is what is in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the
-    dictionary of `measure_step` as its last line.
+    dictionary of `measure_step` as its last line, and what else it found.
     """
     found: list[list[dict[str, float]]] = [[] for _ in variants]
     for number in range(rounds + memory):
@@ -86,7 +86,7 @@ def alternate(
             found[i].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}: {' '.join(variant)}: {found[i][-1]}", file=sys.stderr)
     return [
-        {"seconds": min(one["seconds"] for one in several[:rounds]), "peak_mib": several[-1]["peak_mib"]}
+        {**min(several[:rounds], key=lambda one: one["seconds"]), "peak_mib": several[-1]["peak_mib"]}
         for several in found
     ]
 

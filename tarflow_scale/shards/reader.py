@@ -6,11 +6,12 @@ Evaluation reads it strictly: a sample that is not what was packed is an error. 
 
 import contextlib
 import io
+import struct
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ __all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSa
 T = TypeVar("T")
 
 _TAR_BLOCK = 512
+_header = struct.Struct("100s 24x 12s 20x c").unpack_from
+"""Name, size in octal digits, and kind of a tar header."""
 _REGULAR = (b"0", b"\0")
 _RETRIES = 5
 FIRST_WAIT_SECONDS = 0.5
@@ -45,8 +48,13 @@ class CorruptSample(DataError):
         self.sample = sample
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["CorruptSample"], tuple["StoredSample", str]]:
-        return CorruptSample, (self.sample, self.reason)
+    def __reduce__(self) -> tuple[Any, ...]:
+        sample = self.sample
+        return _corrupt_sample, (bytes(sample.content), sample[1:], self.reason)
+
+
+def _corrupt_sample(content: bytes, facts: tuple[Any, ...], reason: str) -> CorruptSample:
+    return CorruptSample(StoredSample(memoryview(content), *facts), reason)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class StoredSample(NamedTuple):
     """A sample as it was read: its bytes in the tar, and where they should have come from.
 
     Args:
-        content: tar headers and padding included; shorter where the tar ends early.
+        content: tar headers and padding included, within what was read; shorter where the tar ends early.
         checksum: what the index says.
         number: in the manifest's order.
         place: in its shard.
@@ -83,7 +91,7 @@ class StoredSample(NamedTuple):
         path: of the data set.
     """
 
-    content: bytes
+    content: memoryview
     checksum: int
     number: int
     place: int
@@ -98,8 +106,8 @@ class StoredSample(NamedTuple):
     @property
     def key(self) -> str:
         """WebDataset's key: the path up to the first dot of the base name; unreadable bytes of it are replaced."""
-        name = self.content[:100].split(b"\0", 1)[0].decode(errors="replace")
-        if self.content[156:157] not in _REGULAR:
+        name = bytes(self.content[:100]).split(b"\0", 1)[0].decode(errors="replace")
+        if bytes(self.content[156:157]) not in _REGULAR:
             with contextlib.suppress(tarfile.TarError, ValueError, OSError), _tar(self.content) as tar:
                 name = (tar.next() or tarfile.TarInfo(name)).name
         folder, slash, base = name.rpartition("/")
@@ -152,7 +160,7 @@ class ShardSet:
         checksums: list[int] = index.checksums[start:stop].tolist()
         base, first, file, path = offsets[0], int(self._first[shard]), record.file, self.path
         location = storage.join(path, file)
-        content = _patiently(lambda: storage.read_range(location, base, offsets[-1]))
+        content = memoryview(_patiently(lambda: storage.read_range(location, base, offsets[-1])))
         return [
             StoredSample(content[low - base : high - base], known, first + place, place, file, path)
             for place, low, high, known in zip(range(start, stop), offsets[:-1], offsets[1:], checksums, strict=True)
@@ -283,7 +291,7 @@ def _patiently(read: Callable[[], T]) -> T:
         raise DataError(f"a shard went missing during the run, tried {_RETRIES + 1} times: {error}") from error
 
 
-def members_of(content: bytes) -> dict[str, bytes]:
+def members_of(content: bytes | memoryview) -> dict[str, bytes]:
     """Extension to content of the tar members of one sample.
 
     Plain headers, which is all that our writer makes, are read here; anything else is left to ``tarfile``, ten
@@ -295,17 +303,19 @@ def members_of(content: bytes) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     position = 0
     while position < len(content):
-        if content[position + 156 : position + 157] not in _REGULAR:
+        if len(content) - position < _TAR_BLOCK:
+            raise ValueError("it ends in a header")
+        name, octal, kind = _header(content, position)
+        if kind not in _REGULAR:
             return _members_by_tarfile(content)
-        name = content[position : position + 100].partition(b"\0")[0]
-        size = int(content[position + 124 : position + 136].rstrip(b"\0 ") or b"0", 8)
+        size = int(octal.rstrip(b"\0 ") or b"0", 8)
         start = position + _TAR_BLOCK
-        members[_extension(name.decode())] = content[start : start + size]
+        members[_extension(name.partition(b"\0")[0].decode())] = bytes(content[start : start + size])
         position = start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
     return members
 
 
-def _members_by_tarfile(content: bytes) -> dict[str, bytes]:
+def _members_by_tarfile(content: bytes | memoryview) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     with _tar(content) as tar:
         for member in tar:
@@ -315,8 +325,8 @@ def _members_by_tarfile(content: bytes) -> dict[str, bytes]:
     return members
 
 
-def _tar(content: bytes) -> tarfile.TarFile:
-    return tarfile.open(fileobj=io.BytesIO(content + bytes(2 * _TAR_BLOCK)), mode="r:")
+def _tar(content: bytes | memoryview) -> tarfile.TarFile:
+    return tarfile.open(fileobj=io.BytesIO(bytes(content) + bytes(2 * _TAR_BLOCK)), mode="r:")
 
 
 def _extension(name: str) -> str:
