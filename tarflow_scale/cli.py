@@ -1,10 +1,13 @@
 """Command line: argv to verb and configuration. Verbs are imported when called; ``--help`` needs neither torch nor ray.
 
-An expected failure is one line on standard error and exit code 2; a bug keeps its traceback.
+An expected failure is one line on standard error and the exit code that `tarflow_scale.errors` lists; a bug keeps its
+traceback. Launchers of ranks have exit codes of their own, so each process also appends its code to the file that
+``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
 """
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from pydantic_core import PydanticUndefined
 from tarflow_scale import config as configuration
 from tarflow_scale import distributed
 from tarflow_scale.config.base import Root
-from tarflow_scale.errors import ConfigError, DataError, StorageError, UserError
+from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 
 __all__ = ["main"]
 
@@ -86,7 +89,14 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    code = _run(_parser().parse_args(argv))
+    if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
+        with Path(path).open("a", encoding="utf-8") as codes:
+            codes.write(f"{code}\n")
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     verb = _VERBS[arguments.verb]
     try:
         if _look(arguments):
@@ -96,10 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(module, verb.function)(config, arguments.dry_run)
     except UserError as error:
         if distributed.is_main():
-            print(f"tarflow-scale: error: {error}", file=sys.stderr)
+            prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
+            print(f"{prefix}: {error}", file=sys.stderr)
         elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
             print(f"tarflow-scale: error on rank {distributed.rank()}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

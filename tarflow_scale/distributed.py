@@ -1,4 +1,4 @@
-"""Ranks: who am I, how many are we, and the four collectives the pipeline needs.
+"""Ranks: who am I, how many are we, and the few collectives the pipeline needs.
 
 Imported cheaply; torch is imported when a function that needs it is called. A single process is rank 0 of 1.
 """
@@ -17,7 +17,9 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "broadcast_module",
+    "check_equal",
     "from_main",
+    "gather",
     "is_main",
     "local_world_size",
     "rank",
@@ -73,6 +75,37 @@ def broadcast_module(module: "Module") -> None:
     if dist.is_initialized() and world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
+
+
+def check_equal(module: "Module") -> None:
+    """All ranks must start from the same parameters and buffers, bit for bit; compared by hash.
+
+    Raises:
+        RuntimeError: on every rank, with the names of those that differ. It is a bug, not a mistake of the user.
+    """
+    import hashlib
+
+    import torch
+
+    digests = {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in module.state_dict().items()
+    }
+    everywhere = gather(digests)
+    differing = sorted(name for name in digests if any(other.get(name) != digests[name] for other in everywhere))
+    if differing or any(other.keys() != digests.keys() for other in everywhere):
+        raise RuntimeError(f"ranks start from different tensors: {', '.join(differing) or 'other names'}")
+
+
+def gather(value: T) -> list[T]:
+    """What each rank gives, in the order of ranks, on every rank; any object that pickles."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(compute: Callable[[], T]) -> T:

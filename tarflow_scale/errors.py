@@ -1,11 +1,17 @@
 """Failures that a user can cause and mend: one line, exit code 2, no traceback.
 
 The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
+
+Exit codes of the command line: 0, done. 2, an expected failure. 75 (EX_TEMPFAIL of sysexits.h), work that was asked to
+stop, saved what it had, and goes on when it is run again. 130, interrupted from the keyboard.
 """
+
+from typing import ClassVar
 
 __all__ = [
     "ConfigError",
     "DataError",
+    "Interrupted",
     "NumericsError",
     "PlanError",
     "PromotionRefused",
@@ -16,7 +22,9 @@ __all__ = [
 
 
 class UserError(Exception):
-    """Base class of expected failures; the command line prints the message and exits with 2."""
+    """Base class of expected failures; the command line prints the message and exits with ``exit_code``."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(UserError):
@@ -29,6 +37,12 @@ class DataError(UserError):
 
 class StorageError(UserError):
     """A path or URL cannot be read or written."""
+
+
+class Interrupted(UserError):
+    """The work was asked to stop, saved what it had, and goes on when it is run again."""
+
+    exit_code: ClassVar[int] = 75
 
 
 class NumericsError(UserError):

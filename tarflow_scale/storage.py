@@ -21,6 +21,7 @@ from tarflow_scale.errors import StorageError, UserError
 __all__ = [
     "FoundFile",
     "base_name",
+    "copy_file",
     "create",
     "digest",
     "exists",
@@ -236,6 +237,17 @@ def write_bytes(location: str, content: bytes) -> None:
     """Write or replace a file atomically."""
     with writing(location) as file:
         file.write(content)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a local file; what appears under ``target`` is whole."""
+    with _explained(target, "write"):
+        if is_remote(target):
+            fs, path = _filesystem(target)
+            fs.put_file(str(_local(source)), path)
+            return
+    with _local(source).open("rb") as file, writing(target) as copy:
+        shutil.copyfileobj(file, copy, _COPY_BYTES)
 
 
 def create(location: str, content: bytes) -> bool:

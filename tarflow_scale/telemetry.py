@@ -1,15 +1,28 @@
-"""What a person and a script see of a run: a JSONL log, a progress bar, package versions, git commit, peak memory."""
+"""What a person and a script see of a run: a log, a progress bar, package versions, git commit, peak memory."""
 
 import json
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata, util
 from pathlib import Path
 from typing import IO, Any, Self
 
-__all__ = ["JsonLog", "git_commit", "package_versions", "peak_memory_bytes", "progress_bar", "table"]
+from tarflow_scale.errors import ConfigError
+
+__all__ = [
+    "JsonLog",
+    "Log",
+    "check_log_packages",
+    "git_commit",
+    "open_log",
+    "package_versions",
+    "peak_memory_bytes",
+    "progress_bar",
+    "table",
+]
 
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
 
@@ -45,6 +58,76 @@ class JsonLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Log:
+    """Records with ``images``, to several places at once; to none on ranks that do not log.
+
+    Args:
+        sinks: the places.
+    """
+
+    def __init__(self, sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one record."""
+        for sink in self._sinks:
+            sink(record)
+
+
+def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
+    """See that what is to be logged to is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for wanted, package, key in (
+        (tensorboard, "tensorboard", "logging.tensorboard"),
+        (wandb_project is not None, "wandb", "logging.wandb_project"),
+    ):
+        if wanted and util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package} (got none installed); pip install {package}")
+
+
+@contextmanager
+def open_log(
+    folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, facts: Mapping[str, Any]
+) -> Generator[Log]:
+    """``log.jsonl``, and if asked for TensorBoard's events and a run of Weights & Biases.
+
+    Args:
+        folder: of the run.
+        keep_until_images: what lies beyond will be logged again.
+        tensorboard: whether to write ``tensorboard/``.
+        wandb_project: project, or None.
+        facts: the configuration that Weights & Biases shows.
+    """
+    with ExitStack() as stack:
+        sinks: list[Callable[[Mapping[str, Any]], None]] = []
+        sinks.append(stack.enter_context(JsonLog(folder / "log.jsonl", keep_until_images)).write)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until_images + 1)
+            stack.callback(writer.close)
+            sinks.append(lambda record: _each_number(record, writer.add_scalar))
+        if wandb_project is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            name = folder.resolve().name
+            run = wandb.init(
+                project=wandb_project, name=name, id=name, resume="allow", dir=str(folder), config=dict(facts)
+            )
+            stack.callback(run.finish)
+            sinks.append(lambda record: run.log(dict(record), step=record["images"]))
+        yield Log(sinks)
+
+
+def _each_number(record: Mapping[str, Any], write: Callable[[str, float, int], None]) -> None:
+    for name, value in record.items():
+        if name != "images" and isinstance(value, int | float):
+            write(name, value, record["images"])
 
 
 def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, enabled: bool = True) -> Any:
@@ -101,8 +184,12 @@ def git_commit() -> str:
     return commit + ("+" if changed else "")
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Most memory that was in use so far: resident size of this process, or what torch allocated on ``cuda``."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -6,7 +6,9 @@ Start it on several ranks with torchrun; see ``launch/``.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +18,33 @@ from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
-from tarflow_scale.errors import DataError, NumericsError
+from tarflow_scale.errors import DataError, Interrupted, NumericsError, UserError
 from tarflow_scale.flows import Flow, build
-from tarflow_scale.flows.memory import estimated_activation_bytes
+from tarflow_scale.flows.cost import tokens_per_image, training_flops
 from tarflow_scale.flows.weights import flow_files
+from tarflow_scale.processes import exclusive
 from tarflow_scale.records import PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
-from tarflow_scale.shards.mix import Mix, MixPart, open_mix
-from tarflow_scale.shards.order import steps_per_epoch
-from tarflow_scale.training.ema import WeightAverage
-from tarflow_scale.training.engine import Engine, deepspeed_config, start_process_group
-from tarflow_scale.training.loop import Loop
+from tarflow_scale.shards.mix import Mix, open_mix
+from tarflow_scale.training.ema import WeightAverages
+from tarflow_scale.training.engine import Engine, start_process_group
+from tarflow_scale.training.folder import STOP_SECONDS, check_shared, follow_launcher
+from tarflow_scale.training.loop import Loop, Progress
+from tarflow_scale.training.meter import Meter, peak_flops_of
 from tarflow_scale.training.noise import noisy_images
+from tarflow_scale.training.plan import print_plan
+from tarflow_scale.training.validation import Validation
+from tarflow_scale.training.zero import deepspeed_config
 
 __all__ = ["run"]
 
 _PREVIEW_IMAGES = 40
 _PREVIEW_ZOOM = 4
 _GIB = 1024**3
-_REMOTE_READ_BYTES = 1_000_000
-"""Smaller reads from a store cost more processor time than decoding (evals/results/loader-cpu.json)."""
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
@@ -47,6 +52,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
 
     Raises:
         UserError: the data set, the counts or the run folder do not fit the configuration.
+        Interrupted: the run was asked to stop and can go on.
     """
     mix = open_mix(config.data, config.training.global_batch_size, config.training.seed)
     manifest = _seen_by_model(mix.manifest, config.data.augmentation.crop_pixels)
@@ -54,12 +60,31 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         num_parameters = sum(p.numel() for p in _build(config.model, manifest).parameters())
     ranks = distributed.world_size()
     deepspeed_config(config.optimizer, config.training, config.parallelism, num_parameters, ranks)
+    telemetry.check_log_packages(config.logging.tensorboard, config.logging.wandb_project)
+    validation = _open_validation(config, manifest)
     if distributed.is_main():
-        _print_plan(config, mix, manifest, num_parameters)
+        print_plan(config, mix, manifest, num_parameters)
     if dry_run:
         return
 
+    follow_launcher()
     device = start_process_group(config.training.threads)
+    check_shared(config.logging.path, device)
+    with ExitStack() as held:
+        distributed.from_main(lambda: held.enter_context(exclusive(Path(config.logging.path), STOP_SECONDS)))
+        _train(config, mix, manifest, validation, device, num_parameters)
+    distributed.barrier()
+    distributed.shut_down()
+
+
+def _train(
+    config: TrainConfig,
+    mix: Mix,
+    manifest: Manifest,
+    validation: Validation | None,
+    device: torch.device,
+    num_parameters: int,
+) -> None:
     torch.manual_seed(config.training.seed)
     flow = _build(config.model, manifest)
     flow.pixels = _pixel_format(config, manifest)
@@ -76,27 +101,74 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     engine = Engine(flow, device, config.optimizer, config.training, config.parallelism)
     loop = Loop(
         engine=engine,
-        average=WeightAverage(engine, config.training.ema_half_life_images),
+        averages=WeightAverages(engine, config.training.ema_half_life_images),
         reader=reader,
         pixels=flow.pixels,
         class_conditional=flow.num_classes is not None,
         run=_identity(config, mix),
         training=config.training,
-        optimizer=config.optimizer,
         schedule=config.schedule,
         checkpoints=config.checkpoint,
         logging=config.logging,
-        preview=_preview(config, manifest, flow.pixels),
+        peak_lr=config.optimizer.peak_lr,
+        validation=(validation, config.validation.every_images) if validation and config.validation else None,
+        meter=Meter(
+            flops_per_image=training_flops(config.model, manifest.event_shape),
+            tokens_per_image=tokens_per_image(config.model, manifest.event_shape),
+            peak_flops=config.logging.peak_flops or peak_flops_of(device),
+            ranks=distributed.world_size(),
+        ),
+        preview=_preview(config, manifest, flow.pixels, device),
     )
     progress = loop.resume()
-    if distributed.is_main():
-        _describe_run(config)
-    loop.fit(progress)
-    weights = loop.averaged_weights()
-    if distributed.is_main():
-        _publish(config, mix, flow, weights, progress.images_seen, num_parameters)
-    distributed.barrier()
-    distributed.shut_down()
+    with _recorded(config, progress, loop.total_images) as log:
+        loop.fit(progress, log)
+    for half_life in reversed(config.training.ema_half_life_images):
+        weights = loop.averaged_weights(half_life)
+        if distributed.is_main():
+            _publish(config, mix, flow, weights, half_life, progress.images_seen, num_parameters)
+
+
+@contextmanager
+def _recorded(config: TrainConfig, progress: Progress, total_images: int) -> Generator[telemetry.Log]:
+    """The run folder's account of itself, on rank 0: what made it, its log, and how it stands."""
+    if not distributed.is_main():
+        yield telemetry.Log()
+        return
+    _describe_run(config)
+    logging = config.logging
+    resolved = config.model_dump(mode="json")
+
+    def status(state: str, reason: str = "") -> None:
+        record = {"state": state, "images_seen": progress.images_seen, "total_images": total_images, "reason": reason}
+        record["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+        storage.write_bytes(f"{logging.path}/status.json", canonical_json(record))
+
+    status("running")
+    try:
+        with telemetry.open_log(
+            Path(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
+        ) as log:
+            yield log
+    except Interrupted as error:
+        status("stopped", str(error))
+        raise
+    except Exception as error:
+        status("failed", str(error) if isinstance(error, UserError) else repr(error))
+        raise
+    status("finished")
+
+
+def _open_validation(config: TrainConfig, manifest: Manifest) -> Validation | None:
+    if config.validation is None:
+        return None
+    return Validation.open(
+        config.validation,
+        like=manifest,
+        batch_size=config.training.micro_batch_size,
+        pixels=_pixel_format(config, manifest),
+        class_conditional=config.model.class_conditional,
+    )
 
 
 def _build(model: ModelConfig, manifest: Manifest) -> Flow:
@@ -143,6 +215,7 @@ def _seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
 def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
     """What must not change when a run continues; ranks, ZeRO stage, logging and length may."""
     training = config.training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
+    half_lives = config.training.ema_half_life_images
     further = [[part.shards.manifest.digest, part.weight] for part in mix.parts[1:]]
     return {
         "data": mix.manifest.digest,
@@ -151,7 +224,8 @@ def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
         "data.shuffle_block": config.data.shuffle_block,
         "model": config.model.model_dump(mode="json"),
         **{f"training.{key}": value for key, value in training.items()},
-        "training.ema_half_life_images": config.training.ema_half_life_images,
+        "training.ema_half_life_images": half_lives[0] if len(half_lives) == 1 else list(half_lives),
+        **({"optimizer.kind": config.optimizer.kind} if config.optimizer.kind != "adamw" else {}),
     }
 
 
@@ -179,13 +253,15 @@ def _describe_run(config: TrainConfig) -> None:
     storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))
 
 
-def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Callable[[dict[str, Tensor], int], None]:
+def _preview(
+    config: TrainConfig, manifest: Manifest, pixels: PixelFormat, device: torch.device
+) -> Callable[[dict[str, Tensor], int], None]:
     """A function that draws a grid from an unwrapped copy of the averaged weights; column c holds class c."""
 
     def draw(weights: dict[str, Tensor], images_seen: int) -> None:
         with torch.device("meta"):
             flow = _build(config.model, manifest)
-        flow.load_state_dict(weights, assign=True)
+        flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         flow.pixels = pixels
         guidance = Guidance(scale=config.logging.preview_guidance)
         sampler = Sampler(flow.eval(), 0, SamplingConfig(batch_size=_PREVIEW_IMAGES, guidance=guidance))
@@ -202,13 +278,20 @@ def _preview(config: TrainConfig, manifest: Manifest, pixels: PixelFormat) -> Ca
 
 
 def _publish(
-    config: TrainConfig, mix: Mix, flow: Flow, weights: dict[str, Tensor], images_seen: int, parameters: int
+    config: TrainConfig,
+    mix: Mix,
+    flow: Flow,
+    weights: dict[str, Tensor],
+    half_life: int,
+    images_seen: int,
+    parameters: int,
 ) -> None:
-    """Export the averaged weights to the run folder and register them."""
+    """Export an average of the weights to the run folder and register it."""
     facts = mix.manifest.facts().model_copy(update={"image_size_pixels": flow.event_shape[1]})
     files = flow_files(flow, weights)
+    folder = "model" if half_life == config.training.ema_half_life_images[0] else f"model-ema-{half_life}"
     for name, content in files.items():
-        storage.write_bytes(f"{config.logging.path}/model/{name}", content)
+        storage.write_bytes(f"{config.logging.path}/{folder}/{name}", content)
     assert flow.pixels is not None
     version = Registry(config.registry.path, config.registry.model).register(
         files,
@@ -217,69 +300,14 @@ def _publish(
             "data": facts.model_dump(mode="json"),
             "parameters": parameters,
             "images_seen": images_seen,
-            "ema_half_life_images": config.training.ema_half_life_images,
+            "ema_half_life_images": half_life,
             "config_digest": _config_digest(config),
             "git_commit": telemetry.git_commit(),
             "packages": telemetry.package_versions(),
         },
         reason=f"end of training {config.logging.path}",
     )
-    memory = telemetry.peak_memory_bytes() / _GIB
+    memory = telemetry.peak_memory_bytes(next(flow.parameters()).device.type) / _GIB
     print(
         f"registered {config.registry.model}@{version.version} in {config.registry.path} (peak {memory:.2f} GiB a rank)"
     )
-
-
-def _print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, num_parameters: int) -> None:
-    training, ranks = config.training, distributed.world_size()
-    steps = -(-training.total_images // training.global_batch_size)
-    state = num_parameters * _state_bytes_per_parameter(config.parallelism.zero_stage, ranks)
-    loader = mix.num_slots // ranks * 2 * config.data.shuffle_block * mix.bytes_per_sample
-    activations = estimated_activation_bytes(
-        config.model,
-        manifest.event_shape,
-        training.micro_batch_size,
-        config.parallelism.activations,
-        config.parallelism.precision == "bf16",
-    )
-    rows = [
-        *(("data", _data_row(part, manifest)) for part in mix.parts),
-        ("model", f"{config.model.kind}, {num_parameters:,} parameters"),
-        ("ranks", f"{ranks}, ZeRO stage {config.parallelism.zero_stage}, {config.parallelism.precision}"),
-        ("batch", _batch_arithmetic(config, ranks)),
-        ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images"),
-        ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, average)"),
-        ("activations", f"about {activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),
-        ("loader", f"{loader / _GIB:.4f} GiB a rank at most (slots x 2 blocks x bytes per sample)"),
-        ("reads", _read_size(config.data.shuffle_block, mix)),
-        ("output", f"{config.logging.path}, registry {config.registry.path}"),
-    ]
-    print(telemetry.table(rows, ("train", "")))
-
-
-def _data_row(part: MixPart, manifest: Manifest) -> str:
-    own = part.shards.manifest
-    share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
-    return f"{own.name}/{own.split}: {own.num_images} images {manifest.event_shape}, {share}"
-
-
-def _read_size(shuffle_block: int, mix: Mix) -> str:
-    """How large a range read is, and what to do where it is too small for a store that answers late."""
-    block = shuffle_block * mix.bytes_per_sample
-    text = f"{block / 1e6:.3g} MB, a block of {shuffle_block} samples"
-    if block >= _REMOTE_READ_BYTES or not any(storage.is_remote(part.shards.path) for part in mix.parts):
-        return text
-    enough = -(-2 * _REMOTE_READ_BYTES // mix.bytes_per_sample)
-    return f"{text}; small for a store, raise data.shuffle_block to {enough}"
-
-
-def _batch_arithmetic(config: TrainConfig, ranks: int) -> str:
-    training = config.training
-    accumulation = training.global_batch_size // (training.micro_batch_size * ranks)
-    return f"{training.global_batch_size} = {training.micro_batch_size} x {ranks} ranks x {accumulation} accumulated"
-
-
-def _state_bytes_per_parameter(stage: int, ranks: int) -> float:
-    """The arithmetic of `ParallelismConfig`."""
-    replicated, divided = {0: (16, 4), 1: (8, 16), 2: (4, 20), 3: (0, 24)}[stage]
-    return replicated + divided / ranks

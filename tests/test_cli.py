@@ -40,7 +40,7 @@ def test_the_manual_names_every_key_with_default_and_meaning(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
-    assert "optimizer.peak_lr (0.0001)\n      Highest learning rate." in text
+    assert "optimizer.peak_lr (0.0001)\n      Highest learning rate of AdamW." in text
     assert "training.total_images (required)" in text
     assert "training.noise.std (0.0)" in text
     assert "torchrun --nproc-per-node 2 -m tarflow_scale train" in text

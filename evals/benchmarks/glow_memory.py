@@ -5,7 +5,7 @@
 Width 512, 3 levels, affine, LU; forward and backward. Every variant runs in a process of its own; rounds alternate and
 the fastest step counts. Peak memory is what a step adds to a process that has taken a step of one image already, so
 weights and gradients, which grow with depth in any case, are not in it. The 256x256 recipe
-(configs/train/glow-256.yaml) takes one whole training step, AdamW included, with one image.
+(configs/train/celebahq256-glow.yaml) takes one whole training step, AdamW included, with one image.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tarflow_scale.flows.memory import estimated_activation_bytes
 LEVELS, WIDTH, IMAGE = 3, 512, 32
 BATCH = {"cpu": 8, "cuda": 64}
 VARIANTS = [(how, depth) for depth in ("8", "32") for how in ("keep", "checkpoint", "rebuild")]
-RECIPE = Path(__file__).resolve().parents[2] / "configs/train/glow-256.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs/train/celebahq256-glow.yaml"
 _GIB = 1024**3
 
 

@@ -29,21 +29,26 @@ from tarflow_scale.config.roots import (
 )
 from tarflow_scale.config.sections import (
     BrowseConfig,
-    CheckpointConfig,
     ClusterConfig,
     GateRef,
     Guidance,
-    LoggingConfig,
     MetricsConfig,
-    NoiseConfig,
-    OptimizerConfig,
-    ParallelismConfig,
     ReferenceConfig,
     RegistryConfig,
     SamplingConfig,
-    ScheduleConfig,
-    TrainingConfig,
     VersionConfig,
+)
+from tarflow_scale.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    ScheduleConfig,
+    SpikeConfig,
+    TrainingConfig,
+    ValidationConfig,
+    ZeroPlusPlusConfig,
 )
 
 __all__ = [
@@ -80,11 +85,14 @@ __all__ = [
     "Section",
     "ShardsConfig",
     "SourceConfig",
+    "SpikeConfig",
     "SplitConfig",
     "TarFlowConfig",
     "TrainConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "VersionConfig",
+    "ZeroPlusPlusConfig",
     "load_config",
     "load_protocol",
 ]

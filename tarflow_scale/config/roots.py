@@ -16,22 +16,25 @@ from tarflow_scale.config.data import (
 from tarflow_scale.config.flows import ModelConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
-    CheckpointConfig,
     ClusterConfig,
     FlowOutputConfig,
     ForeignWeightsConfig,
     GateRef,
-    LoggingConfig,
     MetricsConfig,
-    OptimizerConfig,
-    ParallelismConfig,
     ReferenceConfig,
     RegistryConfig,
     SamplingConfig,
-    ScheduleConfig,
     SeededSamplingConfig,
-    TrainingConfig,
     VersionConfig,
+)
+from tarflow_scale.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -74,6 +77,7 @@ class TrainConfig(Root):
     training: TrainingConfig
     parallelism: ParallelismConfig = ParallelismConfig()
     checkpoint: CheckpointConfig
+    validation: ValidationConfig | None = None
     logging: LoggingConfig
     registry: RegistryConfig
 
@@ -100,10 +104,24 @@ class TrainConfig(Root):
                 f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
                 f"{self.model.kind}); use checkpoint"
             )
-        if self.schedule.warmup_images >= self.training.total_images:
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        before_decay = self.schedule.warmup_images + (self.schedule.decay_images or 0)
+        if before_decay >= self.training.total_images:
             raise ValueError(
-                f"schedule.warmup_images must be below training.total_images (got {self.schedule.warmup_images} "
+                f"schedule.warmup_images (and decay_images) must be below training.total_images (got {before_decay} "
                 f"and {self.training.total_images}); shorten the warm-up"
+            )
+        if self.optimizer.kind == "muon" and self.parallelism.zero_stage not in (1, 2):
+            raise ValueError(
+                f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {self.parallelism.zero_stage}); change "
+                f"either"
+            )
+        if self.optimizer.kind == "muon" and self.parallelism.offload != "none":
+            raise ValueError(
+                f"optimizer.kind=muon needs parallelism.offload=none (got {self.parallelism.offload}); change either"
             )
         return self
 

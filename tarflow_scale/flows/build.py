@@ -1,7 +1,11 @@
-"""From a configuration to a flow."""
+"""From a configuration to a flow; and the networks inside it, which optimizers and compilers treat apart."""
+
+from torch import Tensor, nn
 
 from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows.attention import TransformerLayer
+from tarflow_scale.flows.coupling import CouplingNetwork
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.glow import Glow
 from tarflow_scale.flows.tarflow import TarFlow
@@ -34,3 +38,20 @@ def build(config: ModelConfig, event_shape: tuple[int, int, int], num_classes: i
         raise ConfigError(str(error)) from error
     flow.config = config
     return flow
+
+
+def networks(module: nn.Module) -> list[TransformerLayer | CouplingNetwork]:
+    """The transformer layers and coupling networks inside a module: where a step spends its time."""
+    return [one for one in module.modules() if isinstance(one, TransformerLayer | CouplingNetwork)]
+
+
+def matrices(module: nn.Module) -> list[Tensor]:
+    """Weights of the linear maps inside the networks, but for those that make the parameters of an affine map."""
+    outer = {id(one.conv_out.weight) for one in networks(module) if isinstance(one, CouplingNetwork)}
+    return [p for one in networks(module) for p in one.parameters() if p.ndim in (2, 4) and id(p) not in outer]
+
+
+def compile_networks(module: nn.Module) -> None:
+    """Compile each network in place; names of parameters stay, and what is around the networks runs as it is."""
+    for one in networks(module):
+        one.compile(dynamic=False)

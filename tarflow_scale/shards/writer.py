@@ -37,14 +37,16 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
     buffer = io.BytesIO()
     offsets = [0]
     writer = TarWriter(buffer, mtime=_MODIFIED_SECONDS, encoder=False)
-    for sample in samples:
-        members: dict[str, Any] = {"__key__": sample.key, CODECS[codec]: encode_image(sample.image, codec, quality)}
-        if sample.label is not None:
-            members["cls"] = str(sample.label).encode()
-        members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
-        writer.write(members)
-        offsets.append(writer.tarstream.offset)  # the stream buffers, so the position of the file lags behind
-    writer.close()
+    try:
+        for sample in samples:
+            members: dict[str, Any] = {"__key__": sample.key, CODECS[codec]: encode_image(sample.image, codec, quality)}
+            if sample.label is not None:
+                members["cls"] = str(sample.label).encode()
+            members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+            writer.write(members)
+            offsets.append(writer.tarstream.offset)  # the stream buffers, so the position of the file lags behind
+    finally:
+        writer.close()
     content = buffer.getvalue()
     view = memoryview(content)
     checksums = [checksum(view[start:stop]) for start, stop in pairwise(offsets)]

@@ -1,35 +1,39 @@
 """Checkpoints that are either whole or absent, and do not know the ZeRO stage or the number of ranks.
 
 A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel: per
-parameter name the fp32 master weight, both optimizer moments and the moving average, and every buffer. Parameter i
-is gathered, kept by rank i mod N, and dropped before the next. ``manifest.json`` (size and sha256 of every file, and
-the training state) is written last: without it the folder is not a checkpoint. "Latest" is the newest folder with a
-manifest. Nothing is pickled.
+parameter name the fp32 master weight, the optimizer's moments and every moving average, and all buffers. Parameter i
+is gathered, kept by rank i mod N, written with others when a gigabyte has come together, and dropped.
+``manifest.json`` (size and sha256 of every file, and the training state) is written last: without it the folder is
+not a checkpoint. "Latest" is the newest folder with a manifest. Nothing is pickled.
 
-Tensor names: ``weight/<name>``, ``exp_avg/<name>``, ``exp_avg_sq/<name>``, ``average/<name>``, ``buffer/<name>``.
+Tensor names: ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` or ``momentum_buffer/<name>``,
+``average/<name>`` for the first average, ``average-<half-life>/<name>`` for the others, ``buffer/<name>``.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.distributed import barrier, is_main, rank, world_size
-from tarflow_scale.errors import DataError
+from tarflow_scale.config import CheckpointConfig
+from tarflow_scale.distributed import barrier, gather, is_main, rank, world_size
+from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.records import FileRecord, Record
-from tarflow_scale.training.ema import WeightAverage
-from tarflow_scale.training.engine import MOMENTS, Engine
+from tarflow_scale.training.ema import WeightAverages
+from tarflow_scale.training.engine import MOMENTS, MOMENTUM, Engine
 
-__all__ = ["CheckpointManifest", "TrainState", "find_latest", "load", "save"]
+__all__ = ["MANIFEST", "CheckpointManifest", "TrainState", "complete", "find_latest", "load", "prune", "save"]
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
+_FILE_BYTES = 1 << 30
+"""Size at which a rank begins another file; so much it holds in memory, twice for a moment."""
 
 
 class TrainState(Record):
@@ -47,6 +51,9 @@ class TrainState(Record):
     loss_steps: int = Field(ge=0)
     seconds: float = Field(ge=0)
     """Time spent in training so far."""
+    recent_losses: tuple[float, ...] = ()
+    """What the rule against jumps of the loss compares with."""
+    roll_backs: int = Field(default=0, ge=0)
     run: dict[str, Any]
     """What must not change between a run and its continuation."""
 
@@ -58,32 +65,55 @@ class CheckpointManifest(Record):
     state: TrainState
 
 
-def save(path: str, engine: Engine, average: WeightAverage, state: TrainState, keep_last: int) -> None:
-    """Write a checkpoint below ``path``; all ranks must call. Older ones beyond ``keep_last`` are deleted after."""
+def save(
+    path: str, engine: Engine, averages: WeightAverages, state: TrainState, config: CheckpointConfig
+) -> tuple[str, tuple[str, ...]]:
+    """Write a checkpoint below ``path``; all ranks must call. Then delete those that need not be kept.
+
+    Returns:
+        Its folder, and the names of the files that this rank wrote.
+
+    Raises:
+        StorageError: on every rank, when one of them cannot write; nothing is left of the checkpoint, and the one
+            before it stays.
+    """
     folder = storage.join(path, _FOLDER.format(images=state.images_seen))
     if is_main():
         storage.remove_tree(folder)  # the debris of a save that was interrupted here
     barrier()
-    name = f"part-{rank():05d}-of-{world_size():05d}.safetensors"
-    content = save_tensors(_share(engine, average))
-    storage.write_bytes(storage.join(folder, name), content)
-    record = FileRecord(sha256=storage.digest(content), bytes=len(content))
-    records: list[Any] = [None] * world_size()
-    dist.all_gather_object(records, (name, record.model_dump()))
+    files = _Files(folder)
+    _write_share(files, engine, averages)
+    outcomes = gather((files.records, files.failure))
+    failure = next((failure for _, failure in outcomes if failure), None)
+    if is_main() and failure is None:
+        records = {name: FileRecord.model_validate(one) for written, _ in outcomes for name, one in written.items()}
+        try:
+            manifest = CheckpointManifest(files=records, state=state)
+            storage.write_bytes(storage.join(folder, MANIFEST), manifest.to_json())
+        except StorageError as error:
+            failure = str(error)
+    failure = gather(failure)[0]
+    if failure is not None:
+        if is_main():
+            with contextlib.suppress(StorageError):
+                storage.remove_tree(folder)
+        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images, the one before it stays")
     if is_main():
-        files = {file: FileRecord.model_validate(entry) for file, entry in records}
-        manifest = CheckpointManifest(files=files, state=state)
-        storage.write_bytes(storage.join(folder, _MANIFEST), manifest.to_json())
-        _prune(path, keep_last)
+        prune(path, config)
     barrier()
+    return folder, tuple(files.records)
 
 
-def find_latest(path: str) -> tuple[str, TrainState] | None:
+def find_latest(*paths: str) -> tuple[str, TrainState] | None:
     """Folder and state of the newest complete checkpoint whose files are intact, or None.
 
-    A damaged one is passed over with a warning, in favour of the one before it.
+    A damaged one is passed over with a warning, in favour of the one before it. Of equally new ones that of the first
+    path is taken.
     """
-    for folder in reversed(_complete(path)):
+    found = [
+        (folder.rsplit("/", 1)[-1], -place, folder) for place, path in enumerate(paths) for folder in complete(path)
+    ]
+    for _, _, folder in sorted(found, reverse=True):
         try:
             return folder, _verified(folder).state
         except DataError as error:
@@ -91,55 +121,114 @@ def find_latest(path: str) -> tuple[str, TrainState] | None:
     return None
 
 
-def load(folder: str, engine: Engine, average: WeightAverage, prime: Callable[[], object]) -> None:
-    """Restore the engine and the average from a complete checkpoint; all ranks must call.
+def load(folder: str, engine: Engine, averages: WeightAverages, prime: Callable[[], object]) -> None:
+    """Restore the engine and the averages from a complete checkpoint; all ranks must call.
 
     Args:
         folder: the checkpoint.
         engine: to be overwritten.
-        average: to be overwritten.
+        averages: to be overwritten.
         prime: takes one step on any batch, because DeepSpeed's moments do not exist before; all that it changes
             is overwritten.
     """
     prime()
-    manifest = _verified(folder)
-    for file in manifest.files:
-        tensors = load_tensors(storage.read_bytes(storage.join(folder, file)))
+    manifest = _manifest(folder)
+    buffers, momenta = engine.buffers(), engine.momenta()
+    for file, record in manifest.files.items():
+        tensors = load_tensors(_content(folder, file, record))
         for name, value in _of_kind(tensors, "weight"):
             engine.set_master(name, value)
             engine.set_working_copy(name, value)
         for moment in MOMENTS:
             for name, value in _of_kind(tensors, moment):
                 engine.set_moment(name, moment, value)
-        buffers = engine.buffers()
+        for name, value in _of_kind(tensors, MOMENTUM):
+            if name in momenta:
+                momenta[name].copy_(value)
         for name, value in _of_kind(tensors, "buffer"):
             buffers[name].copy_(value)
-        average.load(_of_kind(tensors, "average"))
+        for half_life in averages.half_lives:
+            averages.load(half_life, _of_kind(tensors, _average_kind(averages, half_life)))
     engine.set_num_steps(manifest.state.num_steps)
     barrier()
 
 
-def _share(engine: Engine, average: WeightAverage) -> dict[str, Tensor]:
-    """This rank's tensors; every rank takes part in gathering all of them."""
-    own: dict[str, Tensor] = {}
+def complete(path: str) -> list[str]:
+    """Folders of checkpoints with a manifest, oldest first."""
+    folders = [storage.join(path, name) for name in storage.list_names(path) if name.startswith("images-")]
+    return [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
+
+
+def prune(path: str, config: CheckpointConfig) -> None:
+    """Delete complete checkpoints but the newest and those that are kept for good; the manifest goes first."""
+    folders = complete(path)
+    kept, first_of = set(folders[-config.keep_last :]), dict[int, str]()
+    if config.keep_every_images is not None:
+        for folder in folders:
+            first_of.setdefault(int(folder.rsplit("-", 1)[-1]) // config.keep_every_images, folder)
+        first_of.pop(0, None)
+    for folder in folders:
+        if folder not in kept and folder not in first_of.values():
+            storage.remove(storage.join(folder, MANIFEST))
+            storage.remove_tree(folder)
+
+
+class _Files:
+    """The files that this rank writes; after a failure it writes no more, but goes on to take part in gathering."""
+
+    def __init__(self, folder: str) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+        self.failure: str | None = None
+        self._folder = folder
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._bytes += tensor.numel() * tensor.element_size()
+        if self._bytes >= _FILE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._tensors and self.failure is None:
+            file = f"part-{rank():05d}-of-{world_size():05d}-{len(self.records):03d}.safetensors"
+            content = save_tensors(self._tensors)
+            try:
+                storage.write_bytes(storage.join(self._folder, file), content)
+                self.records[file] = {"sha256": storage.digest(content), "bytes": len(content)}
+            except StorageError as error:
+                self.failure = str(error)
+        self._tensors, self._bytes = {}, 0
+
+
+def _write_share(files: _Files, engine: Engine, averages: WeightAverages) -> None:
+    """Write this rank's tensors; every rank takes part in gathering all of them."""
     for i, name in enumerate(engine.names):
         mine = i % world_size() == rank()
-        for kind, full in [
-            ("weight", engine.full_weight(name)),
-            *((moment, engine.full_moment(name, moment)) for moment in MOMENTS),
-        ]:
+        weight = engine.full_weight(name)
+        if mine:
+            files.add(f"weight/{name}", weight)
+        for moment in MOMENTS if engine.has_moments(name) else ():
+            full = engine.full_moment(name, moment)
             if mine:
-                own[f"{kind}/{name}"] = _for_file(full)
-    for i, (name, full) in enumerate(average.full()):
-        if i % world_size() == rank():
-            own[f"average/{name}"] = _for_file(full)
+                files.add(f"{moment}/{name}", full)
+    momenta = engine.momenta()
+    holders = gather(sorted(momenta))
+    for name, momentum in momenta.items():
+        if rank() == min(place for place, names in enumerate(holders) if name in names):
+            files.add(f"{MOMENTUM}/{name}", momentum)
+    for half_life in averages.half_lives:
+        for i, (name, full) in enumerate(averages.full(half_life)):
+            if i % world_size() == rank():
+                files.add(f"{_average_kind(averages, half_life)}/{name}", full)
     if is_main():
-        own.update({f"buffer/{name}": _for_file(buffer) for name, buffer in engine.buffers().items()})
-    return own
+        for name, buffer in engine.buffers().items():
+            files.add(f"buffer/{name}", buffer)
+    files.flush()
 
 
-def _for_file(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _average_kind(averages: WeightAverages, half_life: int) -> str:
+    return "average" if half_life == averages.half_lives[0] else f"average-{half_life}"
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -148,25 +237,24 @@ def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tenso
     return ((name.removeprefix(prefix), tensors[name]) for name in sorted(tensors) if name.startswith(prefix))
 
 
-def _complete(path: str) -> list[str]:
-    """Folders with a manifest, oldest first."""
-    folders = [storage.join(path, name) for name in storage.list_names(path) if name.startswith("images-")]
-    return [folder for folder in folders if storage.exists(storage.join(folder, _MANIFEST))]
+def _manifest(folder: str) -> CheckpointManifest:
+    location = storage.join(folder, MANIFEST)
+    return CheckpointManifest.from_json(storage.read_bytes(location), location, DataError)
 
 
 def _verified(folder: str) -> CheckpointManifest:
-    location = storage.join(folder, _MANIFEST)
-    manifest = CheckpointManifest.from_json(storage.read_bytes(location), location, DataError)
+    manifest = _manifest(folder)
     for file, record in manifest.files.items():
-        if not storage.exists(storage.join(folder, file)):
-            raise DataError(f"{folder}/{file} is missing, though the manifest names it; delete the checkpoint")
-        content = storage.read_bytes(storage.join(folder, file))
-        if storage.digest(content) != record.sha256:
-            raise DataError(f"{folder}/{file} does not match its manifest (sha256 differs); delete the checkpoint")
+        _content(folder, file, record)
     return manifest
 
 
-def _prune(path: str, keep_last: int) -> None:
-    for folder in _complete(path)[:-keep_last]:
-        storage.remove(storage.join(folder, _MANIFEST))
-        storage.remove_tree(folder)
+def _content(folder: str, file: str, record: FileRecord) -> bytes:
+    """A file's bytes, if they are those of the manifest."""
+    location = storage.join(folder, file)
+    if not storage.exists(location):
+        raise DataError(f"{location} is missing, though the manifest names it; delete the checkpoint")
+    content = storage.read_bytes(location)
+    if storage.digest(content) != record.sha256:
+        raise DataError(f"{location} does not match its manifest (sha256 differs); delete the checkpoint")
+    return content

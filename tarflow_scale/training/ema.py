@@ -1,11 +1,11 @@
-"""Exponential moving average of the weights, kept where the fp32 masters are kept.
+"""Exponential moving averages of the weights, kept where the fp32 masters are kept.
 
 At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank holds all weights, rank r averages
-slice r. So the average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is
-gathered, parameter by parameter, only to be saved, exported or sampled from.
+slice r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is
+gathered, parameter by parameter, only to be saved, exported, validated or sampled from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,53 +14,65 @@ from tarflow_scale.distributed import all_reduce_sum, rank, world_size
 from tarflow_scale.training.engine import Engine
 from tarflow_scale.training.schedule import average_decay
 
-__all__ = ["WeightAverage"]
+__all__ = ["WeightAverages"]
 
 
-class WeightAverage:
-    """The average of the weights of ``engine``, starting at their present values.
+class WeightAverages:
+    """Averages of the weights of ``engine``, starting at their present values.
 
     Args:
         engine: the engine.
-        half_life_images: half-life; shorter at the start of training, see `average_decay`.
+        half_lives_images: a half-life for each average; shorter at the start of training, see `average_decay`.
     """
 
-    def __init__(self, engine: Engine, half_life_images: int) -> None:
+    def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:
+        self.half_lives = tuple(half_lives_images)
         self._engine = engine
-        self._half_life = half_life_images
         self._own = [_Slice.of(flat) for flat in engine.masters()] if engine.stage == 0 else None
-        self._averages = [view.clone() for view in self._views()]
+        self._averages = {half_life: [view.clone() for view in self._views()] for half_life in self.half_lives}
 
     @torch.no_grad()
     def update(self, images_seen: int, step_images: int) -> None:
         """Move towards the weights after a step of ``step_images`` that ended at ``images_seen``."""
-        decay = average_decay(images_seen, step_images, self._half_life)
-        for average, weights in zip(self._averages, self._views(), strict=True):
-            average.lerp_(weights, 1 - decay)
+        views = self._views()
+        for half_life, averages in self._averages.items():
+            decay = average_decay(images_seen, step_images, half_life)
+            torch._foreach_lerp_(averages, views, 1 - decay)  # pyright: ignore[reportPrivateUsage]
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole average of every parameter, one at a time; all ranks must iterate to the end."""
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all averages on this rank."""
+        return sum(one.numel() * one.element_size() for averages in self._averages.values() for one in averages)
+
+    def full(self, half_life: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole average of every parameter, one at a time; all ranks must iterate to the end.
+
+        Args:
+            half_life: which average; None is the first.
+        """
+        averages = self._averages[half_life or self.half_lives[0]]
         if self._own is None:
-            with self._engine.exchanged(self._averages):
+            with self._engine.exchanged(averages):
                 for name in self._engine.names:
                     yield name, self._engine.full_weight(name)
             return
-        for name, own, average in zip(self._engine.names, self._own, self._averages, strict=True):
+        for name, own, average in zip(self._engine.names, self._own, averages, strict=True):
             whole = torch.zeros_like(self._engine.full_weight(name))
             whole.view(-1)[own.start : own.stop] = average
             yield name, all_reduce_sum(whole)
 
-    def load(self, averages: Iterator[tuple[str, Tensor]]) -> None:
-        """Overwrite the average of every parameter with whole tensors by name."""
+    def load(self, half_life: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite one average of the named parameters with whole tensors; all ranks must call."""
+        averages = self._averages[half_life]
         if self._own is None:
-            with self._engine.exchanged(self._averages):
-                for name, value in averages:
+            with self._engine.exchanged(averages):
+                for name, value in weights:
                     self._engine.set_master(name, value)
             return
         places = {name: i for i, name in enumerate(self._engine.names)}
-        for name, value in averages:
+        for name, value in weights:
             own = self._own[places[name]]
-            self._averages[places[name]].copy_(value.reshape(-1)[own.start : own.stop])
+            averages[places[name]].copy_(value.reshape(-1)[own.start : own.stop])
 
     def _views(self) -> list[Tensor]:
         masters = self._engine.masters()

@@ -6,7 +6,7 @@ copy. DeepSpeed's setters change the master only, so `Engine.restore` writes the
 """
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,17 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
-from tarflow_scale.distributed import local_world_size, rank, world_size
-from tarflow_scale.errors import ConfigError
+from tarflow_scale.distributed import all_reduce_sum, check_equal, local_world_size, rank, world_size
 from tarflow_scale.flows import Flow, standard_normal_log_prob
+from tarflow_scale.flows.build import compile_networks
+from tarflow_scale.training.optimizers import build_optimizer
+from tarflow_scale.training.zero import deepspeed_config
 
-__all__ = ["MOMENTS", "Engine", "MicroBatch", "StepResult", "deepspeed_config", "start_process_group"]
+__all__ = ["MOMENTS", "MOMENTUM", "Engine", "MicroBatch", "StepResult", "start_process_group"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, a partition each."""
+MOMENTUM = "momentum_buffer"
+"""Of Muon, whole on every rank whose partition holds some of the matrix."""
 _PREFIX = "flow."
-_BUCKET_ELEMENTS = 50_000_000
-_PERSISTENT_ELEMENTS = 100_000
-"""Smaller parameters stay whole on every rank at stage 3; never more than a hundredth of the model each."""
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -44,12 +46,13 @@ class StepResult:
     """What one optimizer step reports.
 
     nats_per_dim: mean over this rank's images. gradient_norm: over all ranks, before clipping. skipped: a gradient was
-    not finite, so no rank changed its weights.
+    not finite, or the step was rejected, so no rank changed its weights. rejected: its loss was refused.
     """
 
     nats_per_dim: float
     gradient_norm: float
     skipped: bool
+    rejected: bool = False
 
 
 class _NatsPerImage(nn.Module):
@@ -62,27 +65,6 @@ class _NatsPerImage(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
         z, log_det = self.flow(x, y)  # not log_prob, whose checks of values would wait for the device
         return -(standard_normal_log_prob(z) + log_det)
-
-
-class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, and skips a step with a non-finite gradient, as ZeRO's own optimizers do; for stage 0.
-
-    Gradients are already reduced here, so all ranks decide alike. The engine reads ``overflow`` and
-    ``_global_grad_norm``.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], clip_norm: float, **options: Any) -> None:
-        super().__init__(parameters, **options)
-        self._clip_norm = clip_norm
-        self._global_grad_norm = 0.0
-        self.overflow = False
-
-    def step(self, closure: Any = None) -> Any:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
-        self._global_grad_norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
-        return None if self.overflow else super().step(closure)
 
 
 def start_process_group(threads: int) -> torch.device:
@@ -108,51 +90,6 @@ def start_process_group(threads: int) -> torch.device:
     return device
 
 
-def deepspeed_config(
-    optimizer: OptimizerConfig,
-    training: TrainingConfig,
-    parallelism: ParallelismConfig,
-    num_parameters: int,
-    ranks: int,
-) -> dict[str, Any]:
-    """The DeepSpeed configuration that the sections imply. Nothing is ``auto``; no number is kept twice.
-
-    Args:
-        optimizer: the section ``optimizer``.
-        training: the section ``training``.
-        parallelism: the section ``parallelism``.
-        num_parameters: of the flow; reduction buckets are no larger, because DeepSpeed allocates them whole.
-        ranks: world size.
-
-    Raises:
-        ConfigError: when the global batch is not a multiple of micro batch times ranks.
-    """
-    batch, micro = training.global_batch_size, training.micro_batch_size
-    if batch % (micro * ranks):
-        down = max(1, batch // (micro * ranks)) * micro * ranks
-        raise ConfigError(
-            f"training.global_batch_size must be a multiple of training.micro_batch_size x ranks "
-            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {down}"
-        )
-    bucket = max(1, min(_BUCKET_ELEMENTS, num_parameters))
-    return {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch // (micro * ranks),
-        "gradient_clipping": optimizer.gradient_clip_norm if parallelism.zero_stage else 0.0,
-        "steps_per_print": None,
-        "torch_autocast": {"enabled": parallelism.precision == "bf16", "dtype": "bfloat16"},
-        "zero_optimization": {
-            "stage": parallelism.zero_stage,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": min(_PERSISTENT_ELEMENTS, num_parameters // 100),
-        },
-    }
-
-
 class Engine:
     """A flow under DeepSpeed.
 
@@ -174,19 +111,17 @@ class Engine:
         self.device = device
         self.stage: Literal[0, 1, 2, 3] = parallelism.zero_stage
         self.num_dims = flow.num_dims
-        module = _NatsPerImage(flow.to(device).train())
+        flow = flow.to(device).train()
+        check_equal(flow)
+        if parallelism.compile:
+            compile_networks(flow)
+        module = _NatsPerImage(flow)
         self.num_parameters = sum(p.numel() for p in module.parameters())
-        options: dict[str, Any] = {
-            "lr": optimizer.peak_lr,
-            "betas": optimizer.betas,
-            "weight_decay": optimizer.weight_decay,
-        }
-        if self.stage == 0:
-            client = _GuardedAdamW(module.parameters(), optimizer.gradient_clip_norm, **options)
-        else:
-            client = torch.optim.AdamW(module.parameters(), **options)
         settings = deepspeed_config(optimizer, training, parallelism, self.num_parameters, world_size())
         self.num_micro_batches = settings["gradient_accumulation_steps"]
+        client = build_optimizer(module, optimizer, parallelism)
+        self._peaks = [group["lr"] for group in client.param_groups]
+        self._has_muon = optimizer.kind == "muon"
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
         self.names = [name.removeprefix(_PREFIX) for name, _ in module.named_parameters()]
@@ -195,30 +130,56 @@ class Engine:
 
     # -- a step ------------------------------------------------------------------------------------------------
 
-    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+    def step(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        rate: float,
+        reject: Callable[[float], bool] | None = None,
+    ) -> StepResult:
         """Forward, backward and update over this rank's share of a global batch.
 
         The loss is the mean negative log-likelihood in nats per dimension, so that gradients do not grow with the
         image.
+
+        Args:
+            micro_batches: as many as are accumulated.
+            rate: learning rate, as a fraction of its peak.
+            reject: called with the mean loss of all ranks before the last backward pass; if it says yes, on all ranks
+                alike, the step changes nothing.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * rate
         skipped_before = self._engine.skipped_steps
         total = torch.zeros((), device=self.device)
+        rejected = False
         count = 0
         for batch in micro_batches:
             loss = self._engine(batch.x, batch.y).mean() / self.num_dims
-            self._engine.backward(loss)
-            self._engine.step()
             total += loss.detach()
             count += 1
+            if reject is not None and count == self.num_micro_batches:
+                rejected = reject(float(all_reduce_sum(total.double())) / (count * world_size()))
+                # Every ZeRO stage leaves the weights alone when a gradient is not finite, so let them be.
+                loss = loss * float("nan") if rejected else loss
+            self._engine.backward(loss)
+            self._engine.step()
         assert count == self.num_micro_batches, "a step takes exactly the accumulated micro batches"
         norm = self._engine.get_global_grad_norm()
         return StepResult(
             nats_per_dim=float(total) / count,
             gradient_norm=float(norm) if norm is not None else 0.0,
             skipped=self._engine.skipped_steps > skipped_before,
+            rejected=rejected,
         )
+
+    def nats(self, batch: MicroBatch) -> Tensor:
+        """Negative log-likelihood ``(B,)`` in nats, without gradient or dropout; all ranks must call."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                return self._engine(batch.x, batch.y)
+        finally:
+            self._engine.train()
 
     # -- weights by name -----------------------------------------------------------------------------------------
 
@@ -249,6 +210,9 @@ class Engine:
         parameter = self._parameters[name]
         if self.stage == 0:
             return self._engine.optimizer.state[parameter][moment]
+        if self._has_muon:
+            with self.exchanged(self._flat_moments(moment)):
+                return self.full_weight(name).clone()
         full = safe_get_full_optimizer_state(parameter, moment)
         assert full is not None
         return full
@@ -271,6 +235,10 @@ class Engine:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         parameter, value = self._parameters[name], value.to(self.device)
+        if self._has_muon:
+            with self.exchanged(self._flat_moments(moment)):
+                self.set_master(name, value)
+            return
         match self.stage:
             case 0:
                 self._engine.optimizer.state[parameter][moment].copy_(value)
@@ -303,12 +271,46 @@ class Engine:
             if "step" in state:
                 state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
 
+    def momenta(self) -> dict[str, Tensor]:
+        """Muon's momentum of the matrices of which this rank holds some, by name, to read or to overwrite."""
+        if self.stage not in (1, 2):
+            return {}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        zero, found = self._engine.optimizer, dict[str, Tensor]()
+        for group, held in zip(zero.optimizer.param_groups, zero.params_in_partition, strict=True):
+            momentum = zero.optimizer.state[group["params"][0]].get(MOMENTUM)
+            if momentum is None:
+                continue
+            sizes = [parameter.numel() for parameter in held]
+            for parameter, part in zip(held, momentum.split(sizes), strict=True):
+                found[names[id(parameter)]] = part.view_as(parameter)
+        return found
+
+    def has_moments(self, name: str) -> bool:
+        """Whether AdamW moves this parameter, rather than Muon."""
+        return not getattr(self._parameters[name], "use_muon", False)
+
+    @contextmanager
+    def borrowing(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[None]:
+        """Let the forward pass use other weights, whole and by name, instead of its own; all ranks must enter.
+
+        Nothing is left of them afterwards: masters stay as they are, and the working copies are made from them again.
+        """
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()} if self.stage == 0 else None
+        for name, value in weights:
+            self.set_working_copy(name, value)
+        try:
+            yield
+        finally:
+            for name in self.names:
+                self.set_working_copy(name, kept[name] if kept is not None else self.full_weight(name))
+
     def buffers(self) -> dict[str, Tensor]:
         """Buffers by name; equal on all ranks, because the flow writes them before the engine starts."""
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
 
     @contextmanager
-    def exchanged(self, others: list[Tensor]) -> Generator[None]:
+    def exchanged(self, others: Sequence[Tensor | None]) -> Generator[None]:
         """Swap the masters with tensors laid out alike, so that `full_weight` and `set_master` act on those."""
         self._swap(others)
         try:
@@ -316,11 +318,17 @@ class Engine:
         finally:
             self._swap(others)
 
-    def _swap(self, others: list[Tensor]) -> None:
+    def _swap(self, others: Sequence[Tensor | None]) -> None:
         for master, other in zip(self.masters(), others, strict=True):
-            kept = master.clone()
-            master.copy_(other)
-            other.copy_(kept)
+            if other is not None:
+                kept = master.clone()
+                master.copy_(other)
+                other.copy_(kept)
+
+    def _flat_moments(self, moment: str) -> list[Tensor | None]:
+        """A moment of AdamW where Muon has the other groups: DeepSpeed's own access does not find it (0.19.8)."""
+        base = self._base_optimizer()
+        return [base.state[group["params"][0]].get(moment) for group in base.param_groups]
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer if self.stage == 0 else self._engine.optimizer.optimizer

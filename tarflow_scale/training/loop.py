@@ -8,51 +8,52 @@ state, and one that is killed and resumed on the same number of ranks repeats th
 import math
 import signal
 import time
-import uuid
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import CheckpointConfig, LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
-from tarflow_scale.errors import UserError
+from tarflow_scale import distributed, telemetry
+from tarflow_scale.config import CheckpointConfig, LoggingConfig, ScheduleConfig, TrainingConfig
+from tarflow_scale.errors import Interrupted, UserError
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
-from tarflow_scale.training.ema import WeightAverage
+from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
+from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import dropped_labels, noisy_images
-from tarflow_scale.training.schedule import learning_rate
+from tarflow_scale.training.schedule import learning_rate_fraction
+from tarflow_scale.training.spikes import LossHistory
+from tarflow_scale.training.upload import Uploader
+from tarflow_scale.training.validation import Validation
 
-__all__ = ["Interrupted", "Loop", "Preview", "Progress", "check_shared"]
+__all__ = ["Loop", "Preview", "Progress"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
 """Called on rank 0 with the averaged weights by name and the images seen."""
-
-
-class Interrupted(UserError):
-    """The run was asked to stop, saved a checkpoint, and can be resumed."""
 
 
 @dataclass
 class Progress:
     """How far a run is; the mutable counterpart of `TrainState`."""
 
+    losses: LossHistory
     images_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     num_replaced: int = 0
     loss_sum: float = 0.0
     loss_steps: int = 0
+    roll_backs: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -61,6 +62,21 @@ class Progress:
         """Seconds of training so far, over all its parts."""
         return self.seconds + time.monotonic() - self.started
 
+    @classmethod
+    def of(cls, state: TrainState, training: TrainingConfig) -> "Progress":
+        """Where a checkpoint left off."""
+        return cls(
+            losses=LossHistory(training.spike, state.recent_losses),
+            images_seen=state.images_seen,
+            skipped_steps=state.skipped_steps,
+            skipped_in_a_row=state.skipped_in_a_row,
+            num_replaced=state.num_replaced,
+            loss_sum=state.loss_sum,
+            loss_steps=state.loss_steps,
+            roll_backs=state.roll_backs,
+            seconds=state.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -68,26 +84,31 @@ class Loop:
 
     Args:
         engine: the flow under DeepSpeed.
-        average: its moving average.
+        averages: its moving averages.
         reader: this rank's batches.
         pixels: how stored pixels become floats.
         class_conditional: whether the flow takes labels.
         run: what must not change between this run and its continuation.
-        training, optimizer, schedule, checkpoints, logging: the sections.
+        training, schedule, checkpoints, logging: the sections.
+        peak_lr: the optimizer's, for the log.
+        validation: held-out images, or None; and the images between looks at them.
+        meter: measures speed.
         preview: draws a sample grid.
     """
 
     engine: Engine
-    average: WeightAverage
+    averages: WeightAverages
     reader: Loader
     pixels: PixelFormat
     class_conditional: bool
     run: dict[str, Any]
     training: TrainingConfig
-    optimizer: OptimizerConfig
     schedule: ScheduleConfig
     checkpoints: CheckpointConfig
     logging: LoggingConfig
+    peak_lr: float
+    validation: tuple[Validation, int] | None
+    meter: Meter
     preview: Preview
 
     @property
@@ -95,46 +116,58 @@ class Loop:
         """Images of the run, rounded up to whole steps."""
         return _whole_steps(self.training.total_images, self.training.global_batch_size)
 
-    def fit(self, progress: Progress) -> None:
+    def fit(self, progress: Progress, log: telemetry.Log) -> None:
         """Train from ``progress``, which moves along, to ``training.total_images``.
 
+        Args:
+            progress: where to begin.
+            log: takes the figures, on rank 0.
+
         Raises:
-            UserError: too many steps in a row were not finite.
-            Interrupted: SIGTERM or SIGUSR1 came; a checkpoint was saved.
+            UserError: too many steps in a row were not finite, too many jumps of the loss, a checkpoint that cannot be
+                written.
+            Interrupted: a signal or the time limit stopped the run; a checkpoint was saved.
         """
-        stop = _StopSignal()
-        log_path = Path(self.logging.path) / "log.jsonl"
-        main = distributed.is_main()
-        opened = telemetry.JsonLog(log_path, keep_until_images=progress.images_seen) if main else nullcontext()
-        batches = closing(self.reader.batches(progress.images_seen))
-        with opened as log, self._bar(progress, main) as bar, batches as batches:
+        stop = _StopSignal(self.training.max_seconds)
+        bar = telemetry.progress_bar(
+            self.total_images, "train", initial=progress.images_seen, enabled=distributed.is_main()
+        )
+        uploads = Uploader(self.checkpoints)
+        batches = self.reader.batches(progress.images_seen)
+        with bar, closing(batches):
             while progress.images_seen < self.total_images:
                 before = progress.images_seen
-                batch = next(batches)
+                with self.meter.spending("data"):
+                    batch = next(batches)
                 result = self._step(batch, progress)
-                stopping = self._agree(result, stop.received, batch.num_replaced, progress)
+                stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
+                self.meter.stepped(now - before)
                 bar.update(now - before)
                 done = now >= self.total_images
-                if done or _crossed(before, now, self.logging.every_images):
-                    self._log(log, bar, result, progress)
+                validated = self._validate(before, now, done)
+                if done or validated is not None or _crossed(before, now, self.logging.every_images):
+                    self._log(log, bar, result, progress, validated)
                 if done or stopping or _crossed(before, now, self.checkpoints.every_images):
-                    self._save(progress)
+                    self._save(progress, uploads)
                 if done or _crossed(before, now, self.logging.preview_every_images):
                     self._preview(now)
                 if stopping and not done:
+                    uploads.wait()
                     raise Interrupted(
-                        f"stopped by a signal after {now} images (checkpoint saved); run it again to go on"
+                        f"stopped by {stopping} after {now} images (checkpoint saved); run it again to go on"
                     )
+        uploads.wait()
 
     def _step(self, batch: Batch, progress: Progress) -> StepResult:
         seen = progress.images_seen
         torch.manual_seed(_dropout_seed(self.training.seed, seen, distributed.rank()))
-        rate = learning_rate(seen, self.total_images, self.optimizer, self.schedule)
-        result = self.engine.step(self._micro_batches(batch), rate)
+        rate = learning_rate_fraction(seen, self.total_images, self.schedule)
+        reject = None if self.training.spike.rule == "off" else progress.losses.is_spike
+        result = self.engine.step(self._micro_batches(batch), rate, reject)
         progress.images_seen += self.training.global_batch_size
         if not result.skipped:
-            self.average.update(progress.images_seen, self.training.global_batch_size)
+            self.averages.update(progress.images_seen, self.training.global_batch_size)
         return result
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
@@ -145,15 +178,17 @@ class Loop:
             y = dropped_labels(part, self.training.label_drop, seed).to(device) if self.class_conditional else None
             yield MicroBatch(x, y)
 
-    def _agree(self, result: StepResult, signalled: bool, num_replaced: int, progress: Progress) -> bool:
-        """Sum over ranks what all must know; True when any rank was asked to stop."""
-        own = [result.nats_per_dim, float(signalled), float(num_replaced)]
+    def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:
+        """Sum over ranks what all must know; why the run stops, if any rank was asked to."""
+        own = [result.nats_per_dim, float(bool(reason)), float(num_replaced)]
         facts = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
-        loss, signals, replaced = distributed.all_reduce_sum(facts).tolist()
+        loss, stops, replaced = distributed.all_reduce_sum(facts).tolist()
         progress.num_replaced += round(replaced)
         allowed = self.reader.config.max_corrupt_fraction
         check_share(progress.num_replaced, progress.images_seen, allowed, self.logging.path)
-        if result.skipped:
+        if result.rejected:
+            self._after_spike(loss / distributed.world_size(), progress)
+        elif result.skipped:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
             if progress.skipped_in_a_row > self.training.max_skipped_steps:
@@ -166,73 +201,115 @@ class Loop:
             progress.skipped_in_a_row = 0
             progress.loss_sum += loss / distributed.world_size()
             progress.loss_steps += 1
-        return signals > 0
+            progress.losses.add(loss / distributed.world_size())
+        return (reason or "another rank") if stops > 0 else ""
 
-    def _log(self, log: telemetry.JsonLog | None, bar: Any, result: StepResult, progress: Progress) -> None:
+    def _after_spike(self, loss: float, progress: Progress) -> None:
+        """The step was not made; go back to the latest checkpoint if the rule says so. Samples are not seen again."""
+        progress.skipped_steps += 1
+        if distributed.is_main():
+            warnings.warn(
+                f"the loss jumped to {loss:.4f} nats/dim at {progress.images_seen} images ({self.training.spike.rule})",
+                stacklevel=2,
+            )
+        if self.training.spike.rule != "roll_back":
+            return
+        progress.roll_backs += 1
+        if progress.roll_backs > self.training.spike.max_roll_backs:
+            raise UserError(
+                f"the loss jumped more often than it may (got {progress.roll_backs}, training.spike.max_roll_backs="
+                f"{self.training.spike.max_roll_backs}); lower optimizer.peak_lr"
+            )
+        found = distributed.from_main(lambda: checkpoint.find_latest(*self._checkpoint_paths))
+        if found is not None:  # else there is nothing before this step to go back to, and skipping it must do
+            checkpoint.load(found[0], self.engine, self.averages, self._prime)
+            progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
+
+    def _log(
+        self, log: telemetry.Log, bar: Any, result: StepResult, progress: Progress, validated: float | None
+    ) -> None:
         loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         progress.loss_sum, progress.loss_steps = 0.0, 0
         images = progress.images_seen
+        rate = learning_rate_fraction(images, self.total_images, self.schedule)
+        speed = self.meter.report()
         record: dict[str, Any] = {
             "images": images,
             "nats_per_dim": loss,
             "bits_per_dim": self._bits(loss),
-            "learning_rate": learning_rate(images, self.total_images, self.optimizer, self.schedule),
+            "learning_rate": self.peak_lr * rate,
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
+            "roll_backs": progress.roll_backs,
             "replaced_samples": progress.num_replaced,
-            "images_per_second": images / progress.elapsed,
-            "peak_memory_bytes": telemetry.peak_memory_bytes(),
+            "peak_memory_bytes": telemetry.peak_memory_bytes(self.engine.device.type),
             "seconds": progress.elapsed,
+            **speed,
         }
-        if log is not None:
-            log.write(record)
+        if validated is not None:
+            record |= {"validation_nats_per_dim": validated, "validation_bits_per_dim": self._bits(validated)}
+        log.write(record)
         if loss is not None:
             name, value = ("nats/dim", loss) if record["bits_per_dim"] is None else ("bits/dim", record["bits_per_dim"])
-            bar.set_postfix_str(f"{name} {value:.3f}", refresh=False)
+            used = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.0%}"
+            bar.set_postfix_str(f"{name} {value:.3f}{used}", refresh=False)
 
     def _bits(self, nats_per_dim: float | None) -> float | None:
-        """Training loss in bits/dim; only uniform dequantisation has any."""
+        """Loss in bits/dim; only uniform dequantisation has any."""
         if nats_per_dim is None or self.pixels.noise != "uniform":
             return None
         return nats_per_dim / math.log(2) + self.pixels.bit_depth - 1
 
-    def _save(self, progress: Progress) -> None:
-        state = TrainState(
-            images_seen=progress.images_seen,
-            num_steps=self.engine.num_steps,
-            skipped_steps=progress.skipped_steps,
-            skipped_in_a_row=progress.skipped_in_a_row,
-            num_replaced=progress.num_replaced,
-            loss_sum=progress.loss_sum,
-            loss_steps=progress.loss_steps,
-            seconds=progress.elapsed,
-            run=self.run,
-        )
-        checkpoint.save(self._checkpoint_path, self.engine, self.average, state, self.checkpoints.keep_last)
+    def _validate(self, before: int, now: int, done: bool) -> float | None:
+        """Nats per dimension of held-out images, when it is time."""
+        if self.validation is None or not (done or _crossed(before, now, self.validation[1])):
+            return None
+        with self.meter.spending("validation"):
+            return self.validation[0].nats_per_dim(self.engine, self.averages)
+
+    def _save(self, progress: Progress, uploads: Uploader) -> None:
+        with self.meter.spending("checkpoint"):
+            state = TrainState(
+                images_seen=progress.images_seen,
+                num_steps=self.engine.num_steps,
+                skipped_steps=progress.skipped_steps,
+                skipped_in_a_row=progress.skipped_in_a_row,
+                num_replaced=progress.num_replaced,
+                loss_sum=progress.loss_sum,
+                loss_steps=progress.loss_steps,
+                seconds=progress.elapsed,
+                recent_losses=progress.losses.losses,
+                roll_backs=progress.roll_backs,
+                run=self.run,
+            )
+            uploads.wait()
+            path = self._checkpoint_paths[0]
+            uploads.start(*checkpoint.save(path, self.engine, self.averages, state, self.checkpoints))
 
     def _preview(self, images_seen: int) -> None:
-        weights = self.averaged_weights()
-        if distributed.is_main():
-            self.preview(weights, images_seen)
+        with self.meter.spending("preview"):
+            weights = self.averaged_weights()
+            if distributed.is_main():
+                self.preview(weights, images_seen)
+            distributed.barrier()
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average and the buffers by name, whole, on rank 0; empty elsewhere. All ranks must call."""
+    def averaged_weights(self, half_life: int | None = None) -> dict[str, Tensor]:
+        """An average (None: the first) and the buffers by name, whole, on rank 0; empty elsewhere. All ranks call."""
         main = distributed.is_main()
-        weights = {name: full.cpu().clone() for name, full in self.average.full() if main}
+        weights = {name: full.cpu().clone() for name, full in self.averages.full(half_life) if main}
         return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}
 
     def resume(self) -> Progress:
         """Restore the latest checkpoint, if there is one; rank 0 finds it, so that all ranks take the same.
 
         Raises:
-            UserError: the run folder holds another or a longer run, or is not one folder for all ranks.
+            UserError: the run folder holds another or a longer run.
         """
-        check_shared(self.logging.path, self.engine.device)
-        found = distributed.from_main(lambda: checkpoint.find_latest(self._checkpoint_path))
+        found = distributed.from_main(lambda: checkpoint.find_latest(*self._checkpoint_paths))
         if found is None:
-            return Progress()
+            return Progress(LossHistory(self.training.spike))
         folder, state = found
-        changed = sorted(key for key in self.run if self.run[key] != state.run.get(key))
+        changed = sorted(key for key in self.run.keys() | state.run if self.run.get(key) != state.run.get(key))
         if changed:
             raise UserError(
                 f"the run folder {self.logging.path} holds another run ({', '.join(changed)} differ); "
@@ -243,65 +320,35 @@ class Loop:
                 f"training.total_images must not lie before the checkpoint (got {self.total_images} and "
                 f"{state.images_seen}); raise it or choose another logging.path"
             )
-        checkpoint.load(folder, self.engine, self.average, self._prime)
-        return Progress(
-            images_seen=state.images_seen,
-            skipped_steps=state.skipped_steps,
-            skipped_in_a_row=state.skipped_in_a_row,
-            num_replaced=state.num_replaced,
-            loss_sum=state.loss_sum,
-            loss_steps=state.loss_steps,
-            seconds=state.seconds,
-        )
+        checkpoint.load(folder, self.engine, self.averages, self._prime)
+        return Progress.of(state, self.training)
 
     def _prime(self) -> StepResult:
         """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
-        return self.engine.step(self._micro_batches(self.reader.first()), learning_rate=0.0)
-
-    def _bar(self, progress: Progress, main: bool) -> Any:
-        return telemetry.progress_bar(self.total_images, "train", initial=progress.images_seen, enabled=main)
+        return self.engine.step(self._micro_batches(self.reader.first()), rate=0.0)
 
     @property
-    def _checkpoint_path(self) -> str:
-        return f"{self.logging.path}/checkpoints"
-
-
-def check_shared(path: str, device: torch.device) -> None:
-    """All ranks must see one run folder, or only some would find the checkpoints; rank 0 leaves a mark to look for.
-
-    Raises:
-        UserError: on every rank, when some rank does not see it.
-    """
-    if distributed.world_size() == 1:
-        return
-    name = f".shared-{distributed.from_main(lambda: _leave_mark(path))}"
-    unseen = torch.tensor([float(not storage.exists(storage.join(path, name)))], device=device)
-    num_unseen = int(distributed.all_reduce_sum(unseen).item())
-    if distributed.is_main():
-        storage.remove(storage.join(path, name))
-    if num_unseen:
-        raise UserError(
-            f"logging.path must be one folder for all ranks (got {num_unseen} that do not see {path} of rank 0); "
-            f"put it on storage that all nodes share"
-        )
-
-
-def _leave_mark(path: str) -> str:
-    mark = uuid.uuid4().hex
-    storage.write_bytes(storage.join(path, f".shared-{mark}"), b"seen")
-    return mark
+    def _checkpoint_paths(self) -> tuple[str, ...]:
+        own = f"{self.logging.path}/checkpoints"
+        return (own,) if self.checkpoints.upload_path is None else (own, self.checkpoints.upload_path)
 
 
 class _StopSignal:
-    """Set by SIGTERM or SIGUSR1 (what schedulers send before they preempt a job)."""
+    """Why the run should stop: SIGTERM or SIGUSR1 (what schedulers send before they preempt a job), or its time."""
 
-    def __init__(self) -> None:
-        self.received = False
+    def __init__(self, max_seconds: float | None) -> None:
+        self._received = ""
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
-    def _receive(self, *_: object) -> None:
-        self.received = True
+    @property
+    def reason(self) -> str:
+        """In words; empty if there is none."""
+        return self._received or ("training.max_seconds" if time.monotonic() > self._deadline else "")
+
+    def _receive(self, number: int, _: object) -> None:
+        self._received = signal.Signals(number).name
 
 
 def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:

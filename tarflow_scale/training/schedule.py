@@ -2,24 +2,36 @@
 
 import math
 
-from tarflow_scale.config import OptimizerConfig, ScheduleConfig
+from tarflow_scale.config import ScheduleConfig
 
-__all__ = ["average_decay", "learning_rate"]
+__all__ = ["average_decay", "learning_rate_fraction"]
 
 _RAMP = 0.05
-"""The half-life of the average is at most this fraction of the images seen, as in EDM (arXiv 2206.00364)."""
+"""The half-life of an average is at most this fraction of the images seen, as in EDM (arXiv 2206.00364)."""
 
 
-def learning_rate(images_seen: int, total_images: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Linear warm-up from 0, then cosine from ``peak_lr`` to ``final_lr_fraction`` of it at ``total_images``."""
+def learning_rate_fraction(images_seen: int, total_images: int, schedule: ScheduleConfig) -> float:
+    """Learning rate as a fraction of its peak, in [0, 1].
+
+    Linear warm-up from 0; then cosine to ``final_lr_fraction`` at ``total_images``, or the peak to the end, or the peak
+    and a linear decay over the last ``decay_images`` (Hu et al., "MiniCPM", arXiv 2404.06395).
+    """
     if images_seen < schedule.warmup_images:
-        return optimizer.peak_lr * images_seen / schedule.warmup_images
-    progress = (images_seen - schedule.warmup_images) / max(1, total_images - schedule.warmup_images)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return optimizer.peak_lr * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * cosine)
+        return images_seen / schedule.warmup_images
+    final = schedule.final_lr_fraction
+    match schedule.kind:
+        case "constant":
+            return 1.0
+        case "wsd":
+            assert schedule.decay_images is not None
+            left = min(1.0, max(0, total_images - images_seen) / schedule.decay_images)
+            return final + (1 - final) * left
+        case "cosine":
+            progress = (images_seen - schedule.warmup_images) / max(1, total_images - schedule.warmup_images)
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def average_decay(images_seen: int, step_images: int, half_life_images: int) -> float:
-    """Factor by which the average keeps its past in a step of ``step_images`` that ends at ``images_seen``."""
+    """Factor by which an average keeps its past in a step of ``step_images`` that ends at ``images_seen``."""
     half_life = min(half_life_images, _RAMP * images_seen)
     return 0.5 ** (step_images / half_life)

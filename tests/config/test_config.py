@@ -77,6 +77,43 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
             "optimizer.peak_lr=fast",
             "optimizer.peak_lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
         ),
+        (
+            "optimizer.kind=muon",
+            "optimizer: muon_peak_lr goes with kind=muon (got kind=muon and None); set both or neither",
+        ),
+        (
+            "optimizer={kind: muon, muon_peak_lr: 0.02, gradient_clip_norm: 0.5}",
+            "optimizer: gradient_clip_norm has no effect on kind=muon (got 0.5); leave it out",
+        ),
+        (
+            "schedule.kind=wsd",
+            "schedule: decay_images goes with kind=wsd (got kind=wsd and None); set both or neither",
+        ),
+        (
+            "schedule={kind: wsd, warmup_images: 500, decay_images: 500}",
+            "schedule.warmup_images (and decay_images) must be below training.total_images (got 1000 and 1000); "
+            "shorten the warm-up",
+        ),
+        (
+            "training.ema_half_life_images=[100, 100]",
+            "training.ema_half_life_images: half-lives must differ (got [100, 100]); remove one",
+        ),
+        (
+            "parallelism={zero_stage: 0, offload: optimizer}",
+            "parallelism: offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage",
+        ),
+        (
+            "parallelism={zero_stage: 2, offload: all}",
+            "parallelism: offload=all needs zero_stage 3 (got 2); use optimizer, or stage 3",
+        ),
+        (
+            "parallelism={zero_stage: 2, zero_plus_plus: {quantized_weights: true}}",
+            "parallelism: zero_plus_plus needs zero_stage 3 (got 2); raise the stage or remove it",
+        ),
+        (
+            "parallelism={compile: true, activations: rebuild}",
+            "parallelism: compile does not go with activations=rebuild (got both); use checkpoint",
+        ),
         ("optimizer.peak_lr=0", "optimizer.peak_lr: Input should be greater than 0 (got 0)"),
         ("optimizer.peak_lr=.nan", "optimizer.peak_lr: Input should be a finite number (got nan)"),
         ("optimizer.peak_lr=.inf", "optimizer.peak_lr: Input should be a finite number (got inf)"),

@@ -197,7 +197,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 def test_the_large_recipe_builds() -> None:
     """256x256, 6 levels of 32 steps, 5 bits, as published; evals/benchmarks/glow_memory.py takes a training step."""
-    config = TrainConfig.load(TOP / "configs/train/glow-256.yaml", [])
+    config = TrainConfig.load(TOP / "configs/train/celebahq256-glow.yaml", [])
     assert isinstance(config.model, GlowConfig)
     with torch.device("meta"):
         flow = build(config.model, (3, 256, 256), None)

@@ -2,19 +2,28 @@
 
 import pytest
 
-from tarflow_scale.config import OptimizerConfig, ScheduleConfig
-from tarflow_scale.training.schedule import average_decay, learning_rate
+from tarflow_scale.config import ScheduleConfig
+from tarflow_scale.training.schedule import average_decay, learning_rate_fraction
 
-OPTIMIZER = OptimizerConfig(peak_lr=2.0)
-SCHEDULE = ScheduleConfig(warmup_images=100, final_lr_fraction=0.1)
+TOTAL = 1100
+COSINE = ScheduleConfig(warmup_images=100, final_lr_fraction=0.1)
+CONSTANT = ScheduleConfig(kind="constant", warmup_images=100)
+WSD = ScheduleConfig(kind="wsd", warmup_images=100, decay_images=200, final_lr_fraction=0.1)
 
 
 @pytest.mark.parametrize(
-    ("images", "expected"),
-    [(0, 0.0), (50, 1.0), (100, 2.0), (600, 0.2 + 1.8 * 0.5), (1100, 0.2), (5000, 0.2)],
+    ("schedule", "images", "expected"),
+    [
+        *((COSINE, *case) for case in [(0, 0.0), (50, 0.5), (100, 1.0), (600, 0.55), (1100, 0.1), (5000, 0.1)]),
+        *((CONSTANT, *case) for case in [(0, 0.0), (50, 0.5), (100, 1.0), (600, 1.0), (1100, 1.0), (5000, 1.0)]),
+        *(
+            (WSD, *case)
+            for case in [(0, 0.0), (50, 0.5), (100, 1.0), (900, 1.0), (1000, 0.55), (1100, 0.1), (5000, 0.1)]
+        ),
+    ],
 )
-def test_warm_up_then_cosine(images: int, expected: float) -> None:
-    assert learning_rate(images, 1100, OPTIMIZER, SCHEDULE) == pytest.approx(expected, abs=1e-12)
+def test_warm_up_then_the_shape(schedule: ScheduleConfig, images: int, expected: float) -> None:
+    assert learning_rate_fraction(images, TOTAL, schedule) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_average_halves_its_past_in_a_half_life() -> None:

@@ -1,45 +1,70 @@
 """What the ranks of the distributed tests run: ``torchrun -m tests.training.workers CASE OUTPUT [ARGUMENT ...]``.
 
-Rank 0 writes its findings to OUTPUT as JSON.
+A variant is written ``stage=2,flow=glow,activations=rebuild``; see `Variant`. Rank 0 writes its findings to OUTPUT as
+JSON.
 """
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tarflow_scale import distributed
-from tarflow_scale.config import GlowConfig, OptimizerConfig, ParallelismConfig, TarFlowConfig, TrainingConfig
+from tarflow_scale.config import (
+    CheckpointConfig,
+    GlowConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    TarFlowConfig,
+    TrainingConfig,
+)
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
-from tarflow_scale.training.ema import WeightAverage
+from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
-from tarflow_scale.training.loop import check_shared
+from tarflow_scale.training.folder import check_shared
 from tarflow_scale.training.schedule import average_decay
 from tests.flows.catalogue import moved
 
 BATCH = 12
-RATE = 1e-2
-HALF_LIFE = 60
+HALF_LIVES = (60, 240)
 UNEVEN = {1: (12,), 2: (7, 5), 3: (8, 4, 0)}
 """Images of each rank in the initialisation of ActNorm, by the number of ranks."""
 
 
-def small_flow() -> Flow:
-    torch.manual_seed(0)
-    config = TarFlowConfig(kind="tarflow", patch_size=2, width=16, head_width=8, layers_per_block=(1, 1))
-    return build(config, (1, 4, 4), 3)
+@dataclass
+class Variant:
+    """One way to train the same small flow."""
+
+    stage: int = 0
+    flow: str = "tarflow"
+    activations: str = "keep"
+    precision: str = "fp32"
+    accumulation: int = 1
+    offload: str = "none"
+    optimizer: str = "adamw"
+    compile: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        words = dict(word.split("=") for word in text.split(","))
+        numbers = {key: int(value) for key, value in words.items() if value.isdigit()}
+        return cls(**(words | numbers))  # type: ignore[arg-type]
 
 
-def small_glow() -> Flow:
-    """A fresh Glow, initialised on the first global batch, of which each rank has an uneven part."""
+def small_flow(kind: str) -> Flow:
+    """Freshly initialised; Glow on the first global batch, of which each rank has an uneven part."""
     torch.manual_seed(0)
-    config = GlowConfig(kind="glow", levels=2, steps_per_level=3, width=8)
-    flow = build(config, (1, 4, 4), 3)
+    if kind == "tarflow":
+        config = TarFlowConfig(kind="tarflow", patch_size=2, width=16, head_width=8, layers_per_block=(1, 1))
+        return build(config, (1, 4, 4), 3)
+    flow = build(GlowConfig(kind="glow", levels=2, steps_per_level=3, width=8), (1, 4, 4), 3)
     x, y = global_batch(0)
     sizes = UNEVEN[distributed.world_size()]
     start = sum(sizes[: distributed.rank()])
@@ -48,13 +73,26 @@ def small_glow() -> Flow:
     return flow
 
 
-def small_engine(
-    stage: int, device: torch.device, accumulation: int = 1, flow: Flow | None = None, precision: str = "fp32"
-) -> Engine:
-    micro = BATCH // distributed.world_size() // accumulation
+def small_engine(variant: Variant, device: torch.device) -> Engine:
+    flow = small_flow(variant.flow)
+    if variant.flow == "glow":
+        moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
+    flow.activations = variant.activations  # type: ignore[assignment]
+    micro = BATCH // distributed.world_size() // variant.accumulation
     training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=micro)
-    parallelism = ParallelismConfig.model_validate({"zero_stage": stage, "precision": precision})
-    return Engine(flow or small_flow(), device, OptimizerConfig(gradient_clip_norm=0.5), training, parallelism)
+    parallelism = ParallelismConfig.model_validate(
+        {
+            "zero_stage": variant.stage,
+            "precision": variant.precision,
+            "offload": variant.offload,
+            "compile": variant.compile,
+        }
+    )
+    if variant.optimizer == "muon":
+        optimizer = OptimizerConfig(kind="muon", peak_lr=3e-3, muon_peak_lr=2e-2)
+    else:
+        optimizer = OptimizerConfig(peak_lr=1e-2, gradient_clip_norm=0.5)
+    return Engine(flow, device, optimizer, training, parallelism)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,51 +100,93 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.3 * torch.randn(BATCH, 1, 4, 4, generator=generator), torch.arange(BATCH) % 3
 
 
-def step_on(engine: Engine, step: int, poison: float = 0.0) -> StepResult:
-    """One step on this rank's part; ``poison`` is added to one pixel of the last rank's."""
+def own_part(engine: Engine, step: int, poison: float = 0.0) -> list[MicroBatch]:
+    """This rank's part of a global batch; ``poison`` is added to one pixel of the last rank's."""
     x, y = global_batch(step)
     x[-1, 0, 0, 0] += poison
     share = BATCH // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     parts = engine.num_micro_batches
-    micro = [MicroBatch(a, b) for a, b in zip(x[own].chunk(parts), y[own].chunk(parts), strict=True)]
-    return engine.step(micro, RATE)
+    return [MicroBatch(a, b) for a, b in zip(x[own].chunk(parts), y[own].chunk(parts), strict=True)]
 
 
-def mean_loss(result: StepResult) -> float:
-    return float(distributed.all_reduce_sum(torch.tensor([result.nats_per_dim], dtype=torch.float64))) / (
-        distributed.world_size()
-    )
+def step_on(
+    engine: Engine, step: int, poison: float = 0.0, reject: Callable[[float], bool] | None = None
+) -> StepResult:
+    return engine.step(own_part(engine, step, poison), 1.0, reject)
 
 
-def case_curve(device: torch.device, stage: str, steps: str, accumulation: str = "1") -> dict[str, Any]:
-    """Loss curve, and the moving average against a plain one computed from gathered weights."""
-    engine = small_engine(int(stage), device, int(accumulation))
-    average = WeightAverage(engine, HALF_LIFE)
-    plain = {name: engine.full_weight(name).clone() for name in engine.names}
+def mean_over_ranks(value: float) -> float:
+    return float(distributed.all_reduce_sum(torch.tensor([value], dtype=torch.float64))) / distributed.world_size()
+
+
+def case_curves(device: torch.device, steps: str, *variants: str) -> dict[str, Any]:
+    """Loss curves by variant, and the moving averages against plain ones computed from gathered weights."""
+    return {text: _curve(device, int(steps), Variant.parse(text)) for text in variants}
+
+
+def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]:
+    engine = small_engine(variant, device)
+    averages = WeightAverages(engine, HALF_LIVES)
+    plain = {half_life: {name: engine.full_weight(name).clone() for name in engine.names} for half_life in HALF_LIVES}
     losses, norms = [], []
-    for step in range(int(steps)):
+    released = 0
+    for step in range(steps):
         result = step_on(engine, step)
-        losses.append(mean_loss(result))
+        released = sum(parameter.numel() == 0 for parameter in engine._parameters.values())
+        losses.append(mean_over_ranks(result.nats_per_dim))
         norms.append(result.gradient_norm)
         seen = (step + 1) * BATCH
-        average.update(seen, BATCH)
-        decay = average_decay(seen, BATCH, HALF_LIFE)
-        for name in engine.names:
-            plain[name].lerp_(engine.full_weight(name), 1 - decay)
-    error = max(float((full - plain[name]).abs().max()) for name, full in average.full())
-    return {"losses": losses, "norms": norms, "average_error": error, "num_steps": engine.num_steps}
+        averages.update(seen, BATCH)
+        weights = {name: engine.full_weight(name) for name in engine.names}
+        for half_life, names in plain.items():
+            for name, value in names.items():
+                value.lerp_(weights[name], 1 - average_decay(seen, BATCH, half_life))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "num_steps": engine.num_steps,
+        "released": released,
+        "initialized": all(bool(value) for name, value in engine.buffers().items() if name.endswith("initialized")),
+        "average_bytes": distributed.gather(averages.num_bytes),
+        "parameters": engine.num_parameters,
+        "average_errors": [
+            max(
+                float((full.cpu() - plain[half_life][name].cpu()).abs().max())
+                for name, full in averages.full(half_life)
+            )
+            for half_life in HALF_LIVES
+        ],
+    }
 
 
-def case_save(device: torch.device, stage: str, folder: str) -> dict[str, Any]:
-    """Train 6 steps, save, train 6 more; the losses of the latter."""
-    engine = small_engine(int(stage), device)
-    average = WeightAverage(engine, HALF_LIFE)
-    for step in range(6):
-        step_on(engine, step)
-        average.update((step + 1) * BATCH, BATCH)
-    state = TrainState(
-        images_seen=6 * BATCH,
+def case_statistics(device: torch.device) -> dict[str, Any]:
+    """How a Glow was initialised on ranks with uneven parts of the batch."""
+    flow = small_flow("glow")
+    statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
+    digests = distributed.gather([tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
+    return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests)}
+
+
+def case_unequal(device: torch.device) -> dict[str, Any]:
+    """An engine must not start where a rank has other weights, or another buffer."""
+    refused = []
+    for name in ("blocks.0.proj_in.weight", "levels.0.steps.0.norm.initialized"):
+        flow = small_flow("tarflow" if name.startswith("blocks") else "glow")
+        if distributed.rank() == 1:
+            tensor = flow.state_dict()[name]
+            tensor.view(-1)[0] = not bool(tensor.view(-1)[0])
+        try:
+            distributed.check_equal(flow)
+            refused.append("")
+        except RuntimeError as error:
+            refused.append(str(error))
+    return {"refused": distributed.gather(refused)}
+
+
+def state_after(steps: int, engine: Engine) -> TrainState:
+    return TrainState(
+        images_seen=steps * BATCH,
         num_steps=engine.num_steps,
         skipped_steps=0,
         skipped_in_a_row=0,
@@ -115,68 +195,111 @@ def case_save(device: torch.device, stage: str, folder: str) -> dict[str, Any]:
         seconds=0.0,
         run={},
     )
-    checkpoint.save(folder, engine, average, state, keep_last=2)
-    return _continue(engine, average)
 
 
-def case_load(device: torch.device, stage: str, folder: str) -> dict[str, Any]:
+def case_save(device: torch.device, folder: str, *variants: str) -> dict[str, Any]:
+    """Train 6 steps, save, train 6 more; the losses of the latter."""
+    found = {}
+    for text in variants:
+        engine = small_engine(Variant.parse(text), device)
+        averages = WeightAverages(engine, HALF_LIVES)
+        for step in range(6):
+            step_on(engine, step)
+            averages.update((step + 1) * BATCH, BATCH)
+        checkpoint.save(f"{folder}/{text}", engine, averages, state_after(6, engine), CheckpointConfig(every_images=1))
+        found[text] = _continue(engine, averages)
+    return found
+
+
+def case_load(device: torch.device, folder: str, *pairs: str) -> dict[str, Any]:
     """Load what ``case_save`` saved, on other ranks or at another stage, and train the same 6 steps."""
-    engine = small_engine(int(stage), device)
-    average = WeightAverage(engine, HALF_LIFE)
-    found = checkpoint.find_latest(folder)
-    assert found is not None
-    checkpoint.load(found[0], engine, average, prime=lambda: step_on(engine, 99))
-    return _continue(engine, average)
+    found = {}
+    for pair in pairs:
+        saved, text = pair.split(":")
+        engine = small_engine(Variant.parse(text), device)
+        averages = WeightAverages(engine, HALF_LIVES)
+        latest = checkpoint.find_latest(f"{folder}/{saved}")
+        assert latest is not None
+        checkpoint.load(latest[0], engine, averages, prime=lambda engine=engine: step_on(engine, 99))
+        found[pair] = _continue(engine, averages)
+    return found
 
 
-def _continue(engine: Engine, average: WeightAverage) -> dict[str, Any]:
+def _continue(engine: Engine, averages: WeightAverages) -> dict[str, Any]:
     losses = []
     for step in range(6, 12):
-        losses.append(mean_loss(step_on(engine, step)))
-        average.update((step + 1) * BATCH, BATCH)
-    total = sum(float(full.double().sum()) for _, full in average.full())
-    return {"losses": losses, "average_sum": total}
+        losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+        averages.update((step + 1) * BATCH, BATCH)
+    sums = [sum(float(full.double().sum()) for _, full in averages.full(half_life)) for half_life in HALF_LIVES]
+    return {"losses": losses, "average_sums": sums}
 
 
-def case_poison(device: torch.device, stage: str) -> dict[str, Any]:
-    """A batch with a NaN on one rank must change nothing on any rank."""
-    engine = small_engine(int(stage), device)
-    step_on(engine, 0)
-    before = {name: engine.full_weight(name).clone() for name in engine.names}
-    result = step_on(engine, 1, poison=float("nan"))
-    unchanged = all(torch.equal(before[name], engine.full_weight(name)) for name in engine.names)
-    after = step_on(engine, 2)
-    moved = any(not torch.equal(before[name], engine.full_weight(name)) for name in engine.names)
-    return {
-        "skipped": result.skipped,
-        "unchanged": unchanged,
-        "next_skipped": after.skipped,
-        "moved": moved,
-        "finite": all(bool(torch.isfinite(engine.full_weight(name)).all()) for name in engine.names),
-    }
-
-
-def case_glow(device: torch.device, steps: str, *variants: str) -> dict[str, Any]:
-    """Loss curves by ``stage:activations:precision[:tarflow]``, and how the Glow was initialised."""
-    flow = small_glow()
-    statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
-    digests: list[Any] = [None] * distributed.world_size()
-    torch.distributed.all_gather_object(digests, [tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
-    curves: dict[str, Any] = {}
-    for variant in variants:
-        stage, activations, precision, *other = variant.split(":")
-        flow = small_flow() if other else small_glow()
-        moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
-        flow.activations = activations  # type: ignore[assignment]
-        engine = small_engine(int(stage), device, flow=flow, precision=precision)
-        results = [step_on(engine, 0) for _ in range(int(steps))]
-        assert all(bool(value) for name, value in engine.buffers().items() if name.endswith("initialized"))
-        curves[variant] = {
-            "losses": [mean_loss(result) for result in results],
-            "norms": [result.gradient_norm for result in results],
-            "released": sum(parameter.numel() == 0 for parameter in flow.parameters()),
+def case_poison(device: torch.device, *variants: str) -> dict[str, Any]:
+    """A batch with a NaN on one rank, or a rejected step, must change nothing on any rank."""
+    found = {}
+    for text in variants:
+        engine = small_engine(Variant.parse(text), device)
+        step_on(engine, 0)
+        before = _everything(engine)
+        result = step_on(engine, 1, poison=float("nan"))
+        unchanged = _same(before, _everything(engine))
+        asked: list[float] = []
+        rejected = step_on(engine, 1, reject=lambda loss, asked=asked: not asked.append(loss))
+        held = _same(before, _everything(engine))
+        after = step_on(engine, 2, reject=lambda loss: False)
+        now = _everything(engine)
+        found[text] = {
+            "skipped": result.skipped,
+            "unchanged": unchanged,
+            "rejected": rejected.rejected and rejected.skipped and not result.rejected,
+            "unchanged_by_rejection": held,
+            "asked_with_the_mean": abs(asked[0] - mean_over_ranks(rejected.nats_per_dim)) < 1e-6,
+            "next_skipped": after.skipped,
+            "moved": not _same(before, now),
+            "finite": all(bool(torch.isfinite(value).all()) for value in now.values()),
         }
-    return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests), "curves": curves}
+    return found
+
+
+def _everything(engine: Engine) -> dict[str, torch.Tensor]:
+    weights = {name: engine.full_weight(name).clone() for name in engine.names}
+    moments = {
+        f"{moment}/{name}": engine.full_moment(name, moment).clone()
+        for name in engine.names
+        if engine.has_moments(name)
+        for moment in checkpoint.MOMENTS
+    }
+    return weights | moments | {f"momentum/{name}": value.clone() for name, value in engine.momenta().items()}
+
+
+def _same(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> bool:
+    return before.keys() == now.keys() and all(torch.equal(value, now[name]) for name, value in before.items())
+
+
+def case_borrowed(device: torch.device, *variants: str) -> dict[str, Any]:
+    """Looking at averaged weights must not be seen by training; and sees what a copy of them would."""
+    found = {}
+    for text in variants:
+        variant = Variant.parse(text)
+        curves = []
+        for looks in (False, True):
+            engine = small_engine(variant, device)
+            averages = WeightAverages(engine, HALF_LIVES)
+            losses, seen = [], 0.0
+            for step in range(5):
+                losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+                averages.update((step + 1) * BATCH, BATCH)
+                if looks:
+                    with engine.borrowing(averages.full()):
+                        seen = float(engine.nats(MicroBatch(*global_batch(50))).sum())
+            curves.append(losses)
+        copy = small_flow(variant.flow).eval()
+        weights = dict(averages.full()) | engine.buffers()
+        copy.load_state_dict({name: value.clone() for name, value in weights.items()})
+        with torch.no_grad():
+            expected = -float(copy.log_prob(*global_batch(50)).sum())
+        found[text] = {"equal": curves[0] == curves[1], "seen": seen, "expected": expected}
+    return found
 
 
 def case_shared(device: torch.device, folder: str) -> dict[str, Any]:
@@ -187,9 +310,8 @@ def case_shared(device: torch.device, folder: str) -> dict[str, Any]:
         refused = ""
     except UserError as error:
         refused = str(error)
-    ranks = distributed.all_reduce_sum(torch.tensor([float(bool(refused))]))
     left = [str(path) for path in Path(folder).rglob("*") if path.is_file()]
-    return {"refused": refused, "ranks": float(ranks), "left": left}
+    return {"refused": distributed.gather(refused), "left": left}
 
 
 def main() -> None:

@@ -1,0 +1,257 @@
+"""What training costs beyond the flow: engine, averages, checkpoints, uploads; and utilisation for any configuration.
+
+    python evals/benchmarks/training.py --output evals/results/training-cpu.json
+    python evals/benchmarks/training.py --config configs/train/imagenet64-conditional.yaml --pixels 64 --classes 1000 \
+        --output evals/results/training-h200.json
+
+Without a configuration: a TarFlow on 32x32 images (width 256, 4 blocks of 2 layers, 256 tokens), batch 8, one thread,
+every variant in a process of its own, in turns; the median step of the fastest round counts.
+
+* bare: forward, backward, clipping, fused AdamW, in plain PyTorch.
+* stage0, stage2: the same through our engine under DeepSpeed, as training takes it.
+* averages: stage 2 and two moving averages.
+* looked: stage 2, after the forward pass has borrowed averaged weights for a validation.
+* upload: stage 2, while the checkpoint of this very model is copied to another folder, again and again.
+
+With one: images a second, tokens a second and model FLOPs utilisation of a step on synthetic images of its size. The
+peak is the data sheet's of a known GPU; elsewhere it is what a large matrix product reaches in the same precision.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Figure, alternate, synchronize, write_results
+
+from tarflow_scale.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    TarFlowConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from tarflow_scale.flows import Flow, build, standard_normal_log_prob
+from tarflow_scale.flows.cost import tokens_per_image, training_flops
+from tarflow_scale.telemetry import peak_memory_bytes
+from tarflow_scale.training import checkpoint
+from tarflow_scale.training.checkpoint import TrainState
+from tarflow_scale.training.ema import WeightAverages
+from tarflow_scale.training.engine import Engine, MicroBatch, start_process_group
+from tarflow_scale.training.meter import peak_flops_of
+from tarflow_scale.training.upload import Uploader
+
+SHAPE, BATCH, CLASSES = (3, 32, 32), 8, 10
+MODEL = TarFlowConfig(patch_size=2, width=256, layers_per_block=(2, 2, 2, 2))
+VARIANTS = ("bare", "stage0", "stage2", "averages", "looked", "upload")
+WARM_UP, STEPS = 3, 15
+
+
+def small_flow() -> Flow:
+    """The flow of the variants."""
+    torch.manual_seed(0)
+    return build(MODEL, SHAPE, CLASSES).train()
+
+
+def batch_of(shape: tuple[int, int, int], num: int, classes: int | None, device: str) -> MicroBatch:
+    """Synthetic images."""
+    x = torch.rand(num, *shape, device=device) * 2 - 1
+    return MicroBatch(x, None if classes is None else torch.arange(num, device=device) % classes)
+
+
+def bare_step() -> Callable[[], Any]:
+    """A training step in plain PyTorch."""
+    flow = small_flow()
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    batch = batch_of(SHAPE, BATCH, CLASSES, "cpu")
+
+    def step() -> float:
+        z, log_det = flow(batch.x, batch.y)
+        loss = -(standard_normal_log_prob(z) + log_det).mean() / flow.num_dims
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def engine_of(stage: int) -> Engine:
+    """Our engine with the same model and optimizer."""
+    device = start_process_group(threads=1)
+    training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=BATCH)
+    parallelism = ParallelismConfig.model_validate({"zero_stage": stage})
+    return Engine(small_flow(), device, OptimizerConfig(), training, parallelism)
+
+
+def worker(variant: str) -> None:
+    """Measure one variant and print the seconds of its median step, and what it found on the way."""
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    if variant == "bare":
+        step = bare_step()
+        print(json.dumps({"seconds": median_seconds(step), "peak_mib": 0.0}))
+        return
+    engine = engine_of(0 if variant == "stage0" else 2)
+    batch = batch_of(SHAPE, BATCH, CLASSES, "cpu")
+    averages = WeightAverages(engine, (1000, 10_000)) if variant in ("averages", "looked", "upload") else None
+
+    def take() -> None:
+        engine.step([batch], 1.0)
+        if averages is not None and variant == "averages":
+            averages.update(10**6, BATCH)
+
+    with tempfile.TemporaryDirectory() as top:
+        if variant == "upload":
+            assert averages is not None
+            take()
+            found = save_and_upload(engine, averages, Path(top), take)
+        else:
+            if variant == "looked":
+                take()
+                assert averages is not None
+                with engine.borrowing(averages.full()):
+                    engine.nats(batch)
+            found["seconds"] = median_seconds(take)
+    if averages is not None:
+        found["average_bytes"] = averages.num_bytes / engine.num_parameters / len(averages.half_lives)
+        found["parameters"] = float(engine.num_parameters)
+    print(json.dumps({"peak_mib": 0.0, **found}))
+
+
+def save_and_upload(
+    engine: Engine, averages: WeightAverages, folder: Path, take: Callable[[], None]
+) -> dict[str, float]:
+    """Seconds that a checkpoint stops training, its bytes, and the median step while it is uploaded."""
+    state = TrainState(
+        images_seen=1, num_steps=1, skipped_steps=0, skipped_in_a_row=0, loss_sum=0.0, loss_steps=0, seconds=0.0, run={}
+    )  # fmt: skip
+    config = CheckpointConfig(every_images=1, upload_path=str(folder / "store"))
+    started = time.perf_counter()
+    saved, files = checkpoint.save(str(folder / "own"), engine, averages, state, config)
+    stall = time.perf_counter() - started
+    size = sum((Path(saved) / file).stat().st_size for file in files)
+    uploader = Uploader(config)
+
+    def take_while_uploading() -> None:
+        if not uploader.busy:
+            uploader.start(saved, files)
+        take()
+
+    seconds = median_seconds(take_while_uploading)
+    uploader.wait()
+    return {"seconds": seconds, "stall_seconds": stall, "checkpoint_bytes": float(size)}
+
+
+def median_seconds(step: Callable[[], Any], device: str = "cpu", steps: int = STEPS) -> float:
+    """The median of some steps after a few that do not count."""
+    seconds: list[float] = []
+    for number in range(WARM_UP + steps):
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def utilisation(arguments: argparse.Namespace) -> dict[str, Figure]:
+    """Speed of a configuration's step on one device, of synthetic images."""
+    config = TrainConfig.load(arguments.config, arguments.overrides)
+    shape = (arguments.channels, arguments.pixels, arguments.pixels)
+    device = start_process_group(threads=config.training.threads)
+    size = config.training.micro_batch_size
+    training = config.training.model_copy(update={"global_batch_size": size})  # of one rank, without accumulation
+    torch.manual_seed(0)
+    with device:
+        flow = build(config.model, shape, arguments.classes)
+    batch = batch_of(shape, size, flow.num_classes, device.type)
+    flow.initialize(batch.x, batch.y)
+    flow.activations = config.parallelism.activations
+    engine = Engine(flow, device, config.optimizer, training, config.parallelism)
+    averages = WeightAverages(engine, training.ema_half_life_images)
+
+    def step() -> None:
+        engine.step([batch], 1.0)
+        averages.update(10**6, size)
+
+    seconds = median_seconds(step, device.type, arguments.steps)
+    dtype = torch.bfloat16 if config.parallelism.precision == "bf16" else torch.float32
+    peak = arguments.peak_flops or peak_flops_of(device) or matmul_flops(device.type, dtype)
+    rate, tokens = size / seconds, tokens_per_image(config.model, shape)
+    figures: dict[str, Figure] = {
+        "images_per_second": ("", rate, "images/s"),
+        "mfu": (">= 0.4 on an H200", rate * training_flops(config.model, shape) / peak, "of the peak"),
+        "peak": ("", peak / 1e12, "TFLOP/s"),
+        "peak_memory": ("", peak_memory_bytes(device.type) / 2**30, "GiB"),
+    }
+    if tokens:
+        figures["tokens_per_second"] = ("", rate * tokens, "tokens/s")
+    return figures
+
+
+def matmul_flops(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product: the peak where no data sheet is known."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device)
+
+
+def overheads(rounds: int) -> dict[str, Figure]:
+    """All variants, in turns."""
+    found = dict(zip(VARIANTS, alternate(__file__, [[one] for one in VARIANTS], rounds, memory=False), strict=True))
+    seconds = {name: one["seconds"] for name, one in found.items()}
+    upload = found["upload"]
+    bytes_per_parameter = (upload["checkpoint_bytes"] - 1e4) / upload["parameters"]
+    return {
+        "engine_stage_0_over_bare": ("<= 1.05", seconds["stage0"] / seconds["bare"], "times"),
+        "engine_stage_2_over_bare": ("<= 1.05", seconds["stage2"] / seconds["bare"], "times"),
+        "two_averages_over_none": ("", seconds["averages"] / seconds["stage2"], "times"),
+        "step_after_validation_over_before": ("<= 1.05", seconds["looked"] / seconds["stage2"], "times"),
+        "step_during_upload_over_without": ("<= 1.05", seconds["upload"] / seconds["stage2"], "times"),
+        "average_bytes_per_parameter": ("<= 4", found["averages"]["average_bytes"], "bytes"),
+        "checkpoint_stall": ("", upload["stall_seconds"], "s"),
+        "checkpoint_bytes_per_parameter": ("", bytes_per_parameter, "bytes"),
+        **{f"step_{name}": ("", value, "s") for name, value in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Measure all variants, one of them as a worker, or a configuration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--config", type=Path, help="measure a step of this configuration")
+    parser.add_argument("--pixels", type=int, default=64, help="side of its images")
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--peak-flops", type=float, help="of the device; default: known, or measured")
+    parser.add_argument("--worker", metavar="VARIANT", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker)
+        return
+    figures = utilisation(arguments) if arguments.config else overheads(arguments.rounds)
+    if arguments.output:
+        device = "cuda" if arguments.config and torch.cuda.is_available() else "cpu"
+        write_results(arguments.output, device, figures, rounds=arguments.rounds)
+    else:
+        print(
+            "\n".join(
+                f"{name}: {got:.4g} {unit} (asked: {asked or 'no'})" for name, (asked, got, unit) in figures.items()
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

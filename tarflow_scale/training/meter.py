@@ -1,0 +1,90 @@
+"""How fast a run is, from one log line to the next: images and tokens a second, utilisation, where time went.
+
+Model FLOPs utilisation (MFU) is
+
+    images a second of one rank * operations of a training step for one image / peak operations a second of its device
+
+with the operations of `tarflow_scale.flows.cost`, which count no recomputation (Chowdhery et al., arXiv 2204.02311).
+"""
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+__all__ = ["Meter", "peak_flops_of"]
+
+Part = Literal["data", "checkpoint", "validation", "preview"]
+
+_PEAKS = {
+    "H200": 989.5e12,
+    "H100 PCIe": 756.0e12,
+    "H100": 989.5e12,
+    "B200": 2250.0e12,
+    "A100": 312.0e12,
+    "L40S": 362.0e12,
+    "A10": 125.0e12,
+    "V100": 125.0e12,
+    "RTX 4090": 165.2e12,
+}
+"""Dense bf16 (V100: fp16) tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
+
+
+def peak_flops_of(device: torch.device) -> float | None:
+    """Peak operations a second of a device, if it is a known one."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+@dataclass
+class Meter:
+    """Counts of the time since the last report.
+
+    Args:
+        flops_per_image: of a training step.
+        tokens_per_image: None for models without tokens.
+        peak_flops: of one rank's device; None reports no utilisation.
+        ranks: world size.
+    """
+
+    flops_per_image: float
+    tokens_per_image: int | None
+    peak_flops: float | None
+    ranks: int
+    _started: float = field(default_factory=time.perf_counter)
+    _images: int = 0
+    _spent: dict[Part, float] = field(default_factory=dict)
+
+    @contextmanager
+    def spending(self, part: Part) -> Generator[None]:
+        """Count the time of the block as spent on ``part`` rather than on steps."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[part] = self._spent.get(part, 0.0) + time.perf_counter() - started
+
+    def stepped(self, images: int) -> None:
+        """Count the images of a step."""
+        self._images += images
+
+    def report(self) -> dict[str, float | None]:
+        """Figures since the last report, of steps and waiting for data alone; then start anew."""
+        now = time.perf_counter()
+        aside = {part: seconds for part, seconds in self._spent.items() if part != "data"}
+        seconds = max(now - self._started - sum(aside.values()), 1e-9)
+        rate = self._images / seconds
+        utilisation = rate / self.ranks * self.flops_per_image / self.peak_flops if self.peak_flops else None
+        figures: dict[str, float | None] = {
+            "images_per_second": rate,
+            "tokens_per_second": rate * self.tokens_per_image if self.tokens_per_image else None,
+            "mfu": utilisation,
+            "data_wait_fraction": self._spent.get("data", 0.0) / seconds,
+        } | {f"{part}_seconds": aside.get(part, 0.0) for part in ("checkpoint", "validation", "preview")}
+        self._started, self._images, self._spent = now, 0, {}
+        return figures

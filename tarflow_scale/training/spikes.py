@@ -1,0 +1,37 @@
+"""Jumps of the loss: when is a step one, as a function of the losses before it."""
+
+from collections import deque
+from collections.abc import Iterable
+
+from tarflow_scale.config import SpikeConfig
+
+__all__ = ["LossHistory"]
+
+
+class LossHistory:
+    """Losses of the last accepted steps, in nats per dimension.
+
+    Args:
+        config: the rule.
+        losses: those of an earlier part of the run, oldest first.
+    """
+
+    def __init__(self, config: SpikeConfig, losses: Iterable[float] = ()) -> None:
+        self._config = config
+        self._losses = deque(losses, maxlen=config.window_steps)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """What is needed to go on; empty where no rule is set."""
+        return tuple(self._losses)
+
+    def add(self, loss: float) -> None:
+        """Remember an accepted step."""
+        if self._config.rule != "off":
+            self._losses.append(loss)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss exceeds the mean of a full window by more than is allowed."""
+        if self._config.rule == "off" or len(self._losses) < self._config.window_steps:
+            return False
+        return loss > sum(self._losses) / len(self._losses) + self._config.above_nats_per_dim

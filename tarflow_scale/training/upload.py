@@ -1,0 +1,100 @@
+"""Checkpoints to a store in the background, while training goes on.
+
+Every rank copies the files that it wrote. Rank 0 waits until the store lists all of them, and then writes the
+manifest: what a reader of the store finds is whole. No rank talks to another about it.
+"""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+from tarflow_scale import storage
+from tarflow_scale.config import CheckpointConfig
+from tarflow_scale.distributed import is_main
+from tarflow_scale.errors import StorageError, UserError
+from tarflow_scale.training.checkpoint import MANIFEST, CheckpointManifest, prune
+
+__all__ = ["Uploader"]
+
+_ATTEMPTS = 6
+_FIRST_WAIT_SECONDS = 1.0
+"""Waits double: a store may fail for half a minute."""
+_OTHERS_SECONDS = 3600.0
+"""How long rank 0 waits for the files of the others."""
+
+
+class Uploader:
+    """At most one upload at a time.
+
+    Args:
+        config: where to, and what to keep there.
+        copy: ``copy(local, remote)``.
+    """
+
+    def __init__(self, config: CheckpointConfig, copy: Callable[[str, str], None] = storage.copy_file) -> None:
+        self._config = config
+        self._copy = copy
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether an upload is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, folder: str, own_files: Sequence[str]) -> None:
+        """Begin to upload a complete checkpoint, of which this rank wrote some files; waits for the one before."""
+        self.wait()
+        path = self._config.upload_path
+        if path is not None:
+            target = storage.join(path, folder.rsplit("/", 1)[-1])
+            self._thread = threading.Thread(target=self._run, args=(folder, target, own_files), name="upload")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the upload that runs, if there is one; warn if it failed, which training survives."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            warnings.warn(f"a checkpoint was not uploaded: {self._failure}", stacklevel=2)
+            self._failure = None
+
+    def _run(self, folder: str, target: str, own_files: Sequence[str]) -> None:
+        try:
+            for file in own_files:
+                self._persist(lambda file=file: self._copy(storage.join(folder, file), storage.join(target, file)))
+            if is_main():
+                location = storage.join(folder, MANIFEST)
+                content = storage.read_bytes(location)
+                manifest = CheckpointManifest.from_json(content, location, StorageError)
+                self._await_all(target, {file: record.bytes for file, record in manifest.files.items()})
+                self._persist(lambda: storage.write_bytes(storage.join(target, MANIFEST), content))
+                assert self._config.upload_path is not None
+                prune(self._config.upload_path, self._config)
+        except UserError as error:
+            self._failure = str(error)
+
+    def _await_all(self, target: str, sizes: dict[str, int]) -> None:
+        started = time.monotonic()
+        while not sizes.items() <= self._listed(target).items():
+            if time.monotonic() - started > _OTHERS_SECONDS:
+                raise StorageError(f"{target} has not all files after {_OTHERS_SECONDS:g} s; did a rank's upload fail?")
+            time.sleep(_FIRST_WAIT_SECONDS / 2)
+
+    @staticmethod
+    def _listed(target: str) -> dict[str, int]:
+        try:
+            return storage.list_sizes(target)
+        except StorageError:  # not there yet, or the store fails for a while
+            return {}
+
+    @staticmethod
+    def _persist(write: Callable[[], None]) -> None:
+        for attempt in range(_ATTEMPTS - 1):
+            try:
+                return write()
+            except StorageError:
+                time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
+        return write()

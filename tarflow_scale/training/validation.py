@@ -1,0 +1,81 @@
+"""Held-out images during training: their negative log-likelihood under averaged weights, exact over ranks.
+
+Images are divided among ranks as ranges; every rank makes equally many forward passes, because at ZeRO stage 3 each
+gathers weights, and what pads a short one does not count. Noise is a function of the sample, the same every time.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tarflow_scale.config import ValidationConfig
+from tarflow_scale.distributed import all_reduce_sum, rank, world_size
+from tarflow_scale.errors import DataError
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.training.ema import WeightAverages
+from tarflow_scale.training.engine import Engine, MicroBatch
+from tarflow_scale.training.noise import noisy_images
+
+__all__ = ["Validation"]
+
+_NOISE_SEED = 0x76616C6964
+"""Not the run's, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out images of a run.
+
+    Args:
+        shards: the data set.
+        num_images: how many of it count.
+        batch_size: images of a forward pass.
+        pixels: how stored pixels become floats.
+        class_conditional: whether the flow takes labels.
+    """
+
+    shards: ShardSet
+    num_images: int
+    batch_size: int
+    pixels: PixelFormat
+    class_conditional: bool
+
+    @classmethod
+    def open(
+        cls, config: ValidationConfig, like: Manifest, batch_size: int, pixels: PixelFormat, class_conditional: bool
+    ) -> "Validation":
+        """Open the data set.
+
+        Raises:
+            DataError: it cannot be read, or has other images or classes than the training data ``like``.
+        """
+        shards = ShardSet(config.path, config.verify)
+        for name in ("event_shape", "bit_depth", "class_names"):
+            wanted, got = getattr(like, name), getattr(shards.manifest, name)
+            if wanted != got:
+                raise DataError(
+                    f"validation needs images like those of training: one {name} (got {got}, not {wanted}); pack alike"
+                )
+        available = shards.manifest.num_images
+        num_images = min(available, config.num_images or available)
+        return cls(shards, num_images, batch_size, pixels, class_conditional)
+
+    def nats_per_dim(self, engine: Engine, averages: WeightAverages) -> float:
+        """Mean over images, in nats per dimension; all ranks must call, and all get it."""
+        share = -(-self.num_images // world_size())
+        low = min(rank() * share, self.num_images)
+        high = min(low + share, self.num_images)
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with engine.borrowing(averages.full()):
+            for start in range(low, low + share, self.batch_size):
+                num = max(0, min(start + self.batch_size, high) - start)
+                # A rank that is through passes any image, so that all make equally many passes.
+                numbers = np.arange(start, start + num) if num else np.zeros(1, dtype=np.int64)
+                batch = self.shards.take(numbers)
+                x = noisy_images(batch, self.pixels, _NOISE_SEED, engine.device)
+                y = torch.from_numpy(batch.labels).to(engine.device) if self.class_conditional else None
+                total += engine.nats(MicroBatch(x, y))[:num].double().sum()
+        return float(all_reduce_sum(total)) / (self.num_images * engine.num_dims)

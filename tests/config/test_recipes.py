@@ -1,0 +1,95 @@
+"""Every training recipe: its plan for the data it names, and a real step at 512 pixels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tarflow_scale import cli
+from tarflow_scale.config import TrainConfig
+from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.manifest import Manifest, ShardRecord
+from tarflow_scale.shards.writer import publish_manifest
+from tests.conftest import TOP, command
+
+RECIPES = sorted((TOP / "configs/train").glob("*.yaml"))
+FORMATS = {
+    "demo": (8, 1, 10, 4), "mine": (64, 3, 3, 8), "mnist": (28, 1, 10, 8), "cifar10": (32, 3, 10, 8),
+    "imagenet64": (64, 3, 1000, 8), "imagenet128": (128, 3, 1000, 8), "afhq256": (256, 3, 3, 8),
+    "celebahq256": (256, 3, 0, 5), "images512": (512, 3, 10, 8), "images1024": (1024, 3, 10, 8),
+}  # fmt: skip
+"""Pixels, channels, classes and bits of the data set that a recipe names."""
+
+
+def stand_in(path: Path, name: str) -> None:
+    """A data set that opens like the one of a recipe; its shard has the size that is announced, and no samples."""
+    pixels, channels, classes, bits = FORMATS[name]
+    path.mkdir(parents=True)
+    (path / "a.tar").write_bytes(bytes(1024))
+    (path / "a.index.npz").write_bytes(b"not read")
+    record = ShardRecord(file="a.tar", samples=5000, bytes=1024, sha256="0" * 64, index_sha256="0" * 64)
+    manifest = Manifest(
+        name=name,
+        split="train",
+        image_size_pixels=pixels,
+        num_channels=channels,
+        class_names=tuple(str(number) for number in range(classes)),
+        bit_depth=bits,
+        source="a test",
+        recipe="0" * 64,
+        shards=(record,),
+    )
+    publish_manifest(str(path), manifest)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig.load(recipe, [])
+    (name,) = {part for part in Path(config.data.path).parts if part in FORMATS}
+    paths = [f"data.path={tmp_path}/train", "data.verify=size"]
+    stand_in(tmp_path / "train", name)
+    if config.validation is not None:
+        stand_in(tmp_path / "test", name)
+        paths.append(f"validation.path={tmp_path}/test")
+    ranks = config.training.global_batch_size // config.training.micro_batch_size
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert cli.main(["train", str(recipe), *paths, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"= {config.training.micro_batch_size} x {ranks} ranks x 1 accumulated" in plan
+    assert "GiB a rank" in plan
+    assert "TFLOP an image" in plan
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_what_to_expect(recipe: Path) -> None:
+    header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
+        assert any(line.startswith(f"# {word}") for line in header), word
+
+
+def test_one_step_at_512_pixels(tmp_path: Path) -> None:
+    """The recipe for 512 pixels with a narrow model, on images, from the command line."""
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(2):
+            image = np.random.default_rng(number).integers(0, 256, (3, 512, 512), np.uint8)
+            (tmp_path / "images" / label / f"{number}.png").write_bytes(encode_png(image))
+    source = ["source.kind=folder", f"source.path={tmp_path}/images", "split.test_fraction=0"]
+    assert cli.main(["prepare", *source, f"shards.path={tmp_path}/packed"]) == 0
+    narrow = ["model.width=64", "model.layers_per_block=[1,1,1,1,1,2]", "parallelism.compile=false"]
+    counts = ["training.total_images=4", "training.global_batch_size=2", "training.micro_batch_size=1"]
+    more = ["schedule.warmup_images=0", "data.num_workers=0", "logging.every_images=2"]
+    result = command(
+        "train", "configs/train/deep-shallow-512.yaml", f"data.path={tmp_path}/packed/train", *narrow, *counts, *more,
+        f"logging.path={tmp_path}/run", f"registry.path={tmp_path}/registry", "logging.preview_every_images=1000000",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [2, 4]
+    assert all(np.isfinite(line["nats_per_dim"]) and line["skipped_steps"] == 0 for line in lines)
+    resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert resolved["model"]["patch_size"] == 16

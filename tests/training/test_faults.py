@@ -1,0 +1,34 @@
+"""Every fault once; `evals/benchmarks/faults.py --repeat N` reaches larger counts."""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOP
+
+sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
+faults = pytest.importorskip("faults")
+
+pytestmark = pytest.mark.distributed
+
+needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> object:
+    return faults.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(one, marks=needs_mount if "disk" in one.__name__ else ()) for one in faults.SCENARIOS],
+    ids=lambda one: one.__name__,
+)
+def test_a_run_survives(scenario: Callable[[object, Path], None], world: object, tmp_path: Path) -> None:
+    random.seed(0)
+    scenario(world, tmp_path)  # raises `Failed` unless the run ends like one that nothing disturbed
+    assert (tmp_path / "run/status.json").exists() or (tmp_path / "disk").exists()
