@@ -127,7 +127,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def shut_down() -> None:
-    """Leave the process group; a gloo rank that ends without it sometimes exits with an error."""
+    """Leave the process group, as NCCL wants of every rank; `tarflow_scale.processes.leave` does the rest."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,5 +1,6 @@
-"""What a process asks of the operating system: about its parent, its signals, and who else writes to a folder."""
+"""What a process asks of the operating system: its parent, its signals, its end, and who else writes to a folder."""
 
+import atexit
 import ctypes
 import fcntl
 import multiprocessing
@@ -12,11 +13,11 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from tarflow_scale.errors import StorageError
 
-__all__ = ["die_with_parent", "exclusive", "ignore_stop_signals"]
+__all__ = ["die_with_parent", "exclusive", "ignore_stop_signals", "leave"]
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
@@ -35,6 +36,19 @@ def ignore_stop_signals() -> None:
     """Leave it to the parent to act on what schedulers and launchers send to all processes of a job."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process when its work is done: exit handlers run, output is flushed, Python is not taken down.
+
+    Threads of gloo hold tensors, and outlive `torch.distributed.destroy_process_group` because DeepSpeed keeps
+    references to the groups. One that drops its tensor while Python is being taken down aborts the process, which
+    turns a finished run into a failed one (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what `sys.exit` would run
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

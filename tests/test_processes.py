@@ -92,3 +92,26 @@ def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+LEAVE = """
+import atexit, os, sys, threading, time
+from tarflow_scale.processes import leave
+
+class Aborts:  # as a thread of gloo does that needs Python while it is taken down
+    def __del__(self):
+        os.abort()
+
+kept = Aborts()
+atexit.register(print, "handler", end="")
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("work", end=" ")
+leave(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_leaving_is_not_undone_by_what_is_left(code: int) -> None:
+    command = [sys.executable, "-c", LEAVE, str(code)]
+    result = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "work handler", "")

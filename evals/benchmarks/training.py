@@ -39,6 +39,7 @@ from tarflow_scale.config import (
 )
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
+from tarflow_scale.processes import leave
 from tarflow_scale.telemetry import peak_memory_bytes
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
@@ -240,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
-        return
+        leave(0)
     figures = utilisation(arguments) if arguments.config else overheads(arguments.rounds)
     if arguments.output:
         device = "cuda" if arguments.config and torch.cuda.is_available() else "cpu"

@@ -24,6 +24,7 @@ from tarflow_scale.config import (
 )
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
+from tarflow_scale.processes import leave
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
@@ -322,6 +323,7 @@ def main() -> None:
         Path(output).write_text(json.dumps(found))
     distributed.barrier()
     distributed.shut_down()
+    leave(0)
 
 
 if __name__ == "__main__":
