@@ -1,6 +1,6 @@
 """What a training run must survive, each with real processes, and what came of it.
 
-    python evals/benchmarks/faults.py --repeat 20 --output evals/results/faults-cpu.json
+    python evals/benchmarks/faults.py --repeat 20 --repeat-others 5 --output evals/results/faults-cpu.json
 
 A small TarFlow trains on the digits on two gloo ranks (one where the fault is of one process). Every scenario disturbs
 a run at a random step, starts the same command again, and compares with a run that nothing disturbed: log and weights
@@ -367,7 +367,8 @@ SCENARIOS: tuple[Callable[[World, Path], None], ...] = (
 def main() -> None:
     """Run every scenario several times and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario")
+    parser.add_argument("--repeat-others", type=int, help="runs of those that are no kill -9; default: as many")
     parser.add_argument("--only", nargs="*", help="names of scenarios; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -379,8 +380,10 @@ def main() -> None:
         for scenario in SCENARIOS:
             if arguments.only and scenario.__name__ not in arguments.only:
                 continue
-            survived = 0
-            for number in range(arguments.repeat):
+            survived, runs = 0, arguments.repeat
+            if arguments.repeat_others and not scenario.__name__.startswith("kill_"):
+                runs = arguments.repeat_others
+            for number in range(runs):
                 folder = Path(top) / f"{scenario.__name__}-{number}"
                 folder.mkdir()
                 try:
@@ -390,8 +393,8 @@ def main() -> None:
                     print(f"{scenario.__name__} {number}: {failure}", file=sys.stderr)
                 print(f"{scenario.__name__}: {survived} of {number + 1}", file=sys.stderr)
                 shutil.rmtree(folder)
-            figures[scenario.__name__] = (f"{arguments.repeat}", float(survived), f"survived of {arguments.repeat}")
-    lost = sum(arguments.repeat - got for _, got, _ in figures.values())
+            figures[scenario.__name__] = (f"{runs}", float(survived), f"survived of {runs}")
+    lost = sum(float(asked) - got for asked, got, _ in figures.values())
     figures["runs_with_lost_or_doubled_samples_or_failed"] = ("0", lost, "runs")
     if arguments.output:
         faults = {one.__name__: (one.__doc__ or "").strip() for one in SCENARIOS}
