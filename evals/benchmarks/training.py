@@ -4,30 +4,34 @@
     python evals/benchmarks/training.py --config configs/train/imagenet64-conditional.yaml --pixels 64 --classes 1000 \
         --output evals/results/training-h200.json
 
-Without a configuration: a TarFlow on 32x32 images (width 256, 4 blocks of 2 layers, 256 tokens), batch 8, one thread,
-every variant in a process of its own, in turns; the median step of the fastest round counts.
+Without a configuration: a TarFlow on 32x32 images (width 256, 4 blocks of 2 layers, 256 tokens), batch 8, one thread.
+All variants live in one process and take turns, a step each in a changing order, so that a busy machine disturbs all
+alike; the median over rounds of a variant's step over its peer's counts.
 
 * bare: forward, backward, clipping, fused AdamW, in plain PyTorch.
 * stage0, stage2: the same through our engine under DeepSpeed, as training takes it.
 * averages: stage 2 and two moving averages.
 * looked: stage 2, after the forward pass has borrowed averaged weights for a validation.
-* upload: stage 2, while the checkpoint of this very model is copied to another folder, again and again.
+* upload: stage 2, while the checkpoint of this very model is copied to another folder; and the same spread over the
+  10 steps between two checkpoints, which is far more often than any recipe saves.
 
 With one: images a second, tokens a second and model FLOPs utilisation of a step on synthetic images of its size. The
 peak is the data sheet's of a known GPU; elsewhere it is what a large matrix product reaches in the same precision.
 """
 
 import argparse
-import json
+import random
+import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, alternate, synchronize, write_results
+from measuring import Figure, synchronize, write_results
 
 from tarflow_scale.config import (
     CheckpointConfig,
@@ -50,7 +54,9 @@ from tarflow_scale.training.upload import Uploader
 
 SHAPE, BATCH, CLASSES = (3, 32, 32), 8, 10
 MODEL = TarFlowConfig(patch_size=2, width=256, layers_per_block=(2, 2, 2, 2))
-VARIANTS = ("bare", "stage0", "stage2", "averages", "looked", "upload")
+PEERS = {"stage0": "bare", "stage2": "bare", "averages": "stage2", "looked": "stage2"}
+"""Variant, and the one to compare with."""
+UPLOAD_EVERY = 10
 WARM_UP, STEPS = 3, 15
 
 
@@ -92,63 +98,93 @@ def engine_of(stage: int) -> Engine:
     return Engine(small_flow(), device, OptimizerConfig(), training, parallelism)
 
 
-def worker(variant: str) -> None:
-    """Measure one variant and print the seconds of its median step, and what it found on the way."""
+def timed(step: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def overheads(rounds: int) -> dict[str, Figure]:
+    """Everything but utilisation."""
     torch.set_num_threads(1)
-    found: dict[str, float] = {}
-    if variant == "bare":
-        step = bare_step()
-        print(json.dumps({"seconds": median_seconds(step), "peak_mib": 0.0}))
-        return
-    engine = engine_of(0 if variant == "stage0" else 2)
+    engines = {name: engine_of(0 if name == "stage0" else 2) for name in PEERS}
     batch = batch_of(SHAPE, BATCH, CLASSES, "cpu")
-    averages = WeightAverages(engine, (1000, 10_000)) if variant in ("averages", "looked", "upload") else None
+    averages = WeightAverages(engines["averages"], (1000, 10_000))
 
-    def take() -> None:
-        engine.step([batch], 1.0)
-        if averages is not None and variant == "averages":
-            averages.update(10**6, BATCH)
+    def step_of(engine: Engine) -> Callable[[], Any]:
+        return lambda: engine.step([batch], 1.0)
 
-    with tempfile.TemporaryDirectory() as top:
-        if variant == "upload":
-            assert averages is not None
-            take()
-            found = save_and_upload(engine, averages, Path(top), take)
-        else:
-            if variant == "looked":
-                take()
-                assert averages is not None
-                with engine.borrowing(averages.full()):
-                    engine.nats(batch)
-            found["seconds"] = median_seconds(take)
-    if averages is not None:
-        found["average_bytes"] = averages.num_bytes / engine.num_parameters / len(averages.half_lives)
-        found["parameters"] = float(engine.num_parameters)
-    print(json.dumps({"peak_mib": 0.0, **found}))
+    def step_with_averages() -> None:
+        engines["averages"].step([batch], 1.0)
+        averages.update(10**6, BATCH)
+
+    steps = {"bare": bare_step()} | {name: step_of(engine) for name, engine in engines.items()}
+    steps["averages"] = step_with_averages
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    with engines["looked"].borrowing(WeightAverages(engines["looked"], (1000,)).full()):
+        engines["looked"].nats(batch)
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        names = list(steps)
+        for name in random.Random(number).sample(names, len(names)):
+            seconds[name].append(timed(steps[name]))
+        print(f"round {number + 1}: " + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in seconds.items()), file=sys.stderr)
+    ratios = {name: median_ratio(seconds[name], seconds[peer]) for name, peer in PEERS.items()}
+    held = averages.num_bytes / engines["averages"].num_parameters / len(averages.half_lives)
+    return {
+        "engine_stage_0_over_bare": ("<= 1.05", ratios["stage0"], "times"),
+        "engine_stage_2_over_bare": ("<= 1.05", ratios["stage2"], "times"),
+        "two_averages_over_none": ("", ratios["averages"], "times"),
+        "step_after_validation_over_before": ("<= 1.05", ratios["looked"], "times"),
+        **uploads(engines["averages"], averages, step_of(engines["averages"]), max(2, rounds // UPLOAD_EVERY)),
+        "average_bytes_per_parameter": ("<= 4", held, "bytes"),
+        **{f"step_{name}": ("", statistics.median(value), "s") for name, value in seconds.items()},
+    }
 
 
-def save_and_upload(
-    engine: Engine, averages: WeightAverages, folder: Path, take: Callable[[], None]
-) -> dict[str, float]:
-    """Seconds that a checkpoint stops training, its bytes, and the median step while it is uploaded."""
+def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
+    """Median of the quotients of pairs."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
+def uploads(engine: Engine, averages: WeightAverages, step: Callable[[], Any], rounds: int) -> dict[str, Figure]:
+    """How long a checkpoint stops training, and what its upload costs the steps that go on."""
     state = TrainState(
         images_seen=1, num_steps=1, skipped_steps=0, skipped_in_a_row=0, loss_sum=0.0, loss_steps=0, seconds=0.0, run={}
     )  # fmt: skip
-    config = CheckpointConfig(every_images=1, upload_path=str(folder / "store"))
-    started = time.perf_counter()
-    saved, files = checkpoint.save(str(folder / "own"), engine, averages, state, config)
-    stall = time.perf_counter() - started
-    size = sum((Path(saved) / file).stat().st_size for file in files)
-    uploader = Uploader(config)
-
-    def take_while_uploading() -> None:
-        if not uploader.busy:
-            uploader.start(saved, files)
-        take()
-
-    seconds = median_seconds(take_while_uploading)
-    uploader.wait()
-    return {"seconds": seconds, "stall_seconds": stall, "checkpoint_bytes": float(size)}
+    with tempfile.TemporaryDirectory() as top:
+        config = CheckpointConfig(every_images=1, upload_path=f"{top}/store")
+        started = time.perf_counter()
+        saved, files = checkpoint.save(f"{top}/own", engine, averages, state, config)
+        stall = time.perf_counter() - started
+        size = sum((Path(saved) / file).stat().st_size for file in files)
+        uploader = Uploader(config)
+        busy: list[float] = []
+        intervals: tuple[list[float], list[float]] = ([], [])
+        for number in range(2 * rounds):
+            uploading = (number % 2 == 0) != (number % 4 < 2)  # off, on, on, off: a drift of the machine cancels
+            seconds: list[float] = []
+            if uploading:
+                shutil.rmtree(f"{top}/store", ignore_errors=True)
+                uploader.start(saved, files)
+            for _ in range(UPLOAD_EVERY):
+                during = uploader.busy
+                seconds.append(timed(step))
+                busy += seconds[-1:] if during else []
+            uploader.wait()
+            intervals[uploading].append(sum(seconds))
+    free = statistics.median(intervals[False]) / UPLOAD_EVERY
+    return {
+        "upload_over_none_per_checkpoint": ("<= 1.05", median_ratio(intervals[True], intervals[False]), "times"),
+        "step_during_upload_over_without": ("", statistics.median(busy) / free, "times"),
+        "checkpoint_stall": ("", stall, "s"),
+        "checkpoint_megabytes": ("", size / 1e6, "MB"),
+        "checkpoint_bytes_per_parameter": ("", (size - 1e4) / engine.num_parameters, "bytes"),
+    }
 
 
 def median_seconds(step: Callable[[], Any], device: str = "cpu", steps: int = STEPS) -> float:
@@ -206,29 +242,10 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, device)
 
 
-def overheads(rounds: int) -> dict[str, Figure]:
-    """All variants, in turns."""
-    found = dict(zip(VARIANTS, alternate(__file__, [[one] for one in VARIANTS], rounds, memory=False), strict=True))
-    seconds = {name: one["seconds"] for name, one in found.items()}
-    upload = found["upload"]
-    bytes_per_parameter = (upload["checkpoint_bytes"] - 1e4) / upload["parameters"]
-    return {
-        "engine_stage_0_over_bare": ("<= 1.05", seconds["stage0"] / seconds["bare"], "times"),
-        "engine_stage_2_over_bare": ("<= 1.05", seconds["stage2"] / seconds["bare"], "times"),
-        "two_averages_over_none": ("", seconds["averages"] / seconds["stage2"], "times"),
-        "step_after_validation_over_before": ("<= 1.05", seconds["looked"] / seconds["stage2"], "times"),
-        "step_during_upload_over_without": ("<= 1.05", seconds["upload"] / seconds["stage2"], "times"),
-        "average_bytes_per_parameter": ("<= 4", found["averages"]["average_bytes"], "bytes"),
-        "checkpoint_stall": ("", upload["stall_seconds"], "s"),
-        "checkpoint_bytes_per_parameter": ("", bytes_per_parameter, "bytes"),
-        **{f"step_{name}": ("", value, "s") for name, value in seconds.items()},
-    }
-
-
 def main() -> None:
-    """Measure all variants, one of them as a worker, or a configuration."""
+    """Measure all variants, or a configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40, help="steps of each variant")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--config", type=Path, help="measure a step of this configuration")
     parser.add_argument("--pixels", type=int, default=64, help="side of its images")
@@ -236,12 +253,8 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--peak-flops", type=float, help="of the device; default: known, or measured")
-    parser.add_argument("--worker", metavar="VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    if arguments.worker:
-        worker(arguments.worker)
-        leave(0)
     figures = utilisation(arguments) if arguments.config else overheads(arguments.rounds)
     if arguments.output:
         device = "cuda" if arguments.config and torch.cuda.is_available() else "cpu"
@@ -252,6 +265,7 @@ def main() -> None:
                 f"{name}: {got:.4g} {unit} (asked: {asked or 'no'})" for name, (asked, got, unit) in figures.items()
             )
         )
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,8 @@ class Engine:
         self._has_muon = optimizer.kind == "muon"
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
+        if world_size() == 1 and self.stage == 0:
+            self._engine.enable_backward_allreduce = False  # a sum of one, for which all gradients would be copied
         self.names = [name.removeprefix(_PREFIX) for name, _ in module.named_parameters()]
         self._parameters = dict(zip(self.names, module.parameters(), strict=True))
         self._module = module
