@@ -167,13 +167,37 @@ def training_table(training: dict[str, Any], faults: dict[str, Any]) -> str:
     )
 
 
+def sampling_table(exact: dict[str, Any], adaptive: dict[str, dict[str, Any]]) -> str:
+    """Ratios to the public sampler, and what several tokens at once gain on trained models."""
+    rows = [
+        ("guided, over apple/ml-tarflow's sampler, 256 tokens, fp32", exact, "guided_over_public"),
+        ("without guidance", exact, "unguided_over_public"),
+        ("largest difference of a pixel from theirs, guided", exact, "guided_largest_difference"),
+        ("memory of the cache over the arithmetic", exact, "cache_over_arithmetic"),
+        ("the time to read weights and cache at this memory's bandwidth, over ours", exact, "guided_fraction_of_floor"),
+    ]
+    lines = [
+        "| several tokens at once, trained model | batch | over exact | largest error | pixels within one level |",
+        "|---|---|---|---|---|",
+    ]
+    for label, results in adaptive.items():
+        figures = {name: one["got"] for name, one in results["figures"].items()}
+        lines.append(
+            f"| {label} | {results['batch']} | {figures['adaptive_over_exact']:.2f} | {figures['max_error']:.1e} | "
+            f"{figures['pixels_within_one_level']:.3%} |"
+        )
+    head = _ratio_table(exact, rows)
+    return f"{head}\n\n" + "\n".join(lines)
+
+
 def _ratio_table(measured: dict[str, Any], rows: list[tuple[str, dict[str, Any], str]]) -> str:
     """Rows of label, results and figure; the heading is that of ``measured``."""
     lines = ["| ratio, both sides in one run | got | asked |", "|---|---|---|"]
     for label, results, name in rows:
         figure = results["figures"][name]
         unit = "" if figure["unit"] in ("times", "of it") else f" {figure['unit']}"
-        lines.append(f"| {label} | {figure['got']:.3f}{unit} | {figure['asked']} |")
+        got = f"{figure['got']:.3f}" if figure["got"] >= 0.001 else f"{figure['got']:.1e}"
+        lines.append(f"| {label} | {got}{unit} | {figure['asked']} |")
     return (
         f"Measured on {measured['date']} on {measured['device']}, torch {measured['versions']['torch']}.\n\n"
         + "\n".join(lines)
@@ -194,6 +218,13 @@ def main() -> None:
             _results("tarflow-training-cpu-1024-tokens"), _results("tarflow-training-cpu"), _results("glow-memory-cpu")
         ),
         "training": training_table(_results("training-cpu"), _results("faults-cpu")),
+        "sampling": sampling_table(
+            _results("sampling-cpu"),
+            {
+                "digits (demo)": _results("adaptive-digits-cpu"),
+                "the same alone": _results("adaptive-digits-single-cpu"),
+            },
+        ),
         "data": data_table(_results("loader-cpu"), _results("fuzz-shards-cpu")),
     }.items():
         block = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->"

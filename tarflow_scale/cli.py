@@ -103,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         config = verb.config.load(*_split_arguments(arguments.config))
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
-        getattr(module, verb.function)(config, arguments.dry_run)
+        function = "calibrate" if getattr(arguments, "calibrate", False) else verb.function
+        getattr(module, function)(config, arguments.dry_run)
     except UserError as error:
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
@@ -161,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
             looks = added.add_mutually_exclusive_group()
             looks.add_argument("--check", metavar="DIR", help="verify every byte of a packed data set instead")
             looks.add_argument("--stats", metavar="DIR", help="print what is in a packed data set instead")
+        if name == "generate":
+            calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
+            added.add_argument("--calibrate", action="store_true", help=calibrate)
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser

@@ -45,6 +45,9 @@ from tarflow_scale.shards.reader import ShardSet
 
 __all__ = ["Scorer", "run"]
 
+_IMAGES_AT_ONCE = 128
+"""Scored or read, where the section ``sampling`` leaves the number open."""
+
 _UNIT_IMAGES = 250
 """Images of a unit of work: small enough to balance workers, large enough to hide the call."""
 
@@ -141,7 +144,7 @@ class Scorer:
         torch.set_num_threads(threads)
         self._device = worker_device(gpu)
         self._flow = load_version(registry.path, registry.model, version).to(self._device)
-        Sampler(self._flow, 0, sampling)  # refuses settings that do not fit the model, before any work
+        self._samplers = {0: Sampler(self._flow, 0, sampling)}  # refuses settings that do not fit, before any work
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling
@@ -155,7 +158,7 @@ class Scorer:
     def run(self, unit: Unit) -> UnitResult:
         """Score, sample or read a range of images."""
         protocol = self._protocols[unit.protocol]
-        batch_size = self._sampling.batch_size
+        batch_size = self._sampling.batch_size or _IMAGES_AT_ONCE
         if isinstance(protocol, BitsPerDimProtocol):
             return self._score(unit, protocol, batch_size)
         match unit.kind:
@@ -189,8 +192,9 @@ class Scorer:
         return UnitResult(bits=np.concatenate(bits), hashes=tuple(hashes))
 
     def _samples(self, unit: Unit, protocol: FrechetProtocol) -> torch.Tensor:
-        sampler = Sampler(self._flow, protocol.seed, self._sampling)
-        parts = sampler.floats(range(unit.start, unit.stop))
+        if protocol.seed not in self._samplers:
+            self._samplers[protocol.seed] = Sampler(self._flow, protocol.seed, self._sampling)
+        parts = self._samplers[protocol.seed].floats(range(unit.start, unit.stop))
         return torch.cat([quantize(x, protocol.bit_depth, protocol.rounding).cpu() for x in parts])
 
     def _real(self, unit: Unit, protocol: FrechetProtocol) -> torch.Tensor:

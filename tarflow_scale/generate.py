@@ -11,25 +11,28 @@ from typing import Any
 import torch
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.config import GenerateConfig, SamplingConfig
-from tarflow_scale.errors import PlanError
+from tarflow_scale.config import DecoderConfig, GenerateConfig, SamplingConfig
+from tarflow_scale.errors import ConfigError, PlanError
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.pool import run_units
-from tarflow_scale.records import GenerationPlan, canonical_json
+from tarflow_scale.records import DecodingPlan, GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
+from tarflow_scale.sampling import calibrate as measure_decoding
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
 
-__all__ = ["ShardMaker", "Unit", "run"]
+__all__ = ["ShardMaker", "Unit", "calibrate", "run"]
 
 _PLAN = "plan.json"
 _RECORDS = "records"
 _GRID = "grid.png"
 _GRID_IMAGES = 100
 _GRID_ZOOM = 6
+_EXACT = 1e-3
+"""Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,52 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         return
     arguments = {"registry": config.registry.path, "plan": plan, "path": path}
+    errors: list[float] = []
     with telemetry.progress_bar(plan.num_images, "generate", initial=_images(units) - _images(missing)) as bar:
-        for unit, _ in run_units(ShardMaker, arguments, missing, **config.cluster.model_dump()):
+        for unit, error in run_units(ShardMaker, arguments, missing, **config.cluster.model_dump()):
             bar.update(unit.stop - unit.start)
+            errors += [] if error is None else [error]
     records = tuple(_read_record(path, unit) for unit in units)
     publish_manifest(path, _manifest(plan, records))
     _write_grid(path, plan)
+    if errors:
+        amplifies = max(errors) > _EXACT
+        print(
+            f"images encode back to their latents within {max(errors):.1e}"
+            + (": this model amplifies rounding; fp32, or exact decoding, is the more accurate" if amplifies else "")
+        )
     print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
+
+
+def calibrate(config: GenerateConfig, dry_run: bool) -> None:
+    """Measure on this machine how the version is decoded fastest with these settings, and store the plan with it.
+
+    Raises:
+        RegistryError: no such version.
+        ConfigError: settings that do not fit the model, or no TarFlow.
+    """
+    registry = Registry(config.registry.path, config.registry.model)
+    version = registry.resolve(config.registry.version)
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    flow = load_version(config.registry.path, config.registry.model, version.version)
+    flow = flow.to(worker_device(config.cluster.gpus_per_worker > 0))
+    settings = _settings(config)
+    if dry_run:
+        Sampler(flow, config.sampling.seed, settings.model_copy(update={"decoder": DecoderConfig()}))
+        print(f"dry run: would measure decoding of {config.registry.model}@{version.version}")
+        return
+    plan = measure_decoding(flow, config.sampling.seed, settings)
+    registry.attach_plan(version.version, plan, reason=f"decoding on {plan.device}")
+    rows = [
+        (str(number), "token by token" if block.chunk == 1 else f"{block.chunk} tokens at once", f"{mean:.1f}")
+        for number, (block, mean) in enumerate(zip(plan.blocks, plan.iterations, strict=True), start=1)
+    ]
+    print(telemetry.table(rows, ("block, as decoded", "how", "iterations")))
+    print(
+        f"{config.registry.model}@{version.version} on {plan.device}, batch {plan.batch_size}: "
+        f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, exact {plan.batch_size / plan.exact_seconds:.3g}; "
+        f"largest error {plan.max_error:.2g}, {plan.pixels_within_one_level:.4%} of pixels within one level"
+    )
 
 
 class ShardMaker:
@@ -89,10 +131,10 @@ class ShardMaker:
         flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
         self._plan = plan
         self._path = path
-        self._sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling))
+        self._sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling), plan.decoding)
 
-    def run(self, unit: Unit) -> dict[str, Any]:
-        """Make a shard: first the record of what it will be, then index and tar.
+    def run(self, unit: Unit) -> float | None:
+        """Make a shard: first the record of what it will be, then index and tar; returns `Sampler.round_trip_error`.
 
         Raises:
             PlanError: a record from before names other bytes, so this is another machine or library version.
@@ -109,7 +151,7 @@ class ShardMaker:
                     f"shards.path"
                 )
         shard.write(self._path)
-        return shard.record.model_dump()
+        return self._sampler.round_trip_error()
 
     def _sample(self, index: int, image: Any) -> Sample:
         plan = self._plan
@@ -127,10 +169,19 @@ class ShardMaker:
 
 
 def _plan(config: GenerateConfig) -> GenerationPlan:
-    version = Registry(config.registry.path, config.registry.model).resolve(config.registry.version)
+    registry = Registry(config.registry.path, config.registry.model)
+    version = registry.resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)
-    settings = SamplingConfig.model_validate(config.sampling.model_dump(exclude={"seed", "num_images"}))
-    Sampler(flow, config.sampling.seed, settings)  # refuses settings that do not fit the model
+    settings, cluster = _settings(config), config.cluster
+    decoding = None
+    if settings.decoder.kind == "adaptive":
+        plans = registry.state().plans.get(version.version, [])
+        decoding = _plan_for(plans, settings, cluster.gpus_per_worker > 0)
+    sampler = Sampler(flow, config.sampling.seed, settings, decoding)  # refuses settings that do not fit the model
+    if settings.batch_size is None:
+        if cluster.gpus_per_worker:
+            raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
+        settings = settings.model_copy(update={"batch_size": max(1, sampler.batch_size // cluster.num_workers)})
     return GenerationPlan(
         model=config.registry.model,
         version=version.version,
@@ -146,7 +197,23 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
         pixels=version.pixels,
         device="cuda" if config.cluster.gpus_per_worker else "cpu",
         threads=config.cluster.cpus_per_worker,
+        decoding=decoding,
     )
+
+
+def _settings(config: GenerateConfig) -> SamplingConfig:
+    return SamplingConfig.model_validate(config.sampling.model_dump(exclude={"seed", "num_images"}))
+
+
+def _plan_for(plans: list[DecodingPlan], settings: SamplingConfig, gpu: bool) -> DecodingPlan | None:
+    """The newest plan measured with these settings on this kind of device; else the newest, whose refusal says why."""
+    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
+    fitting = [
+        plan
+        for plan in plans
+        if (plan.guidance, plan.precision, plan.tolerance) == wanted and (plan.device != "cpu") == gpu
+    ]
+    return (fitting or plans or [None])[-1]
 
 
 def _units(plan: GenerationPlan) -> list[Unit]:
@@ -235,5 +302,6 @@ def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: st
 def _settings_line(settings: SamplingConfig) -> str:
     guidance = settings.guidance
     how = f"{guidance.scale:g}{' annealed' if guidance.annealed else ''}"
-    line = f"batch {settings.batch_size}, guidance {how}, temperature {settings.temperature:g}"
+    decoder = f"{settings.decoder.kind} in {settings.decoder.precision}"
+    line = f"{decoder}, batch {settings.batch_size}, guidance {how}, temperature {settings.temperature:g}"
     return f"{line}, denoise {settings.denoise:g}" if settings.denoise else line

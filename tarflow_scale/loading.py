@@ -3,9 +3,10 @@
 import torch
 
 from tarflow_scale.errors import ConfigError, RegistryError
-from tarflow_scale.flows import Flow, load_flow
+from tarflow_scale.flows import Flow, TarFlow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.registry import Registry
+from tarflow_scale.sampling.decode import TarFlowDecoder
 
 __all__ = ["load", "load_version", "worker_device"]
 
@@ -22,11 +23,17 @@ def load(source: str, registry: str | None = None) -> Flow:
         UserError: there is no such flow.
     """
     if registry is None:
-        return load_flow(source)
+        return _fast(load_flow(source))
     model, separator, reference = source.partition("@")
     if not separator or not reference:
         raise RegistryError(f"a version is model@version (got {source!r}); for example digits@champion")
-    return load_version(registry, model, reference)
+    return _fast(load_version(registry, model, reference))
+
+
+def _fast(flow: Flow) -> Flow:
+    if isinstance(flow, TarFlow):
+        flow.decoder = TarFlowDecoder(flow).as_decode
+    return flow
 
 
 def worker_device(gpu: bool) -> torch.device:

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tarflow_scale.errors import RegistryError, UserError
 
 __all__ = [
+    "BlockPlan",
     "DataSetFacts",
+    "DecodingPlan",
     "FileRecord",
     "GenerationPlan",
     "MetricValue",
@@ -157,6 +159,36 @@ class MetricsReport(_WithSampling):
     packages: dict[str, str]
 
 
+class BlockPlan(Record):
+    """How one block is decoded: tokens at once (1 is token by token), and iterations before the first look."""
+
+    chunk: int = Field(ge=1)
+    planned: int = Field(ge=1)
+
+
+class DecodingPlan(Record):
+    """How the blocks of a flow are decoded fastest, as measured; and what that costs in accuracy."""
+
+    tensors_digest: str
+    """Of the weights that were measured."""
+    device: str
+    batch_size: int = Field(ge=1)
+    guidance: dict[str, Any]
+    precision: str
+    tolerance: float = Field(gt=0)
+    blocks: tuple[BlockPlan, ...]
+    """In the order of decoding."""
+    iterations: tuple[float, ...]
+    """Mean number of each block's, over its chunks."""
+    max_error: float
+    """Largest difference of a pixel on [-1, 1] from exact decoding of the same latents."""
+    mean_error: float
+    pixels_within_one_level: float
+    """Share of 8-bit pixels."""
+    exact_seconds: float
+    adaptive_seconds: float
+
+
 class GenerationPlan(_WithSampling):
     """Everything that decides the bytes of a generated data set; frozen in the output folder."""
 
@@ -176,3 +208,5 @@ class GenerationPlan(_WithSampling):
     """Where images are decoded; it changes the last bits of a float."""
     threads: int
     """Torch threads of a worker; they change the last bits of a sum."""
+    decoding: DecodingPlan | None = None
+    """How blocks are decoded, if not token by token."""

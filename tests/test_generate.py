@@ -7,6 +7,8 @@ import pytest
 import webdataset
 
 from tarflow_scale import cli
+from tarflow_scale.records import GenerationPlan
+from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import Trained, command
@@ -134,6 +136,30 @@ def dry(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(arguments(trained, tmp_path / "dry", "--dry-run")) == 0
     yield capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
+
+
+def test_calibrating_stores_a_plan_that_generating_follows(
+    trained: Trained, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adaptive = ["sampling.decoder.kind=adaptive", "sampling.guidance.scale=0.5"]
+    assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 2
+    assert "needs a plan for this version (got none)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*arguments(trained, tmp_path / "out", *adaptive), "--calibrate", "--dry-run"]) == 0
+    assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 2  # a dry run stores nothing
+    assert cli.main([*arguments(trained, tmp_path / "out", *adaptive), "--calibrate"]) == 0
+    assert "of pixels within one level" in capsys.readouterr().out
+    assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 0
+    frozen = GenerationPlan.from_json((tmp_path / "out/plan.json").read_bytes(), "plan")
+    stored = Registry(str(trained.registry), "small").state().plans[1][-1]
+    assert frozen.decoding == stored
+    exact = tmp_path / "exact"
+    assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0
+    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", exact))
+    assert (abs(found.astype(int) - expected.astype(int)) <= 17).mean() > 0.99  # a level of 4 bits
+    other = ["sampling.decoder.tolerance=0.5", *adaptive]
+    assert cli.main(arguments(trained, tmp_path / "other", *other)) == 2
+    assert "measured with other guidance, precision or tolerance" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(dry: str) -> None:

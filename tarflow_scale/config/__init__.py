@@ -30,6 +30,7 @@ from tarflow_scale.config.roots import (
 from tarflow_scale.config.sections import (
     BrowseConfig,
     ClusterConfig,
+    DecoderConfig,
     GateRef,
     Guidance,
     MetricsConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "DataSetConfig",
+    "DecoderConfig",
     "EvaluateConfig",
     "FrechetProtocol",
     "GateConfig",

@@ -71,19 +71,35 @@ class Guidance(Section):
     whose two predictions are equal at 1."""
     what: Literal["both", "log_scale", "mean"] = "both"
     """Which of the two parameters is guided."""
+    blocks: Literal["all", "first"] = "all"
+    """TarFlow: where it acts. ``first``: in the block that is decoded first alone, as in STARFlow (arXiv 2506.06276),
+    which halves the work of the others."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
-        if self.scale == 0 and (self.annealed or self.attention_temperature != 1 or self.what != "both"):
-            raise ValueError("annealed, attention_temperature and what have no effect at scale=0; set a scale")
+        if self.scale == 0 and self != Guidance.model_construct():
+            raise ValueError("the other keys of guidance have no effect at scale=0; set a scale")
         return self
+
+
+class DecoderConfig(Section):
+    """How the latents of a TarFlow become images; the other flows have one way."""
+
+    kind: Literal["exact", "adaptive"] = "exact"
+    """``exact``: token by token. ``adaptive``: several tokens at once where a plan, which ``generate --calibrate``
+    measures, says that it is faster."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the transformers and their cache; scale and mean are fp32 in any case."""
+    tolerance: float = Field(default=1e-3, gt=0)
+    """``adaptive``: tokens are iterated until no feature moves by more, on the scale of [-1, 1]."""
 
 
 class SamplingConfig(Section):
     """How the flow is sampled. Image i depends on (weights, seed, i) and these settings, not on the batch."""
 
-    batch_size: int = Field(default=128, ge=1)
-    """Images decoded together."""
+    batch_size: int | None = Field(default=128, ge=1)
+    """Images decoded together; None takes as many as fit in the device's free memory, at most 1,024."""
+    decoder: DecoderConfig = DecoderConfig()
     guidance: Guidance = Guidance()
     temperature: float = Field(default=1.0, ge=0)
     """Standard deviation of the latent."""

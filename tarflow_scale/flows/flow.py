@@ -10,19 +10,28 @@ API and look at values too.
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tarflow_scale import telemetry
 from tarflow_scale.config import Guidance, ModelConfig
+from tarflow_scale.flows.latents import latents
+from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.records import PixelFormat
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = [
     "Activations",
     "Condition",
+    "Decode",
     "Flow",
     "embed_labels",
     "from_logits",
@@ -32,6 +41,9 @@ __all__ = [
 
 Condition = Tensor | None
 """Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped; or None, which drops all of them."""
+
+Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
+"""What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
 
 Activations = Literal["keep", "checkpoint", "rebuild"]
 """What the backward pass does for activations: keep them, compute them again from kept inputs of layers, or rebuild
@@ -92,6 +104,9 @@ class Flow(nn.Module, ABC):
         self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
         """The configuration the flow was built from; saved with the weights."""
+        self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
+        """Gives what `sample` uses in place of `decode`, and tells of its progress in samples; `tarflow_scale.load`
+        sets it to the fast way of a model."""
         self.pixels: PixelFormat | None = None
         """How the training images were quantised and noised; needed to turn samples back into pixels."""
 
@@ -113,9 +128,15 @@ class Flow(nn.Module, ABC):
         return z, log_det + logit_log_det
 
     def inverse(
-        self, z: Float[Tensor, "B D"], y: Condition = None, guidance: Guidance | None = None
+        self,
+        z: Float[Tensor, "B D"],
+        y: Condition = None,
+        guidance: Guidance | None = None,
+        decode: Decode | None = None,
     ) -> Float[Tensor, "B ..."]:
         """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is None or its scale 0.
+
+        ``decode`` takes the place of `decode`; `tarflow_scale.sampling` has faster ones.
 
         Raises:
             ValueError: latents or labels of another shape, or guidance that cannot have an effect.
@@ -125,7 +146,7 @@ class Flow(nn.Module, ABC):
                 f"latents must have {self.num_dims} dimensions (got {z.shape[1]}); one a pixel and channel"
             )
         _check_count(y, len(z))
-        h = self.decode(z, y, guidance if self.is_guided(y, guidance) else None)
+        h = (decode or self.decode)(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
     @property
@@ -171,26 +192,102 @@ class Flow(nn.Module, ABC):
         z, log_det = self(x, y)
         return standard_normal_log_prob(z) + log_det
 
+    @overload
+    def sample(
+        self,
+        num: int,
+        y: Condition | int = ...,
+        temperature: float = ...,
+        guidance: Guidance | float | None = ...,
+        generator: torch.Generator | None = ...,
+        *,
+        seed: int | None = ...,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        num: int,
+        y: Condition | int = ...,
+        temperature: float = ...,
+        guidance: Guidance | float | None = ...,
+        generator: torch.Generator | None = ...,
+        *,
+        seed: int | None = ...,
+        batch_size: int | None = ...,
+        progress: bool = ...,
+        output: Literal["pil"],
+    ) -> "list[Image]": ...
+
     @torch.no_grad()
     def sample(
         self,
         num: int,
-        y: Condition = None,
+        y: Condition | int = None,
         temperature: float = 1.0,
-        guidance: Guidance | None = None,
+        guidance: Guidance | float | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+        *,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        output: Literal["tensor", "pil"] = "tensor",
+    ) -> "Tensor | list[Image]":
         """Draw ``num`` samples ``(num, *event)``; the latent is scaled by ``temperature``.
 
-        For images that depend on (seed, index) alone, whatever the batch, use `tarflow_scale.sampling`.
+        Args:
+            num: how many.
+            y: labels ``(num,)``, one label for all, or None, which drops them.
+            temperature: standard deviation of the latent.
+            guidance: how predictions are guided, or its scale.
+            generator: of the latents.
+            seed: draw sample i from (seed, i) alone, as the verb ``generate`` does, however many there are.
+            batch_size: samples decoded together; None for all.
+            progress: show a bar.
+            output: ``tensor``, on [-1, 1] and beyond; or ``pil``, quantised as the training noise asks.
 
         Raises:
-            ValueError: labels or guidance that do not fit this flow.
+            ValueError: labels or guidance that do not fit this flow, or both a seed and a generator.
         """
-        self.check_labels(y, num)
+        if seed is not None and generator is not None:
+            raise ValueError("latents come from a seed or from a generator (got both); leave one out")
         reference = next(self.parameters())
-        z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
-        return self.inverse(temperature * z, y, guidance)
+        labels = torch.full((num,), y, dtype=torch.int64, device=reference.device) if isinstance(y, int) else y
+        self.check_labels(labels, num)
+        guidance = Guidance(scale=guidance) if isinstance(guidance, int | float) else guidance
+        if seed is None:
+            z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
+        else:
+            z = latents(seed, range(num), self.num_dims).to(reference)
+        size = max(1, batch_size or num)
+        parts: list[Tensor] = []
+        with telemetry.progress_bar(num, "sample", enabled=progress) as bar:
+            for low in range(0, num, size):
+                part = z[low : low + size]
+                of_part = None if labels is None else labels[low : low + size].to(reference.device)
+                decode = None if self.decoder is None else self.decoder(partial(_advance, bar, len(part)))
+                parts.append(self.inverse(temperature * part, of_part, guidance, decode))
+                if decode is None:
+                    bar.update(len(part))
+        x = torch.cat(parts) if parts else z.new_empty(0, *self.event_shape)
+        return x if output == "tensor" else self.pictures(x)
+
+    def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
+        """Images as PIL's, quantised as the training noise asks.
+
+        Raises:
+            ValueError: when the flow does not know its pixel format, or its samples are no images.
+        """
+        from PIL import Image
+
+        if self.pixels is None:
+            raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
+        if x.dim() != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f"pictures have 1 or 3 channels (got shape {tuple(x.shape)}); use output='tensor'")
+        levels = quantize(x, self.pixels.bit_depth, rounding_of(self.pixels)).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one) for one in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
         """One step of Tweedie's formula, ``x + strength noise_std^2 grad log p(x)``.
@@ -251,6 +348,10 @@ class Flow(nn.Module, ABC):
             if y is None:
                 raise ValueError(f"guidance needs labels (got y=None and scale={guidance.scale}); pass them")
         return True
+
+
+def _advance(bar: Any, num: int, share: float) -> None:
+    bar.update(num * share)
 
 
 def _check_count(y: Condition, batch_size: int) -> None:

@@ -96,17 +96,17 @@ class TarFlowBlock(nn.Module):
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
         """Data to noise: tokens ``z`` and the log-determinant in nats; ``recompute`` checkpoints every layer."""
-        x = self._order(x)
-        h = self.proj_in(x) + self._order(self.position[None]) + self._condition(y)
+        x = self.order(x)
+        h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
         for layer in self.layers:
             h = checkpoint(layer, h) if recompute else layer(h)
         log_scale, mean = self._shifted_parameters(h, x)
         with torch.autocast(x.device.type, enabled=False):
             if log_scale is None:
-                return self._order(x - mean), x.new_zeros(len(x))
+                return self.order(x - mean), x.new_zeros(len(x))
             z = (x - mean) * torch.exp(-log_scale)
             log_det = -log_scale.sum(dim=(1, 2))
-        return self._order(z), log_det
+        return self.order(z), log_det
 
     def inverse(
         self, z: Float[Tensor, "B T D"], y: Condition, guidance: Guidance | None = None
@@ -116,12 +116,12 @@ class TarFlowBlock(nn.Module):
         The weak predictions of guidance are a second lane, decoded in the same batch.
         """
         batch, num_tokens, _ = z.shape
-        z = self._order(z)
-        position, condition = self._order(self.position[None]), self._condition(y).expand(batch, -1, -1)
+        z = self.order(z)
+        position, condition = self.order(self.position[None]), self.condition(y).expand(batch, -1, -1)
         lanes, sharpness, like = 1, None, self.proj_in.weight
         if guidance is not None:
             lanes = 2
-            condition = torch.cat([condition, self._condition(None).expand(batch, -1, -1)])
+            condition = torch.cat([condition, self.condition(None).expand(batch, -1, -1)])
             if guidance.attention_temperature != 1:
                 sharpness = like.new_ones(2 * batch, 1, 1, 1)
                 sharpness[batch:] /= guidance.attention_temperature
@@ -136,7 +136,7 @@ class TarFlowBlock(nn.Module):
                 mean = _guided(mean, scale if guidance.what != "log_scale" else 0.0)
                 log_scale = _guided(log_scale, scale if guidance.what != "mean" else 0.0)
             tokens.append(z[:, t + 1 : t + 2] * torch.exp(log_scale.to(z)) + mean.to(z))
-        return self._order(torch.cat(tokens, dim=1))
+        return self.order(torch.cat(tokens, dim=1))
 
     def _step(
         self, token: Tensor, offset: Tensor, cache: KeyValueCache, sharpness: Tensor | None
@@ -146,15 +146,15 @@ class TarFlowBlock(nn.Module):
         for index, layer in enumerate(self.layers):
             h = layer.step(h, cache, index, sharpness)  # pyright: ignore[reportCallIssue]
         cache.length += 1
-        log_scale, mean = self._parameters_of(self.proj_out(h))
+        log_scale, mean = self.parameters_of(self.proj_out(h))
         return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
 
     def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """Parameters of token t come from tokens < t; token 0 gets zeros, hence stays as it is."""
         out = self.proj_out(h).to(like)
-        return self._parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
+        return self.parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
 
-    def _parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
+    def parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
         """Log-scale, None if volume is preserved, and mean; the published order of the output layer."""
         if self.variant == "volume_preserving":
             return None, out
@@ -163,10 +163,11 @@ class TarFlowBlock(nn.Module):
             log_scale = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
         return log_scale, mean
 
-    def _order(self, tokens: Tensor) -> Tensor:
+    def order(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(B, T, ...)`` in the order that this block reads them; its own inverse."""
         return tokens.flip(dims=(1,)) if self.flip else tokens
 
-    def _condition(self, y: Condition) -> Tensor:
+    def condition(self, y: Condition) -> Tensor:
         """Class embedding ``(B or 1, 1, C)``; the mean over classes where the label is dropped."""
         if self.class_embedding is None:
             return self.position.new_zeros(1, 1, self.position.shape[1])

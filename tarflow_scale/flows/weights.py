@@ -1,5 +1,6 @@
 """A flow on disk: ``model.safetensors`` and ``config.json``. Nothing is pickled, nothing is executed on loading."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -17,7 +18,7 @@ from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.records import PixelFormat, canonical_json
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "flow_files", "flow_from_files", "load_flow", "save_flow"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "flow_files", "flow_from_files", "load_flow", "save_flow", "tensors_digest"]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -66,6 +67,15 @@ def _check_finite(flow: Flow) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             number = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"weights must be finite (got {number} values of {name} that are not)")
+
+
+def tensors_digest(flow: Flow) -> str:
+    """SHA-256 of a flow's parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(flow.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_flow(flow: Flow, path: str) -> None:

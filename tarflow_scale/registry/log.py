@@ -28,7 +28,7 @@ class Event(Record):
     """One fact about a model, for ever."""
 
     number: int = Field(ge=1)
-    kind: Literal["register", "evaluate", "promote", "rollback"]
+    kind: Literal["register", "evaluate", "calibrate", "promote", "rollback"]
     id: str
     """Random; tells a writer its own event."""
     time: str

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tarflow_scale import storage
 from tarflow_scale.errors import RegistryError
-from tarflow_scale.records import FileRecord, MetricsReport, ModelVersion
+from tarflow_scale.records import DecodingPlan, FileRecord, MetricsReport, ModelVersion
 from tarflow_scale.registry.log import Event, EventLog
 
 __all__ = ["ModelState", "Registry"]
@@ -27,6 +27,8 @@ class ModelState:
     versions: dict[int, ModelVersion] = field(default_factory=dict)
     reports: dict[int, list[MetricsReport]] = field(default_factory=dict)
     """Reports of each version, oldest first."""
+    plans: dict[int, list[DecodingPlan]] = field(default_factory=dict)
+    """Decoding plans of each version, oldest first."""
     aliases: dict[str, int] = field(default_factory=dict)
     holders: dict[str, list[int]] = field(default_factory=dict)
     """For each alias the versions that an undo would go back through, the present one last."""
@@ -45,6 +47,9 @@ class ModelState:
                 case "evaluate":
                     report = MetricsReport.model_validate(payload["report"])
                     state.reports.setdefault(report.version, []).append(report)
+                case "calibrate":
+                    plan = DecodingPlan.model_validate(payload["plan"])
+                    state.plans.setdefault(payload["version"], []).append(plan)
                 case "promote":
                     state.aliases[payload["alias"]] = payload["version"]
                     state.holders.setdefault(payload["alias"], []).append(payload["version"])
@@ -144,6 +149,19 @@ class Registry:
             return {"report": report.model_dump(mode="json")}
 
         self._log.append("evaluate", reason, decide)
+
+    def attach_plan(self, version: int, plan: DecodingPlan, reason: str) -> None:
+        """Add a decoding plan to the version it was measured on.
+
+        Raises:
+            RegistryError: when the version does not exist.
+        """
+
+        def decide(events: list[Event]) -> dict[str, Any]:
+            known = resolve(ModelState.fold(events), version, self.model)
+            return {"version": known.version, "plan": plan.model_dump(mode="json")}
+
+        self._log.append("calibrate", reason, decide)
 
     def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
         """Move an alias, if it still points to ``expected``.

@@ -5,18 +5,31 @@ Batch size and thread count change the last bits of a float, hence in rare cases
 equal bytes fixes them, as the generation plan does.
 """
 
+import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tarflow_scale.config import SamplingConfig
-from tarflow_scale.errors import ConfigError, NumericsError
-from tarflow_scale.flows import Flow
+from tarflow_scale.errors import ConfigError, NumericsError, PlanError
+from tarflow_scale.flows import Flow, TarFlow
+from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize, rounding_of
-from tarflow_scale.sampling.latents import balanced_labels, latents
+from tarflow_scale.flows.weights import tensors_digest
+from tarflow_scale.records import DecodingPlan
+from tarflow_scale.sampling.decode import BlockReport, Progress, TarFlowDecoder
+from tarflow_scale.sampling.labels import balanced_labels
+from tarflow_scale.sampling.memory import fitting_batch
+from tarflow_scale.sampling.plan import measure_blocks, schedules_of
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "calibrate"]
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+_ENCODED_BACK = 16
+"""Images that are encoded back to see how exact decoding was."""
+_DENOISED_AT_ONCE = 4
+"""Denoising keeps the activations of a whole pass, so it takes a batch in so many parts."""
 
 
 class Sampler:
@@ -26,14 +39,17 @@ class Sampler:
         flow: in evaluation mode; its ``pixels`` say how floats become levels.
         seed: seed of the latents.
         settings: the section ``sampling``.
+        plan: how blocks are decoded; ``decoder.kind=adaptive`` needs one.
 
     Raises:
-        ConfigError: settings that cannot have an effect on this flow.
+        ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.
+        PlanError: a plan that was measured on other weights or settings.
     """
 
-    def __init__(self, flow: Flow, seed: int, settings: SamplingConfig) -> None:
+    def __init__(self, flow: Flow, seed: int, settings: SamplingConfig, plan: DecodingPlan | None = None) -> None:
+        labels = balanced_labels(range(1), flow.num_classes) if flow.num_classes else None
         try:
-            flow.is_guided(balanced_labels(range(1), flow.num_classes) if flow.num_classes else None, settings.guidance)
+            guided = flow.is_guided(labels, settings.guidance)
         except ValueError as error:
             raise ConfigError(f"sampling.guidance: {error}") from error
         noise = flow.pixels.noise if flow.pixels else "unknown"
@@ -46,23 +62,42 @@ class Sampler:
         self._seed = seed
         self._settings = settings
         self._device = next(flow.parameters()).device
+        self.decoder = _decoder(flow, settings)
+        """Of a TarFlow; None for other flows."""
+        self._schedules = None
+        if settings.decoder.kind == "adaptive":
+            self._schedules = schedules_of(_checked(plan, flow, settings).blocks, settings.decoder.tolerance)
+        chunk = max((one.chunk for one in self._schedules), default=1) if self._schedules else 1
+        per_image = (1 + guided) * self.decoder.bytes_per_row(chunk) if self.decoder else 4 * flow.num_dims
+        self.batch_size = fitting_batch(settings.batch_size, per_image, self._device)
+        """Images decoded together."""
+        self._latest: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.reports: list[BlockReport] = []
+        """What each block of the latest batch took, in the order of decoding."""
 
     @torch.no_grad()
-    def floats(self, indices: range) -> Iterator[Tensor]:
+    def floats(self, indices: range, y: Tensor | None = None, progress: Progress | None = None) -> Iterator[Tensor]:
         """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond.
+
+        Args:
+            indices: which images.
+            y: a label for each; None runs through the classes by index.
+            progress: called with the tokens that became final, of `num_units` an image batch.
 
         Raises:
             NumericsError: a value is not finite.
         """
         settings, classes = self._settings, self._flow.num_classes
-        for low in range(0, len(indices), settings.batch_size):
-            part = indices[low : low + settings.batch_size]
+        if y is None and classes:
+            y = balanced_labels(indices, classes)
+        for low in range(0, len(indices), self.batch_size):
+            part = indices[low : low + self.batch_size]
             z = settings.temperature * latents(self._seed, part, self._flow.num_dims)
-            y = balanced_labels(part, classes).to(self._device) if classes else None
-            x = self._flow.inverse(z.to(self._device), y, settings.guidance)
+            labels = None if y is None else y[low : low + len(part)].to(self._device)
+            x = self._decoded(z.to(self._device), labels, progress)
+            self._latest = z[:_ENCODED_BACK], None if labels is None else labels[:_ENCODED_BACK], x[:_ENCODED_BACK]
             if settings.denoise > 0:
-                assert self._flow.pixels is not None
-                x = self._flow.denoised(x, y, self._flow.pixels.noise_std, settings.denoise)
+                x = self._denoised(x, labels)
             if not bool(torch.isfinite(x).all()):
                 raise NumericsError(
                     f"the model produced values that are not finite (images {part.start} to {part.stop - 1}); check "
@@ -70,7 +105,7 @@ class Sampler:
                 )
             yield x
 
-    def images(self, indices: range) -> Tensor:
+    def images(self, indices: range, y: Tensor | None = None, progress: Progress | None = None) -> Tensor:
         """Stored pixels ``(len(indices), C, H, W)`` uint8, quantised as the training noise asks, on the CPU.
 
         Raises:
@@ -81,4 +116,120 @@ class Sampler:
         if pixels is None:
             raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
         rounding = rounding_of(pixels)
-        return torch.cat([quantize(x, pixels.bit_depth, rounding).cpu() for x in self.floats(indices)])
+        return torch.cat([quantize(x, pixels.bit_depth, rounding).cpu() for x in self.floats(indices, y, progress)])
+
+    @torch.no_grad()
+    def round_trip_error(self) -> float | None:
+        """Largest difference between latents of the latest batch and what its images encode to; None with guidance.
+
+        An exact flow in fp32 stays below 1e-3; a model that shrinks what it decodes amplifies rounding on the way back.
+        """
+        if self._latest is None or self._settings.guidance.scale > 0:
+            return None
+        z, y, x = self._latest
+        back, _ = self._flow(x, y)
+        return float((back.cpu() - z).abs().max())
+
+    def num_units(self, num_images: int) -> int:
+        """How much progress will be told of for so many images."""
+        batches = -(-num_images // self.batch_size)
+        return batches * (self.decoder.num_steps if self.decoder else 1)
+
+    def _decoded(self, z: Tensor, y: Tensor | None, progress: Progress | None) -> Tensor:
+        guidance = self._settings.guidance
+        if self.decoder is None:
+            x = self._flow.inverse(z, y, guidance)
+            if progress is not None:
+                progress(1)
+            return x
+        decoder = self.decoder
+
+        def decode(z: Tensor, y: Tensor | None, guidance: object) -> Tensor:
+            x, self.reports = decoder(z, y, guidance, self._schedules, progress)  # type: ignore[arg-type]
+            return x
+
+        return self._flow.inverse(z, y, guidance, decode)
+
+    def _denoised(self, x: Tensor, y: Tensor | None) -> Tensor:
+        assert self._flow.pixels is not None
+        std, size = self._flow.pixels.noise_std, -(-len(x) // _DENOISED_AT_ONCE)
+        labels = [None] * _DENOISED_AT_ONCE if y is None else list(y.split(size))
+        parts = zip(x.split(size), labels, strict=False)
+        return torch.cat([self._flow.denoised(a, b, std, self._settings.denoise) for a, b in parts])
+
+
+@torch.no_grad()
+def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
+    """Measure on this device how each block is decoded fastest, and how far the images are from exact ones.
+
+    One batch of the seed's first images is decoded in all ways; see `tarflow_scale.sampling.plan`.
+
+    Raises:
+        ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.
+    """
+    exact = settings.model_copy(update={"decoder": settings.decoder.model_copy(update={"kind": "exact"})})
+    sampler = Sampler(flow, seed, exact)
+    decoder, device = sampler.decoder, next(flow.parameters()).device
+    if decoder is None:
+        raise ConfigError(f"only a TarFlow is calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
+    indices = range(sampler.batch_size)
+    z = (settings.temperature * latents(seed, indices, flow.num_dims)).to(device)
+    y = balanced_labels(indices, flow.num_classes).to(device) if flow.num_classes else None
+    guidance = settings.guidance if flow.is_guided(y, settings.guidance) else None
+    tolerance = settings.decoder.tolerance
+    blocks = measure_blocks(decoder, z, y, guidance, tolerance)
+    found, seconds = [], []
+    for schedules in (None, schedules_of(blocks, tolerance)):
+        started = time.perf_counter()
+        x, reports = decoder(z, y, guidance, schedules)
+        found.append(x.cpu())
+        seconds.append(time.perf_counter() - started)
+    errors = (found[0] - found[1]).abs()
+    levels = [quantize(x, 8, "nearest").int() for x in found]
+    return DecodingPlan(
+        tensors_digest=tensors_digest(flow),
+        device=_device_name(device),
+        batch_size=sampler.batch_size,
+        guidance=settings.guidance.model_dump(mode="json"),
+        precision=settings.decoder.precision,
+        tolerance=tolerance,
+        blocks=tuple(blocks),
+        iterations=tuple(sum(one.iterations) / len(one.iterations) for one in reports),
+        max_error=float(errors.max()),
+        mean_error=float(errors.mean()),
+        pixels_within_one_level=float(((levels[0] - levels[1]).abs() <= 1).float().mean()),
+        exact_seconds=seconds[0],
+        adaptive_seconds=seconds[1],
+    )
+
+
+def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
+    if isinstance(flow, TarFlow):
+        return TarFlowDecoder(flow, _DTYPES[settings.decoder.precision])
+    name = type(flow).__name__
+    if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
+        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one way); leave it out")
+    if settings.guidance.blocks != "all":
+        raise ConfigError(f"sampling.guidance.blocks=first is for TarFlow (got {name}); use all")
+    return None
+
+
+def _checked(plan: DecodingPlan | None, flow: Flow, settings: SamplingConfig) -> DecodingPlan:
+    if plan is None:
+        raise ConfigError(
+            "sampling.decoder.kind=adaptive needs a plan for this version (got none); run the verb generate with "
+            "--calibrate first, or use exact"
+        )
+    if plan.tensors_digest != tensors_digest(flow):
+        raise PlanError("the decoding plan was measured on other weights; run generate with --calibrate again")
+    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
+    if wanted != (plan.guidance, plan.precision, plan.tolerance):
+        raise PlanError(
+            "the decoding plan was measured with other guidance, precision or tolerance; run generate with "
+            "--calibrate again"
+        )
+    return plan
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,11 +1,14 @@
 """What all flows share: sampling and the check of labels."""
 
+import numpy as np
 import pytest
 import torch
 
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config import Guidance, TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import build
+from tarflow_scale.flows.likelihood import quantize
+from tarflow_scale.records import PixelFormat
 
 CONFIG = TarFlowConfig(patch_size=2, width=16, layers_per_block=(1,), head_width=8)
 
@@ -42,3 +45,32 @@ def test_a_conditional_model_needs_classes() -> None:
     assert unconditional.num_classes is None
     with pytest.raises(ValueError, match="takes no labels"):
         unconditional.sample(1, torch.tensor([0]))
+
+
+def test_a_seed_draws_each_sample_by_its_number() -> None:
+    flow = build(CONFIG, (1, 4, 4), 2).eval()
+    whole = flow.sample(5, 1, seed=3)
+    assert torch.equal(flow.sample(3, 1, seed=3), whole[:3])
+    assert torch.equal(flow.sample(5, torch.ones(5, dtype=torch.int64), seed=3), whole)
+    assert (flow.sample(5, 1, seed=3, batch_size=2) - whole).abs().max() < 1e-6
+    assert not torch.equal(flow.sample(5, 1, seed=4), whole)
+    assert torch.equal(flow.sample(2, 1, guidance=1.5, seed=0), flow.sample(2, 1, guidance=Guidance(scale=1.5), seed=0))
+    assert flow.sample(0, seed=0).shape == (0, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"\(got both\); leave one out"):
+        flow.sample(1, seed=0, generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"in \[0, 2\) or -1 for dropped \(got 7\)"):
+        flow.sample(2, 7, seed=0)
+
+
+def test_samples_as_pictures() -> None:
+    flow = build(CONFIG, (1, 4, 4), 2).eval()
+    with pytest.raises(ValueError, match="does not know its pixel format"):
+        flow.sample(1, 0, seed=0, output="pil")
+    flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
+    pictures = flow.sample(3, 0, seed=0, output="pil")
+    assert [(one.size, one.mode) for one in pictures] == [((4, 4), "L")] * 3
+    stored = quantize(flow.sample(3, 0, seed=0), 4, "floor")
+    assert np.array_equal(np.asarray(pictures[1]), stored[1, 0].numpy())
+    colour = build(CONFIG, (3, 4, 4), 2).eval()
+    colour.pixels = flow.pixels
+    assert colour.sample(1, 0, seed=0, output="pil")[0].mode == "RGB"

@@ -121,12 +121,12 @@ def reference_guided(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: Guida
     """The published rule, written without a cache: every token from two full forward passes."""
     tokens = z.reshape(len(z), -1, flow.event_shape[0] * flow.patch_size**2)
     for block in reversed(list(flow.blocks)):
-        x = block._order(tokens).clone()
+        x = block.order(tokens).clone()
         last = x.shape[1] - 1
         for t in range(last):
             both = []
             for labels, temperature in ((y, 1.0), (None, guidance.attention_temperature)):
-                h = block.proj_in(x) + block._order(block.position[None]) + block._condition(labels)
+                h = block.proj_in(x) + block.order(block.position[None]) + block.condition(labels)
                 for layer in block.layers:
                     h = tempered(layer, h, temperature)
                 both.append(block.proj_out(h)[:, t].chunk(2, dim=-1))
@@ -137,7 +137,7 @@ def reference_guided(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: Guida
             if guidance.what != "log_scale":
                 mean = mean + strength * (mean - mean_weak)
             x[:, t + 1] = x[:, t + 1] * scale.exp() + mean
-        tokens = block._order(x)
+        tokens = block.order(x)
     return unpatchify(tokens, flow.patch_size, flow.event_shape[1])
 
 

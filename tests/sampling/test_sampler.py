@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
-from tarflow_scale.config import Guidance, SamplingConfig, TarFlowConfig
-from tarflow_scale.errors import NumericsError
+from tarflow_scale.config import GlowConfig, Guidance, SamplingConfig, TarFlowConfig
+from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows.latents import latents
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
-from tarflow_scale.sampling import Sampler, balanced_labels, latents
+from tarflow_scale.sampling import Sampler, balanced_labels, calibrate
+from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
+from tarflow_scale.sampling.plan import candidates, measure_blocks
 
 
 @pytest.fixture
@@ -69,3 +73,130 @@ def test_a_flow_that_overflows_is_not_an_image(flow: Flow) -> None:
         flow.blocks[0].proj_out.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
     with pytest.raises(NumericsError, match=r"not finite \(images 0 to 1\)"):
         sampler(flow, 8).images(range(2))
+
+
+# --- decoders, plans, memory
+
+
+def settings(**changes: object) -> SamplingConfig:
+    return SamplingConfig.model_validate({"batch_size": 6, "decoder": {"kind": "adaptive"}, **changes})
+
+
+def test_a_plan_names_the_fastest_way_of_each_block_and_its_error(flow: Flow) -> None:
+    plan = calibrate(flow, 1, settings())
+    assert len(plan.blocks) == len(plan.iterations) == 2
+    assert plan.max_error <= 10 * plan.tolerance
+    assert plan.pixels_within_one_level > 0.999
+    exact = torch.cat(list(Sampler(flow, 1, SamplingConfig(batch_size=6)).floats(range(12))))
+    drawn = Sampler(flow, 1, settings(), plan)
+    found = torch.cat(list(drawn.floats(range(12))))
+    assert (found - exact).abs().max() <= 10 * plan.tolerance
+    assert [report.chunk for report in drawn.reports] == [block.chunk for block in plan.blocks]
+
+
+def test_a_plan_of_other_weights_or_settings_is_refused(flow: Flow) -> None:
+    plan = calibrate(flow, 1, settings())
+    with pytest.raises(ConfigError, match=r"needs a plan for this version \(got none\)"):
+        Sampler(flow, 1, settings())
+    with pytest.raises(PlanError, match="other guidance, precision or tolerance"):
+        Sampler(flow, 1, settings(decoder={"kind": "adaptive", "tolerance": 0.1}), plan)
+    with torch.no_grad():
+        next(flow.parameters()).add_(1e-3)
+    with pytest.raises(PlanError, match="measured on other weights"):
+        Sampler(flow, 1, settings(), plan)
+
+
+def test_every_way_that_a_plan_may_choose_is_tried_and_wrong_ones_are_dropped(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that is fast but off is not taken, and one that is fast and right is."""
+    assert candidates(2) == []
+    assert candidates(16) == [15]
+    assert candidates(1024) == [1023, 511, 255, 127, 63, 31, 15]
+    decoder = TarFlowDecoder(flow)  # type: ignore[arg-type]
+    z = latents(0, range(4), flow.num_dims)
+    clock = iter(range(10**6))
+    slow = {"chunk": 0}
+
+    def seconds() -> float:  # token by token takes 100 units a run, chunks 1
+        return next(clock) * (100.0 if slow["chunk"] == 1 else 1.0)
+
+    run = decoder.decode_block
+
+    def watched(number: int, tokens: torch.Tensor, y: object, guidance: object, schedule: Schedule) -> object:
+        slow["chunk"] = schedule.chunk
+        x, report = run(number, tokens, None, None, schedule)
+        return (x + (1.0 if number == 1 and schedule.chunk > 1 else 0.0), report)
+
+    monkeypatch.setattr(decoder, "decode_block", watched)
+    monkeypatch.setattr("tarflow_scale.sampling.plan.time.perf_counter", seconds)
+    monkeypatch.setattr("tarflow_scale.sampling.plan._SMALLEST", 1)
+    first, second = measure_blocks(decoder, z, None, None, 1e-3)
+    assert first.chunk > 1
+    assert (second.chunk, second.planned) == (1, 1)
+
+
+def test_the_batch_follows_from_the_memory(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = TarFlowDecoder(flow).bytes_per_row()  # type: ignore[arg-type]
+    monkeypatch.setattr("tarflow_scale.sampling.memory.free_bytes", lambda device: 100 * rows)
+    assert Sampler(flow, 0, SamplingConfig(batch_size=None)).batch_size == 90
+    assert Sampler(flow, 0, SamplingConfig(batch_size=None, guidance=Guidance(scale=1))).batch_size == 45
+    assert Sampler(flow, 0, SamplingConfig(batch_size=7)).batch_size == 7
+    with pytest.raises(ConfigError, match=r"does not fit in memory \(got 128, .*\); use 90, or null for the largest"):
+        Sampler(flow, 0, SamplingConfig())
+    monkeypatch.setattr("tarflow_scale.sampling.memory.free_bytes", lambda device: rows)
+    with pytest.raises(ConfigError, match=r"does not fit .*; use another device"):
+        Sampler(flow, 0, SamplingConfig(batch_size=None))
+
+
+def test_settings_that_are_for_tarflow_alone() -> None:
+    glow = build(GlowConfig(kind="glow", levels=1, steps_per_level=1, width=4), (1, 4, 4), 3)
+    for change in ({"decoder": {"precision": "bf16"}}, {"decoder": {"kind": "adaptive"}}):
+        with pytest.raises(ConfigError, match="is for TarFlow"):
+            Sampler(glow, 0, SamplingConfig.model_validate(change))
+    with pytest.raises(ConfigError, match="blocks=first is for TarFlow"):
+        Sampler(glow, 0, SamplingConfig(guidance=Guidance(scale=1, blocks="first")))
+    with pytest.raises(ConfigError, match="only a TarFlow is calibrated"):
+        calibrate(glow, 0, SamplingConfig())
+
+
+def test_tolerance_and_decoder_are_checked() -> None:
+    for decoder in ({"tolerance": 0}, {"tolerance": -1}, {"kind": "jacobi"}):
+        with pytest.raises(ValidationError):
+            SamplingConfig.model_validate({"decoder": decoder})
+    with pytest.raises(ValidationError, match="no effect at scale=0"):
+        Guidance(blocks="first")
+
+
+def test_progress_reaches_what_was_announced(flow: Flow) -> None:
+    drawn = sampler(flow, 4)
+    told: list[int] = []
+    assert len(list(drawn.floats(range(10), progress=told.append))) == 3
+    assert sum(told) == drawn.num_units(10) == 3 * 2 * 3
+
+
+def test_denoising_in_parts_is_denoising_at_once(flow: Flow) -> None:
+    flow.pixels = PixelFormat(bit_depth=4, noise="gaussian", noise_std=0.1)
+    noisy = torch.cat(list(Sampler(flow, 1, SamplingConfig(batch_size=7)).floats(range(7))))
+    found = torch.cat(list(Sampler(flow, 1, SamplingConfig(batch_size=7, denoise=1.0)).floats(range(7))))
+    expected = flow.denoised(noisy, balanced_labels(range(7), 3), 0.1)
+    assert (found - expected).abs().max() < 1e-5
+    assert (found - noisy).abs().max() > 1e-3
+
+
+def test_images_encode_back_and_a_model_that_amplifies_is_told(flow: Flow) -> None:
+    drawn = sampler(flow, 8)
+    assert drawn.round_trip_error() is None
+    list(drawn.floats(range(8)))
+    error = drawn.round_trip_error()
+    assert error is not None
+    assert 0 < error < 1e-3
+    with torch.no_grad():
+        flow.blocks[0].proj_out.bias[:4] -= 9.0  # type: ignore[union-attr,index]  # scales by e^-9 on decoding
+    list(drawn.floats(range(8)))
+    amplified = drawn.round_trip_error()
+    assert amplified is not None
+    assert amplified > 100 * error
+    guided = sampler(flow, 8, guidance=1.0)
+    list(guided.floats(range(8)))
+    assert guided.round_trip_error() is None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tarflow_scale.randomness import Purpose, generator
 
-__all__ = ["balanced_labels", "latents"]
+__all__ = ["latents"]
 
 
 def latents(seed: int, indices: range, num_dims: int) -> Tensor:
@@ -15,8 +15,3 @@ def latents(seed: int, indices: range, num_dims: int) -> Tensor:
     for row, index in enumerate(indices):
         z[row] = generator(Purpose.LATENT, seed, index).standard_normal(num_dims, np.float32)
     return torch.from_numpy(z)
-
-
-def balanced_labels(indices: range, num_classes: int) -> Tensor:
-    """Label ``index mod num_classes`` for every index, ``(len(indices),)`` int64."""
-    return torch.tensor([index % num_classes for index in indices], dtype=torch.int64)

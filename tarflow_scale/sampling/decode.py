@@ -1,0 +1,249 @@
+"""Noise to data through TarFlow's blocks: the weights laid out once, and a block decoded in chunks of tokens.
+
+A block's inverse solves x_t = z_t exp(s_t(x_<t)) + m_t(x_<t) for t = 0, 1, ...; token 0 is z_0. Tokens come in chunks.
+Inside a chunk all tokens are computed at once from the chunk's last values, again and again (Jacobi's iteration), on
+top of the keys and values of the chunks before, which are final (Gauss and Seidel's). A chunk of one token needs one
+iteration: that is exact token-by-token decoding. A chunk of all tokens is Jacobi's iteration of the whole sequence.
+After i iterations the first i tokens of a chunk are exact, whatever the others were, so c tokens take at most c.
+
+What makes it fast: weights are cast once, not at every token; one cache for the block at hand is allocated once and
+written in place; the two lanes of guidance share a batch; on a GPU a token's kernels are replayed as a CUDA graph, of
+which there is one for every `_BUCKET` tokens of attention. Scale and mean act in fp32 (fp64 for an fp64 flow).
+
+Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.flows.flow import Condition, Decode
+from tarflow_scale.flows.tarflow import TarFlow, unpatchify
+from tarflow_scale.sampling.network import BlockNetwork
+
+__all__ = ["BlockReport", "Progress", "Schedule", "TarFlowDecoder"]
+
+_LIMIT = 1e4
+"""Iterates are kept within this: a far one can overflow, and an infinite key would reach exact tokens as NaN."""
+_RECHECK = 2
+"""Iterations between looks at the device, once the planned ones have not sufficed."""
+_ACTIVATIONS = 16
+"""Elements that a token's activations take at most, in widths: queries, keys, values, the wide layer twice, copies."""
+
+Progress = Callable[[int], object]
+"""Called with the number of tokens that have become final, of T - 1 a block."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block is decoded.
+
+    chunk: tokens at once. planned: iterations before the device is first asked whether they suffice. tolerance: they
+    do when no feature of a token moved by more.
+    """
+
+    chunk: int = 1
+    planned: int = 1
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What decoding a block took: iterations of each chunk, and the largest last move of a feature.
+
+    The last move is 0 where all iterations were made, which makes a chunk exact.
+    """
+
+    chunk: int
+    iterations: tuple[int, ...]
+    last_move: float
+
+
+class TarFlowDecoder:
+    """Decodes latents of a TarFlow; token by token unless schedules say otherwise.
+
+    The flow may be moved or trained on between calls: weights are laid out again when they have changed.
+
+    Args:
+        flow: the flow.
+        dtype: precision of the transformers; None is the flow's own. Affine maps are fp32 at least.
+    """
+
+    def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:
+        self._flow = flow
+        self._dtype = dtype
+        self._layers = max(len(block.layers) for block in flow.blocks)  # type: ignore[arg-type]
+        self._laid_out: list[tuple[int, int]] = []
+        self._networks: list[BlockNetwork] = []
+        self._cache: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the transformers."""
+        return self._dtype or next(self._flow.parameters()).dtype
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._flow.blocks[0].position.shape[0]  # type: ignore[union-attr,index,return-value]
+
+    @property
+    def num_steps(self) -> int:
+        """Tokens that a call tells ``progress`` of."""
+        return len(self._flow.blocks) * (self.num_tokens - 1)
+
+    def networks(self) -> list[BlockNetwork]:
+        """The blocks in the order of decoding, with the flow's present weights."""
+        state = [(parameter.data_ptr(), parameter._version) for parameter in self._flow.parameters()]
+        if state != self._laid_out:
+            self._cache = None
+            self._networks = [BlockNetwork(block, self.dtype) for block in reversed(self._flow.blocks)]  # type: ignore[arg-type]
+            self._laid_out = state
+        return self._networks
+
+    def bytes_per_row(self, chunk: int = 1) -> int:
+        """Memory that a row takes: its part of the cache, and the activations of a chunk."""
+        width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
+        cache = self._layers * 2 * width * self.num_tokens
+        return (cache + _ACTIVATIONS * width * min(chunk, self.num_tokens)) * self.dtype.itemsize  # type: ignore[operator]
+
+    def cache(self, rows: int) -> Tensor:
+        """Keys and values ``(L, 2, R, N, T, H)`` of one block; kept for the next, and for the next call."""
+        network = self.networks()[0]
+        if self._cache is None or self._cache.shape[2] != rows:
+            self._cache = None  # let go of the old one first
+            self._cache = network.new_cache(self._layers, rows)
+        return self._cache
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        z: Tensor,
+        y: Condition = None,
+        guidance: Guidance | None = None,
+        schedules: Sequence[Schedule] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, list[BlockReport]]:
+        """Latents ``(B, T D)`` to data ``(B, C, H, W)``, before any logit transform, and what each block took.
+
+        Args:
+            z: latents in token order.
+            y: labels, or None.
+            guidance: None or one that has an effect.
+            schedules: of each block, in the order of decoding; None decodes all token by token.
+            progress: called with the tokens that became final.
+        """
+        tokens = self.tokens_of(z)
+        reports: list[BlockReport] = []
+        for number in range(len(self.networks())):
+            schedule = schedules[number] if schedules is not None else Schedule()
+            tokens, report = self.decode_block(number, tokens, y, guidance, schedule, progress)
+            reports.append(report)
+        return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), reports
+
+    def as_decode(self, progress: Callable[[float], object]) -> Decode:
+        """What `Flow.inverse` takes; ``progress`` is told the share of the batch that is done since the last time."""
+
+        def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
+            return self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))[0]
+
+        return decode
+
+    def tokens_of(self, z: Tensor) -> Tensor:
+        """Latents ``(B, T D)`` as the tokens ``(B, T, D)`` that the first block to decode takes."""
+        exact = torch.float64 if next(self._flow.parameters()).dtype == torch.float64 else torch.float32
+        tokens = z.to(exact).view(len(z), self.num_tokens, -1)
+        return tokens if self._flow.log_std is None else tokens * torch.exp(self._flow.log_std.detach())
+
+    @torch.no_grad()
+    def decode_block(
+        self,
+        number: int,
+        z: Tensor,
+        y: Condition,
+        guidance: Guidance | None,
+        schedule: Schedule,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, BlockReport]:
+        """The inverse of block ``number``, in the order of decoding, of ``z (B, T, D)`` in image order."""
+        network = self.networks()[number]
+        if guidance is not None and guidance.blocks == "first" and number > 0:
+            guidance = None
+        batch, num_tokens, _ = z.shape
+        z = network.block.order(z).contiguous()
+        offsets, sharpness = network.offsets(y, batch), None
+        if guidance is not None:
+            offsets = torch.cat([offsets, network.offsets(None, batch)])
+            if guidance.attention_temperature != 1:
+                sharpness = offsets.new_ones(2 * batch, 1, 1, 1)
+                sharpness[batch:] /= guidance.attention_temperature
+        predict = _Predictor(network, offsets, self.cache(len(offsets)), sharpness, guidance)
+        x = z.clone()
+        iterations: list[int] = []
+        moves: list[Tensor] = []
+        for start in range(0, num_tokens - 1, schedule.chunk):
+            stop = min(start + schedule.chunk, num_tokens - 1)
+            if stop - start == 1:
+                x[:, stop] = predict(x, z, start, stop)[:, 0]
+                count = 1
+            else:
+                count, move = _iterate(predict, x, z, start, stop, schedule)
+                moves.append(move)
+            iterations.append(count)
+            if progress is not None:
+                progress(stop - start)
+        last_move = float(torch.stack(moves).max()) if moves else 0.0
+        return network.block.order(x), BlockReport(schedule.chunk, tuple(iterations), last_move)
+
+
+class _Predictor:
+    """Tokens ``start + 1`` to ``stop`` from those before them, as a block at hand and guidance have them."""
+
+    def __init__(
+        self, network: BlockNetwork, offsets: Tensor, cache: Tensor, sharpness: Tensor | None, guidance: Guidance | None
+    ) -> None:
+        self._network, self._offsets, self._cache = network, offsets, cache
+        self._sharpness, self._guidance = sharpness, guidance
+        num_tokens = offsets.shape[1]
+        if guidance is not None:
+            exact = torch.float64 if offsets.dtype == torch.float64 else torch.float32
+            ramp = torch.arange(1, num_tokens, device=offsets.device, dtype=exact)[:, None] / (num_tokens - 1)
+            self._strengths = guidance.scale * (ramp if guidance.annealed else torch.ones_like(ramp))
+
+    def __call__(self, x: Tensor, z: Tensor, start: int, stop: int) -> Tensor:
+        part = slice(start, stop)
+        log_scale, mean = self._network.parameters(
+            x[:, part], self._offsets[:, part], self._cache, start, self._sharpness
+        )
+        if self._guidance is not None:
+            mean = self._guided(mean, part, self._guidance.what != "log_scale")
+            if log_scale is not None:
+                log_scale = self._guided(log_scale, part, self._guidance.what != "mean")
+        latents = z[:, start + 1 : stop + 1]
+        return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
+
+    def _guided(self, lanes: Tensor, part: slice, acts: bool) -> Tensor:
+        """Return a + scale (a - a_weak), the weak prediction being the second lane."""
+        strong, weak = lanes.chunk(2)
+        return strong + self._strengths[part] * (strong - weak) if acts else strong
+
+
+def _iterate(
+    predict: _Predictor, x: Tensor, z: Tensor, start: int, stop: int, schedule: Schedule
+) -> tuple[int, Tensor]:
+    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place; the iterations that took, and the last move."""
+    following = slice(start + 1, stop + 1)
+    count, move = 0, x.new_zeros(())
+    while count < stop - start:
+        count += 1
+        new = predict(x, z, start, stop)
+        new = torch.nan_to_num(new, nan=0.0, posinf=_LIMIT, neginf=-_LIMIT).clamp_(-_LIMIT, _LIMIT)
+        move = (new - x[:, following]).abs().amax()
+        x[:, following] = new
+        due = count >= schedule.planned and (count - schedule.planned) % _RECHECK == 0
+        if due and count < stop - start and float(move) <= schedule.tolerance:
+            return count, move
+    return stop - start, torch.zeros_like(move)

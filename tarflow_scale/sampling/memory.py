@@ -1,0 +1,47 @@
+"""How many images a device can decode at once."""
+
+from pathlib import Path
+
+import torch
+
+from tarflow_scale.errors import ConfigError
+
+__all__ = ["fitting_batch", "free_bytes"]
+
+_MOST = 1024
+"""More images than this read no less memory an image: keys and values, not weights, are what is read."""
+_SHARE = 0.9
+"""Of the free memory; the rest is for what is not counted."""
+_GIB = 1024**3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device; on the CPU what the machine and this process's control group have left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable")
+    )
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+        available = min(available, int(text) - int(used.read_text(encoding="ascii")))
+    return available
+
+
+def fitting_batch(asked: int | None, bytes_per_image: int, device: torch.device) -> int:
+    """The batch that was asked for, or without such a wish the largest that fits.
+
+    Raises:
+        ConfigError: it does not fit, or not even one image does.
+    """
+    fits = int(_SHARE * free_bytes(device)) // bytes_per_image
+    if fits < (asked or 1):
+        free, needed = free_bytes(device) / _GIB, (asked or 1) * bytes_per_image / _GIB
+        cure = f"use {fits}, or null for the largest" if fits else "use another device, or decoder.precision=bf16"
+        raise ConfigError(
+            f"sampling.batch_size does not fit in memory (got {asked or 1}, which needs {needed:.3g} GiB of {free:.3g} "
+            f"GiB free); {cure}"
+        )
+    return asked or min(fits, _MOST)

@@ -1,0 +1,225 @@
+"""A TarFlow block's transformer as decoding runs it: tokens at some position in, log-scale and mean of the next out.
+
+Shapes: B batch, R rows (B, or 2 B with guidance), c tokens at hand, T tokens, D features, C width, N heads, H head
+width, L layers.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from tarflow_scale.flows.attention import TransformerLayer
+from tarflow_scale.flows.flow import Condition
+from tarflow_scale.flows.tarflow import TarFlowBlock
+
+__all__ = ["BlockNetwork"]
+
+_BUCKET = 128
+"""A CUDA graph serves this many positions: its attention covers the cache up to the last of them."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Where tokens go in the cache and what they see: positions ``start`` to ``stop``, and all before."""
+
+    start: int
+    stop: int
+
+    def store(self, cache: Tensor, keys_values: Tensor) -> None:
+        cache[:, :, :, self.start : self.stop] = keys_values
+
+    def attend(self, q: Tensor, cache: Tensor) -> Tensor:
+        k, v = cache[0, :, :, : self.stop], cache[1, :, :, : self.stop]
+        if self.stop - self.start == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        if self.start == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], self.stop))
+
+
+@dataclass(frozen=True)
+class _FixedWindow:
+    """The same for one token whose position is a tensor, so that shapes do not depend on it.
+
+    position: ``(1,)`` int64. length: positions that attention covers; those after ``position`` are masked.
+    """
+
+    position: Tensor
+    length: int
+
+    def store(self, cache: Tensor, keys_values: Tensor) -> None:
+        cache.index_copy_(3, self.position, keys_values)
+
+    def attend(self, q: Tensor, cache: Tensor) -> Tensor:
+        seen = torch.arange(self.length, device=q.device) <= self.position
+        k, v = cache[0, :, :, : self.length], cache[1, :, :, : self.length]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1))
+
+
+class _Linear:
+    """A linear layer whose weights may also be kept as oneDNN wants them, for one token of many rows on a CPU.
+
+    A token's product reads all weights for few rows, and is then 1.5 to 2 times faster than from rows of a matrix
+    (evals/benchmarks/sampling.py). The two operators are those that PyTorch's own compiler emits for frozen weights.
+    """
+
+    def __init__(self, module: torch.nn.Linear, dtype: torch.dtype) -> None:
+        self.weight, self.bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
+        self._packed: Tensor | None = None
+        self._rows = 0
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """``x (R, c, in)`` to ``(R, c, out)``, through an exact GELU if asked for."""
+        if x.shape[1] == 1 and x.dtype == torch.float32 and x.device.type == "cpu" and _can_pack():
+            activation = ("gelu", [], "none") if gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._pack(len(x)), self.bias, *activation)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if gelu else y
+
+    def _pack(self, rows: int) -> Tensor:
+        if self._packed is not None and self._rows == rows:
+            return self._packed
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        self._packed, self._rows = packed, rows
+        return packed
+
+
+class _Layer:
+    """A transformer layer; LayerNorms keep their precision."""
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
+        self.attention_norm = layer.attention_norm.weight.detach(), layer.attention_norm.bias.detach()
+        self.mlp_norm = layer.mlp_norm.weight.detach(), layer.mlp_norm.bias.detach()
+        self.qkv, self.attention_out = _Linear(layer.qkv, dtype), _Linear(layer.attention_out, dtype)
+        self.mlp_in, self.mlp_out = _Linear(layer.mlp_in, dtype), _Linear(layer.mlp_out, dtype)
+
+
+@functools.cache
+def _can_pack() -> bool:
+    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+
+
+class BlockNetwork:
+    """One block, laid out for decoding.
+
+    Args:
+        block: the block; its weights are shared where they have the precision already, and cast once elsewhere.
+        dtype: precision of matrix products and of the cache.
+    """
+
+    def __init__(self, block: TarFlowBlock, dtype: torch.dtype) -> None:
+        self.block = block
+        self.dtype = dtype
+        self._proj_in, self._proj_out = _Linear(block.proj_in, dtype), _Linear(block.proj_out, dtype)
+        self._layers = [_Layer(layer, dtype) for layer in block.layers]  # type: ignore[arg-type]
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+
+    def new_cache(self, layers: int, rows: int) -> Tensor:
+        """Empty keys and values ``(L, 2, R, N, T, H)``."""
+        num_tokens, width = self.block.position.shape
+        heads = width // self.block.head_width
+        return self._proj_in.weight.new_zeros(layers, 2, rows, heads, num_tokens, self.block.head_width)
+
+    def offsets(self, y: Condition, batch: int) -> Tensor:
+        """Position plus condition of every token in reading order, ``(B, T, C)``."""
+        block = self.block
+        return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
+
+    def parameters(
+        self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the tokens that follow ``tokens``, in fp32.
+
+        Args:
+            tokens: ``(B, c, D)``, at reading positions ``start`` and on; the same for all lanes.
+            offsets: ``(R, c, C)`` of these positions.
+            cache: of `new_cache`; positions before ``start`` are read, those of ``tokens`` written.
+            start: position of the first token.
+            sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
+        """
+        tokens, count = tokens.to(self.dtype), tokens.shape[1]
+        if count == 1 and tokens.is_cuda:
+            out = self._replayed(tokens, offsets, cache, start, sharpness)
+        else:
+            out = self.outputs(tokens, offsets, cache, _Window(start, start + count), sharpness)
+        return self.block.parameters_of(out if out.dtype == torch.float64 else out.float())
+
+    def outputs(
+        self,
+        tokens: Tensor,
+        offsets: Tensor,
+        cache: Tensor,
+        window: _Window | _FixedWindow,
+        sharpness: Tensor | None = None,
+    ) -> Tensor:
+        """What the block's output layer says, ``(R, c, D or 2 D)``."""
+        rows, count, width = offsets.shape
+        h = self._proj_in(tokens)
+        h = offsets + (h if len(h) == rows else h.repeat(rows // len(h), 1, 1))
+        for layer, layer_cache in zip(self._layers, cache, strict=False):
+            heads = layer.qkv(_normed(h, layer.attention_norm)).view(rows, count, 3, -1, self.block.head_width)
+            window.store(layer_cache, heads[:, :, 1:].permute(2, 0, 3, 1, 4))
+            q = heads[:, :, 0].transpose(1, 2)
+            attended = window.attend(q if sharpness is None else q * sharpness, layer_cache)
+            h = h + layer.attention_out(attended.transpose(1, 2).reshape(rows, count, width))
+            h = h + layer.mlp_out(layer.mlp_in(_normed(h, layer.mlp_norm), gelu=True))
+        return self._proj_out(h)
+
+    def fixed(self, start: int, num_tokens: int, device: torch.device) -> _FixedWindow:
+        """The window of one token at ``start`` whose shapes serve a whole bucket of positions."""
+        length = min((start // _BUCKET + 1) * _BUCKET, num_tokens)
+        return _FixedWindow(torch.full((1,), start, dtype=torch.int64, device=device), length)
+
+    def _replayed(self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None) -> Tensor:
+        """`outputs` of one token from a CUDA graph, which is captured when its bucket is first met."""
+        window = self.fixed(start, cache.shape[4], tokens.device)
+        key = (window.length, cache.data_ptr(), *offsets.shape, 0 if sharpness is None else 1)
+        if key not in self._graphs:
+            self._graphs = {k: graph for k, graph in self._graphs.items() if k[1] == cache.data_ptr()}
+            self._graphs[key] = _Graph(self, tokens, offsets, cache, window, sharpness)
+        return self._graphs[key].replay(tokens, offsets, start, sharpness)
+
+
+class _Graph:
+    """A captured `BlockNetwork.outputs` of one token, with buffers of its own for what goes in."""
+
+    def __init__(
+        self,
+        network: BlockNetwork,
+        tokens: Tensor,
+        offsets: Tensor,
+        cache: Tensor,
+        window: _FixedWindow,
+        sharpness: Tensor | None,
+    ) -> None:
+        self._tokens, self._offsets, self._position = tokens.clone(), offsets.clone(), window.position
+        self._sharpness = None if sharpness is None else sharpness.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set up their workspaces outside of a capture
+            network.outputs(self._tokens, self._offsets, cache, window, self._sharpness)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = network.outputs(self._tokens, self._offsets, cache, window, self._sharpness)
+
+    def replay(self, tokens: Tensor, offsets: Tensor, start: int, sharpness: Tensor | None) -> Tensor:
+        """The output for a token at ``start``; overwritten by the next replay."""
+        self._tokens.copy_(tokens)
+        self._offsets.copy_(offsets)
+        self._position.fill_(start)
+        if self._sharpness is not None and sharpness is not None:
+            self._sharpness.copy_(sharpness)
+        self._graph.replay()
+        return self._out
+
+
+def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    """LayerNorm in the precision of its weights."""
+    wide = h.to(weights[0])
+    return F.layer_norm(wide, wide.shape[-1:], *weights).to(h)

@@ -1,0 +1,87 @@
+"""Which chunks of tokens decode each block fastest, measured on the device that will decode.
+
+A chunk of c tokens trades reading the cache and the weights once a token for computing c tokens a few times over; what
+wins depends on block, batch and device, and one block of a model is often harder than the others (arXiv 2505.12849,
+2505.24791). Hence every block is decoded in every way, from the exact output of the block before, and the fastest of
+those whose error stays within the tolerance is taken; token by token is always among them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.flows.flow import Condition
+from tarflow_scale.records import BlockPlan
+from tarflow_scale.sampling.decode import BlockReport, Schedule, TarFlowDecoder
+
+__all__ = ["candidates", "measure_blocks", "schedules_of"]
+
+_SMALLEST = 8
+_REPEATS = 2
+
+
+def candidates(num_tokens: int) -> list[int]:
+    """Chunks to try for T tokens: all at once, then halves, down to 8."""
+    chunks = [num_tokens - 1] if num_tokens > 2 else []
+    while chunks and chunks[-1] // 2 >= _SMALLEST:
+        chunks.append(chunks[-1] // 2)
+    return chunks
+
+
+def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule]:
+    """What the decoder takes."""
+    return [Schedule(block.chunk, block.planned, tolerance) for block in blocks]
+
+
+def measure_blocks(
+    decoder: TarFlowDecoder, z: Tensor, y: Condition, guidance: Guidance | None, tolerance: float
+) -> list[BlockPlan]:
+    """The fastest way to decode each block, in the order of decoding.
+
+    Args:
+        decoder: of the flow.
+        z: latents ``(B, T D)`` of a batch as it will be decoded.
+        y: labels, or None.
+        guidance: None or one that has an effect.
+        tolerance: largest error of a token's feature, and the move at which iterating ends.
+    """
+    tokens = decoder.tokens_of(z)
+    blocks: list[BlockPlan] = []
+    for number in range(len(decoder.networks())):
+
+        def run(schedule: Schedule, number: int = number, tokens: Tensor = tokens) -> tuple[Tensor, BlockReport]:
+            return decoder.decode_block(number, tokens, y, guidance, schedule)
+
+        (exact, _), fastest = _timed(run, Schedule(), _REPEATS, z.device)
+        best = BlockPlan(chunk=1, planned=1)
+        for chunk in candidates(decoder.num_tokens):
+            (_, report), _ = _timed(run, Schedule(chunk, 1, tolerance), 1, z.device)
+            planned = sorted(report.iterations)[len(report.iterations) // 2]
+            (found, _), seconds = _timed(run, Schedule(chunk, planned, tolerance), _REPEATS, z.device)
+            if float((found - exact).abs().max()) <= tolerance and seconds < fastest:
+                best, fastest = BlockPlan(chunk=chunk, planned=planned), seconds
+        blocks.append(best)
+        tokens = exact
+    return blocks
+
+
+def _timed(
+    run: Callable[[Schedule], tuple[Tensor, BlockReport]], schedule: Schedule, repeats: int, device: torch.device
+) -> tuple[tuple[Tensor, BlockReport], float]:
+    """A result, and the seconds of the fastest run."""
+    seconds: list[float] = []
+    for _ in range(repeats):
+        _synchronize(device)
+        started = time.perf_counter()
+        result = run(schedule)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return result, min(seconds)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,64 @@
+"""The same latents under several settings, as one picture: what guidance and temperature do to a model."""
+
+import io
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tarflow_scale.config import Guidance, SamplingConfig
+from tarflow_scale.flows import Flow
+from tarflow_scale.sampling.sampler import Sampler
+from tarflow_scale.shards.images import contact_sheet
+
+__all__ = ["sweep", "sweep_picture"]
+
+_LABEL_PIXELS = 190
+_LINE_PIXELS = 12
+
+
+def sweep(
+    flow: Flow,
+    seed: int,
+    num_images: int,
+    guidances: Sequence[float] = (0.0,),
+    temperatures: Sequence[float] = (1.0,),
+    attention_temperatures: Sequence[float] = (1.0,),
+    base: SamplingConfig | None = None,
+) -> list[tuple[SamplingConfig, Tensor]]:
+    """Images ``(num_images, C, H, W)`` uint8 of the first indices of ``seed`` under every combination of settings.
+
+    Attention temperatures count with guidance alone; without it one row stands for all of them.
+
+    Raises:
+        ConfigError: settings that cannot have an effect on this flow.
+    """
+    base = base or SamplingConfig()
+    rows: list[SamplingConfig] = []
+    for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):
+        guidance = Guidance(scale=scale, attention_temperature=attention) if scale else Guidance()
+        settings = base.model_copy(update={"guidance": guidance, "temperature": temperature})
+        if settings not in rows:
+            rows.append(settings)
+    return [(settings, Sampler(flow, seed, settings).images(range(num_images))) for settings in rows]
+
+
+def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:
+    """A PNG with a line of images for each of `sweep`'s rows, and its settings in front of it."""
+    images = torch.cat([images for _, images in rows]).numpy()
+    sheet = Image.open(io.BytesIO(contact_sheet(images, len(rows[0][1]), zoom))).convert("RGB")
+    picture = Image.new("RGB", (_LABEL_PIXELS + sheet.width, max(sheet.height, _LINE_PIXELS * len(rows))), "white")
+    picture.paste(sheet, (_LABEL_PIXELS, 0))
+    draw = ImageDraw.Draw(picture)
+    for number, (settings, _) in enumerate(rows):
+        middle = (number + 0.5) * sheet.height / len(rows)
+        guidance = settings.guidance
+        text = f"guidance {guidance.scale:g}, temperature {settings.temperature:g}"
+        if guidance.attention_temperature != 1:
+            text += f", attention {guidance.attention_temperature:g}"
+        draw.text((4, middle), text, fill="black", anchor="lm")
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()

@@ -1,0 +1,232 @@
+"""Decoding: the fast way is the plain one, chunks are exact when they must be, and errors stay where they should."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.flows.tarflow import TarFlow, unpatchify
+from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
+from tarflow_scale.sampling.network import BlockNetwork
+
+GUIDANCES = [
+    None,
+    Guidance(scale=1.5),
+    Guidance(scale=1.5, annealed=True),
+    Guidance(scale=0.8, attention_temperature=0.7, what="mean"),
+    Guidance(scale=0.8, what="log_scale"),
+]
+
+
+def flow_of(seed: int = 0, classes: int | None = 5, depth: tuple[int, ...] = (2, 1, 2), **options: object) -> TarFlow:
+    torch.manual_seed(seed)
+    flow = TarFlow(
+        (3, 8, 8), classes, patch_size=2, width=32, layers_per_block=depth, head_width=16, **options  # type: ignore[arg-type]
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            parameter.add_((0.01 if "proj_out" in name else 0.1) * torch.randn_like(parameter))
+    return flow.eval()
+
+
+def latents_of(flow: TarFlow, num: int = 6) -> tuple[Tensor, Tensor | None]:
+    z = torch.randn(num, flow.num_dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = None if flow.num_classes is None else torch.tensor([0, 1, 2, 3, -1, 4] * math.ceil(num / 6))[:num]
+    return z.to(next(flow.parameters())), y
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"log_scale_bound": 0.5}], ids=["free", "bounded"])
+def test_it_is_the_plain_inverse(guidance: Guidance | None, options: dict[str, object]) -> None:
+    flow = flow_of(**options).double()
+    z, y = latents_of(flow)
+    found, reports = TarFlowDecoder(flow)(z, y, guidance)
+    with torch.no_grad():
+        assert (found - flow.inverse(z, y, guidance)).abs().max() < 1e-12
+    assert [(report.chunk, set(report.iterations)) for report in reports] == [(1, {1})] * 3
+
+
+def test_flows_without_labels_or_scales_decode_alike() -> None:
+    flow = flow_of(classes=None, variant="volume_preserving").double()
+    assert flow.log_std is not None
+    z, y = latents_of(flow)
+    with torch.no_grad():
+        assert (TarFlowDecoder(flow)(z, y)[0] - flow.inverse(z, y)).abs().max() < 1e-12
+    weak = Guidance(scale=1.0, attention_temperature=0.5)
+    with torch.no_grad():
+        assert (TarFlowDecoder(flow)(z, y, weak)[0] - flow.inverse(z, y, weak)).abs().max() < 1e-12
+
+
+def test_guidance_in_the_first_block_alone_leaves_the_others_alone() -> None:
+    flow = flow_of().double()
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    tokens = decoder.tokens_of(z)
+    for number in range(3):
+        guidance = Guidance(scale=2.0) if number == 0 else None
+        tokens, _ = decoder.decode_block(number, tokens, y, guidance, Schedule())
+    found = decoder(z, y, Guidance(scale=2.0, blocks="first"))[0]
+    assert torch.equal(found, unpatchify(tokens, 2, 8))
+    assert (found - decoder(z, y, Guidance(scale=2.0))[0]).abs().max() > 1e-4
+    assert (found - decoder(z, y)[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(scale=1.0, annealed=True)], ids=str)
+@pytest.mark.parametrize("chunk", [2, 5, 15, 100])
+def test_a_chunk_of_c_tokens_is_exact_after_c_iterations(chunk: int, guidance: Guidance | None) -> None:
+    """However far apart the iterates are: the guarantee that makes the parallel way safe."""
+    flow = flow_of().double()
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    exact = decoder(z, y, guidance)[0]
+    found, reports = decoder(z, y, guidance, [Schedule(chunk, 10**6)] * 3)
+    assert (found - exact).abs().max() < 1e-11
+    assert sum(reports[0].iterations) == 15
+    assert {report.last_move for report in reports} == {0.0}
+
+
+@pytest.mark.parametrize("chunk", [8, 15])
+def test_a_tolerance_saves_iterations_and_bounds_the_error(chunk: int) -> None:
+    flow = flow_of(seed=3).double()
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    exact = decoder(z, y)[0]
+    counts, errors = [], []
+    for tolerance in (1e-1, 1e-3, 1e-6):
+        found, reports = decoder(z, y, None, [Schedule(chunk, 1, tolerance)] * 3)
+        counts.append(sum(sum(report.iterations) for report in reports))
+        errors.append(float((found - exact).abs().max()))
+        assert all(report.last_move <= tolerance for report in reports)
+        assert errors[-1] < 10 * tolerance
+    assert counts[0] <= counts[1] < counts[2] < 45
+    assert errors[0] > errors[2] > 0
+
+
+class Wild(BlockNetwork):
+    """A network whose scales are infinite wherever a token at hand is far from its exact value."""
+
+    exact: Tensor
+
+    def parameters(self, tokens: Tensor, offsets: Tensor, *rest: object) -> tuple[Tensor | None, Tensor]:
+        log_scale, mean = super().parameters(tokens, offsets, *rest)  # type: ignore[arg-type]
+        start = rest[1]
+        assert isinstance(start, int)
+        off = (tokens - self.exact[:, start : start + tokens.shape[1]]).abs().amax(dim=2, keepdim=True) > 1e-6
+        assert log_scale is not None
+        return torch.where(off, 1000.0, log_scale), torch.where(off, float("nan"), mean)
+
+
+def test_iterates_that_overflow_do_not_reach_exact_tokens() -> None:
+    """The finite-step guarantee holds though every iterate of a token not yet exact overflows."""
+    flow = flow_of(depth=(2,)).double()
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    exact, _ = decoder.decode_block(0, decoder.tokens_of(z), y, None, Schedule())
+    wild = Wild(flow.blocks[0], torch.float64)  # type: ignore[arg-type]
+    wild.exact = exact
+    decoder.networks()[0] = wild
+    found, report = decoder.decode_block(0, decoder.tokens_of(z), y, None, Schedule(15, 10**6))
+    assert report.iterations == (15,)
+    assert (found - exact).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_batches_of_1_7_and_64_agree_per_image(chunk: int) -> None:
+    flow = flow_of(seed=2)
+    z, y = latents_of(flow, 64)
+    assert y is not None
+    decoder = TarFlowDecoder(flow)
+    schedules = [Schedule(chunk, 10**6)] * 3
+    whole = decoder(z, y, Guidance(scale=1.0), schedules)[0]
+    for size in (1, 7):
+        parts = [
+            decoder(a, b, Guidance(scale=1.0), schedules)[0] for a, b in zip(z.split(size), y.split(size), strict=True)
+        ]
+        assert (torch.cat(parts) - whole).abs().max() < 1e-5
+
+
+def test_what_is_decoded_encodes_back() -> None:
+    flow = flow_of(seed=4)
+    z, y = latents_of(flow, 16)
+    with torch.no_grad():
+        back, _ = flow(TarFlowDecoder(flow)(z, y)[0], y)
+    assert (back - z).abs().max() < 1e-3
+
+
+def test_bf16_is_near_and_keeps_scale_and_mean_wide() -> None:
+    flow = flow_of(seed=5)
+    z, y = latents_of(flow)
+    exact = TarFlowDecoder(flow)(z, y)[0]
+    found = TarFlowDecoder(flow, torch.bfloat16)(z, y)[0]
+    assert found.dtype == torch.float32
+    error = (found - exact).abs().max()
+    assert 1e-6 < error < 0.05
+    decoder = TarFlowDecoder(flow, torch.bfloat16)
+    assert decoder.cache(4).dtype == torch.bfloat16
+
+
+def test_trained_or_moved_weights_are_laid_out_again() -> None:
+    flow = flow_of(seed=6)
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow, torch.bfloat16)
+    before = decoder(z, y)[0]
+    with torch.no_grad():
+        flow.blocks[1].proj_out.bias.add_(0.1)  # type: ignore[union-attr,operator]
+    after = decoder(z, y)[0]
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(after, TarFlowDecoder(flow, torch.bfloat16)(z, y)[0])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_memory_is_that_of_one_block(guided: bool) -> None:
+    """The cache of the deepest block serves all; keys and values of T tokens, C wide, of each row."""
+    flow = flow_of(depth=(1, 3, 2))
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    decoder(z, y, Guidance(scale=1.0) if guided else None)
+    rows = 12 if guided else 6
+    held = decoder.cache(rows)
+    assert held.data_ptr() == decoder.cache(rows).data_ptr()
+    assert held.nbytes == 3 * 2 * rows * 32 * 16 * 4
+    assert held.nbytes <= rows * decoder.bytes_per_row() < 1.5 * held.nbytes
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+def test_a_window_of_fixed_shape_computes_the_same(sharp: bool) -> None:
+    """What CUDA graphs replay: position as a tensor, attention masked to it; here run without a graph."""
+    flow = flow_of(depth=(2,)).double()
+    z, y = latents_of(flow)
+    network = BlockNetwork(flow.blocks[0], torch.float64)  # type: ignore[arg-type]
+    offsets = network.offsets(y, len(z))
+    sharpness = 0.5 * torch.ones(len(z), 1, 1, 1, dtype=torch.float64) if sharp else None
+    tokens = z.view(len(z), 16, 12)
+    plain, fixed = network.new_cache(2, len(z)), network.new_cache(2, len(z))
+    for t in range(15):
+        one = slice(t, t + 1)
+        expected = network.parameters(tokens[:, one], offsets[:, one], plain, t, sharpness)
+        window = network.fixed(t, 16, z.device)
+        assert window.length == 16
+        out = network.outputs(tokens[:, one], offsets[:, one], fixed, window, sharpness)
+        log_scale, mean = network.block.parameters_of(out)
+        assert (mean - expected[1]).abs().max() < 1e-12
+        assert (log_scale - expected[0]).abs().max() < 1e-12  # type: ignore[operator]
+    assert (plain - fixed).abs().max() < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [None, Guidance(scale=1.0, attention_temperature=0.8)], ids=str)
+def test_graphs_on_a_gpu_decode_the_same(dtype: torch.dtype | None, guidance: Guidance | None) -> None:
+    flow = flow_of()
+    z, y = latents_of(flow)
+    assert y is not None
+    expected = TarFlowDecoder(flow, dtype)(z, y, guidance)[0]
+    flow = flow.cuda()
+    decoder = TarFlowDecoder(flow, dtype)
+    for _ in range(2):  # captured, then replayed
+        found = decoder(z.cuda(), y.cuda(), guidance)[0].cpu()
+        assert (found - expected).abs().max() < (1e-3 if dtype is None else 0.1)
+    chunked = decoder(z.cuda(), y.cuda(), guidance, [Schedule(5, 10**6)] * 3)[0].cpu()
+    assert (chunked - expected).abs().max() < (1e-3 if dtype is None else 0.1)

@@ -1,0 +1,33 @@
+"""A sweep shows the same latents under every setting, once each."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tarflow_scale.config import SamplingConfig, TarFlowConfig
+from tarflow_scale.flows import build
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.sampling.sweep import sweep, sweep_picture
+
+
+def test_a_row_for_every_setting_and_a_picture_of_them() -> None:
+    torch.manual_seed(0)
+    flow = build(TarFlowConfig(patch_size=2, width=16, layers_per_block=(1, 1), head_width=8), (1, 4, 4), 3).eval()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
+    rows = sweep(flow, 3, 5, guidances=(0.0, 2.0), temperatures=(0.7, 1.0), attention_temperatures=(1.0, 0.8))
+    assert len(rows) == 2 + 4  # the two attention temperatures are one without guidance
+    for settings, images in rows:
+        assert torch.equal(images, Sampler(flow, 3, settings).images(range(5)))
+    assert torch.equal(rows[1][1], Sampler(flow, 3, SamplingConfig()).images(range(5)))
+    picture = np.asarray(Image.open(io.BytesIO(sweep_picture(rows, zoom=4))))
+    assert picture.shape[1] > 5 * 16
+    assert picture.shape[0] >= 6 * 16
+    for number in range(6):  # a label in front of every row
+        middle = int((number + 0.5) * picture.shape[0] / 6)
+        assert (picture[middle - 5 : middle + 5, :190] < 128).any()
