@@ -27,7 +27,7 @@ from tarflow_scale.config import (
 )
 from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
-from tarflow_scale.loading import load_version, worker_device
+from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import dequantised, gaussian_bits_per_dim, pixel_hashes
 from tarflow_scale.metrics.features import open_extractor, weights_digest
@@ -144,7 +144,8 @@ class Scorer:
         torch.set_num_threads(threads)
         self._device = worker_device(gpu)
         self._flow = load_version(registry.path, registry.model, version).to(self._device)
-        self._samplers = {0: Sampler(self._flow, 0, sampling)}  # refuses settings that do not fit, before any work
+        self._decoding = decoding_plan(Registry(registry.path, registry.model), version, sampling, gpu)
+        self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses what does not fit at once
         self._data = ShardSet(data.path, data.verify)
         self._reference = ShardSet(reference.path)
         self._sampling = sampling
@@ -193,7 +194,7 @@ class Scorer:
 
     def _samples(self, unit: Unit, protocol: FrechetProtocol) -> torch.Tensor:
         if protocol.seed not in self._samplers:
-            self._samplers[protocol.seed] = Sampler(self._flow, protocol.seed, self._sampling)
+            self._samplers[protocol.seed] = Sampler(self._flow, protocol.seed, self._sampling, self._decoding)
         parts = self._samplers[protocol.seed].floats(range(unit.start, unit.stop))
         return torch.cat([quantize(x, protocol.bit_depth, protocol.rounding).cpu() for x in parts])
 

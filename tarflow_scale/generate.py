@@ -13,9 +13,9 @@ import torch
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import DecoderConfig, GenerateConfig, SamplingConfig
 from tarflow_scale.errors import ConfigError, PlanError
-from tarflow_scale.loading import load_version, worker_device
+from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.pool import run_units
-from tarflow_scale.records import DecodingPlan, GenerationPlan, canonical_json
+from tarflow_scale.records import GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
@@ -173,10 +173,7 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
     version = registry.resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)
     settings, cluster = _settings(config), config.cluster
-    decoding = None
-    if settings.decoder.kind == "adaptive":
-        plans = registry.state().plans.get(version.version, [])
-        decoding = _plan_for(plans, settings, cluster.gpus_per_worker > 0)
+    decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
     sampler = Sampler(flow, config.sampling.seed, settings, decoding)  # refuses settings that do not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
@@ -205,17 +202,6 @@ def _settings(config: GenerateConfig) -> SamplingConfig:
     return SamplingConfig.model_validate(config.sampling.model_dump(exclude={"seed", "num_images"}))
 
 
-def _plan_for(plans: list[DecodingPlan], settings: SamplingConfig, gpu: bool) -> DecodingPlan | None:
-    """The newest plan measured with these settings on this kind of device; else the newest, whose refusal says why."""
-    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
-    fitting = [
-        plan
-        for plan in plans
-        if (plan.guidance, plan.precision, plan.tolerance) == wanted and (plan.device != "cpu") == gpu
-    ]
-    return (fitting or plans or [None])[-1]
-
-
 def _units(plan: GenerationPlan) -> list[Unit]:
     size = plan.samples_per_shard
     starts = range(0, plan.num_images, size)
@@ -231,11 +217,16 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
     location = storage.join(path, _PLAN)
     if storage.exists(location):
         frozen = GenerationPlan.from_json(storage.read_bytes(location), location)
-        changed = [name for name in GenerationPlan.model_fields if getattr(frozen, name) != getattr(plan, name)]
+        changed = [name for name in GenerationPlan.model_fields if _of(frozen, name) != _of(plan, name)]
         if changed:
             raise PlanError(f"{path} holds another plan ({', '.join(changed)} differ); choose another shards.path")
     elif storage.list_names(path):
         raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
+
+
+def _of(plan: GenerationPlan, name: str) -> Any:
+    """A field; settings that an older version did not know of are at their defaults."""
+    return SamplingConfig.model_validate(plan.sampling) if name == "sampling" else getattr(plan, name)
 
 
 def _freeze_plan(path: str, plan: GenerationPlan) -> None:

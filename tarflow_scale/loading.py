@@ -2,13 +2,15 @@
 
 import torch
 
+from tarflow_scale.config import SamplingConfig
 from tarflow_scale.errors import ConfigError, RegistryError
 from tarflow_scale.flows import Flow, TarFlow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
+from tarflow_scale.records import DecodingPlan
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.decode import TarFlowDecoder
 
-__all__ = ["load", "load_version", "worker_device"]
+__all__ = ["decoding_plan", "load", "load_version", "worker_device"]
 
 
 def load(source: str, registry: str | None = None) -> Flow:
@@ -45,6 +47,23 @@ def worker_device(gpu: bool) -> torch.device:
     if gpu and not torch.cuda.is_available():
         raise ConfigError("cluster.gpus_per_worker needs a CUDA device (got none on this machine); set it to 0")
     return torch.device("cuda" if gpu else "cpu")
+
+
+def decoding_plan(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> DecodingPlan | None:
+    """The newest plan of a version measured with these settings on this kind of device, if they ask for one.
+
+    Where none was, the newest of all, so that its refusal says what differs; None if there is none.
+    """
+    if settings.decoder.kind == "exact":
+        return None
+    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
+    plans = registry.state().plans.get(version, [])
+    fitting = [
+        plan
+        for plan in plans
+        if (plan.guidance, plan.precision, plan.tolerance) == wanted and (plan.device != "cpu") == gpu
+    ]
+    return (fitting or plans or [None])[-1]
 
 
 def load_version(registry: str, model: str, reference: int | str) -> Flow:

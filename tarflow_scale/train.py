@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
-from tarflow_scale.errors import DataError, Interrupted, NumericsError, UserError
+from tarflow_scale.errors import ConfigError, DataError, Interrupted, NumericsError, UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
 from tarflow_scale.flows.weights import flow_files
@@ -264,11 +264,11 @@ def _preview(
         flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         flow.pixels = pixels
         guidance = Guidance(scale=config.logging.preview_guidance)
-        sampler = Sampler(flow.eval(), 0, SamplingConfig(batch_size=_PREVIEW_IMAGES, guidance=guidance))
         columns = manifest.num_classes if 0 < manifest.num_classes <= _PREVIEW_IMAGES else 8
         try:
+            sampler = Sampler(flow.eval(), 0, SamplingConfig(batch_size=None, guidance=guidance))
             images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
-        except NumericsError as error:  # no reason to stop a run whose loss is finite
+        except (NumericsError, ConfigError) as error:  # no reason to stop a run whose loss is finite
             warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
             return
         path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"

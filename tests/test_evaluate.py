@@ -91,6 +91,26 @@ def test_baselines_are_measured_by_the_same_protocols(local: MetricsReport) -> N
     assert local.baselines["real_frechet_pixels"] < 4
 
 
+def test_samples_of_a_plan_score_like_exact_ones(
+    own: Trained, local: MetricsReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = tmp_path / "registry"
+    shutil.copytree(own.registry, registry)
+    shutil.copytree(own.registry.parent / "references", tmp_path / "references")
+    copy = Trained(own.data, own.run, registry)
+    adaptive = evaluate_arguments(copy, "cluster.executor=local", "sampling.decoder.kind=adaptive")
+    assert cli.main(adaptive) == 2
+    assert "needs a plan for this version (got none)" in capsys.readouterr().err
+    calibrated = [f"registry.path={registry}", "registry.model=small", "shards.path=unused", "sampling.num_images=1"]
+    assert cli.main(["generate", *calibrated, "--calibrate"]) == 0
+    assert cli.main(adaptive) == 0
+    name = "frechet_pixels"
+    found, expected = newest_report(copy).metrics, local.metrics
+    assert found.keys() == expected.keys()
+    assert found[name].value == pytest.approx(expected[name].value, rel=1e-2)
+    assert newest_report(copy).sampling["decoder"]["kind"] == "adaptive"
+
+
 def test_the_reference_is_computed_once_and_its_damage_noticed(
     own: Trained, local: MetricsReport, capsys: pytest.CaptureFixture[str]
 ) -> None:

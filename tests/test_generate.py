@@ -1,5 +1,7 @@
 """``generate``: plain WebDataset shards, made once, made again byte for byte."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,9 +140,27 @@ def dry(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "dry").exists()
 
 
+def test_a_plan_of_before_there_were_decoders_is_the_same_plan(
+    trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    location = generated / "plan.json"
+    frozen = json.loads(location.read_text())
+    del frozen["decoding"], frozen["sampling"]["decoder"], frozen["sampling"]["guidance"]["blocks"]
+    kept = location.read_bytes()
+    location.write_text(json.dumps(frozen))
+    try:
+        assert cli.main(arguments(trained, generated)) == 0
+        assert "nothing to do" in capsys.readouterr().out
+    finally:
+        location.write_bytes(kept)
+
+
 def test_calibrating_stores_a_plan_that_generating_follows(
     trained: Trained, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    registry = tmp_path / "registry"  # the plan must not reach other tests
+    shutil.copytree(trained.registry, registry)
+    trained = Trained(trained.data, trained.run, registry)
     adaptive = ["sampling.decoder.kind=adaptive", "sampling.guidance.scale=0.5"]
     assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 2
     assert "needs a plan for this version (got none)" in capsys.readouterr().err
@@ -157,6 +177,9 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0
     found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", exact))
     assert (abs(found.astype(int) - expected.astype(int)) <= 17).mean() > 0.99  # a level of 4 bits
+    models = ["models", "show", f"registry.path={trained.registry}", "registry.model=small", "registry.version=1"]
+    assert cli.main(models) == 0
+    assert "decoding on cpu" in capsys.readouterr().out
     other = ["sampling.decoder.tolerance=0.5", *adaptive]
     assert cli.main(arguments(trained, tmp_path / "other", *other)) == 2
     assert "measured with other guidance, precision or tolerance" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def against_public(arguments: argparse.Namespace, device: str) -> dict[str, Figu
             f"{name}_over_public": (asked, seconds["public"] / seconds["ours"], "times"),
             f"{name}_images_per_second": ("", batch / seconds["ours"], "images/s"),
             f"{name}_public_images_per_second": ("", batch / seconds["public"], "images/s"),
-            f"{name}_fraction_of_floor": ("", floor / seconds["ours"], "of the bandwidth's"),
+            f"{name}_fraction_of_floor": ("", floor / seconds["ours"], "of it"),
             f"{name}_largest_difference": ("<= 1e-05" if dtype is None else "", difference, "on [-1, 1]"),
         }
     cache = decoder.cache(rows["unguided"]).nbytes

@@ -148,7 +148,9 @@ class TarFlowDecoder:
         """What `Flow.inverse` takes; ``progress`` is told the share of the batch that is done since the last time."""
 
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
-            return self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))[0]
+            x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
+            self._cache = None  # nobody should wonder, between two calls, who holds gigabytes
+            return x
 
         return decode
 

@@ -16,9 +16,10 @@ _GIB = 1024**3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; on the CPU what the machine and this process's control group have left."""
+    """Free memory of a GPU, with what PyTorch keeps for reuse; else what machine and control group have left."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     available = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
