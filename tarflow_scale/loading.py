@@ -9,6 +9,7 @@ from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.records import DecodingPlan
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.decode import TarFlowDecoder
+from tarflow_scale.sampling.plan import measured_with
 
 __all__ = ["decoding_plan", "load", "load_version", "worker_device"]
 
@@ -56,13 +57,8 @@ def decoding_plan(registry: Registry, version: int, settings: SamplingConfig, gp
     """
     if settings.decoder.kind == "exact":
         return None
-    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
     plans = registry.state().plans.get(version, [])
-    fitting = [
-        plan
-        for plan in plans
-        if (plan.guidance, plan.precision, plan.tolerance) == wanted and (plan.device != "cpu") == gpu
-    ]
+    fitting = [plan for plan in plans if measured_with(plan, settings) and (plan.device != "cpu") == gpu]
     return (fitting or plans or [None])[-1]
 
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: time and memory of a step in a process of its own, and the results file."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import torch
 
 from tarflow_scale import telemetry
 
-__all__ = ["Figure", "alternate", "device_name", "measure_step", "synchronize", "write_results"]
+__all__ = ["Figure", "alternate", "device_name", "measure_step", "public_tarflow", "synchronize", "write_results"]
 
 Figure = tuple[str, float, str]
 """Asked, got, unit."""
@@ -89,6 +90,16 @@ def alternate(
         {**min(several[:rounds], key=lambda one: one["seconds"]), "peak_mib": several[-1]["peak_mib"]}
         for several in found
     ]
+
+
+def public_tarflow(checkout: Path, *arguments: Any) -> Any:
+    """A model of apple/ml-tarflow, from a checkout, built with these arguments."""
+    spec = importlib.util.spec_from_file_location("transformer_flow", checkout / "transformer_flow.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Model(*arguments)
 
 
 def write_results(path: Path, device: str, figures: dict[str, Figure], **facts: Any) -> None:

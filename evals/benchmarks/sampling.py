@@ -18,7 +18,6 @@ With ``--flow`` a trained flow is calibrated instead: what the adaptive decoder 
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, synchronize, write_results
+from measuring import Figure, public_tarflow, synchronize, write_results
 
 from tarflow_scale.config import DecoderConfig, Guidance, SamplingConfig
 from tarflow_scale.flows import load_flow
@@ -64,14 +63,9 @@ SIZES = {
 
 def public_model(checkout: Path, sizes: Sizes) -> Any:
     """The public model with random weights that move samples but do not blow them up."""
-    spec = importlib.util.spec_from_file_location("transformer_flow", checkout / "transformer_flow.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     torch.manual_seed(0)
-    model = module.Model(
-        3, sizes.image_size, sizes.patch_size, sizes.width, sizes.blocks, sizes.layers, True, NUM_CLASSES
+    model = public_tarflow(
+        checkout, 3, sizes.image_size, sizes.patch_size, sizes.width, sizes.blocks, sizes.layers, True, NUM_CLASSES
     )
     for block in model.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.01)

@@ -8,14 +8,13 @@ Peak memory is what a step adds to a process that has taken a step of one image 
 """
 
 import argparse
-import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, alternate, measure_step, write_results
+from measuring import Figure, alternate, measure_step, public_tarflow, write_results
 
 from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.flows.tarflow import TarFlow
@@ -53,13 +52,8 @@ VARIANTS = [
 
 def public_model(checkout: Path, sizes: Sizes) -> Any:
     """The public model and its loss."""
-    spec = importlib.util.spec_from_file_location("transformer_flow", checkout / "transformer_flow.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Model(
-        3, sizes.image_size, sizes.patch_size, sizes.width, sizes.blocks, sizes.layers, True, NUM_CLASSES
+    return public_tarflow(
+        checkout, 3, sizes.image_size, sizes.patch_size, sizes.width, sizes.blocks, sizes.layers, True, NUM_CLASSES
     )
 
 

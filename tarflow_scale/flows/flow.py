@@ -12,11 +12,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from tarflow_scale import telemetry
@@ -192,35 +192,6 @@ class Flow(nn.Module, ABC):
         z, log_det = self(x, y)
         return standard_normal_log_prob(z) + log_det
 
-    @overload
-    def sample(
-        self,
-        num: int,
-        y: Condition | int = ...,
-        temperature: float = ...,
-        guidance: Guidance | float | None = ...,
-        generator: torch.Generator | None = ...,
-        *,
-        seed: int | None = ...,
-        batch_size: int | None = ...,
-        progress: bool = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def sample(
-        self,
-        num: int,
-        y: Condition | int = ...,
-        temperature: float = ...,
-        guidance: Guidance | float | None = ...,
-        generator: torch.Generator | None = ...,
-        *,
-        seed: int | None = ...,
-        batch_size: int | None = ...,
-        progress: bool = ...,
-        output: Literal["pil"],
-    ) -> "list[Image]": ...
-
     @torch.no_grad()
     def sample(
         self,
@@ -233,9 +204,8 @@ class Flow(nn.Module, ABC):
         seed: int | None = None,
         batch_size: int | None = None,
         progress: bool = False,
-        output: Literal["tensor", "pil"] = "tensor",
-    ) -> "Tensor | list[Image]":
-        """Draw ``num`` samples ``(num, *event)``; the latent is scaled by ``temperature``.
+    ) -> Tensor:
+        """Draw ``num`` samples ``(num, *event)``, images on [-1, 1] and beyond; `pictures` makes PIL's of them.
 
         Args:
             num: how many.
@@ -246,7 +216,6 @@ class Flow(nn.Module, ABC):
             seed: draw sample i from (seed, i) alone, as the verb ``generate`` does, however many there are.
             batch_size: samples decoded together; None for all.
             progress: show a bar.
-            output: ``tensor``, on [-1, 1] and beyond; or ``pil``, quantised as the training noise asks.
 
         Raises:
             ValueError: labels or guidance that do not fit this flow, or both a seed and a generator.
@@ -271,22 +240,29 @@ class Flow(nn.Module, ABC):
                 parts.append(self.inverse(temperature * part, of_part, guidance, decode))
                 if decode is None:
                     bar.update(len(part))
-        x = torch.cat(parts) if parts else z.new_empty(0, *self.event_shape)
-        return x if output == "tensor" else self.pictures(x)
+        return torch.cat(parts) if parts else z.new_empty(0, *self.event_shape)
 
-    def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
-        """Images as PIL's, quantised as the training noise asks.
+    def stored(self, x: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+        """Images as stored pixels, quantised as the training noise asks.
 
         Raises:
-            ValueError: when the flow does not know its pixel format, or its samples are no images.
+            ValueError: when the flow does not know its pixel format.
+        """
+        if self.pixels is None:
+            raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
+        return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
+
+    def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
+        """Images as PIL's.
+
+        Raises:
+            ValueError: when the flow does not know its pixel format, or there are not 1 or 3 channels.
         """
         from PIL import Image
 
-        if self.pixels is None:
-            raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
-        if x.dim() != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(f"pictures have 1 or 3 channels (got shape {tuple(x.shape)}); use output='tensor'")
-        levels = quantize(x, self.pixels.bit_depth, rounding_of(self.pixels)).permute(0, 2, 3, 1).cpu().numpy()
+        levels = self.stored(x).permute(0, 2, 3, 1).cpu().numpy()
+        if levels.shape[3] not in (1, 3):
+            raise ValueError(f"pictures have 1 or 3 channels (got {levels.shape[3]}); use the tensor")
         return [Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one) for one in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:

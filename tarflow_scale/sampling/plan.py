@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config import Guidance, SamplingConfig
 from tarflow_scale.flows.flow import Condition
-from tarflow_scale.records import BlockPlan
+from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.decode import BlockReport, Schedule, TarFlowDecoder
 
-__all__ = ["candidates", "measure_blocks", "schedules_of"]
+__all__ = ["candidates", "measure_blocks", "measured_with", "schedules_of"]
 
 _SMALLEST = 8
 _REPEATS = 2
@@ -34,6 +34,12 @@ def candidates(num_tokens: int) -> list[int]:
 def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule]:
     """What the decoder takes."""
     return [Schedule(block.chunk, block.planned, tolerance) for block in blocks]
+
+
+def measured_with(plan: DecodingPlan, settings: SamplingConfig) -> bool:
+    """Whether a plan is about these settings."""
+    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
+    return wanted == (plan.guidance, plan.precision, plan.tolerance)
 
 
 def measure_blocks(

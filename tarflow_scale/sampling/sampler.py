@@ -11,17 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import SamplingConfig
+from tarflow_scale.config import Guidance, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, TarFlow
+from tarflow_scale.flows.flow import Condition
 from tarflow_scale.flows.latents import latents
-from tarflow_scale.flows.likelihood import quantize, rounding_of
+from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import DecodingPlan
-from tarflow_scale.sampling.decode import BlockReport, Progress, TarFlowDecoder
+from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder
 from tarflow_scale.sampling.labels import balanced_labels
 from tarflow_scale.sampling.memory import fitting_batch
-from tarflow_scale.sampling.plan import measure_blocks, schedules_of
+from tarflow_scale.sampling.plan import measure_blocks, measured_with, schedules_of
 
 __all__ = ["Sampler", "calibrate"]
 
@@ -76,25 +77,18 @@ class Sampler:
         """What each block of the latest batch took, in the order of decoding."""
 
     @torch.no_grad()
-    def floats(self, indices: range, y: Tensor | None = None, progress: Progress | None = None) -> Iterator[Tensor]:
+    def floats(self, indices: range) -> Iterator[Tensor]:
         """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond.
-
-        Args:
-            indices: which images.
-            y: a label for each; None runs through the classes by index.
-            progress: called with the tokens that became final, of `num_units` an image batch.
 
         Raises:
             NumericsError: a value is not finite.
         """
         settings, classes = self._settings, self._flow.num_classes
-        if y is None and classes:
-            y = balanced_labels(indices, classes)
         for low in range(0, len(indices), self.batch_size):
             part = indices[low : low + self.batch_size]
             z = settings.temperature * latents(self._seed, part, self._flow.num_dims)
-            labels = None if y is None else y[low : low + len(part)].to(self._device)
-            x = self._decoded(z.to(self._device), labels, progress)
+            labels = balanced_labels(part, classes).to(self._device) if classes else None
+            x = self._decoded(z.to(self._device), labels)
             self._latest = z[:_ENCODED_BACK], None if labels is None else labels[:_ENCODED_BACK], x[:_ENCODED_BACK]
             if settings.denoise > 0:
                 x = self._denoised(x, labels)
@@ -105,18 +99,14 @@ class Sampler:
                 )
             yield x
 
-    def images(self, indices: range, y: Tensor | None = None, progress: Progress | None = None) -> Tensor:
+    def images(self, indices: range) -> Tensor:
         """Stored pixels ``(len(indices), C, H, W)`` uint8, quantised as the training noise asks, on the CPU.
 
         Raises:
             ValueError: when the flow does not know its pixel format.
             NumericsError: a value is not finite.
         """
-        pixels = self._flow.pixels
-        if pixels is None:
-            raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
-        rounding = rounding_of(pixels)
-        return torch.cat([quantize(x, pixels.bit_depth, rounding).cpu() for x in self.floats(indices, y, progress)])
+        return torch.cat([self._flow.stored(x).cpu() for x in self.floats(indices)])
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
@@ -130,25 +120,16 @@ class Sampler:
         back, _ = self._flow(x, y)
         return float((back.cpu() - z).abs().max())
 
-    def num_units(self, num_images: int) -> int:
-        """How much progress will be told of for so many images."""
-        batches = -(-num_images // self.batch_size)
-        return batches * (self.decoder.num_steps if self.decoder else 1)
-
-    def _decoded(self, z: Tensor, y: Tensor | None, progress: Progress | None) -> Tensor:
-        guidance = self._settings.guidance
-        if self.decoder is None:
-            x = self._flow.inverse(z, y, guidance)
-            if progress is not None:
-                progress(1)
-            return x
+    def _decoded(self, z: Tensor, y: Tensor | None) -> Tensor:
         decoder = self.decoder
+        if decoder is None:
+            return self._flow.inverse(z, y, self._settings.guidance)
 
-        def decode(z: Tensor, y: Tensor | None, guidance: object) -> Tensor:
-            x, self.reports = decoder(z, y, guidance, self._schedules, progress)  # type: ignore[arg-type]
+        def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
+            x, self.reports = decoder(z, y, guidance, self._schedules)
             return x
 
-        return self._flow.inverse(z, y, guidance, decode)
+        return self._flow.inverse(z, y, self._settings.guidance, decode)
 
     def _denoised(self, x: Tensor, y: Tensor | None) -> Tensor:
         assert self._flow.pixels is not None
@@ -222,8 +203,7 @@ def _checked(plan: DecodingPlan | None, flow: Flow, settings: SamplingConfig) ->
         )
     if plan.tensors_digest != tensors_digest(flow):
         raise PlanError("the decoding plan was measured on other weights; run generate with --calibrate again")
-    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
-    if wanted != (plan.guidance, plan.precision, plan.tolerance):
+    if not measured_with(plan, settings):
         raise PlanError(
             "the decoding plan was measured with other guidance, precision or tolerance; run generate with "
             "--calibrate again"

@@ -65,12 +65,12 @@ def test_a_seed_draws_each_sample_by_its_number() -> None:
 def test_samples_as_pictures() -> None:
     flow = build(CONFIG, (1, 4, 4), 2).eval()
     with pytest.raises(ValueError, match="does not know its pixel format"):
-        flow.sample(1, 0, seed=0, output="pil")
+        flow.pictures(flow.sample(1, 0, seed=0))
     flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
-    pictures = flow.sample(3, 0, seed=0, output="pil")
+    pictures = flow.pictures(flow.sample(3, 0, seed=0))
     assert [(one.size, one.mode) for one in pictures] == [((4, 4), "L")] * 3
     stored = quantize(flow.sample(3, 0, seed=0), 4, "floor")
     assert np.array_equal(np.asarray(pictures[1]), stored[1, 0].numpy())
     colour = build(CONFIG, (3, 4, 4), 2).eval()
     colour.pixels = flow.pixels
-    assert colour.sample(1, 0, seed=0, output="pil")[0].mode == "RGB"
+    assert colour.pictures(colour.sample(1, 0, seed=0))[0].mode == "RGB"

@@ -179,6 +179,18 @@ def test_trained_or_moved_weights_are_laid_out_again() -> None:
     assert torch.equal(after, TarFlowDecoder(flow, torch.bfloat16)(z, y)[0])
 
 
+def test_progress_reaches_the_whole() -> None:
+    flow = flow_of()
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow)
+    told: list[int] = []
+    decoder(z, y, schedules=[Schedule(), Schedule(4), Schedule(15)], progress=told.append)
+    assert sum(told) == decoder.num_steps == 45
+    shares: list[float] = []
+    decoder.as_decode(shares.append)(z, y, None)
+    assert sum(shares) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_memory_is_that_of_one_block(guided: bool) -> None:
     """The cache of the deepest block serves all; keys and values of T tokens, C wide, of each row."""

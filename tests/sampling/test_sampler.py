@@ -168,13 +168,6 @@ def test_tolerance_and_decoder_are_checked() -> None:
         Guidance(blocks="first")
 
 
-def test_progress_reaches_what_was_announced(flow: Flow) -> None:
-    drawn = sampler(flow, 4)
-    told: list[int] = []
-    assert len(list(drawn.floats(range(10), progress=told.append))) == 3
-    assert sum(told) == drawn.num_units(10) == 3 * 2 * 3
-
-
 def test_denoising_in_parts_is_denoising_at_once(flow: Flow) -> None:
     flow.pixels = PixelFormat(bit_depth=4, noise="gaussian", noise_std=0.1)
     noisy = torch.cat(list(Sampler(flow, 1, SamplingConfig(batch_size=7)).floats(range(7))))
