@@ -107,8 +107,8 @@ class TarFlowDecoder:
     def bytes_per_row(self, chunk: int = 1) -> int:
         """Memory that a row takes: its part of the cache, and the activations of a chunk."""
         width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
-        cache = self._layers * 2 * width * self.num_tokens
-        return (cache + _ACTIVATIONS * width * min(chunk, self.num_tokens)) * self.dtype.itemsize  # type: ignore[operator]
+        cache = self._layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
+        return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
 
     def cache(self, rows: int) -> Tensor:
         """Keys and values ``(L, 2, R, N, T, H)`` of one block; kept for the next, and for the next call."""
