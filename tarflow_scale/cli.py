@@ -87,6 +87,10 @@ _VERBS = {
 }  # fmt: skip
 
 
+_MODES = {"calibrate": "calibrate", "reference": "bind"}
+"""Functions of a verb that a flag asks for."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     code = _run(_parser().parse_args(argv))
@@ -103,7 +107,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         config = verb.config.load(*_split_arguments(arguments.config))
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
-        function = "calibrate" if getattr(arguments, "calibrate", False) else verb.function
+        function = next(
+            (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function
+        )
         getattr(module, function)(config, arguments.dry_run)
     except UserError as error:
         if distributed.is_main():
@@ -165,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "generate":
             calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
             added.add_argument("--calibrate", action="store_true", help=calibrate)
+        if name == "evaluate":
+            reference = "compute what the protocols are compared with, and bind them to it, instead; needs no model"
+            added.add_argument("--reference", action="store_true", help=reference)
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser

@@ -14,7 +14,7 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.config import DecoderConfig, GenerateConfig, SamplingConfig
 from tarflow_scale.errors import ConfigError, PlanError
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
-from tarflow_scale.pool import run_units
+from tarflow_scale.pool import Pool
 from tarflow_scale.records import GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
@@ -70,8 +70,10 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         return
     arguments = {"registry": config.registry.path, "plan": plan, "path": path}
     errors: list[float] = []
-    with telemetry.progress_bar(plan.num_images, "generate", initial=_images(units) - _images(missing)) as bar:
-        for unit, error in run_units(ShardMaker, arguments, missing, **config.cluster.model_dump()):
+    done = _images(units) - _images(missing)
+    bar = telemetry.progress_bar(plan.num_images, "generate", initial=done)
+    with Pool(**config.cluster.model_dump()) as pool, bar:
+        for unit, error in pool.run(ShardMaker, arguments, missing):
             bar.update(unit.stop - unit.start)
             errors += [] if error is None else [error]
     records = tuple(_read_record(path, unit) for unit in units)

@@ -3,16 +3,22 @@
 A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable on the
 worker. A unit must be idempotent, because a lost worker's unit runs again on another. Results come in the order in
 which units finish; they must not depend on the worker, so both executors give the same answer.
+
+A cluster elsewhere is reached by its address (``host:port``, or ``ray://host:port``), and only with Ray's token
+authentication switched on here and there: whoever may submit work to a cluster may run code on it.
 """
 
+import ipaddress
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
-from tarflow_scale.errors import UserError
+from tarflow_scale.errors import ConfigError, UserError
 
-__all__ = ["Worker", "run_units"]
+__all__ = ["Pool", "Worker"]
 
 
 class Worker(Protocol):
@@ -27,42 +33,69 @@ _OBJECT_STORE_BYTES = 256 * 1024**2
 """Results are records and moments, never images, so a small store is enough."""
 
 
-def run_units(
-    worker_class: type[Worker],
-    arguments: dict[str, Any],
-    units: Sequence[Any],
-    *,
-    executor: Literal["ray", "local"],
-    num_workers: int = 1,
-    cpus_per_worker: int = 1,
-    gpus_per_worker: int = 0,
-    address: str | None = None,
-) -> Iterator[tuple[Any, Any]]:
-    """Run every unit once to success; yield ``(unit, result)`` as they finish.
+class Pool:
+    """Workers, for as long as the ``with`` block lasts; a Ray cluster of our own ends with it.
 
     Args:
-        worker_class: the worker; built once a worker with ``arguments``.
-        arguments: keyword arguments of the worker, small and picklable.
-        units: the work.
-        executor: ``ray`` or ``local``.
+        executor: ``ray`` for actors; ``local`` runs all work in this process.
+        address: a running cluster, or None for one on this machine's loopback, which ends with the pool.
         num_workers: actors; never more than units.
         cpus_per_worker: cores, and threads of numerical libraries, of an actor.
         gpus_per_worker: GPUs of an actor.
-        address: a running cluster, or None for one on this machine's loopback, which ends with the work.
 
     Raises:
-        UserError: when a worker raises one, which is passed on as it was; when the cluster is too small.
+        ConfigError: a cluster elsewhere without token authentication.
     """
-    if not units:
-        return
-    if executor == "local":
-        worker = worker_class(**arguments)
-        for unit in units:
-            yield unit, worker.run(unit)
-        return
-    yield from _run_on_ray(
-        worker_class, arguments, units, min(num_workers, len(units)), cpus_per_worker, gpus_per_worker, address
-    )
+
+    def __init__(
+        self,
+        executor: Literal["ray", "local"],
+        address: str | None = None,
+        num_workers: int = 1,
+        cpus_per_worker: int = 1,
+        gpus_per_worker: int = 0,
+    ) -> None:
+        self._executor = executor
+        self._address = address
+        self._num_workers, self._cpus, self._gpus = num_workers, cpus_per_worker, gpus_per_worker
+        self._started = False
+        if executor == "ray" and address is not None:
+            _check_token(address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._started:
+            import ray
+
+            ray.shutdown()
+
+    def run(
+        self, worker_class: type[Worker], arguments: dict[str, Any], units: Sequence[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Run every unit once to success; yield ``(unit, result)`` as they finish.
+
+        Args:
+            worker_class: the worker; built once a worker with ``arguments``.
+            arguments: keyword arguments of the worker, small and picklable.
+            units: the work; there are never more actors than units.
+
+        Raises:
+            UserError: when a worker raises one, which is passed on as it was; when the cluster is too small.
+        """
+        if not units:
+            return
+        if self._executor == "local":
+            worker = worker_class(**arguments)
+            for unit in units:
+                yield unit, worker.run(unit)
+            return
+        if not self._started:
+            _start(self._address, self._num_workers, self._cpus, self._gpus)
+            self._started = True
+        num_workers = min(self._num_workers, len(units))
+        yield from _run_on_ray(worker_class, arguments, units, num_workers, self._cpus, self._gpus)
 
 
 class _Host:
@@ -86,14 +119,12 @@ def _run_on_ray(
     num_workers: int,
     cpus: int,
     gpus: int,
-    address: str | None,
 ) -> Iterator[tuple[Any, Any]]:
-    _start(address, num_workers, cpus, gpus)
     import ray
 
+    host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
+    actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
     try:
-        host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
-        actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
         waiting = list(reversed(units))
         running: dict[Any, tuple[Any, Any]] = {}
         for actor in actors:
@@ -107,7 +138,25 @@ def _run_on_ray(
                 running[actor.run.remote(following)] = (actor, following)
             yield unit, _result(done)
     finally:
-        ray.shutdown()
+        for actor in actors:
+            ray.kill(actor)  # the next workers need their cores
+
+
+def _check_token(address: str) -> None:
+    """Refuse another machine's cluster unless Ray will show it a token."""
+    host = re.sub(r"^ray://", "", address).rpartition(":")[0].strip("[]") or address
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host in ("localhost", "auto", "local")
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    if loopback or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
+        return
+    raise ConfigError(
+        f"cluster.address on another machine needs Ray's token authentication (got {address}); set RAY_AUTH_MODE=token "
+        f"and RAY_AUTH_TOKEN_PATH here and on the cluster"
+    )
 
 
 def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:

@@ -120,6 +120,7 @@ class MetricValue(Record):
     value: float
     unit: str
     standard_error: float | None = None
+    """Of bits/dim the deviation over images by the root of their number; of the others the jackknife over 50 blocks."""
     num_images: int = Field(ge=1)
     protocol: str
     """Name of the protocol."""
@@ -127,6 +128,8 @@ class MetricValue(Record):
     """SHA-256 of the resolved protocol file."""
     protocol_id: str
     """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
+    per_image: FileRecord | None = None
+    """Of bits/dim: safetensors with the number of each image, in the order of the split."""
 
 
 class _WithSampling(Record):
@@ -157,6 +160,8 @@ class MetricsReport(_WithSampling):
     """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     seconds: float
     packages: dict[str, str]
+    grid: FileRecord | None = None
+    """A PNG of the first samples."""
 
 
 class BlockPlan(Record):

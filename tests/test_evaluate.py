@@ -1,14 +1,21 @@
 """``evaluate`` and ``promote``: the same numbers on Ray and in one process, bound to their protocol."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from tarflow_scale import cli
+from tarflow_scale import cli, scoring
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
@@ -118,7 +125,7 @@ def test_the_reference_is_computed_once_and_its_damage_noticed(
     assert len(list(cache.glob("*.npz"))) == 1
     capsys.readouterr()
     assert cli.main(evaluate_arguments(own, "cluster.executor=local", "--dry-run")) == 0
-    assert "2000" in capsys.readouterr().out  # 1,000 generated and 1,000 real, no reference
+    assert "10 parts" in capsys.readouterr().out  # 359 scored, 1,000 generated and 1,000 real; no reference
     moments = next(cache.glob("*.npz"))
     kept = moments.read_bytes()
     moments.write_bytes(kept[:-1] + b"x")
@@ -137,6 +144,276 @@ def test_the_protocol_id_follows_protocol_and_images(own: Trained, local: Metric
     assert cli.main(evaluate_arguments(own, *more, protocols=[PROTOCOLS[0]])) == 0
     other_images = newest_report(own).metrics["bits_per_dim"].protocol_id
     assert len({local.metrics["bits_per_dim"].protocol_id, other_protocol, other_images}) == 3
+
+
+# -- many protocols ----------------------------------------------------------------------------------------------------
+
+
+def protocol_file(folder: Path, **facts: Any) -> Path:
+    """A protocol on pixels of the digits."""
+    shared = {"extractor": "pixels", "num_images": 600, "bit_depth": 4}
+    path = folder / f"{facts['name']}.yaml"
+    path.write_text(yaml.safe_dump(shared | facts))
+    return path
+
+
+def every_measure(folder: Path, **more: Any) -> list[Path]:
+    subset = {"num_reference_images": 400}
+    return [
+        protocol_file(folder, name="plain", metric="frechet", **more),
+        protocol_file(folder, name="infinity", metric="frechet", estimate="infinity", **more),
+        protocol_file(folder, name="kernel", metric="kernel", num_subsets=5, subset_size=100, **subset, **more),
+        protocol_file(folder, name="precision", metric="precision", **subset, **more),
+        protocol_file(folder, name="recall", metric="recall", **subset, **more),
+        PROTOCOLS[0],
+    ]
+
+
+def evaluate_all(own: Trained, folder: Path, protocols: list[Path], *more: str) -> list[str]:
+    cache = f"reference.cache={folder}/references"
+    return evaluate_arguments(own, cache, *more, protocols=protocols)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(own: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], MetricsReport]:
+    """Every measure, by one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    protocols = every_measure(folder)
+    assert cli.main(evaluate_all(own, folder, protocols, "cluster.executor=local")) == 0
+    return protocols, newest_report(own)
+
+
+def test_protocols_of_the_same_images_share_one_pass(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """600 samples, 359 test images, 600 real ones for the baseline, and the reference: all, and a subset of 400."""
+    protocols, report = undisturbed
+    assert cli.main(evaluate_all(own, tmp_path, protocols, "cluster.executor=local", "--dry-run")) == 0
+    assert f"{3 + 2 + 3 + 6 + 2} parts" in capsys.readouterr().out
+    assert set(report.metrics) == {"plain", "infinity", "kernel", "precision", "recall", "bits_per_dim"}
+    assert all(metric.standard_error for metric in report.metrics.values())
+    plain, infinity = report.metrics["plain"], report.metrics["infinity"]
+    assert 0 < abs(infinity.value - plain.value) < 3 * (infinity.standard_error or 0)
+    assert len({metric.protocol_id for metric in report.metrics.values()}) == 6
+
+
+def test_a_report_keeps_the_cost_of_each_image_and_a_picture(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport]
+) -> None:
+    from safetensors.numpy import load
+
+    report = undisturbed[1]
+    registry = Registry(str(own.registry), "small")
+    bits = report.metrics["bits_per_dim"]
+    assert bits.per_image is not None
+    costs = load(registry.read("bits", bits.per_image))["bits_per_dim"]
+    assert costs.shape == (359,)
+    assert costs.mean() == pytest.approx(bits.value, rel=1e-12)
+    assert report.grid is not None
+    assert registry.read("grid", report.grid).startswith(b"\x89PNG")
+
+
+def test_parts_are_tidied_and_references_stay(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocols, report = undisturbed
+    folder = protocols[0].parent
+    kept = list((folder / "references" / "parts").rglob("*.npz"))
+    assert kept
+    folders = {path.parent for path in kept}
+    assert len(folders) == 3  # moments of all references and of some, features of others; nothing of samples
+    again = evaluate_all(own, folder, protocols, "cluster.executor=local")
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert cli.main(again) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert newest_report(own).metrics == report.metrics
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    own: Trained,
+    undisturbed: tuple[list[Path], MetricsReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    protocols, report = undisturbed
+    made: list[scoring.Unit] = []
+    run = scoring.Scorer.run
+
+    def counted(self: scoring.Scorer, unit: scoring.Unit) -> None:
+        if len(made) == 7:
+            raise Stop
+        made.append(unit)
+        run(self, unit)
+
+    again = evaluate_all(own, tmp_path, protocols, "cluster.executor=local")
+    reports = len(Registry(str(own.registry), "small").state().reports[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.Scorer, "run", counted)
+        with pytest.raises(Stop):
+            cli.main(again)
+    assert len(Registry(str(own.registry), "small").state().reports[1]) == reports  # no number from a partial job
+    there = {path: path.stat().st_ino for path in (tmp_path / "references" / "parts").rglob("0*.npz")}
+    assert len(there) == 7
+    made.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.Scorer, "run", lambda self, unit: (made.append(unit), run(self, unit))[1])
+        assert cli.main(again) == 0
+    assert len(made) == 16 - 7
+    assert newest_report(own).metrics == report.metrics
+
+
+def workers_of(marker: str) -> list[int]:
+    """Ray's workers that carry a marker in their environment."""
+    found: list[int] = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            name, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::_Host") and marker.encode() in environment:
+            found.append(int(process.name))
+    return found
+
+
+@pytest.mark.ray
+def test_workers_killed_at_random_change_nothing(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], tmp_path: Path
+) -> None:
+    """Three kills while parts and measures are computed; the same numbers to the last bit."""
+    protocols, report = undisturbed
+    marker = f"TARFLOW_SCALE_TEST={tmp_path}"
+    name, _, value = marker.partition("=")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tarflow_scale", *evaluate_all(own, tmp_path, protocols)],
+        cwd=TOP,
+        env=os.environ | {name: value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed: set[int] = set()
+    chance = random.Random(0)
+    while process.poll() is None:
+        time.sleep(chance.uniform(0.5, 2))
+        fresh = [pid for pid in workers_of(marker) if pid not in killed]
+        if fresh and len(killed) < 3:
+            victim = chance.choice(fresh)
+            killed.add(victim)
+            os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert killed
+    found = newest_report(own)
+    assert found.metrics == report.metrics
+    assert found.baselines == report.baselines
+
+
+# -- what a protocol is bound to ---------------------------------------------------------------------------------------
+
+
+def test_references_are_bound_without_a_model(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocols, report = undisturbed
+    again = evaluate_all(own, tmp_path, protocols, "cluster.executor=local", "registry.path=nowhere", "--reference")
+    assert cli.main(again) == 0
+    printed = capsys.readouterr().out
+    assert "plain      digits/train" in printed
+    bound = {path.name for path in (tmp_path / "references").glob("*.json")}
+    assert bound == {f"{name}.json" for name in ("plain", "infinity", "kernel", "precision", "recall")}
+    assert cli.main(evaluate_all(own, tmp_path, protocols, "cluster.executor=local")) == 0
+    assert newest_report(own).metrics == report.metrics
+
+
+def test_other_images_under_a_bound_protocol_are_refused(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocols, _ = undisturbed
+    folder = protocols[0].parent
+    arguments = evaluate_all(own, folder, protocols[:1], "cluster.executor=local")
+    swapped = [*arguments, f"reference.path={own.data}/test"]
+    assert cli.main(swapped) == 2
+    assert "protocol plain is bound to the reference digits/train with manifest" in capsys.readouterr().err
+    assert cli.main([*swapped, "--reference"]) == 2
+    assert "protocol plain is bound to other images than those of digits/test" in capsys.readouterr().err
+
+
+def test_the_same_images_packed_again_are_bound_again(
+    own: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other shards, another manifest, the same pixels: refused at first, the same protocol id after --reference."""
+    protocols = [protocol_file(tmp_path, name="plain", metric="frechet")]
+    arguments = evaluate_all(own, tmp_path, protocols, "cluster.executor=local")
+    assert cli.main(arguments) == 0
+    before = newest_report(own).metrics["plain"]
+    packed = ["source.kind=digits", f"shards.path={tmp_path}/packed", "shards.samples_per_shard=300"]
+    assert cli.main(["prepare", *packed]) == 0
+    other = [*arguments, f"reference.path={tmp_path}/packed/train"]
+    assert cli.main(other) == 2
+    assert "if these are the same images packed again, run 'evaluate --reference'" in capsys.readouterr().err
+    assert cli.main([*other, "--reference"]) == 0
+    assert cli.main(other) == 0
+    after = newest_report(own).metrics["plain"]
+    assert after.protocol_id == before.protocol_id
+    assert after.value == pytest.approx(before.value, rel=1e-9)
+
+
+def test_a_protocol_that_changed_under_its_name_is_refused(
+    own: Trained, undisturbed: tuple[list[Path], MetricsReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocols, _ = undisturbed
+    changed = every_measure(tmp_path, rounding="nearest")[:1]
+    folder = protocols[0].parent
+    assert cli.main(evaluate_all(own, folder, changed, "cluster.executor=local")) == 2
+    assert "protocol plain has changed since it was bound to digits/train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (
+            {"metric": "kernel", "num_reference_images": 5000, "subset_size": 50},
+            "needs 5000 reference images (got 1438",
+        ),
+        ({"metric": "kernel", "num_reference_images": 400}, "subset_size must not exceed num_images"),
+        ({"metric": "precision", "num_reference_images": 3}, "neighbours must be below the number of images"),
+        ({"metric": "inception_score"}, "needs extractor=inception-v3-compat (got pixels)"),
+        ({"metric": "frechet", "layer": "spatial"}, "layer=spatial needs extractor=inception-v3-compat"),
+        ({"metric": "frechet", "rounding": "truncate"}, "rounding=truncate is for bit_depth=8 (got 4)"),
+        ({"metric": "frechet", "extractor": "clip"}, "no extractor 'clip'"),
+        ({"metric": "frechet", "extractor": "inception-v3-compat"}, "set metrics.extractor_weights"),
+    ],
+)
+def test_protocols_that_cannot_be_measured(
+    own: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: dict[str, Any], message: str
+) -> None:
+    protocol = protocol_file(tmp_path, name="it", **facts)
+    assert cli.main(evaluate_all(own, tmp_path, [protocol], "cluster.executor=local")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "references").exists()
+
+
+def test_truncation_repeats_the_public_pipeline() -> None:
+    """Real levels go through [-1, 1] and back in fp32; levels 1 to 63 come out one lower, the rest as they were."""
+    from tarflow_scale.flows.likelihood import quantize
+
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    found = quantize((levels.float() / 255 - 0.5) / 0.5, 8, "truncate").flatten().int()
+    theirs = ((0.5 * ((levels.float() / 255 - 0.5) / 0.5 + 1)) * 255).byte().flatten().int()
+    assert torch.equal(found, theirs)
+    assert int((found != torch.arange(256)).sum()) == 63
+    assert (torch.arange(256) - found)[1:64].eq(1).all()
+
+
+# -- promote -----------------------------------------------------------------------------------------------------------
 
 
 def promote_arguments(own: Trained, gate: Path, *more: str) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tarflow_scale.errors import PlanError, UserError
-from tarflow_scale.pool import run_units
+from tarflow_scale.errors import ConfigError, PlanError, UserError
+from tarflow_scale.pool import Pool
 
 
 class Squarer:
@@ -28,24 +28,49 @@ class Squarer:
         return unit * unit + self._offset
 
 
+def run(arguments: dict[str, Any], units: Any, **cluster: Any) -> list[tuple[Any, Any]]:
+    with Pool(**cluster) as pool:
+        return list(pool.run(Squarer, arguments, units))
+
+
 def test_in_this_process() -> None:
-    found = list(run_units(Squarer, {"offset": 1}, range(4), executor="local"))
-    assert found == [(0, 1), (1, 2), (2, 5), (3, 10)]
-    assert list(run_units(Squarer, {"offset": 1}, [], executor="local")) == []
+    assert run({"offset": 1}, range(4), executor="local") == [(0, 1), (1, 2), (2, 5), (3, 10)]
+    assert run({"offset": 1}, [], executor="local") == []
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:6379", "ray://head.example:10001", "[2001:db8::1]:6379"])
+def test_a_cluster_elsewhere_needs_a_token(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is sent there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="needs Ray's token authentication"):
+        Pool("ray", address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(ConfigError, match="needs Ray's token authentication"):
+        Pool("ray", address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    Pool("ray", address)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    for nearby in ("127.0.0.1:6379", "localhost:6379", "ray://[::1]:10001", "auto"):
+        Pool("ray", nearby)
 
 
 @pytest.mark.ray
 def test_on_ray_with_a_worker_that_dies(tmp_path: Path) -> None:
     arguments = {"offset": 1, "die_once": str(tmp_path / "died")}
-    found = dict(run_units(Squarer, arguments, range(8), executor="ray", num_workers=2))
+    with Pool("ray", num_workers=2) as pool:
+        found = dict(pool.run(Squarer, arguments, range(8)))
+        again = dict(pool.run(Squarer, {"offset": 2}, range(3)))  # on the cores that the first workers had
     assert found == {unit: unit * unit + 1 for unit in range(8)}
+    assert again == {0: 2, 1: 3, 2: 6}
     assert (tmp_path / "died").exists()
 
 
 @pytest.mark.ray
 def test_on_ray_a_users_mistake_keeps_its_message() -> None:
     with pytest.raises(PlanError, match=r"^units must not be negative \(got -1\); count from 0$"):
-        list(run_units(Squarer, {"offset": 0}, [0, -1], executor="ray", num_workers=1))
+        run({"offset": 0}, [0, -1], executor="ray", num_workers=1)
 
 
 @pytest.mark.ray
@@ -62,4 +87,4 @@ def test_on_ray_a_users_mistake_keeps_its_message() -> None:
 def test_on_ray_a_worker_that_cannot_be_built_or_placed_is_one_line(options: dict[str, Any], message: str) -> None:
     arguments = options.pop("arguments", {"offset": 0})
     with pytest.raises(UserError, match=message):
-        list(run_units(Squarer, arguments, [0], executor="ray", num_workers=1, **options))
+        run(arguments, [0], executor="ray", num_workers=1, **options)

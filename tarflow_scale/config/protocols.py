@@ -9,7 +9,18 @@ from pydantic import Field, RootModel, model_validator
 from tarflow_scale.config.base import Section, load_config
 from tarflow_scale.config.sections import Name
 
-__all__ = ["BitsPerDimProtocol", "FrechetProtocol", "GateConfig", "Protocol", "Requirement", "load_protocol"]
+__all__ = [
+    "BitsPerDimProtocol",
+    "FrechetProtocol",
+    "GateConfig",
+    "InceptionScoreProtocol",
+    "KernelProtocol",
+    "ManifoldProtocol",
+    "Protocol",
+    "Requirement",
+    "SampledProtocol",
+    "load_protocol",
+]
 
 
 class _Protocol(Section):
@@ -40,12 +51,13 @@ class BitsPerDimProtocol(_Protocol):
     """``given``: log p(x | y) for a class-conditional flow. ``none``: labels dropped."""
 
 
-class FrechetProtocol(_Protocol):
-    """Fréchet distance between Gaussians fitted to features of generated and of reference images."""
+class _SampledProtocol(_Protocol):
+    """What all numbers have in common that look at generated images through an extractor."""
 
-    metric: Literal["frechet"]
-    extractor: Literal["pixels", "inception-v3-compat"]
-    """``pixels``: the flattened image in levels 0..2^bit_depth-1. ``inception-v3-compat``: torch-fidelity's FID."""
+    extractor: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """``pixels``: the flattened image in levels 0..2^bit_depth-1. ``inception-v3-compat``: torch-fidelity's port of
+    the Inception that FID is defined with. Or the name under which an entry point of the group
+    ``tarflow_scale.extractors`` offers another."""
     extractor_sha256: str | None = None
     """Digest of the extractor's weights file, checked before use. None: for ``inception-v3-compat`` the published
     prefix 6726825d is checked; ``pixels`` has no weights."""
@@ -57,18 +69,106 @@ class FrechetProtocol(_Protocol):
     """Image i has label i modulo the number of classes."""
     bit_depth: int = Field(ge=1, le=8)
     """Images are compared after quantisation to this many bits."""
-    rounding: Literal["floor", "nearest"] = "floor"
+    rounding: Literal["floor", "nearest", "truncate"] = "floor"
     """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantisation, ``nearest`` that
-    of noise around the level."""
+    of noise around the level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference images
+    alike, as torchmetrics does; half a level too dark, but what published TarFlow numbers were measured with."""
     clip: Literal[True] = True
     """Values outside [-1, 1] are clipped."""
 
+    @model_validator(mode="after")
+    def _truncates_bytes(self) -> "_SampledProtocol":
+        if self.rounding == "truncate" and self.bit_depth != 8:
+            raise ValueError(f"rounding=truncate is for bit_depth=8 (got {self.bit_depth}); use nearest")
+        return self
 
-class Protocol(RootModel[Annotated[BitsPerDimProtocol | FrechetProtocol, Field(discriminator="metric")]]):
+
+class FrechetProtocol(_SampledProtocol):
+    """Fréchet distance between Gaussians fitted to features of generated and of all reference images."""
+
+    metric: Literal["frechet"]
+    layer: Literal["pool", "spatial"] = "pool"
+    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of Inception's mixed_6/conv."""
+    estimate: Literal["plain", "infinity"] = "plain"
+    """``infinity``: extrapolated on 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint
+    groups of 10 to 50 of the 50 index blocks."""
+
+    @model_validator(mode="after")
+    def _layer_is_there(self) -> "FrechetProtocol":
+        if self.layer == "spatial" and self.extractor != "inception-v3-compat":
+            raise ValueError(f"layer=spatial needs extractor=inception-v3-compat (got {self.extractor}); use pool")
+        return self
+
+
+class _ReferenceSubset(_SampledProtocol):
+    num_reference_images: int = Field(ge=2)
+    """Reference images, a random subset of the data set that ``seed`` fixes; all, in their order, if it is as many."""
+
+
+class KernelProtocol(_ReferenceSubset):
+    """Kernel (Inception) distance: unbiased squared MMD with kernel (x . y / D + 1)^3, mean over subsets."""
+
+    metric: Literal["kernel"]
+    num_subsets: int = Field(default=100, ge=1)
+    subset_size: int = Field(default=1000, ge=2)
+    subset_seed: int = Field(default=2020, ge=0, lt=2**32)
+    """Of the subsets, drawn as torch-fidelity draws them."""
+
+    @model_validator(mode="after")
+    def _subsets_fit(self) -> "KernelProtocol":
+        fewest = min(self.num_images, self.num_reference_images)
+        if self.subset_size > fewest:
+            raise ValueError(
+                f"subset_size must not exceed num_images and num_reference_images (got {self.subset_size} and "
+                f"{fewest}); lower it"
+            )
+        return self
+
+
+class InceptionScoreProtocol(_SampledProtocol):
+    """exp of the mean divergence between class probabilities of an image and their mean, mean over splits."""
+
+    metric: Literal["inception_score"]
+    num_splits: int = Field(default=10, ge=1)
+    shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
+    """Of the order of images before they are split, drawn as torch-fidelity draws it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "InceptionScoreProtocol":
+        if self.extractor != "inception-v3-compat":
+            raise ValueError(f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor})")
+        if self.num_images < self.num_splits:
+            raise ValueError(f"num_images must not be below num_splits (got {self.num_images}); raise it")
+        return self
+
+
+class ManifoldProtocol(_ReferenceSubset):
+    """Improved precision or recall: the share of generated (reference) features inside the other set's manifold.
+
+    A manifold is the union of balls around its features that reach to their k-th neighbour (arXiv 1904.06991).
+    """
+
+    metric: Literal["precision", "recall"]
+    neighbours: int = Field(default=3, ge=1)
+    """k."""
+
+    @model_validator(mode="after")
+    def _has_neighbours(self) -> "ManifoldProtocol":
+        fewest = min(self.num_images, self.num_reference_images)
+        if self.neighbours >= fewest:
+            raise ValueError(f"neighbours must be below the number of images (got {self.neighbours} of {fewest})")
+        return self
+
+
+SampledProtocol = FrechetProtocol | KernelProtocol | InceptionScoreProtocol | ManifoldProtocol
+"""A protocol that looks at generated images."""
+
+
+class Protocol(RootModel[Annotated[BitsPerDimProtocol | SampledProtocol, Field(discriminator="metric")]]):
     """Any protocol file."""
 
 
-def load_protocol(path: str) -> BitsPerDimProtocol | FrechetProtocol:
+def load_protocol(path: str) -> BitsPerDimProtocol | SampledProtocol:
     """Read a protocol file.
 
     Raises:

@@ -122,8 +122,9 @@ class MetricsConfig(Section):
 
     protocols: tuple[str, ...] = Field(min_length=1)
     """Protocol files, one for each number; see ``evals/protocols/``."""
-    extractor_weights: str | None = None
-    """Weights file of the extractor; None looks in the torch hub cache. Its sha256 is checked."""
+    extractor_weights: dict[str, str] = Field(default_factory=dict)
+    """Weights files by name of the extractor; Inception's is also looked for in the torch hub cache. The sha256 of each
+    is checked, and is part of the protocol id."""
     baselines: bool = True
     """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
 
@@ -134,7 +135,8 @@ class ReferenceConfig(Section):
     path: str
     """The data set: folder or URL that holds ``manifest.json``."""
     cache: str
-    """Folder or URL where reference statistics are kept, by the digests of protocol, extractor and images."""
+    """Folder or URL that all workers see, where reference statistics are kept, and parts of evaluations on their
+    way."""
 
 
 class ClusterConfig(Section):

@@ -69,16 +69,24 @@ def rounding_of(pixels: PixelFormat) -> Literal["floor", "nearest"]:
 
 
 def quantize(
-    x: Float[Tensor, "B C H W"], bit_depth: int, rounding: Literal["floor", "nearest"]
+    x: Float[Tensor, "B C H W"], bit_depth: int, rounding: Literal["floor", "nearest", "truncate"]
 ) -> UInt8[Tensor, "B C H W"]:
     """Floats to stored pixels, clipped to [-1, 1]; inverse of `add_noise` with the rounding of its noise.
 
     ``floor`` takes the bin that x lies in, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1].
+    ``truncate`` takes the level below, in the very operations of the public evaluation code, so it also repeats what
+    these lose to rounding.
     """
     _check_depth(bit_depth)
     top = 2**bit_depth - 1
     x = x.float()
-    levels = torch.floor((x + 1) * ((top + 1) / 2)) if rounding == "floor" else torch.round((x + 1) * (top / 2))
+    match rounding:
+        case "floor":
+            levels = torch.floor((x + 1) * ((top + 1) / 2))
+        case "nearest":
+            levels = torch.round((x + 1) * (top / 2))
+        case "truncate":
+            levels = torch.floor(0.5 * (x.clamp(-1, 1) + 1) * top)
     return torch.round(levels.clamp(0, top) * (255 / top)).to(torch.uint8)
 
 

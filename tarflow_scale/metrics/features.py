@@ -1,10 +1,13 @@
 """Images to features, through torch-fidelity's registry of extractors.
 
 ``pixels`` (ours) is the flattened image in levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the
-TensorFlow Inception that FID is defined with. The weights file of an extractor is part of a protocol's id.
+TensorFlow Inception that FID is defined with. Others come from entry points of the group ``tarflow_scale.extractors``:
+subclasses of torch-fidelity's ``FeatureExtractorBase`` under the name that a protocol uses. The weights file of an
+extractor is part of a protocol's id.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,20 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from tarflow_scale import storage
-from tarflow_scale.config import FrechetProtocol
-from tarflow_scale.errors import DataError
+from tarflow_scale.config import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
+from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.metrics.store import FeatureSet
 
-__all__ = ["Extractor", "PixelsExtractor", "open_extractor", "weights_digest"]
+__all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "weights_digest"]
 
-Extractor = Callable[[Tensor], Tensor]
-"""Stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` float64."""
+Extractor = Callable[[Tensor], dict[str, Tensor]]
+"""Stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 of each layer, on the CPU."""
 
+_GROUP = "tarflow_scale.extractors"
+_INCEPTION = "inception-v3-compat"
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_PREFIX = "6726825d"
-_INCEPTION_LAYER = "2048"
+_SPATIAL_CHANNELS = 7
 
 
 class PixelsExtractor(FeatureExtractorBase):
@@ -51,64 +57,125 @@ class PixelsExtractor(FeatureExtractorBase):
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
-        """``(B, C, H, W)`` uint8 to ``(B, C H W)`` float64."""
-        return ((input >> (8 - self._bit_depth)).flatten(1).double(),)
+        """``(B, C, H, W)`` uint8 to ``(B, C H W)`` fp32, which holds every level exactly."""
+        return ((input >> (8 - self._bit_depth)).flatten(1).float(),)
 
 
-def weights_digest(protocol: FrechetProtocol, weights: str | None) -> str:
-    """SHA-256 of the extractor's weights file, checked; ``none`` for an extractor without weights.
+def layer_of(protocol: SampledProtocol) -> str:
+    """The layer that a protocol looks at: ``pool``, ``spatial`` or ``logits_unbiased``."""
+    match protocol:
+        case FrechetProtocol():
+            return protocol.layer
+        case InceptionScoreProtocol():
+            return "logits_unbiased"
+        case _:
+            return "pool"
+
+
+def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
+    """SHA-256 of the extractor's weights file, checked; without such a file what stands for it.
+
+    That is ``none`` for ``pixels`` and the version of the package that offers it for an entry point.
 
     Args:
         protocol: names the extractor and perhaps the digest it must have.
-        weights: path of the file, or None for the torch hub cache.
+        weights: paths of weights files by name of the extractor; Inception's may also be in the torch hub cache.
 
     Raises:
+        ConfigError: no such extractor.
         DataError: no file, or another file than the protocol (or the published prefix) asks for.
     """
-    if protocol.extractor == "pixels":
-        return "none"
-    path = _weights_path(weights)
-    if not path.is_file():
-        raise DataError(
-            f"no Inception weights at {path}; download {_INCEPTION_FILE} from torch-fidelity's release v0.2.0 and set "
-            f"metrics.extractor_weights to it"
-        )
-    found = storage.digest(path)
-    expected = protocol.extractor_sha256 or _INCEPTION_PREFIX
+    name = protocol.extractor
+    found = _found_digest(name, weights)
+    expected = protocol.extractor_sha256 or (_INCEPTION_PREFIX if name == _INCEPTION else "")
     if not found.startswith(expected):
-        raise DataError(f"{path} is not the extractor of {protocol.name} (sha256 {found}, not {expected}); replace it")
+        place = _weights_path(name, weights) or name
+        raise DataError(f"{place} is not the extractor of {protocol.name} (sha256 {found}, not {expected}); replace it")
     return found
 
 
-def open_extractor(protocol: FrechetProtocol, weights: str | None, device: torch.device) -> Extractor:
-    """The extractor of a protocol, in evaluation mode.
+def _found_digest(name: str, weights: Mapping[str, str]) -> str:
+    if name == "pixels":
+        return "none"
+    path = _weights_path(name, weights)
+    if path is None:
+        package = _entry_point(name).dist
+        return f"{package.name} {package.version}" if package else name
+    if not path.is_file():
+        raise DataError(
+            f"no weights of {name} at {path}; "
+            + (f"download {_INCEPTION_FILE} from torch-fidelity's release v0.2.0 and " if name == _INCEPTION else "")
+            + f"set metrics.extractor_weights.{name} to the file"
+        )
+    return storage.digest(path)
+
+
+def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: torch.device) -> Extractor:
+    """The extractor of a set of features, in evaluation mode.
+
+    Args:
+        features: what is wanted of which extractor.
+        weights: see `weights_digest`.
+        device: where it runs.
 
     Raises:
-        DataError: see `weights_digest`.
+        DataError: no weights here, or others than where the set was planned.
     """
-    weights_digest(protocol, weights)
-    if protocol.extractor == "pixels":
-        if "pixels" not in FEATURE_EXTRACTORS_REGISTRY:
-            register_feature_extractor("pixels", PixelsExtractor)
-        model = create_feature_extractor("pixels", [f"levels-{protocol.bit_depth}"], cuda=False, verbose=False)
-    else:
-        path = str(_weights_path(weights))
-        model = create_feature_extractor(
-            protocol.extractor,
-            [_INCEPTION_LAYER],
-            cuda=device.type == "cuda",
-            verbose=False,
-            feature_extractor_weights_path=path,
+    name = features.extractor
+    found = _found_digest(name, weights)
+    if found != features.extractor_digest:  # what is unpickled below is the file that is meant
+        raise DataError(
+            f"weights of {name} differ between machines (sha256 {found} here, not {features.extractor_digest}); "
+            f"copy the same file to all"
         )
+    layers = features.layers
+    names = _layer_names(name, layers, features.images.bit_depth)
+    _register(name)
+    path = _weights_path(name, weights)
+    given = {} if path is None else {"feature_extractor_weights_path": str(path)}
+    cuda = device.type == "cuda"
+    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]
+    model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **given)
     model = model.to(device)
+    spatial: list[Tensor] = []
+    if "spatial" in layers:
+        model.Mixed_6d.branch1x1.register_forward_hook(lambda *arguments: spatial.append(arguments[2]))
 
     @torch.no_grad()
-    def extract(images: Tensor) -> Tensor:
-        rgb = images.expand(-1, 3, -1, -1) if protocol.extractor != "pixels" and images.shape[1] == 1 else images
-        return model(rgb.to(device))[0].double().cpu()
+    def extract(images: Tensor) -> dict[str, Tensor]:
+        rgb = images.expand(-1, 3, -1, -1) if name != "pixels" and images.shape[1] == 1 else images
+        found = dict(zip(wanted, model(rgb.to(device)), strict=True))
+        if spatial:
+            found["spatial"] = spatial.pop()[:, :_SPATIAL_CHANNELS].flatten(1)
+        return {layer: found[names[layer]].float().cpu() for layer in layers}
 
     return extract
 
 
-def _weights_path(weights: str | None) -> Path:
-    return Path(weights).expanduser() if weights else Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str, str]:
+    """The extractor's own names of our layers."""
+    if name == "pixels":
+        return dict.fromkeys(layers, f"levels-{bit_depth}")
+    if name == _INCEPTION:
+        return {layer: "2048" if layer == "pool" else layer for layer in layers}
+    extractor: Any = _entry_point(name).load()
+    return dict.fromkeys(layers, str(extractor.get_default_feature_layer_for_metric("fid")))
+
+
+def _register(name: str) -> None:
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, PixelsExtractor if name == "pixels" else _entry_point(name).load())
+
+
+def _entry_point(name: str) -> metadata.EntryPoint:
+    found = [point for point in metadata.entry_points(group=_GROUP) if point.name == name]
+    if not found:
+        offered = sorted({"pixels", _INCEPTION} | {point.name for point in metadata.entry_points(group=_GROUP)})
+        raise ConfigError(f"no extractor {name!r} (there are {', '.join(offered)}); install the package that has it")
+    return found[0]
+
+
+def _weights_path(name: str, weights: Mapping[str, str]) -> Path | None:
+    if name in weights:
+        return Path(weights[name]).expanduser()
+    return Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE if name == _INCEPTION else None

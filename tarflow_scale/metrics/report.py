@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from tarflow_scale import storage
-from tarflow_scale.config import BitsPerDimProtocol, FrechetProtocol
+from tarflow_scale.config import BitsPerDimProtocol, FrechetProtocol, KernelProtocol, ManifoldProtocol, SampledProtocol
 from tarflow_scale.records import canonical_json
 
-__all__ = ["images_digest", "protocol_id"]
+__all__ = ["images_digest", "protocol_id", "unit_of"]
 
 
 def images_digest(hashes: Iterable[str]) -> str:
@@ -14,7 +14,7 @@ def images_digest(hashes: Iterable[str]) -> str:
     return storage.digest("".join(sorted(hashes)).encode())
 
 
-def protocol_id(protocol: BitsPerDimProtocol | FrechetProtocol, extractor: str, images: str) -> str:
+def protocol_id(protocol: BitsPerDimProtocol | SampledProtocol, extractor: str, images: str) -> str:
     """The id that is stored with every number.
 
     Args:
@@ -23,3 +23,22 @@ def protocol_id(protocol: BitsPerDimProtocol | FrechetProtocol, extractor: str, 
         images: `images_digest` of the reference images (for bits/dim: of the images that are scored).
     """
     return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))
+
+
+def unit_of(protocol: BitsPerDimProtocol | SampledProtocol) -> str:
+    """What a number by this protocol is measured in."""
+    match protocol:
+        case BitsPerDimProtocol():
+            return "bits/dim"
+        case FrechetProtocol() if protocol.extractor == "pixels":
+            return f"levels of {protocol.bit_depth} bits, squared"
+        case FrechetProtocol() if protocol.extractor == "inception-v3-compat":
+            return "sFID" if protocol.layer == "spatial" else "FID"
+        case FrechetProtocol():
+            return f"Fréchet distance, {protocol.extractor}"
+        case KernelProtocol():
+            return "squared MMD"
+        case ManifoldProtocol():
+            return "share of images"
+        case _:
+            return "score"

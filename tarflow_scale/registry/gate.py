@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tarflow_scale.config import BitsPerDimProtocol, FrechetProtocol, GateConfig, Requirement
+from tarflow_scale.config import BitsPerDimProtocol, GateConfig, Requirement, SampledProtocol
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import MetricsReport, MetricValue, Record
 
@@ -33,7 +33,7 @@ class Contender:
     reports: list[MetricsReport]
 
     def value(
-        self, protocol: BitsPerDimProtocol | FrechetProtocol, protocol_id: str | None = None
+        self, protocol: BitsPerDimProtocol | SampledProtocol, protocol_id: str | None = None
     ) -> MetricValue | None:
         """The newest number by this protocol, and with this id if one is given."""
         found = [
@@ -47,7 +47,7 @@ class Contender:
 
 def decide(
     gate: GateConfig,
-    protocols: dict[str, BitsPerDimProtocol | FrechetProtocol],
+    protocols: dict[str, BitsPerDimProtocol | SampledProtocol],
     candidate: Contender,
     champion: Contender | None,
 ) -> Decision:
@@ -84,7 +84,7 @@ def _nothing_by(protocol: str, candidate: Contender) -> str:
 
 def _judge(
     requirement: Requirement,
-    protocol: BitsPerDimProtocol | FrechetProtocol,
+    protocol: BitsPerDimProtocol | SampledProtocol,
     value: MetricValue,
     candidate: Contender,
     champion: Contender | None,
@@ -102,7 +102,7 @@ def _judge(
 
 def _against_champion(
     wanted: str,
-    protocol: BitsPerDimProtocol | FrechetProtocol,
+    protocol: BitsPerDimProtocol | SampledProtocol,
     value: MetricValue,
     margin: float,
     candidate: Contender,

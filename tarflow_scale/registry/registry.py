@@ -119,7 +119,7 @@ class Registry:
             facts: the other fields of `ModelVersion`.
             reason: why.
         """
-        records = {name: self._store(content) for name, content in files.items()}
+        records = {name: self.store(content) for name, content in files.items()}
 
         def decide(events: list[Event]) -> dict[str, Any]:
             version = len(ModelState.fold(events).versions) + 1
@@ -203,16 +203,14 @@ class Registry:
         Raises:
             RegistryError: when a blob is missing or is not what its digest says.
         """
-        return {name: self._read(name, record) for name, record in version.files.items()}
+        return {name: self.read(name, record) for name, record in version.files.items()}
 
-    def _store(self, content: bytes) -> FileRecord:
-        record = FileRecord(sha256=storage.digest(content), bytes=len(content))
-        location = self._blob(record)
-        if not storage.exists(location):
-            storage.write_bytes(location, content)
-        return record
+    def read(self, name: str, record: FileRecord) -> bytes:
+        """What `store` kept, verified; ``name`` is for the error.
 
-    def _read(self, name: str, record: FileRecord) -> bytes:
+        Raises:
+            RegistryError: missing, or not what the digest says.
+        """
         location = self._blob(record)
         if not storage.exists(location):
             raise RegistryError(f"{name} of {self.model} is missing from the registry ({location}); restore the blob")
@@ -220,6 +218,14 @@ class Registry:
         if storage.digest(content) != record.sha256:
             raise RegistryError(f"{name} of {self.model} does not match its digest ({location}); restore the blob")
         return content
+
+    def store(self, content: bytes) -> FileRecord:
+        """Keep content under its digest; an event may name it from here on."""
+        record = FileRecord(sha256=storage.digest(content), bytes=len(content))
+        location = self._blob(record)
+        if not storage.exists(location):
+            storage.write_bytes(location, content)
+        return record
 
     def _blob(self, record: FileRecord) -> str:
         return storage.join(self.path, _BLOBS, "sha256", record.sha256)

@@ -1,15 +1,22 @@
-"""Extractors: pixels in levels, and Inception only with the weights that are meant."""
+"""Extractors: pixels in levels, Inception only with the weights that are meant, and whatever an entry point offers."""
 
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from tarflow_scale import storage
 from tarflow_scale.config import FrechetProtocol
-from tarflow_scale.errors import DataError
+from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.features import open_extractor, weights_digest
+from tarflow_scale.metrics.store import FeatureSet, Images
+from tests.metrics.inception import random_weights
 
 CPU = torch.device("cpu")
+INCEPTION = "inception-v3-compat"
 
 
 def protocol(**changes: object) -> FrechetProtocol:
@@ -17,56 +24,72 @@ def protocol(**changes: object) -> FrechetProtocol:
     return FrechetProtocol.model_validate(facts | changes)
 
 
+def wanted(extractor: str, digest: str, *layers: str, bits: int = 8) -> FeatureSet:
+    return FeatureSet(Images("sample", 10, 0, bits, "floor"), extractor, digest, layers or ("pool",), "")
+
+
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_pixels_are_levels(bits: int) -> None:
     images = torch.randint(0, 256, (3, 2, 4, 4), dtype=torch.uint8)
-    found = open_extractor(protocol(bit_depth=bits), None, CPU)(images)
-    assert found.dtype == torch.float64
-    assert torch.equal(found, (images // 2 ** (8 - bits)).flatten(1).double())
+    found = open_extractor(wanted("pixels", "none", bits=bits), {}, CPU)(images)["pool"]
+    assert torch.equal(found, (images // 2 ** (8 - bits)).flatten(1).float())
 
 
 def test_inception_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    inception = protocol(extractor="inception-v3-compat", bit_depth=8)
-    with pytest.raises(DataError, match="no Inception weights at .*set metrics.extractor_weights to it"):
-        open_extractor(inception, None, CPU)
+    inception = protocol(extractor=INCEPTION, bit_depth=8)
+    with pytest.raises(DataError, match=f"no weights of {INCEPTION} at .*set metrics.extractor_weights.{INCEPTION} to"):
+        weights_digest(inception, {})
     wrong = tmp_path / "weights.pth"
     wrong.write_bytes(b"something else")
     with pytest.raises(DataError, match=r"is not the extractor of x \(sha256 .*, not 6726825d\)"):
-        weights_digest(inception, str(wrong))
+        weights_digest(inception, {INCEPTION: str(wrong)})
+    with pytest.raises(DataError, match="differ between machines"):
+        open_extractor(wanted(INCEPTION, "0" * 64), {INCEPTION: str(wrong)}, CPU)
 
 
 def test_inception_runs_with_weights_of_the_expected_digest(tmp_path: Path) -> None:
     """Randomly initialised weights under their own digest: the path by which real ones go."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    from tarflow_scale import storage
-
-    torch.manual_seed(0)
-    original = torch.hub.load_state_dict_from_url
-    captured: dict[str, torch.Tensor] = {}
-
-    class Stop(Exception):
-        pass
-
-    def intercept(self: torch.nn.Module, state: object, *_: object, **__: object) -> None:
-        captured.update(torch.nn.Module.state_dict(self))
-        raise Stop
-
-    empty = tmp_path / "empty.pth"
-    torch.save({}, empty)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", intercept)
-    with pytest.raises(Stop):
-        FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(empty))
-    patch.undo()
-    assert torch.hub.load_state_dict_from_url is original
-    weights = tmp_path / "weights.pth"
-    torch.save(captured, weights)
-    inception = protocol(extractor="inception-v3-compat", bit_depth=8, extractor_sha256=storage.digest(weights))
-    extract = open_extractor(inception, str(weights), CPU)
+    weights = random_weights(tmp_path / "weights.pth")
+    digest = storage.digest(weights)
+    named = {INCEPTION: str(weights)}
+    assert weights_digest(protocol(extractor=INCEPTION, bit_depth=8, extractor_sha256=digest), named) == digest
+    extract = open_extractor(wanted(INCEPTION, digest, "spatial"), named, CPU)
     grey = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
-    found = extract(grey)
-    assert found.shape == (2, 2048)
-    assert torch.isfinite(found).all()
-    assert torch.equal(found, extract(grey.expand(-1, 3, -1, -1)))
+    found = extract(grey)["spatial"]
+    assert found.shape == (2, 7 * 17 * 17)
+    assert torch.equal(found, extract(grey.expand(-1, 3, -1, -1))["spatial"])
+
+
+class MeanColour(FeatureExtractorBase):
+    """What a user's package may offer."""
+
+    def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("mean",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "mean"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor]:
+        return (input.float().mean(dim=(2, 3)),)
+
+
+def test_an_entry_point_offers_an_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = metadata.EntryPoint("mean-colour", "tests.metrics.test_features:MeanColour", "tarflow_scale.extractors")
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [point])
+    own: Any = protocol(extractor="mean-colour")
+    digest = weights_digest(own, {})
+    images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)
+    found = open_extractor(wanted("mean-colour", digest), {}, CPU)(images)["pool"]
+    assert torch.equal(found, images.float().mean(dim=(2, 3)))
+    with pytest.raises(ConfigError, match=r"no extractor 'other' \(there are inception-v3-compat, mean-colour, pixels"):
+        weights_digest(protocol(extractor="other"), {})

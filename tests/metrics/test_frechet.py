@@ -1,11 +1,14 @@
 """Fréchet distance: closed forms, exact merging, and torch-fidelity's own numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from tarflow_scale.metrics.frechet import Moments, OrderedMerge, frechet_distance
+from tarflow_scale.metrics.frechet import Moments, frechet_distance, merged
+from tarflow_scale.metrics.store import write_arrays
 
 
 def features(num: int, dims: int, seed: int) -> torch.Tensor:
@@ -14,22 +17,21 @@ def features(num: int, dims: int, seed: int) -> torch.Tensor:
     return torch.randn(num, dims, dtype=torch.float64, generator=generator) @ mix + seed
 
 
-def test_moments_are_numpys() -> None:
+def test_moments_are_numpys(tmp_path: Path) -> None:
     x = features(50, 6, 1)
     moments = Moments.of(x)
     assert np.allclose(moments.mean, x.numpy().mean(0), rtol=1e-13)
     assert np.allclose(moments.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-12)
-    again = Moments.from_bytes(moments.to_bytes())
+    location = str(tmp_path / "moments.npz")
+    write_arrays(location, moments.to_arrays("pool") | moments.to_arrays("other"))
+    again = Moments.stored(location, "pool")
     assert again.num == 50
     assert (again.m2 == moments.m2).all()
-
-
-def merged(parts: tuple[torch.Tensor, ...], order: list[int]) -> Moments:
-    merge = OrderedMerge()
-    starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).tolist()
-    for i in order:
-        merge.add(starts[i], starts[i + 1], Moments.of(parts[i]))
-    return merge.result()
+    rest = moments.without(Moments.of(x[10:30]))
+    expected = Moments.of(torch.cat([x[:10], x[30:]]))
+    assert rest.num == 30
+    assert np.allclose(rest.mean, expected.mean, rtol=1e-12)
+    assert np.allclose(rest.m2, expected.m2, rtol=1e-10)
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (50, 50), (7, 13, 80), (10,) * 10])
@@ -37,19 +39,10 @@ def test_any_division_merges_to_the_same_moments(sizes: tuple[int, ...]) -> None
     x = features(100, 8, 2) + 1000  # a large mean, which naive sums would not survive
     whole = Moments.of(x)
     parts = x.split(list(sizes))
-    found = merged(parts, list(range(len(parts))))
+    found = merged(Moments.of(part) for part in parts)
     assert found.num == 100
     assert np.allclose(found.mean, whole.mean, rtol=1e-14)
     assert np.allclose(found.m2, whole.m2, rtol=1e-10)
-    backwards = merged(parts, list(range(len(parts)))[::-1])
-    assert (backwards.m2 == found.m2).all()  # the order of arrival does not matter at all
-
-
-def test_a_missing_part_is_noticed() -> None:
-    merge = OrderedMerge()
-    merge.add(10, 20, Moments.of(features(10, 2, 0)))
-    with pytest.raises(ValueError, match="missing from image 0 on"):
-        merge.result()
 
 
 def test_distance_of_two_known_gaussians() -> None:
@@ -67,4 +60,4 @@ def test_it_is_torch_fidelitys_distance() -> None:
     statistics = [fid_features_to_statistics(part) for part in (x, y)]
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     parts = x.split(37)
-    assert frechet_distance(merged(parts, [3, 0, 1, 5, 4, 2]), Moments.of(y)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(merged(map(Moments.of, parts)), Moments.of(y)) == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,150 @@
+"""What a worker of ``evaluate`` does: a range of images to features, moments or likelihoods, kept as a part.
+
+Image i depends on (model, seed, i) and part boundaries are fixed, so whoever makes a part, and however often, it holds
+the same numbers. Images stay on the worker.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow_scale import storage
+from tarflow_scale.config import BitsPerDimProtocol, DataSetConfig, ReferenceConfig, SamplingConfig, VersionConfig
+from tarflow_scale.errors import NumericsError
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
+from tarflow_scale.loading import decoding_plan, load_version, worker_device
+from tarflow_scale.metrics.bits import dequantised, pixel_hashes
+from tarflow_scale.metrics.features import Extractor, open_extractor
+from tarflow_scale.metrics.frechet import Moments
+from tarflow_scale.metrics.store import Arrays, FeatureSet, Images, Part
+from tarflow_scale.randomness import Purpose, permutation
+from tarflow_scale.registry import Registry
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.reader import Batch, ShardSet
+
+__all__ = ["GRID_NAME", "Scorer", "Unit"]
+
+GRID_NAME = "grid.png"
+"""A picture of the first samples, beside the parts of their features."""
+_GRID_IMAGES = 64
+_IMAGES_AT_ONCE = 128
+"""Scored or read, where the section ``sampling`` leaves the number open."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part to make: features of a set of images, or log-likelihoods by a protocol."""
+
+    part: Part
+    work: FeatureSet | BitsPerDimProtocol
+
+    @property
+    def num_images(self) -> int:
+        """Images of the part."""
+        return self.part.stop - self.part.start
+
+
+class Scorer:
+    """Holds the flow and the open data sets; makes one part at a time.
+
+    Args:
+        registry: where the version is; None where references alone are read.
+        version: its number.
+        data: the split to score.
+        reference: the reference images.
+        sampling: the section.
+        extractor_weights: weights files by extractor.
+        threads: torch threads.
+        gpu: whether this worker was given a GPU.
+    """
+
+    def __init__(
+        self,
+        registry: VersionConfig | None,
+        version: int,
+        data: DataSetConfig,
+        reference: ReferenceConfig,
+        sampling: SamplingConfig,
+        extractor_weights: dict[str, str],
+        threads: int,
+        gpu: bool,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._device = worker_device(gpu)
+        self._reference = ShardSet(reference.path)
+        self._sampling = sampling
+        self._batch_size = sampling.batch_size or _IMAGES_AT_ONCE
+        self._weights = extractor_weights
+        self._extractors: dict[tuple[str, tuple[str, ...], int], Extractor] = {}
+        if registry is not None:
+            self._flow = load_version(registry.path, registry.model, version).to(self._device)
+            self._decoding = decoding_plan(Registry(registry.path, registry.model), version, sampling, gpu)
+            self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses at once what does not fit
+            self._data = ShardSet(data.path, data.verify)
+
+    def run(self, unit: Unit) -> None:
+        """Make the part."""
+        if isinstance(unit.work, BitsPerDimProtocol):
+            unit.part.write(self._scored(unit.part, unit.work))
+        else:
+            unit.part.write(self._seen(unit.part, unit.work))
+
+    @torch.no_grad()
+    def _scored(self, part: Part, protocol: BitsPerDimProtocol) -> Arrays:
+        bits: list[np.ndarray] = []
+        hashes: list[str] = []
+        for batch in self._data.batches(part.start, part.stop, self._batch_size):
+            labels = protocol.labels == "given" and self._flow.num_classes is not None
+            y = torch.from_numpy(batch.labels).to(self._device) if labels else None
+            draws = [self._flow.log_prob(x.to(self._device), y) for x in dequantised(batch, protocol)]
+            log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
+            bits.append(bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth).cpu().numpy())
+            hashes.extend(pixel_hashes(batch))
+        return {"bits": np.concatenate(bits), "hashes": np.array(hashes)}
+
+    def _seen(self, part: Part, features: FeatureSet) -> Arrays:
+        arrays: Arrays = {}
+        if features.images.kind == "sample":
+            images = self._sampled(part, features.images)
+            if part.start == 0:
+                sheet = contact_sheet(images[:_GRID_IMAGES].numpy(), 8, max(1, 256 // (8 * images.shape[-1])))
+                storage.write_bytes(storage.join(part.folder, GRID_NAME), sheet)
+        else:
+            batch = self._real(part, features.images)
+            images = torch.from_numpy(batch.images)
+            arrays["hashes"] = np.array(pixel_hashes(batch))
+            if features.images.rounding == "truncate":
+                images = quantize((images.float() / 255 - 0.5) / 0.5, 8, "truncate")
+        extract = self._extractor(features)
+        found = [extract(few) for few in images.split(self._batch_size)]
+        for layer in features.layers:
+            rows = torch.cat([one[layer] for one in found])
+            if not bool(torch.isfinite(rows).all()):
+                raise NumericsError(
+                    f"features of {features.extractor} are not finite ({features.images.kind} images {part.start} to "
+                    f"{part.stop - 1}); check the model and the weights of the extractor"
+                )
+            arrays |= Moments.of(rows).to_arrays(layer) if features.reduced else {layer: rows.numpy()}
+        return arrays
+
+    def _sampled(self, part: Part, images: Images) -> Tensor:
+        assert images.seed is not None
+        if images.seed not in self._samplers:
+            self._samplers[images.seed] = Sampler(self._flow, images.seed, self._sampling, self._decoding)
+        found = self._samplers[images.seed].floats(range(part.start, part.stop))
+        return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in found])
+
+    def _real(self, part: Part, images: Images) -> Batch:
+        if images.seed is None:
+            return self._reference.take(np.arange(part.start, part.stop))
+        order = permutation(self._reference.manifest.num_images, Purpose.REFERENCE_SUBSET, images.seed)
+        return self._reference.take(np.sort(order[: images.num])[part.start : part.stop])
+
+    def _extractor(self, features: FeatureSet) -> Extractor:
+        key = (features.extractor, features.layers, features.images.bit_depth)
+        if key not in self._extractors:
+            self._extractors[key] = open_extractor(features, self._weights, self._device)
+        return self._extractors[key]

@@ -1,0 +1,35 @@
+"""An Inception of random weights, for tests of everything that goes through the real one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+
+class _Stop(Exception):
+    pass
+
+
+def random_weights(path: Path) -> Path:
+    """Save weights from a seed in the format of the published file; activations stay of order one through the net."""
+    captured: dict[str, torch.Tensor] = {}
+
+    def intercept(self: torch.nn.Module, *_: object, **__: object) -> None:
+        captured.update(torch.nn.Module.state_dict(self))
+        raise _Stop
+
+    empty = path.with_name("empty.pth")
+    torch.save({}, empty)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", intercept)
+        with pytest.raises(_Stop):
+            FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(empty))
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in captured.items():
+        if name.endswith("conv.weight"):
+            fan_in = tensor[0].numel()
+            captured[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+    torch.save(captured, path)
+    return path
