@@ -167,11 +167,14 @@ def training_table(training: dict[str, Any], faults: dict[str, Any]) -> str:
     )
 
 
-def sampling_table(exact: dict[str, Any], adaptive: dict[str, dict[str, Any]]) -> str:
+def sampling_table(exact: dict[str, Any], long: dict[str, Any], adaptive: dict[str, dict[str, Any]]) -> str:
     """Ratios to the public sampler, and what several tokens at once gain on trained models."""
     rows = [
         ("guided, over apple/ml-tarflow's sampler, 256 tokens, fp32", exact, "guided_over_public"),
         ("without guidance", exact, "unguided_over_public"),
+        ("guided, ours in bf16 over theirs in fp32", exact, "guided_bf16_over_public_fp32"),
+        ("guided, 1,024 tokens, fp32", long, "guided_over_public"),
+        ("the same without guidance", long, "unguided_over_public"),
         ("largest difference of a pixel from theirs, guided", exact, "guided_largest_difference"),
         ("memory of the cache over the arithmetic", exact, "cache_over_arithmetic"),
         ("the time to read weights and cache at this memory's bandwidth, over ours", exact, "guided_fraction_of_floor"),
@@ -188,6 +191,17 @@ def sampling_table(exact: dict[str, Any], adaptive: dict[str, dict[str, Any]]) -
         )
     head = _ratio_table(exact, rows)
     return f"{head}\n\n" + "\n".join(lines)
+
+
+def evaluation_table(measured: dict[str, Any]) -> str:
+    """What evaluation costs."""
+    rows = [
+        ("extraction of Inception features, over torch-fidelity's loop", "extraction_over_torch_fidelity"),
+        ("merging moments, over extraction", "merging_over_extraction"),
+        ("an extractor-bound job, two workers over one", "two_workers_over_one"),
+        ("memory of the driver, 10,000 samples over 1,000", "driver_memory_10000_samples_over_1000"),
+    ]
+    return _ratio_table(measured, [(label, measured, name) for label, name in rows])
 
 
 def _ratio_table(measured: dict[str, Any], rows: list[tuple[str, dict[str, Any], str]]) -> str:
@@ -220,11 +234,15 @@ def main() -> None:
         "training": training_table(_results("training-cpu"), _results("faults-cpu")),
         "sampling": sampling_table(
             _results("sampling-cpu"),
+            _results("sampling-1024-tokens-cpu"),
             {
                 "digits (demo)": _results("adaptive-digits-cpu"),
                 "the same alone": _results("adaptive-digits-single-cpu"),
+                "MNIST": _results("adaptive-mnist-cpu"),
+                "MNIST alone": _results("adaptive-mnist-single-cpu"),
             },
         ),
+        "evaluation": evaluation_table(_results("evaluation-cpu")),
         "data": data_table(_results("loader-cpu"), _results("fuzz-shards-cpu")),
     }.items():
         block = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->"

@@ -126,12 +126,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _look(arguments: argparse.Namespace) -> bool:
     """Look at a packed data set, if ``prepare`` was asked to."""
-    for flag, function in (("check", "check"), ("stats", "statistics")):
-        path = getattr(arguments, flag, None)
-        if path is not None:
+    for flag, function in (("check", "check"), ("stats", "statistics"), ("npz", "export")):
+        paths = getattr(arguments, flag, None)
+        if paths is not None:
             if arguments.config:
-                raise ConfigError(f"--{flag} takes a folder alone (got {arguments.config[0]} too); remove it")
-            getattr(importlib.import_module("tarflow_scale.prepare"), function)(path)
+                raise ConfigError(f"--{flag} takes no configuration (got {arguments.config[0]} too); remove it")
+            getattr(importlib.import_module("tarflow_scale.prepare"), function)(*paths)
             return True
     return False
 
@@ -166,8 +166,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
         if name == "prepare":
             looks = added.add_mutually_exclusive_group()
-            looks.add_argument("--check", metavar="DIR", help="verify every byte of a packed data set instead")
-            looks.add_argument("--stats", metavar="DIR", help="print what is in a packed data set instead")
+            looks.add_argument("--check", nargs=1, metavar="DIR", help="verify every byte of a packed data set instead")
+            looks.add_argument("--stats", nargs=1, metavar="DIR", help="print what is in a packed data set instead")
+            npz = "write a packed data set as the npz that ADM's evaluator takes instead"
+            looks.add_argument("--npz", nargs=2, metavar=("DIR", "FILE"), help=npz)
         if name == "generate":
             calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
             added.add_argument("--calibrate", action="store_true", help=calibrate)

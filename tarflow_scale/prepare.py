@@ -20,11 +20,12 @@ from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
 from tarflow_scale.shards import inspection, packing
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
+from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.tars import index_tars
 from tarflow_scale.shards.writer import publish_manifest
 
-__all__ = ["check", "run", "statistics"]
+__all__ = ["check", "export", "run", "statistics"]
 
 
 def run(config: PrepareConfig, dry_run: bool) -> None:
@@ -99,6 +100,11 @@ def statistics(path: str) -> None:
     found = inspection.statistics(path)
     print(found.table)
     print(f"contact sheet: {found.sheet}")
+
+
+def export(path: str, location: str) -> None:
+    """``--npz``: a packed data set as the file that ADM's evaluator takes."""
+    print(f"{location}: {write_npz(path, location)} images of {path}")
 
 
 def _path(config: PrepareConfig, split: str) -> str:

@@ -85,7 +85,7 @@ def test_a_truncated_shard_is_made_again(trained: Trained, generated: Path) -> N
 
 @pytest.mark.ray
 def test_ray_workers_make_the_same_bytes(trained: Trained, generated: Path, tmp_path: Path) -> None:
-    result = command(*arguments(trained, tmp_path / "out", "cluster.executor=ray"))
+    result = command(*arguments(trained, tmp_path / "out", "cluster.executor=ray", "cluster.num_workers=4"))
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "out") == content(generated)
 
@@ -155,6 +155,7 @@ def test_a_plan_of_before_there_were_decoders_is_the_same_plan(
         location.write_bytes(kept)
 
 
+@pytest.mark.ray
 def test_calibrating_stores_a_plan_that_generating_follows(
     trained: Trained, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +178,9 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0
     found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", exact))
     assert (abs(found.astype(int) - expected.astype(int)) <= 17).mean() > 0.99  # a level of 4 bits
+    result = command(*arguments(trained, tmp_path / "ray", *adaptive, "cluster.executor=ray", "cluster.num_workers=2"))
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "ray") == content(tmp_path / "out")
     models = ["models", "show", f"registry.path={trained.registry}", "registry.model=small", "registry.version=1"]
     assert cli.main(models) == 0
     assert "decoding on cpu" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""A packed data set as the ``.npz`` that ADM's evaluator takes: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` labels (N,).
+
+That evaluator (openai/guided-diffusion, evaluations/evaluator.py) is what ImageNet papers print numbers of. Images are
+streamed, so a file of 50,000 costs the memory of a batch. Grey images get three equal channels.
+"""
+
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.shards.reader import ShardSet
+
+__all__ = ["write_npz"]
+
+_BATCH = 256
+
+
+def write_npz(path: str, location: str) -> int:
+    """Write the images of a data set, and their labels if it has classes; returns their number.
+
+    Args:
+        path: folder or URL of the data set.
+        location: of the file, which appears whole or not at all.
+
+    Raises:
+        DataError: a sample is not what was packed.
+    """
+    shards = ShardSet(path)
+    manifest = shards.manifest
+    size, num = manifest.image_size_pixels, manifest.num_images
+    with storage.writing(location) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        labels: list[NDArray[np.int64]] = []
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for images, some in _batches(shards):
+                member.write(images.tobytes())
+                labels.append(some)
+        if manifest.class_names:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.concatenate(labels), allow_pickle=False)
+    return num
+
+
+def _batches(shards: ShardSet) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
+        rgb = np.broadcast_to(batch.images, (len(batch), 3, *batch.images.shape[2:]))
+        yield np.ascontiguousarray(rgb.transpose(0, 2, 3, 1)), batch.labels

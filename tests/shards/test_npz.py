@@ -1,0 +1,40 @@
+"""The npz of ADM's evaluator: images and labels as they were packed, whole or not there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tarflow_scale import cli
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.npz import write_npz
+from tarflow_scale.shards.reader import ShardSet
+
+
+def test_it_holds_images_in_order_with_three_channels_and_labels(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "digits.npz"
+    assert cli.main(["prepare", "--npz", str(digits / "test"), str(target)]) == 0
+    assert "359 images" in capsys.readouterr().out
+    with np.load(target, allow_pickle=False) as found:
+        images, labels = found["arr_0"], found["arr_1"]
+    batch = next(ShardSet(str(digits / "test")).batches(0, 359, 359))
+    assert images.dtype == np.uint8
+    assert images.shape == (359, 8, 8, 3)
+    for channel in range(3):
+        assert (images[..., channel] == batch.images[:, 0]).all()
+    assert (labels == batch.labels).all()
+
+
+def test_a_damaged_data_set_leaves_no_file(digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(digits / "test", tmp_path / "test")
+    tar = next((tmp_path / "test").glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 1
+    tar.write_bytes(bytes(content))
+    with pytest.raises(DataError):
+        write_npz(str(tmp_path / "test"), str(tmp_path / "out.npz"))
+    assert {path.name for path in tmp_path.iterdir()} == {"test"}
