@@ -87,7 +87,7 @@ _VERBS = {
 }  # fmt: skip
 
 
-_MODES = {"calibrate": "calibrate", "reference": "bind"}
+_MODES = {"calibrate": "calibrate", "reference": "bind", "watch": "watch"}
 """Functions of a verb that a flag asks for."""
 
 
@@ -175,7 +175,10 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--calibrate", action="store_true", help=calibrate)
         if name == "evaluate":
             reference = "compute what the protocols are compared with, and bind them to it, instead; needs no model"
-            added.add_argument("--reference", action="store_true", help=reference)
+            modes = added.add_mutually_exclusive_group()
+            modes.add_argument("--reference", action="store_true", help=reference)
+            watch = "score every version of the model as it is registered, until interrupted"
+            modes.add_argument("--watch", action="store_true", help=watch)
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser

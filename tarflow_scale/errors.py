@@ -9,6 +9,7 @@ stop, saved what it had, and goes on when it is run again. 130, interrupted from
 from typing import ClassVar
 
 __all__ = [
+    "AlreadyReported",
     "ConfigError",
     "DataError",
     "Interrupted",
@@ -51,6 +52,10 @@ class NumericsError(UserError):
 
 class RegistryError(UserError):
     """A model, version or alias does not exist, or what is stored does not match its digest."""
+
+
+class AlreadyReported(RegistryError):
+    """Another evaluation of the same version by the same protocols was faster."""
 
 
 class PlanError(UserError):

@@ -2,10 +2,12 @@
 
 Resolve the version, list the parts that all protocols need between them, make on workers those that are not there yet,
 turn parts into numbers in rounds of tasks on the same workers, and attach the report. Ray and a single process agree,
-and a killed evaluation goes on where it was. ``--reference`` computes what the protocols are compared with, no more.
+and a killed evaluation goes on where it was. ``--reference`` computes what the protocols are compared with, no more;
+``--watch`` scores every version as it is registered.
 """
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 
@@ -13,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
-from tarflow_scale import telemetry
-from tarflow_scale.config import BitsPerDimProtocol, EvaluateConfig, FrechetProtocol
-from tarflow_scale.errors import ConfigError, DataError, NumericsError
+from tarflow_scale import storage, telemetry
+from tarflow_scale.config import BitsPerDimProtocol, EvaluateConfig, FrechetProtocol, load_protocol
+from tarflow_scale.errors import AlreadyReported, ConfigError, DataError, NumericsError, StorageError, UserError
 from tarflow_scale.evaluation import Job, moments_of
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import gaussian_bits_per_dim
@@ -24,16 +26,16 @@ from tarflow_scale.metrics.measure import Measured
 from tarflow_scale.metrics.reference import Binding
 from tarflow_scale.metrics.report import images_digest, protocol_id, unit_of
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion
-from tarflow_scale.registry import Registry
+from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json
+from tarflow_scale.registry import Lease, Registry
 from tarflow_scale.scoring import Unit
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["bind", "run"]
+__all__ = ["bind", "run", "watch"]
 
 
-def run(config: EvaluateConfig, dry_run: bool) -> None:
-    """Measure every protocol and attach the report.
+def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
+    """Measure every protocol and attach the report; with ``once``, only if no other evaluation was faster.
 
     Raises:
         UserError: version, data, reference or protocol do not fit together.
@@ -66,9 +68,45 @@ def run(config: EvaluateConfig, dry_run: bool) -> None:
         packages=telemetry.package_versions(),
         grid=job.grid(registry),
     )
-    registry.attach_report(report, reason=f"evaluated on {job.data.name}/{job.data.split}")
+    registry.attach_report(report, f"evaluated on {job.data.name}/{job.data.split}", once)
     job.tidy()
     _print_report(report)
+
+
+def watch(config: EvaluateConfig, dry_run: bool) -> None:
+    """Score every version of the model as it is registered, once, until it is interrupted.
+
+    Several may watch: each version has a lease, and the log takes one report. What cannot be scored is told and left.
+    """
+    model, registry = config.registry.model, Registry(config.registry.path, config.registry.model)
+    protocols = {load_protocol(path).digest for path in config.metrics.protocols}
+    leases = storage.join(config.reference.cache, "leases", storage.digest(canonical_json(sorted(protocols)))[:16])
+    left: set[int] = set()
+    print(f"watching {config.registry.path} for versions of {model}; interrupt to end", flush=True)
+    while True:
+        for version in _unscored(registry, protocols) - left:
+            one = config.registry.model_copy(update={"version": version})
+            with Lease(storage.join(leases, model, str(version))) as lease:
+                if lease is None or version not in _unscored(registry, protocols):
+                    continue
+                try:
+                    run(config.model_copy(update={"registry": one}), dry_run, once=True)
+                except (AlreadyReported, StorageError) as error:  # done, or to be tried again
+                    print(error, file=sys.stderr, flush=True)
+                except UserError as error:
+                    print(f"{model}@{version} is left: {error}", file=sys.stderr, flush=True)
+                    left.add(version)
+        if dry_run:
+            return
+        time.sleep(config.metrics.watch_seconds)
+
+
+def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
+    """Versions without a number by some protocol; none while there is no such model."""
+    if not storage.exists(storage.join(registry.path, registry.model, "_log")):
+        return set()
+    state = registry.state()
+    return {version for version in state.versions if not state.has_numbers(version, protocols)}
 
 
 def bind(config: EvaluateConfig, dry_run: bool) -> None:

@@ -314,6 +314,53 @@ def test_workers_killed_at_random_change_nothing(
     assert found.baselines == report.baselines
 
 
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+
+def scores(registry: Registry) -> list[int]:
+    """Versions in the order in which they were scored."""
+    return [event.payload["report"]["version"] for event in registry.state().events if event.kind == "evaluate"]
+
+
+def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path) -> None:
+    """One version is there, one comes while they watch, and one cannot be scored, which both tell."""
+    shutil.copytree(trained.registry, tmp_path / "registry")
+    own = Trained(trained.data, trained.run, tmp_path / "registry")
+    registry = Registry(str(own.registry), "small")
+    arguments = evaluate_all(own, tmp_path, PROTOCOLS, "cluster.executor=local", "metrics.watch_seconds=0.2", "--watch")
+    watchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tarflow_scale", *arguments],
+            cwd=TOP,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+
+    def reach(count: int) -> None:
+        deadline = time.monotonic() + 120
+        while len(scores(registry)) < count:
+            assert time.monotonic() < deadline
+            assert all(watcher.poll() is None for watcher in watchers)
+            time.sleep(0.1)
+
+    reach(1)
+    first = registry.resolve(1)
+    facts = first.model_dump(mode="json", exclude={"version", "files"})
+    registry.register({"model.safetensors": b"no flow"}, facts, "broken")
+    registry.register(registry.read_files(first), facts | {"config_digest": "0" * 64}, "the same weights again")
+    reach(2)
+    time.sleep(3)
+    for watcher in watchers:
+        watcher.send_signal(signal.SIGINT)
+    errors = [watcher.communicate()[1] for watcher in watchers]
+    assert [watcher.returncode for watcher in watchers] == [130, 130]
+    assert scores(registry) == [1, 3]
+    assert all("small@2 is left: " in error for error in errors)
+
+
 # -- what a protocol is bound to ---------------------------------------------------------------------------------------
 
 

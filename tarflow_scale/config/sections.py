@@ -127,6 +127,8 @@ class MetricsConfig(Section):
     is checked, and is part of the protocol id."""
     baselines: bool = True
     """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
+    watch_seconds: float = Field(default=30.0, gt=0)
+    """Between looks at the registry with ``--watch``."""
 
 
 class ReferenceConfig(Section):

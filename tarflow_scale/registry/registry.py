@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tarflow_scale import storage
-from tarflow_scale.errors import RegistryError
+from tarflow_scale.errors import AlreadyReported, RegistryError
 from tarflow_scale.records import DecodingPlan, FileRecord, MetricsReport, ModelVersion
 from tarflow_scale.registry.log import Event, EventLog
 
@@ -33,6 +33,11 @@ class ModelState:
     holders: dict[str, list[int]] = field(default_factory=dict)
     """For each alias the versions that an undo would go back through, the present one last."""
     events: list[Event] = field(default_factory=list)
+
+    def has_numbers(self, version: int, protocols: set[str]) -> bool:
+        """Whether a version has a number by each of these protocols, named by their digests."""
+        metrics = (metric for report in self.reports.get(version, []) for metric in report.metrics.values())
+        return protocols <= {metric.protocol_digest for metric in metrics}
 
     @classmethod
     def fold(cls, events: list[Event]) -> "ModelState":
@@ -133,15 +138,24 @@ class Registry:
         event = self._log.append("register", reason, decide)
         return ModelVersion.model_validate(event.payload["version"])
 
-    def attach_report(self, report: MetricsReport, reason: str) -> None:
+    def attach_report(self, report: MetricsReport, reason: str, once: bool = False) -> None:
         """Add a report to the version it is about.
 
+        Args:
+            report: the report.
+            reason: why.
+            once: refuse where all its protocols have a number of this version already.
+
         Raises:
+            AlreadyReported: they have.
             RegistryError: when the version does not exist or holds other weights.
         """
 
         def decide(events: list[Event]) -> dict[str, Any]:
-            version = resolve(ModelState.fold(events), report.version, self.model)
+            state = ModelState.fold(events)
+            version = resolve(state, report.version, self.model)
+            if once and state.has_numbers(version.version, {m.protocol_digest for m in report.metrics.values()}):
+                raise AlreadyReported(f"{self.model}@{version.version} has been scored by another; nothing was added")
             if version.weights_digest != report.weights_digest:
                 raise RegistryError(
                     f"the report is about other weights than {self.model}@{report.version}; evaluate again"

@@ -72,13 +72,16 @@ class _Linear:
         self._packed: Tensor | None = None
         self._rows = 0
 
-    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """``x (R, c, in)`` to ``(R, c, out)``, through an exact GELU if asked for."""
+    def __call__(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
+        """``x (R, c, in)`` to ``(R, c, out)``, through an exact GELU or plus another if asked for."""
         if x.shape[1] == 1 and x.device.type == "cpu" and _can_pack(x.dtype):
+            if add is not None:
+                return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._pack(len(x)), self.bias, "add")
             activation = ("gelu", [], "none") if gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self._pack(len(x)), self.bias, *activation)
         y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if gelu else y
+        y = F.gelu(y) if gelu else y
+        return y if add is None else add + y
 
     def _pack(self, rows: int) -> Tensor:
         if self._packed is not None and self._rows == rows:
@@ -179,8 +182,8 @@ class BlockNetwork:
             window.store(layer_cache, heads[:, :, 1:].permute(2, 0, 3, 1, 4))
             q = heads[:, :, 0].transpose(1, 2)
             attended = window.attend(q if sharpness is None else q * sharpness, layer_cache)
-            h = h + layer.attention_out(attended.transpose(1, 2).reshape(rows, count, width).to(h.dtype))
-            h = h + layer.mlp_out(layer.mlp_in(_normed(h, layer.mlp_norm), gelu=True))
+            h = layer.attention_out(attended.transpose(1, 2).reshape(rows, count, width).to(h.dtype), add=h)
+            h = layer.mlp_out(layer.mlp_in(_normed(h, layer.mlp_norm), gelu=True), add=h)
         return self._proj_out(h)
 
     def fixed(self, start: int, num_tokens: int, device: torch.device) -> _FixedWindow:
