@@ -61,10 +61,13 @@ def alone(folder: Path) -> dict[str, Any]:
 @distributed
 @pytest.mark.parametrize("variant", [one for one in STAGES if "stage=0" not in one])
 def test_every_stage_has_one_loss_curve(two: dict[str, Any], variant: str) -> None:
-    """To 1e-6 over 50 steps; what differs is the order in which the gradient's norm is summed."""
+    """To 1e-6 over 50 steps; what differs is the order in which the gradient's norm is summed.
+
+    Zero nats are an arbitrary point (the density is on [-1, 1]), so a loss that comes near it is compared as such.
+    """
     found, expected = two[variant], two[f"stage=0,{variant.partition(',')[2]}"]
     assert expected["losses"][49] < max(expected["losses"][:5])
-    assert found["losses"][:50] == pytest.approx(expected["losses"][:50], rel=1e-6)
+    assert found["losses"][:50] == pytest.approx(expected["losses"][:50], rel=1e-6, abs=3e-7)
     assert found["norms"][:50] == pytest.approx(expected["norms"][:50], rel=1e-5)
     assert max(expected["norms"]) > 0.5  # so that clipping acts
     assert found["num_steps"] == 100
