@@ -27,6 +27,7 @@ _LABELS = {
     "seconds_evaluate": "seconds: evaluate",
     "seconds_promote": "seconds: promote",
     "seconds_generate": "seconds: generate",
+    "seconds_report": "seconds: report",
     "seconds_label_agreement": "seconds: label agreement",
     "seconds_total": "seconds: all",
 }

@@ -25,6 +25,7 @@ stage train launch/torchrun.sh 2 configs/train/digits.yaml
 stage evaluate tarflow-scale evaluate configs/evaluate/digits.yaml
 stage promote tarflow-scale promote configs/promote/digits.yaml
 stage generate tarflow-scale generate configs/generate/digits.yaml
+stage report tarflow-scale report configs/report/digits.yaml
 stage label_agreement python evals/benchmarks/label_agreement.py --data "$out/data" --generated "$out/generated" \
     --output "$out/label_agreement.json"
 printf '\n'

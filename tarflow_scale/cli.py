@@ -64,6 +64,11 @@ _VERBS = {
         "write shards of new images from a registered version, on Ray",
         "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
     ),
+    "report": _Verb(
+        "report", "run", configuration.ReportConfig,
+        "write leaderboards of what registries hold, as Markdown and as a page",
+        "tarflow-scale report configs/report/digits.yaml",
+    ),
     "convert": _Verb(
         "convert", "run", configuration.ConvertConfig,
         "turn weights of apple/ml-tarflow into a flow of ours",

@@ -11,6 +11,7 @@ from tarflow_scale.config.data import (
     SplitConfig,
 )
 from tarflow_scale.config.flows import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config.leaderboards import LeaderboardConfig, PublishedRow, ReportOutputConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
     FrechetProtocol,
@@ -30,6 +31,7 @@ from tarflow_scale.config.roots import (
     ModelsConfig,
     PrepareConfig,
     PromoteConfig,
+    ReportConfig,
     TrainConfig,
 )
 from tarflow_scale.config.sections import (
@@ -76,6 +78,7 @@ __all__ = [
     "Guidance",
     "InceptionScoreProtocol",
     "KernelProtocol",
+    "LeaderboardConfig",
     "LoggingConfig",
     "ManifoldProtocol",
     "MetricsConfig",
@@ -88,8 +91,11 @@ __all__ = [
     "PrepareConfig",
     "PromoteConfig",
     "Protocol",
+    "PublishedRow",
     "ReferenceConfig",
     "RegistryConfig",
+    "ReportConfig",
+    "ReportOutputConfig",
     "Requirement",
     "SampledProtocol",
     "SamplingConfig",

@@ -28,6 +28,11 @@ class _Protocol(Section):
     """Name under which the number is reported."""
 
     @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger number is a better one."""
+        return False
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the resolved protocol; part of the protocol id."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -133,6 +138,11 @@ class InceptionScoreProtocol(_SampledProtocol):
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
     """Of the order of images before they are split, drawn as torch-fidelity draws it."""
 
+    @property
+    def higher_is_better(self) -> bool:
+        """A score."""
+        return True
+
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":
         if self.extractor != "inception-v3-compat":
@@ -151,6 +161,11 @@ class ManifoldProtocol(_ReferenceSubset):
     metric: Literal["precision", "recall"]
     neighbours: int = Field(default=3, ge=1)
     """k."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """A share of what is covered."""
+        return True
 
     @model_validator(mode="after")
     def _has_neighbours(self) -> "ManifoldProtocol":

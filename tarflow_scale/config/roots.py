@@ -14,6 +14,7 @@ from tarflow_scale.config.data import (
     SplitConfig,
 )
 from tarflow_scale.config.flows import ModelConfig
+from tarflow_scale.config.leaderboards import ReportOutputConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
     ClusterConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ModelsConfig",
     "PrepareConfig",
     "PromoteConfig",
+    "ReportConfig",
     "TrainConfig",
 ]
 
@@ -151,6 +153,12 @@ class GenerateConfig(Root):
     sampling: SeededSamplingConfig
     shards: ShardsConfig
     cluster: ClusterConfig = ClusterConfig()
+
+
+class ReportConfig(Root):
+    """Registries in, leaderboards out: Markdown, and one HTML page that needs no network."""
+
+    report: ReportOutputConfig
 
 
 class ConvertConfig(Root):

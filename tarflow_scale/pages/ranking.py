@@ -1,0 +1,143 @@
+"""Rows of a leaderboard: numbers of registries by one protocol id, and published ones beside them.
+
+A number of ours is comparable with another only if both carry the same protocol id, which a ranking therefore demands;
+published rows have protocols of their own, so they are shown in their place and never ranked among ours. Baselines
+that an evaluation measured by the same protocol stand among them too, without a rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tarflow_scale.config import BitsPerDimProtocol, LeaderboardConfig, SampledProtocol
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion
+from tarflow_scale.registry import ModelState
+
+__all__ = ["Entry", "Ranking", "Row", "rank"]
+
+_STANDARD_NORMAL_95 = 1.96
+_BASELINES = {"gaussian": "full-covariance Gaussian", "real": "real training images"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of a registry."""
+
+    registry: str
+    model: str
+    state: ModelState
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a ranking; ours have a rank, an interval and a version, baselines and published ones a source."""
+
+    model: str
+    value: float
+    rank: int | None = None
+    low: float | None = None
+    high: float | None = None
+    source: str = ""
+    note: str = ""
+    version: ModelVersion | None = None
+    aliases: tuple[str, ...] = ()
+    metric: MetricValue | None = None
+    report: MetricsReport | None = None
+    entry: Entry | None = None
+
+    @property
+    def grid(self) -> FileRecord | None:
+        """The picture of samples that came with the number."""
+        return self.report.grid if self.report else None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A leaderboard with its rows, best first."""
+
+    board: LeaderboardConfig
+    protocol: BitsPerDimProtocol | SampledProtocol
+    rows: tuple[Row, ...]
+
+    @property
+    def ours(self) -> list[Row]:
+        """Rows of registries."""
+        return [row for row in self.rows if row.rank is not None]
+
+    @property
+    def has_published(self) -> bool:
+        """Whether some rows were measured elsewhere."""
+        return bool(self.board.published)
+
+    @property
+    def unit(self) -> str:
+        """Of the numbers; empty without rows of ours."""
+        return next((row.metric.unit for row in self.ours if row.metric), "")
+
+    @property
+    def protocol_id(self) -> str:
+        """Of all rows of ours; empty without such."""
+        return next((row.metric.protocol_id for row in self.ours if row.metric), "")
+
+
+def rank(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
+    """Rank the newest number of every version.
+
+    Raises:
+        ConfigError: rows of ours carry several protocol ids.
+    """
+    found = [row for entry in entries for row in _rows(board, protocol, entry)]
+    ids = {row.metric.protocol_id: row.model for row in found if row.metric}
+    if len(ids) > 1:
+        names = " and ".join(f"{model} ({identity[:12]})" for identity, model in sorted(ids.items()))
+        raise ConfigError(
+            f"leaderboard {board.name} would mix protocol ids (got {names}), which differ in images or extractor; "
+            f"evaluate all on the same data, or set protocol_id in the leaderboard"
+        )
+    sign = -1 if protocol.higher_is_better else 1
+    ours = sorted(found, key=lambda row: sign * row.value)
+    numbered = [replace(row, rank=1 + sum(sign * other.value < sign * row.value for other in ours)) for row in ours]
+    published = [Row(one.model, one.value, source=one.source, note=one.note) for one in board.published]
+    every = [*numbered, *_baselines(protocol, ours), *published]
+    return Ranking(board, protocol, tuple(sorted(every, key=lambda row: sign * row.value)))
+
+
+def _baselines(protocol: BitsPerDimProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
+    """Each baseline once: it depends on protocol and reference, not on the model."""
+    found = {
+        kind: row.report.baselines[f"{kind}_{protocol.name}"]
+        for row in ours
+        for kind in _BASELINES
+        if row.report is not None and f"{kind}_{protocol.name}" in row.report.baselines
+    }
+    return [Row(_BASELINES[kind], value, source="baseline, same protocol") for kind, value in found.items()]
+
+
+def _rows(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtocol, entry: Entry) -> list[Row]:
+    rows: list[Row] = []
+    for number, version in entry.state.versions.items():
+        by_protocol = [
+            (metric, report)
+            for report in entry.state.reports.get(number, [])
+            for metric in report.metrics.values()
+            if metric.protocol_digest == protocol.digest and board.protocol_id in (None, metric.protocol_id)
+        ]
+        if not by_protocol:
+            continue
+        metric, report = by_protocol[-1]
+        half = _STANDARD_NORMAL_95 * metric.standard_error if metric.standard_error is not None else None
+        rows.append(
+            Row(
+                model=f"{entry.model}@{number}",
+                value=metric.value,
+                rank=0,
+                low=None if half is None else metric.value - half,
+                high=None if half is None else metric.value + half,
+                version=version,
+                aliases=tuple(sorted(alias for alias, held in entry.state.aliases.items() if held == number)),
+                metric=metric,
+                report=report,
+                entry=entry,
+            )
+        )
+    return rows

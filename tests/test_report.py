@@ -1,0 +1,205 @@
+"""``report``: the page in a real browser, and what it refuses."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tarflow_scale import cli
+from tarflow_scale.config import LeaderboardConfig, load_config, load_protocol
+from tarflow_scale.registry import Registry
+from tests.conftest import TOP, Trained
+from tests.test_evaluate import PROTOCOLS, evaluate_arguments
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+HOSTILE = "<script>document.title='taken'</script>"
+
+
+def leaderboard(folder: Path, name: str, protocol: Path, published: list[dict[str, Any]]) -> str:
+    path = folder / f"{name}.yaml"
+    facts = {"name": name, "title": name, "protocol": str(protocol), "published": published}
+    path.write_text(yaml.safe_dump(facts))
+    return str(path)
+
+
+def report_arguments(folder: Path, registry: Path, run: Path) -> list[str]:
+    published = [{"model": HOSTILE, "value": 3.0, "source": "a paper"}]
+    boards = [leaderboard(folder, "bits", PROTOCOLS[0], published), leaderboard(folder, "pixels", PROTOCOLS[1], [])]
+    lists = {"leaderboards": boards, "registries": [str(registry)], "runs": [str(run)]}
+    return ["report", f"report.path={folder}/out", *(f"report.{key}={json.dumps(v)}" for key, v in lists.items())]
+
+
+@pytest.fixture(scope="module")
+def reported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Two versions with numbers, a calibrated one among them, and their page."""
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(trained.registry, folder / "registry")
+    own = Trained(trained.data, trained.run, folder / "registry")
+    registry = Registry(str(own.registry), "small")
+    first = registry.resolve(1)
+    facts = first.model_dump(mode="json", exclude={"version", "files"})
+    registry.register(registry.read_files(first), facts | {"config_digest": "0" * 64}, HOSTILE)
+    registry.promote("star", 1, None, {}, "shines")
+    calibrate = ["generate", f"registry.path={own.registry}", "registry.model=small", "registry.version=1"]
+    settings = ["shards.path=unused", "sampling.num_images=1", "sampling.batch_size=8", "--calibrate"]
+    assert cli.main([*calibrate, *settings]) == 0
+    for version, temperature in ((1, 1.0), (2, 0.9)):
+        more = [f"registry.version={version}", f"sampling.temperature={temperature}", "cluster.executor=local"]
+        assert cli.main(evaluate_arguments(own, *more)) == 0
+    arguments = report_arguments(folder, own.registry, own.run)
+    assert cli.main(arguments) == 0
+    return arguments, folder / "out"
+
+
+def test_markdown_has_the_numbers_of_the_registry(reported: tuple[list[str], Path]) -> None:
+    text = (reported[1] / "leaderboard.md").read_text()
+    registry = Registry(str(reported[1].parent / "registry"), "small")
+    value = registry.state().reports[1][-1].metrics["bits_per_dim"].value
+    assert f"| 1 | small@1 (star) | {value:.4f} |" in text
+    assert "full-covariance Gaussian" in text
+
+
+def test_the_page_is_one_file_that_names_no_other(reported: tuple[list[str], Path]) -> None:
+    page = (reported[1] / "index.html").read_text()
+    assert sorted(path.name for path in reported[1].iterdir()) == ["index.html", "leaderboard.md"]
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "url(" not in page
+    assert HOSTILE not in page
+    assert page.count("data:image/png;base64,") == 2  # a picture of each version, once
+
+
+@pytest.fixture(scope="module")
+def browser(reported: tuple[list[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get((reported[1] / "index.html").as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+def column(browser: Any, number: int) -> list[str]:
+    script = "return [...document.querySelector('table').tBodies[0].rows].map(r => r.cells[arguments[0]].textContent)"
+    return browser.execute_script(script, number)
+
+
+def test_it_opens_without_errors_and_requests(browser: Any, reported: tuple[list[str], Path]) -> None:
+    assert browser.title == "Leaderboards"
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    own = ("data:", "chrome://")  # what is in the page, and the browser's own first tab
+    assert {url for url in asked if not url.startswith(own)} == {(reported[1] / "index.html").as_uri()}
+
+
+def test_pictures_load_and_a_hostile_name_is_text(browser: Any) -> None:
+    widths = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
+    assert len(widths) == 2
+    assert all(width > 100 for width in widths)
+    assert HOSTILE in browser.execute_script("return document.body.innerText")
+
+
+def test_tables_sort_by_keyboard(browser: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    heading = browser.find_elements("css selector", "table th button")[1]
+    heading.send_keys(Keys.ENTER)
+    names = column(browser, 1)
+    heading.send_keys(Keys.ENTER)
+    assert column(browser, 1) == names[::-1]
+    heading = browser.find_elements("css selector", "table th button")[2]
+    heading.send_keys(Keys.ENTER)
+    values = [float(text.split()[0]) for text in column(browser, 2)]
+    assert values == sorted(values)
+    assert len(values) == 4  # two versions, a baseline, a published row
+    assert heading.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
+
+
+def test_protocol_and_iterations_open_on_demand(browser: Any) -> None:
+    summary = browser.find_element("css selector", "details summary")
+    panel = summary.find_element("xpath", "..")
+    assert "num_draws" not in panel.text
+    summary.click()
+    assert "num_draws" in panel.text
+    assert "Iterations of each block on cpu" in browser.page_source
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_readers_setting_with_enough_contrast(browser: Any, scheme: str) -> None:
+    media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    script = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    ink, paper = (list(map(int, re.findall(r"\d+", text)[:3])) for text in browser.execute_script(script))
+    assert (sum(paper) > 600) == (scheme == "light")
+
+    def luminance(colour: list[int]) -> float:
+        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, dim = sorted(map(luminance, (ink, paper)), reverse=True)
+    assert (bright + 0.05) / (dim + 0.05) > 7
+
+
+def test_it_fits_a_phone(browser: Any) -> None:
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    widths = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert widths[0] <= widths[1] == 390
+
+
+def test_numbers_on_different_images_are_refused_and_nothing_is_written(
+    reported: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(reported[1].parent / "registry", tmp_path / "registry")
+    registry = Registry(f"{tmp_path}/registry", "small")
+    newest = registry.state().reports[2][-1]
+    bits = newest.metrics["bits_per_dim"].model_copy(update={"protocol_id": "f" * 64})
+    registry.attach_report(newest.model_copy(update={"metrics": {"bits_per_dim": bits}}), "other images")
+    swapped = [f"report.registries=[{tmp_path}/registry]", f"report.path={tmp_path}/out"]
+    assert cli.main([*reported[0], *swapped]) == 2
+    assert "leaderboard bits would mix protocol ids (got small@" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_one_line(
+    reported: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.jsonl").write_text('{"images": 1}\nnot json\n')
+    for override, message in (
+        ("report.registries=[nowhere]", "no registry at nowhere"),
+        (f"report.runs=[{tmp_path}]", "is not the log of a training run"),
+        ("report.leaderboards=[nothing.yaml]", "cannot read the configuration nothing.yaml"),
+    ):
+        assert cli.main([*reported[0], override]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", sorted((TOP / "evals/leaderboards").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_leaderboard_names_a_protocol_and_sources(file: Path) -> None:
+    board = load_config(LeaderboardConfig, str(file), [])
+    assert load_protocol(str(TOP / board.protocol)).digest
+    assert all(row.source for row in board.published)
+    values = [row.value for row in board.published]
+    assert values == sorted(values)
