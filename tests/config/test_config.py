@@ -13,6 +13,7 @@ from tarflow_scale.config import (
     ModelsConfig,
     PrepareConfig,
     PromoteConfig,
+    ReportConfig,
     TrainConfig,
     load_config,
     load_protocol,
@@ -27,6 +28,7 @@ ROOTS = {
     "promote": PromoteConfig,
     "generate": GenerateConfig,
     "models": ModelsConfig,
+    "report": ReportConfig,
     "convert": ConvertConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
