@@ -200,7 +200,6 @@ def evaluation_table(measured: dict[str, Any]) -> str:
         ("extraction of Inception features, over torch-fidelity's loop", "extraction_over_torch_fidelity"),
         ("merging moments, over extraction", "merging_over_extraction"),
         ("an extractor-bound job, two workers over one", "two_workers_over_one"),
-        ("memory of the driver, 10,000 samples over 1,000", "driver_memory_10000_samples_over_1000"),
     ]
     return _ratio_table(measured, [(label, measured, name) for label, name in rows])
 

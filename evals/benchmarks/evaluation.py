@@ -6,7 +6,8 @@ Inception has random weights, which take as long as the published ones. Both loo
 batches and take turns; the median of ``--rounds`` turns counts. Workers are timed on an extractor-bound job from the
 first part that any has done, because the start of Ray does not grow with the job; of several workers the first parts of
 all are left out, though some end later, so the ratio is a lower bound. With ``--registry`` the memory of the
-driver is that of ``evaluate`` for the digits of the demo, at two numbers of samples.
+driver is that of ``evaluate`` for the digits of the demo, at two numbers of samples; their features are so small that
+this would show images or copies of the model, not features that are kept.
 """
 
 import argparse

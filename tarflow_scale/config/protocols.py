@@ -93,7 +93,8 @@ class FrechetProtocol(_SampledProtocol):
 
     metric: Literal["frechet"]
     layer: Literal["pool", "spatial"] = "pool"
-    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of Inception's mixed_6/conv."""
+    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of Inception's mixed_6/conv,
+    taken to be Mixed_6d.branch1x1 of the port; that was not compared with the ADM evaluator."""
     estimate: Literal["plain", "infinity"] = "plain"
     """``infinity``: extrapolated on 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint
     groups of 10 to 50 of the 50 index blocks."""

@@ -128,8 +128,7 @@ class BlockNetwork:
     def cache_dtype(self) -> torch.dtype:
         """Precision of keys and values: that of products, but on a CPU fp32 at least.
 
-        A CPU's attention of one bf16 query takes twice as long as of one in fp32, while its bf16 products are 1.5
-        times faster (evals/results/sampling-cpu.json has both together).
+        There attention of a single bf16 query was the slower one, while bf16 products gain.
         """
         on_cpu = self._proj_in.weight.device.type == "cpu"
         return torch.promote_types(self.dtype, torch.float32) if on_cpu else self.dtype
