@@ -89,7 +89,7 @@ class DecoderConfig(Section):
     """``exact``: token by token. ``adaptive``: several tokens at once where a plan, which ``generate --calibrate``
     measures, says that it is faster."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the transformers and their cache, which on a CPU is fp32; scale and mean are fp32 in any case."""
+    """Of the transformers and their cache; scale and mean are fp32 in any case."""
     tolerance: float = Field(default=1e-3, gt=0)
     """``adaptive``: tokens are iterated until no feature moves by more, on the scale of [-1, 1]."""
 

@@ -5,59 +5,20 @@ width, L layers.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from tarflow_scale.flows.attention import TransformerLayer
 from tarflow_scale.flows.flow import Condition
 from tarflow_scale.flows.tarflow import TarFlowBlock
+from tarflow_scale.sampling.attention import FixedWindow, OneQuery, Window, WindowOfTokens
 
 __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
 """A CUDA graph serves this many positions: its attention covers the cache up to the last of them."""
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Where tokens go in the cache and what they see: positions ``start`` to ``stop``, and all before."""
-
-    start: int
-    stop: int
-
-    def store(self, cache: Tensor, keys_values: Tensor) -> None:
-        cache[:, :, :, self.start : self.stop] = keys_values
-
-    def attend(self, q: Tensor, cache: Tensor) -> Tensor:
-        q, k, v = q.to(cache.dtype), cache[0, :, :, : self.stop], cache[1, :, :, : self.stop]
-        if self.stop - self.start == 1:
-            return F.scaled_dot_product_attention(q, k, v)
-        if self.start == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], self.stop))
-
-
-@dataclass(frozen=True)
-class _FixedWindow:
-    """The same for one token whose position is a tensor, so that shapes do not depend on it.
-
-    position: ``(1,)`` int64. length: positions that attention covers; those after ``position`` are masked.
-    """
-
-    position: Tensor
-    length: int
-
-    def store(self, cache: Tensor, keys_values: Tensor) -> None:
-        cache.index_copy_(3, self.position, keys_values)
-
-    def attend(self, q: Tensor, cache: Tensor) -> Tensor:
-        seen = torch.arange(self.length, device=q.device) <= self.position
-        k, v = cache[0, :, :, : self.length], cache[1, :, :, : self.length]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1))
 
 
 class _Linear:
@@ -73,8 +34,11 @@ class _Linear:
         self._rows = 0
 
     def __call__(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
-        """``x (R, c, in)`` to ``(R, c, out)``, through an exact GELU or plus another if asked for."""
-        if x.shape[1] == 1 and x.device.type == "cpu" and _can_pack(x.dtype):
+        """``x (..., in)`` to ``(..., out)``, through an exact GELU or plus another if asked for.
+
+        Rows of one token each, ``(R, in)``, are taken to be the case for packed weights.
+        """
+        if x.dim() == 2 and x.device.type == "cpu" and _can_pack(x.dtype):
             if add is not None:
                 return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._pack(len(x)), self.bias, "add")
             activation = ("gelu", [], "none") if gelu else ("none", [], "")
@@ -123,15 +87,17 @@ class BlockNetwork:
         self._proj_in, self._proj_out = _Linear(block.proj_in, dtype), _Linear(block.proj_out, dtype)
         self._layers = [_Layer(layer, dtype) for layer in block.layers]  # type: ignore[arg-type]
         self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._on_cpu = self._proj_in.weight.device.type == "cpu"
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Precision of keys and values: that of products, but on a CPU fp32 at least.
+        """Precision of keys and values: that of products, but fp32 on a CPU where `OneQuery` could not be compiled.
 
-        There attention of a single bf16 query was the slower one, while bf16 products gain.
+        PyTorch's attention of a single bf16 query is slower there than that of an fp32 one, while bf16 products gain.
         """
-        on_cpu = self._proj_in.weight.device.type == "cpu"
-        return torch.promote_types(self.dtype, torch.float32) if on_cpu else self.dtype
+        if not self._on_cpu or OneQuery.function(self.block.head_width, self.dtype) is not None:
+            return self.dtype
+        return torch.promote_types(self.dtype, torch.float32)
 
     def new_cache(self, layers: int, rows: int) -> Tensor:
         """Empty keys and values ``(L, 2, R, N, T, H)``."""
@@ -160,35 +126,28 @@ class BlockNetwork:
         tokens, count = tokens.to(self.dtype), tokens.shape[1]
         if count == 1 and tokens.is_cuda:
             out = self._replayed(tokens, offsets, cache, start, sharpness)
+        elif count == 1 and self._on_cpu:
+            out = self.outputs(tokens[:, 0], offsets[:, 0], cache, OneQuery(start), sharpness)[:, None]
         else:
-            out = self.outputs(tokens, offsets, cache, _Window(start, start + count), sharpness)
+            out = self.outputs(tokens, offsets, cache, WindowOfTokens(start, start + count), sharpness)
         return self.block.parameters_of(out if out.dtype == torch.float64 else out.float())
 
     def outputs(
-        self,
-        tokens: Tensor,
-        offsets: Tensor,
-        cache: Tensor,
-        window: _Window | _FixedWindow,
-        sharpness: Tensor | None = None,
+        self, tokens: Tensor, offsets: Tensor, cache: Tensor, window: Window, sharpness: Tensor | None = None
     ) -> Tensor:
-        """What the block's output layer says, ``(R, c, D or 2 D)``."""
-        rows, count, width = offsets.shape
+        """What the block's output layer says, ``(R, c, D or 2 D)``; `OneQuery` goes without the axis of c."""
         h = self._proj_in(tokens)
-        h = offsets + (h if len(h) == rows else h.repeat(rows // len(h), 1, 1))
+        h = (offsets.view(-1, *h.shape) + h).view(offsets.shape)
         for layer, layer_cache in zip(self._layers, cache, strict=False):
-            heads = layer.qkv(_normed(h, layer.attention_norm)).view(rows, count, 3, -1, self.block.head_width)
-            window.store(layer_cache, heads[:, :, 1:].permute(2, 0, 3, 1, 4))
-            q = heads[:, :, 0].transpose(1, 2)
-            attended = window.attend(q if sharpness is None else q * sharpness, layer_cache)
-            h = layer.attention_out(attended.transpose(1, 2).reshape(rows, count, width).to(h.dtype), add=h)
+            attended = window.attend(layer.qkv(_normed(h, layer.attention_norm)), layer_cache, sharpness)
+            h = layer.attention_out(attended, add=h)
             h = layer.mlp_out(layer.mlp_in(_normed(h, layer.mlp_norm), gelu=True), add=h)
         return self._proj_out(h)
 
-    def fixed(self, start: int, num_tokens: int, device: torch.device) -> _FixedWindow:
+    def fixed(self, start: int, num_tokens: int, device: torch.device) -> FixedWindow:
         """The window of one token at ``start`` whose shapes serve a whole bucket of positions."""
         length = min((start // _BUCKET + 1) * _BUCKET, num_tokens)
-        return _FixedWindow(torch.full((1,), start, dtype=torch.int64, device=device), length)
+        return FixedWindow(torch.full((1,), start, dtype=torch.int64, device=device), length)
 
     def _replayed(self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None) -> Tensor:
         """`outputs` of one token from a CUDA graph, which is captured when its bucket is first met."""
@@ -209,7 +168,7 @@ class _Graph:
         tokens: Tensor,
         offsets: Tensor,
         cache: Tensor,
-        window: _FixedWindow,
+        window: FixedWindow,
         sharpness: Tensor | None,
     ) -> None:
         self._tokens, self._offsets, self._position = tokens.clone(), offsets.clone(), window.position

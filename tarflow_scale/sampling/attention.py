@@ -1,0 +1,160 @@
+"""Attention of tokens at hand to themselves and to what a cache holds of those before them.
+
+Shapes: R rows, c tokens at hand, T tokens, N heads, H head width, C = N H width. A layer's cache is
+``(2, R, N, T, H)``, keys and values. Queries, keys and values of the tokens at hand come side by side, ``(R, c, 3 C)``.
+"""
+
+import abc
+import ctypes
+import functools
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+__all__ = ["FixedWindow", "OneQuery", "Window", "WindowOfTokens"]
+
+_log = logging.getLogger(__name__)
+
+
+class Window(abc.ABC):
+    """Where tokens go in the cache, and what they see."""
+
+    @abc.abstractmethod
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+        """Keys and values into the cache; what the queries gather, ``(R, c, C)`` in the precision of ``qkv``.
+
+        Args:
+            qkv: ``(R, c, 3 C)``.
+            cache: of the layer.
+            sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
+        """
+
+
+@dataclass(frozen=True)
+class WindowOfTokens(Window):
+    """Tokens at positions ``start`` to ``stop`` see themselves and all before them."""
+
+    start: int
+    stop: int
+
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+        """See `Window.attend`."""
+        q, keys_values = _split(qkv, cache, sharpness)
+        cache[:, :, :, self.start : self.stop] = keys_values
+        k, v = cache[0, :, :, : self.stop], cache[1, :, :, : self.stop]
+        if self.stop - self.start == 1:
+            return _merge(F.scaled_dot_product_attention(q, k, v), qkv)
+        if self.start == 0:
+            return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv)
+        mask = causal_lower_right(q.shape[2], self.stop)
+        return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), qkv)
+
+
+@dataclass(frozen=True)
+class FixedWindow(Window):
+    """One token whose position is a tensor, so that shapes do not depend on it.
+
+    position: ``(1,)`` int64. length: positions that attention covers; those after ``position`` are masked.
+    """
+
+    position: Tensor
+    length: int
+
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+        """See `Window.attend`."""
+        q, keys_values = _split(qkv, cache, sharpness)
+        cache.index_copy_(3, self.position, keys_values)
+        seen = torch.arange(self.length, device=q.device) <= self.position
+        k, v = cache[0, :, :, : self.length], cache[1, :, :, : self.length]
+        return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1)), qkv)
+
+
+@dataclass(frozen=True)
+class OneQuery(Window):
+    """One token at ``position`` on a CPU, by machine code of our own (``one_query.c``) where that could be compiled.
+
+    There PyTorch's attention, made for many queries, is far from reading the cache at the memory's bandwidth, and in
+    bf16 further than in fp32 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` here and the result ``(R, C)``.
+    """
+
+    position: int
+
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+        """See `Window.attend`."""
+        _, rows, heads, capacity, head_width = cache.shape
+        function = self.function(head_width, cache.dtype)
+        if function is None:
+            return WindowOfTokens(self.position, self.position + 1).attend(qkv[:, None], cache, sharpness)[:, 0]
+        if not (qkv.is_contiguous() and cache.is_contiguous() and qkv.dtype == cache.dtype):
+            raise ValueError(f"got {qkv.dtype} and {cache.dtype}, strides {qkv.stride()} and {cache.stride()}")
+        out = qkv.new_empty(rows, heads * head_width)
+        factors = None if sharpness is None else sharpness.float().contiguous()
+        function(
+            qkv.data_ptr(),
+            cache[0].data_ptr(),
+            cache[1].data_ptr(),
+            out.data_ptr(),
+            None if factors is None else factors.data_ptr(),
+            rows,
+            heads,
+            capacity,
+            self.position,
+            torch.get_num_threads(),
+        )
+        return out
+
+    @staticmethod
+    @functools.cache
+    def function(head_width: int, dtype: torch.dtype) -> Callable[..., None] | None:
+        """The function of ``one_query.c``; None for other precisions, and where no C compiler (``$CC``, or cc) is."""
+        if dtype not in (torch.float32, torch.bfloat16) or head_width % (4 // dtype.itemsize):
+            return None  # a bf16 head of odd width does not fill whole words
+        source = Path(__file__).with_name("one_query.c")
+        options = [f"-DHEAD_WIDTH={head_width}", f"-DNARROW={int(dtype == torch.bfloat16)}"]
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = Path(folder, "one_query.so")
+            compiler = [*shlex.split(os.environ.get("CC") or "cc"), *_OPTIONS, *options]
+            try:
+                subprocess.run([*compiler, str(source), "-o", str(library), "-lm"], check=True, capture_output=True)
+                function = ctypes.CDLL(str(library)).one_query
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else ""
+                _log.warning(
+                    "sampling on this CPU is slower than it could be: %s was not compiled (%s%s)",
+                    source.name,
+                    error,
+                    said and f": {said.strip().splitlines()[0]}",
+                )
+                return None
+        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
+        function.restype = None
+        return function  # type: ignore[no-any-return]
+
+
+_OPTIONS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
+"""Not -ffast-math: linked into a library, it makes the whole process flush subnormal numbers to zero."""
+
+
+def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries ``(R, N, c, H)`` in the cache's precision, keys and values ``(2, R, N, c, H)``."""
+    rows, count, _ = qkv.shape
+    heads = qkv.view(rows, count, 3, -1, cache.shape[-1])
+    q = heads[:, :, 0].transpose(1, 2)
+    q = q if sharpness is None else q * sharpness
+    return q.to(cache.dtype), heads[:, :, 1:].permute(2, 0, 3, 1, 4)
+
+
+def _merge(attended: Tensor, qkv: Tensor) -> Tensor:
+    """Heads ``(R, N, c, H)`` side by side, ``(R, c, C)``."""
+    rows, _, count, _ = attended.shape
+    return attended.transpose(1, 2).reshape(rows, count, -1).to(qkv.dtype)

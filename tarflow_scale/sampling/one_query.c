@@ -1,0 +1,109 @@
+/* Attention of one token to itself and to those before it, whose keys and values are in a cache.
+
+   Compiled for one HEAD_WIDTH and for one precision of the cache, fp32 or (NARROW) bf16; sums are fp32. One thread
+   takes a head of a row: it reads each key and each value once, in the order in which they lie in memory. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if NARROW /* a word is two features: neither has to be moved to another place to become a float */
+typedef uint32_t word;
+#define LANES 2
+
+static inline float wide(word value, int lane) {
+    const uint32_t bits = lane ? value & 0xffff0000 : value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+static inline uint32_t narrow(float value) { /* to nearest even */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline word joined(const float *lanes) { return narrow(lanes[0]) | narrow(lanes[1]) << 16; }
+#else
+typedef float word;
+#define LANES 1
+
+static inline float wide(word value, int lane) {
+    (void)lane;
+    return value;
+}
+
+static inline word joined(const float *lanes) { return lanes[0]; }
+#endif
+#define WORDS (HEAD_WIDTH / LANES)
+
+/* exp(x) for x <= 0 to 2 units in the last place, as a loop's vector instructions compute it: 2^n exp(r), |r| <= ln(2) / 2,
+   with Taylor's polynomial. Below -87 the result is that at -87, 1.6e-38; NaN stays. */
+static inline float exponential(float x) {
+    const float magic = 0x1.8p23f; /* adding it rounds to a whole number, in the lowest bits */
+    const float clamped = x < -87.0f ? -87.0f : x, shifted = clamped * 0x1.715476p0f + magic, n = shifted - magic;
+    const float r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    float result = 1.0f / 5040;
+    result = result * r + 1.0f / 720;
+    result = result * r + 1.0f / 120;
+    result = result * r + 1.0f / 24;
+    result = result * r + 1.0f / 6;
+    result = result * r + 0.5f;
+    result = result * r + 1.0f;
+    result = result * r + 1.0f;
+    uint32_t power, bits;
+    memcpy(&power, &shifted, sizeof power);
+    memcpy(&bits, &result, sizeof bits);
+    bits += power << 23;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* qkv (rows, 3, heads, HEAD_WIDTH); keys and values (rows, heads, capacity, HEAD_WIDTH); out (rows, heads, HEAD_WIDTH).
+   The token's own key and value are stored at `position` first. sharpness: factor on the logits of each row, or null. */
+void one_query(const word *restrict qkv, word *restrict keys, word *restrict values, word *restrict out,
+               const float *restrict sharpness, int64_t rows, int64_t heads, int64_t capacity, int64_t position,
+               int64_t threads) {
+    const float scale = 1.0f / sqrtf(HEAD_WIDTH);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t pair = 0; pair < rows * heads; pair++) {
+        const int64_t row = pair / heads, head = pair % heads;
+        const word *query = qkv + (row * 3 * heads + head) * WORDS;
+        word *own_keys = keys + pair * capacity * WORDS, *own_values = values + pair * capacity * WORDS;
+        memcpy(own_keys + position * WORDS, query + heads * WORDS, sizeof(word) * WORDS);
+        memcpy(own_values + position * WORDS, query + 2 * heads * WORDS, sizeof(word) * WORDS);
+
+        float q[LANES][WORDS], weights[position + 1], largest = -INFINITY, total = 0.0f;
+        const float factor = sharpness ? scale * sharpness[row] : scale;
+        for (int lane = 0; lane < LANES; lane++)
+            for (int i = 0; i < WORDS; i++) q[lane][i] = wide(query[i], lane) * factor;
+        for (int64_t token = 0; token <= position; token++) {
+            const word *key = own_keys + token * WORDS;
+            float logit = 0.0f;
+#pragma omp simd reduction(+ : logit)
+            for (int i = 0; i < WORDS; i++)
+                for (int lane = 0; lane < LANES; lane++) logit += q[lane][i] * wide(key[i], lane);
+            weights[token] = logit;
+            largest = logit > largest ? logit : largest;
+        }
+#pragma omp simd reduction(+ : total)
+        for (int64_t token = 0; token <= position; token++) {
+            weights[token] = exponential(weights[token] - largest);
+            total += weights[token];
+        }
+        float sum[LANES][WORDS] = {{0}};
+        for (int64_t token = 0; token <= position; token++) {
+            const word *value = own_values + token * WORDS;
+            const float weight = weights[token];
+            for (int lane = 0; lane < LANES; lane++)
+#pragma omp simd
+                for (int i = 0; i < WORDS; i++) sum[lane][i] += weight * wide(value[i], lane);
+        }
+        for (int i = 0; i < WORDS; i++) {
+            float features[LANES];
+            for (int lane = 0; lane < LANES; lane++) features[lane] = sum[lane][i] / total;
+            out[pair * WORDS + i] = joined(features);
+        }
+    }
+}
