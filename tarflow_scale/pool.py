@@ -1,7 +1,7 @@
 """Units of work on Ray actors, or in this process. The only user of ray.
 
 A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable on the
-worker. A unit must be idempotent, because a lost worker's unit runs again on another. Results come in the order in
+worker. A unit must be idempotent, because a lost worker's unit runs again, and a late one's may run twice. Results come in the order in
 which units finish; they must not depend on the worker, so both executors give the same answer.
 
 A cluster elsewhere is reached by its address (``host:port``, or ``ray://host:port``), and only with Ray's token
@@ -12,7 +12,10 @@ import ipaddress
 import logging
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -29,6 +32,8 @@ class Worker(Protocol):
         ...
 
 
+_PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
+"""An idle worker takes a unit from another that has had it for so many times the longest that any took."""
 _OBJECT_STORE_BYTES = 256 * 1024**2
 """Results are records and moments, never images, so a small store is enough."""
 
@@ -123,23 +128,44 @@ def _run_on_ray(
     import ray
 
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
-    actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
+    idle = [host.remote(worker_class, arguments) for _ in range(num_workers)]
+    actors = tuple(idle)
+    waiting = list(reversed(range(len(units))))
+    attempts: dict[Any, _Attempt] = {}
+    longest = 0.0
+
+    def give(number: int) -> None:
+        actor = idle.pop()
+        attempts[actor.run.remote(units[number])] = _Attempt(actor, number, time.monotonic())
+
     try:
-        waiting = list(reversed(units))
-        running: dict[Any, tuple[Any, Any]] = {}
-        for actor in actors:
-            unit = waiting.pop()
-            running[actor.run.remote(unit)] = (actor, unit)
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            actor, unit = running.pop(done)
-            if waiting:
-                following = waiting.pop()
-                running[actor.run.remote(following)] = (actor, following)
-            yield unit, _result(done)
+        while waiting or attempts:
+            while waiting and idle:
+                give(waiting.pop())
+            # An actor whose node is gone waits for another node, perhaps for good: then an idle one takes its unit too.
+            patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
+            done, _ = ray.wait(list(attempts), num_returns=1, timeout=patience)
+            if not done:
+                tried = Counter(attempt.number for attempt in attempts.values())
+                give(min(attempts.values(), key=lambda attempt: (tried[attempt.number], attempt.started)).number)
+                continue
+            first = attempts.pop(done[0])
+            longest = max(longest, time.monotonic() - first.started)
+            idle.append(first.actor)
+            attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
+            yield units[first.number], _result(done[0])
     finally:
         for actor in actors:
             ray.kill(actor)  # the next workers need their cores
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """The unit of this number, given to an actor."""
+
+    actor: Any
+    number: int
+    started: float
 
 
 def _check_token(address: str) -> None:

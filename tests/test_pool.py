@@ -1,11 +1,13 @@
 """The pool: both executors give the same results, and losing a worker changes nothing."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tarflow_scale import pool as pool_module
 from tarflow_scale.errors import ConfigError, PlanError, UserError
 from tarflow_scale.pool import Pool
 
@@ -65,6 +67,42 @@ def test_on_ray_with_a_worker_that_dies(tmp_path: Path) -> None:
     assert found == {unit: unit * unit + 1 for unit in range(8)}
     assert again == {0: 2, 1: 3, 2: 6}
     assert (tmp_path / "died").exists()
+
+
+class Sleeper:
+    """Takes a while, and tells where it was."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def run(self, unit: int) -> int:
+        (self._folder / f"{unit}-{os.environ.get('RAY_RAYLET_PID', os.getppid())}").touch()
+        time.sleep(0.3)
+        return unit * unit
+
+
+@pytest.mark.ray
+def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no room for its worker elsewhere, so the worker that is left takes over what it had begun."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setattr(pool_module, "_LEAST_PATIENCE_SECONDS", 2.0)
+    here = {"node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **here})
+    try:
+        node = cluster.add_node(num_cpus=1, **here)
+        cluster.wait_for_nodes()
+        with Pool("ray", cluster.address, num_workers=2) as pool:
+            found: list[tuple[int, int]] = []
+            for unit, result in pool.run(Sleeper, {"folder": str(tmp_path)}, range(24)):
+                found.append((unit, result))
+                if len(found) == 8:
+                    raylets = {path.name.partition("-")[2] for path in tmp_path.iterdir()}
+                    cluster.remove_node(node, allow_graceful=False)
+    finally:
+        cluster.shutdown()
+    assert len(raylets) == 2  # both nodes were at work when one died
+    assert sorted(found) == [(unit, unit * unit) for unit in range(24)]
 
 
 @pytest.mark.ray
