@@ -168,14 +168,20 @@ def training_table(training: dict[str, Any], faults: dict[str, Any]) -> str:
     )
 
 
-def sampling_table(exact: dict[str, Any], long: dict[str, Any], adaptive: dict[str, dict[str, Any]]) -> str:
+def sampling_table(
+    exact: dict[str, Any], long: dict[str, Any], attention: dict[str, Any], adaptive: dict[str, dict[str, Any]]
+) -> str:
     """Ratios to the public sampler, and what several tokens at once gain on trained models."""
     rows = [
         ("guided, over apple/ml-tarflow's sampler, 256 tokens, fp32", exact, "guided_over_public"),
         ("without guidance", exact, "unguided_over_public"),
         ("guided, ours in bf16 over theirs in fp32", exact, "guided_bf16_over_public_fp32"),
+        ("without guidance, ours in bf16 over theirs in fp32", exact, "unguided_bf16_over_public_fp32"),
         ("guided, 1,024 tokens, fp32", long, "guided_over_public"),
         ("the same without guidance", long, "unguided_over_public"),
+        ("guided, 1,024 tokens, ours in bf16 over theirs in fp32", long, "guided_bf16_over_public_fp32"),
+        ("attention of one token, fp32, over PyTorch's", attention, "fp32_over_pytorch"),
+        ("the same in bf16", attention, "bf16_over_pytorch"),
         ("largest difference of a pixel from theirs, guided", exact, "guided_largest_difference"),
         ("memory of the cache over the arithmetic", exact, "cache_over_arithmetic"),
         ("the time to read weights and cache at this memory's bandwidth, over ours", exact, "guided_fraction_of_floor"),
@@ -235,6 +241,7 @@ def main() -> None:
         "sampling": sampling_table(
             _results("sampling-cpu"),
             _results("sampling-1024-tokens-cpu"),
+            _results("one-query-cpu"),
             {
                 "digits (demo)": _results("adaptive-digits-cpu"),
                 "the same alone": _results("adaptive-digits-single-cpu"),

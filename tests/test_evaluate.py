@@ -1,8 +1,6 @@
 """``evaluate`` and ``promote``: the same numbers on Ray and in one process, bound to their protocol."""
 
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -264,54 +262,6 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         assert cli.main(again) == 0
     assert len(made) == 16 - 7
     assert newest_report(own).metrics == report.metrics
-
-
-def workers_of(marker: str) -> list[int]:
-    """Ray's workers that carry a marker in their environment."""
-    found: list[int] = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            name, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if name.startswith(b"ray::_Host") and marker.encode() in environment:
-            found.append(int(process.name))
-    return found
-
-
-@pytest.mark.ray
-def test_workers_killed_at_random_change_nothing(
-    own: Trained, undisturbed: tuple[list[Path], MetricsReport], tmp_path: Path
-) -> None:
-    """Three kills while parts and measures are computed; the same numbers to the last bit."""
-    protocols, report = undisturbed
-    marker = f"TARFLOW_SCALE_TEST={tmp_path}"
-    name, _, value = marker.partition("=")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tarflow_scale", *evaluate_all(own, tmp_path, protocols)],
-        cwd=TOP,
-        env=os.environ | {name: value},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    killed: set[int] = set()
-    chance = random.Random(0)
-    while process.poll() is None:
-        time.sleep(chance.uniform(0.5, 2))
-        fresh = [pid for pid in workers_of(marker) if pid not in killed]
-        if fresh and len(killed) < 3:
-            victim = chance.choice(fresh)
-            killed.add(victim)
-            os.kill(victim, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert killed
-    found = newest_report(own)
-    assert found.metrics == report.metrics
-    assert found.baselines == report.baselines
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------

@@ -8,15 +8,12 @@ must be equal to the last bit, which they are only if no sample is lost or seen 
 on the way, the losses must agree to 1e-5 bits/dim.
 """
 
-import argparse
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measuring import Figure, write_results
+from fault_running import LIMIT_SECONDS, Failed, finish, gone, ranks_of, run_scenarios, start
 
 __all__ = ["SCENARIOS", "World", "make_world"]
 
@@ -47,11 +44,6 @@ VOLATILE = {
     "checkpoint_seconds", "validation_seconds", "preview_seconds",
 }  # fmt: skip
 """What differs between two equal runs."""
-LIMIT_SECONDS = 300.0
-
-
-class Failed(Exception):
-    """A scenario did not end as it must."""
 
 
 @dataclass
@@ -85,45 +77,6 @@ def make_world(folder: Path) -> World:
     shards = [f"shards.path={folder}/digits", "shards.samples_per_shard=200"]
     finish(start(["source.kind=digits", *shards], 0, verb="prepare"))
     return World(folder, folder / "digits/train")
-
-
-def start(arguments: list[str], ranks: int, verb: str = "train", **environment: str) -> "subprocess.Popen[str]":
-    """Start a verb; ``ranks`` of 0 is a process without a launcher."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "tarflow_scale", verb, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    """Wait for the end, which must have this exit code; the output."""
-    try:
-        output, _ = process.communicate(timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise Failed(f"a run hangs:\n{process.communicate()[0]}") from None
-    if process.returncode != code:
-        raise Failed(f"exit code {process.returncode}, not {code}:\n{output}")
-    return output
-
-
-def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
-    """The processes that a launcher started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def gone(pids: list[int]) -> None:
-    """Wait until processes have ended."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
-        if time.monotonic() > deadline:
-            raise Failed("a process does not end")
-        time.sleep(0.02)
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -364,43 +317,5 @@ SCENARIOS: tuple[Callable[[World, Path], None], ...] = (
 )
 
 
-def main() -> None:
-    """Run every scenario several times and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario")
-    parser.add_argument("--repeat-others", type=int, help="runs of those that are no kill -9; default: as many")
-    parser.add_argument("--only", nargs="*", help="names of scenarios; default: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    random.seed(arguments.seed)
-    figures: dict[str, Figure] = {}
-    with tempfile.TemporaryDirectory() as top:
-        world = make_world(Path(top) / "world")
-        for scenario in SCENARIOS:
-            if arguments.only and scenario.__name__ not in arguments.only:
-                continue
-            survived, runs = 0, arguments.repeat
-            if arguments.repeat_others and not scenario.__name__.startswith("kill_"):
-                runs = arguments.repeat_others
-            for number in range(runs):
-                folder = Path(top) / f"{scenario.__name__}-{number}"
-                folder.mkdir()
-                try:
-                    scenario(world, folder)
-                    survived += 1
-                except Failed as failure:
-                    print(f"{scenario.__name__} {number}: {failure}", file=sys.stderr)
-                print(f"{scenario.__name__}: {survived} of {number + 1}", file=sys.stderr)
-                shutil.rmtree(folder)
-            figures[scenario.__name__] = (f"{runs}", float(survived), f"survived of {runs}")
-    lost = sum(float(asked) - got for asked, got, _ in figures.values())
-    figures["runs_with_lost_or_doubled_samples_or_failed"] = ("0", lost, "runs")
-    if arguments.output:
-        faults = {one.__name__: (one.__doc__ or "").strip() for one in SCENARIOS}
-        write_results(arguments.output, "cpu", figures, seeds={"steps": arguments.seed}, faults=faults)
-    raise SystemExit(int(lost > 0))
-
-
 if __name__ == "__main__":
-    main()
+    run_scenarios(__doc__, SCENARIOS, make_world)

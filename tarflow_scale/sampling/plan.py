@@ -8,6 +8,8 @@ those whose error stays within the tolerance is taken; token by token is always 
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from tarflow_scale.flows.flow import Condition
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.decode import BlockReport, Schedule, TarFlowDecoder
 
-__all__ = ["candidates", "measure_blocks", "measured_with", "schedules_of"]
+__all__ = ["blocks_one_by_one", "candidates", "measure_blocks", "measured_with", "schedules_of", "timed"]
 
+Result = TypeVar("Result")
 _SMALLEST = 8
 _REPEATS = 2
 
@@ -29,6 +32,11 @@ def candidates(num_tokens: int) -> list[int]:
     while chunks and chunks[-1] // 2 >= _SMALLEST:
         chunks.append(chunks[-1] // 2)
     return chunks
+
+
+def blocks_one_by_one(num_blocks: int) -> list[BlockPlan]:
+    """Exact decoding as a plan."""
+    return [BlockPlan(chunk=1, planned=1)] * num_blocks
 
 
 def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule]:
@@ -61,12 +69,12 @@ def measure_blocks(
         def run(schedule: Schedule, number: int = number, tokens: Tensor = tokens) -> tuple[Tensor, BlockReport]:
             return decoder.decode_block(number, tokens, y, guidance, schedule)
 
-        (exact, _), fastest = _timed(run, Schedule(), _REPEATS, z.device)
+        (exact, _), fastest = timed(partial(run, Schedule()), z.device)
         best = BlockPlan(chunk=1, planned=1)
         for chunk in candidates(decoder.num_tokens):
-            (_, report), _ = _timed(run, Schedule(chunk, 1, tolerance), 1, z.device)
+            _, report = run(Schedule(chunk, 1, tolerance))
             planned = sorted(report.iterations)[len(report.iterations) // 2]
-            (found, _), seconds = _timed(run, Schedule(chunk, planned, tolerance), _REPEATS, z.device)
+            (found, _), seconds = timed(partial(run, Schedule(chunk, planned, tolerance)), z.device)
             if float((found - exact).abs().max()) <= tolerance and seconds < fastest:
                 best, fastest = BlockPlan(chunk=chunk, planned=planned), seconds
         blocks.append(best)
@@ -74,18 +82,16 @@ def measure_blocks(
     return blocks
 
 
-def _timed(
-    run: Callable[[Schedule], tuple[Tensor, BlockReport]], schedule: Schedule, repeats: int, device: torch.device
-) -> tuple[tuple[Tensor, BlockReport], float]:
-    """A result, and the seconds of the fastest run."""
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """A result, and the seconds of the fastest of two runs."""
     seconds: list[float] = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         _synchronize(device)
         started = time.perf_counter()
-        result = run(schedule)
+        result = run()
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return result, min(seconds)  # pyright: ignore[reportPossiblyUnboundVariable]
+    return result, min(seconds)  # pyright: ignore[reportReturnType, reportPossiblyUnboundVariable]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,109 @@
+"""What fault injection shares: processes that must end in time and in a certain way, and the table of what survived."""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from measuring import Figure, write_results
+
+__all__ = ["LIMIT_SECONDS", "Failed", "finish", "gone", "ranks_of", "run_scenarios", "start"]
+
+LIMIT_SECONDS = 300.0
+
+
+class Failed(Exception):
+    """A scenario did not end as it must."""
+
+
+def start(arguments: list[str], ranks: int, verb: str = "train", **environment: str) -> "subprocess.Popen[str]":
+    """Start a verb; ``ranks`` of 0 is a process without a launcher."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "tarflow_scale", verb, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    """Wait for the end, which must have this exit code; the output."""
+    try:
+        output, _ = process.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise Failed(f"a run hangs:\n{process.communicate()[0]}") from None
+    if process.returncode != code:
+        raise Failed(f"exit code {process.returncode}, not {code}:\n{output}")
+    return output
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes that a launcher started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> None:
+    """Wait until processes have ended."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids):
+        if time.monotonic() > deadline:
+            raise Failed("a process does not end")
+        time.sleep(0.02)
+
+
+def run_scenarios(
+    text: str | None, scenarios: Sequence[Callable[..., None]], make_world: Callable[[Path], Any]
+) -> None:
+    """The command line of a script: every scenario several times, with a table of what survived.
+
+    Args:
+        text: the script's docstring.
+        scenarios: called with the world and an empty folder; each raises `Failed`, and says in a line what it does.
+        make_world: makes, in a folder, what scenarios share.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario")
+    parser.add_argument("--repeat-others", type=int, help="runs of those that are no kill -9; default: as many")
+    parser.add_argument("--only", nargs="*", help="names of scenarios; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+    figures: dict[str, Figure] = {}
+    with tempfile.TemporaryDirectory() as top:
+        world = make_world(Path(top) / "world")
+        for scenario in scenarios:
+            if arguments.only and scenario.__name__ not in arguments.only:
+                continue
+            survived, runs = 0, arguments.repeat
+            if arguments.repeat_others and not scenario.__name__.startswith("kill_"):
+                runs = arguments.repeat_others
+            for number in range(runs):
+                folder = Path(top) / f"{scenario.__name__}-{number}"
+                folder.mkdir()
+                try:
+                    scenario(world, folder)
+                    survived += 1
+                except Failed as failure:
+                    print(f"{scenario.__name__} {number}: {failure}", file=sys.stderr)
+                print(f"{scenario.__name__}: {survived} of {number + 1}", file=sys.stderr)
+                shutil.rmtree(folder)
+            figures[scenario.__name__] = (f"{runs}", float(survived), f"survived of {runs}")
+    lost = sum(float(asked) - got for asked, got, _ in figures.values())
+    figures["runs_with_lost_or_doubled_samples_or_failed"] = ("0", lost, "runs")
+    if arguments.output:
+        faults = {one.__name__: (one.__doc__ or "").strip() for one in scenarios}
+        write_results(arguments.output, "cpu", figures, seeds={"steps": arguments.seed}, faults=faults)
+    raise SystemExit(int(lost > 0))
