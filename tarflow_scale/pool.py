@@ -111,6 +111,9 @@ class _Host:
         self._arguments = arguments
         self._worker: Worker | None = None
 
+    def ready(self) -> None:
+        """Answers once the actor has a place."""
+
     def run(self, unit: Any) -> Any:
         if self._worker is None:
             self._worker = self._worker_class(**self._arguments)
@@ -128,8 +131,9 @@ def _run_on_ray(
     import ray
 
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
-    idle = [host.remote(worker_class, arguments) for _ in range(num_workers)]
-    actors = tuple(idle)
+    actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
+    starting = {actor.ready.remote(): actor for actor in actors}  # one that finds no place holds up nothing
+    idle: list[Any] = []
     waiting = list(reversed(range(len(units))))
     attempts: dict[Any, _Attempt] = {}
     longest = 0.0
@@ -144,10 +148,13 @@ def _run_on_ray(
                 give(waiting.pop())
             # An actor whose node is gone waits for another node, perhaps for good: then an idle one takes its unit too.
             patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
-            done, _ = ray.wait(list(attempts), num_returns=1, timeout=patience)
+            done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
             if not done:
                 tried = Counter(attempt.number for attempt in attempts.values())
                 give(min(attempts.values(), key=lambda attempt: (tried[attempt.number], attempt.started)).number)
+                continue
+            if done[0] in starting:
+                idle.append(starting.pop(done[0]))
                 continue
             first = attempts.pop(done[0])
             longest = max(longest, time.monotonic() - first.started)
