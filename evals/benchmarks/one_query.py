@@ -14,7 +14,7 @@ import torch
 from measuring import Figure, write_results
 from sampling import copy_bandwidth, in_turns
 
-from tarflow_scale.sampling.attention import OneQuery, Window, WindowOfTokens
+from tarflow_scale.sampling.windows import OneQuery, Window, WindowOfTokens
 
 
 def attention(window: Callable[[int], Window], qkv: torch.Tensor, cache: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tarflow_scale.flows.attention import TransformerLayer
 from tarflow_scale.flows.flow import Condition
 from tarflow_scale.flows.tarflow import TarFlowBlock
-from tarflow_scale.sampling.attention import FixedWindow, OneQuery, Window, WindowOfTokens
+from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, WindowOfTokens
 
 __all__ = ["BlockNetwork"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
-from tarflow_scale.sampling.attention import OneQuery
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
 from tarflow_scale.sampling.network import BlockNetwork
+from tarflow_scale.sampling.windows import OneQuery
 
 GUIDANCES = [
     None,

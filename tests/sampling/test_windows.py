@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tarflow_scale.sampling.attention import OneQuery, WindowOfTokens
+from tarflow_scale.sampling.windows import OneQuery, WindowOfTokens
 
 
 @pytest.fixture
