@@ -111,9 +111,6 @@ class _Host:
         self._arguments = arguments
         self._worker: Worker | None = None
 
-    def ready(self) -> None:
-        """Answers once the actor has a place."""
-
     def run(self, unit: Any) -> Any:
         if self._worker is None:
             self._worker = self._worker_class(**self._arguments)
@@ -132,7 +129,7 @@ def _run_on_ray(
 
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
     actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
-    starting = {actor.ready.remote(): actor for actor in actors}  # one that finds no place holds up nothing
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # one without a place holds up nothing
     idle: list[Any] = []
     waiting = list(reversed(range(len(units))))
     attempts: dict[Any, _Attempt] = {}

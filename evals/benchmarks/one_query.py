@@ -1,4 +1,4 @@
-"""Attention of one token on a CPU: our machine code against PyTorch's, which decoding used before; one run.
+"""Attention of one token on a CPU: our machine code against PyTorch's; one run.
 
     python evals/benchmarks/one_query.py --output evals/results/one-query-cpu.json
 
