@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ class Worker(Protocol):
 
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
 """An idle worker takes a unit from another that has had it for so many times the longest that any took."""
+_CONNECT_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 256 * 1024**2
 """Results are records and moments, never images, so a small store is enough."""
 
@@ -172,13 +174,22 @@ class _Attempt:
     started: float
 
 
+def _host_and_port(address: str) -> tuple[str, str]:
+    """Of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
+    host, _, port = re.sub(r"^ray://", "", address).rpartition(":")
+    return (host.strip("[]"), port) if host else (address, "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "auto", "local")
+
+
 def _check_token(address: str) -> None:
     """Refuse another machine's cluster unless Ray will show it a token."""
-    host = re.sub(r"^ray://", "", address).rpartition(":")[0].strip("[]") or address
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host in ("localhost", "auto", "local")
+    loopback = _is_loopback(_host_and_port(address)[0])
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
     if loopback or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
@@ -189,16 +200,58 @@ def _check_token(address: str) -> None:
     )
 
 
-def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
+def _answers(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _own_address() -> str:
+    """This machine's address as Ray finds it: that of the way out; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _on_loopback_alone(address: str | None) -> bool:
+    """Whether a cluster is, or is to be, on addresses that only this machine has.
+
+    Ray takes a loopback address for this machine's own one, at which such a cluster does not listen.
+
+    Raises:
+        UserError: nothing answers there.
+    """
     if address is None:
-        # Read by Ray when it is imported. The first makes it listen on loopback only, as it does on laptops; the
-        # second keeps its workers from yielding to every other process of the machine.
+        return True
+    host, port = _host_and_port(address)
+    if not port:
+        return False
+    if _is_loopback(host) and not address.startswith("ray://") and _answers(_own_address(), port):
+        return False
+    if not _answers(host, port):
+        raise UserError(f"no Ray cluster answers at {address}; start one (ray start --head) or set cluster.address")
+    return _is_loopback(host)
+
+
+def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
+    # Read by Ray when it is imported. The first makes it use loopback only, as it does on laptops; the second keeps
+    # workers of a cluster of our own from yielding to every other process of the machine.
+    if _on_loopback_alone(address):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address is None:
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     import ray
 
     if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
     else:
         ray.init(
             address="local",  # never somebody else's cluster that happens to run here

@@ -58,6 +58,12 @@ def test_a_cluster_elsewhere_needs_a_token(address: str, tmp_path: Path, monkeyp
         Pool("ray", nearby)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "ray://127.0.0.1:1", "127.0.0.1:port"])
+def test_where_no_cluster_answers_is_one_line(address: str) -> None:
+    with pytest.raises(UserError, match=rf"^no Ray cluster answers at {address}; start one"):
+        run({"offset": 0}, [0], executor="ray", address=address)
+
+
 @pytest.mark.ray
 def test_on_ray_with_a_worker_that_dies(tmp_path: Path) -> None:
     arguments = {"offset": 1, "die_once": str(tmp_path / "died")}

@@ -167,7 +167,31 @@ def kill_the_driver(world: World, folder: Path) -> None:
     world.check(folder)
 
 
-SCENARIOS = (kill_workers, kill_the_driver)
+def kill_a_node(world: World, folder: Path) -> None:
+    """A node of the cluster dies with its worker, and there is no other place for that worker."""
+    from ray.cluster_utils import Cluster
+
+    here: dict[str, Any] = {"node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **here})
+    try:
+        node = cluster.add_node(num_cpus=1, **here)
+        cluster.wait_for_nodes()
+        process = begin(world, folder, f"cluster.address={cluster.address}")
+        parts = folder / "references/parts"
+        deadline = time.monotonic() + LIMIT_SECONDS
+        wanted = random.randint(2, 16)
+        while len(list(parts.rglob("*.npz"))) < wanted:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"no {wanted} parts:\n{process.communicate()[0]}")
+            time.sleep(0.01)
+        cluster.remove_node(node, allow_graceful=False)
+        finish(process)
+    finally:
+        cluster.shutdown()
+    world.check(folder)
+
+
+SCENARIOS = (kill_workers, kill_the_driver, kill_a_node)
 
 
 if __name__ == "__main__":
