@@ -61,8 +61,8 @@ class _SampledProtocol(_Protocol):
 
     extractor: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """``pixels``: the flattened image in levels 0..2^bit_depth-1. ``inception-v3-compat``: torch-fidelity's port of
-    the Inception that FID is defined with. Or the name under which an entry point of the group
-    ``tarflow_scale.extractors`` offers another."""
+    the Inception that FID is defined with. ``dinov2-vitl14``: the one of FD-DINOv2. Or the name under which an entry
+    point of the group ``tarflow_scale.extractors`` offers another."""
     extractor_sha256: str | None = None
     """Digest of the extractor's weights file, checked before use. None: for ``inception-v3-compat`` the published
     prefix 6726825d is checked; ``pixels`` has no weights."""
@@ -93,8 +93,8 @@ class FrechetProtocol(_SampledProtocol):
 
     metric: Literal["frechet"]
     layer: Literal["pool", "spatial"] = "pool"
-    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of Inception's mixed_6/conv,
-    taken to be Mixed_6d.branch1x1 of the port; that was not compared with the ADM evaluator."""
+    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of ``mixed_6/conv`` in the graph that
+    ADM's evaluator reads, which torch-fidelity's conversion of that graph calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
     """``infinity``: extrapolated on 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint
     groups of 10 to 50 of the 50 index blocks."""

@@ -1,12 +1,13 @@
 """Images to features, through torch-fidelity's registry of extractors.
 
 ``pixels`` (ours) is the flattened image in levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the
-TensorFlow Inception that FID is defined with. Others come from entry points of the group ``tarflow_scale.extractors``:
-subclasses of torch-fidelity's ``FeatureExtractorBase`` under the name that a protocol uses. The weights file of an
-extractor is part of a protocol's id.
+TensorFlow Inception that FID is defined with; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Others come from
+entry points of the group ``tarflow_scale.extractors``: subclasses of torch-fidelity's ``FeatureExtractorBase`` under
+the name that a protocol uses. The weights file of an extractor is part of a protocol's id.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch_fidelity.utils import create_feature_extractor
 from tarflow_scale import storage
 from tarflow_scale.config import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.store import FeatureSet
 
 __all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "weights_digest"]
@@ -29,9 +31,29 @@ Extractor = Callable[[Tensor], dict[str, Tensor]]
 
 _GROUP = "tarflow_scale.extractors"
 _INCEPTION = "inception-v3-compat"
-_INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_PREFIX = "6726825d"
 _SPATIAL_CHANNELS = 7
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A published weights file."""
+
+    file: str
+    """Its name, also in the torch hub cache."""
+    source: str
+    """Where to get it, in words."""
+    prefix: str = ""
+    """Of its SHA-256, as published; checked unless a protocol says more."""
+
+
+_WEIGHTS = {
+    _INCEPTION: _Weights(
+        "weights-inception-2015-12-05-6726825d.pth", "torch-fidelity's release v0.2.0 on GitHub", "6726825d"
+    ),
+    "dinov2-vitl14": _Weights(
+        "dinov2_vitl14_pretrain.pth", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/ (1,217,586,395 bytes)"
+    ),
+}
 
 
 class PixelsExtractor(FeatureExtractorBase):
@@ -79,7 +101,7 @@ def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str
 
     Args:
         protocol: names the extractor and perhaps the digest it must have.
-        weights: paths of weights files by name of the extractor; Inception's may also be in the torch hub cache.
+        weights: paths of weights files by name of the extractor; published ones may also be in the torch hub cache.
 
     Raises:
         ConfigError: no such extractor.
@@ -87,7 +109,7 @@ def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str
     """
     name = protocol.extractor
     found = _found_digest(name, weights)
-    expected = protocol.extractor_sha256 or (_INCEPTION_PREFIX if name == _INCEPTION else "")
+    expected = protocol.extractor_sha256 or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
     if not found.startswith(expected):
         place = _weights_path(name, weights) or name
         raise DataError(f"{place} is not the extractor of {protocol.name} (sha256 {found}, not {expected}); replace it")
@@ -102,11 +124,9 @@ def _found_digest(name: str, weights: Mapping[str, str]) -> str:
         package = _entry_point(name).dist
         return f"{package.name} {package.version}" if package else name
     if not path.is_file():
-        raise DataError(
-            f"no weights of {name} at {path}; "
-            + (f"download {_INCEPTION_FILE} from torch-fidelity's release v0.2.0 and " if name == _INCEPTION else "")
-            + f"set metrics.extractor_weights.{name} to the file"
-        )
+        published = _WEIGHTS.get(name)
+        get = f"download {published.file} from {published.source} and " if published else ""
+        raise DataError(f"no weights of {name} at {path}; {get}set metrics.extractor_weights.{name} to the file")
     return storage.digest(path)
 
 
@@ -134,7 +154,7 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     path = _weights_path(name, weights)
     given = {} if path is None else {"feature_extractor_weights_path": str(path)}
     cuda = device.type == "cuda"
-    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]
+    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one that sFID looks at
     model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **given)
     model = model.to(device)
     spatial: list[Tensor] = []
@@ -158,19 +178,23 @@ def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str
         return dict.fromkeys(layers, f"levels-{bit_depth}")
     if name == _INCEPTION:
         return {layer: "2048" if layer == "pool" else layer for layer in layers}
-    extractor: Any = _entry_point(name).load()
-    return dict.fromkeys(layers, str(extractor.get_default_feature_layer_for_metric("fid")))
+    return dict.fromkeys(layers, str(_extractor_class(name).get_default_feature_layer_for_metric("fid")))
 
 
 def _register(name: str) -> None:
     if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, PixelsExtractor if name == "pixels" else _entry_point(name).load())
+        register_feature_extractor(name, _extractor_class(name))
+
+
+def _extractor_class(name: str) -> Any:
+    own = {"pixels": PixelsExtractor, "dinov2-vitl14": DINOv2Extractor}
+    return own[name] if name in own else _entry_point(name).load()
 
 
 def _entry_point(name: str) -> metadata.EntryPoint:
     found = [point for point in metadata.entry_points(group=_GROUP) if point.name == name]
     if not found:
-        offered = sorted({"pixels", _INCEPTION} | {point.name for point in metadata.entry_points(group=_GROUP)})
+        offered = sorted({"pixels", *_WEIGHTS} | {point.name for point in metadata.entry_points(group=_GROUP)})
         raise ConfigError(f"no extractor {name!r} (there are {', '.join(offered)}); install the package that has it")
     return found[0]
 
@@ -178,4 +202,4 @@ def _entry_point(name: str) -> metadata.EntryPoint:
 def _weights_path(name: str, weights: Mapping[str, str]) -> Path | None:
     if name in weights:
         return Path(weights[name]).expanduser()
-    return Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE if name == _INCEPTION else None
+    return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS[name].file if name in _WEIGHTS else None

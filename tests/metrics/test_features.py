@@ -91,5 +91,5 @@ def test_an_entry_point_offers_an_extractor(monkeypatch: pytest.MonkeyPatch) -> 
     images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)
     found = open_extractor(wanted("mean-colour", digest), {}, CPU)(images)["pool"]
     assert torch.equal(found, images.float().mean(dim=(2, 3)))
-    with pytest.raises(ConfigError, match=r"no extractor 'other' \(there are inception-v3-compat, mean-colour, pixels"):
+    with pytest.raises(ConfigError, match=r"no extractor 'other' \(there are dinov2-vitl14, inception-v3-compat, mean-colour, pixels"):
         weights_digest(protocol(extractor="other"), {})

@@ -182,6 +182,28 @@ def test_at_infinity_the_distance_of_equal_distributions_is_nearer_to_zero(tmp_p
     assert 0 < plain.standard_error < plain.value
 
 
+def intercept_by_definition(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> float:
+    """Of the line in 1 / n through the distances of disjoint runs of 2, 4, 6, 8 and 10 of ten groups of images."""
+    points = []
+    for size in (2, 4, 6, 8, 10):
+        for low in range(0, 10 - size + 1, size):
+            mine = x[(group >= low) & (group < low + size)]
+            points.append((1 / len(mine), distance(mine, y)))
+    design = np.stack([np.ones(len(points)), [inverse for inverse, _ in points]], axis=1)
+    return float(np.linalg.lstsq(design, np.array([value for _, value in points]), rcond=None)[0][0])
+
+
+def test_the_distance_at_infinity_and_its_jackknife_by_definition(tmp_path: Path) -> None:
+    """Without a block the others stay in the groups that they were in."""
+    x, y = gaussian(530, 4, 0, 0.3), gaussian(400, 4, 1)
+    group = np.concatenate([np.full(stop - start, i // 5) for i, (start, stop) in enumerate(jackknife.blocks(len(x)))])
+    both = np.concatenate([x, group[:, None].astype(np.float32)], axis=1)
+    found = one(frechet(feature_set(tmp_path, {"pool": x}), "pool", moments_file(tmp_path, y), infinity=True))
+    assert found.value == pytest.approx(intercept_by_definition(x, y, group), rel=1e-7)
+    expected = without_each(both, lambda rest: intercept_by_definition(rest[:, :-1].copy(), y, rest[:, -1]))
+    assert found.standard_error == pytest.approx(expected, rel=1e-5)
+
+
 def kernel_all(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased squared MMD over all images, but for the term of y alone."""
     a, b = x.astype(np.float64), y.astype(np.float64)
