@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
@@ -156,7 +157,7 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     cuda = device.type == "cuda"
     wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one that sFID looks at
     model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **given)
-    model = model.to(device)
+    model = (_faster(model) if name == _INCEPTION else model).to(device)
     spatial: list[Tensor] = []
     if "spatial" in layers:
         model.Mixed_6d.branch1x1.register_forward_hook(lambda *arguments: spatial.append(arguments[2]))
@@ -170,6 +171,18 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
         return {layer: found[names[layer]].float().cpu() for layer in layers}
 
     return extract
+
+
+def _faster(inception: Any) -> Any:
+    """The same function in other arithmetic: batch norms folded into convolutions, channels last in memory.
+
+    Features agree to 1e-6 of the largest; one and a half times as fast on a CPU (evals/benchmarks/evaluation.py).
+    """
+    for module in inception.modules():
+        if isinstance(module, BasicConv2d):
+            module.conv = torch.nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = torch.nn.Identity()
+    return inception.to(memory_format=torch.channels_last)
 
 
 def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str, str]:

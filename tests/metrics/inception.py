@@ -31,5 +31,9 @@ def random_weights(path: Path) -> Path:
         if name.endswith("conv.weight"):
             fan_in = tensor[0].numel()
             captured[name] = torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5
+        elif name.endswith(("bn.weight", "bn.running_var")):
+            captured[name] = 0.8 + 0.4 * torch.rand(tensor.shape, generator=generator)
+        elif name.endswith(("bn.bias", "bn.running_mean")):
+            captured[name] = 0.1 * torch.randn(tensor.shape, generator=generator)
     torch.save(captured, path)
     return path

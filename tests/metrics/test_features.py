@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.utils import create_feature_extractor
 
 from tarflow_scale import storage
 from tarflow_scale.config import FrechetProtocol
@@ -61,6 +62,23 @@ def test_inception_runs_with_weights_of_the_expected_digest(tmp_path: Path) -> N
     assert torch.equal(found, extract(grey.expand(-1, 3, -1, -1))["spatial"])
 
 
+def test_inceptions_features_are_torch_fidelitys(tmp_path: Path) -> None:
+    """Ours has its batch norms folded; they agree far closer than pictures do."""
+    weights = random_weights(tmp_path / "weights.pth")
+    images = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
+    names = {"pool": "2048", "logits_unbiased": "logits_unbiased"}
+    theirs = create_feature_extractor(
+        INCEPTION, list(names.values()), cuda=False, verbose=False, feature_extractor_weights_path=str(weights)
+    )
+    with torch.no_grad():
+        expected = dict(zip(names, theirs(images), strict=True))
+    found = open_extractor(wanted(INCEPTION, storage.digest(weights), *names), {INCEPTION: str(weights)}, CPU)(images)
+    for layer in names:
+        scale = expected[layer].abs().max()
+        assert (found[layer] - expected[layer]).abs().max() <= 1e-6 * scale
+        assert (found[layer][0] - found[layer][1]).abs().max() > 1e-2 * scale
+
+
 class MeanColour(FeatureExtractorBase):
     """What a user's package may offer."""
 
@@ -91,5 +109,7 @@ def test_an_entry_point_offers_an_extractor(monkeypatch: pytest.MonkeyPatch) -> 
     images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)
     found = open_extractor(wanted("mean-colour", digest), {}, CPU)(images)["pool"]
     assert torch.equal(found, images.float().mean(dim=(2, 3)))
-    with pytest.raises(ConfigError, match=r"no extractor 'other' \(there are dinov2-vitl14, inception-v3-compat, mean-colour, pixels"):
+    with pytest.raises(
+        ConfigError, match=r"no extractor 'other' \(there are dinov2-vitl14, inception-v3-compat, mean-colour, pixels"
+    ):
         weights_digest(protocol(extractor="other"), {})
