@@ -7,6 +7,7 @@ traceback. Launchers of ranks have exit codes of their own, so each process also
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ _VERBS = {
         "turn weights of apple/ml-tarflow into a flow of ours",
         "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
     ),
+    "models init": _Verb(
+        "models", "init", configuration.ModelsConfig,
+        "make a registry, and see whether its store gives one winner of many writers",
+        "tarflow-scale models init configs/models/digits.yaml registry.path=s3://bucket/registry",
+    ),
     "models list": _Verb(
         "models", "list_models", configuration.ModelsConfig,
         "list all versions of all models of a registry",
@@ -84,10 +90,50 @@ _VERBS = {
         "show where a version came from, its numbers and its history",
         "tarflow-scale models show configs/models/digits.yaml registry.version=2",
     ),
+    "models diff": _Verb(
+        "models", "diff", configuration.ModelsConfig,
+        "compare settings and numbers of two versions",
+        "tarflow-scale models diff configs/models/digits.yaml registry.version=latest command.other=champion",
+    ),
+    "models verify": _Verb(
+        "models", "verify", configuration.ModelsConfig,
+        "check every event and every file of a registry against its digest",
+        "tarflow-scale models verify configs/models/digits.yaml",
+    ),
+    "models alias": _Verb(
+        "models", "alias", configuration.ModelsConfig,
+        "point an alias that no gate guards to a version",
+        "tarflow-scale models alias configs/models/digits.yaml command.alias=candidate",
+    ),
+    "models approve": _Verb(
+        "models", "approve", configuration.ModelsConfig,
+        "say that a version may be promoted, for gates that ask for it",
+        "tarflow-scale models approve configs/models/digits.yaml registry.version=3",
+    ),
     "models rollback": _Verb(
         "models", "rollback", configuration.ModelsConfig,
         "point an alias back to the version before",
         "tarflow-scale models rollback configs/models/digits.yaml registry.version=champion",
+    ),
+    "models retire": _Verb(
+        "models", "retire", configuration.ModelsConfig,
+        "take a version out of use",
+        "tarflow-scale models retire configs/models/digits.yaml registry.version=1 'command.reason=trained on the test split'",
+    ),
+    "models collect": _Verb(
+        "models", "collect", configuration.ModelsConfig,
+        "list what no version needs any more, or remove it",
+        "tarflow-scale models collect configs/models/digits.yaml command.grace_days=30 command.delete=true",
+    ),
+    "models export": _Verb(
+        "exchange", "export_version", configuration.ModelsConfig,
+        "write a version as a folder in the Hugging Face layout, with a model card",
+        "tarflow-scale models export configs/models/digits.yaml command.path=exported command.licence=apache-2.0",
+    ),
+    "models import": _Verb(
+        "exchange", "import_version", configuration.ModelsConfig,
+        "register a version from a folder that export wrote",
+        "tarflow-scale models import configs/models/digits.yaml registry.model=copy command.path=exported",
     ),
 }  # fmt: skip
 
@@ -110,7 +156,10 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if _look(arguments):
             return 0
-        config = verb.config.load(*_split_arguments(arguments.config))
+        path, overrides = _split_arguments(arguments.config)
+        if getattr(arguments, "override", None) is not None:
+            overrides.append(f"gate.override={json.dumps(arguments.override)}")
+        config = verb.config.load(path, overrides)
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
         function = next(
             (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function
@@ -159,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in _VERBS.items():
         parent, _, leaf = name.rpartition(" ")
         if parent and parent not in groups:
-            group = verbs.add_parser(parent, help="look at a registry, or move an alias back")
+            group = verbs.add_parser(parent, help="look at a registry, and change what it says of versions")
             groups[parent] = group.add_subparsers(metavar="COMMAND", required=True)
         added = (groups[parent] if parent else verbs).add_parser(
             leaf,
@@ -178,6 +227,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "generate":
             calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
             added.add_argument("--calibrate", action="store_true", help=calibrate)
+        if name == "promote":
+            override = "promote although the gate says no; decision and reason are recorded for ever"
+            added.add_argument("--override", metavar="REASON", help=override)
         if name == "evaluate":
             reference = "compute what the protocols are compared with, and bind them to it, instead; needs no model"
             modes = added.add_mutually_exclusive_group()

@@ -185,7 +185,9 @@ def _stored(registry: Registry, job: Job, path: str) -> FileRecord | None:
     """What each image cost, in the order of the split, kept so that two models can be compared image by image."""
     if not isinstance(job.protocols[path], BitsPerDimProtocol):
         return None
-    return registry.store(save_arrays({"bits_per_dim": _bits(job, path)}))
+    hashes = [bytes.fromhex(str(one)) for part in job.wanted[path].bits for one in part.read("hashes")["hashes"]]
+    image = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+    return registry.keep(save_arrays({"bits_per_dim": _bits(job, path), "image_sha256": image}))
 
 
 def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:

@@ -188,7 +188,7 @@ class Job:
         """The picture of the first samples, stored; None where nothing was sampled."""
         for wanted in self.wanted.values():
             if wanted.samples is not None and storage.exists(wanted.samples.beside(GRID_NAME)):
-                return registry.store(storage.read_bytes(wanted.samples.beside(GRID_NAME)))
+                return registry.keep(storage.read_bytes(wanted.samples.beside(GRID_NAME)))
         return None
 
     def tidy(self) -> None:

@@ -4,11 +4,12 @@ Read the gate and its protocols, compare the version's reports with the bounds a
 every reason, and move the alias if all hold and it still points where it did. Neither torch nor Ray is imported.
 """
 
+from safetensors.numpy import load as load_arrays
+
 from tarflow_scale import telemetry
 from tarflow_scale.config import GateConfig, PromoteConfig, load_config, load_protocol
 from tarflow_scale.errors import PromotionRefused
-from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide
-from tarflow_scale.registry.registry import resolve
+from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, resolve
 
 __all__ = ["run"]
 
@@ -17,33 +18,52 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     """Decide, print, and move the alias.
 
     Raises:
-        RegistryError: no such version; no report by a required protocol; the alias moved meanwhile.
-        PromotionRefused: the gate's decision is no.
+        RegistryError: no such version, or a retired one; the alias moved meanwhile.
+        PromotionRefused: the gate's decision is no, and nobody overrides it.
     """
-    model, alias = config.registry.model, config.gate.alias
+    model, alias, override = config.registry.model, config.gate.alias, config.gate.override
     gate = load_config(GateConfig, config.gate.path, [])
     protocols = {path: load_protocol(path) for path in (r.protocol for r in gate.requirements)}
-    registry = Registry(config.registry.path, model)
+    registry = Registry(config.registry.path, config.registry.model)
     state = registry.state()
     version = resolve(state, config.registry.version, model).version
     holder = state.aliases.get(alias)
-    champion = _contender(state, model, holder) if holder is not None else None
-    decision = decide(gate, protocols, _contender(state, model, version), champion)
+    champion = _contender(registry, state, holder) if holder is not None else None
+    decision = decide(gate, protocols, _contender(registry, state, version), champion)
     _print_decision(decision)
-    if not decision.promoted:
+    if not decision.promoted and override is None:
         failed = "; ".join(f"{r.requirement} (got {r.found})" for r in decision.reasons if not r.holds)
         raise PromotionRefused(f"{model}@{version} does not pass gate {gate.name}: {failed}; {alias} stays")
     if holder == version:
         print(f"{model}@{version} is {alias} already")
     elif dry_run:
-        print(f"dry run: {model}@{version} would become {alias}")
+        print(f"dry run: {model}@{version} would become {alias}" + ("" if decision.promoted else ", overridden"))
     else:
-        registry.promote(alias, version, holder, decision.model_dump(mode="json"), config.gate.reason)
+        recorded = decision.model_dump(mode="json")
+        if not decision.promoted:
+            recorded["override"] = override
+        registry.promote(alias, version, holder, recorded, config.gate.reason or override or "")
         print(f"{model}@{version} is now {alias}" + (f" (was {model}@{holder})" if holder else ""))
+        if not decision.promoted:
+            print(f"the gate said no; overridden, and recorded, for this reason: {override}")
 
 
-def _contender(state: ModelState, model: str, version: int) -> Contender:
-    return Contender(f"{model}@{version}", state.reports.get(version, []))
+def _contender(registry: Registry, state: ModelState, version: int) -> Contender:
+    reports = state.reports.get(version, [])
+    kept = {
+        metric.per_image.sha256: metric.per_image
+        for report in reports
+        for metric in report.metrics.values()
+        if metric.per_image is not None
+    }
+    per_image: dict[str, list[tuple[bytes, float]]] = {}
+    for digest, record in kept.items():
+        arrays = load_arrays(registry.read("numbers of each image", record))
+        if "image_sha256" in arrays:  # early reports did not say which image is which
+            pairs = zip(arrays["image_sha256"], arrays["bits_per_dim"], strict=True)
+            per_image[digest] = sorted((image.tobytes(), float(bits)) for image, bits in pairs)
+    approvals = tuple(approval.user for approval in state.approvals.get(version, []))
+    return Contender(f"{registry.model}@{version}", reports, approvals, per_image)
 
 
 def _print_decision(decision: Decision) -> None:

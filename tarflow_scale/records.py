@@ -107,6 +107,10 @@ class ModelVersion(Record):
     """SHA-256 of the resolved configuration that made this version."""
     git_commit: str
     packages: dict[str, str]
+    configuration: FileRecord | None = None
+    """The resolved configuration itself, as JSON; versions of early registries have its digest alone."""
+    checkpoint: str = ""
+    """Where it was when training ended, and the SHA-256 of its manifest; empty where there was no training here."""
 
     @property
     def weights_digest(self) -> str:

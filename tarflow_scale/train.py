@@ -30,6 +30,7 @@ from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix
+from tarflow_scale.training.checkpoint import newest as newest_checkpoint
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.folder import STOP_SECONDS, check_shared, follow_launcher
@@ -234,8 +235,12 @@ def _changed(sections: dict[str, Section]) -> dict[str, Any]:
     return {name: section.model_dump(mode="json") for name, section in sections.items() if section != type(section)()}
 
 
+def _configuration(config: TrainConfig) -> bytes:
+    return canonical_json(config.model_dump(mode="json"))
+
+
 def _config_digest(config: TrainConfig) -> str:
-    return storage.digest(canonical_json(config.model_dump(mode="json")))
+    return storage.digest(_configuration(config))
 
 
 def _describe_run(config: TrainConfig) -> None:
@@ -304,8 +309,10 @@ def _publish(
             "config_digest": _config_digest(config),
             "git_commit": telemetry.git_commit(),
             "packages": telemetry.package_versions(),
+            "checkpoint": newest_checkpoint(f"{config.logging.path}/checkpoints"),
         },
-        reason=f"end of training {config.logging.path}",
+        f"end of training {config.logging.path}",
+        _configuration(config),
     )
     memory = telemetry.peak_memory_bytes(next(flow.parameters()).device.type) / _GIB
     print(

@@ -269,7 +269,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 
 def scores(registry: Registry) -> list[int]:
     """Versions in the order in which they were scored."""
-    return [event.payload["report"]["version"] for event in registry.state().events if event.kind == "evaluate"]
+    return [fact.version for fact in registry.state().facts if fact.kind == "evaluate" and fact.version]
 
 
 def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path) -> None:
@@ -437,11 +437,11 @@ def test_promotion_prints_reasons_and_moves_the_alias_once(
     assert cli.main(promote_arguments(own, mild, "gate.reason=because")) == 0
     assert cli.main(promote_arguments(own, mild)) == 0
     assert "small@1 is champion already" in capsys.readouterr().out
-    state = Registry(str(own.registry), "small").state()
-    promotions = [event for event in state.events if event.kind == "promote"]
+    registry = Registry(str(own.registry), "small")
+    promotions = [fact for fact in registry.state().facts if fact.kind == "promote"]
     assert len(promotions) == 1
     assert promotions[0].reason == "because"
-    assert promotions[0].payload["decision"]["promoted"] is True
+    assert registry.log.read(promotions[0].number).payload["decision"]["promoted"] is True
 
 
 def test_models_list_show_and_rollback(own: Trained, local: MetricsReport, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def test_whatever_a_store_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
         def cat_file(self, *_: object, **__: object) -> bytes:
             raise RuntimeError("could not connect\nto the endpoint")
 
-    monkeypatch.setattr(storage, "_filesystem", lambda _: (Fails(), "x"))
+    monkeypatch.setattr("tarflow_scale.storage.files.filesystem", lambda _: (Fails(), "x"))
     with pytest.raises(
         StorageError, match=r"^cannot read s3://b/x \(could not connect to the endpoint\); check the URL"
     ):

@@ -194,23 +194,32 @@ def load_protocol(path: str) -> BitsPerDimProtocol | SampledProtocol:
 
 
 class Requirement(Section):
-    """One number that a version must show."""
+    """What one number of a version must show."""
 
     protocol: str
     """The protocol file; a report by any other protocol does not count."""
     maximum: float | None = None
     """The value must not exceed this."""
+    minimum: float | None = None
+    """The value must not be below this."""
+    minimum_images: int | None = Field(default=None, ge=1)
+    """The value must be of so many images."""
     must_beat_champion: bool = False
-    """The value must be lower than the current holder's by at least ``margin``, on the same protocol id."""
+    """The value must be better than the present holder's by more than ``margin``, on the same protocol id, and not by
+    chance: image by image where bits/dim of each were kept, else by the standard errors of both."""
     margin: float = Field(default=0.0, ge=0)
     """In the unit of the metric."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """One-sided, of the comparison with the champion."""
     protocol_id: str | None = None
     """The full id that the number must carry, which pins the images too; None accepts any reference."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> "Requirement":
-        if self.maximum is None and not self.must_beat_champion:
-            raise ValueError("a requirement needs maximum or must_beat_champion (got neither); set one")
+        if not self.must_beat_champion and (self.maximum, self.minimum, self.minimum_images) == (None, None, None):
+            raise ValueError(
+                "a requirement needs maximum, minimum, minimum_images or must_beat_champion (got none); set one"
+            )
         return self
 
 
@@ -219,3 +228,5 @@ class GateConfig(Section):
 
     name: Name
     requirements: tuple[Requirement, ...] = Field(min_length=1)
+    approvals: tuple[str, ...] = ()
+    """Users all of whom must have approved the version (``models approve``)."""

@@ -18,6 +18,7 @@ from tarflow_scale.config.leaderboards import ReportOutputConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
     ClusterConfig,
+    CommandConfig,
     FlowOutputConfig,
     ForeignWeightsConfig,
     GateRef,
@@ -181,6 +182,7 @@ class ConvertConfig(Root):
 
 
 class ModelsConfig(Root):
-    """Look at a registry, or move an alias back."""
+    """A registry, and what a command needs; none reads weights into memory as a model."""
 
     registry: BrowseConfig
+    command: CommandConfig = CommandConfig()

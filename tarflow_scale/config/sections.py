@@ -14,6 +14,7 @@ from tarflow_scale.config.training import NoiseConfig
 __all__ = [
     "BrowseConfig",
     "ClusterConfig",
+    "CommandConfig",
     "FlowOutputConfig",
     "ForeignWeightsConfig",
     "GateRef",
@@ -54,6 +55,27 @@ class BrowseConfig(Section):
     """Name of a model; ``list`` shows all models without it, the other commands need it."""
     version: int | str = "latest"
     """A number, an alias such as ``champion``, or ``latest``; for ``rollback`` the alias."""
+
+
+class CommandConfig(Section):
+    """What commands of the verb ``models`` need beside a version."""
+
+    other: int | str | None = None
+    """``diff``: the version to compare with; None takes the champion."""
+    alias: Name | None = None
+    """``alias``: the alias to point to the version."""
+    reason: str = ""
+    """``alias``, ``approve``, ``retire``, ``rollback``, ``import``: why; stored."""
+    path: str | None = None
+    """``export``: folder or URL to write; ``import``: to read."""
+    licence: str = "other"
+    """``export``: SPDX identifier for the model card."""
+    delete: bool = False
+    """``collect``: remove what is listed; without it, it is only listed."""
+    grace_days: float = Field(default=7.0, ge=0.125)
+    """``collect``: what was retired, or written without ever being named, is kept so long."""
+    single_writer: bool = False
+    """``init``: promise that one process alone writes, for stores without create-if-absent."""
 
 
 class Guidance(Section):
@@ -184,6 +206,9 @@ class GateRef(Section):
     """The alias that moves when the gate opens."""
     reason: str = ""
     """Why, in the words of whoever promotes; stored."""
+    override: str | None = None
+    """Promote although the gate says no, for this reason; decision and reason are recorded for ever. The flag
+    ``--override`` sets it."""
 
     @model_validator(mode="after")
     def _alias_is_no_number(self) -> "GateRef":

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-L/14 as FD-DINOv2 is published with: PIL's bicubic resize to 224, ImageNet's mean and deviation, class token.
+"""DINOv2 ViT-L/14 as FD-DINOv2 is published with: PIL's bicubic resize to 224, ImageNet's moments, the class token.
 
 What dgm-eval (Stein et al., arXiv 2306.04675) and edm2's exact mode compute. torch-fidelity's own DINOv2 resizes as
 TensorFlow does and takes no local file. The transformer is timm's (extra ``dinov2``); the position embedding of the
@@ -56,8 +56,6 @@ class DINOv2Extractor(FeatureExtractorBase):
             self.model.load_state_dict(state)
         except Exception as error:
             raise DataError(f"{feature_extractor_weights_path} holds no weights of {name} ({error})") from error
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
@@ -80,8 +78,9 @@ class DINOv2Extractor(FeatureExtractorBase):
         """``(B, 3, H, W)`` uint8 to ``(B, 1024)`` fp32."""
         pictures = (Image.fromarray(pixels) for pixels in input.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         resized = np.stack([np.asarray(one.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)) for one in pictures])
-        x = torch.from_numpy(resized).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
-        return (self.model((x - self.mean) / self.std).float(),)
+        x = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
+        x = (x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        return (self.model(x.to(next(self.parameters()).device)).float(),)
 
 
 def _resampled(position: Tensor) -> Tensor:

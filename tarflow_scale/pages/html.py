@@ -166,7 +166,7 @@ def _decoding(row: Row) -> str:
 
 def _history(entries: Sequence[Entry]) -> str:
     events = sorted(
-        ((event.time, entry.model, event) for entry in entries for event in entry.state.events),
+        ((event.time, entry.model, event) for entry in entries for event in entry.state.facts),
         key=lambda item: item[:2],
         reverse=True,
     )

@@ -1,12 +1,22 @@
-"""Whether a version may become champion: a pure function of a gate and of reports, with every reason spelt out."""
+"""Whether a version may become champion: a pure function of a gate and of reports, with every reason spelt out.
 
-from dataclasses import dataclass
+A champion is beaten only by more than chance. Numbers of bits/dim are compared image by image: the standard error is
+that of the mean difference over images, which is much smaller than that of either mean. Numbers of samples (FID and
+others) are compared as independent, each with its jackknife. A version wins if the one-sided confidence limit of the
+difference exceeds the margin.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist, fmean, stdev
 
 from tarflow_scale.config import BitsPerDimProtocol, GateConfig, Requirement, SampledProtocol
-from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import MetricsReport, MetricValue, Record
 
 __all__ = ["Contender", "Decision", "Reason", "decide"]
+
+Protocol = BitsPerDimProtocol | SampledProtocol
 
 
 class Reason(Record):
@@ -27,14 +37,18 @@ class Decision(Record):
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with its reports, oldest first."""
+    """A version with what is known of it.
+
+    name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: by the SHA-256 under
+    which a report names them, numbers of each image as ``(digest of the image, number)``, sorted.
+    """
 
     name: str
     reports: list[MetricsReport]
+    approvals: tuple[str, ...] = ()
+    per_image: Mapping[str, Sequence[tuple[bytes, float]]] = field(default_factory=dict)
 
-    def value(
-        self, protocol: BitsPerDimProtocol | SampledProtocol, protocol_id: str | None = None
-    ) -> MetricValue | None:
+    def value(self, protocol: Protocol, protocol_id: str | None = None) -> MetricValue | None:
         """The newest number by this protocol, and with this id if one is given."""
         found = [
             metric
@@ -44,12 +58,13 @@ class Contender:
         ]
         return found[-1] if found else None
 
+    def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
+        """What the number is the mean of; nothing if that was not kept."""
+        return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
+
 
 def decide(
-    gate: GateConfig,
-    protocols: dict[str, BitsPerDimProtocol | SampledProtocol],
-    candidate: Contender,
-    champion: Contender | None,
+    gate: GateConfig, protocols: dict[str, Protocol], candidate: Contender, champion: Contender | None
 ) -> Decision:
     """Compare a candidate with a gate and with the champion.
 
@@ -58,17 +73,20 @@ def decide(
         protocols: protocol files of the requirements, by path.
         candidate: who wants the alias.
         champion: who has it, or None.
-
-    Raises:
-        RegistryError: when the candidate has no number by a protocol that the gate requires.
     """
     reasons: list[Reason] = []
     for requirement in gate.requirements:
         protocol = protocols[requirement.protocol]
         value = candidate.value(protocol, requirement.protocol_id)
         if value is None:
-            raise RegistryError(_nothing_by(protocol.name, candidate))
-        reasons.extend(_judge(requirement, protocol, value, candidate, champion))
+            wanted = f"a number by protocol {protocol.name}"
+            reasons.append(Reason(requirement=wanted, found=_nothing_by(protocol.name, candidate), holds=False))
+        else:
+            reasons.extend(_judge(requirement, protocol, value, candidate, champion))
+    for name in gate.approvals:
+        found = ", ".join(candidate.approvals) or "nobody"
+        wanted = f"approved by {name}"
+        reasons.append(Reason(requirement=wanted, found=f"by {found}", holds=name in candidate.approvals))
     return Decision(gate=gate.name, promoted=all(reason.holds for reason in reasons), reasons=tuple(reasons))
 
 
@@ -84,39 +102,69 @@ def _nothing_by(protocol: str, candidate: Contender) -> str:
 
 def _judge(
     requirement: Requirement,
-    protocol: BitsPerDimProtocol | SampledProtocol,
+    protocol: Protocol,
     value: MetricValue,
     candidate: Contender,
     champion: Contender | None,
 ) -> list[Reason]:
-    name, reasons = protocol.name, []
+    name, unit, reasons = protocol.name, value.unit, list[Reason]()
+    if requirement.minimum_images is not None:
+        wanted = f"{name} on at least {requirement.minimum_images} images"
+        holds = value.num_images >= requirement.minimum_images
+        reasons.append(Reason(requirement=wanted, found=f"{value.num_images}", holds=holds))
     if requirement.maximum is not None:
         holds = value.value <= requirement.maximum
-        wanted = f"{name} <= {requirement.maximum:g} {value.unit}"
+        wanted = f"{name} <= {requirement.maximum:g} {unit}"
+        reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
+    if requirement.minimum is not None:
+        holds = value.value >= requirement.minimum
+        wanted = f"{name} >= {requirement.minimum:g} {unit}"
         reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
     if requirement.must_beat_champion:
-        wanted = f"{name} < champion's" + (f" - {requirement.margin:g}" if requirement.margin else "")
-        reasons.append(_against_champion(wanted, protocol, value, requirement.margin, candidate, champion))
+        reasons.append(_against_champion(requirement, protocol, value, candidate, champion))
     return reasons
 
 
 def _against_champion(
-    wanted: str,
-    protocol: BitsPerDimProtocol | SampledProtocol,
+    requirement: Requirement,
+    protocol: Protocol,
     value: MetricValue,
-    margin: float,
     candidate: Contender,
     champion: Contender | None,
 ) -> Reason:
+    better = "above" if protocol.higher_is_better else "below"
+    by = f" by more than {requirement.margin:g}" if requirement.margin else ""
+    wanted = f"{protocol.name} {better} the champion's{by}, with {requirement.confidence:.0%} confidence"
+
+    def reason(found: str, holds: bool) -> Reason:
+        return Reason(requirement=wanted, found=found, holds=holds)
+
     if champion is None:
-        return Reason(requirement=wanted, found="there is no champion yet", holds=True)
+        return reason("there is no champion yet", True)
     if champion.name == candidate.name:
-        return Reason(requirement=wanted, found="it is the champion", holds=True)
+        return reason("it is the champion", True)
     best = champion.value(protocol, value.protocol_id)
     if best is None:
-        found = f"{champion.name} has no number with the same protocol id; evaluate it on the same reference"
-        return Reason(requirement=wanted, found=found, holds=False)
-    holds = value.value < best.value - margin
-    return Reason(
-        requirement=wanted, found=f"{value.value:.4f} against {best.value:.4f} of {champion.name}", holds=holds
-    )
+        return reason(
+            f"{champion.name} has no number with the same protocol id; evaluate it on the same reference", False
+        )
+    gain, error, how = _gain(candidate, value, champion, best)
+    gain = -gain if protocol.higher_is_better else gain
+    found = f"{value.value:.4f} against {best.value:.4f} of {champion.name}"
+    if error is None:
+        return reason(f"{found}, but without standard errors; evaluate both again", False)
+    limit = gain - NormalDist().inv_cdf(requirement.confidence) * error
+    return reason(f"{found}: better by {gain:.4f} ± {error:.4f} {how}", limit > requirement.margin)
+
+
+def _gain(
+    candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
+) -> tuple[float, float | None, str]:
+    """How much lower the candidate is, the standard error of that, and how it was found."""
+    ours, theirs = candidate.of_images(value), champion.of_images(best)
+    if len(ours) > 1 and [image for image, _ in ours] == [image for image, _ in theirs]:
+        differences = [b - a for (_, a), (_, b) in zip(ours, theirs, strict=True)]
+        return fmean(differences), stdev(differences) / math.sqrt(len(differences)), "image by image"
+    if value.standard_error is None or best.standard_error is None:
+        return best.value - value.value, None, ""
+    return best.value - value.value, math.hypot(value.standard_error, best.standard_error), "as independent numbers"

@@ -1,67 +1,36 @@
 """Models, versions and aliases, as the fold of an append-only log; files as content-addressed blobs.
 
-Layout: ``<registry>/<model>/_log/000000000001.json ...`` and ``<registry>/blobs/sha256/<hex>``. Blobs are written
-before the event that names them, and verified whenever they are read. Only safetensors and JSON are stored; nothing
-is ever unpickled.
+Layout: ``<registry>/<model>/_log/000000000001.json ...``, beside it ``_snapshot`` (a cache, see
+`tarflow_scale.registry.state`), and ``<registry>/blobs/sha256/<hex>``. Blobs are written before the event that names
+them, and verified whenever they are read. Only safetensors and JSON are stored; nothing is ever unpickled.
 """
 
-from dataclasses import dataclass, field
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
 
 from tarflow_scale import storage
-from tarflow_scale.errors import AlreadyReported, RegistryError
+from tarflow_scale.errors import AlreadyReported, RegistryError, StorageError
 from tarflow_scale.records import DecodingPlan, FileRecord, MetricsReport, ModelVersion
-from tarflow_scale.registry.log import Event, EventLog
+from tarflow_scale.registry.log import Event, EventLog, Kind, new_event, user
+from tarflow_scale.registry.state import ModelState, known, resolve
+from tarflow_scale.registry.store import Store
 
-__all__ = ["ModelState", "Registry"]
+__all__ = ["Registry"]
 
-_BLOBS = "blobs"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ATTEMPTS = 200
+_SNAPSHOT = "_snapshot"
+_SNAPSHOT_EVERY = 50
+"""Events; so many are read at the most by whoever has the newest snapshot."""
 
-
-@dataclass(frozen=True)
-class ModelState:
-    """What the log of a model amounts to."""
-
-    versions: dict[int, ModelVersion] = field(default_factory=dict)
-    reports: dict[int, list[MetricsReport]] = field(default_factory=dict)
-    """Reports of each version, oldest first."""
-    plans: dict[int, list[DecodingPlan]] = field(default_factory=dict)
-    """Decoding plans of each version, oldest first."""
-    aliases: dict[str, int] = field(default_factory=dict)
-    holders: dict[str, list[int]] = field(default_factory=dict)
-    """For each alias the versions that an undo would go back through, the present one last."""
-    events: list[Event] = field(default_factory=list)
-
-    def has_numbers(self, version: int, protocols: set[str]) -> bool:
-        """Whether a version has a number by each of these protocols, named by their digests."""
-        metrics = (metric for report in self.reports.get(version, []) for metric in report.metrics.values())
-        return protocols <= {metric.protocol_digest for metric in metrics}
-
-    @classmethod
-    def fold(cls, events: list[Event]) -> "ModelState":
-        """The state after ``events``."""
-        state = cls(events=events)
-        for event in events:
-            payload = event.payload
-            match event.kind:
-                case "register":
-                    version = ModelVersion.model_validate(payload["version"])
-                    state.versions[version.version] = version
-                case "evaluate":
-                    report = MetricsReport.model_validate(payload["report"])
-                    state.reports.setdefault(report.version, []).append(report)
-                case "calibrate":
-                    plan = DecodingPlan.model_validate(payload["plan"])
-                    state.plans.setdefault(payload["version"], []).append(plan)
-                case "promote":
-                    state.aliases[payload["alias"]] = payload["version"]
-                    state.holders.setdefault(payload["alias"], []).append(payload["version"])
-                case "rollback":
-                    state.aliases[payload["alias"]] = payload["version"]
-                    state.holders[payload["alias"]].pop()
-        return state
+Decide = Callable[[ModelState], dict[str, Any]]
 
 
 class Registry:
@@ -70,12 +39,21 @@ class Registry:
     Args:
         path: folder or URL of the registry.
         model: name of the model.
+
+    Raises:
+        RegistryError: not a name.
     """
 
     def __init__(self, path: str, model: str) -> None:
         self.path = path
-        self.model = model
-        self._log = EventLog(storage.join(path, model, "_log"))
+        self.model = _checked(model, "a model")
+        self.store = Store(path)
+        """What all models share."""
+        self.log = EventLog(storage.join(path, model, "_log"))
+        """The events themselves."""
+        self._snapshot = storage.join(path, model, _SNAPSHOT)
+        self._state = ModelState()
+        self._saved = 0
 
     @staticmethod
     def models(path: str) -> list[str]:
@@ -89,24 +67,36 @@ class Registry:
             raise RegistryError(f"no registry at {path}; train a model into it first, or check registry.path")
         return names
 
+    # -- reading -------------------------------------------------------------------------------------------------------
+
     def state(self) -> ModelState:
-        """The present state.
+        """The present state; not to be changed.
 
         Raises:
-            RegistryError: when there is no such model.
+            RegistryError: when there is no such model, or its log is damaged.
         """
-        events = self._log.read()
-        if not events:
+        state = self._refreshed()
+        if not state.number:
             raise RegistryError(f"no model {self.model!r} in the registry {self.path}; check registry.model")
-        try:
-            return ModelState.fold(events)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+        if state.number - self._saved >= _SNAPSHOT_EVERY:
+            self._save_snapshot()
+        return state
+
+    def replayed(self) -> ModelState:
+        """The state from all events, each read and checked, whatever a snapshot says.
+
+        Raises:
+            RegistryError: the log is damaged, or shorter than it was when a snapshot was taken.
+        """
+        self._state = ModelState()
+        self._read_on(self._state)
+        newest = ModelState.from_snapshot(storage.read_if_there(self._snapshot))
+        if newest is not None and newest.number > self._state.number:
             raise RegistryError(
-                f"the log of {self.model} in {self.path} holds an event that cannot be read ({where}: {first['msg']}); "
-                f"use the version of this package that wrote it"
-            ) from error
+                f"{self.log.path} ends at event {self._state.number}, but there have been {newest.number}; restore "
+                f"the log from a backup"
+            )
+        return self._state
 
     def resolve(self, reference: int | str) -> ModelVersion:
         """The version that a number, an alias or ``latest`` names.
@@ -116,26 +106,56 @@ class Registry:
         """
         return resolve(self.state(), reference, self.model)
 
-    def register(self, files: dict[str, bytes], facts: dict[str, Any], reason: str) -> ModelVersion:
+    def read_files(self, version: ModelVersion) -> dict[str, bytes]:
+        """Content of every file of a version, verified.
+
+        Raises:
+            RegistryError: when a blob is missing or is not what its digest says, or was collected.
+        """
+        when = self.state().collected.get(version.version)
+        if when is not None:
+            raise RegistryError(f"{self.model}@{version.version} was retired and its files removed on {when}")
+        return {name: self.read(name, record) for name, record in version.files.items()}
+
+    def read(self, name: str, record: FileRecord) -> bytes:
+        """What `keep` kept, verified; ``name`` is for the error.
+
+        Raises:
+            RegistryError: missing, or not what the digest says.
+        """
+        return self.store.read(f"{name} of {self.model}", record)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def keep(self, content: bytes) -> FileRecord:
+        """Keep content under its digest; a report may name it from here on."""
+        return self.store.keep(content)
+
+    def register(
+        self, files: dict[str, bytes], facts: dict[str, Any], reason: str, configuration: bytes | None = None
+    ) -> ModelVersion:
         """Store files and make them the next version; the very same files and facts are not registered twice.
 
         Args:
             files: content by name.
             facts: the other fields of `ModelVersion`.
             reason: why.
+            configuration: what ``facts`` names by its digest.
         """
-        records = {name: self.store(content) for name, content in files.items()}
+        records = {name: self.store.keep(content) for name, content in files.items()}
+        if configuration is not None:
+            facts = facts | {"configuration": self.store.keep(configuration)}
+        for version in self._refreshed().versions.values():
+            if version.files == records and version.config_digest == facts["config_digest"]:
+                return version
 
-        def decide(events: list[Event]) -> dict[str, Any]:
-            version = len(ModelState.fold(events).versions) + 1
-            record = ModelVersion.model_validate({"version": version, "files": records, **facts})
-            return {"version": record.model_dump(mode="json")}
+        def decide(state: ModelState) -> dict[str, Any]:
+            facts_of_one = {"version": len(state.versions) + 1, "files": records, **facts}
+            return {"version": ModelVersion.model_validate(facts_of_one).model_dump(mode="json")}
 
-        if storage.exists(storage.join(self.path, self.model, "_log")):
-            for version in ModelState.fold(self._log.read()).versions.values():
-                if version.files == records and version.config_digest == facts["config_digest"]:
-                    return version
-        event = self._log.append("register", reason, decide)
+        event = self.append("register", reason, decide)
+        for content in [*files.values(), *([] if configuration is None else [configuration])]:
+            self.store.keep(content)  # a collector may have been at work since
         return ModelVersion.model_validate(event.payload["version"])
 
     def attach_report(self, report: MetricsReport, reason: str, once: bool = False) -> None:
@@ -151,8 +171,7 @@ class Registry:
             RegistryError: when the version does not exist or holds other weights.
         """
 
-        def decide(events: list[Event]) -> dict[str, Any]:
-            state = ModelState.fold(events)
+        def decide(state: ModelState) -> dict[str, Any]:
             version = resolve(state, report.version, self.model)
             if once and state.has_numbers(version.version, {m.protocol_digest for m in report.metrics.values()}):
                 raise AlreadyReported(f"{self.model}@{version.version} has been scored by another; nothing was added")
@@ -162,7 +181,7 @@ class Registry:
                 )
             return {"report": report.model_dump(mode="json")}
 
-        self._log.append("evaluate", reason, decide)
+        self.append("evaluate", reason, decide)
 
     def attach_plan(self, version: int, plan: DecodingPlan, reason: str) -> None:
         """Add a decoding plan to the version it was measured on.
@@ -171,78 +190,125 @@ class Registry:
             RegistryError: when the version does not exist.
         """
 
-        def decide(events: list[Event]) -> dict[str, Any]:
-            known = resolve(ModelState.fold(events), version, self.model)
-            return {"version": known.version, "plan": plan.model_dump(mode="json")}
+        def decide(state: ModelState) -> dict[str, Any]:
+            return {"version": resolve(state, version, self.model).version, "plan": plan.model_dump(mode="json")}
 
-        self._log.append("calibrate", reason, decide)
+        self.append("calibrate", reason, decide)
 
-    def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
-        """Move an alias, if it still points to ``expected``.
+    def approve(self, version: int, reason: str) -> str:
+        """Say, as the present user, that a version may be promoted; returns the user.
 
         Raises:
-            RegistryError: when it moved meanwhile.
+            RegistryError: no such version, retired, or approved by this user already.
         """
+        name = user()
 
-        def decide(events: list[Event]) -> dict[str, Any]:
-            self._check_unmoved(ModelState.fold(events), alias, expected)
-            return {"alias": alias, "version": version, "expected": expected, "decision": decision}
+        def decide(state: ModelState) -> dict[str, Any]:
+            self._usable(state, version)
+            if any(approval.user == name for approval in state.approvals.get(version, [])):
+                raise RegistryError(f"{self.model}@{version} is approved by {name} already")
+            return {"version": version, "user": name}
 
-        self._log.append("promote", reason, decide)
+        self.append("approve", reason, decide)
+        return name
+
+    def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
+        """Move an alias by a gate's decision, if it still points to ``expected``.
+
+        Raises:
+            RegistryError: it moved meanwhile; the version is retired.
+        """
+        self._move("promote", alias, version, expected, {"decision": decision}, reason)
+
+    def set_alias(self, alias: str, version: int, expected: int | None, reason: str) -> None:
+        """Point an alias that no gate guards to a version, if it still points to ``expected``.
+
+        Raises:
+            RegistryError: a gate guards it; it moved meanwhile; the version is retired.
+        """
+        self._move("alias", _checked(alias, "an alias"), version, expected, {}, reason)
 
     def rollback(self, alias: str, reason: str) -> tuple[int, int]:
-        """Point an alias back to the version before; returns (from, to).
+        """Point an alias back to the version before that is not retired; returns (from, to).
 
         Raises:
             RegistryError: when the alias does not exist or has no earlier version.
         """
         before = self.state()
         if alias not in before.aliases:
-            raise RegistryError(f"no alias {alias!r} of {self.model} (got {_known(before.aliases)}); check the name")
+            raise RegistryError(f"no alias {alias!r} of {self.model} (got {known(before.aliases)}); check the name")
         current = before.aliases[alias]
 
-        def decide(events: list[Event]) -> dict[str, Any]:
-            state = ModelState.fold(events)
+        def decide(state: ModelState) -> dict[str, Any]:
             self._check_unmoved(state, alias, current)
-            if len(state.holders[alias]) < 2:
+            earlier = state.earlier(alias)
+            if earlier is None:
                 raise RegistryError(f"alias {alias!r} of {self.model} has no earlier version to go back to")
-            return {"alias": alias, "version": state.holders[alias][-2], "expected": current}
+            return {"alias": alias, "version": earlier, "expected": current}
 
-        event = self._log.append("rollback", reason, decide)
+        event = self.append("rollback", reason, decide)
         return current, int(event.payload["version"])
 
-    def read_files(self, version: ModelVersion) -> dict[str, bytes]:
-        """Content of every file of a version, verified.
+    def retire(self, version: int, reason: str) -> None:
+        """Take a version out of use: nothing may point to it, and its files may be collected.
 
         Raises:
-            RegistryError: when a blob is missing or is not what its digest says.
+            RegistryError: no such version, an alias points to it, or it is retired already.
         """
-        return {name: self.read(name, record) for name, record in version.files.items()}
 
-    def read(self, name: str, record: FileRecord) -> bytes:
-        """What `store` kept, verified; ``name`` is for the error.
+        def decide(state: ModelState) -> dict[str, Any]:
+            self._usable(state, version)
+            held = [alias for alias, number in state.aliases.items() if number == version]
+            if held:
+                raise RegistryError(f"{self.model}@{version} is {', '.join(held)}; move the alias first")
+            return {"version": version}
 
-        Raises:
-            RegistryError: missing, or not what the digest says.
+        self.append("retire", reason, decide)
+
+    def append(self, kind: Kind, reason: str, decide: Decide) -> Event:
+        """Append an event.
+
+        Args:
+            kind: what happened.
+            reason: why.
+            decide: from the state as it is, the payload; called again whenever another writer was faster, and free
+                to raise if the event no longer makes sense.
         """
-        location = self._blob(record)
-        if not storage.exists(location):
-            raise RegistryError(f"{name} of {self.model} is missing from the registry ({location}); restore the blob")
-        content = storage.read_bytes(location)
-        if storage.digest(content) != record.sha256:
-            raise RegistryError(f"{name} of {self.model} does not match its digest ({location}); restore the blob")
-        return content
+        identity = uuid.uuid4().hex
+        for attempt in range(_ATTEMPTS):
+            state = self._refreshed()
+            event = new_event(state.number + 1, kind, identity, reason, state.digest, decide(state))
+            location, content = self.log.location(event.number), event.to_json()
+            # told "exists", it may be by an earlier attempt of this writer, whose answer was lost on the way
+            if self.store.create(location, content) or storage.read_bytes(location) == content:
+                if event.number - self._saved >= _SNAPSHOT_EVERY:
+                    self._refreshed()
+                    self._save_snapshot()
+                return event
+            time.sleep(random.uniform(0, min(attempt, 20) * 0.005))  # noqa: S311 - so that losers do not march in step
+        raise RegistryError(f"{self.log.path} is written by too many at once ({_ATTEMPTS} attempts lost); try again")
 
-    def store(self, content: bytes) -> FileRecord:
-        """Keep content under its digest; an event may name it from here on."""
-        record = FileRecord(sha256=storage.digest(content), bytes=len(content))
-        location = self._blob(record)
-        if not storage.exists(location):
-            storage.write_bytes(location, content)
-        return record
+    # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _blob(self, record: FileRecord) -> str:
-        return storage.join(self.path, _BLOBS, "sha256", record.sha256)
+    def _move(
+        self, kind: Kind, alias: str, version: int, expected: int | None, more: dict[str, Any], reason: str
+    ) -> None:
+        def decide(state: ModelState) -> dict[str, Any]:
+            self._check_unmoved(state, alias, expected)
+            self._usable(state, version)
+            if kind == "alias" and alias in state.guarded:
+                raise RegistryError(
+                    f"alias {alias!r} of {self.model} is guarded by gate {state.guarded[alias] or 'of promote'}; use "
+                    f"the verb promote"
+                )
+            return {"alias": alias, "version": version, "expected": expected, **more}
+
+        self.append(kind, reason, decide)
+
+    def _usable(self, state: ModelState, version: int) -> None:
+        resolve(state, version, self.model)
+        if version in state.retired:
+            raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; choose another")
 
     def _check_unmoved(self, state: ModelState, alias: str, expected: int | None) -> None:
         found = state.aliases.get(alias)
@@ -251,26 +317,43 @@ class Registry:
                 f"alias {alias!r} of {self.model} moved meanwhile (got {found}, not {expected}); look again"
             )
 
+    def _refreshed(self) -> ModelState:
+        """The state after all events that there are; empty where there is no log."""
+        if not self._state.number:
+            self._state = self._from_snapshot() or ModelState()
+            self._saved = self._state.number
+        self._read_on(self._state)
+        return self._state
 
-def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion:
-    """The version of ``state`` that a number, an alias or ``latest`` names.
+    def _read_on(self, state: ModelState) -> None:
+        try:
+            for event, digest in self.log.after(state.number, state.digest):
+                state.take(event, digest)
+        except (ValidationError, KeyError) as error:
+            self._state = ModelState()
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": error.args, "msg": "missing"}
+            raise RegistryError(
+                f"the log of {self.model} in {self.path} holds an event that cannot be read "
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); use the version of this package that wrote it"
+            ) from error
+        except RegistryError:
+            self._state = ModelState()
+            raise
 
-    Raises:
-        RegistryError: when it does not exist.
-    """
-    if reference == "latest":
-        if not state.versions:
-            raise RegistryError(f"model {model!r} has no version yet; train one")
-        return state.versions[max(state.versions)]
-    if isinstance(reference, str) and not reference.isdigit():
-        if reference not in state.aliases:
-            raise RegistryError(f"no alias {reference!r} of {model} (there is {_known(state.aliases)}); check the name")
-        return state.versions[state.aliases[reference]]
-    number = int(reference)
-    if number not in state.versions:
-        raise RegistryError(f"no version {number} of {model} (there are {_known(state.versions)}); check the number")
-    return state.versions[number]
+    def _from_snapshot(self) -> ModelState | None:
+        state = ModelState.from_snapshot(storage.read_if_there(self._snapshot))
+        if state is None or not state.number:
+            return None
+        newest = storage.read_if_there(self.log.location(state.number))
+        return state if newest is not None and storage.digest(newest) == state.digest else None
+
+    def _save_snapshot(self) -> None:
+        self._saved = self._state.number
+        with suppress(StorageError):  # a cache: who may only read goes without
+            storage.write_bytes(self._snapshot, self._state.to_snapshot())
 
 
-def _known(names: dict[Any, Any]) -> str:
-    return ", ".join(str(name) for name in names) or "none"
+def _checked(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise RegistryError(f"{what} must be named by letters, digits, dots, dashes and underscores (got {name!r})")
+    return name

@@ -28,7 +28,7 @@ from tarflow_scale.records import FileRecord, Record
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import MOMENTS, MOMENTUM, Engine
 
-__all__ = ["MANIFEST", "CheckpointManifest", "TrainState", "complete", "find_latest", "load", "prune", "save"]
+__all__ = ["MANIFEST", "CheckpointManifest", "TrainState", "complete", "find_latest", "load", "newest", "prune", "save"]
 
 MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
@@ -157,6 +157,14 @@ def complete(path: str) -> list[str]:
     """Folders of checkpoints with a manifest, oldest first."""
     folders = [storage.join(path, name) for name in storage.list_names(path) if name.startswith("images-")]
     return [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST))]
+
+
+def newest(path: str) -> str:
+    """Where the newest checkpoint is and the SHA-256 of its manifest, for a registry to name; empty without one."""
+    folders = complete(path)
+    if not folders:
+        return ""
+    return f"{folders[-1]} {storage.digest(storage.read_bytes(storage.join(folders[-1], MANIFEST)))}"
 
 
 def prune(path: str, config: CheckpointConfig) -> None:

@@ -1,0 +1,181 @@
+"""What the log of a model amounts to: a fold over its events, and a snapshot of it that spares reading them again.
+
+A snapshot is a cache. It is believed only if its digest is right and the event it ends with is the one in the log;
+otherwise the log is read from the start.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from tarflow_scale import storage
+from tarflow_scale.errors import RegistryError
+from tarflow_scale.records import DecodingPlan, MetricsReport, ModelVersion
+from tarflow_scale.registry.log import Event
+
+__all__ = ["Approval", "Fact", "ModelState", "resolve"]
+
+_SNAPSHOT_FORMAT = b"tarflow-scale registry snapshot 1"
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Fact(_Plain):
+    """An event without what it carried."""
+
+    number: int
+    kind: str
+    time: str
+    actor: str
+    reason: str
+    version: int | None
+    """The version it is about."""
+
+
+class Approval(_Plain):
+    """Somebody's word that a version may be promoted."""
+
+    user: str
+    time: str
+    reason: str
+
+
+@dataclass
+class ModelState:
+    """A model at some event."""
+
+    number: int = 0
+    """Of the newest event."""
+    digest: str = ""
+    """SHA-256 of the newest event."""
+    versions: dict[int, ModelVersion] = field(default_factory=dict)
+    reports: dict[int, list[MetricsReport]] = field(default_factory=dict)
+    """Reports of each version, oldest first."""
+    plans: dict[int, list[DecodingPlan]] = field(default_factory=dict)
+    """Decoding plans of each version, oldest first."""
+    approvals: dict[int, list[Approval]] = field(default_factory=dict)
+    aliases: dict[str, int] = field(default_factory=dict)
+    holders: dict[str, list[int]] = field(default_factory=dict)
+    """For each alias the versions that an undo would go back through, the present one last."""
+    guarded: dict[str, str] = field(default_factory=dict)
+    """Aliases that a gate has moved, and the gate's name: nothing else moves them forward."""
+    retired: dict[int, str] = field(default_factory=dict)
+    """Versions that may not be used any more, and since when."""
+    collected: dict[int, str] = field(default_factory=dict)
+    """Retired versions whose files were removed, and when."""
+    facts: list[Fact] = field(default_factory=list)
+    """What happened, oldest first."""
+
+    def has_numbers(self, version: int, protocols: set[str]) -> bool:
+        """Whether a version has a number by each of these protocols, named by their digests."""
+        metrics = (metric for report in self.reports.get(version, []) for metric in report.metrics.values())
+        return protocols <= {metric.protocol_digest for metric in metrics}
+
+    def take(self, event: Event, digest: str) -> None:
+        """Go on to the next event.
+
+        Raises:
+            pydantic.ValidationError: a payload that this version of the package does not know.
+        """
+        payload, about = event.payload, event.payload.get("version")
+        match event.kind:
+            case "register":
+                version = ModelVersion.model_validate(payload["version"])
+                self.versions[version.version] = version
+                about = version.version
+            case "evaluate":
+                report = MetricsReport.model_validate(payload["report"])
+                self.reports.setdefault(report.version, []).append(report)
+                about = report.version
+            case "calibrate":
+                self.plans.setdefault(payload["version"], []).append(DecodingPlan.model_validate(payload["plan"]))
+            case "approve":
+                approval = Approval(user=payload["user"], time=event.time, reason=event.reason)
+                self.approvals.setdefault(payload["version"], []).append(approval)
+            case "promote" | "alias":
+                self.aliases[payload["alias"]] = payload["version"]
+                self.holders.setdefault(payload["alias"], []).append(payload["version"])
+                if event.kind == "promote":
+                    self.guarded[payload["alias"]] = payload["decision"].get("gate", "")
+            case "rollback":
+                self._go_back(payload["alias"], payload["version"])
+            case "retire":
+                self.retired[payload["version"]] = event.time
+            case "collect":
+                self.collected |= dict.fromkeys(payload["versions"], event.time)
+        self.number, self.digest = event.number, digest
+        self.facts.append(
+            Fact(
+                number=event.number,
+                kind=event.kind,
+                time=event.time,
+                actor=event.actor,
+                reason=event.reason,
+                version=about,
+            )
+        )
+
+    def _go_back(self, alias: str, version: int) -> None:
+        self.aliases[alias] = version
+        held = self.holders[alias]
+        held.pop()
+        while held and held[-1] != version:
+            held.pop()
+
+    def earlier(self, alias: str) -> int | None:
+        """The version that an undo of ``alias`` would go back to; retired ones are passed over."""
+        others = [held for held in self.holders[alias][:-1] if held not in self.retired]
+        return others[-1] if others else None
+
+    # -- snapshots -----------------------------------------------------------------------------------------------------
+
+    def to_snapshot(self) -> bytes:
+        """A file that `from_snapshot` reads."""
+        body = _STATES.dump_json(self)
+        return b"\n".join([_SNAPSHOT_FORMAT, storage.digest(body).encode(), body])
+
+    @staticmethod
+    def from_snapshot(content: bytes | None) -> "ModelState | None":
+        """The state that was written; None where the file is missing, damaged, or of another version."""
+        if content is None:
+            return None
+        form, _, rest = content.partition(b"\n")
+        digest, _, body = rest.partition(b"\n")
+        if form != _SNAPSHOT_FORMAT or digest != storage.digest(body).encode():
+            return None
+        try:
+            return _STATES.validate_json(body)
+        except ValidationError:
+            return None
+
+
+_STATES: TypeAdapter[ModelState] = TypeAdapter(ModelState)
+
+
+def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion:
+    """The version of ``state`` that a number, an alias or ``latest`` (of those not retired) names.
+
+    Raises:
+        RegistryError: when it does not exist.
+    """
+    if reference == "latest":
+        usable = [number for number in state.versions if number not in state.retired]
+        if not usable:
+            raise RegistryError(f"model {model!r} has no version yet; train one")
+        return state.versions[max(usable)]
+    if isinstance(reference, str) and not reference.isdigit():
+        if reference not in state.aliases:
+            raise RegistryError(f"no alias {reference!r} of {model} (there is {known(state.aliases)}); check the name")
+        return state.versions[state.aliases[reference]]
+    number = int(reference)
+    if number not in state.versions:
+        raise RegistryError(f"no version {number} of {model} (there are {known(state.versions)}); check the number")
+    return state.versions[number]
+
+
+def known(names: dict[Any, Any]) -> str:
+    """Names for an error message."""
+    return ", ".join(str(name) for name in names) or "none"

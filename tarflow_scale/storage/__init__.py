@@ -1,0 +1,52 @@
+"""Local path or URL alike: read, list, write atomically, create if absent. The only user of fsspec.
+
+A location is a local path or an fsspec URL (``s3://bucket/run``). What a reader can open is always whole: local
+files are written beside their final name, flushed to disk and renamed; object stores publish an object when its
+upload completes. ``create`` lets exactly one of many writers win.
+"""
+
+from tarflow_scale.storage.files import (
+    copy_file,
+    create,
+    digest,
+    local_copy,
+    modified_seconds,
+    open_seekable,
+    read_bytes,
+    read_if_there,
+    read_many,
+    read_range,
+    remove,
+    size_bytes,
+    write_bytes,
+    writing,
+)
+from tarflow_scale.storage.folders import FoundFile, exists, is_folder, list_names, list_sizes, remove_tree, walk
+from tarflow_scale.storage.paths import base_name, is_remote, join
+
+__all__ = [
+    "FoundFile",
+    "base_name",
+    "copy_file",
+    "create",
+    "digest",
+    "exists",
+    "is_folder",
+    "is_remote",
+    "join",
+    "list_names",
+    "list_sizes",
+    "local_copy",
+    "modified_seconds",
+    "open_seekable",
+    "read_bytes",
+    "read_if_there",
+    "read_many",
+    "read_range",
+    "remove",
+    "remove_tree",
+    "size_bytes",
+    "walk",
+    "write_bytes",
+    "writing",
+]

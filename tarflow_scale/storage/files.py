@@ -1,0 +1,243 @@
+"""Files: read whole or in part, write at once, create unless there."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from tarflow_scale.errors import StorageError
+from tarflow_scale.storage.paths import explained, filesystem, is_remote, local, local_name
+
+__all__ = [
+    "copy_file",
+    "create",
+    "digest",
+    "local_copy",
+    "modified_seconds",
+    "open_seekable",
+    "read_bytes",
+    "read_if_there",
+    "read_many",
+    "read_range",
+    "remove",
+    "size_bytes",
+    "write_bytes",
+    "writing",
+]
+
+_COPY_BYTES = 1 << 22
+
+
+def read_bytes(location: str) -> bytes:
+    """The whole content.
+
+    Raises:
+        StorageError: when it is missing or unreadable.
+    """
+    content = read_if_there(location)
+    if content is None:
+        raise StorageError(f"cannot read {location} (no such file); check the path")
+    return content
+
+
+def read_if_there(location: str) -> bytes | None:
+    """The whole content, or None where there is no such file; one request."""
+    with explained(location, "read"):
+        try:
+            if is_remote(location):
+                fs, path = filesystem(location)
+                return cast(bytes, fs.cat_file(path))
+            return local(location).read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def read_many(locations: list[str]) -> list[bytes]:
+    """The contents of files of one store, in their order; many requests at once where that helps.
+
+    Raises:
+        StorageError: one is missing or unreadable.
+    """
+    if not locations or not is_remote(locations[0]):
+        return [read_bytes(location) for location in locations]
+    with explained(locations[0], "read"):
+        fs, _ = filesystem(locations[0])
+        paths = [filesystem(location)[1] for location in locations]
+        found = fs.cat(paths)
+        return [cast(bytes, content) for content in (found.values() if isinstance(found, dict) else [found])]
+
+
+def read_range(location: str, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)``; shorter where the file is."""
+    with explained(location, "read"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            return cast(bytes, fs.cat_file(path, start=start, end=stop))
+        handle = os.open(local_name(location), os.O_RDONLY)  # the loader's, so without the cost of a Path
+        try:
+            return os.pread(handle, stop - start, start)
+        finally:
+            os.close(handle)
+
+
+def size_bytes(location: str) -> int:
+    """Size of a file.
+
+    Raises:
+        StorageError: when it is missing.
+    """
+    with explained(location, "read"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            return int(fs.info(path)["size"])
+        return local(location).stat().st_size
+
+
+def modified_seconds(location: str) -> float | None:
+    """When a file was last written, in seconds since 1970; None where it is gone.
+
+    Raises:
+        StorageError: the store does not say.
+    """
+    with explained(location, "read"):
+        try:
+            if is_remote(location):
+                fs, path = filesystem(location)
+                fs.invalidate_cache()
+                return float(fs.modified(path).timestamp())
+            return local(location).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+
+def open_seekable(location: str) -> IO[bytes]:
+    """A file to read from and seek in; of a remote one, only what is read is fetched."""
+    with explained(location, "read"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            return cast(IO[bytes], fs.open(path, "rb"))
+        return local(location).open("rb")
+
+
+@contextmanager
+def local_copy(location: str) -> Generator[Path]:
+    """The file as a local path: itself, or a temporary copy of a remote one."""
+    if not is_remote(location):
+        yield local(location)
+        return
+    with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
+        copy = Path(folder) / location.rsplit("/", 1)[-1]
+        with explained(location, "read"):
+            fs, path = filesystem(location)
+            fs.get_file(path, str(copy))
+        yield copy
+
+
+@contextmanager
+def writing(location: str) -> Generator[IO[bytes]]:
+    """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises."""
+    with explained(location, "write", of_store=False):  # what the caller's block raises is its own
+        target = local(location) if not is_remote(location) else None
+        folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".{uuid.uuid4().hex}.partial"
+        try:
+            with staged.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if target:
+                staged.replace(target)
+                sync_folder(folder)
+            else:
+                with explained(location, "write"):
+                    fs, path = filesystem(location)
+                    fs.put_file(str(staged), path)
+        finally:
+            staged.unlink(missing_ok=True)
+            if target is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Write or replace a file atomically."""
+    with writing(location) as file:
+        file.write(content)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a local file; what appears under ``target`` is whole."""
+    with explained(target, "write"):
+        if is_remote(target):
+            fs, path = filesystem(target)
+            fs.put_file(str(local(source)), path)
+            return
+    with local(source).open("rb") as file, writing(target) as copy:
+        shutil.copyfileobj(file, copy, _COPY_BYTES)
+
+
+def create(location: str, content: bytes) -> bool:
+    """Create a file unless it exists; of any number of concurrent writers exactly one gets True.
+
+    Local: a flushed temporary file is hard-linked to the final name, which fails if that exists. Object stores:
+    a conditional put. The content must not be empty, because some stores make an empty put unconditional.
+    """
+    assert content, "create() needs content"
+    with explained(location, "write"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            try:
+                fs.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = local(location)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.parent / f".{uuid.uuid4().hex}.partial"
+        try:
+            with staged.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_folder(target.parent)
+        return True
+
+
+def remove(location: str) -> None:
+    """Delete a file if it exists."""
+    with explained(location, "delete"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            if fs.exists(path):
+                fs.rm_file(path)
+            return
+        local(location).unlink(missing_ok=True)
+
+
+def digest(source: bytes | Path) -> str:
+    """SHA-256 of bytes or of a local file, as lower-case hex."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    state = hashlib.sha256()
+    with source.open("rb") as file:
+        while block := file.read(_COPY_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,113 @@
+"""What is in a folder."""
+
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tarflow_scale.storage.paths import explained, filesystem, is_remote, local
+
+__all__ = ["FoundFile", "exists", "is_folder", "list_names", "list_sizes", "remove_tree", "walk"]
+
+
+def exists(location: str) -> bool:
+    """Whether a file or folder is there."""
+    with explained(location, "read"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            fs.invalidate_cache()
+            return bool(fs.exists(path))
+        return local(location).exists()
+
+
+def list_names(location: str) -> list[str]:
+    """Sorted names directly below a folder; empty when there is no such folder."""
+    with explained(location, "list"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            fs.invalidate_cache()
+            if not fs.exists(path):
+                return []
+            return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        folder = local(location)
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def list_sizes(location: str) -> dict[str, int]:
+    """Sizes in bytes of the files directly below a folder, by name; one request where a store lists sizes."""
+    with explained(location, "list"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            fs.invalidate_cache()
+            entries = fs.ls(path, detail=True)
+            return {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+        with os.scandir(local(location)) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def is_folder(location: str) -> bool:
+    """Whether there is a folder; in an object store, whether there are names below."""
+    with explained(location, "read"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            fs.invalidate_cache()
+            return bool(fs.isdir(path))
+        return local(location).is_dir()
+
+
+class FoundFile(NamedTuple):
+    """A file below a folder: its relative path, size in bytes, and what changes when it is written again."""
+
+    name: str
+    num_bytes: int
+    version: str
+
+
+def walk(location: str) -> list[FoundFile]:
+    """Every file below a folder, sorted by path. Links are followed, but into no folder that lies above them.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+    with explained(location, "list"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            fs.invalidate_cache()
+            root = path.strip("/")
+            found = fs.find(path, detail=True).values()
+            return sorted(
+                FoundFile(str(e["name"]).strip("/").removeprefix(root).lstrip("/"), int(e["size"]), _version(e))
+                for e in found
+            )
+        return sorted(_walk(local(location), "", ()))
+
+
+def _version(entry: dict[str, Any]) -> str:
+    keys = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime", "created")
+    return str(next((entry[key] for key in keys if entry.get(key)), ""))
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Generator[FoundFile]:
+    facts = folder.stat()
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:  # a link that leads back up
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
+        elif entry.is_file():
+            found = entry.stat()
+            yield FoundFile(f"{prefix}{entry.name}", found.st_size, str(found.st_mtime_ns))
+
+
+def remove_tree(location: str) -> None:
+    """Delete a folder and all below it if it exists."""
+    with explained(location, "delete"):
+        if is_remote(location):
+            fs, path = filesystem(location)
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+            return
+        if local(location).exists():
+            shutil.rmtree(local(location))

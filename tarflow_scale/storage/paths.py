@@ -1,0 +1,82 @@
+"""Where things are: local paths and URLs, the file system behind a URL, and errors that name the location."""
+
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tarflow_scale.errors import StorageError, UserError
+
+__all__ = ["base_name", "explained", "filesystem", "is_remote", "join", "local", "local_name"]
+
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
+
+
+def is_remote(location: str) -> bool:
+    """Whether ``location`` is a URL rather than a local path."""
+    return bool(_URL.match(location)) and not location.startswith("file://")
+
+
+def join(location: str, *parts: str) -> str:
+    """``location/part/part``; a part may not climb out of its parent.
+
+    Raises:
+        StorageError: when a part is absolute or contains ``..``.
+    """
+    for part in parts:
+        if part.startswith("/") or ".." in part.split("/") or "\0" in part:
+            raise StorageError(f"a name may not leave its folder (got {part!r}); use a plain relative name")
+    return "/".join([location.rstrip("/") or "/", *parts])
+
+
+def base_name(location: str) -> str:
+    """Last part of a path or URL; of a relative path like ``.``, the folder's real name."""
+    name = location.rstrip("/").rsplit("/", 1)[-1]
+    return name if is_remote(location) or name not in ("", ".", "..", "~") else local(location).resolve().name
+
+
+def local(location: str) -> Path:
+    """A local location as a path."""
+    return Path(local_name(location))
+
+
+def local_name(location: str) -> str:
+    """The same as a string."""
+    return os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
+
+
+def filesystem(location: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    import fsspec  # here, because it costs a tenth of a second and local runs never need it
+
+    try:
+        return fsspec.core.url_to_fs(location)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"no file system for {location} ({error}); install the extra for it, e.g. [s3]") from error
+
+
+@contextmanager
+def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
+    """Turn an operating-system or store error into one line that names the location.
+
+    Clients of stores raise what their libraries do (botocore, aiohttp, google), so every failure of a store counts.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {verb} {location} (no such file); check the path") from error
+    except OSError as error:
+        reason = error.strerror or _words(error)
+        raise StorageError(f"cannot {verb} {location} ({reason}); check the path, permissions and space") from error
+    except Exception as error:
+        if not (of_store and is_remote(location)):
+            raise
+        raise StorageError(f"cannot {verb} {location} ({_words(error)}); check the URL and credentials") from error
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
