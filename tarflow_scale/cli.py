@@ -118,7 +118,7 @@ _VERBS = {
     "models retire": _Verb(
         "models", "retire", configuration.ModelsConfig,
         "take a version out of use",
-        "tarflow-scale models retire configs/models/digits.yaml registry.version=1 'command.reason=trained on the test split'",
+        "tarflow-scale models retire configs/models/digits.yaml registry.version=1 command.reason=leak",
     ),
     "models collect": _Verb(
         "models", "collect", configuration.ModelsConfig,

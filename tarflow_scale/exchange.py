@@ -1,8 +1,8 @@
 """Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
 
-The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` where a report has
-one, and last ``version.json``, everything else that the registry knows. What is imported is checked before it is stored:
-safetensors of the promised digest, no pickle, no name that leaves the folder.
+The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` where a report
+has one, and last ``version.json``, everything else that the registry knows. What is imported is checked before it is
+stored: safetensors of the promised digest, no pickle, no name that leaves the folder.
 """
 
 import json

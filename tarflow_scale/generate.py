@@ -1,52 +1,44 @@
 """Verb ``generate``: a registered version to shards of new images, in the format that ``prepare`` writes.
 
 Resolve everything that decides the bytes into a plan, freeze it in the output folder, and make each shard as one
-idempotent unit of work: decode its range of indices, record its digests, write it. The manifest comes last.
-Running it again makes what is missing, byte for byte; a folder that holds another plan is refused.
+idempotent unit of work: decode its range of indices, record its digests, write it, read it back. The manifest comes
+last. Running it again makes what is missing, byte for byte; a folder that holds another plan is refused. Several
+drivers may work on one folder: each begins elsewhere and passes over what others have made.
 """
 
-from dataclasses import dataclass
+import functools
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.config import DecoderConfig, GenerateConfig, SamplingConfig
-from tarflow_scale.errors import ConfigError, PlanError
+from tarflow_scale.config import DecoderConfig, GenerateConfig, GuardConfig, SamplingConfig
+from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
+from tarflow_scale.making import ShardMaker, Unit, is_done, read_quality, read_record
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
-from tarflow_scale.sampling import Sampler
+from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
+from tarflow_scale.shards.files import write_folder
 from tarflow_scale.shards.images import contact_sheet
-from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
+from tarflow_scale.shards.writer import publish_manifest
 
-__all__ = ["ShardMaker", "Unit", "calibrate", "run"]
+__all__ = ["calibrate", "run"]
 
 _PLAN = "plan.json"
-_RECORDS = "records"
+_QUALITY = "quality.json"
 _GRID = "grid.png"
 _GRID_IMAGES = 100
 _GRID_ZOOM = 6
 _EXACT = 1e-3
 """Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One output shard: images ``[start, stop)``."""
-
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def tar_name(self) -> str:
-        """``generated-00000.tar``."""
-        return f"generated-{self.number:05d}.tar"
 
 
 def run(config: GenerateConfig, dry_run: bool) -> None:
@@ -60,24 +52,36 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     units = _units(plan)
     path = config.shards.path
     _check_plan(path, plan)
-    missing = [unit for unit in units if not _is_done(path, unit)]
+    missing = [unit for unit in units if not is_done(path, unit)]
     _print_plan(plan, len(units), len(missing), path)
     if dry_run:
         return
     _freeze_plan(path, plan)
     if not missing and storage.exists(storage.join(path, MANIFEST_NAME)):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
+        _also(config)
         return
-    arguments = {"registry": config.registry.path, "plan": plan, "path": path}
+    guard, total = GuardConfig.model_validate(plan.guard), plan.num_images
+    quality = _sum(read_quality(path, unit) for unit in units if unit not in missing)
     errors: list[float] = []
-    done = _images(units) - _images(missing)
-    bar = telemetry.progress_bar(plan.num_images, "generate", initial=done)
+    begin = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers do not meet
+    arguments = {"registry": config.registry.path, "plan": plan, "path": path}
+    bar = telemetry.progress_bar(total, "generate", initial=_images(units) - _images(missing))
     with Pool(**config.cluster.model_dump()) as pool, bar:
-        for unit, error in pool.run(ShardMaker, arguments, missing):
+        for unit, (found, error) in pool.run(ShardMaker, arguments, missing[begin:] + missing[:begin]):
             bar.update(unit.stop - unit.start)
             errors += [] if error is None else [error]
-    records = tuple(_read_record(path, unit) for unit in units)
+            quality = quality.plus(found)
+            if quality.redrawn:
+                bar.set_postfix(redrawn=quality.redrawn)
+            if quality.redrawn > guard.most_redrawn_share * total:
+                raise NumericsError(
+                    f"{quality.redrawn} of {quality.images} images were drawn again (sampling.guard.most_redrawn_share="
+                    f"{guard.most_redrawn_share:g} of {total}); check the model, or lower sampling.guidance.scale"
+                )
+    records = tuple(read_record(path, unit) for unit in units)
     publish_manifest(path, _manifest(plan, records))
+    storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
     _write_grid(path, plan)
     if errors:
         amplifies = max(errors) > _EXACT
@@ -85,7 +89,20 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
             f"images encode back to their latents within {max(errors):.1e}"
             + (": this model amplifies rounding; fp32, or exact decoding, is the more accurate" if amplifies else "")
         )
+    print(
+        f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
+        f"{quality.outside_share:.2%} of all values were clipped by more than a level"
+    )
     print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
+    _also(config)
+
+
+def _also(config: GenerateConfig) -> None:
+    """What else is made of the finished shards."""
+    if config.shards.folder is not None:
+        print(f"{config.shards.folder}: {write_folder(config.shards.path, config.shards.folder)} images as files")
+    if config.shards.npz is not None:
+        print(f"{config.shards.npz}: {write_npz(config.shards.path, config.shards.npz)} images")
 
 
 def calibrate(config: GenerateConfig, dry_run: bool) -> None:
@@ -119,64 +136,14 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
     )
 
 
-class ShardMaker:
-    """Holds the flow; makes one shard at a time.
-
-    Args:
-        registry: folder or URL of the registry.
-        plan: the plan.
-        path: output folder or URL.
-    """
-
-    def __init__(self, registry: str, plan: GenerationPlan, path: str) -> None:
-        torch.set_num_threads(plan.threads)
-        flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
-        self._plan = plan
-        self._path = path
-        self._sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling), plan.decoding)
-
-    def run(self, unit: Unit) -> float | None:
-        """Make a shard: first the record of what it will be, then index and tar; returns `Sampler.round_trip_error`.
-
-        Raises:
-            PlanError: a record from before names other bytes, so this is another machine or library version.
-        """
-        images = self._sampler.images(range(unit.start, unit.stop)).numpy()
-        samples = [self._sample(unit.start + i, image) for i, image in enumerate(images)]
-        shard = PackedShard.of(unit.tar_name, samples)
-        if not storage.create(_record_location(self._path, unit), shard.record.to_json()):
-            earlier = _read_record(self._path, unit)
-            if earlier != shard.record:
-                raise PlanError(
-                    f"{unit.tar_name} came out with other bytes than before (sha256 {shard.record.sha256[:12]}, not "
-                    f"{earlier.sha256[:12]}); use the package versions and device of the first run, or another "
-                    f"shards.path"
-                )
-        shard.write(self._path)
-        return self._sampler.round_trip_error()
-
-    def _sample(self, index: int, image: Any) -> Sample:
-        plan = self._plan
-        classes = len(plan.class_names) if plan.labels == "balanced" else 0
-        label = index % classes if classes else None
-        facts = {
-            "index": index,
-            "label": label,
-            "model": f"{plan.model}@{plan.version}",
-            "weights": plan.weights_digest,
-            "seed": plan.seed,
-            "sampling": plan.sampling,
-        }
-        return Sample(key=f"{index:09d}", image=image, label=label, facts=facts)
-
-
 def _plan(config: GenerateConfig) -> GenerationPlan:
     registry = Registry(config.registry.path, config.registry.model)
     version = registry.resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)
     settings, cluster = _settings(config), config.cluster
     decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
-    sampler = Sampler(flow, config.sampling.seed, settings, decoding)  # refuses settings that do not fit the model
+    rule = config.sampling.labels
+    sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
             raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
@@ -189,7 +156,7 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
         num_images=config.sampling.num_images,
         samples_per_shard=config.shards.samples_per_shard,
         sampling=settings.model_dump(mode="json"),
-        labels="balanced" if flow.num_classes else "none",
+        labels=rule if flow.num_classes else "none",
         class_names=version.data.class_names,
         image_size_pixels=version.data.image_size_pixels,
         num_channels=version.data.num_channels,
@@ -197,11 +164,15 @@ def _plan(config: GenerateConfig) -> GenerationPlan:
         device="cuda" if config.cluster.gpus_per_worker else "cpu",
         threads=config.cluster.cpus_per_worker,
         decoding=decoding,
+        codec=config.shards.codec,
+        jpeg_quality=config.shards.jpeg_quality,
+        guard=config.sampling.guard.model_dump(mode="json"),
     )
 
 
 def _settings(config: GenerateConfig) -> SamplingConfig:
-    return SamplingConfig.model_validate(config.sampling.model_dump(exclude={"seed", "num_images"}))
+    own = {"seed", "num_images", "labels", "guard"}
+    return SamplingConfig.model_validate(config.sampling.model_dump(exclude=own))
 
 
 def _units(plan: GenerationPlan) -> list[Unit]:
@@ -228,6 +199,8 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
 
 def _of(plan: GenerationPlan, name: str) -> Any:
     """A field; settings that an older version did not know of are at their defaults."""
+    if name == "guard":
+        return GuardConfig.model_validate(plan.guard)
     return SamplingConfig.model_validate(plan.sampling) if name == "sampling" else getattr(plan, name)
 
 
@@ -236,27 +209,8 @@ def _freeze_plan(path: str, plan: GenerationPlan) -> None:
     _check_plan(path, plan)  # another driver may have been faster
 
 
-def _record_location(path: str, unit: Unit) -> str:
-    return storage.join(path, _RECORDS, unit.tar_name.removesuffix(".tar") + ".json")
-
-
-def _read_record(path: str, unit: Unit) -> ShardRecord:
-    location = _record_location(path, unit)
-    return ShardRecord.from_json(storage.read_bytes(location), location)
-
-
-def _is_done(path: str, unit: Unit) -> bool:
-    """Whether record, tar and index are there and are what the record says."""
-    tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
-    if not all(map(storage.exists, (_record_location(path, unit), tar, index))):
-        return False
-    record = _read_record(path, unit)
-    return _digest(tar) == record.sha256 and _digest(index) == record.index_sha256
-
-
-def _digest(location: str) -> str:
-    with storage.local_copy(location) as copy:
-        return storage.digest(copy)
+def _sum(several: Iterator[Quality]) -> Quality:
+    return functools.reduce(Quality.plus, several, Quality())
 
 
 def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:
@@ -265,7 +219,7 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
         split="generated",
         image_size_pixels=plan.image_size_pixels,
         num_channels=plan.num_channels,
-        class_names=plan.class_names if plan.labels == "balanced" else (),
+        class_names=() if plan.labels == "none" else plan.class_names,
         bit_depth=plan.pixels.bit_depth,
         source=f"{plan.model}@{plan.version} {plan.weights_digest}",
         recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),
@@ -284,12 +238,22 @@ def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: st
     shape = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
     rows = [
         ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
-        ("images", f"{plan.num_images:,} of {shape}, {plan.labels} labels, seed {plan.seed}"),
+        ("images", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
         ("sampling", _settings_line(SamplingConfig.model_validate(plan.sampling))),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
         ("output", path),
     ]
     print(telemetry.table(rows, ("generate", "")))
+
+
+def _labels_in_words(plan: GenerationPlan) -> str:
+    match plan.labels:
+        case "balanced" | "none":
+            return f"{plan.labels} labels"
+        case dict():
+            return "labels drawn by weight, " + ", ".join(f"{label}: {w:g}" for label, w in plan.labels.items())
+        case _:
+            return f"{len(plan.labels)} listed labels in turn"
 
 
 def _settings_line(settings: SamplingConfig) -> str:

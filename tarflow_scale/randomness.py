@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     BASELINE = 11
     ROTATION = 12
     AUGMENTATION = 13
+    LABEL = 14
 
 
 def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.random.Generator:

@@ -207,8 +207,8 @@ class GenerationPlan(_WithSampling):
     seed: int
     num_images: int
     samples_per_shard: int
-    labels: Literal["balanced", "none"]
-    """``balanced``: image i has label i modulo the number of classes."""
+    labels: Literal["balanced", "none"] | tuple[int, ...] | dict[int, float]
+    """``balanced``: image i has label i modulo the number of classes. Else see ``sampling.labels``."""
     class_names: tuple[str, ...]
     image_size_pixels: int
     num_channels: int
@@ -219,3 +219,8 @@ class GenerationPlan(_WithSampling):
     """Torch threads of a worker; they change the last bits of a sum."""
     decoding: DecodingPlan | None = None
     """How blocks are decoded, if not token by token."""
+    codec: Literal["png", "webp", "jpeg", "raw"] = "png"
+    """How images are stored."""
+    jpeg_quality: int = 95
+    guard: dict[str, Any] = Field(default_factory=dict)
+    """The section ``sampling.guard``."""

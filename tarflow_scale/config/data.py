@@ -10,6 +10,7 @@ __all__ = [
     "AugmentationConfig",
     "DataConfig",
     "DataSetConfig",
+    "GeneratedShardsConfig",
     "MixedDataSetConfig",
     "PackedShardsConfig",
     "ShardsConfig",
@@ -79,14 +80,26 @@ class ShardsConfig(Section):
     """Images in one tar; large tars suit object stores, a few hundred MB each."""
 
 
-class PackedShardsConfig(ShardsConfig):
-    """Where ``prepare`` writes, and how images are stored."""
-
+class _EncodedShardsConfig(ShardsConfig):
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
     """``png``, ``webp`` (lossless, smaller and slower to write) and ``raw`` (an array, large and fast to read) keep
     every pixel; ``jpeg`` does not."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpeg, without chroma subsampling."""
+
+
+class GeneratedShardsConfig(_EncodedShardsConfig):
+    """Where ``generate`` writes, how images are stored, and what else is made of the finished shards."""
+
+    folder: str | None = None
+    """Folder or URL for single files too: ``<class>/<key>.png`` and ``<key>.json``."""
+    npz: str | None = None
+    """File or URL for the npz that ADM's evaluator takes, too."""
+
+
+class PackedShardsConfig(_EncodedShardsConfig):
+    """Where ``prepare`` writes, and how images are stored."""
+
     num_workers: int = Field(default=1, ge=1)
     """Processes that pack; they do not change the bytes."""
 

@@ -8,8 +8,8 @@ from tarflow_scale.config.base import Root
 from tarflow_scale.config.data import (
     DataConfig,
     DataSetConfig,
+    GeneratedShardsConfig,
     PackedShardsConfig,
-    ShardsConfig,
     SourceConfig,
     SplitConfig,
 )
@@ -152,7 +152,7 @@ class GenerateConfig(Root):
 
     registry: VersionConfig
     sampling: SeededSamplingConfig
-    shards: ShardsConfig
+    shards: GeneratedShardsConfig
     cluster: ClusterConfig = ClusterConfig()
 
 

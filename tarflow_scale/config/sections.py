@@ -18,7 +18,9 @@ __all__ = [
     "FlowOutputConfig",
     "ForeignWeightsConfig",
     "GateRef",
+    "GuardConfig",
     "Guidance",
+    "Labels",
     "MetricsConfig",
     "ReferenceConfig",
     "RegistryConfig",
@@ -26,6 +28,9 @@ __all__ = [
     "VersionConfig",
 ]
 
+Labels = Literal["balanced"] | tuple[int, ...] | dict[int, float]
+"""``balanced``: image i has label i modulo the number of classes. A list: its labels in turn. A mapping: each label is
+drawn with its weight."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a safe file name."""
 
@@ -130,13 +135,29 @@ class SamplingConfig(Section):
     off."""
 
 
+class GuardConfig(Section):
+    """Which images are not kept. Image i is drawn again with its next latent until it is good."""
+
+    saturated_share: float | None = Field(default=None, gt=0, le=1)
+    """An image is bad if a larger share of its values lies outside [-1, 1] by more than a level; None accepts any.
+    Values that are not finite are always bad."""
+    attempts: int = Field(default=3, ge=0)
+    """Times that an image may be drawn again; one that is bad after that ends the generation."""
+    most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
+    """A larger share of images that were drawn again ends the generation: the model is at fault, not chance."""
+
+
 class SeededSamplingConfig(SamplingConfig):
     """Sampling of the verb ``generate``."""
 
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """Seed of the latents."""
+    """Seed of the latents, and of labels that are drawn."""
     num_images: int = Field(ge=1)
-    """Images to generate; labels run through the classes in turn."""
+    """Images to generate."""
+    labels: Labels = "balanced"
+    """``balanced``: the classes in turn. A list such as ``[3, 3, 7]``: its labels in turn. A mapping such as
+    ``{0: 1, 7: 2.5}``: each label is drawn with its weight. For a model with classes."""
+    guard: GuardConfig = GuardConfig()
 
 
 class MetricsConfig(Section):

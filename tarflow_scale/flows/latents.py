@@ -1,5 +1,7 @@
 """Sample index to latent: a function of (seed, index) alone."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +11,16 @@ from tarflow_scale.randomness import Purpose, generator
 __all__ = ["latents"]
 
 
-def latents(seed: int, indices: range, num_dims: int) -> Tensor:
-    """Standard normal ``z (len(indices), D)`` fp32, drawn on the CPU; row i depends on (seed, indices[i]) only."""
+def latents(seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0) -> Tensor:
+    """Standard normal ``z (len(indices), D)`` fp32, drawn on the CPU; row i depends on (seed, indices[i], attempt).
+
+    Args:
+        seed: of all of them.
+        indices: of samples.
+        num_dims: D.
+        attempt: which of the latents that an index has; 0 is the one that is meant.
+    """
     z = np.empty((len(indices), num_dims), dtype=np.float32)
     for row, index in enumerate(indices):
-        z[row] = generator(Purpose.LATENT, seed, index).standard_normal(num_dims, np.float32)
+        z[row] = generator(Purpose.LATENT, seed, index, attempt).standard_normal(num_dims, np.float32)
     return torch.from_numpy(z)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Guidance, SamplingConfig
+from tarflow_scale.config import Guidance, Labels, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, TarFlow
 from tarflow_scale.flows.flow import Condition
@@ -19,7 +19,7 @@ from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder
-from tarflow_scale.sampling.labels import balanced_labels
+from tarflow_scale.sampling.labels import balanced_labels, check_labels, labels_of
 from tarflow_scale.sampling.memory import fitting_batch
 from tarflow_scale.sampling.plan import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
 
@@ -40,16 +40,26 @@ class Sampler:
         seed: seed of the latents.
         settings: the section ``sampling``.
         plan: how blocks are decoded; ``decoder.kind=adaptive`` needs one.
+        labels: which label an index has, for a flow with classes.
 
     Raises:
         ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.
         PlanError: a plan that was measured on other weights or settings.
     """
 
-    def __init__(self, flow: Flow, seed: int, settings: SamplingConfig, plan: DecodingPlan | None = None) -> None:
-        labels = balanced_labels(range(1), flow.num_classes) if flow.num_classes else None
+    def __init__(
+        self,
+        flow: Flow,
+        seed: int,
+        settings: SamplingConfig,
+        plan: DecodingPlan | None = None,
+        labels: Labels = "balanced",
+    ) -> None:
+        check_labels(labels, flow.num_classes)
+        self._rule: Labels = labels
+        some = balanced_labels(range(1), flow.num_classes) if flow.num_classes else None
         try:
-            guided = flow.is_guided(labels, settings.guidance)
+            guided = flow.is_guided(some, settings.guidance)
         except ValueError as error:
             raise ConfigError(f"sampling.guidance: {error}") from error
         noise = flow.pixels.noise if flow.pixels else "unknown"
@@ -75,22 +85,37 @@ class Sampler:
         self.reports: list[BlockReport] = []
         """What each block of the latest batch took, in the order of decoding."""
 
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """Labels ``(len(indices),)`` int64 of these images; None for a flow without classes."""
+        classes = self._flow.num_classes
+        return labels_of(self._rule, indices, classes, self._seed) if classes else None
+
     @torch.no_grad()
+    def draw(self, indices: Sequence[int], attempt: int = 0) -> Tensor:
+        """Continuous images ``(b, C, H, W)``, at most `batch_size`, whatever their values.
+
+        Args:
+            indices: of the images.
+            attempt: see `tarflow_scale.flows.latents`.
+        """
+        settings = self._settings
+        z = settings.temperature * latents(self._seed, indices, self._flow.num_dims, attempt)
+        labels = self.labels(indices)
+        labels = None if labels is None else labels.to(self._device)
+        x = self._decoded(z.to(self._device), labels)
+        if not attempt:
+            self._latest = z[:_ENCODED_BACK], None if labels is None else labels[:_ENCODED_BACK], x[:_ENCODED_BACK]
+        return self._denoised(x, labels) if settings.denoise > 0 else x
+
     def floats(self, indices: range) -> Iterator[Tensor]:
         """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond.
 
         Raises:
             NumericsError: a value is not finite.
         """
-        settings, classes = self._settings, self._flow.num_classes
         for low in range(0, len(indices), self.batch_size):
             part = indices[low : low + self.batch_size]
-            z = settings.temperature * latents(self._seed, part, self._flow.num_dims)
-            labels = balanced_labels(part, classes).to(self._device) if classes else None
-            x = self._decoded(z.to(self._device), labels)
-            self._latest = z[:_ENCODED_BACK], None if labels is None else labels[:_ENCODED_BACK], x[:_ENCODED_BACK]
-            if settings.denoise > 0:
-                x = self._denoised(x, labels)
+            x = self.draw(part)
             if not bool(torch.isfinite(x).all()):
                 raise NumericsError(
                     f"the model produced values that are not finite (images {part.start} to {part.stop - 1}); check "

@@ -1,0 +1,106 @@
+"""Which generated images are kept: bad ones are drawn again by a rule that is part of the plan.
+
+Image i of attempt a comes from latent a of index i, so whoever makes it, and however often, it is the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import GuardConfig
+from tarflow_scale.errors import NumericsError
+from tarflow_scale.records import Record
+from tarflow_scale.sampling.sampler import Sampler
+
+__all__ = ["Drawn", "Quality", "guarded"]
+
+
+class Quality(Record):
+    """What was wrong with the images of a shard, or of all."""
+
+    images: int = 0
+    not_finite: int = 0
+    """Drawings with a value that is not finite."""
+    saturated: int = 0
+    """Drawings with too many values outside [-1, 1]."""
+    redrawn: int = 0
+    """Images that are not those of their first latent."""
+    outside_share: float = 0.0
+    """Values outside [-1, 1] by more than a level, of those that are kept."""
+
+    def plus(self, other: "Quality") -> "Quality":
+        """Of both together."""
+        images = self.images + other.images
+        outside = self.outside_share * self.images + other.outside_share * other.images
+        return Quality(
+            images=images,
+            not_finite=self.not_finite + other.not_finite,
+            saturated=self.saturated + other.saturated,
+            redrawn=self.redrawn + other.redrawn,
+            outside_share=outside / images if images else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch that is kept: ``x (b, C, H, W)``, the attempt of each image, and what was wrong."""
+
+    indices: range
+    x: Tensor
+    attempts: tuple[int, ...]
+    quality: Quality
+
+
+def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) -> Iterator[Drawn]:
+    """Batches of images that are good.
+
+    Args:
+        sampler: draws them.
+        indices: of the images.
+        guard: what is good.
+        level: width of a level on [-1, 1].
+
+    Raises:
+        NumericsError: an image was bad at every attempt.
+    """
+    for low in range(0, len(indices), sampler.batch_size):
+        part = indices[low : low + sampler.batch_size]
+        x = sampler.draw(part)
+        attempts = [0] * len(part)
+        not_finite = saturated = 0
+        for attempt in range(guard.attempts + 1):
+            finite, outside = _looked_at(x, level)
+            full = torch.zeros_like(finite) if guard.saturated_share is None else outside > guard.saturated_share
+            fresh = torch.tensor([one == attempt for one in attempts])
+            not_finite += int((~finite & fresh).sum())
+            saturated += int((full & finite & fresh).sum())
+            bad = torch.nonzero(~finite | full).flatten().tolist()
+            if not bad:
+                break
+            if attempt == guard.attempts:
+                what = "not finite" if not bool(finite[bad[0]]) else "saturated"
+                raise NumericsError(
+                    f"image {part[bad[0]]} was {what} at {attempt + 1} attempts; check the model, or lower "
+                    f"sampling.guidance.scale and sampling.temperature"
+                )
+            x = x.clone()
+            x[bad] = sampler.draw([part[row] for row in bad], attempt + 1)
+            for row in bad:
+                attempts[row] = attempt + 1
+        _, outside = _looked_at(x, level)
+        quality = Quality(
+            images=len(part),
+            not_finite=not_finite,
+            saturated=saturated,
+            redrawn=sum(one > 0 for one in attempts),
+            outside_share=float(outside.double().mean()),
+        )
+        yield Drawn(part, x, tuple(attempts), quality)
+
+
+def _looked_at(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Of each image, on the CPU: whether all values are finite; the share outside [-1, 1] by more than a level."""
+    flat = x.flatten(1)
+    return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).float().mean(dim=1).cpu()
