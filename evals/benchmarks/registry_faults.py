@@ -3,9 +3,9 @@
     python evals/benchmarks/registry_faults.py --output evals/results/registry-faults-cpu.json
 
 Races have 200 rounds; in each 16 processes try at once to promote different versions, and exactly one must win. A
-change of the registry is killed with SIGKILL, or finds the disk full, before and after every call by which it writes (fsync,
-link, rename, unlink): the champion must be readable afterwards and every digest right, and the same change once more
-must end where an undisturbed one ends.
+change of the registry is killed with SIGKILL, or finds the disk full, before and after every call by which it writes
+(fsync, link, rename, unlink): the champion must be readable afterwards and every digest right, and the same change once
+more must end where an undisturbed one ends.
 """
 
 import contextlib
