@@ -200,23 +200,89 @@ def sampling_table(
     return f"{head}\n\n" + "\n".join(lines)
 
 
-def evaluation_table(measured: dict[str, Any]) -> str:
-    """What evaluation costs."""
+def evaluation_table(measured: dict[str, Any], faults: dict[str, Any]) -> str:
+    """What evaluation costs, and what became of disturbed ones."""
     rows = [
         ("extraction of Inception features, over torch-fidelity's loop", "extraction_over_torch_fidelity"),
+        ("largest difference of a feature, over the largest feature", "largest_difference_over_largest_feature"),
         ("merging moments, over extraction", "merging_over_extraction"),
         ("an extractor-bound job, two workers over one", "two_workers_over_one"),
+        ("what one worker and two found differs by", "one_worker_and_two_differ_by"),
+        (
+            "the driver's memory, 20,000 samples of 2,048 features over 1,000",
+            "wide_driver_memory_20000_samples_over_1000",
+        ),
     ]
-    return _ratio_table(measured, [(label, measured, name) for label, name in rows])
+    head = _ratio_table(measured, [(label, measured, name) for label, name in rows])
+    return f"{head}\n\n" + "\n".join(_fault_lines(faults, "fault; every number must be the same to the last bit"))
 
 
-def _ratio_table(measured: dict[str, Any], rows: list[tuple[str, dict[str, Any], str]]) -> str:
+def registry_table(measured: dict[str, Any], faults: dict[str, Any]) -> str:
+    """What a registry costs, and what became of disturbed ones."""
+    rows = [
+        ("`models list` of 1,000 versions and 10,000 events, no snapshot, start of Python included", "cold_list"),
+        ("the same with the snapshot", "list_with_snapshot"),
+        ("reading the state alone with the snapshot", "state_with_snapshot"),
+        ("store requests of an event", "requests_of_an_event"),
+    ]
+    head = _ratio_table(measured, [(label, measured, name) for label, name in rows], "figure")
+    lines = _fault_lines(faults, "fault; nothing lost, nothing doubled, the old champion always readable")
+    return f"{head}\n\n" + "\n".join(lines)
+
+
+def generation_table(measured: dict[str, Any], faults: dict[str, Any]) -> str:
+    """What generation adds to sampling, and what became of disturbed ones."""
+    rows = [
+        ("a shard of 1,000 digits, over sampling them alone", "shard_over_sampling"),
+        ("encoding them as PNG, over sampling them", "encoding_over_sampling"),
+    ]
+    head = _ratio_table(measured, [(label, measured, name) for label, name in rows])
+    lines = _fault_lines(faults, "fault, 10,000 digits; every file must be the same, byte for byte")
+    return f"{head}\n\n" + "\n".join(lines)
+
+
+def champions_table(champions: list[dict[str, Any]]) -> str:
+    """The newest report of every champion, as its registry holds it."""
+    lines = [
+        "| champion | trained on | number | value | standard error | unit | images | protocol id |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in champions:
+        version, report = one["version"], one["report"]
+        name = f"{report['model']}@{version['version']}, {version['parameters'] / 1e6:.2f} M parameters"
+        for metric in report["metrics"].values():
+            lines.append(
+                f"| {name} | {version['images_seen']:,} images | {metric['protocol']} | {metric['value']:.4f} | "
+                f"{metric['standard_error']:.4f} | {metric['unit']} | {metric['num_images']:,} | "
+                f"`{metric['protocol_id'][:12]}` |"
+            )
+    return "\n".join(lines)
+
+
+def shown(text: str) -> str:
+    """What a command printed."""
+    return f"```\n{text.rstrip()}\n```"
+
+
+def _fault_lines(faults: dict[str, Any], heading: str) -> list[str]:
+    """A table of faults."""
+    lines = [f"| {heading} | runs | cases | survived |", "|---|---|---|---|"]
+    for name, description in faults["faults"].items():
+        figure, cases = faults["figures"][name], faults["figures"].get(f"{name}_cases")
+        number = "" if cases is None else f"{cases['got']:.0f}"
+        lines.append(f"| {description.rstrip('.')} | {figure['asked']} | {number} | {figure['got']:.0f} |")
+    return lines
+
+
+def _ratio_table(
+    measured: dict[str, Any], rows: list[tuple[str, dict[str, Any], str]], what: str = "ratio, both sides in one run"
+) -> str:
     """Rows of label, results and figure; the heading is that of ``measured``."""
-    lines = ["| ratio, both sides in one run | got | asked |", "|---|---|---|"]
+    lines = [f"| {what} | got | asked |", "|---|---|---|"]
     for label, results, name in rows:
         figure = results["figures"][name]
         unit = "" if figure["unit"] in ("times", "of it") else f" {figure['unit']}"
-        got = f"{figure['got']:.3f}" if figure["got"] >= 0.001 else f"{figure['got']:.1e}"
+        got = f"{figure['got']:.3f}" if figure["got"] >= 0.001 or not figure["got"] else f"{figure['got']:.1e}"
         lines.append(f"| {label} | {got}{unit} | {figure['asked']} |")
     return (
         f"Measured on {measured['date']} on {measured['device']}, torch {measured['versions']['torch']}.\n\n"
@@ -249,7 +315,13 @@ def main() -> None:
                 "MNIST alone": _results("adaptive-mnist-single-cpu"),
             },
         ),
-        "evaluation": evaluation_table(_results("evaluation-cpu")),
+        "evaluation": evaluation_table(_results("evaluation-cpu"), _results("evaluation-faults-cpu")),
+        "champions": champions_table(
+            [_results(f"champion-{name}") for name in ("digits", "mnist-glow", "mnist-tarflow")]
+        ),
+        "registry": registry_table(_results("registry-cpu"), _results("registry-faults-cpu")),
+        "generation": generation_table(_results("generation-cpu"), _results("generation-faults-cpu")),
+        "show": shown((TOP / "evals/results/models-show.txt").read_text(encoding="utf-8")),
         "data": data_table(_results("loader-cpu"), _results("fuzz-shards-cpu")),
     }.items():
         block = f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->"

@@ -30,7 +30,7 @@ from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.writer import publish_manifest
 
-__all__ = ["calibrate", "run"]
+__all__ = ["calibrate", "resolved_plan", "run"]
 
 _PLAN = "plan.json"
 _QUALITY = "quality.json"
@@ -48,7 +48,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         RegistryError: no such version.
         PlanError: the folder holds another plan, or a shard that was made again has other bytes.
     """
-    plan = _plan(config)
+    plan = resolved_plan(config)
     units = _units(plan)
     path = config.shards.path
     _check_plan(path, plan)
@@ -91,7 +91,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         )
     print(
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
-        f"{quality.outside_share:.2%} of all values were clipped by more than a level"
+        f"{quality.outside / max(quality.values, 1):.2%} of all values were clipped by more than a level"
     )
     print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
     _also(config)
@@ -136,7 +136,12 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
     )
 
 
-def _plan(config: GenerateConfig) -> GenerationPlan:
+def resolved_plan(config: GenerateConfig) -> GenerationPlan:
+    """Everything that decides the bytes, resolved once.
+
+    Raises:
+        UserError: no such version; settings that do not fit the model.
+    """
     registry = Registry(config.registry.path, config.registry.model)
     version = registry.resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)

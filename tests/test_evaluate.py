@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import cli, scoring
 from tarflow_scale.loading import load_version
@@ -444,27 +446,73 @@ def test_promotion_prints_reasons_and_moves_the_alias_once(
     assert registry.log.read(promotions[0].number).payload["decision"]["promoted"] is True
 
 
+def test_an_override_is_recorded_for_ever(
+    own: Trained, local: MetricsReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = gate_file(tmp_path / "strict.yaml", PROTOCOLS[0], 0.5)
+    more = ["gate.alias=urgent", "--override", "the demo is tomorrow"]
+    assert cli.main(promote_arguments(own, strict, *more, "--dry-run")) == 0
+    assert "would become urgent, overridden" in capsys.readouterr().out
+    assert cli.main(promote_arguments(own, strict, *more)) == 0
+    assert (
+        "the gate said no; overridden, and recorded, for this reason: the demo is tomorrow" in capsys.readouterr().out
+    )
+    registry = Registry(str(own.registry), "small")
+    event = registry.log.read([fact.number for fact in registry.state().facts if fact.kind == "promote"][-1])
+    assert event.payload["decision"]["promoted"] is False
+    assert event.payload["decision"]["override"] == "the demo is tomorrow"
+    assert event.reason == "the demo is tomorrow"
+
+
+def test_a_champion_is_beaten_image_by_image(
+    own: Trained, local: MetricsReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the weights is not better than they are, and a version that costs each image less is."""
+    registry = Registry(str(own.registry), "small")
+    before = registry.resolve(1)
+    facts = before.model_dump(mode="json", exclude={"version", "files", "configuration"})
+    copy = registry.register(registry.read_files(before), facts | {"config_digest": "copy"}, "the same weights")
+    registry.attach_report(local.model_copy(update={"version": copy.version}), "the same numbers")
+    gate = tmp_path / "gate.yaml"
+    beat = {"protocol": str(PROTOCOLS[0]), "must_beat_champion": True}
+    gate.write_text(yaml.safe_dump({"name": "beat", "requirements": [beat]}))
+    paired = ["gate.alias=paired"]
+    assert cli.main(promote_arguments(own, gate, *paired, "registry.version=1")) == 0
+    assert cli.main(promote_arguments(own, gate, *paired, f"registry.version={copy.version}")) == 2
+    assert "better by 0.0000 ± 0.0000 image by image" in capsys.readouterr().out
+    bits = local.metrics["bits_per_dim"]
+    arrays = load_arrays(registry.read("bits", bits.per_image))
+    arrays["bits_per_dim"] = arrays["bits_per_dim"] - 0.001  # far below the standard error of the mean
+    better = bits.model_copy(update={"value": bits.value - 0.001, "per_image": registry.keep(save_arrays(arrays))})
+    report = local.model_copy(update={"version": copy.version, "metrics": {"bits_per_dim": better}})
+    registry.attach_report(report, "a little better everywhere")
+    assert cli.main(promote_arguments(own, gate, *paired, f"registry.version={copy.version}")) == 0
+    assert better.standard_error is not None
+    assert better.standard_error > 0.01
+
+
 def test_models_list_show_and_rollback(own: Trained, local: MetricsReport, capsys: pytest.CaptureFixture[str]) -> None:
     where = [f"registry.path={own.registry}", "registry.model=small"]
     registry = Registry(str(own.registry), "small")
     first = registry.resolve(1)
     facts = first.model_dump(mode="json", exclude={"version", "files"})
     registry.register({"model.safetensors": b"other"}, facts, "second")
+    second = registry.resolve("latest").version
     registry.promote("star", 1, None, {}, "")
-    registry.promote("star", 2, 1, {}, "")
+    registry.promote("star", second, 1, {}, "")
     assert cli.main(["models", "list", *where]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert listed[2].startswith("small@2  star")
-    assert "bits_per_dim" in listed[3]
+    assert listed[2].startswith(f"small@{second}  star")
+    assert "bits_per_dim" in listed[-1]
     assert cli.main(["models", "show", *where, "registry.version=1"]) == 0
     shown = capsys.readouterr().out
     assert first.weights_digest in shown
     assert first.data.digest in shown
     assert "evaluated on digits/test" in shown
     assert cli.main(["models", "rollback", *where, "registry.version=star", "--dry-run"]) == 0
-    assert registry.resolve("star").version == 2
+    assert registry.resolve("star").version == second
     assert cli.main(["models", "rollback", *where, "registry.version=star"]) == 0
-    assert "star of small is small@1 again (was small@2)" in capsys.readouterr().out
+    assert f"star of small is small@1 again (was small@{second})" in capsys.readouterr().out
     assert cli.main(["models", "rollback", *where, "registry.version=star"]) == 2
     assert "has no earlier version" in capsys.readouterr().err
     assert cli.main(["models", "rollback", *where, "registry.version=1"]) == 2

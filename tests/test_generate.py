@@ -2,11 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import webdataset
+from PIL import Image
 
 from tarflow_scale import cli
 from tarflow_scale.records import GenerationPlan
@@ -131,6 +135,117 @@ def test_a_flipped_bit_in_a_shard_is_noticed_and_mended(trained: Trained, genera
     tar.write_bytes(bytes(damaged))
     assert cli.main(arguments(trained, generated)) == 0
     assert content(generated) == before
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+def labels_in(path: Path) -> list[int]:
+    return next(ShardSet(str(path)).batches(0, 150, 150)).labels.tolist()
+
+
+def test_labels_from_a_list_and_by_weight(trained: Trained, tmp_path: Path) -> None:
+    assert cli.main(arguments(trained, tmp_path / "listed", "sampling.labels=[3,3,7]")) == 0
+    assert labels_in(tmp_path / "listed") == [3, 3, 7] * 50
+    assert cli.main(arguments(trained, tmp_path / "drawn", "sampling.labels={1: 1, 8: 3}")) == 0
+    drawn = labels_in(tmp_path / "drawn")
+    assert set(drawn) == {1, 8}
+    assert 80 < drawn.count(8) < 145
+    assert (
+        cli.main(arguments(trained, tmp_path / "again", "sampling.labels={8: 3, 1: 1}", "sampling.batch_size=7")) == 0
+    )
+    assert labels_in(tmp_path / "again") == drawn  # a function of the index, not of the batch
+
+
+@pytest.mark.parametrize(("codec", "extension"), [("webp", "webp"), ("raw", "npy"), ("jpeg", "jpg")])
+def test_codecs(trained: Trained, generated: Path, tmp_path: Path, codec: str, extension: str) -> None:
+    assert cli.main(arguments(trained, tmp_path / "out", f"shards.codec={codec}")) == 0
+    with tarfile.open(tmp_path / "out/generated-00000.tar") as tar:
+        assert f"000000000.{extension}" in tar.getnames()
+    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", generated))
+    if codec == "jpeg":
+        assert 0 < abs(found.astype(int) - expected.astype(int)).max() < 60
+    else:
+        assert (found == expected).all()
+
+
+def test_single_files_and_an_npz_too(trained: Trained, generated: Path, tmp_path: Path) -> None:
+    files, npz = tmp_path / "files", tmp_path / "samples.npz"
+    also = [f"shards.folder={files}", f"shards.npz={npz}"]
+    assert cli.main(arguments(trained, generated, *also)) == 0
+    images = next(ShardSet(str(generated)).batches(0, 150, 150)).images
+    pictures = sorted(files.glob("*/*.png"))
+    assert len(pictures) == 150
+    assert sorted({picture.parent.name for picture in pictures}) == [str(i) for i in range(10)]
+    seventh = np.asarray(Image.open(files / "7/000000017.png"))
+    assert (seventh == images[17, 0]).all()
+    facts = json.loads((files / "7/000000017.json").read_text())
+    assert (facts["index"], facts["label"], facts["sampling"]["guidance"]["scale"]) == (17, 7, 0.0)
+    with np.load(npz) as found:
+        assert (found["arr_0"][:, :, :, 0] == images[:, 0]).all()
+        assert found["arr_1"].tolist() == [i % 10 for i in range(150)]
+    pictures[0].unlink()
+    (files / "complete.json").unlink()  # as if it had been killed
+    assert cli.main(arguments(trained, generated, *also)) == 0
+    assert len(list(files.glob("*/*.png"))) == 150
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("x")
+    assert cli.main(arguments(trained, generated, f"shards.folder={other}")) == 2
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, indices: set[int], attempts: int) -> None:
+    """Some images are not finite at first."""
+    real = Sampler.draw
+
+    def draw(self: Sampler, some: Sequence[int], attempt: int = 0) -> torch.Tensor:
+        x = real(self, some, attempt)
+        for row, index in enumerate(some):
+            if index in indices and attempt < attempts:
+                x[row] = float("nan")
+        return x
+
+    monkeypatch.setattr(Sampler, "draw", draw)
+
+
+def test_a_bad_image_is_drawn_again_and_told(
+    trained: Trained, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {77}, 2)
+    assert cli.main(arguments(trained, tmp_path / "out")) == 0
+    quality = json.loads((tmp_path / "out/quality.json").read_text())
+    assert (quality["images"], quality["redrawn"], quality["not_finite"]) == (150, 1, 2)
+    names = [name for name in content(generated) if content(generated)[name] != content(tmp_path / "out").get(name)]
+    assert sorted(names) == [
+        "generated-00001.index.npz", "generated-00001.tar", "grid.png", "manifest.json",
+        "quality.json", "quality/generated-00001.json", "records/generated-00001.json",
+    ]  # fmt: skip
+    stored = {key: json.loads(facts) for key, facts in facts_of(tmp_path / "out/generated-00001.tar").items()}
+    assert stored["000000077"]["attempt"] == 2
+    assert "attempt" not in stored["000000076"]
+    (tmp_path / "out/generated-00003.tar").unlink()  # what was counted before is not forgotten
+    assert cli.main(arguments(trained, tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out/quality.json").read_text())["redrawn"] == 1
+
+
+def facts_of(tar: Path) -> dict[str, bytes]:
+    with tarfile.open(tar) as opened:
+        members = [member for member in opened if member.name.endswith(".json")]
+        return {member.name.removesuffix(".json"): opened.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+def test_too_many_bad_images_end_the_generation(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, {3, 60, 100}, 1)
+    assert cli.main(arguments(trained, tmp_path / "out")) == 2
+    assert "images were drawn again (sampling.guard.most_redrawn_share=0.01 of 150)" in capsys.readouterr().err
+    assert not (tmp_path / "out/manifest.json").exists()
+    monkeypatch.undo()
+    spoil(monkeypatch, {3}, 9)
+    assert cli.main(arguments(trained, tmp_path / "never")) == 2
+    assert "image 3 was not finite at 4 attempts" in capsys.readouterr().err
 
 
 @pytest.fixture

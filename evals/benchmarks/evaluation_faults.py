@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_running import LIMIT_SECONDS, Failed, finish, run_scenarios, start
+from fault_running import LIMIT_SECONDS, MARKER, Failed, all_gone, finish, processes, run_scenarios, start
 from faults import make_world as make_training_world
 
 from tarflow_scale.registry import Registry
@@ -27,7 +27,6 @@ from tarflow_scale.registry import Registry
 __all__ = ["SCENARIOS", "World", "make_world"]
 
 MODEL = "faults"
-MARKER = "TARFLOW_SCALE_FAULTS"
 PIXELS = {"extractor": "pixels", "num_images": 600, "bit_depth": 4}
 SUBSET = {"num_reference_images": 400}
 PROTOCOLS: tuple[dict[str, Any], ...] = (
@@ -94,30 +93,6 @@ def make_world(folder: Path, kills: int = 10) -> World:
 
 def begin(world: World, folder: Path, *more: str) -> "subprocess.Popen[str]":
     return start(world.arguments(folder, *more), 0, verb="evaluate", **{MARKER: str(folder)})
-
-
-def processes(folder: Path, name: bytes = b"") -> list[int]:
-    """Processes of a scenario, its folder in their environment, whose command line starts so."""
-    found: list[int] = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit():
-            continue
-        try:
-            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if command and command.startswith(name) and f"{MARKER}={folder}\0".encode() in environment:
-            found.append(int(process.name))
-    return found
-
-
-def all_gone(folder: Path) -> None:
-    """Wait until nothing of a scenario runs."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while left := processes(folder):
-        if time.monotonic() > deadline:
-            raise Failed(f"processes are left: {left}")
-        time.sleep(0.1)
 
 
 # --- scenarios: each raises `Failed`

@@ -15,9 +15,22 @@ from typing import Any
 
 from measuring import Figure, write_results
 
-__all__ = ["LIMIT_SECONDS", "Failed", "finish", "gone", "ranks_of", "run_scenarios", "start"]
+__all__ = [
+    "LIMIT_SECONDS",
+    "MARKER",
+    "Failed",
+    "all_gone",
+    "finish",
+    "gone",
+    "processes",
+    "ranks_of",
+    "run_scenarios",
+    "start",
+]
 
 LIMIT_SECONDS = 300.0
+MARKER = "TARFLOW_SCALE_FAULTS"
+"""Environment variable by which processes of a scenario are found, whoever started them; it holds its folder."""
 
 
 class Failed(Exception):
@@ -61,6 +74,30 @@ def gone(pids: list[int]) -> None:
         if time.monotonic() > deadline:
             raise Failed("a process does not end")
         time.sleep(0.02)
+
+
+def processes(folder: Path, name: bytes = b"") -> list[int]:
+    """Processes of a scenario, its folder in their environment, whose command line starts so."""
+    found: list[int] = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if command and command.startswith(name) and f"{MARKER}={folder}\0".encode() in environment:
+            found.append(int(process.name))
+    return found
+
+
+def all_gone(folder: Path) -> None:
+    """Wait until nothing of a scenario runs."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while left := processes(folder):
+        if time.monotonic() > deadline:
+            raise Failed(f"processes are left: {left}")
+        time.sleep(0.1)
 
 
 def run_scenarios(

@@ -27,20 +27,14 @@ class Quality(Record):
     """Drawings with too many values outside [-1, 1]."""
     redrawn: int = 0
     """Images that are not those of their first latent."""
-    outside_share: float = 0.0
-    """Values outside [-1, 1] by more than a level, of those that are kept."""
+    values: int = 0
+    """Of the images that are kept."""
+    outside: int = 0
+    """Of these values, those outside [-1, 1] by more than a level."""
 
     def plus(self, other: "Quality") -> "Quality":
         """Of both together."""
-        images = self.images + other.images
-        outside = self.outside_share * self.images + other.outside_share * other.images
-        return Quality(
-            images=images,
-            not_finite=self.not_finite + other.not_finite,
-            saturated=self.saturated + other.saturated,
-            redrawn=self.redrawn + other.redrawn,
-            outside_share=outside / images if images else 0.0,
-        )
+        return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,8 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
         not_finite = saturated = 0
         for attempt in range(guard.attempts + 1):
             finite, outside = _looked_at(x, level)
-            full = torch.zeros_like(finite) if guard.saturated_share is None else outside > guard.saturated_share
+            most = x[0].numel() if guard.saturated_share is None else guard.saturated_share * x[0].numel()
+            full = outside > most
             fresh = torch.tensor([one == attempt for one in attempts])
             not_finite += int((~finite & fresh).sum())
             saturated += int((full & finite & fresh).sum())
@@ -95,12 +90,13 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
             not_finite=not_finite,
             saturated=saturated,
             redrawn=sum(one > 0 for one in attempts),
-            outside_share=float(outside.double().mean()),
+            values=x.numel(),
+            outside=int(outside.sum()),
         )
         yield Drawn(part, x, tuple(attempts), quality)
 
 
 def _looked_at(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Of each image, on the CPU: whether all values are finite; the share outside [-1, 1] by more than a level."""
+    """Of each image, on the CPU: whether all values are finite; how many are outside [-1, 1] by more than a level."""
     flat = x.flatten(1)
-    return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).float().mean(dim=1).cpu()
+    return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).sum(dim=1).cpu()

@@ -52,4 +52,4 @@ def check_labels(rule: Labels, num_classes: int | None) -> None:
     if wrong or not rule:
         raise ConfigError(f"sampling.labels must be in 0..{num_classes - 1} (got {wrong or 'none'}); correct them")
     if isinstance(rule, dict) and (min(rule.values()) < 0 or not 0 < sum(rule.values()) < float("inf")):
-        raise ConfigError(f"weights of sampling.labels must be positive (got {rule}); correct them")
+        raise ConfigError(f"sampling.labels must be weights that are positive (got {rule}); correct them")

@@ -1,11 +1,13 @@
 """Sampling: image i depends on (weights, seed, i), not on batch, order or company."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
-from tarflow_scale.config import GlowConfig, Guidance, SamplingConfig, TarFlowConfig
+from tarflow_scale.config import GlowConfig, Guidance, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.latents import latents
@@ -13,18 +15,8 @@ from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.sampling import Sampler, balanced_labels, calibrate
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
+from tarflow_scale.sampling.labels import labels_of
 from tarflow_scale.sampling.plan import candidates, measure_blocks
-
-
-@pytest.fixture
-def flow() -> Flow:
-    torch.manual_seed(0)
-    flow = build(TarFlowConfig(patch_size=2, width=16, layers_per_block=(1, 1), head_width=8), (1, 4, 4), 3)
-    with torch.no_grad():
-        for name, parameter in flow.named_parameters():
-            parameter.add_((0.05 if "proj_out" in name else 0.3) * torch.randn_like(parameter))
-    flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
-    return flow.eval()
 
 
 def test_a_latent_depends_on_seed_and_index_alone() -> None:
@@ -55,6 +47,36 @@ def test_images_do_not_depend_on_the_batch(flow: Flow, guidance: float) -> None:
         assert (parts - whole).abs().max() < 1e-5
     alone = torch.cat(list(sampler(flow, 4, guidance).floats(range(13, 17))))
     assert (alone - whole[13:17]).abs().max() < 1e-5
+
+
+def test_every_attempt_has_latents_of_its_own() -> None:
+    whole = latents(5, range(4), 7)
+    again = latents(5, [2, 0], 7, attempt=1)
+    assert torch.equal(again[1], latents(5, [0], 7, attempt=1)[0])
+    assert not torch.equal(again[0], whole[2])
+
+
+def test_labels_follow_a_rule() -> None:
+    assert labels_of((4, 0, 2), range(2, 7), 5, 0).tolist() == [2, 4, 0, 2, 4]
+    weights = {1: 1.0, 3: 3.0, 0: 0.0}
+    drawn = labels_of(weights, range(4000), 5, 7)
+    assert torch.equal(drawn[1000:1003], labels_of(weights, [1000, 1001, 1002], 5, 7))  # of the index alone
+    assert not torch.equal(drawn, labels_of(weights, range(4000), 5, 8))
+    counts = torch.bincount(drawn, minlength=5)
+    assert counts[[0, 2, 4]].tolist() == [0, 0, 0]
+    assert abs(int(counts[3]) - 3000) < 5 * (4000 * 0.75 * 0.25) ** 0.5
+
+
+@pytest.mark.parametrize("rule", [(3,), (-1, 0), (), {3: 1.0}, {0: -1.0, 1: 2.0}, {0: 0.0}, {0: float("inf")}])
+def test_labels_that_the_flow_does_not_have(flow: Flow, rule: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sampling.labels must be"):
+        Sampler(flow, 1, SamplingConfig(), labels=rule)
+
+
+def test_labels_for_a_flow_without_classes() -> None:
+    glow = build(GlowConfig(levels=1, steps_per_level=1, width=8, class_conditional=False), (1, 4, 4), None)
+    with pytest.raises(ConfigError, match="sampling.labels needs a flow with classes"):
+        Sampler(glow, 1, SamplingConfig(), labels=(0,))
 
 
 def test_labels_run_through_the_classes() -> None:

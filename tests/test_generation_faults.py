@@ -1,0 +1,27 @@
+"""Every fault of a generation once, smaller; `evals/benchmarks/generation_faults.py` has larger counts."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOP
+
+sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
+faults = pytest.importorskip("generation_faults")
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> object:
+    return faults.make_world(tmp_path_factory.mktemp("world"), num_images=3000, kills=4)
+
+
+@pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda one: one.__name__)
+def test_a_generation_survives(scenario: Callable[[object, Path], object], world: object, tmp_path: Path) -> None:
+    random.seed(1)
+    scenario(world, tmp_path)  # raises `Failed` unless every file is that of an undisturbed generation
+    assert (tmp_path / "out/manifest.json").exists()
