@@ -61,7 +61,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
     if version.configuration is not None:
         files[_CONFIGURATION] = registry.read("configuration", version.configuration)
     files[_CARD] = _card(model, version, state, config.command.licence, grid is not None).encode()
-    known = tuple(report.model_copy(update={"grid": None, "metrics": _without_images(report)}) for report in reports)
+    known = tuple(_portable(report) for report in reports)
     files[_VERSION] = _Exchanged(format=_FORMAT, model=model, version=version, reports=known).to_json()
     for name, content in files.items():  # the version last, so that half a folder is none
         storage.write_bytes(storage.join(path, name), content)
@@ -100,9 +100,9 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
     facts = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
     origin = config.command.reason or f"imported from {path}, there {found.model}@{version.version}"
     registered = registry.register(files, facts, origin, configuration)
-    present = registry.state().reports.get(registered.version, [])
+    present = [_portable(report) for report in registry.state().reports.get(registered.version, [])]
     for report in found.reports:
-        own = report.model_copy(update={"model": model, "version": registered.version})
+        own = _portable(report).model_copy(update={"model": model, "version": registered.version})
         if own not in present:
             registry.attach_report(own, origin)
     print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(found.reports)} reports")
@@ -114,9 +114,10 @@ def _path(config: ModelsConfig) -> str:
     return config.command.path
 
 
-def _without_images(report: MetricsReport) -> dict[str, MetricValue]:
-    """Numbers without what the registry alone holds."""
-    return {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
+def _portable(report: MetricsReport) -> MetricsReport:
+    """A report without what its registry alone holds."""
+    metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
+    return report.model_copy(update={"grid": None, "metrics": metrics})
 
 
 def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
@@ -147,7 +148,7 @@ def _check_safetensors(location: str, content: bytes) -> None:
         raise DataError(f"{location} has a header of {length} bytes (file: {len(content)}); it is damaged or hostile")
     try:
         header = json.loads(content[8 : 8 + length])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location} is no safetensors file ({error}); export it again") from error
     if not isinstance(header, dict):
         raise DataError(f"{location} is no safetensors file (its header is no object); export it again")

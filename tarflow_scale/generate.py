@@ -57,12 +57,13 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     if dry_run:
         return
     _freeze_plan(path, plan)
-    if not missing and storage.exists(storage.join(path, MANIFEST_NAME)):
+    if not missing and all(storage.exists(storage.join(path, name)) for name in (MANIFEST_NAME, _GRID)):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         _also(config)
         return
     guard, total = GuardConfig.model_validate(plan.guard), plan.num_images
     quality = _sum(read_quality(path, unit) for unit in units if unit not in missing)
+    _check_redrawn(quality, guard, total)
     errors: list[float] = []
     begin = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers do not meet
     arguments = {"registry": config.registry.path, "plan": plan, "path": path}
@@ -74,14 +75,9 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
             quality = quality.plus(found)
             if quality.redrawn:
                 bar.set_postfix(redrawn=quality.redrawn)
-            if quality.redrawn > guard.most_redrawn_share * total:
-                raise NumericsError(
-                    f"{quality.redrawn} of {quality.images} images were drawn again (sampling.guard.most_redrawn_share="
-                    f"{guard.most_redrawn_share:g} of {total}); check the model, or lower sampling.guidance.scale"
-                )
-    records = tuple(read_record(path, unit) for unit in units)
-    publish_manifest(path, _manifest(plan, records))
+            _check_redrawn(quality, guard, total)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
+    publish_manifest(path, _manifest(plan, tuple(read_record(path, unit) for unit in units)))
     _write_grid(path, plan)
     if errors:
         amplifies = max(errors) > _EXACT
@@ -95,6 +91,14 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     )
     print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
     _also(config)
+
+
+def _check_redrawn(quality: Quality, guard: GuardConfig, total: int) -> None:
+    if quality.redrawn > guard.most_redrawn_share * total:
+        raise NumericsError(
+            f"{quality.redrawn} of {quality.images} images were drawn again (sampling.guard.most_redrawn_share="
+            f"{guard.most_redrawn_share:g} of {total}); check the model, or lower sampling.guidance.scale"
+        )
 
 
 def _also(config: GenerateConfig) -> None:
@@ -152,7 +156,10 @@ def resolved_plan(config: GenerateConfig) -> GenerationPlan:
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
             raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
-        settings = settings.model_copy(update={"batch_size": max(1, sampler.batch_size // cluster.num_workers)})
+        frozen = storage.read_if_there(storage.join(config.shards.path, _PLAN))  # what fitted when it was made
+        own = None if frozen is None else GenerationPlan.from_json(frozen, _PLAN).sampling.get("batch_size")
+        fitting = own or max(1, sampler.batch_size // cluster.num_workers)
+        settings = settings.model_copy(update={"batch_size": fitting})
     return GenerationPlan(
         model=config.registry.model,
         version=version.version,
@@ -198,7 +205,10 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
         changed = [name for name in GenerationPlan.model_fields if _of(frozen, name) != _of(plan, name)]
         if changed:
             raise PlanError(f"{path} holds another plan ({', '.join(changed)} differ); choose another shards.path")
-    elif storage.list_names(path):
+    elif any(not name.endswith(".partial") for name in storage.list_names(path)):
+        if storage.exists(location):  # another driver was faster
+            _check_plan(path, plan)
+            return
         raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
 
 
@@ -226,6 +236,7 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
         num_channels=plan.num_channels,
         class_names=() if plan.labels == "none" else plan.class_names,
         bit_depth=plan.pixels.bit_depth,
+        codec=plan.codec,
         source=f"{plan.model}@{plan.version} {plan.weights_digest}",
         recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),
         shards=shards,

@@ -270,7 +270,7 @@ def _images(version: ModelVersion) -> str:
 
 
 def _configuration(registry: Registry, version: ModelVersion) -> dict[str, Any]:
-    if version.configuration is None:
+    if version.configuration is None or version.version in registry.state().collected:
         return {}
     return json.loads(registry.read("configuration", version.configuration))
 

@@ -63,7 +63,7 @@ class Pool:
         gpus_per_worker: int = 0,
     ) -> None:
         self._executor = executor
-        self._address = address
+        self._address = address = None if address == "local" else address
         self._num_workers, self._cpus, self._gpus = num_workers, cpus_per_worker, gpus_per_worker
         self._started = False
         if executor == "ray" and address is not None:
@@ -184,15 +184,25 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host in ("localhost", "auto", "local")
+        return host == "localhost"
+
+
+def _found_by_ray() -> str | None:
+    """The cluster that ``auto`` means: what ``RAY_ADDRESS`` says, or the one that was started on this machine last."""
+    known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108 - Ray's own place
+    return os.environ.get("RAY_ADDRESS") or (known.read_text(encoding="utf-8").strip() if known.is_file() else None)
 
 
 def _check_token(address: str) -> None:
     """Refuse another machine's cluster unless Ray will show it a token."""
-    loopback = _is_loopback(_host_and_port(address)[0])
+    here = False
+    if address == "auto":
+        address = _found_by_ray() or "localhost"
+        here = _host_and_port(address)[0] == _own_address()  # it was started on this machine
+    here = here or _is_loopback(_host_and_port(address)[0])
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
-    if loopback or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
+    if here or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
         return
     raise ConfigError(
         f"cluster.address on another machine needs Ray's token authentication (got {address}); set RAY_AUTH_MODE=token "
@@ -228,9 +238,13 @@ def _on_loopback_alone(address: str | None) -> bool:
     """
     if address is None:
         return True
+    if address == "auto":
+        address = _found_by_ray()
+        if address is None:
+            raise UserError("no Ray cluster was found for cluster.address=auto; start one (ray start --head)")
     host, port = _host_and_port(address)
     if not port:
-        return False
+        raise ConfigError(f"cluster.address must be host:port, ray://host:port or auto (got {address}); add the port")
     if _is_loopback(host) and not address.startswith("ray://") and _answers(_own_address(), port):
         return False
     if not _answers(host, port):
@@ -250,7 +264,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
     if address is not None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
     else:
         ray.init(

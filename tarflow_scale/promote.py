@@ -27,6 +27,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     registry = Registry(config.registry.path, config.registry.model)
     state = registry.state()
     version = resolve(state, config.registry.version, model).version
+    registry.check_usable(version)
     holder = state.aliases.get(alias)
     champion = _contender(registry, state, holder) if holder is not None else None
     decision = decide(gate, protocols, _contender(registry, state, version), champion)

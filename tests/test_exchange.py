@@ -61,6 +61,10 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
     assert there.read("configuration", version.configuration) == own.read("configuration", before.configuration)
     assert imported(other, folder) == 0  # again: nothing new
     assert there.state().number == 2
+    before_it = own.state().number
+    where = [f"registry.path={own.path}", "registry.model=small", f"command.path={folder}"]
+    assert cli.main(["models", "import", *where]) == 0  # back to where it came from
+    assert Registry(own.path, "small").state().number == before_it
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,7 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
         ("torch zip", "model.safetensors holds a pickle, which is never read"),
         ("header", r"has a header of \d+ bytes \(file: \d+\); it is damaged or hostile"),
         ("no json", "is no safetensors file"),
+        ("nested", "is no safetensors file"),
         ("traversal", "must name model.safetensors and config.json"),
         ("configuration", "training.json does not match its digest"),
         ("fields", "is not a _Exchanged"),
@@ -97,6 +102,8 @@ def test_what_is_not_taken_in(
             weights.write_bytes(struct.pack("<Q", 1 << 40) + content[8:])
         case "no json":
             weights.write_bytes(struct.pack("<Q", 4) + b"abcd" + content)
+        case "nested":
+            weights.write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
         case "configuration":
             (folder / "training.json").write_text("{}")
         case _:

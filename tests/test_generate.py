@@ -157,11 +157,24 @@ def test_labels_from_a_list_and_by_weight(trained: Trained, tmp_path: Path) -> N
     assert labels_in(tmp_path / "again") == drawn  # a function of the index, not of the batch
 
 
+def test_debris_of_a_first_write_and_a_missing_grid_are_mended(
+    trained: Trained, generated: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.0123.partial").write_bytes(b"half a plan")
+    assert cli.main(arguments(trained, tmp_path / "out")) == 0
+    (tmp_path / "out/.0123.partial").unlink()
+    (tmp_path / "out/grid.png").unlink()
+    assert cli.main(arguments(trained, tmp_path / "out")) == 0
+    assert content(tmp_path / "out") == content(generated)
+
+
 @pytest.mark.parametrize(("codec", "extension"), [("webp", "webp"), ("raw", "npy"), ("jpeg", "jpg")])
 def test_codecs(trained: Trained, generated: Path, tmp_path: Path, codec: str, extension: str) -> None:
     assert cli.main(arguments(trained, tmp_path / "out", f"shards.codec={codec}")) == 0
     with tarfile.open(tmp_path / "out/generated-00000.tar") as tar:
         assert f"000000000.{extension}" in tar.getnames()
+    assert ShardSet(str(tmp_path / "out")).manifest.codec == codec
     found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", generated))
     if codec == "jpeg":
         assert 0 < abs(found.astype(int) - expected.astype(int)).max() < 60
@@ -185,7 +198,7 @@ def test_single_files_and_an_npz_too(trained: Trained, generated: Path, tmp_path
         assert (found["arr_0"][:, :, :, 0] == images[:, 0]).all()
         assert found["arr_1"].tolist() == [i % 10 for i in range(150)]
     pictures[0].unlink()
-    (files / "complete.json").unlink()  # as if it had been killed
+    (files / "complete").unlink()  # as if it had been killed
     assert cli.main(arguments(trained, generated, *also)) == 0
     assert len(list(files.glob("*/*.png"))) == 150
     other = tmp_path / "other"
@@ -241,6 +254,9 @@ def test_too_many_bad_images_end_the_generation(
     spoil(monkeypatch, {3, 60, 100}, 1)
     assert cli.main(arguments(trained, tmp_path / "out")) == 2
     assert "images were drawn again (sampling.guard.most_redrawn_share=0.01 of 150)" in capsys.readouterr().err
+    assert not (tmp_path / "out/manifest.json").exists()
+    for _ in range(4):  # nor does it pass by being run again
+        assert cli.main(arguments(trained, tmp_path / "out")) == 2
     assert not (tmp_path / "out/manifest.json").exists()
     monkeypatch.undo()
     spoil(monkeypatch, {3}, 9)

@@ -54,8 +54,23 @@ def test_a_cluster_elsewhere_needs_a_token(address: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     Pool("ray", address)
     monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
     for nearby in ("127.0.0.1:6379", "localhost:6379", "ray://[::1]:10001", "auto"):
         Pool("ray", nearby)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")  # then this is what auto means
+    with pytest.raises(ConfigError, match=r"needs Ray's token authentication \(got 10.0.0.7:6379\)"):
+        Pool("ray", "auto")
+
+
+def test_an_address_without_a_port_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=r"must be host:port, ray://host:port or auto \(got localhost\); add the port"
+    ):
+        run({"offset": 0}, [0], executor="ray", address="localhost")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where no cluster was ever started
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="no Ray cluster was found for cluster.address=auto"):
+        run({"offset": 0}, [0], executor="ray", address="auto")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "ray://127.0.0.1:1", "127.0.0.1:port"])

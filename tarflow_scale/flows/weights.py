@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -56,7 +56,7 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
         flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
         _check_finite(flow)
-    except (KeyError, ValueError, ValidationError, SafetensorError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{origin} does not hold a flow ({reason}); export or register it again") from error
     return flow.eval()

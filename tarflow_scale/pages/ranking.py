@@ -116,6 +116,8 @@ def _baselines(protocol: BitsPerDimProtocol | SampledProtocol, ours: Sequence[Ro
 def _rows(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtocol, entry: Entry) -> list[Row]:
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
+        if number in entry.state.retired:
+            continue
         by_protocol = [
             (metric, report)
             for report in entry.state.reports.get(number, [])

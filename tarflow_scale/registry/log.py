@@ -85,13 +85,16 @@ class EventLog:
         Raises:
             RegistryError: one is missing although a later one is there, or is not what the next one says it was.
         """
-        ahead = self._listed() if number == 0 else iter(())
+        first = number == 0
+        ahead = self._listed() if first else iter(())
         while True:
             number += 1
             location = self.location(number)
             content = next(ahead, None) or storage.read_if_there(location)
             if content is None:
-                if storage.exists(self.location(number + 1)) and not storage.exists(location):
+                later = self.names()[-1:] if first else []  # elsewhere only the next is looked for, at a fixed cost
+                gap = later > [location.rpartition("/")[2]] or storage.exists(self.location(number + 1))
+                if gap and not storage.exists(location):
                     raise RegistryError(f"{location} is missing from the log; restore the log from a backup")
                 return
             event = Event.from_json(content, location)

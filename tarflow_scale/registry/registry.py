@@ -30,6 +30,14 @@ _SNAPSHOT = "_snapshot"
 _SNAPSHOT_EVERY = 50
 """Events; so many are read at the most by whoever has the newest snapshot."""
 
+
+class _Registered(Exception):
+    """The very same version is there."""
+
+    def __init__(self, version: ModelVersion) -> None:
+        self.version = version
+
+
 Decide = Callable[[ModelState], dict[str, Any]]
 
 
@@ -90,6 +98,8 @@ class Registry:
         """
         self._state = ModelState()
         self._read_on(self._state)
+        if not self._state.number:
+            raise RegistryError(f"no model {self.model!r} in the registry {self.path}; check registry.model")
         newest = ModelState.from_snapshot(storage.read_if_there(self._snapshot))
         if newest is not None and newest.number > self._state.number:
             raise RegistryError(
@@ -134,7 +144,7 @@ class Registry:
     def register(
         self, files: dict[str, bytes], facts: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files and make them the next version; the very same files and facts are not registered twice.
+        """Store files and make them the next version, unless the same files and configuration are one in use already.
 
         Args:
             files: content by name.
@@ -145,15 +155,19 @@ class Registry:
         records = {name: self.store.keep(content) for name, content in files.items()}
         if configuration is not None:
             facts = facts | {"configuration": self.store.keep(configuration)}
-        for version in self._refreshed().versions.values():
-            if version.files == records and version.config_digest == facts["config_digest"]:
-                return version
 
         def decide(state: ModelState) -> dict[str, Any]:
+            for known_one in state.versions.values():
+                same = known_one.files == records and known_one.config_digest == facts["config_digest"]
+                if same and known_one.version not in state.retired:
+                    raise _Registered(known_one)
             facts_of_one = {"version": len(state.versions) + 1, "files": records, **facts}
             return {"version": ModelVersion.model_validate(facts_of_one).model_dump(mode="json")}
 
-        event = self.append("register", reason, decide)
+        try:
+            event = self.append("register", reason, decide)
+        except _Registered as there:
+            return there.version
         for content in [*files.values(), *([] if configuration is None else [configuration])]:
             self.store.keep(content)  # a collector may have been at work since
         return ModelVersion.model_validate(event.payload["version"])
@@ -304,6 +318,14 @@ class Registry:
             return {"alias": alias, "version": version, "expected": expected, **more}
 
         self.append(kind, reason, decide)
+
+    def check_usable(self, version: int) -> None:
+        """Refuse a version that does not exist or is retired.
+
+        Raises:
+            RegistryError: it is.
+        """
+        self._usable(self.state(), version)
 
     def _usable(self, state: ModelState, version: int) -> None:
         resolve(state, version, self.model)

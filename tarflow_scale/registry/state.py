@@ -166,7 +166,7 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
         if not usable:
             raise RegistryError(f"model {model!r} has no version yet; train one")
         return state.versions[max(usable)]
-    if isinstance(reference, str) and not reference.isdigit():
+    if isinstance(reference, str) and not reference.isdecimal():
         if reference not in state.aliases:
             raise RegistryError(f"no alias {reference!r} of {model} (there is {known(state.aliases)}); check the name")
         return state.versions[state.aliases[reference]]

@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from pydantic import Field
 
 from tarflow_scale import storage
-from tarflow_scale.errors import RegistryError
+from tarflow_scale.errors import RegistryError, StorageError
 from tarflow_scale.records import FileRecord, Record
 
 __all__ = ["Marker", "Store"]
@@ -110,22 +111,28 @@ class Store:
         return found
 
     def _probe(self) -> int:
-        folder = storage.join(self.path, _PROBE, uuid.uuid4().hex)
+        folder = storage.join(self.path, f"{_PROBE}-{uuid.uuid4().hex}")
         barrier = threading.Barrier(_WRITERS)
 
         def write(writer: int) -> int:
             won = 0
-            for key in range(_KEYS):
-                barrier.wait()
-                won += storage.create(storage.join(folder, f"{key:03d}"), f"{writer}".encode())
+            try:
+                for key in range(_KEYS):
+                    barrier.wait()
+                    won += storage.create(storage.join(folder, f"{key:03d}"), f"{writer}".encode())
+            except threading.BrokenBarrierError:
+                return 0  # another writer failed, and says why
+            except BaseException:
+                barrier.abort()  # or the others would wait for this one
+                raise
             return won
 
         try:
             with ThreadPoolExecutor(_WRITERS) as pool:
                 return sum(pool.map(write, range(_WRITERS)))
         finally:
-            barrier.abort()
-            storage.remove_tree(storage.join(self.path, _PROBE))
+            with suppress(StorageError):
+                storage.remove_tree(folder)
 
     # -- blobs ---------------------------------------------------------------------------------------------------------
 

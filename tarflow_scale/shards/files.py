@@ -11,7 +11,7 @@ from tarflow_scale.shards.reader import ShardSet
 __all__ = ["write_folder"]
 
 _UNLABELLED = "images"
-_WHOLE = "complete.json"
+_BEGUN, _WHOLE = "begun", "complete"
 
 
 def write_folder(path: str, location: str) -> int:
@@ -19,20 +19,21 @@ def write_folder(path: str, location: str) -> int:
 
     Args:
         path: folder or URL of the data set.
-        location: folder or URL, empty or absent; what an earlier call left there half-written is written again. A file
-            ``complete.json`` comes last and holds the digest of the data set.
+        location: folder or URL, empty or absent, or begun by an earlier call for the same data set, whose digest the
+            file ``begun`` there holds; a file ``complete`` comes last.
 
     Raises:
         DataError: the folder holds another data set, or anything else; a sample is not what was packed.
     """
     shards = ShardSet(path, verify="full")
-    names, digest = shards.manifest.class_names, shards.manifest.digest.encode()
-    marker = storage.join(location, _WHOLE)
-    there = storage.read_if_there(marker)
+    digest = shards.manifest.digest.encode()
+    folders = _folders(shards.manifest.class_names)
+    there = storage.read_if_there(storage.join(location, _BEGUN))
+    if there is None and any(not name.endswith(".partial") for name in storage.list_names(location)):
+        raise DataError(f"{location} holds other files; choose another folder")
     if there is not None and there != digest:
         raise DataError(f"{location} holds another data set; choose another folder")
-    if there is None and set(storage.list_names(location)) - {_UNLABELLED, *map(_folder, names)}:
-        raise DataError(f"{location} holds other files; choose another folder")
+    storage.write_bytes(storage.join(location, _BEGUN), digest)
     num = 0
     for record in shards.manifest.shards:
         with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(storage.join(path, record.file)))) as tar:
@@ -40,12 +41,12 @@ def write_folder(path: str, location: str) -> int:
                 extension = image_extension(members)
                 assert extension is not None, "a packed sample has an image"
                 label = members.get("cls")
-                folder = _folder(names[int(label)]) if label is not None and names else _UNLABELLED
+                folder = folders[int(label)] if label is not None and folders else _UNLABELLED
                 for suffix in (extension, "json"):
                     if suffix in members:
                         storage.write_bytes(storage.join(location, folder, f"{key}.{suffix}"), members[suffix])
                 num += 1
-    storage.write_bytes(marker, digest)
+    storage.write_bytes(storage.join(location, _WHOLE), digest)
     return num
 
 
@@ -60,6 +61,7 @@ def _samples(tar: tarfile.TarFile) -> list[tuple[str, dict[str, bytes]]]:
     return list(found.items())
 
 
-def _folder(name: str) -> str:
-    """A class as the name of a folder."""
-    return "".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(". ") or "_"
+def _folders(names: tuple[str, ...]) -> list[str]:
+    """Classes as names of folders, each its own."""
+    plain = ["".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(". ") or "_" for name in names]
+    return [name if plain.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(plain)]

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,12 @@ def list_sizes(location: str) -> dict[str, int]:
             entries = fs.ls(path, detail=True)
             return {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
         with os.scandir(local(location)) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            found: dict[str, int] = {}
+            for entry in entries:
+                with suppress(FileNotFoundError):  # renamed or removed by another writer meanwhile
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+            return found
 
 
 def is_folder(location: str) -> bool:

@@ -118,3 +118,19 @@ def test_a_version_of_the_future_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "registry.json").write_text('{"format": 2}')
     with pytest.raises(RegistryError, match=r"is a registry of format 2 \(this package knows 1\); upgrade"):
         Registry(str(tmp_path), "m").register({"model.safetensors": b"x"}, FACTS, "")
+
+
+def test_a_gap_of_several_events_is_noticed(tmp_path: Path) -> None:
+    registry = registry_with(tmp_path, 8)
+    for number in (4, 5):
+        Path(registry.log.location(number)).unlink()
+    with pytest.raises(RegistryError, match="000000000004.json is missing from the log"):
+        Registry(str(tmp_path), "m").register({"w": b"new"}, FACTS, "")
+
+
+def test_a_retired_version_is_not_what_registering_again_gives(tmp_path: Path) -> None:
+    registry = registry_with(tmp_path, 2)
+    registry.retire(2, "by mistake")
+    files = {"model.safetensors": b"w1", "config.json": b"{}"}
+    assert registry.register(files, FACTS, "again").version == 3
+    assert registry.register(files, FACTS, "and again").version == 3

@@ -1,13 +1,15 @@
 """Blobs that are what they say, and a store that is asked whether it gives one winner."""
 
+import itertools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tarflow_scale import storage
-from tarflow_scale.errors import RegistryError
+from tarflow_scale.errors import RegistryError, StorageError
 from tarflow_scale.registry import Registry, Store
 from tests.registry.test_registry import FACTS
 
@@ -63,3 +65,24 @@ def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     registry.register({"w": b"1"}, FACTS, "")
     with pytest.raises(RegistryError, match="an alias must be named by letters"):
         registry.set_alias(name, 1, None, "")
+
+
+def test_a_probe_whose_store_fails_once_ends_with_that_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = storage.create, itertools.count()
+
+    def fails_once(location: str, content: bytes) -> bool:
+        if next(calls) == 100:
+            raise StorageError("cannot write (slow down)")
+        return real(location, content)
+
+    monkeypatch.setattr(storage, "create", fails_once)
+    with pytest.raises(StorageError, match="slow down"):
+        Store(str(tmp_path)).init()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_may_init_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: Store(str(tmp_path)).init(), range(3)))
+    assert all(marker.checked.endswith("100 winners") for marker in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["registry.json"]
