@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +21,9 @@ __all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest"]
 
 _MODIFIED_SECONDS = 0
 """Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
+
+_SHORT_NAME = 90
+"""A key that is shorter fits, with its extension, into the name of an old tar header."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
             if sample.label is not None:
                 members["cls"] = str(sample.label).encode()
             members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+            # the same bytes in half the time, where no field needs the longer form
+            short = len(sample.key) < _SHORT_NAME and sample.key.isascii()
+            writer.tarstream.format = tarfile.USTAR_FORMAT if short else tarfile.PAX_FORMAT
             writer.write(members)
             offsets.append(writer.tarstream.offset)  # the stream buffers, so the position of the file lags behind
     finally:

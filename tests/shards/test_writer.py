@@ -1,5 +1,6 @@
 """Writing: plain WebDataset tars, reproducible to the byte, with an index that points at every sample."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import webdataset
 
 from tarflow_scale import storage
+from tarflow_scale.shards import writer
 from tarflow_scale.shards.index import checksum, read_index
 from tarflow_scale.shards.manifest import index_name, read_manifest
 from tarflow_scale.shards.writer import PackedShard, Sample, pack_shard
@@ -70,3 +72,19 @@ def test_labels_survive(tmp_path: Path, label: int) -> None:
     PackedShard.of("s.tar", [Sample("a", np.zeros((1, 2, 2), np.uint8), label)]).write(str(tmp_path))
     [(found,)] = webdataset.WebDataset(f"{tmp_path}/s.tar", shardshuffle=False).decode().to_tuple("cls")
     assert found == label
+
+
+def test_both_forms_of_headers_are_the_same_bytes_where_both_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
+    samples = [Sample(key, image, 3, {"a": 1}) for key in ("000000001", "k" * 89)]
+    expected, _ = pack_shard(samples)
+    monkeypatch.setattr(writer, "_SHORT_NAME", 0)
+    found, _ = pack_shard(samples)
+    assert found == expected
+
+
+def test_long_and_foreign_keys_keep_their_names() -> None:
+    keys = ["k" * 120, "schlüssel"]
+    content, _ = pack_shard([Sample(key, np.zeros((1, 8, 8), np.uint8), None) for key in keys])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        assert [name for name in tar.getnames() if name.endswith(".png")] == [f"{key}.png" for key in keys]
