@@ -1,6 +1,7 @@
 """Fixtures: a small data set, a small trained model in a registry, and ways to run the command line for real."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,10 @@ SAMPLES = TOP.parent / "shared" / "data"
 """Real images that may lie beside the checkout; tests of them are skipped where they do not."""
 
 torch.set_num_threads(2)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell leaves it in the background, and processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
