@@ -8,6 +8,7 @@ A cluster elsewhere is reached by its address (``host:port``, or ``ray://host:po
 authentication switched on here and there: whoever may submit work to a cluster may run code on it.
 """
 
+import importlib
 import ipaddress
 import logging
 import os
@@ -255,12 +256,15 @@ def _on_loopback_alone(address: str | None) -> bool:
 def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
     # Read by Ray when it is imported. The first makes it use loopback only, as it does on laptops; the second keeps
     # workers of a cluster of our own from yielding to every other process of the machine.
-    if _on_loopback_alone(address):
+    alone = _on_loopback_alone(address)
+    if alone:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if address is None:
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     import ray
 
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    constants.ENABLE_RAY_CLUSTER = not alone  # what the variable says, where Ray had been imported before
     if address is not None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -4,8 +4,6 @@ Read the gate and its protocols, compare the version's reports with the bounds a
 every reason, and move the alias if all hold and it still points where it did. Neither torch nor Ray is imported.
 """
 
-from safetensors.numpy import load as load_arrays
-
 from tarflow_scale import telemetry
 from tarflow_scale.config import GateConfig, PromoteConfig, load_config, load_protocol
 from tarflow_scale.errors import PromotionRefused
@@ -58,6 +56,8 @@ def _contender(registry: Registry, state: ModelState, version: int) -> Contender
         if metric.per_image is not None
     }
     per_image: dict[str, list[tuple[bytes, float]]] = {}
+    if kept:
+        from safetensors.numpy import load as load_arrays  # here, because most looks at a registry do without NumPy
     for digest, record in kept.items():
         arrays = load_arrays(registry.read("numbers of each image", record))
         if "image_sha256" in arrays:  # early reports did not say which image is which
