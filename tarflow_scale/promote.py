@@ -56,9 +56,9 @@ def _contender(registry: Registry, state: ModelState, version: int) -> Contender
         if metric.per_image is not None
     }
     per_image: dict[str, list[tuple[bytes, float]]] = {}
-    if kept:
-        from safetensors.numpy import load as load_arrays  # here, because most looks at a registry do without NumPy
     for digest, record in kept.items():
+        from safetensors.numpy import load as load_arrays  # here, because a look at most versions does without NumPy
+
         arrays = load_arrays(registry.read("numbers of each image", record))
         if "image_sha256" in arrays:  # early reports did not say which image is which
             pairs = zip(arrays["image_sha256"], arrays["bits_per_dim"], strict=True)
