@@ -156,10 +156,7 @@ def training_table(training: dict[str, Any], faults: dict[str, Any]) -> str:
         ("a moving average, a parameter, on all ranks together", "average_bytes_per_parameter"),
         ("a checkpoint of 133 MB stops training for", "checkpoint_stall"),
     ]
-    lines = ["| fault, then the same command again | runs | survived |", "|---|---|---|"]
-    for name, description in faults["faults"].items():
-        figure = faults["figures"][name]
-        lines.append(f"| {description.rstrip('.')} | {figure['asked']} | {figure['got']:.0f} |")
+    lines = _fault_lines(faults, "fault, then the same command again")
     return (
         f"{_ratio_table(training, [(label, training, name) for label, name in rows])}\n\n"
         f"Survived means: log and weights are those of a run that nothing disturbed, to the last bit (to 1e-5 bits/dim "
@@ -266,12 +263,12 @@ def shown(text: str) -> str:
 
 
 def _fault_lines(faults: dict[str, Any], heading: str) -> list[str]:
-    """A table of faults."""
-    lines = [f"| {heading} | runs | cases | survived |", "|---|---|---|---|"]
+    """A table of faults; cases are those of all runs together."""
+    lines = [f"| {heading} | runs | survived |", "|---|---|---|"]
     for name, description in faults["faults"].items():
         figure, cases = faults["figures"][name], faults["figures"].get(f"{name}_cases")
-        number = "" if cases is None else f"{cases['got']:.0f}"
-        lines.append(f"| {description.rstrip('.')} | {figure['asked']} | {number} | {figure['got']:.0f} |")
+        number = "" if cases is None else f" ({cases['got']:.0f} cases)"
+        lines.append(f"| {description.rstrip('.')}{number} | {figure['asked']} | {figure['got']:.0f} |")
     return lines
 
 

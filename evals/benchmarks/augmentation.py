@@ -59,11 +59,7 @@ def main() -> None:
         "frechet_pixels_without": ("", plain.metrics["frechet_pixels"].value, "levels of 4 bits, squared"),
         "frechet_pixels_with": ("", augmented.metrics["frechet_pixels"].value, "levels of 4 bits, squared"),
     }
-    if arguments.output:
-        write_results(arguments.output, "cpu", figures, share=arguments.share, seeds={"training": 0})
-    else:
-        for key, (_, got, unit) in figures.items():
-            print(f"{key}: {got:.4g} {unit}")
+    write_results(arguments.output, "cpu", figures, share=arguments.share, seeds={"training": 0})
 
 
 if __name__ == "__main__":

@@ -223,12 +223,8 @@ def main() -> None:
         figures |= driver_memory_of_wide_features(folder, 1000, 20_000)
         if arguments.registry:
             figures |= driver_memory(arguments.registry, arguments.data, folder, 1000, 10_000)
-    if arguments.output:
-        facts = {key: getattr(arguments, key) for key in ("images", "rounds", "parts")}
-        write_results(arguments.output, "cpu", figures, **facts)
-    else:
-        for key, (asked, got, unit) in figures.items():
-            print(f"{key}: {got:.4g} {unit} (asked: {asked or 'no'})")
+    facts = {key: getattr(arguments, key) for key in ("images", "rounds", "parts")}
+    write_results(arguments.output, "cpu", figures, **facts)
 
 
 if __name__ == "__main__":

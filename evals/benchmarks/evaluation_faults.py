@@ -8,10 +8,8 @@ process finds that nothing disturbed.
 """
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -19,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_running import LIMIT_SECONDS, MARKER, Failed, all_gone, finish, processes, run_scenarios, start
+from fault_running import (
+    LIMIT_SECONDS,
+    MARKER,
+    Failed,
+    all_gone,
+    finish,
+    kill_one,
+    processes,
+    run_scenarios,
+    start,
+)
 from faults import make_world as make_training_world
 
 from tarflow_scale.registry import Registry
@@ -95,6 +103,15 @@ def begin(world: World, folder: Path, *more: str) -> "subprocess.Popen[str]":
     return start(world.arguments(folder, *more), 0, verb="evaluate", **{MARKER: str(folder)})
 
 
+def reach(process: "subprocess.Popen[str]", folder: Path, parts: int) -> None:
+    """Wait until an evaluation has made so many parts."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while len(list((folder / "references/parts").rglob("*.npz"))) < parts:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise Failed(f"no {parts} parts:\n{process.communicate()[0]}")
+        time.sleep(0.01)
+
+
 # --- scenarios: each raises `Failed`
 
 
@@ -112,12 +129,7 @@ def kill_workers(world: World, folder: Path) -> None:
             time.sleep(random.uniform(0.1, 1.0))
             fresh = [pid for pid in processes(own, b"ray::_Host") if pid not in killed]
             if fresh and len(killed) < world.kills:
-                victim = random.choice(fresh)
-                try:
-                    os.kill(victim, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                killed.add(victim)
+                kill_one(fresh, killed)
         finish(process)
         world.check(own)
         all_gone(own)
@@ -126,13 +138,7 @@ def kill_workers(world: World, folder: Path) -> None:
 def kill_the_driver(world: World, folder: Path) -> None:
     """Kill -9 of the command at a random moment, then the same command again; nothing of the first is left running."""
     process = begin(world, folder)
-    parts = folder / "references/parts"
-    deadline = time.monotonic() + LIMIT_SECONDS
-    wanted = random.randint(1, 6)
-    while len(list(parts.rglob("*.npz"))) < wanted:
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise Failed(f"no {wanted} parts:\n{process.communicate()[0]}")
-        time.sleep(0.01)
+    reach(process, folder, random.randint(1, 6))
     process.kill()
     process.communicate()
     all_gone(folder)
@@ -152,13 +158,7 @@ def kill_a_node(world: World, folder: Path) -> None:
         node = cluster.add_node(num_cpus=1, **here)
         cluster.wait_for_nodes()
         process = begin(world, folder, f"cluster.address={cluster.address}")
-        parts = folder / "references/parts"
-        deadline = time.monotonic() + LIMIT_SECONDS
-        wanted = random.randint(2, 16)
-        while len(list(parts.rglob("*.npz"))) < wanted:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"no {wanted} parts:\n{process.communicate()[0]}")
-            time.sleep(0.01)
+        reach(process, folder, random.randint(2, 16))
         cluster.remove_node(node, allow_graceful=False)
         finish(process)
     finally:

@@ -1,6 +1,7 @@
 """What fault injection shares: processes that must end in time and in a certain way, and the table of what survived."""
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ __all__ = [
     "all_gone",
     "finish",
     "gone",
+    "kill_one",
     "processes",
     "ranks_of",
     "run_scenarios",
@@ -89,6 +91,14 @@ def processes(folder: Path, name: bytes = b"") -> list[int]:
         if command and command.startswith(name) and f"{MARKER}={folder}\0".encode() in environment:
             found.append(int(process.name))
     return found
+
+
+def kill_one(pids: list[int], killed: set[int]) -> None:
+    """Kill -9 of a random one, which then is in ``killed``; nothing if it has ended already."""
+    victim = random.choice(pids)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+        killed.add(victim)
 
 
 def all_gone(folder: Path) -> None:

@@ -71,12 +71,8 @@ def main() -> None:
         "encoding_over_sampling": ("< 1", encoding / median["bare seconds"], "of it"),
         "images_per_second": ("", arguments.images / median["shard seconds"], "images/s"),
     }
-    if arguments.output:
-        facts = {key: getattr(arguments, key) for key in ("model", "images", "batch", "rounds")}
-        write_results(arguments.output, "cpu", figures, **facts)
-    else:
-        for key, (asked, got, unit) in figures.items():
-            print(f"{key}: {got:.4g} {unit} (asked: {asked or 'no'})")
+    facts = {key: getattr(arguments, key) for key in ("model", "images", "batch", "rounds")}
+    write_results(arguments.output, "cpu", figures, **facts)
 
 
 if __name__ == "__main__":

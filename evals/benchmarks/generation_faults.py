@@ -6,7 +6,6 @@
 that nothing disturbs.
 """
 
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_running import LIMIT_SECONDS, MARKER, Failed, all_gone, finish, processes, run_scenarios, start
+from fault_running import (
+    LIMIT_SECONDS,
+    MARKER,
+    Failed,
+    all_gone,
+    finish,
+    kill_one,
+    processes,
+    run_scenarios,
+    start,
+)
 from faults import make_world as make_training_world
 
 __all__ = ["SCENARIOS", "World", "make_world"]
@@ -96,12 +105,7 @@ def kill_workers_and_drivers(world: World, folder: Path) -> int:
             continue
         fresh = [pid for pid in processes(folder, b"ray::_Host") if pid not in killed]
         if fresh:  # only where work is going on
-            victim = process.pid if random.random() < KILLS_OF_DRIVERS else random.choice(fresh)
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            killed.add(victim)
+            kill_one([process.pid] if random.random() < KILLS_OF_DRIVERS else fresh, killed)
     finish(process)
     world.check(folder / "out")
     all_gone(folder)

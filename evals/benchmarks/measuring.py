@@ -102,8 +102,11 @@ def public_tarflow(checkout: Path, *arguments: Any) -> Any:
     return module.Model(*arguments)
 
 
-def write_results(path: Path, device: str, figures: dict[str, Figure], **facts: Any) -> None:
-    """Write a results file, and print its figures."""
+def write_results(path: Path | None, device: str, figures: dict[str, Figure], **facts: Any) -> None:
+    """Print figures, and write a results file where a path is given."""
+    print(telemetry.table([(n, f"{g:.4g} {u}", a) for n, (a, g, u) in figures.items()], ("figure", "got", "asked")))
+    if path is None:
+        return
     content = {
         "command": " ".join(["python", *("PATH" if Path(word).is_absolute() else word for word in sys.argv)]),
         "git_commit": telemetry.git_commit(),
@@ -111,10 +114,9 @@ def write_results(path: Path, device: str, figures: dict[str, Figure], **facts: 
         "device": device_name(device),
         "versions": telemetry.package_versions(),
         **facts,
-        "figures": {name: {"asked": a, "got": round(g, 6), "unit": u} for name, (a, g, u) in figures.items()},
+        "figures": {name: {"asked": a, "got": float(f"{g:.7g}"), "unit": u} for name, (a, g, u) in figures.items()},
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(telemetry.table([(n, f"{g:.4g} {u}", a) for n, (a, g, u) in figures.items()], ("figure", "got", "asked")))
     print(f"wrote {path}")
 
 

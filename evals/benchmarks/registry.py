@@ -123,12 +123,8 @@ def main() -> None:
         "requests_of_an_event": ("", known, "requests"),
         "requests_of_the_first_event_of_a_process": ("", fresh, "requests"),
     }
-    if arguments.output:
-        counts = {key: getattr(arguments, key) for key in ("versions", "events")}
-        write_results(arguments.output, "cpu", figures, counts=counts, rounds=arguments.rounds)
-    else:
-        for key, (asked, got, unit) in figures.items():
-            print(f"{key}: {got:.4g} {unit} (asked: {asked or 'no'})")
+    counts = {key: getattr(arguments, key) for key in ("versions", "events")}
+    write_results(arguments.output, "cpu", figures, counts=counts, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

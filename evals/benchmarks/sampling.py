@@ -196,14 +196,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     figures = (against_public if arguments.reference else adaptive)(arguments, device)
-    if arguments.output:
-        facts = {key: getattr(arguments, key) for key in ("size", "precision", "batch", "rounds")}
-        if arguments.flow:
-            facts = {key: getattr(arguments, key) for key in ("flow", "guidance", "tolerance", "precision", "batch")}
-        write_results(arguments.output, device, figures, **facts)
-    else:
-        for name, (asked, got, unit) in figures.items():
-            print(f"{name}: {got:.4g} {unit} (asked: {asked or 'no'})")
+    names = ("size", "precision", "batch", "rounds")
+    if arguments.flow:
+        names = ("flow", "guidance", "tolerance", "precision", "batch")
+    write_results(arguments.output, device, figures, **{key: getattr(arguments, key) for key in names})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Batch size and thread count change the last bits of a float, hence in rare cases
 equal bytes fixes them, as the generation plan does.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -142,7 +143,8 @@ class Sampler:
             return None
         z, y, x = self._latest
         back, _ = self._flow(x, y)
-        return float((back.cpu() - z).abs().max())
+        error = float((back.cpu() - z).abs().max())
+        return error if math.isfinite(error) else None  # what was drawn again says nothing of decoding
 
     def _decoded(self, z: Tensor, y: Tensor | None) -> Tensor:
         decoder = self.decoder
