@@ -263,7 +263,8 @@ def no_alias(w: World) -> tuple[list[str], str]:
 
 def no_report(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}"), (
-        "small@1 has no report (the gate asks for bits_per_dim); run 'tarflow-scale evaluate' first"
+        "small@1 does not pass gate g: a number by protocol bits_per_dim (got no report at all; run 'tarflow-scale "
+        "evaluate' first); champion stays"
     )
 
 
@@ -275,8 +276,8 @@ def report_of_another_protocol(w: World) -> tuple[list[str], str]:
     more = [f"registry.path={registry}", f"metrics.protocols=[{w.tmp}/edition.yaml]", f"reference.cache={w.tmp}/cache"]
     assert cli.main(w.evaluate(*more)) == 0
     return w.registry("promote", f"registry.path={registry}", f"gate.path={w.gate()}"), (
-        "small@1 has no number by this protocol bits_per_dim (its reports: bits_per_dim, perhaps an earlier edition); "
-        "run 'tarflow-scale evaluate' with it"
+        "small@1 does not pass gate g: a number by protocol bits_per_dim (got reports by bits_per_dim, perhaps an "
+        "earlier edition; run 'tarflow-scale evaluate' with it); champion stays"
     )
 
 

@@ -80,7 +80,7 @@ def decide(
         value = candidate.value(protocol, requirement.protocol_id)
         if value is None:
             wanted = f"a number by protocol {protocol.name}"
-            reasons.append(Reason(requirement=wanted, found=_nothing_by(protocol.name, candidate), holds=False))
+            reasons.append(Reason(requirement=wanted, found=_nothing_by_it(candidate), holds=False))
         else:
             reasons.extend(_judge(requirement, protocol, value, candidate, champion))
     for name in gate.approvals:
@@ -90,14 +90,11 @@ def decide(
     return Decision(gate=gate.name, promoted=all(reason.holds for reason in reasons), reasons=tuple(reasons))
 
 
-def _nothing_by(protocol: str, candidate: Contender) -> str:
+def _nothing_by_it(candidate: Contender) -> str:
     if not candidate.reports:
-        return f"{candidate.name} has no report (the gate asks for {protocol}); run 'tarflow-scale evaluate' first"
+        return "no report at all; run 'tarflow-scale evaluate' first"
     others = sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()})
-    return (
-        f"{candidate.name} has no number by this protocol {protocol} (its reports: {', '.join(others)}, perhaps an "
-        f"earlier edition); run 'tarflow-scale evaluate' with it"
-    )
+    return f"reports by {', '.join(others)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
 
 
 def _judge(

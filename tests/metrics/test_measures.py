@@ -115,7 +115,10 @@ def test_fid_is_torch_fidelitys(inception: dict[str, Any], monkeypatch: pytest.M
 
 def test_kid_is_torch_fidelitys(inception: dict[str, Any]) -> None:
     found = one(kernel_distance(inception["samples"], inception["reference"], **SUBSETS))
-    assert found.value == pytest.approx(inception["expected"]["kernel_inception_distance_mean"], rel=1e-6)
+    rows = inception["samples"].rows("pool").astype(np.float64)
+    scale = ((np.square(rows).mean(axis=1) + 1) ** 3).mean()  # both are differences of fp32 means of kernels this large
+    assert abs(found.value - inception["expected"]["kernel_inception_distance_mean"]) <= 1e-6 * scale
+    assert found.value > 100 * 1e-6 * scale  # so that the comparison says something
 
 
 def test_the_inception_score_is_torch_fidelitys(inception: dict[str, Any]) -> None:
