@@ -25,7 +25,7 @@ _MOST_HEADER_BYTES = 100 * 1024**2
 """What the safetensors library reads at the most."""
 
 
-class _Exchanged(Record):
+class _ExportedVersion(Record):
     """What ``version.json`` holds."""
 
     format: int = Field(ge=1, le=_FORMAT)
@@ -62,7 +62,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         files[_CONFIGURATION] = registry.read("configuration", version.configuration)
     files[_CARD] = _card(model, version, state, config.command.licence, grid is not None).encode()
     known = tuple(_portable(report) for report in reports)
-    files[_VERSION] = _Exchanged(format=_FORMAT, model=model, version=version, reports=known).to_json()
+    files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
     for name, content in files.items():  # the version last, so that half a folder is none
         storage.write_bytes(storage.join(path, name), content)
     print(f"{path}: {model}@{version.version}, {', '.join(files)}")
@@ -84,7 +84,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         raise DataError(
             f"{path} is no exported version (no {_VERSION}); weights of apple/ml-tarflow go through the verb convert"
         )
-    found = _Exchanged.from_json(content, location, DataError)
+    found = _ExportedVersion.from_json(content, location, DataError)
     version, files = found.version, _files(path, found.version)
     flow = flow_from_files(files, path)
     print(f"{path}: {found.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")

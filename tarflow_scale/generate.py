@@ -17,7 +17,7 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.config import DecoderConfig, GenerateConfig, GuardConfig, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
-from tarflow_scale.making import ShardMaker, Unit, is_done, read_quality, read_record
+from tarflow_scale.making import UNIT_FOLDERS, ShardMaker, Unit, is_done, read_quality, read_record
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import GenerationPlan, canonical_json
 from tarflow_scale.registry import Registry
@@ -77,6 +77,8 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
                 bar.set_postfix(redrawn=quality.redrawn)
             _check_redrawn(quality, guard, total)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
+    for folder in UNIT_FOLDERS:
+        storage.remove_abandoned(storage.join(path, folder))
     publish_manifest(path, _manifest(plan, tuple(read_record(path, unit) for unit in units)))
     _write_grid(path, plan)
     if errors:
@@ -205,7 +207,7 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
         changed = [name for name in GenerationPlan.model_fields if _of(frozen, name) != _of(plan, name)]
         if changed:
             raise PlanError(f"{path} holds another plan ({', '.join(changed)} differ); choose another shards.path")
-    elif any(not name.endswith(".partial") for name in storage.list_names(path)):
+    elif any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
         if storage.exists(location):  # another driver was faster
             _check_plan(path, plan)
             return

@@ -20,9 +20,10 @@ from tarflow_scale.sampling import Drawn, Quality, Sampler, guarded
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["ShardMaker", "Unit", "is_done", "read_quality", "read_record"]
+__all__ = ["UNIT_FOLDERS", "ShardMaker", "Unit", "is_done", "read_quality", "read_record"]
 
-_RECORDS, _QUALITY = "records", "quality"
+UNIT_FOLDERS = _RECORDS, _QUALITY = "records", "quality"
+"""Where a file a shard is written, beside the shards."""
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,20 @@ def report_of_another_protocol(w: World) -> tuple[list[str], str]:
     )
 
 
+def gate_of_no_protocol(w: World) -> tuple[list[str], str]:
+    facts = {"name": "g", "requirements": [{"protocol": f"{w.tmp}/absent.yaml", "maximum": 9}]}
+    (w.tmp / "gate.yaml").write_text(yaml.safe_dump(facts))
+    return w.registry("promote", f"gate.path={w.tmp}/gate.yaml"), (
+        f"cannot read the configuration {w.tmp}/absent.yaml (No such file or directory); check the path"
+    )
+
+
+def model_with_a_path_for_a_name(w: World) -> tuple[list[str], str]:
+    return ["models", "show", f"registry.path={w.trained.registry}", "registry.model=../small"], (
+        "registry.model: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$' (got '../small')"
+    )
+
+
 def data_of_another_depth(w: World) -> tuple[list[str], str]:
     facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
     (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"bit_depth": 8}))
@@ -378,6 +392,8 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     no_alias,
     no_report,
     report_of_another_protocol,
+    gate_of_no_protocol,
+    model_with_a_path_for_a_name,
     data_of_another_depth,
     generation_of_another_plan,
     generation_among_other_files,

@@ -79,7 +79,7 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
         ("nested", "is no safetensors file"),
         ("traversal", "must name model.safetensors and config.json"),
         ("configuration", "training.json does not match its digest"),
-        ("fields", "is not a _Exchanged"),
+        ("fields", "is not a _ExportedVersion"),
     ],
 )
 def test_what_is_not_taken_in(

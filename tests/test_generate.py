@@ -1,8 +1,10 @@
 """``generate``: plain WebDataset shards, made once, made again byte for byte."""
 
 import json
+import os
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -157,13 +159,19 @@ def test_labels_from_a_list_and_by_weight(trained: Trained, tmp_path: Path) -> N
     assert labels_in(tmp_path / "again") == drawn  # a function of the index, not of the batch
 
 
+def abandoned(path: Path) -> None:
+    """What a process left that was killed two hours ago."""
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - 7200,) * 2)
+
+
 def test_debris_of_a_first_write_and_a_missing_grid_are_mended(
     trained: Trained, generated: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/.0123.partial").write_bytes(b"half a plan")
+    abandoned(tmp_path / "out/.0123.partial")
     assert cli.main(arguments(trained, tmp_path / "out")) == 0
-    (tmp_path / "out/.0123.partial").unlink()
+    abandoned(tmp_path / "out/records/.45.partial")
     (tmp_path / "out/grid.png").unlink()
     assert cli.main(arguments(trained, tmp_path / "out")) == 0
     assert content(tmp_path / "out") == content(generated)

@@ -41,6 +41,16 @@ def test_create_has_one_winner(root: str) -> None:
     assert storage.read_bytes(location) == b"first"
 
 
+def test_only_old_temporary_files_are_abandoned(tmp_path: Path) -> None:
+    for name in (".old.partial", ".young.partial", "old.tar", ".old"):
+        (tmp_path / name).write_bytes(b"x")
+        if "old" in name:
+            os.utime(tmp_path / name, (1e9, 1e9))
+    storage.remove_abandoned(str(tmp_path))
+    assert storage.list_names(str(tmp_path)) == [".old", ".young.partial", "old.tar"]
+    storage.remove_abandoned(str(tmp_path / "absent"))
+
+
 def _race(folder: str, key: int, writer: int, barrier: object) -> bool:
     barrier.wait()  # type: ignore[attr-defined]
     return storage.create(f"{folder}/{key}", f"{writer}".encode())

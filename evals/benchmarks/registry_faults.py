@@ -9,7 +9,6 @@ more must end where an undisturbed one ends.
 """
 
 import contextlib
-import errno
 import json
 import multiprocessing
 import os
@@ -18,9 +17,7 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-import urllib.request
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -28,8 +25,9 @@ from typing import Any
 
 import s3_server
 from fault_running import Failed, run_scenarios
+from write_points import disturbed_at, fill_disk, kill_self
 
-from tarflow_scale.errors import RegistryError, StorageError
+from tarflow_scale.errors import RegistryError
 from tarflow_scale.registry import Registry, Store, collection
 
 __all__ = ["SCENARIOS", "World", "make_world"]
@@ -119,78 +117,11 @@ def race_to_promote(world: World, folder: Path) -> int:
 
 def race_to_promote_on_s3(world: World, folder: Path) -> int:
     """The same on a server of the S3 protocol."""
-    with on_s3() as path:
+    with s3_server.here("bucket") as path:
         return race(f"{path}/{folder.name}", world.rounds)
 
 
-@contextlib.contextmanager
-def on_s3() -> Generator[str]:
-    """A bucket, by environment variables that processes started here inherit."""
-    import s3fs
-
-    with s3_server.conditional("bucket") as environment:
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        s3fs.S3FileSystem.clear_instance_cache()
-        try:
-            yield "s3://bucket"
-        finally:
-            s3fs.S3FileSystem.clear_instance_cache()
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-
-
 # -- disturbed at every write ------------------------------------------------------------------------------------------
-
-
-def _disturbed(change: Callable[[], object], point: int, disturb: Callable[[], object]) -> tuple[int, int]:
-    """Run ``change`` in a process of its own that is disturbed at a write point; (exit code, points it passed)."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        code, passed = 1, 0
-
-        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **more: Any) -> Any:
-                nonlocal passed
-                for when in ("before", "after"):
-                    if passed == point:
-                        disturb()
-                    passed += 1
-                    if when == "before":
-                        result = real(*arguments, **more)
-                return result  # pyright: ignore[reportPossiblyUnboundVariable]
-
-            return call
-
-        try:
-            for name in ("fsync", "link", "replace", "rename", "unlink"):
-                setattr(os, name, counted(getattr(os, name)))
-            change()
-            code = 0
-        except StorageError:
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os.write(writer, str(passed).encode())
-            os._exit(code)
-    os.close(writer)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(reader) as found:
-        return os.waitstatus_to_exitcode(status), int(found.read() or 0)
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _full() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 CHANGES: dict[str, Callable[[str], object]] = {
@@ -278,14 +209,14 @@ def disturbed_everywhere(world: World, folder: Path, disturb: Callable[[], objec
         template, undisturbed = folder / f"{name}-template", folder / f"{name}-undisturbed"
         _prepared(str(template), name)
         shutil.copytree(template, undisturbed)
-        done, points = _disturbed(lambda p=undisturbed, c=change: c(str(p)), -1, disturb)
+        done, points = disturbed_at(lambda p=undisturbed, c=change: c(str(p)), -1, disturb)
         if done or points < 2:
             raise Failed(f"{name} undisturbed ended with {done} after {points} points")
         expected = _summary(str(undisturbed))
         for point in range(random.randrange(world.stride), points, world.stride):
             path = folder / f"{name}-{point}"
             shutil.copytree(template, path)
-            ended, _ = _disturbed(lambda p=path, c=change: c(str(p)), point, disturb)
+            ended, _ = disturbed_at(lambda p=path, c=change: c(str(p)), point, disturb)
             if ended not in (code, 0):  # 0: a cache that could not be written is no failure
                 raise Failed(f"{name} at point {point} ended with {ended}")
             _check(str(path))
@@ -300,12 +231,12 @@ def disturbed_everywhere(world: World, folder: Path, disturb: Callable[[], objec
 
 def killed_at_every_write(world: World, folder: Path) -> int:
     """Register, promote, roll back, retire and collect, killed with SIGKILL before and after every write."""
-    return disturbed_everywhere(world, folder, _kill, -signal.SIGKILL)
+    return disturbed_everywhere(world, folder, kill_self, -signal.SIGKILL)
 
 
 def disk_full_at_every_write(world: World, folder: Path) -> int:
     """The same with a full disk at every write: one line, and the same change again succeeds."""
-    return disturbed_everywhere(world, folder, _full, 2)
+    return disturbed_everywhere(world, folder, fill_disk, 2)
 
 
 def flipped_bytes(world: World, folder: Path) -> int:
@@ -332,19 +263,15 @@ def flipped_bytes(world: World, folder: Path) -> int:
     return len(names)
 
 
-def _be_busy() -> None:
-    urllib.request.urlopen(f"{os.environ['AWS_ENDPOINT_URL']}/_busy?seconds=3").close()  # noqa: S310 - our own server
-
-
 def busy_store(world: World, folder: Path) -> None:
     """A store that answers 503 for three seconds while a version is registered and promoted."""
     del world
-    with on_s3() as bucket:
+    with s3_server.here("bucket") as bucket:
         path = f"{bucket}/{folder.name}"
         register(path, 0)
-        _be_busy()
+        s3_server.be_busy(3)
         register(path, 1)
-        _be_busy()
+        s3_server.be_busy(3)
         _to(path, 2)
         _check(path)
         state = Registry(path, MODEL).replayed()

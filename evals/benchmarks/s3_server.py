@@ -20,12 +20,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Generator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["conditional", "serving"]
+__all__ = ["be_busy", "conditional", "here", "serving"]
 
 _KEY, _SECRET = "key", "secret"
 _CHUNK_BYTES = 1 << 18
@@ -87,6 +88,31 @@ def conditional(bucket: str) -> Generator[dict[str, str]]:
     finally:
         server.kill()
         server.join()
+
+
+@contextlib.contextmanager
+def here(bucket: str) -> Generator[str]:
+    """`conditional` for this process and those that it starts; yields the URL of the bucket."""
+    import s3fs
+
+    with conditional(bucket) as environment:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        s3fs.S3FileSystem.clear_instance_cache()
+        try:
+            yield f"s3://{bucket}"
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def be_busy(seconds: float) -> None:
+    """Have the server of `here` answer 503 for so long."""
+    urllib.request.urlopen(f"{os.environ['AWS_ENDPOINT_URL']}/_busy?seconds={seconds:g}").close()  # noqa: S310 - ours
 
 
 def _serve_conditional(port: int, bucket: str) -> None:

@@ -29,7 +29,7 @@ def write_folder(path: str, location: str) -> int:
     digest = shards.manifest.digest.encode()
     folders = _folders(shards.manifest.class_names)
     there = storage.read_if_there(storage.join(location, _BEGUN))
-    if there is None and any(not name.endswith(".partial") for name in storage.list_names(location)):
+    if there is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
         raise DataError(f"{location} holds other files; choose another folder")
     if there is not None and there != digest:
         raise DataError(f"{location} holds another data set; choose another folder")

@@ -90,5 +90,6 @@ class PackedShard:
 
 
 def publish_manifest(path: str, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a data set."""
+    """Write the manifest, which makes the folder a data set; what killed writers left there goes."""
+    storage.remove_abandoned(path)
     storage.write_bytes(storage.join(path, MANIFEST_NAME), manifest.to_json())

@@ -21,10 +21,20 @@ from tarflow_scale.storage.files import (
     write_bytes,
     writing,
 )
-from tarflow_scale.storage.folders import FoundFile, exists, is_folder, list_names, list_sizes, remove_tree, walk
-from tarflow_scale.storage.paths import base_name, is_remote, join
+from tarflow_scale.storage.folders import (
+    FoundFile,
+    exists,
+    is_folder,
+    list_names,
+    list_sizes,
+    remove_abandoned,
+    remove_tree,
+    walk,
+)
+from tarflow_scale.storage.paths import PARTIAL, base_name, is_remote, join
 
 __all__ = [
+    "PARTIAL",
     "FoundFile",
     "base_name",
     "copy_file",
@@ -44,6 +54,7 @@ __all__ = [
     "read_many",
     "read_range",
     "remove",
+    "remove_abandoned",
     "remove_tree",
     "size_bytes",
     "walk",

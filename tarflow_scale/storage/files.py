@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from tarflow_scale.errors import StorageError
-from tarflow_scale.storage.paths import explained, filesystem, is_remote, local, local_name
+from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local, local_name
 
 __all__ = [
     "copy_file",
@@ -145,7 +145,7 @@ def writing(location: str) -> Generator[IO[bytes]]:
         target = local(location) if not is_remote(location) else None
         folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{uuid.uuid4().hex}.partial"
+        staged = folder / f".{uuid.uuid4().hex}{PARTIAL}"
         try:
             with staged.open("wb") as file:
                 yield file
@@ -198,7 +198,7 @@ def create(location: str, content: bytes) -> bool:
             return True
         target = local(location)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.parent / f".{uuid.uuid4().hex}.partial"
+        staged = target.parent / f".{uuid.uuid4().hex}{PARTIAL}"
         try:
             with staged.open("wb") as file:
                 file.write(content)

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tarflow_scale.storage.paths import explained, filesystem, is_remote, local
+from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local
 
-__all__ = ["FoundFile", "exists", "is_folder", "list_names", "list_sizes", "remove_tree", "walk"]
+__all__ = ["FoundFile", "exists", "is_folder", "list_names", "list_sizes", "remove_abandoned", "remove_tree", "walk"]
+
+_ABANDONED_SECONDS = 3600.0
 
 
 def exists(location: str) -> bool:
@@ -105,6 +108,17 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Gene
         elif entry.is_file():
             found = entry.stat()
             yield FoundFile(f"{prefix}{entry.name}", found.st_size, str(found.st_mtime_ns))
+
+
+def remove_abandoned(location: str) -> None:
+    """Remove what writers that were killed left directly below a folder: temporary files older than an hour."""
+    if is_remote(location):
+        return  # an object store shows whole files alone
+    with explained(location, "delete"):
+        for staged in local(location).glob(f".*{PARTIAL}"):
+            with suppress(FileNotFoundError):  # its writer lives after all, or another was faster
+                if time.time() - staged.stat().st_mtime > _ABANDONED_SECONDS:
+                    staged.unlink()
 
 
 def remove_tree(location: str) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from tarflow_scale.errors import StorageError, UserError
 
-__all__ = ["base_name", "explained", "filesystem", "is_remote", "join", "local", "local_name"]
+__all__ = ["PARTIAL", "base_name", "explained", "filesystem", "is_remote", "join", "local", "local_name"]
 
+PARTIAL = ".partial"
+"""End of the name of a local file that is being written."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -52,9 +54,26 @@ def filesystem(location: str) -> tuple[Any, str]:
     import fsspec  # here, because it costs a tenth of a second and local runs never need it
 
     try:
-        return fsspec.core.url_to_fs(location)
+        return fsspec.core.url_to_fs(location, **_patience(location))
     except (ImportError, ValueError) as error:
         raise StorageError(f"no file system for {location} ({error}); install the extra for it, e.g. [s3]") from error
+
+
+def _patience(location: str) -> dict[str, Any]:
+    """How long a client of S3 waits for a store that answers 503: about a minute, unless something else is configured.
+
+    Its own default is five attempts, which a store that is busy for some seconds can outlast.
+    """
+    import fsspec
+
+    configured = any("config_kwargs" in fsspec.config.conf.get(name, {}) for name in ("s3", "s3a"))
+    if (
+        not location.startswith(("s3://", "s3a://"))
+        or configured
+        or {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & {*os.environ}
+    ):
+        return {}
+    return {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}}}
 
 
 @contextmanager
