@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "all_reduce_sum",
+    "all_reduce_sum_with_gradient",
     "barrier",
     "broadcast_module",
     "check_equal",
@@ -66,6 +67,17 @@ def all_reduce_sum(values: "Tensor") -> "Tensor":
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_reduce_sum_with_gradient(values: "Tensor") -> "Tensor":
+    """Sum over ranks; its gradient is the sum of those of all ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values)  # pyright: ignore[reportReturnType]
 
 
 def broadcast_module(module: "Module") -> None:

@@ -19,8 +19,8 @@ from measuring import Figure, alternate, measure_step, synchronize, write_result
 
 from tarflow_scale.config import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
+from tarflow_scale.flows.cost import estimated_activation_bytes
 from tarflow_scale.flows.glow import Glow
-from tarflow_scale.flows.memory import estimated_activation_bytes
 
 LEVELS, WIDTH, IMAGE = 3, 512, 32
 BATCH = {"cpu": 8, "cuda": 64}

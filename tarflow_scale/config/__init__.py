@@ -10,7 +10,16 @@ from tarflow_scale.config.data import (
     SourceConfig,
     SplitConfig,
 )
-from tarflow_scale.config.flows import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config.flows import (
+    ContinuousConfig,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
 from tarflow_scale.config.leaderboards import LeaderboardConfig, PublishedRow, ReportOutputConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
@@ -67,6 +76,7 @@ __all__ = [
     "BrowseConfig",
     "CheckpointConfig",
     "ClusterConfig",
+    "ContinuousConfig",
     "ConvertConfig",
     "DataConfig",
     "DataSetConfig",
@@ -79,16 +89,19 @@ __all__ = [
     "GlowConfig",
     "GuardConfig",
     "Guidance",
+    "IAFConfig",
     "InceptionScoreProtocol",
     "KernelProtocol",
     "Labels",
     "LeaderboardConfig",
     "LoggingConfig",
+    "MAFConfig",
     "ManifoldProtocol",
     "MetricsConfig",
     "MixedDataSetConfig",
     "ModelConfig",
     "ModelsConfig",
+    "NICEConfig",
     "NoiseConfig",
     "OptimizerConfig",
     "ParallelismConfig",
@@ -96,6 +109,7 @@ __all__ = [
     "PromoteConfig",
     "Protocol",
     "PublishedRow",
+    "RealNVPConfig",
     "ReferenceConfig",
     "RegistryConfig",
     "ReportConfig",

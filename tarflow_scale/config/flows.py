@@ -6,7 +6,16 @@ from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Section
 
-__all__ = ["GlowConfig", "ModelConfig", "TarFlowConfig"]
+__all__ = [
+    "ContinuousConfig",
+    "GlowConfig",
+    "IAFConfig",
+    "MAFConfig",
+    "ModelConfig",
+    "NICEConfig",
+    "RealNVPConfig",
+    "TarFlowConfig",
+]
 
 
 class _FlowConfig(Section):
@@ -71,5 +80,87 @@ class GlowConfig(_FlowConfig):
     None is the published form, whose samples may overflow. Additive couplings have no scale."""
 
 
-ModelConfig = Annotated[TarFlowConfig | GlowConfig, Field(discriminator="kind")]
+class NICEConfig(_FlowConfig):
+    """NICE (arXiv 1410.8516); see `tarflow_scale.flows.nice`."""
+
+    kind: Literal["nice"] = "nice"
+    """Chooses this model; must be written."""
+    couplings: int = Field(default=4, ge=2)
+    """Additive couplings; even and odd dimensions take turns."""
+    width: int = Field(default=1000, ge=1)
+    """Units of a hidden layer."""
+    hidden_layers: int = Field(default=5, ge=1)
+    """Hidden layers of each coupling's network."""
+
+
+class RealNVPConfig(_FlowConfig):
+    """RealNVP (arXiv 1605.08803); see `tarflow_scale.flows.realnvp`."""
+
+    kind: Literal["realnvp"] = "realnvp"
+    """Chooses this model; must be written."""
+    levels: int = Field(ge=1)
+    """Levels; the image size must be a multiple of 2^(levels - 1)."""
+    width: int = Field(default=64, ge=1)
+    """Channels of the residual networks on the first level; each squeeze doubles them."""
+    residual_blocks: int = Field(default=4, ge=1)
+    """Residual blocks of each coupling's network."""
+    normalization: Literal["actnorm", "batch"] = "actnorm"
+    """Between couplings. ``actnorm``: a scale and a shift that are set from the first batch and learned from then on.
+    ``batch``: the published one, statistics of batches in training and running ones afterwards."""
+    log_scale_bound: float = Field(default=2.0, gt=0)
+    """Bound c of the log-scales, c tanh(raw / c)."""
+
+
+class _AutoregressiveConfig(_FlowConfig):
+    transforms: int = Field(default=5, ge=1)
+    """Autoregressive transformations; the order of dimensions is reversed from one to the next."""
+    hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 512), min_length=1)
+    """Units of the hidden layers of each masked network."""
+    label_width: int = Field(default=16, ge=1)
+    """Numbers that a label becomes at the input of every network."""
+
+
+class MAFConfig(_AutoregressiveConfig):
+    """Masked autoregressive flow (arXiv 1705.07057): scores in one pass; see `tarflow_scale.flows.autoregressive`."""
+
+    kind: Literal["maf"] = "maf"
+    """Chooses this model; must be written."""
+
+
+class IAFConfig(_AutoregressiveConfig):
+    """Inverse autoregressive flow (arXiv 1606.04934): samples in one pass; see `tarflow_scale.flows.autoregressive`."""
+
+    kind: Literal["iaf"] = "iaf"
+    """Chooses this model; must be written."""
+
+
+class ContinuousConfig(_FlowConfig):
+    """Continuous flow, FFJORD (arXiv 1810.01367); see `tarflow_scale.flows.continuous`."""
+
+    kind: Literal["continuous"] = "continuous"
+    """Chooses this model; must be written."""
+    width: int = Field(default=64, ge=1)
+    """Channels (of vectors: units) of the hidden layers of the dynamics."""
+    hidden_layers: int = Field(default=3, ge=1)
+    """Hidden layers of the dynamics."""
+    solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
+    """Adaptive (``dopri5``, ``bosh3``), or of fixed steps (``rk4``, ``midpoint``)."""
+    tolerance: float = Field(default=1e-5, gt=0)
+    """Relative and absolute error that an adaptive solver aims at; it also decides how exact the inverse is."""
+    num_steps: int = Field(default=20, ge=1)
+    """Steps of a solver of fixed ones."""
+    gradients: Literal["adjoint", "direct"] = "adjoint"
+    """``adjoint``: solved backwards, in memory that does not grow with steps. ``direct``: through the solver's own
+    operations, exact for what it computed."""
+    exact_trace_dims: int = Field(default=64, ge=0)
+    """In evaluation the trace is exact up to so many dimensions, and estimated by a probe above; in training it is
+    always estimated."""
+    max_evaluations: int = Field(default=2000, ge=1)
+    """A solve that needs more evaluations of the dynamics ends in an error."""
+
+
+ModelConfig = Annotated[
+    TarFlowConfig | GlowConfig | NICEConfig | RealNVPConfig | MAFConfig | IAFConfig | ContinuousConfig,
+    Field(discriminator="kind"),
+]
 """The flow to train."""

@@ -2,12 +2,25 @@
 
 from torch import Tensor, nn
 
-from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config import (
+    ContinuousConfig,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows.attention import TransformerLayer
+from tarflow_scale.flows.autoregressive import Autoregressive
+from tarflow_scale.flows.continuous import Continuous
 from tarflow_scale.flows.coupling import CouplingNetwork
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.glow import Glow
+from tarflow_scale.flows.nice import NICE, ShiftNetwork
+from tarflow_scale.flows.realnvp import RealNVP, ResidualNetwork
 from tarflow_scale.flows.tarflow import TarFlow
 
 __all__ = ["build"]
@@ -34,21 +47,38 @@ def build(config: ModelConfig, event_shape: tuple[int, int, int], num_classes: i
                 flow = TarFlow(event_shape, classes, **settings)
             case GlowConfig():
                 flow = Glow(event_shape, classes, **settings)
+            case NICEConfig():
+                flow = NICE(event_shape, classes, **settings)
+            case RealNVPConfig():
+                flow = RealNVP(event_shape, classes, **settings)
+            case MAFConfig() | IAFConfig():
+                flow = Autoregressive(event_shape, classes, inverse=config.kind == "iaf", **settings)
+            case ContinuousConfig():
+                flow = Continuous(event_shape, classes, **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config
     return flow
 
 
-def networks(module: nn.Module) -> list[TransformerLayer | CouplingNetwork]:
-    """The transformer layers and coupling networks inside a module: where a step spends its time."""
-    return [one for one in module.modules() if isinstance(one, TransformerLayer | CouplingNetwork)]
+Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ShiftNetwork
+
+
+def networks(module: nn.Module) -> list[Network]:
+    """The networks that the maps of a flow are made by: where a step spends its time."""
+    return [one for one in module.modules() if isinstance(one, Network)]
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
     """Weights of the linear maps inside the networks, but for those that make the parameters of an affine map."""
-    outer = {id(one.conv_out.weight) for one in networks(module) if isinstance(one, CouplingNetwork)}
-    return [p for one in networks(module) for p in one.parameters() if p.ndim in (2, 4) and id(p) not in outer]
+    last = (one.out if isinstance(one, ShiftNetwork) else getattr(one, "conv_out", None) for one in networks(module))
+    outer = {id(weight) for layer in last if layer is not None for weight in layer.parameters()}
+    return [
+        weight
+        for one in networks(module)
+        for name, weight in one.named_parameters()
+        if weight.ndim in (2, 4) and id(weight) not in outer and name != "class_embedding"
+    ]
 
 
 def compile_networks(module: nn.Module) -> None:

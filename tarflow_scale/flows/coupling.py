@@ -6,6 +6,7 @@ input, which a flow keeps at fp32 or wider under autocast; only the networks ins
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,8 +24,11 @@ __all__ = [
     "InvertibleConv",
     "Layer",
     "Leaves",
+    "Normalization",
     "ZeroConv",
+    "per_channel",
     "squeeze",
+    "statistics",
     "unsqueeze",
 ]
 
@@ -68,7 +72,27 @@ class Layer(nn.Module, ABC):
     def _invert(self, y: Tensor) -> Tensor: ...
 
 
-class ActNorm(Layer):
+def statistics(
+    x: Float[Tensor, "B C H W"], all_reduce: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Mean and variance of each channel over all ranks, in fp64; ``all_reduce`` sums over them."""
+    wide = x.double()
+    count = wide.new_full((1,), wide.shape[0] * wide.shape[2] * wide.shape[3])
+    sums = torch.cat([wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3)), count])
+    total, squares, count = all_reduce(sums).split([x.shape[1], x.shape[1], 1])
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0)
+
+
+class Normalization(Layer):
+    """A layer that is set from data before it is used."""
+
+    @abstractmethod
+    def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
+        """Set it from ``x``, one batch over all ranks (a rank may have none of it)."""
+
+
+class ActNorm(Normalization):
     """A scale and a shift per channel, ``y = (x + bias) exp(log_scale)``, set from data to mean 0 and deviation 1.
 
     The statistics of the first batch are summed over all ranks, so that ranks with different numbers of images agree
@@ -91,24 +115,19 @@ class ActNorm(Layer):
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
         """Set scale and shift from ``x``, one batch over all ranks (a rank may have none of it)."""
-        wide = x.double()
-        count = wide.new_full((1,), wide.shape[0] * wide.shape[2] * wide.shape[3])
-        sums = torch.cat([wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3)), count])
-        total, squares, count = all_reduce_sum(sums).split([x.shape[1], x.shape[1], 1])
-        mean = total / count
-        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        mean, variance = statistics(x, all_reduce_sum)
         self.bias.copy_(-mean)
-        self.log_scale.copy_(-torch.log(std + _STD_FLOOR))
+        self.log_scale.copy_(-torch.log(variance.sqrt() + _STD_FLOOR))
         self.initialized.fill_(True)
 
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_initialized()
-        y = (x + _per_channel(self.bias, x)) * _per_channel(self.log_scale.exp(), x)
+        y = (x + per_channel(self.bias, x)) * per_channel(self.log_scale.exp(), x)
         return y, (self.log_scale.sum() * (x.shape[2] * x.shape[3])).expand(len(x))
 
     def _invert(self, y: Tensor) -> Tensor:
         self._check_initialized()
-        return y * _per_channel((-self.log_scale).exp(), y) - _per_channel(self.bias, y)
+        return y * per_channel((-self.log_scale).exp(), y) - per_channel(self.bias, y)
 
     def _check_initialized(self) -> None:
         """Looks at the buffer until it is true, then never again: a look waits for the device."""
@@ -201,7 +220,7 @@ class ZeroConv(nn.Module):
     def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
         """Convolve and scale."""
         out = self.conv(h)
-        return out * _per_channel((_ZERO_CONV_GAIN * self.log_scale).exp(), out)
+        return out * per_channel((_ZERO_CONV_GAIN * self.log_scale).exp(), out)
 
 
 class CouplingNetwork(nn.Module):
@@ -300,5 +319,6 @@ def _uncouple(changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> Tenso
     return (changed if log_scale is None else changed * (-log_scale).exp()) - shift
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+def per_channel(values: Float[Tensor, " C"], like: Tensor) -> Float[Tensor, "C 1 1"]:
+    """A value of each channel, as it broadcasts against feature maps, in the precision of ``like``."""
     return values.to(like.dtype)[:, None, None]

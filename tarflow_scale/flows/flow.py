@@ -94,6 +94,7 @@ class Flow(nn.Module, ABC):
     """
 
     activation_choices: ClassVar[tuple[Activations, ...]] = ("keep", "checkpoint")
+    takes_guidance: ClassVar[bool] = True
 
     def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, logit_alpha: float | None) -> None:
         super().__init__()
@@ -159,10 +160,14 @@ class Flow(nn.Module, ABC):
 
     @activations.setter
     def activations(self, how: Activations) -> None:
+        self.check_activations(how)
+        self._activations = how
+
+    def check_activations(self, how: Activations) -> None:
+        """Raise ValueError where the model has no such way of the backward pass."""
         if how not in self.activation_choices:
             choices = ", ".join(self.activation_choices)
             raise ValueError(f"activations of {type(self).__name__} must be one of {choices} (got {how}); choose one")
-        self._activations = how
 
     @abstractmethod
     def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
@@ -315,6 +320,8 @@ class Flow(nn.Module, ABC):
         """
         if guidance is None or guidance.scale == 0:
             return False
+        if not self.takes_guidance:
+            raise ValueError(f"{type(self).__name__} has no guidance (got scale={guidance.scale}); set it to 0")
         if guidance.attention_temperature == 1.0:
             if self.num_classes is None:
                 raise ValueError(

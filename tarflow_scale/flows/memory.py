@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
 from tarflow_scale.flows.coupling import Coupling, Layer, Leaves
 from tarflow_scale.flows.flow import Activations
 
-__all__ = ["ANCHOR_EVERY", "checkpoint", "estimated_activation_bytes", "rebuild_run", "run_layers"]
+__all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 
 Group = Sequence[Layer]
 
@@ -74,35 +73,6 @@ def _run(layers: Sequence[Layer], h: Tensor) -> tuple[Tensor, Tensor]:
         h, layer_log_det = layer(h)
         log_det = log_det + layer_log_det
     return h, log_det
-
-
-def estimated_activation_bytes(
-    config: ModelConfig, event_shape: tuple[int, int, int], batch: int, activations: Activations, bf16: bool
-) -> float:
-    """About what a training step keeps for its backward pass, in bytes.
-
-    A transformer layer keeps about 18 vectors of its width per token, a step of Glow 6 of its width and 10 of its
-    channels per pixel; in bf16 the networks' part is half.
-    """
-    channels, height, width = event_shape
-    network = 2 if bf16 else 4
-    match config:
-        case TarFlowConfig():
-            vector = float(batch * (height // config.patch_size) * (width // config.patch_size) * config.width)
-            layers = sum(config.layers_per_block)
-            if activations == "keep":
-                return 18 * network * vector * layers
-            return 4 * vector * layers + 18 * network * vector
-        case GlowConfig():
-            total, largest, maps = 0.0, 0.0, 0.0
-            for level in range(config.levels):
-                at_level = channels * 2 ** (level + 2)
-                pixels = batch * (height >> (level + 1)) * (width >> (level + 1))
-                step = pixels * (6.0 * network * config.width + 40.0 * at_level)
-                total += config.steps_per_level * step
-                maps += config.steps_per_level * 4.0 * pixels * at_level
-                largest = max(largest, step)
-            return {"keep": total, "checkpoint": maps + largest, "rebuild": maps / ANCHOR_EVERY + largest}[activations]
 
 
 class _Rebuilt(torch.autograd.Function):

@@ -64,9 +64,9 @@ def _patience(location: str) -> dict[str, Any]:
 
     Its own default is five attempts, which a store that is busy for some seconds can outlast.
     """
-    import fsspec
+    from fsspec.config import conf
 
-    configured = any("config_kwargs" in fsspec.config.conf.get(name, {}) for name in ("s3", "s3a"))
+    configured = any("config_kwargs" in conf.get(name, {}) for name in ("s3", "s3a"))
     if (
         not location.startswith(("s3://", "s3a://"))
         or configured

@@ -2,8 +2,7 @@
 
 from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import TrainConfig
-from tarflow_scale.flows.cost import training_flops
-from tarflow_scale.flows.memory import estimated_activation_bytes
+from tarflow_scale.flows.cost import estimated_activation_bytes, training_flops
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, MixPart
 from tarflow_scale.shards.order import steps_per_epoch

@@ -11,9 +11,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config import (
+    ContinuousConfig,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
 from tarflow_scale.flows import Flow, Glow, TarFlow, build
-from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
+from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer, Normalization
+from tarflow_scale.flows.realnvp import BatchNorm, MaskedCoupling
+from tests.flows import conformance
 
 NUM_CLASSES = 3
 
@@ -29,6 +40,9 @@ class FlowCase:
         density_shape: an event of 2 to 4 dimensions on which the density is integrated.
         cautious: fragments of names of parameters that move less, lest the flow cannot be inverted in floats.
         activations: the ways of the backward pass that the flow has.
+        inverse, log_det: how far the inverse and the log-determinant may be off; those of a solver are not exact.
+        same_in_training: whether training and evaluation compute the same.
+        guided: whether the flow takes guidance.
     """
 
     name: str
@@ -37,6 +51,10 @@ class FlowCase:
     density_shape: tuple[int, int, int]
     cautious: tuple[str, ...]
     activations: tuple[str, ...]
+    inverse: float = conformance.EXACT
+    log_det: float = conformance.LOG_DET
+    same_in_training: bool = True
+    guided: bool = True
 
     @property
     def num_classes(self) -> int | None:
@@ -55,7 +73,8 @@ class FlowCase:
 
     def dense(self) -> Flow:
         """The flow on an event of so few dimensions that its density can be integrated."""
-        config = self.config.model_copy(update={"patch_size": 1} if self.config.kind == "tarflow" else {"levels": 1})
+        smaller = {"tarflow": {"patch_size": 1}, "glow": {"levels": 1}, "realnvp": {"levels": 1}}
+        config = self.config.model_copy(update=smaller.get(self.config.kind, {}))
         return replace(self, config=config, event_shape=self.density_shape).flow()
 
     def data(
@@ -101,6 +120,63 @@ def glow(name: str, **settings: object) -> FlowCase:
     )
 
 
+def realnvp(name: str, **settings: object) -> FlowCase:
+    base = {"kind": "realnvp", "levels": 2, "width": 4, "residual_blocks": 1}
+    batch = settings.get("normalization") == "batch"
+    return FlowCase(
+        name=f"realnvp_{name}",
+        config=RealNVPConfig.model_validate(base | settings),
+        event_shape=(1, 4, 6),
+        density_shape=(1, 1, 2),
+        cautious=("",),
+        activations=("keep",) if batch else ("keep", "checkpoint"),
+        same_in_training=not batch,
+    )
+
+
+def nice(name: str, **settings: object) -> FlowCase:
+    base = {"kind": "nice", "couplings": 3, "width": 8, "hidden_layers": 2}
+    return FlowCase(
+        name=f"nice_{name}",
+        config=NICEConfig.model_validate(base | settings),
+        event_shape=(1, 3, 5),
+        density_shape=(1, 1, 2),
+        cautious=(),
+        activations=("keep", "checkpoint"),
+        guided=False,
+    )
+
+
+def autoregressive(kind: str, name: str, **settings: object) -> FlowCase:
+    base = {"kind": kind, "transforms": 2, "hidden_widths": (16, 12), "label_width": 3}
+    config: type[ModelConfig] = {"maf": MAFConfig, "iaf": IAFConfig}[kind]  # type: ignore[assignment]
+    return FlowCase(
+        name=f"{kind}_{name}",
+        config=config.model_validate(base | settings),
+        event_shape=(1, 3, 3),
+        density_shape=(1, 1, 2),
+        cautious=("",),
+        activations=("keep", "checkpoint"),
+        guided=False,
+    )
+
+
+def continuous(name: str, **settings: object) -> FlowCase:
+    base = {"kind": "continuous", "width": 6, "hidden_layers": 1, "tolerance": 1e-8}
+    return FlowCase(
+        name=f"continuous_{name}",
+        config=ContinuousConfig.model_validate(base | settings),
+        event_shape=(1, 3, 3),
+        density_shape=(1, 1, 2),
+        cautious=(),
+        activations=("keep",),
+        inverse=1e-5,
+        log_det=1e-5,
+        same_in_training=False,
+        guided=False,
+    )
+
+
 FLOWS = [
     tarflow("affine", class_conditional=False),
     tarflow("conditional"),
@@ -121,6 +197,18 @@ FLOWS = [
     ),
     glow("published_scale", log_scale_bound=None, class_conditional=False),
     glow("logit", logit_alpha=1e-3, class_conditional=False),
+    realnvp("conditional"),
+    realnvp("unconditional", class_conditional=False),
+    realnvp("batch", normalization="batch"),
+    realnvp("logit", logit_alpha=0.05, class_conditional=False),
+    nice("conditional"),
+    nice("unconditional", class_conditional=False),
+    nice("logit", logit_alpha=0.05, class_conditional=False),
+    *(autoregressive(kind, "conditional") for kind in ("maf", "iaf")),
+    *(autoregressive(kind, "logit", logit_alpha=0.05, class_conditional=False) for kind in ("maf", "iaf")),
+    continuous("conditional"),
+    continuous("direct", gradients="direct", solver="rk4", num_steps=40),
+    continuous("logit", logit_alpha=0.05, class_conditional=False),
 ]
 """The flows."""
 
@@ -140,7 +228,7 @@ class LayerCase:
         hooks = [
             norm.register_forward_pre_hook(lambda module, arguments: module.initialize(arguments[0]))
             for norm in layer.modules()
-            if isinstance(norm, ActNorm)
+            if isinstance(norm, Normalization)
         ]
         layer(x)
         for hook in hooks:
@@ -164,6 +252,9 @@ LAYERS = [
     LayerCase("coupling_affine", lambda channels: Coupling(channels, 5, "affine")),
     LayerCase("coupling_bounded", lambda channels: Coupling(channels, 5, "affine", bound=0.7)),
     LayerCase("coupling_additive", lambda channels: Coupling(channels, 5, "additive")),
+    LayerCase("batch_norm", lambda channels: BatchNorm(channels).eval()),
+    LayerCase("masked_checkerboard", lambda channels: MaskedCoupling(channels, "checkerboard", 1, 5, 1, bound=2.0)),
+    LayerCase("masked_channels", lambda channels: MaskedCoupling(channels, "channels", 0, 5, 1, bound=2.0)),
 ]
 """The layers."""
 

@@ -5,7 +5,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tarflow_scale.config import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config import (
+    GlowConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
 from tarflow_scale.flows import build
 from tarflow_scale.flows.cost import forward_flops, tokens_per_image, training_flops
 
@@ -14,6 +21,9 @@ MODELS: list[ModelConfig] = [
     TARFLOW,
     TARFLOW.model_copy(update={"variant": "volume_preserving"}),
     GlowConfig(levels=3, steps_per_level=2, width=32, convolution="dense", class_conditional=False),
+    RealNVPConfig(levels=3, width=8, residual_blocks=2, class_conditional=False),
+    NICEConfig(couplings=3, width=20, hidden_layers=2, class_conditional=False),
+    MAFConfig(transforms=2, hidden_widths=(2304, 1500), class_conditional=False),
     GlowConfig(
         levels=2, steps_per_level=3, width=16, coupling="additive", convolution="dense", class_conditional=False
     ),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
-from tarflow_scale.flows.glow import GlowLevel
+from tarflow_scale.flows.multiscale import Level
 from tarflow_scale.flows.tarflow import TarFlowBlock
 from tests.flows import conformance
 from tests.flows.catalogue import FLOWS, LAYERS, FlowCase, LayerCase, feature_maps, moment_matched
@@ -68,7 +68,7 @@ def fails(check: Callable[[Flow], None], flow: Flow) -> bool:
         (InvertibleConv, "_map", 1, "glow_dense_additive"),
         (InvertibleConv, "_map", 1, "glow_lu_additive"),
         (Coupling, "_map", 1, "glow_dense_affine"),
-        (GlowLevel, "take_latents", 2, "glow_lu_additive"),
+        (Level, "take_latents", 2, "glow_lu_additive"),
     ],
 )
 def test_a_wrong_log_determinant_of_one_part_is_caught(

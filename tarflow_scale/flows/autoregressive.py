@@ -1,0 +1,128 @@
+"""Masked and inverse autoregressive flows on flattened events, by zuko's masked networks.
+
+A transformation shifts and scales each dimension by what a masked network reads from those before it,
+
+    v_i = u_i exp(a_i) + b_i,        a_i, b_i = network(u_1 .. u_(i-1)),        log|dv/du| = sum a
+
+with the order of dimensions reversed from one transformation to the next. All ``v`` come from all ``u`` in one pass of
+the network; ``u`` come from ``v`` one after the other, in D passes.
+
+* MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. It scores in one pass and samples in D.
+* IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it is for
+  variational posteriors, whose samples it scores as it makes them, more than for densities of data.
+
+A label enters every network as an input, a row of a learned table; a dropped one as the mean of all rows. There is no
+batch normalisation between transformations. Networks are in fp32 or wider also under autocast.
+
+Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.memory import checkpoint
+
+__all__ = ["Autoregressive"]
+
+
+class Autoregressive(Flow):
+    """A MAF, or an IAF if ``inverse``.
+
+    Args:
+        event_shape: of images or vectors; at least two dimensions.
+        num_classes: classes, or None for an unconditional model.
+        transforms: how many.
+        hidden_widths: of the hidden layers of each network.
+        label_width: numbers that a label becomes.
+        inverse: whether data are made in one pass from noise (IAF), or noise from data (MAF).
+        logit_alpha: see `Flow`.
+
+    Raises:
+        ConfigError: zuko is not installed.
+        ValueError: an event of one dimension.
+    """
+
+    takes_guidance = False
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        num_classes: int | None,
+        *,
+        transforms: int = 5,
+        hidden_widths: tuple[int, ...] = (512, 512),
+        label_width: int = 16,
+        inverse: bool = False,
+        logit_alpha: float | None = None,
+    ) -> None:
+        super().__init__(event_shape, num_classes, logit_alpha)
+        if self.num_dims < 2:
+            raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
+        try:
+            from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+        except ImportError as error:
+            raise ConfigError("model.kind=maf and iaf need zuko; pip install 'tarflow-scale[flows]'") from error
+        self.inverse_autoregressive = inverse
+        orders = (torch.arange(self.num_dims, device="cpu"), torch.arange(self.num_dims, device="cpu").flip(0))
+        with torch.device("cpu"):  # masks are computed, which the meta device cannot
+            self.transforms = nn.ModuleList(
+                MaskedAutoregressiveTransform(
+                    self.num_dims,
+                    context=label_width if num_classes else 0,
+                    order=orders[number % 2],  # pyright: ignore[reportArgumentType]
+                    hidden_features=hidden_widths,
+                )
+                for number in range(transforms)
+            )
+        self.class_embedding = None if num_classes is None else nn.Parameter(torch.randn(num_classes, label_width))
+
+    def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+        """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
+        with torch.autocast(h.device.type, enabled=False):
+            way = self._undo_all if self.inverse_autoregressive else self._do_all
+            return way(h.flatten(1), self._context(y, len(h)))
+
+    def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
+        """Noise to data; there is no guidance."""
+        with torch.autocast(z.device.type, enabled=False):
+            way = self._do_all if self.inverse_autoregressive else self._undo_all
+            return way(z, self._context(y, len(z)))[0].unflatten(1, self.event_shape)
+
+    def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All transformations, and log|dv/du|."""
+        log_det = u.new_zeros(len(u))
+        for transform in self.transforms:
+            u, more = self._run(_do, transform, u, context)
+            log_det = log_det + more
+        return u, log_det
+
+    def _undo_all(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Their inverses, and log|du/dv|."""
+        log_det = v.new_zeros(len(v))
+        for transform in reversed(list(self.transforms)):
+            v, more = self._run(_undo, transform, v, context)
+            log_det = log_det + more
+        return v, log_det
+
+    def _run(self, function: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
+        return checkpoint(function, *arguments) if recompute else function(*arguments)
+
+    def _context(self, y: Condition, num: int) -> Tensor | None:
+        return None if self.class_embedding is None else embed_labels(self.class_embedding, y).expand(num, -1)
+
+
+def _do(transform: Any, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    return transform(context).call_and_ladj(u)
+
+
+def _undo(transform: Any, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    given = transform(context)
+    u = given.inv(v)
+    return u, -given.log_abs_det_jacobian(u, v)

@@ -1,0 +1,234 @@
+"""What image flows of several resolutions share: levels, and the learned priors of what each gives out.
+
+An image passes L levels. Each maps feature maps by invertible layers, squeezes space into channels, and, but for the
+last, splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma and Dhariwal,
+arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation; they are
+standardised,
+
+    z = (h - mean) exp(-log_std),        log|det| -= sum log_std
+
+so ``z`` is standard normal as a whole and one temperature acts on every level.
+
+Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflow_scale.config import Guidance
+from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
+from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.memory import ANCHOR_EVERY, run_layers
+
+__all__ = ["Level", "MultiScaleFlow", "Prior", "Step"]
+
+Groups = Sequence[Sequence[Layer]]
+
+
+class Prior(nn.Module):
+    """Mean and log-deviation of latents, given the features that go on and the label.
+
+    Args:
+        context_channels: channels of those features; 0 for the last level, which has none and learns constants.
+        channels: of the latents.
+        num_classes: classes, or None.
+    """
+
+    def __init__(self, context_channels: int, channels: int, num_classes: int | None) -> None:
+        super().__init__()
+        self.network = ZeroConv(context_channels, 2 * channels) if context_channels else None
+        self.constant = None if context_channels else nn.Parameter(torch.zeros(2 * channels))
+        self.class_embedding = None if num_classes is None else nn.Parameter(torch.zeros(num_classes, 2 * channels))
+
+    def forward(self, context: Tensor | None, y: Condition) -> tuple[Tensor, Tensor]:
+        """Mean and log-deviation, ``(B or 1, C, H or 1, W or 1)``, in fp32 or wider."""
+        if self.network is not None:
+            assert context is not None
+            out = self.network(context).to(context.dtype)
+        else:
+            assert self.constant is not None
+            out = self.constant[None, :, None, None]
+        if self.class_embedding is not None:
+            out = out + embed_labels(self.class_embedding, y)[:, :, None, None]
+        mean, log_std = out.chunk(2, dim=1)
+        return mean, log_std
+
+
+class Step(nn.Module):
+    """Layers that belong together: the unit that is checkpointed, and counted between anchors."""
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, in the direction from data to noise."""
+        raise NotImplementedError
+
+
+class Level(nn.Module):
+    """Steps before and after a squeeze, and the prior of what this level gives out as latents.
+
+    Args:
+        steps: after the squeeze.
+        channels: there.
+        split: whether half of the channels go on to another level.
+        num_classes: classes, or None.
+        before: steps before the squeeze.
+        squeezes: whether there is a squeeze.
+        prior_sees_rest: whether a convolution reads the prior from the half that goes on; else it is constant.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        channels: int,
+        split: bool,
+        num_classes: int | None,
+        before: Sequence[Step] = (),
+        squeezes: bool = True,
+        prior_sees_rest: bool = True,
+    ) -> None:
+        super().__init__()
+        if before:
+            self.before = nn.ModuleList(before)
+        self.steps = nn.ModuleList(steps)
+        self.squeezes = squeezes
+        self.passed_on = channels // 2 if split else 0
+        self.prior = Prior(self.passed_on if prior_sees_rest else 0, channels - self.passed_on, num_classes)
+        self._prior_sees_rest = prior_sees_rest
+        self._groups_before = [step.layers() for step in before]
+        self._groups = [step.layers() for step in steps]
+
+    def groups_before(self) -> Groups:
+        """Layers of each step before the squeeze."""
+        return self._groups_before
+
+    def groups(self) -> Groups:
+        """Layers of each step after the squeeze."""
+        return self._groups
+
+    def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Split ``h`` into what goes on (None at the last level) and standardised latents; and the log-determinant."""
+        context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
+        mean, log_std = self.prior(self._seen(context), y)
+        with torch.autocast(h.device.type, enabled=False):
+            z = (latents - mean) * torch.exp(-log_std)
+            log_det = -log_std.expand_as(latents).sum(dim=(1, 2, 3))
+        return context, z, log_det
+
+    def give_latents(self, z: Tensor, context: Tensor | None, y: Condition, guidance: Guidance | None) -> Tensor:
+        """Inverse of `take_latents`; ``guidance`` is None or has an effect."""
+        mean, log_std = self.prior(self._seen(context), y)
+        if guidance is not None:
+            weak_mean, weak_log_std = self.prior(self._seen(context), None)
+            if guidance.what in ("both", "mean"):
+                mean = mean + guidance.scale * (mean - weak_mean)
+            if guidance.what in ("both", "log_scale"):
+                log_std = log_std + guidance.scale * (log_std - weak_log_std)
+        latents = z * torch.exp(log_std) + mean
+        return latents if context is None else torch.cat([context, latents], dim=1)
+
+    def _seen(self, context: Tensor | None) -> Tensor | None:
+        return context if self._prior_sees_rest else None
+
+
+class MultiScaleFlow(Flow):
+    """A flow of `Level`.
+
+    Args:
+        event_shape: ``(C, H, W)``.
+        num_classes: classes, or None for an unconditional model.
+        logit_alpha: see `Flow`.
+    """
+
+    def __init__(self, event_shape: tuple[int, int, int], num_classes: int | None, logit_alpha: float | None) -> None:
+        super().__init__(event_shape, num_classes, logit_alpha)
+        self.anchor_every = ANCHOR_EVERY
+        """Groups between anchors when activations are rebuilt."""
+        self.levels = nn.ModuleList()
+        self.latent_shapes: list[tuple[int, int, int]] = []
+        """Shape of the latents that each level gives out; ``z`` is these, flattened and laid end to end."""
+
+    def add_level(self, level: Level, channels: int, height: int, width: int) -> None:
+        """Add a level that has feature maps of this shape in the end."""
+        self.levels.append(level)
+        self.latent_shapes.append((channels - level.passed_on, height, width))
+
+    @torch.no_grad()
+    def initialize(self, x: Float[Tensor, "B c H W"], y: Condition = None) -> None:
+        """Set every normalisation from ``x``, this rank's part of one batch; all ranks must call."""
+        norms = [module for module in self.modules() if isinstance(module, Normalization)]
+        hooks = [norm.register_forward_pre_hook(_initialize_norm) for norm in norms]
+        try:
+            self(x, y)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+        """Data to noise: ``z (B, D)``, level after level, and ``log_det (B,)`` in nats."""
+        log_det, latents = h.new_zeros(len(h)), list[Tensor]()
+        passed_on: Tensor | None = h
+        for level in self._levels():
+            assert passed_on is not None
+            mapped, log_det = self._run(level.groups_before(), passed_on, log_det)
+            mapped, log_det = self._run(level.groups(), squeeze(mapped) if level.squeezes else mapped, log_det)
+            passed_on, z, prior_log_det = level.take_latents(mapped, y)
+            latents.append(z.flatten(1))
+            log_det = log_det + prior_log_det
+        return torch.cat(latents, dim=1), log_det
+
+    def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
+        """Noise to data.
+
+        Guidance moves the means and log-deviations of the priors, where the label enters; it has no effect on a
+        model without classes.
+        """
+        parts = z.split([c * h * w for c, h, w in self.latent_shapes], dim=1)
+        h: Tensor | None = None
+        for level, part, shape in zip(
+            reversed(self._levels()), reversed(parts), reversed(self.latent_shapes), strict=True
+        ):
+            h = level.give_latents(part.unflatten(1, shape), h, y, guidance)
+            h = _undo(level.groups(), h)
+            h = _undo(level.groups_before(), unsqueeze(h) if level.squeezes else h)
+        assert h is not None
+        return h
+
+    def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
+        """As `Flow.is_guided`; it takes classes, and there are no tokens to anneal over and no attention.
+
+        Raises:
+            ValueError: guidance without classes or labels, or settings that are TarFlow's.
+        """
+        if guidance is None or guidance.scale == 0:
+            return False
+        if self.num_classes is None or y is None:
+            raise ValueError(
+                f"guidance of {type(self).__name__} needs classes and labels (got scale={guidance.scale}); set it to 0"
+            )
+        if guidance.annealed or guidance.attention_temperature != 1:
+            raise ValueError(
+                f"annealed and attention_temperature have no effect on {type(self).__name__} (got "
+                f"{guidance.annealed} and {guidance.attention_temperature}); leave them out"
+            )
+        return True
+
+    def _run(self, groups: Groups, h: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        h, more = run_layers(groups, h, self.activations, self.anchor_every)
+        return h, log_det + more
+
+    def _levels(self) -> list[Level]:
+        return list(self.levels)  # pyright: ignore[reportReturnType]
+
+
+def _undo(groups: Groups, h: Tensor) -> Tensor:
+    for group in reversed(groups):
+        for layer in reversed(group):
+            h = layer.inverse(h)
+    return h
+
+
+def _initialize_norm(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    assert isinstance(norm, Normalization)
+    norm.initialize(arguments[0])

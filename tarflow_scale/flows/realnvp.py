@@ -1,0 +1,261 @@
+"""RealNVP for images: masked affine couplings with residual networks, on several scales.
+
+Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803. Each level but the last has three couplings whose
+masks are checkerboards, a squeeze, and three whose masks are halves of the channels; half of the channels then go on.
+The last level has four checkerboards and no squeeze (their section 3.6). A coupling keeps what its mask m shows and
+changes the rest,
+
+    y = m x + (1 - m) (x exp(s) + t),        log|det| = sum (1 - m) s,        s, t = network(m x)
+
+After each is a normalisation (section 3.7). ``batch`` is the published one: in training it takes the statistics of
+the batch, of all ranks together, mixed into the running ones, and lets gradients pass through the batch's part; in
+evaluation it takes the running ones, and only then is the log-determinant that of a function of one image.
+
+What differs from the published model: log-scales are bounded as c tanh(raw / c), without a learned c; residual
+networks are normalised by ActNorm, not by weight and batch normalisation, so that a batch is never needed to evaluate
+one image; their last convolution starts at zero; latents have a learned mean and deviation per channel, which a label
+shifts, as in Glow; averages of weights keep the running statistics of the weights themselves.
+
+Shapes: B batch, C channels, H W pixels. log_det: nats, summed over dimensions.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflow_scale.distributed import all_reduce_sum, all_reduce_sum_with_gradient
+from tarflow_scale.flows.coupling import ActNorm, Layer, Normalization, ZeroConv, per_channel, statistics
+from tarflow_scale.flows.flow import Activations
+from tarflow_scale.flows.multiscale import Level, MultiScaleFlow, Step
+
+__all__ = [
+    "CHANNEL_MASKS",
+    "CHECKERBOARDS",
+    "LAST_CHECKERBOARDS",
+    "BatchNorm",
+    "MaskedCoupling",
+    "RealNVP",
+    "ResidualNetwork",
+]
+
+CHECKERBOARDS, CHANNEL_MASKS, LAST_CHECKERBOARDS = 3, 3, 4
+"""Couplings of a level before and after its squeeze, and of the last level."""
+_BATCH_SHARE = 0.1
+"""Of the batch in the statistics that a training step uses and keeps."""
+_VARIANCE_FLOOR = 1e-5
+
+
+class BatchNorm(Normalization):
+    """Every channel to mean 0 and deviation 1, by statistics of batches in training and running ones otherwise.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.running_mean: Tensor
+        self.running_variance: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_variance", torch.ones(channels))
+
+    @torch.no_grad()
+    def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
+        """Start the running statistics at those of ``x``."""
+        mean, variance = statistics(x, all_reduce_sum)
+        self.running_mean.copy_(mean)
+        self.running_variance.copy_(variance)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = self._mixed(x) if self.training else (self.running_mean, self.running_variance)
+        log_scale = -0.5 * torch.log(variance + _VARIANCE_FLOOR)
+        y = (x - per_channel(mean, x)) * per_channel(log_scale.exp(), x)
+        return y, (log_scale.sum() * (x.shape[2] * x.shape[3])).to(x.dtype).expand(len(x))
+
+    def _invert(self, y: Tensor) -> Tensor:
+        std = (self.running_variance + _VARIANCE_FLOOR).sqrt()
+        return y * per_channel(std, y) + per_channel(self.running_mean, y)
+
+    def _mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = statistics(x, all_reduce_sum_with_gradient)
+        kept = (self.running_mean, self.running_variance)
+        # Buffers are written only once the graph holds what it needs of them, so copies of them go into it.
+        mean, variance = (torch.lerp(old.to(new), new, _BATCH_SHARE) for old, new in zip(kept, found, strict=True))
+        with torch.no_grad():
+            for old, new in zip(kept, (mean, variance), strict=True):
+                old.copy_(new)
+        return mean, variance
+
+
+class ResidualNetwork(nn.Module):
+    """A convolution, residual blocks of two, and one that starts at zero.
+
+    Args:
+        inputs, outputs: channels.
+        width: channels in between.
+        blocks: how many.
+    """
+
+    def __init__(self, inputs: int, outputs: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(inputs, width, kernel_size=3, padding=1)
+        self.blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(blocks))
+        self.norm_out = ActNorm(width)
+        self.conv_out = ZeroConv(width, outputs)
+
+    def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
+        """What a coupling makes its log-scale and shift of."""
+        h = self.conv_in(h)
+        for block in self.blocks:
+            h = block(h)
+        return self.conv_out(F.relu(self.norm_out(h)[0]))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(ActNorm(width) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        change = h
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            change = conv(F.relu(norm(change)[0]))
+        return h + change
+
+
+class MaskedCoupling(Layer):
+    """An affine coupling that changes what its mask hides.
+
+    Args:
+        channels: C.
+        pattern: ``checkerboard`` over pixels, or ``channels``: halves of them.
+        parity: which of the two complementary masks.
+        width, blocks: of the network.
+        bound: c of the log-scales.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        pattern: Literal["checkerboard", "channels"],
+        parity: int,
+        width: int,
+        blocks: int,
+        bound: float,
+    ) -> None:
+        super().__init__()
+        self.pattern = pattern
+        self.parity = parity
+        self.bound = bound
+        self.network = ResidualNetwork(channels, 2 * channels, width, blocks)
+
+    def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_and_log_scale(x)
+        return x * log_scale.exp() + shift, log_scale.sum(dim=(1, 2, 3))
+
+    def _invert(self, y: Tensor) -> Tensor:
+        shift, log_scale = self._shift_and_log_scale(y)
+        return (y - shift) * (-log_scale).exp()
+
+    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both are 0 where the mask shows ``x``, which therefore is the same before and after."""
+        mask = self._mask(x)
+        shift, raw = self.network(mask * x).to(x.dtype).chunk(2, dim=1)
+        return (1 - mask) * shift, (1 - mask) * self.bound * torch.tanh(raw / self.bound)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """1 where ``x`` is kept; ``(C, 1, 1)`` or ``(1, H, W)``."""
+        _, channels, height, width = x.shape
+        if self.pattern == "channels":
+            first = torch.arange(channels, device=x.device)[:, None, None] < channels // 2
+            return (first == (self.parity == 0)).to(x.dtype)
+        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return ((rows[:, None] + columns + self.parity) % 2 == 0)[None].to(x.dtype)
+
+
+class _Step(Step):
+    """A coupling and a normalisation."""
+
+    def __init__(self, couple: MaskedCoupling, norm: Normalization) -> None:
+        super().__init__()
+        self.couple = couple
+        self.norm = norm
+
+    def layers(self) -> tuple[Layer, ...]:
+        return (self.couple, self.norm)
+
+
+class RealNVP(MultiScaleFlow):
+    """A multi-scale flow of masked couplings.
+
+    Args:
+        event_shape: ``(C, H, W)``; H and W must be multiples of ``2^(levels - 1)``.
+        num_classes: classes, or None for an unconditional model.
+        levels: how many.
+        width: channels of the networks on the first level; each squeeze doubles them.
+        residual_blocks: of each network.
+        normalization: after each coupling; see the module.
+        log_scale_bound: c.
+        logit_alpha: see `Flow`.
+
+    Raises:
+        ValueError: when the image cannot be squeezed so often, or has a single pixel.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, int, int],
+        num_classes: int | None,
+        *,
+        levels: int,
+        width: int = 64,
+        residual_blocks: int = 4,
+        normalization: Literal["actnorm", "batch"] = "actnorm",
+        log_scale_bound: float = 2.0,
+        logit_alpha: float | None = None,
+    ) -> None:
+        super().__init__(event_shape, num_classes, logit_alpha)
+        self.normalization = normalization
+        channels, rows, columns = event_shape
+        factor = 2 ** (levels - 1)
+        if rows % factor or columns % factor or rows * columns == factor**2:
+            raise ValueError(
+                f"image height and width must be multiples of 2^(model.levels - 1), and one of them a larger one (got "
+                f"{rows}x{columns} and {factor}); choose fewer levels"
+            )
+
+        def steps(pattern: Literal["checkerboard", "channels"], num: int) -> list[_Step]:
+            norm = ActNorm if normalization == "actnorm" else BatchNorm
+            return [
+                _Step(
+                    MaskedCoupling(channels, pattern, number % 2, width, residual_blocks, log_scale_bound),
+                    norm(channels),
+                )
+                for number in range(num)
+            ]
+
+        for _ in range(levels - 1):
+            before = steps("checkerboard", CHECKERBOARDS)
+            channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
+            after = steps("channels", CHANNEL_MASKS)
+            level = Level(after, channels, True, num_classes, before, prior_sees_rest=False)
+            self.add_level(level, channels, rows, columns)
+            channels = level.passed_on
+        last = steps("checkerboard", LAST_CHECKERBOARDS)
+        self.add_level(
+            Level(last, channels, False, num_classes, squeezes=False, prior_sees_rest=False), channels, rows, columns
+        )
+
+    def check_activations(self, how: Activations) -> None:
+        """As `Flow.check_activations`; a batch that is looked at again would count twice in running statistics.
+
+        Raises:
+            ValueError: this model has no such way.
+        """
+        super().check_activations(how)
+        if how != "keep" and self.normalization == "batch":
+            raise ValueError(f"normalization=batch keeps its activations (got {how}); use keep, or actnorm")
