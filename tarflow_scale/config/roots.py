@@ -13,7 +13,7 @@ from tarflow_scale.config.data import (
     SourceConfig,
     SplitConfig,
 )
-from tarflow_scale.config.flows import ModelConfig
+from tarflow_scale.config.flows import ModelConfig, RealNVPConfig
 from tarflow_scale.config.leaderboards import ReportOutputConfig
 from tarflow_scale.config.sections import (
     BrowseConfig,
@@ -102,10 +102,35 @@ class TrainConfig(Root):
                 f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
                 f"{self.training.noise.kind}); remove either"
             )
-        if self.parallelism.activations == "rebuild" and self.model.kind != "glow":
+        return self
+
+    @model_validator(mode="after")
+    def _model_allows(self) -> Self:
+        kind, parallelism = self.model.kind, self.parallelism
+        if parallelism.activations == "rebuild" and kind != "glow":
             raise ValueError(
                 f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
-                f"{self.model.kind}); use checkpoint"
+                f"{kind}); use checkpoint"
+            )
+        batch = isinstance(self.model, RealNVPConfig) and self.model.normalization == "batch"
+        if (batch or kind == "continuous") and parallelism.activations != "keep":
+            raise ValueError(
+                f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
+                f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
+            )
+        if kind == "continuous" and parallelism.zero_stage == 3:
+            raise ValueError(
+                "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
+            )
+        if kind in ("maf", "iaf", "continuous") and (parallelism.compile or self.optimizer.kind == "muon"):
+            raise ValueError(
+                f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them "
+                f"out"
+            )
+        if kind not in ("tarflow", "glow", "realnvp") and self.logging.preview_guidance > 0:
+            raise ValueError(
+                f"logging.preview_guidance has no effect on model.kind={kind} (got {self.logging.preview_guidance}); "
+                f"set it to 0"
             )
         return self
 

@@ -150,6 +150,10 @@ class Flow(nn.Module, ABC):
         h = (decode or self.decode)(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
+    def diagnostics(self) -> dict[str, float]:
+        """Figures of the latest `forward` that belong into a training log; most flows have none."""
+        return {}
+
     @property
     def activations(self) -> Activations:
         """How the backward pass gets its activations; changes memory and time, never a result.

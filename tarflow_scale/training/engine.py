@@ -307,6 +307,10 @@ class Engine:
             for name in self.names:
                 self.set_working_copy(name, kept[name] if kept is not None else self.full_weight(name))
 
+    def diagnostics(self) -> dict[str, float]:
+        """What the flow says of its latest pass on this rank."""
+        return self._module.flow.diagnostics()
+
     def buffers(self) -> dict[str, Tensor]:
         """Buffers by name; equal on all ranks, because the flow writes them before the engine starts."""
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}

@@ -245,6 +245,7 @@ class Loop:
             "peak_memory_bytes": telemetry.peak_memory_bytes(self.engine.device.type),
             "seconds": progress.elapsed,
             **speed,
+            **self.engine.diagnostics(),
         }
         if validated is not None:
             record |= {"validation_nats_per_dim": validated, "validation_bits_per_dim": self._bits(validated)}

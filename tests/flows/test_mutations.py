@@ -9,6 +9,7 @@ from torch import Tensor
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
 from tarflow_scale.flows.multiscale import Level
+from tarflow_scale.flows.realnvp import BatchNorm, MaskedCoupling
 from tarflow_scale.flows.tarflow import TarFlowBlock
 from tests.flows import conformance
 from tests.flows.catalogue import FLOWS, LAYERS, FlowCase, LayerCase, feature_maps, moment_matched
@@ -36,7 +37,12 @@ def flow_checks(case: FlowCase) -> dict[str, Callable[[Flow], None]]:
     }
 
 
-CASES = [case for case in FLOWS if case.name in ("tarflow_conditional", "tarflow_volume_preserving", "glow_lu_affine")]
+CASES = [
+    case
+    for case in FLOWS
+    if case.name in ("tarflow_conditional", "tarflow_volume_preserving", "glow_lu_affine", "realnvp_conditional")
+    or case.name in ("nice_conditional", "maf_logit", "iaf_conditional")
+]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -69,6 +75,8 @@ def fails(check: Callable[[Flow], None], flow: Flow) -> bool:
         (InvertibleConv, "_map", 1, "glow_lu_additive"),
         (Coupling, "_map", 1, "glow_dense_affine"),
         (Level, "take_latents", 2, "glow_lu_additive"),
+        (MaskedCoupling, "_map", 1, "realnvp_conditional"),
+        (BatchNorm, "_map", 1, "realnvp_batch"),
     ],
 )
 def test_a_wrong_log_determinant_of_one_part_is_caught(

@@ -104,6 +104,24 @@ def test_ranks_and_accumulation_change_rounding_only(
     assert three[variant]["losses"] == pytest.approx(expected[:25], rel=1e-4)
 
 
+# --- the rest of the family
+
+FAMILY = [f"stage={stage},flow={flow}" for flow in ("realnvp", "nice", "maf") for stage in (0, 2, 3)]
+
+
+@distributed
+def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(folder: Path) -> None:
+    """RealNVP normalises by statistics of the whole batch, which every rank has a part of."""
+    two = ranks(2, "curves", folder / "family2.json", 15, *FAMILY)
+    one = ranks(1, "curves", folder / "family1.json", 15, *FAMILY[::3])
+    for variant in FAMILY:
+        first = f"stage=0,{variant.partition(',')[2]}"
+        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=3e-7), variant
+        assert max(two[variant]["average_errors"]) < 1e-6
+        assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
+        assert two[first]["losses"][-1] < two[first]["losses"][0]
+
+
 # --- settings that must not change the result
 
 SAME = [

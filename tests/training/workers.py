@@ -17,8 +17,12 @@ from tarflow_scale import distributed
 from tarflow_scale.config import (
     CheckpointConfig,
     GlowConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
     OptimizerConfig,
     ParallelismConfig,
+    RealNVPConfig,
     TarFlowConfig,
     TrainingConfig,
 )
@@ -37,6 +41,15 @@ BATCH = 12
 HALF_LIVES = (60, 240)
 UNEVEN = {1: (12,), 2: (7, 5), 3: (8, 4, 0)}
 """Images of each rank in the initialisation of ActNorm, by the number of ranks."""
+
+
+CONFIGS: dict[str, ModelConfig] = {
+    "tarflow": TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1, 1)),
+    "glow": GlowConfig(levels=2, steps_per_level=3, width=8),
+    "realnvp": RealNVPConfig(levels=2, width=8, residual_blocks=1, normalization="batch"),
+    "nice": NICEConfig(width=16, hidden_layers=2),
+    "maf": MAFConfig(transforms=2, hidden_widths=(24,)),
+}
 
 
 @dataclass
@@ -60,12 +73,9 @@ class Variant:
 
 
 def small_flow(kind: str) -> Flow:
-    """Freshly initialised; Glow on the first global batch, of which each rank has an uneven part."""
+    """Freshly initialised on the first global batch, of which each rank has an uneven part."""
     torch.manual_seed(0)
-    if kind == "tarflow":
-        config = TarFlowConfig(kind="tarflow", patch_size=2, width=16, head_width=8, layers_per_block=(1, 1))
-        return build(config, (1, 4, 4), 3)
-    flow = build(GlowConfig(kind="glow", levels=2, steps_per_level=3, width=8), (1, 4, 4), 3)
+    flow = build(CONFIGS[kind], (1, 4, 4), 3)
     x, y = global_batch(0)
     sizes = UNEVEN[distributed.world_size()]
     start = sum(sizes[: distributed.rank()])
@@ -76,7 +86,7 @@ def small_flow(kind: str) -> Flow:
 
 def small_engine(variant: Variant, device: torch.device) -> Engine:
     flow = small_flow(variant.flow)
-    if variant.flow == "glow":
+    if variant.flow != "tarflow":
         moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
     flow.activations = variant.activations  # type: ignore[assignment]
     micro = BATCH // distributed.world_size() // variant.accumulation

@@ -1,0 +1,56 @@
+"""MAF and IAF: what sees what, and zuko's own numbers."""
+
+import pytest
+import torch
+import zuko
+
+from tarflow_scale.flows.autoregressive import Autoregressive
+from tests.flows.catalogue import moved
+
+
+def flow(inverse: bool, transforms: int = 1, num_classes: int | None = None) -> Autoregressive:
+    torch.manual_seed(0)
+    made = Autoregressive((5,), num_classes, transforms=transforms, hidden_widths=(64, 48), inverse=inverse).double()
+    moved(made, ("",))
+    return made
+
+
+def jacobians_of(made: Autoregressive) -> torch.Tensor:
+    """Largest size of every entry over 20 places; at one of them a unit may be off."""
+    found = [
+        torch.autograd.functional.jacobian(lambda v: made(v[None])[0][0], x).abs()
+        for x in torch.randn(20, 5, dtype=torch.float64)
+    ]
+    return torch.stack(found).amax(dim=0)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_dimension_sees_those_before_it_exactly(inverse: bool) -> None:
+    seen = jacobians_of(flow(inverse))
+    assert (seen.triu(1) == 0).all()  # not close to: exactly
+    assert (seen.tril() != 0).sum() == 15
+    assert (jacobians_of(flow(inverse, transforms=2)) != 0).all()  # the second goes the other way
+
+
+def test_it_is_zukos_density() -> None:
+    made = flow(False, transforms=3)
+    theirs = zuko.flows.MAF(5, 0, transforms=3, hidden_features=(64, 48)).double()
+    theirs.transform.transforms.load_state_dict(made.transforms.state_dict())
+    x = torch.randn(7, 5, dtype=torch.float64)
+    assert torch.allclose(made.log_prob(x), theirs().log_prob(x), atol=1e-12, rtol=0)
+
+
+def test_an_iaf_is_a_maf_the_other_way_round() -> None:
+    maf, iaf = flow(False, 2, 3), flow(True, 2, 3)
+    iaf.load_state_dict(maf.state_dict())
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, -1, 2, 1])
+    z, log_det = maf(x, y)
+    assert torch.allclose(iaf.inverse(x, y), z, atol=1e-12)
+    back, back_log_det = iaf(z, y)
+    assert torch.allclose(back, x, atol=1e-10)
+    assert torch.allclose(back_log_det, -log_det, atol=1e-10)
+
+
+def test_one_dimension_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
+        Autoregressive((1,), None)

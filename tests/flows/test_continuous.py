@@ -1,0 +1,101 @@
+"""The continuous flow: its trace, its gradients, its bookkeeping, and how it fails."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tarflow_scale.errors import NumericsError
+from tarflow_scale.flows import standard_normal_log_prob
+from tarflow_scale.flows.continuous import Continuous
+from tests.flows.catalogue import moved
+
+
+def flow(shape: tuple[int, ...] = (4,), **settings: Any) -> Continuous:
+    torch.manual_seed(0)
+    base: dict[str, Any] = {"width": 8, "hidden_layers": 2, "tolerance": 1e-9}
+    made = Continuous(shape, None, **(base | settings)).double()
+    moved(made, ())
+    return made.eval()
+
+
+def test_hutchinsons_estimate_is_unbiased() -> None:
+    made, x = flow(tolerance=1e-6), torch.randn(1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        exact = float(made(x)[1])
+        made.train()
+        torch.manual_seed(1)
+        found = torch.cat([made(x.expand(50, -1))[1] for _ in range(4)])
+    assert found.std() > 1e-3  # it is an estimate
+    assert abs(float(found.mean()) - exact) < 3 * float(found.std()) / len(found) ** 0.5
+
+
+def test_a_probe_is_kept_for_a_whole_solve_and_in_evaluation_for_all_samples() -> None:
+    made = flow((1, 3, 3), exact_trace_dims=0, tolerance=1e-6)
+    x = torch.randn(3, 1, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        together, again = made(x)[1], made(x)[1]
+        alone = torch.cat([made(one[None])[1] for one in x])
+    assert torch.equal(together, again)
+    assert torch.allclose(together, alone, atol=1e-4)
+    torch.manual_seed(3)
+    probe = made.train()._probe(x)
+    assert probe is not None
+    assert set(probe.unique().tolist()) == {-1.0, 1.0}
+    assert not torch.equal(probe[0], probe[1])
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_the_adjoint_has_the_gradients_of_the_solver_itself(solver: str) -> None:
+    found = []
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for gradients in ("adjoint", "direct"):
+        made = flow(solver=solver, gradients=gradients, num_steps=60)
+        z, log_det = made(x.requires_grad_())
+        loss = -(standard_normal_log_prob(z) + log_det).mean()
+        wanted = (x, *made.parameters())
+        found.append(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+    for adjoint, direct in zip(*found, strict=True):
+        assert (adjoint - direct).abs().max() < 1e-5
+    assert max(float(one.abs().max()) for one in found[0]) > 1e-2
+
+
+def test_the_trace_is_that_of_the_exact_jacobian_under_any_solver() -> None:
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for solver in ("dopri5", "bosh3", "rk4", "midpoint"):
+        made = flow(solver=solver, num_steps=400, tolerance=1e-9, max_evaluations=100_000)
+        log_det = made(x)[1]
+        for i in range(2):
+            jacobian = torch.autograd.functional.jacobian(lambda v, f=made: f(v[None])[0][0], x[i])
+            assert abs(float(log_det[i].detach()) - float(torch.linalg.slogdet(jacobian).logabsdet)) < 1e-5, solver
+
+
+def test_evaluations_are_counted_and_limited() -> None:
+    made, x = flow(solver="rk4", num_steps=10), torch.randn(2, 4, dtype=torch.float64)
+    z, log_det = made(x)
+    assert made.diagnostics()["forward_evaluations"] == 40
+    assert made.diagnostics()["backward_evaluations"] == 0
+    (standard_normal_log_prob(z) + log_det).sum().backward()
+    assert made.diagnostics()["backward_evaluations"] >= 40
+    with pytest.raises(NumericsError, match="more than model.max_evaluations=39 evaluations"):
+        flow(solver="rk4", num_steps=10, max_evaluations=39)(x)
+
+
+def test_dynamics_that_are_stiff_end_in_one_line() -> None:
+    made, x = flow(tolerance=1e-12), torch.randn(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in made.dynamics.parameters():
+            parameter.mul_(200.0)
+        with pytest.raises(
+            NumericsError, match=r"the solver of the continuous flow is stuck \(.*\); .*model.solver=rk4"
+        ):
+            made(x)
+
+
+def test_a_backward_solve_that_is_stuck_ends_in_the_same_line() -> None:
+    made, x = flow(), torch.randn(2, 4, dtype=torch.float64)
+    z, log_det = made(x)
+    for parameter in made.dynamics.parameters():
+        parameter.data.mul_(200.0)  # behind autograd's back
+    with pytest.raises(NumericsError, match="the solver of the continuous flow is stuck"):
+        (standard_normal_log_prob(z) + log_det).sum().backward()
