@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.flow import Condition, Flow, embed_labels, from_logits, to_logits
 from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["Autoregressive"]
@@ -65,7 +65,8 @@ class Autoregressive(Flow):
         if self.num_dims < 2:
             raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
         try:
-            from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+            with torch.device("cpu"):
+                from zuko.flows.autoregressive import MaskedAutoregressiveTransform
         except ImportError as error:
             raise ConfigError("model.kind=maf and iaf need zuko; pip install 'tarflow-scale[flows]'") from error
         self.inverse_autoregressive = inverse
@@ -93,6 +94,20 @@ class Autoregressive(Flow):
         with torch.autocast(z.device.type, enabled=False):
             way = self._do_all if self.inverse_autoregressive else self._undo_all
             return way(z, self._context(y, len(z)))[0].unflatten(1, self.event_shape)
+
+    def inverse_and_log_det(
+        self, z: Float[Tensor, "B D"], y: Condition = None
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+        """As `Flow.inverse_and_log_det`; an IAF has both from one pass."""
+        if not self.inverse_autoregressive:
+            return super().inverse_and_log_det(z, y)
+        with torch.autocast(z.device.type, enabled=False):
+            h, log_det = self._do_all(z, self._context(y, len(z)))
+        x = h.unflatten(1, self.event_shape)
+        if self.logit_alpha is not None:
+            x = from_logits(x, self.logit_alpha)
+            log_det = log_det - to_logits(x, self.logit_alpha)[1]
+        return x, log_det
 
     def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """All transformations, and log|dv/du|."""

@@ -26,31 +26,37 @@ from tarflow_scale.flows.tarflow import TarFlow
 __all__ = ["build"]
 
 
-def build(config: ModelConfig, event_shape: tuple[int, int, int], num_classes: int | None = None) -> Flow:
+def build(config: ModelConfig, event_shape: tuple[int, ...], num_classes: int | None = None) -> Flow:
     """Build the flow that ``config`` describes, freshly initialised from torch's global generator.
 
     Args:
         config: the section ``model``.
-        event_shape: ``(C, H, W)`` of the images.
+        event_shape: ``(C, H, W)`` of images, or ``(D,)`` of vectors.
         num_classes: classes of the data set, or None.
 
     Raises:
-        ConfigError: when the model does not fit the images.
+        ConfigError: when the model does not fit the data.
     """
     if config.class_conditional and not num_classes:
         raise ConfigError("model.class_conditional needs a data set with classes (got none); set it to false")
+    image = event_shape if len(event_shape) == 3 else None
+    if image is None and isinstance(config, TarFlowConfig | GlowConfig | RealNVPConfig):
+        raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
     settings = config.model_dump(exclude={"kind", "class_conditional"})
     classes = num_classes if config.class_conditional else None
     try:
         match config:
             case TarFlowConfig():
-                flow = TarFlow(event_shape, classes, **settings)
+                assert image is not None
+                flow = TarFlow(image, classes, **settings)
             case GlowConfig():
-                flow = Glow(event_shape, classes, **settings)
+                assert image is not None
+                flow = Glow(image, classes, **settings)
             case NICEConfig():
                 flow = NICE(event_shape, classes, **settings)
             case RealNVPConfig():
-                flow = RealNVP(event_shape, classes, **settings)
+                assert image is not None
+                flow = RealNVP(image, classes, **settings)
             case MAFConfig() | IAFConfig():
                 flow = Autoregressive(event_shape, classes, inverse=config.kind == "iaf", **settings)
             case ContinuousConfig():

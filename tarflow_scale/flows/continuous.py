@@ -117,7 +117,8 @@ class Continuous(Flow):
     ) -> None:
         super().__init__(event_shape, num_classes, logit_alpha)
         try:
-            import torchdiffeq
+            with torch.device("cpu"):  # a flow is loaded on the meta device, where its tables would be lost
+                import torchdiffeq
         except ImportError as error:
             raise ConfigError("model.kind=continuous needs torchdiffeq; pip install 'tarflow-scale[flows]'") from error
         self.dynamics = Dynamics(event_shape, width, hidden_layers, num_classes)

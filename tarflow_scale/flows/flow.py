@@ -150,6 +150,27 @@ class Flow(nn.Module, ABC):
         h = (decode or self.decode)(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
+    def inverse_and_log_det(
+        self, z: Float[Tensor, "B D"], y: Condition = None
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+        """`inverse`, and log|det dx/dz| ``(B,)`` in nats; a model that has both from one pass does better than this."""
+        x = self.inverse(z, y)
+        return x, -self(x, y)[1]
+
+    def rsample_and_log_prob(
+        self, num: int, y: Condition = None, generator: torch.Generator | None = None
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+        """Samples ``(num, *event)`` and their log densities ``(num,)`` in nats, through which gradients pass.
+
+        Raises:
+            ValueError: labels that do not fit this flow.
+        """
+        self.check_labels(y, num)
+        reference = next(self.parameters())
+        z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype).to(reference.device)
+        x, log_det = self.inverse_and_log_det(z, y)
+        return x, standard_normal_log_prob(z) - log_det
+
     def diagnostics(self) -> dict[str, float]:
         """Figures of the latest `forward` that belong into a training log; most flows have none."""
         return {}

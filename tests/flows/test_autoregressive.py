@@ -51,6 +51,28 @@ def test_an_iaf_is_a_maf_the_other_way_round() -> None:
     assert torch.allclose(back_log_det, -log_det, atol=1e-10)
 
 
+def test_gradients_pass_through_samples_of_an_iaf() -> None:
+    """By finite differences of the ELBO's summand in one weight."""
+    made = flow(True, 2)
+    weight = made.transforms[0].hyper[-1].bias
+
+    def bound() -> torch.Tensor:
+        x, log_prob = made.rsample_and_log_prob(4, generator=torch.Generator().manual_seed(0))
+        return (x.square().sum(dim=1) + log_prob).mean()
+
+    bound().backward()
+    expected = weight.grad.clone()
+    assert expected.abs().max() > 1e-3
+    for place in range(len(weight)):
+        with torch.no_grad():
+            ends = []
+            for step in (1e-6, -2e-6):
+                weight[place] += step
+                ends.append(float(bound()))
+            weight[place] += 1e-6
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(expected[place]), abs=1e-7)
+
+
 def test_one_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
         Autoregressive((1,), None)

@@ -42,6 +42,16 @@ def test_samples_have_the_density_that_log_prob_says(case: FlowCase) -> None:
 
 
 @every_flow
+def test_reparameterised_samples_come_with_their_density(case: FlowCase) -> None:
+    flow, y = case.flow(), case.data(3)[1]
+    with torch.no_grad():
+        x, log_prob = flow.rsample_and_log_prob(3, y, torch.Generator().manual_seed(0))
+        again = flow.sample(3, y, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(x, again) or (x - again).abs().max() < case.inverse
+        assert (flow.log_prob(x, y) - log_prob).abs().max() < case.log_det
+
+
+@every_flow
 def test_the_density_integrates_to_one(case: FlowCase) -> None:
     conformance.check_density_integrates_to_one(case.dense())
 

@@ -1,6 +1,8 @@
 """A flow on disk."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tarflow_scale.config import TarFlowConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tarflow_scale.records import PixelFormat
+from tests.flows.catalogue import FLOWS
 
 CONFIG = TarFlowConfig(patch_size=2, width=16, layers_per_block=(1, 1), head_width=8)
 
@@ -60,3 +63,13 @@ def test_a_pickle_is_not_a_flow(flow: Flow, tmp_path: Path) -> None:
     torch.save(flow.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(DataError, match="does not hold a flow"):
         load_flow(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["maf", "continuous"])
+def test_a_flow_of_a_library_is_loaded_by_a_process_that_never_built_one(kind: str, tmp_path: Path) -> None:
+    """Flows are built on the meta device; a library that is imported there would keep its tables there."""
+    (case,) = (case for case in FLOWS if case.name == f"{kind}_conditional")
+    save_flow(case.flow(torch.float32), str(tmp_path))
+    code = f"from tarflow_scale.flows import load_flow; print(load_flow({str(tmp_path)!r}).sample(2).isfinite().all())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout == "tensor(True)\n", found.stderr
