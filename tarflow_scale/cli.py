@@ -65,6 +65,11 @@ _VERBS = {
         "write shards of new images from a registered version, on Ray",
         "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
     ),
+    "score": _Verb(
+        "score", "run", configuration.ScoreConfig,
+        "score how anomalous images are, on Ray",
+        "tarflow-scale score configs/score/digits.yaml scoring.labels=marginal",
+    ),
     "report": _Verb(
         "report", "run", configuration.ReportConfig,
         "write leaderboards of what registries hold, as Markdown and as a page",

@@ -41,6 +41,7 @@ from tarflow_scale.config.roots import (
     PrepareConfig,
     PromoteConfig,
     ReportConfig,
+    ScoreConfig,
     TrainConfig,
 )
 from tarflow_scale.config.sections import (
@@ -55,6 +56,7 @@ from tarflow_scale.config.sections import (
     ReferenceConfig,
     RegistryConfig,
     SamplingConfig,
+    ScoringConfig,
     VersionConfig,
 )
 from tarflow_scale.config.training import (
@@ -118,6 +120,8 @@ __all__ = [
     "SampledProtocol",
     "SamplingConfig",
     "ScheduleConfig",
+    "ScoreConfig",
+    "ScoringConfig",
     "Section",
     "ShardsConfig",
     "SourceConfig",

@@ -14,6 +14,8 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["Root", "Section", "load_config"]
 
 R = TypeVar("R", bound=BaseModel)
+_MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
+"""Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
 
 
 class Section(BaseModel):
@@ -87,7 +89,7 @@ def _merge(raw: dict[str, Any], override: str) -> None:
 
 def _one_line(problem: Any) -> str:
     """``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
-    path = ".".join(str(part) for part in problem["loc"] if part not in ("tarflow", "glow"))
+    path = ".".join(str(part) for part in problem["loc"] if part not in _MODEL_KINDS)
     match problem["type"]:
         case "extra_forbidden":
             return f"{path}: unknown key; check the spelling against --help"

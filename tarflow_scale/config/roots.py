@@ -26,6 +26,7 @@ from tarflow_scale.config.sections import (
     ReferenceConfig,
     RegistryConfig,
     SamplingConfig,
+    ScoringConfig,
     SeededSamplingConfig,
     VersionConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "PrepareConfig",
     "PromoteConfig",
     "ReportConfig",
+    "ScoreConfig",
     "TrainConfig",
 ]
 
@@ -178,6 +180,22 @@ class GenerateConfig(Root):
     registry: VersionConfig
     sampling: SeededSamplingConfig
     shards: GeneratedShardsConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class ScoreConfig(Root):
+    """A version and images in, a table of anomaly scores out."""
+
+    registry: VersionConfig
+    background: VersionConfig | None = None
+    """A model of images in general, for the likelihood ratio; say one trained on noisier or broader data."""
+    data: DataSetConfig
+    """The images to score."""
+    calibration: DataSetConfig
+    """Held-out normal images, which say what is typical and where the threshold is; not those of training."""
+    anomalies: DataSetConfig | None = None
+    """A second set to score, known to be anomalous, with which ``data`` is compared as normal."""
+    scoring: ScoringConfig
     cluster: ClusterConfig = ClusterConfig()
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "ReferenceConfig",
     "RegistryConfig",
     "SamplingConfig",
+    "ScoringConfig",
     "VersionConfig",
 ]
 
@@ -197,6 +198,26 @@ class ClusterConfig(Section):
     """CPU cores, and torch threads, of a worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs of a worker."""
+
+
+class ScoringConfig(Section):
+    """How images are scored, and where the table goes (verb ``score``)."""
+
+    path: str
+    """Folder or URL for ``scores.csv`` (or ``.parquet``) and ``summary.json``; parts on their way are in it too."""
+    format: Literal["csv", "parquet"] = "csv"
+    """Of the table; ``parquet`` needs the extra ``parquet``."""
+    false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
+    """An image is flagged above the score that this share of the held-out normal images exceeds."""
+    num_draws: int = Field(default=1, ge=1)
+    """Dequantisation draws per image; the log of their mean density counts."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+    labels: Literal["dropped", "marginal"] = "dropped"
+    """Anomalies have no label. ``dropped``: as classifier-free training drops it. ``marginal``: the density summed over
+    all labels, as many passes."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images scored together."""
 
 
 class ForeignWeightsConfig(Section):

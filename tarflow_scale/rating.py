@@ -1,0 +1,98 @@
+"""What a worker of ``score`` does: a range of images to bits/dim under one or two flows, and under lossless codecs.
+
+A part is written whole or not at all, and holds the same numbers whoever makes it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import BitsPerDimProtocol, ScoringConfig
+from tarflow_scale.density.anomaly import compressed_bits_per_dim
+from tarflow_scale.errors import NumericsError
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
+from tarflow_scale.loading import load_version, worker_device
+from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.store import Part
+from tarflow_scale.shards.reader import ShardSet
+
+__all__ = ["Rater", "Unit"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a data set to score."""
+
+    path: str
+    part: Part
+
+
+class Rater:
+    """Holds the flows; scores one part at a time.
+
+    Args:
+        versions: ``(registry, model, version)`` of the flow, and of the background model if there is one.
+        settings: the section ``scoring``.
+        threads: torch threads.
+        gpu: whether this worker was given a GPU.
+    """
+
+    def __init__(self, versions: list[tuple[str, str, int]], settings: ScoringConfig, threads: int, gpu: bool) -> None:
+        torch.set_num_threads(threads)
+        self._device = worker_device(gpu)
+        self._flows = [load_version(*version).to(self._device) for version in versions]
+        self._settings = settings
+        self._sets: dict[str, ShardSet] = {}
+
+    @torch.no_grad()
+    def run(self, unit: Unit) -> None:
+        """Make the part.
+
+        Raises:
+            NumericsError: a likelihood is not finite.
+        """
+        if unit.path not in self._sets:
+            self._sets[unit.path] = ShardSet(unit.path)
+        shards = self._sets[unit.path]
+        bit_depth = shards.manifest.bit_depth
+        protocol = BitsPerDimProtocol(
+            name="score",
+            metric="bits_per_dim",
+            bit_depth=bit_depth,
+            num_draws=self._settings.num_draws,
+            estimate="importance",
+            seed=self._settings.seed,
+            labels="none",
+        )
+        bits: list[list[np.ndarray]] = [[] for _ in self._flows]
+        compressed: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for batch in shards.batches(unit.part.start, unit.part.stop, self._settings.batch_size):
+            draws = [x.to(self._device) for x in dequantised(batch, protocol)]
+            for flow, found in zip(self._flows, bits, strict=True):
+                log_prob = combine_draws(torch.stack([self._log_prob(flow, x) for x in draws]), "importance")
+                found.append(bits_per_dim(log_prob, flow.num_dims, bit_depth).cpu().numpy())
+            compressed.append(compressed_bits_per_dim(np.ascontiguousarray(batch.images) >> (8 - bit_depth)))
+            labels.append(batch.labels)
+        arrays = {f"bits_{number}": np.concatenate(found) for number, found in enumerate(bits)}
+        for found in arrays.values():
+            if not np.isfinite(found).all():
+                raise NumericsError(
+                    f"bits/dim are not finite for {int((~np.isfinite(found)).sum())} of the images {unit.part.start} "
+                    f"to {unit.part.stop - 1} of {unit.path}; check the model"
+                )
+        unit.part.write(arrays | {"compressed": np.concatenate(compressed), "labels": np.concatenate(labels)})
+
+    def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
+        """Log density without labels, in fp64: with them dropped, or marginal over all."""
+        if flow.num_classes is None or self._settings.labels == "dropped":
+            return flow.log_prob(x, None).double()
+        of_label = [
+            flow.log_prob(x, torch.full((len(x),), label, device=x.device)).double()
+            for label in range(flow.num_classes)
+        ]
+        return torch.logsumexp(torch.stack(of_label), dim=0) - math.log(flow.num_classes)

@@ -1,0 +1,246 @@
+"""Verb ``score``: how anomalous every image of a data set is, by a registered version.
+
+Workers turn ranges of images into bits/dim, kept as parts, so that a job that was killed goes on where it was; held-out
+normal images say what is typical and which score only so many of them exceed; the table of all images comes last. With
+a second set that is known to be anomalous, every score says how well it tells the two apart.
+"""
+
+import csv
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage, telemetry
+from tarflow_scale.config import ScoreConfig, VersionConfig
+from tarflow_scale.density.anomaly import SCORES, Separation, codecs, scores_of, separate, threshold
+from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.metrics.store import Part, parts_of
+from tarflow_scale.pool import Pool
+from tarflow_scale.rating import Rater, Unit
+from tarflow_scale.records import ModelVersion, canonical_json
+from tarflow_scale.registry import Registry
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.reader import ShardSet
+
+__all__ = ["run"]
+
+Scores = dict[str, NDArray[np.float64]]
+"""Of each image, by score."""
+_PARTS = "parts"
+
+
+def run(config: ScoreConfig, dry_run: bool) -> None:
+    """Score all sets, and write the table and ``summary.json``.
+
+    Raises:
+        RegistryError: no such version.
+        DataError: a data set has other images than the model.
+        ConfigError: a model without bits/dim, or a format that is not installed.
+    """
+    if config.scoring.format == "parquet":
+        _pyarrow()
+    named = {"data": config.data, "calibration": config.calibration, "anomalies": config.anomalies}
+    sets = {name: (one.path, ShardSet(one.path, one.verify).manifest) for name, one in named.items() if one is not None}
+    versions = [_version(one) for one in (config.registry, config.background) if one is not None]
+    for version in versions:
+        _check(version, [manifest for _, manifest in sets.values()])
+    units = _units(config, versions, sets)
+    _print_plan(config, sets)
+    if dry_run:
+        return
+    _make(config, versions, [unit for several in units.values() for unit in several])
+    typical = float(np.concatenate([part.read("bits_0")["bits_0"] for part in _parts(units["calibration"])]).mean())
+    scores = {name: _scores(_parts(several), typical, config.background is not None) for name, several in units.items()}
+    held_out = scores.pop("calibration")
+    thresholds = {score: threshold(values, config.scoring.false_alarm_rate) for score, values in held_out.items()}
+    found: dict[str, Separation] = {}
+    if "anomalies" in scores:
+        found = {score: separate(scores["data"][score], scores["anomalies"][score]) for score in thresholds}
+    table = storage.join(config.scoring.path, f"scores.{config.scoring.format}")
+    rows = _rows({name: (units[name], scores[name]) for name in scores}, thresholds)
+    _write_table(table, rows, list(thresholds), config.scoring.format)
+    flagged = {
+        score: {name: float((several[score] > limit).mean()) for name, several in scores.items()}
+        for score, limit in thresholds.items()
+    }
+    _write_summary(config, versions, sets, typical, thresholds, flagged, found)
+    storage.remove_tree(storage.join(config.scoring.path, _PARTS))
+    _print_scores(thresholds, flagged, found)
+    print(f"{table}: {sum(len(several['likelihood']) for several in scores.values())} images")
+
+
+def _version(section: VersionConfig) -> tuple[VersionConfig, ModelVersion]:
+    return section, Registry(section.path, section.model).resolve(section.version)
+
+
+def _check(named: tuple[VersionConfig, ModelVersion], manifests: list[Manifest]) -> None:
+    section, version = named
+    if version.pixels.noise != "uniform":
+        raise ConfigError(
+            f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
+            f"noise); score with a model trained with uniform noise"
+        )
+    size, channels = version.data.image_size_pixels, version.data.num_channels
+    wanted = (channels, size, size), version.pixels.bit_depth
+    for manifest in manifests:
+        if (manifest.event_shape, manifest.bit_depth) != wanted:
+            raise DataError(
+                f"{section.model}@{version.version} scores {wanted[0]} images of {wanted[1]} bits (got "
+                f"{manifest.event_shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
+            )
+
+
+def _units(
+    config: ScoreConfig,
+    versions: list[tuple[VersionConfig, ModelVersion]],
+    sets: dict[str, tuple[str, Manifest]],
+) -> dict[str, list[Unit]]:
+    """What is to be done for each set, in folders that are named by all that decides the numbers."""
+    facts: dict[str, Any] = {
+        "weights": [version.weights_digest for _, version in versions],
+        "settings": config.scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),
+        "device": ["cuda" if config.cluster.gpus_per_worker else config.cluster.cpus_per_worker],
+        "packages": telemetry.package_versions(),
+        "codecs": sorted(codecs()),
+    }
+    found: dict[str, list[Unit]] = {}
+    for name, (path, manifest) in sets.items():
+        digest = storage.digest(canonical_json(facts | {"data": manifest.digest}))[:16]
+        folder = storage.join(config.scoring.path, _PARTS, digest)
+        found[name] = [Unit(path, part) for part in parts_of(folder, manifest.num_images)]
+    return found
+
+
+def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]], units: list[Unit]) -> None:
+    there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
+    wanted = {unit.part.location: unit for unit in units}  # a set may be named twice
+    missing = [unit for unit in wanted.values() if unit.part.name not in there[unit.part.folder]]
+    arguments = {
+        "versions": [(section.path, section.model, version.version) for section, version in versions],
+        "settings": config.scoring,
+        "threads": config.cluster.cpus_per_worker,
+        "gpu": config.cluster.gpus_per_worker > 0,
+    }
+    total, left = (sum(unit.part.stop - unit.part.start for unit in several) for several in (wanted.values(), missing))
+    bar = telemetry.progress_bar(total, "score", initial=total - left)
+    with Pool(**config.cluster.model_dump()) as pool, bar:
+        for unit, _ in pool.run(Rater, arguments, missing):
+            bar.update(unit.part.stop - unit.part.start)
+
+
+def _parts(units: list[Unit]) -> list[Part]:
+    return [unit.part for unit in units]
+
+
+def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
+    found = [part.read() for part in parts]
+    joined = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in found[0]}
+    return scores_of(joined["bits_0"], joined["compressed"], typical, joined["bits_1"] if has_background else None)
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def _rows(sets: dict[str, tuple[list[Unit], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
+    """Rows of the table, a part at a time."""
+    for name, (units, scores) in sets.items():
+        for part in _parts(units):
+            labels = part.read("labels")["labels"]
+            several: list[Row] = []
+            for number in range(part.start, part.stop):
+                row: Row = {"set": name, "sample": number, "label": int(labels[number - part.start])}
+                row |= {score: float(values[number]) for score, values in scores.items()}
+                row |= {f"{score}_flagged": row[score] > limit for score, limit in thresholds.items()}
+                several.append(row)
+            yield several
+
+
+def _write_table(location: str, parts: Iterator[list[Row]], scores: list[str], kind: str) -> None:
+    columns = ["set", "sample", "label", *scores, *(f"{score}_flagged" for score in scores)]
+    if kind == "parquet":
+        arrow, parquet = _pyarrow()
+        kinds = [arrow.string(), arrow.int64(), arrow.int64(), *[arrow.float64()] * len(scores)]
+        schema = arrow.schema(list(zip(columns, kinds + [arrow.bool_()] * len(scores), strict=True)))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "scores.parquet"
+            with parquet.ParquetWriter(file, schema) as writer:
+                for rows in parts:
+                    writer.write_table(arrow.Table.from_pylist(rows, schema=schema))
+            storage.copy_file(str(file), location)
+        return
+    with storage.writing(location) as file:
+        file.write((",".join(columns) + "\n").encode())
+        for rows in parts:
+            text = io.StringIO()
+            csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+            file.write(text.getvalue().encode())
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ConfigError("scoring.format=parquet needs pyarrow; pip install 'tarflow-scale[parquet]'") from error
+    return arrow, parquet
+
+
+def _write_summary(
+    config: ScoreConfig,
+    versions: list[tuple[VersionConfig, ModelVersion]],
+    sets: dict[str, tuple[str, Manifest]],
+    typical: float,
+    thresholds: dict[str, float],
+    flagged: dict[str, dict[str, float]],
+    found: dict[str, Separation],
+) -> None:
+    about = {
+        name: {"path": path, "manifest": one.digest, "images": one.num_images} for name, (path, one) in sets.items()
+    }
+    facts: dict[str, Any] = {
+        "models": [f"{section.model}@{version.version}" for section, version in versions],
+        "weights": [version.weights_digest for _, version in versions],
+        "sets": about,
+        "settings": config.scoring.model_dump(mode="json"),
+        "codecs": sorted(codecs()),
+        "packages": telemetry.package_versions(),
+        "typical_bits_per_dim": typical,
+        "scores": {
+            score: {
+                "higher_is": "more anomalous",
+                "threshold": limit,
+                "flagged": flagged[score],
+                **(vars(found[score]) if score in found else {}),
+            }
+            for score, limit in thresholds.items()
+        },
+    }
+    storage.write_bytes(storage.join(config.scoring.path, "summary.json"), canonical_json(facts))
+
+
+def _print_plan(config: ScoreConfig, sets: dict[str, tuple[str, Manifest]]) -> None:
+    rows = [(name, f"{one.name}/{one.split}", f"{one.num_images:,} images") for name, (_, one) in sets.items()]
+    print(telemetry.table(rows, (f"score by {config.registry.model}", "set", "")))
+
+
+def _print_scores(
+    thresholds: dict[str, float], flagged: dict[str, dict[str, float]], found: dict[str, Separation]
+) -> None:
+    rows: list[tuple[str, ...]] = []
+    for score, limit in thresholds.items():
+        shares = [f"{share:.1%}" for share in flagged[score].values()]
+        one = found.get(score)
+        measures = () if one is None else (one.auroc, one.aupr, one.false_positive_rate_95)
+        rows.append((score, f"{limit:.4f}", *shares, *(f"{value:.3f}" for value in measures)))
+    sets = tuple(f"flagged of {name}" for name in flagged["likelihood"])
+    measured = ("AUROC", "AUPR", "FPR at 95 %") if found else ()
+    print(telemetry.table(rows, ("score, higher is more anomalous", "threshold", *sets, *measured)))
+    for score in thresholds:
+        print(f"{score}: {SCORES[score]}")
