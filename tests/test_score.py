@@ -1,0 +1,191 @@
+"""``score``: a row for every image, the same whoever makes it, and how well anomalies are told apart."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from tarflow_scale import cli
+from tarflow_scale.density.anomaly import compressed_bits_per_dim
+from tarflow_scale.errors import StorageError
+from tarflow_scale.loading import load_version
+from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.rating import Rater, Unit
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
+from tests.conftest import TOP, Trained, command
+
+
+def shuffled_pixels(source: Path, target: Path) -> Path:
+    """The images of a data set with their pixels in another order, each in its own; without labels."""
+    shards = ShardSet(str(source))
+    batch = next(shards.batches(0, shards.manifest.num_images, shards.manifest.num_images))
+    random = np.random.default_rng(0)
+    images = [random.permutation(image.reshape(-1)).reshape(image.shape) for image in batch.images]
+    shard = PackedShard.of("a.tar", (Sample(f"{i:05d}", image, None) for i, image in enumerate(images)))
+    record = shard.write(str(target))
+    facts = shards.manifest.model_dump() | {"name": "shuffled", "class_names": (), "shards": (record,)}
+    publish_manifest(str(target), Manifest.model_validate(facts))
+    return target
+
+
+@pytest.fixture(scope="module")
+def shuffled(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shuffled_pixels(trained.data / "test", tmp_path_factory.mktemp("score") / "shuffled")
+
+
+def arguments(trained: Trained, out: Path, shuffled: Path | None, *more: str) -> list[str]:
+    return [
+        "score",
+        f"registry.path={trained.registry}",
+        "registry.model=small",
+        f"data.path={trained.data}/test",
+        f"calibration.path={trained.data}/test",
+        *([] if shuffled is None else [f"anomalies.path={shuffled}"]),
+        f"scoring.path={out}",
+        "scoring.batch_size=100",
+        "cluster.executor=local",
+        *more,
+    ]
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(rows: list[dict[str, str]], which: str, score: str) -> np.ndarray:
+    return np.array([float(row[score]) for row in rows if row["set"] == which])
+
+
+@pytest.fixture(scope="module")
+def scored(trained: Trained, shuffled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("score") / "out"
+    assert cli.main(arguments(trained, out, shuffled)) == 0
+    return out
+
+
+def test_every_image_has_a_row_with_the_numbers_of_its_pixels(trained: Trained, scored: Path) -> None:
+    rows = rows_of(scored)
+    shards = ShardSet(str(trained.data / "test"))
+    num = shards.manifest.num_images
+    assert [(row["set"], int(row["sample"])) for row in rows] == [
+        (which, number) for which in ("data", "anomalies") for number in range(num)
+    ]
+    batch = next(shards.batches(0, num, num))
+    assert [int(row["label"]) for row in rows[:num]] == batch.labels.tolist()
+    assert {row["label"] for row in rows[num:]} == {"-1"}
+    complexity = column(rows, "data", "likelihood") - column(rows, "data", "complexity")
+    assert np.allclose(complexity, compressed_bits_per_dim(batch.images >> 4))
+    summary = json.loads((scored / "summary.json").read_text())
+    typical = column(rows, "data", "likelihood").mean()
+    assert summary["typical_bits_per_dim"] == pytest.approx(typical)
+    assert np.allclose(column(rows, "data", "typicality"), abs(column(rows, "data", "likelihood") - typical))
+    assert not (scored / "parts").exists()
+
+
+def test_thresholds_and_separation_are_those_of_the_table(scored: Path) -> None:
+    rows, summary = rows_of(scored), json.loads((scored / "summary.json").read_text())
+    for score, facts in summary["scores"].items():
+        normal, anomalous = (column(rows, which, score) for which in ("data", "anomalies"))
+        assert (normal > facts["threshold"]).mean() <= 0.05
+        assert facts["flagged"]["anomalies"] == (anomalous > facts["threshold"]).mean()
+        flags = [row[f"{score}_flagged"] == "True" for row in rows if row["set"] == "anomalies"]
+        assert np.mean(flags) == facts["flagged"]["anomalies"]
+        truth = np.repeat([0, 1], [len(normal), len(anomalous)])
+        assert facts["auroc"] == pytest.approx(roc_auc_score(truth, np.concatenate([normal, anomalous])))
+    assert summary["scores"]["likelihood"]["auroc"] > 0.9  # shuffled pixels are no digits
+
+
+def test_marginal_likelihood_is_the_sum_over_labels(trained: Trained, tmp_path: Path) -> None:
+    more = ["scoring.labels=marginal", "scoring.num_draws=2"]
+    assert cli.main(arguments(trained, tmp_path / "out", None, *more)) == 0
+    found = column(rows_of(tmp_path / "out"), "data", "likelihood")[:3]
+    flow = load_version(str(trained.registry), "small", 1)
+    batch = next(ShardSet(str(trained.data / "test")).batches(0, 3, 3))
+    from tarflow_scale.config import BitsPerDimProtocol
+
+    protocol = BitsPerDimProtocol(name="p", metric="bits_per_dim", bit_depth=4, num_draws=2)
+    for number in range(3):
+        total = 0.0
+        for x in dequantised(batch, protocol):
+            for label in range(10):
+                with torch.no_grad():
+                    total += math.exp(float(flow.log_prob(x[number : number + 1], torch.tensor([label])))) / 20
+        assert found[number] == pytest.approx(-math.log2(total) / 64 + 3, rel=1e-5)
+
+
+def test_a_background_model_adds_the_ratio(trained: Trained, tmp_path: Path) -> None:
+    same = [f"background.path={trained.registry}", "background.model=small"]
+    assert cli.main(arguments(trained, tmp_path / "out", None, *same)) == 0
+    assert (column(rows_of(tmp_path / "out"), "data", "likelihood_ratio") == 0).all()
+
+
+def test_what_a_killed_job_had_made_is_not_made_again(
+    trained: Trained, shuffled: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Unit] = []
+    real = Rater.run
+
+    def until_it_dies(self: Rater, unit: Unit) -> None:
+        if len(made) == 1:
+            raise StorageError("the machine went away")
+        made.append(unit)
+        real(self, unit)
+
+    monkeypatch.setattr(Rater, "run", until_it_dies)
+    assert cli.main(arguments(trained, tmp_path / "out", shuffled)) == 2
+    assert not (tmp_path / "out/scores.csv").exists()
+    (kept,) = (tmp_path / "out/parts").glob("*/*.npz")
+    time = kept.stat().st_mtime_ns
+
+    def watched(self: Rater, unit: Unit) -> None:
+        assert unit.part.location != str(kept)
+        assert kept.stat().st_mtime_ns == time
+        real(self, unit)
+
+    monkeypatch.setattr(Rater, "run", watched)
+    assert cli.main(arguments(trained, tmp_path / "out", shuffled)) == 0
+    assert (tmp_path / "out/scores.csv").read_bytes() == (scored / "scores.csv").read_bytes()
+
+
+@pytest.mark.ray
+def test_ray_and_parquet_hold_the_same_numbers(trained: Trained, shuffled: Path, scored: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    more = ["cluster.executor=ray", "cluster.num_workers=2", "scoring.format=parquet"]
+    result = command(*arguments(trained, tmp_path / "out", shuffled, *more))
+    assert result.returncode == 0, result.stderr
+    assert "may be lower for simple images that were never seen" in result.stdout
+    found = parquet.read_table(tmp_path / "out/scores.parquet").to_pylist()
+    assert [{key: str(value) for key, value in row.items()} for row in found] == rows_of(scored)
+
+
+def test_images_that_the_model_cannot_score_are_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained.data / "test", other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"bit_depth": 8}))
+    assert cli.main(arguments(trained, tmp_path / "out", other)) == 2
+    assert capsys.readouterr().err == (
+        "tarflow-scale: error: small@1 scores (1, 8, 8) images of 4 bits (got (1, 8, 8) of 8 in digits/test); pack "
+        "alike\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_committed_configuration_is_one(tmp_path: Path, trained: Trained) -> None:
+    paths = [
+        f"registry.path={trained.registry}", "registry.model=small", "registry.version=1",
+        f"data.path={trained.data}/test", f"calibration.path={trained.data}/test", f"scoring.path={tmp_path}/out",
+    ]  # fmt: skip
+    assert cli.main(["score", str(TOP / "configs/score/digits.yaml"), *paths, "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists()
