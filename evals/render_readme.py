@@ -270,6 +270,59 @@ def champions_table(champions: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def family_table(results: dict[str, Any]) -> str:
+    """Every model of the family on one data set, the best first."""
+    got = {name: one["got"] for name, one in results["figures"].items()}
+    names = {
+        "nice": "NICE", "realnvp": "RealNVP", "maf": "MAF", "iaf": "IAF", "glow": "Glow", "continuous": "continuous",
+        "tarflow": "TarFlow",
+    }  # fmt: skip
+    rows: list[tuple[float, str]] = []
+    for name in results["models"]:
+        of = {what.removeprefix(f"{name}_"): value for what, value in got.items() if what.startswith(f"{name}_")}
+        rows.append(
+            (
+                of["bits_per_dim"],
+                f"| {names[name]} | {of['bits_per_dim']:.3f} (± {of['bits_per_dim_standard_error']:.3f}) | "
+                f"{of['frechet_pixels']:.1f} | {of['parameters'] / 1e3:.0f} k | {of['trained_per_second']:,.0f} | "
+                f"{of['sampled_per_second']:,.0f} |",
+            )
+        )
+    gaussian = got["gaussian_bits_per_dim"]
+    distance = got["gaussian_frechet_pixels"]
+    rows.append((gaussian, f"| full-covariance Gaussian | {gaussian:.3f} | {distance:.1f} | | | |"))
+    rows.append((got["uniform_bits_per_dim"], f"| uniform | {got['uniform_bits_per_dim']:.3f} | | | | |"))
+    head = (
+        f"Measured on {results['date']} on {results['device']}, torch {results['versions']['torch']}, protocols "
+        f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['frechet_pixels'][:12]}`, by "
+        f"`{results['command']}`.\n\n"
+    )
+    header = [
+        "| 359 test images | bits/dim | Fréchet distance on pixels | parameters | images/s, training | sampling |",
+        "|---|---|---|---|---|---|",
+    ]
+    return head + "\n".join([*header, *(row for _, row in sorted(rows))])
+
+
+def anomaly_table(several: list[dict[str, Any]]) -> str:
+    """AUROC of every score."""
+    scores = ("likelihood", "complexity", "typicality", "likelihood_ratio")
+    lines = [
+        f"AUROC, measured on {several[0]['date']}; half of each test split calibrates, half is normal. Every score is "
+        f"higher for what is more\nanomalous, so below 0.5 it has the direction wrong.\n",
+        f"| model, against | {' | '.join(score.replace('_', ' ') for score in scores)} |",
+        f"|---|{'---|' * len(scores)}",
+    ]
+    for results in several:
+        got = {name: one["got"] for name, one in results["figures"].items()}
+        kinds = [name.removesuffix("_likelihood_auroc") for name in got if name.endswith("_likelihood_auroc")]
+        for kind in kinds:
+            found = [got.get(f"{kind}_{score}_auroc") for score in scores]
+            cells = ["" if value is None else f"{value:.3f}" for value in found]
+            lines.append(f"| {results['model']}, {kind.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shown(text: str) -> str:
     """What a command printed."""
     return f"```\n{text.rstrip()}\n```"
@@ -333,6 +386,10 @@ def main() -> None:
         "registry": registry_table(_results("registry-cpu"), _results("registry-faults-cpu")),
         "generation": generation_table(
             _results("generation-cpu"), _results("generation-digits-cpu"), _results("generation-faults-cpu")
+        ),
+        "family": family_table(_results("family-cpu")),
+        "anomaly": anomaly_table(
+            [_results(f"anomaly-{name}-cpu") for name in ("digits", "mnist-glow", "mnist-tarflow")]
         ),
         "augmentation": augmentation_line(_results("augmentation-cpu")),
         "show": shown((TOP / "evals/results/models-show.txt").read_text(encoding="utf-8")),

@@ -74,8 +74,22 @@ def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) ->
     assert not re.search(r"unknown key|required key|Input should|cannot read the configuration|usage:", result.stderr)
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", [block for block in python_blocks() if "runs/demo" not in block])
+def test_python_of_the_readme_that_needs_no_model_runs(block: str) -> None:
+    names: dict[str, object] = {}
+    exec(block, names)
+    shapes = {"samples": (64, 3), "draws": (1000, 2)}
+    (result,) = (names[name] for name in shapes if name in names)
+    assert tuple(result.shape) in shapes.values()  # type: ignore[attr-defined]
+    assert result.isfinite().all()  # type: ignore[attr-defined]
+
+
 def test_the_python_of_the_readme_runs(trained: Trained) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (block,) = (block for block in python_blocks() if "runs/demo" in block)
     ours = block.replace("digits@champion", "small@1").replace("runs/demo/registry", str(trained.registry))
     assert ours != block
     names: dict[str, object] = {}
