@@ -3,7 +3,6 @@
 A part is written whole or not at all, and holds the same numbers whoever makes it.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tarflow_scale.config import BitsPerDimProtocol, ScoringConfig
 from tarflow_scale.density.anomaly import compressed_bits_per_dim
+from tarflow_scale.density.conditional import marginal_log_prob
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
@@ -20,7 +20,7 @@ from tarflow_scale.metrics.bits import dequantised
 from tarflow_scale.metrics.store import Part
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["Rater", "Unit"]
+__all__ = ["Rater", "Unit", "dequantisation"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class Unit:
 
     path: str
     part: Part
+
+
+def dequantisation(bit_depth: int, settings: ScoringConfig) -> BitsPerDimProtocol:
+    """The draws that images are scored on."""
+    return BitsPerDimProtocol(
+        name="score",
+        metric="bits_per_dim",
+        bit_depth=bit_depth,
+        num_draws=settings.num_draws,
+        estimate="importance",
+        seed=settings.seed,
+        labels="none",
+    )
 
 
 class Rater:
@@ -59,15 +72,7 @@ class Rater:
             self._sets[unit.path] = ShardSet(unit.path)
         shards = self._sets[unit.path]
         bit_depth = shards.manifest.bit_depth
-        protocol = BitsPerDimProtocol(
-            name="score",
-            metric="bits_per_dim",
-            bit_depth=bit_depth,
-            num_draws=self._settings.num_draws,
-            estimate="importance",
-            seed=self._settings.seed,
-            labels="none",
-        )
+        protocol = dequantisation(bit_depth, self._settings)
         bits: list[list[np.ndarray]] = [[] for _ in self._flows]
         compressed: list[np.ndarray] = []
         labels: list[np.ndarray] = []
@@ -89,10 +94,5 @@ class Rater:
 
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
         """Log density without labels, in fp64: with them dropped, or marginal over all."""
-        if flow.num_classes is None or self._settings.labels == "dropped":
-            return flow.log_prob(x, None).double()
-        of_label = [
-            flow.log_prob(x, torch.full((len(x),), label, device=x.device)).double()
-            for label in range(flow.num_classes)
-        ]
-        return torch.logsumexp(torch.stack(of_label), dim=0) - math.log(flow.num_classes)
+        drop = flow.num_classes is None or self._settings.labels == "dropped"
+        return (flow.log_prob(x, None) if drop else marginal_log_prob(flow, x)).double()

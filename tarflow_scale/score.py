@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import ScoreConfig, VersionConfig
 from tarflow_scale.density.anomaly import SCORES, Separation, codecs, scores_of, separate, threshold
+from tarflow_scale.density.surprise import overlaid
 from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.flows import Flow
+from tarflow_scale.loading import load_version
+from tarflow_scale.metrics.bits import dequantised
 from tarflow_scale.metrics.store import Part, parts_of
 from tarflow_scale.pool import Pool
-from tarflow_scale.rating import Rater, Unit
+from tarflow_scale.rating import Rater, Unit, dequantisation
 from tarflow_scale.records import ModelVersion, canonical_json
 from tarflow_scale.registry import Registry
+from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
 
@@ -32,6 +38,8 @@ __all__ = ["run"]
 Scores = dict[str, NDArray[np.float64]]
 """Of each image, by score."""
 _PARTS = "parts"
+_MAP_COLUMNS, _MAP_PIXELS = 4, 96
+"""Pairs of pictures in a row, and the least side of each."""
 
 
 def run(config: ScoreConfig, dry_run: bool) -> None:
@@ -50,6 +58,7 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     for version in versions:
         _check(version, [manifest for _, manifest in sets.values()])
     units = _units(config, versions, sets)
+    flow = _flow_for_maps(versions[0]) if config.scoring.maps else None
     _print_plan(config, sets)
     if dry_run:
         return
@@ -69,6 +78,8 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
         for score, limit in thresholds.items()
     }
     _write_summary(config, versions, sets, typical, thresholds, flagged, found)
+    if flow is not None:
+        _write_maps(config, flow, scores["data"]["likelihood"])
     storage.remove_tree(storage.join(config.scoring.path, _PARTS))
     _print_scores(thresholds, flagged, found)
     print(f"{table}: {sum(len(several['likelihood']) for several in scores.values())} images")
@@ -93,6 +104,17 @@ def _check(named: tuple[VersionConfig, ModelVersion], manifests: list[Manifest])
                 f"{section.model}@{version.version} scores {wanted[0]} images of {wanted[1]} bits (got "
                 f"{manifest.event_shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
             )
+
+
+def _flow_for_maps(named: tuple[VersionConfig, ModelVersion]) -> Flow:
+    section, version = named
+    flow = load_version(section.path, section.model, version.version)
+    if type(flow).encode_values is Flow.encode_values:
+        raise ConfigError(
+            f"scoring.maps needs a model whose latents mix no pixels, TarFlow or NICE (got {type(flow).__name__}); set "
+            f"it to 0"
+        )
+    return flow
 
 
 def _units(
@@ -223,6 +245,21 @@ def _write_summary(
         },
     }
     storage.write_bytes(storage.join(config.scoring.path, "summary.json"), canonical_json(facts))
+
+
+def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]) -> None:
+    """The least likely images, each beside itself with its surprise laid over it."""
+    chosen = np.argsort(-likelihood, kind="stable")[: config.scoring.maps]
+    shards = ShardSet(config.data.path)
+    order = np.argsort(chosen)  # read in the order of the shards, shown in that of surprise
+    batch = shards.take(chosen[order])
+    protocol = dequantisation(shards.manifest.bit_depth, config.scoring)
+    nats = torch.stack([flow.nats_of_values(x) for x in dequantised(batch, protocol)]).mean(dim=0).numpy()
+    images = np.broadcast_to(batch.images, (len(chosen), 3, *batch.images.shape[2:]))
+    pairs = np.stack([images, overlaid(batch.images, nats)], axis=1)[np.argsort(order)]
+    zoom = max(1, _MAP_PIXELS // pairs.shape[-1])
+    sheet = contact_sheet(pairs.reshape(-1, *pairs.shape[2:]), 2 * _MAP_COLUMNS, zoom)
+    storage.write_bytes(storage.join(config.scoring.path, "maps.png"), sheet)
 
 
 def _print_plan(config: ScoreConfig, sets: dict[str, tuple[str, Manifest]]) -> None:

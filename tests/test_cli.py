@@ -24,7 +24,9 @@ def light(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=TOP)
 
 
-@pytest.mark.parametrize("verb", ["", "prepare", "train", "evaluate", "promote", "generate", "models", "models show"])
+@pytest.mark.parametrize(
+    "verb", ["", "prepare", "train", "evaluate", "promote", "generate", "score", "models", "models show"]
+)
 def test_help_is_a_manual_and_imports_nothing_heavy(verb: str) -> None:
     script = (
         "import sys\nfrom tarflow_scale.cli import main\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tarflow_scale import cli
@@ -165,6 +166,20 @@ def test_ray_and_parquet_hold_the_same_numbers(trained: Trained, shuffled: Path,
     assert "may be lower for simple images that were never seen" in result.stdout
     found = parquet.read_table(tmp_path / "out/scores.parquet").to_pylist()
     assert [{key: str(value) for key, value in row.items()} for row in found] == rows_of(scored)
+
+
+def test_maps_show_the_least_likely_images(trained: Trained, shuffled: Path, tmp_path: Path) -> None:
+    assert cli.main(arguments(trained, tmp_path / "out", None, "scoring.maps=5")) == 0
+    picture = Image.open(tmp_path / "out/maps.png")
+    assert picture.size == ((8 * 9 + 1) * 12, (2 * 9 + 1) * 12)  # five pairs in rows of four, 12 pixels a pixel
+    pixels = np.asarray(picture.convert("RGB"))[6::12, 6::12]
+    likelihood = column(rows_of(tmp_path / "out"), "data", "likelihood")
+    worst = int(likelihood.argmax())
+    stored = ShardSet(str(trained.data / "test")).take(np.array([worst])).images[0, 0]
+    assert (pixels[1:9, 1:9] == stored[:, :, None]).all()
+    overlay = pixels[1:9, 10:18].astype(int)
+    assert (overlay[:, :, 0] > overlay[:, :, 1]).any()  # red somewhere
+    assert (overlay[:, :, 1] == overlay[:, :, 2]).all()
 
 
 def test_images_that_the_model_cannot_score_are_refused(

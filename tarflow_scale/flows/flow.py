@@ -72,8 +72,12 @@ def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B
     """
     p = alpha + (1 - 2 * alpha) * (x + 1) / 2
     h = torch.log(p) - torch.log1p(-p)
-    log_det = math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
-    return h, log_det.flatten(1).sum(dim=1)
+    return h, _logit_log_dets(h, alpha).flatten(1).sum(dim=1)
+
+
+def _logit_log_dets(h: Tensor, alpha: float) -> Tensor:
+    """Log-derivative of `to_logits` at every value, from what it gives."""
+    return math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
 
 
 def from_logits(h: Float[Tensor, "B ..."], alpha: float) -> Float[Tensor, "B ..."]:
@@ -221,6 +225,34 @@ class Flow(nn.Module, ABC):
         self.check_labels(y, len(x))
         z, log_det = self(x, y)
         return standard_normal_log_prob(z) + log_det
+
+    @torch.no_grad()
+    def nats_of_values(self, x: Tensor, y: Condition = None) -> Tensor:
+        """``-log_prob`` divided among the values of each event, in the shape of ``x``: what each adds to its surprise.
+
+        A value's part is the density of its latent under a standard normal, less the logarithm of its own scale. Their
+        sum is exact; the division is that of this model, where value and latent keep their places.
+
+        Raises:
+            ValueError: a model whose latents mix values.
+        """
+        self.check_labels(y, len(x))
+        if self.logit_alpha is None:
+            z, log_dets = self.encode_values(x, y)
+        else:
+            h, _ = to_logits(x, self.logit_alpha)
+            z, log_dets = self.encode_values(h, y)
+            log_dets = log_dets + _logit_log_dets(h, self.logit_alpha)
+        return 0.5 * (z.square() + math.log(2 * math.pi)) - log_dets
+
+    def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `encode`, latents and log-determinants in the shape of ``h``; for models that mix no values.
+
+        Raises:
+            ValueError: this model mixes them.
+        """
+        del h, y
+        raise ValueError(f"{type(self).__name__} mixes values, so their surprise is not divided; use TarFlow or NICE")
 
     @torch.no_grad()
     def sample(

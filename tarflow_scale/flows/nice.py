@@ -102,6 +102,11 @@ class NICE(Flow):
         z = _whole(halves) * self.log_scale.exp()
         return z, self.log_scale.sum().expand(len(z))
 
+    def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `Flow.encode_values`."""
+        z, _ = self.encode(h, y)
+        return z.view(h.shape), self.log_scale.view(h.shape[1:]).expand_as(h)
+
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
         """Noise to data; there is no guidance."""
         halves = _halves(z * (-self.log_scale).exp())

@@ -96,6 +96,13 @@ class TarFlowBlock(nn.Module):
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
         """Data to noise: tokens ``z`` and the log-determinant in nats; ``recompute`` checkpoints every layer."""
+        z, log_scale = self.encode_values(x, y, recompute)
+        return z, x.new_zeros(len(x)) if log_scale is None else -log_scale.sum(dim=(1, 2))
+
+    def encode_values(
+        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"] | None]:
+        """As `forward`, with the log-scale of every value; None where volume is preserved."""
         x = self.order(x)
         h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
         for layer in self.layers:
@@ -103,10 +110,8 @@ class TarFlowBlock(nn.Module):
         log_scale, mean = self._shifted_parameters(h, x)
         with torch.autocast(x.device.type, enabled=False):
             if log_scale is None:
-                return self.order(x - mean), x.new_zeros(len(x))
-            z = (x - mean) * torch.exp(-log_scale)
-            log_det = -log_scale.sum(dim=(1, 2))
-        return self.order(z), log_det
+                return self.order(x - mean), None
+            return self.order((x - mean) * torch.exp(-log_scale)), self.order(log_scale)
 
     def inverse(
         self, z: Float[Tensor, "B T D"], y: Condition, guidance: Guidance | None = None
@@ -251,6 +256,19 @@ class TarFlow(Flow):
             tokens = tokens * torch.exp(-self.log_std)
             log_det = log_det - self.log_std.sum()
         return rearrange(tokens, "b t d -> b (t d)"), log_det
+
+    def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `Flow.encode_values`."""
+        tokens = patchify(h, self.patch_size)
+        log_dets = torch.zeros_like(tokens)
+        for block in self.blocks:
+            tokens, log_scale = block.encode_values(tokens, y)  # pyright: ignore[reportCallIssue]
+            log_dets = log_dets if log_scale is None else log_dets - log_scale
+        if self.log_std is not None:
+            tokens = tokens * torch.exp(-self.log_std)
+            log_dets = log_dets - self.log_std
+        height = self.event_shape[1]
+        return unpatchify(tokens, self.patch_size, height), unpatchify(log_dets, self.patch_size, height)
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
         """Noise to data, exact token-by-token decoding; guidance acts in every block."""

@@ -14,6 +14,7 @@ from tarflow_scale.config import (
     PrepareConfig,
     PromoteConfig,
     ReportConfig,
+    ScoreConfig,
     TrainConfig,
     load_config,
     load_protocol,
@@ -29,6 +30,7 @@ ROOTS = {
     "generate": GenerateConfig,
     "models": ModelsConfig,
     "report": ReportConfig,
+    "score": ScoreConfig,
     "convert": ConvertConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
@@ -128,7 +130,10 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
             "model.layers_per_block=[]",
             "model.layers_per_block: Tuple should have at least 1 item after validation, not 0 (got [])",
         ),
-        ("model.kind=gan", "model.kind: must be one of 'tarflow', 'glow' (got 'gan')"),
+        (
+            "model.kind=gan",
+            "model.kind: must be one of 'tarflow', 'glow', 'nice', 'realnvp', 'maf', 'iaf', 'continuous' (got 'gan')",
+        ),
         ("model.width=100", "model: width must be a multiple of head_width (got 100 and 64); change either"),
         ("parallelism.zero_stage=4", "parallelism.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         (
@@ -150,6 +155,7 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
             "log_scale_bound: 2}",
             "model: log_scale_bound has no effect on variant=volume_preserving (got 2.0); remove it",
         ),
+        ("model={kind: continuous, width: 0}", "model.width: Input should be greater than or equal to 1 (got 0)"),
         (
             "training.micro_batch_size=48",
             "training.global_batch_size must be a multiple of training.micro_batch_size (got 64 and 48); use 48",
@@ -172,6 +178,39 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
 def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(TrainConfig, base, [override])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model={kind: continuous}", "parallelism.activations=checkpoint"],
+            "parallelism.activations=checkpoint is not for a continuous flow, whose adjoint keeps nothing, nor for "
+            "model.normalization=batch (got model.kind=continuous); use keep",
+        ),
+        (
+            ["model={kind: realnvp, levels: 2, normalization: batch}", "parallelism.activations=checkpoint"],
+            "parallelism.activations=checkpoint is not for a continuous flow, whose adjoint keeps nothing, nor for "
+            "model.normalization=batch (got model.kind=realnvp); use keep",
+        ),
+        (
+            ["model={kind: continuous}", "parallelism.zero_stage=3"],
+            "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2",
+        ),
+        (
+            ["model={kind: maf}", "parallelism.compile=true"],
+            "parallelism.compile and optimizer.kind=muon are not for model.kind=maf (got either); leave them out",
+        ),
+        (
+            ["model={kind: nice}", "logging.preview_guidance=1"],
+            "logging.preview_guidance has no effect on model.kind=nice (got 1.0); set it to 0",
+        ),
+    ],
+)
+def test_what_a_model_does_not_go_with(base: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(TrainConfig, base, overrides)
     assert str(error.value) == message
 
 

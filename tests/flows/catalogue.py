@@ -207,7 +207,7 @@ FLOWS = [
     *(autoregressive(kind, "conditional") for kind in ("maf", "iaf")),
     *(autoregressive(kind, "logit", logit_alpha=0.05, class_conditional=False) for kind in ("maf", "iaf")),
     continuous("conditional"),
-    continuous("direct", gradients="direct", solver="rk4", num_steps=40),
+    continuous("direct", gradients="direct", solver="rk4", num_steps=20),
     continuous("logit", logit_alpha=0.05, class_conditional=False),
 ]
 """The flows."""

@@ -42,6 +42,19 @@ def test_samples_have_the_density_that_log_prob_says(case: FlowCase) -> None:
 
 
 @every_flow
+def test_the_surprise_of_values_adds_up_to_that_of_the_image(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(3)
+    if case.config.kind not in ("tarflow", "nice"):
+        with pytest.raises(ValueError, match="mixes values, so their surprise is not divided"):
+            flow.nats_of_values(x, y)
+        return
+    nats = flow.nats_of_values(x, y)
+    assert nats.shape == x.shape
+    assert (nats.flatten(1).sum(dim=1) + flow.log_prob(x, y)).abs().max() < 1e-9
+    assert nats.std() > 1e-3
+
+
+@every_flow
 def test_reparameterised_samples_come_with_their_density(case: FlowCase) -> None:
     flow, y = case.flow(), case.data(3)[1]
     with torch.no_grad():

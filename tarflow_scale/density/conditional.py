@@ -1,0 +1,105 @@
+"""What a class-conditional likelihood is good for: classes, marginals, and moving images in latent space.
+
+With p(y) uniform over K classes,
+
+    log p(x) = log sum_y p(x | y) - log K,        p(y | x) = p(x | y) / sum_y' p(x | y')
+
+An image moves along a straight line, or an arc, between two latents (Kingma and Dhariwal, arXiv 1807.03039, section 5);
+an attribute is the difference of mean latents of images with and without it.
+
+Shapes: B images, K classes, D dimensions. Densities: nats.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.flow import Condition
+
+__all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_prob_of_labels", "marginal_log_prob"]
+
+
+def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
+    """Log p(x | y) for every label.
+
+    Raises:
+        ValueError: a flow without classes, or images that do not fit it.
+    """
+    if flow.num_classes is None:
+        raise ValueError("this flow has no classes (num_classes=None); train one with model.class_conditional")
+    labels = range(flow.num_classes)
+    return torch.stack([flow.log_prob(x, x.new_full((len(x),), y, dtype=torch.int64)) for y in labels], dim=1)
+
+
+def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
+    """Log p(x), all labels as likely.
+
+    Raises:
+        ValueError: as `log_prob_of_labels`.
+    """
+    of_labels = log_prob_of_labels(flow, x)
+    return torch.logsumexp(of_labels, dim=1) - math.log(of_labels.shape[1])
+
+
+def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B K"]]:
+    """The likeliest label by Bayes' rule, and p(y | x).
+
+    Raises:
+        ValueError: as `log_prob_of_labels`.
+    """
+    posterior = torch.softmax(log_prob_of_labels(flow, x), dim=1)
+    return posterior.argmax(dim=1), posterior
+
+
+@torch.no_grad()
+def interpolated(
+    flow: Flow,
+    start: Tensor,
+    end: Tensor,
+    num: int,
+    y: Condition = None,
+    path: Literal["arc", "line"] = "arc",
+) -> Tensor:
+    """Images ``(num, *event)`` on the way from one image to another, both included.
+
+    Args:
+        flow: encodes and decodes.
+        start: an image ``(*event)``.
+        end: another.
+        num: images, at least 2.
+        y: label ``(1,)`` of all of them, or None.
+        path: ``arc`` also interpolates the length of the latent, so that what is between is as typical as the ends;
+            ``line`` is the straight one.
+    """
+    a, b = flow(torch.stack([start, end]), None if y is None else y.expand(2))[0]
+    share = torch.linspace(0, 1, num, dtype=a.dtype, device=a.device)[:, None]
+    if path == "line":
+        z = (1 - share) * a + share * b
+    else:
+        cosine = torch.dot(a, b) / (a.norm() * b.norm())
+        angle = torch.arccos(cosine.clamp(-1, 1))
+        if float(angle) < 1e-4:  # nothing to turn by
+            direction = ((1 - share) * a + share * b) / a.norm()
+        else:
+            parts = torch.sin((1 - share) * angle) * a / a.norm() + torch.sin(share * angle) * b / b.norm()
+            direction = parts / torch.sin(angle)
+        z = direction * ((1 - share) * a.norm() + share * b.norm())
+    return flow.inverse(z, None if y is None else y.expand(num))
+
+
+@torch.no_grad()
+def attribute_direction(
+    flow: Flow, with_it: Tensor, without_it: Tensor, y_with: Condition = None, y_without: Condition = None
+) -> Float[Tensor, " D"]:
+    """Mean latent of images ``(B, *event)`` with an attribute, less that of images without it."""
+    return flow(with_it, y_with)[0].mean(dim=0) - flow(without_it, y_without)[0].mean(dim=0)
+
+
+@torch.no_grad()
+def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: Condition = None) -> Tensor:
+    """Images moved along a direction in latent space; at strength 0 they come back as they were."""
+    return flow.inverse(flow(x, y)[0] + strength * direction, y)
