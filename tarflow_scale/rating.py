@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tarflow_scale.config import BitsPerDimProtocol, ScoringConfig
-from tarflow_scale.density.anomaly import compressed_bits_per_dim
+from tarflow_scale.density.anomaly import codecs, compressed_bits_per_dim
 from tarflow_scale.density.conditional import marginal_log_prob
-from tarflow_scale.errors import NumericsError
+from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
 from tarflow_scale.loading import load_version, worker_device
@@ -50,12 +50,25 @@ class Rater:
     Args:
         versions: ``(registry, model, version)`` of the flow, and of the background model if there is one.
         settings: the section ``scoring``.
+        codec_names: the lossless codecs that count.
         threads: torch threads.
         gpu: whether this worker was given a GPU.
     """
 
-    def __init__(self, versions: list[tuple[str, str, int]], settings: ScoringConfig, threads: int, gpu: bool) -> None:
+    def __init__(
+        self,
+        versions: list[tuple[str, str, int]],
+        settings: ScoringConfig,
+        codec_names: tuple[str, ...],
+        threads: int,
+        gpu: bool,
+    ) -> None:
         torch.set_num_threads(threads)
+        if tuple(sorted(codecs())) != codec_names:
+            raise ConfigError(
+                f"all workers need the lossless codecs {', '.join(codec_names)} (one has "
+                f"{', '.join(sorted(codecs()))}); install the same Pillow everywhere"
+            )
         self._device = worker_device(gpu)
         self._flows = [load_version(*version).to(self._device) for version in versions]
         self._settings = settings

@@ -6,9 +6,12 @@ a second set that is known to be anomalous, every score says how well it tells t
 """
 
 import csv
+import importlib.metadata
 import io
 import tempfile
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ __all__ = ["run"]
 
 Scores = dict[str, NDArray[np.float64]]
 """Of each image, by score."""
-_PARTS = "parts"
+_PARTS, _MAPS = "parts", "maps.png"
 _MAP_COLUMNS, _MAP_PIXELS = 4, 96
 """Pairs of pictures in a row, and the least side of each."""
 
@@ -57,6 +60,11 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     versions = [_version(one) for one in (config.registry, config.background) if one is not None]
     for version in versions:
         _check(version, [manifest for _, manifest in sets.values()])
+    if sets["calibration"][1].digest == versions[0][1].data.digest:
+        warnings.warn(
+            "calibration is what the model was trained on, where likelihoods are too high; use held-out images",
+            stacklevel=2,
+        )
     units = _units(config, versions, sets)
     flow = _flow_for_maps(versions[0]) if config.scoring.maps else None
     _print_plan(config, sets)
@@ -78,6 +86,7 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
         for score, limit in thresholds.items()
     }
     _write_summary(config, versions, sets, typical, thresholds, flagged, found)
+    storage.remove(storage.join(config.scoring.path, _MAPS))
     if flow is not None:
         _write_maps(config, flow, scores["data"]["likelihood"])
     storage.remove_tree(storage.join(config.scoring.path, _PARTS))
@@ -127,7 +136,7 @@ def _units(
         "weights": [version.weights_digest for _, version in versions],
         "settings": config.scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),
         "device": ["cuda" if config.cluster.gpus_per_worker else config.cluster.cpus_per_worker],
-        "packages": telemetry.package_versions(),
+        "packages": _packages(),
         "codecs": sorted(codecs()),
     }
     found: dict[str, list[Unit]] = {}
@@ -138,6 +147,15 @@ def _units(
     return found
 
 
+def _packages() -> dict[str, str]:
+    """Versions of what decides the numbers, codecs and solvers too."""
+    found = telemetry.package_versions()
+    for name in ("pillow", "zuko", "torchdiffeq"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]], units: list[Unit]) -> None:
     there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
     wanted = {unit.part.location: unit for unit in units}  # a set may be named twice
@@ -145,6 +163,7 @@ def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]
     arguments = {
         "versions": [(section.path, section.model, version.version) for section, version in versions],
         "settings": config.scoring,
+        "codec_names": tuple(sorted(codecs())),
         "threads": config.cluster.cpus_per_worker,
         "gpu": config.cluster.gpus_per_worker > 0,
     }
@@ -232,7 +251,7 @@ def _write_summary(
         "sets": about,
         "settings": config.scoring.model_dump(mode="json"),
         "codecs": sorted(codecs()),
-        "packages": telemetry.package_versions(),
+        "packages": _packages(),
         "typical_bits_per_dim": typical,
         "scores": {
             score: {
@@ -252,14 +271,18 @@ def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]
     chosen = np.argsort(-likelihood, kind="stable")[: config.scoring.maps]
     shards = ShardSet(config.data.path)
     order = np.argsort(chosen)  # read in the order of the shards, shown in that of surprise
-    batch = shards.take(chosen[order])
     protocol = dequantisation(shards.manifest.bit_depth, config.scoring)
-    nats = torch.stack([flow.nats_of_values(x) for x in dequantised(batch, protocol)]).mean(dim=0).numpy()
-    images = np.broadcast_to(batch.images, (len(chosen), 3, *batch.images.shape[2:]))
-    pairs = np.stack([images, overlaid(batch.images, nats)], axis=1)[np.argsort(order)]
+    found: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
+    for low in range(0, len(chosen), config.scoring.batch_size):
+        batch = shards.take(chosen[order][low : low + config.scoring.batch_size])
+        nats = torch.stack([flow.nats_of_values(x) for x in dequantised(batch, protocol)]).mean(dim=0)
+        found.append((batch.images, nats.numpy()))
+    images, nats = (np.concatenate(several) for several in zip(*found, strict=True))
+    rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))
+    pairs = np.stack([rgb, overlaid(images, nats)], axis=1)[np.argsort(order)]
     zoom = max(1, _MAP_PIXELS // pairs.shape[-1])
     sheet = contact_sheet(pairs.reshape(-1, *pairs.shape[2:]), 2 * _MAP_COLUMNS, zoom)
-    storage.write_bytes(storage.join(config.scoring.path, "maps.png"), sheet)
+    storage.write_bytes(storage.join(config.scoring.path, _MAPS), sheet)
 
 
 def _print_plan(config: ScoreConfig, sets: dict[str, tuple[str, Manifest]]) -> None:

@@ -15,9 +15,11 @@ from sklearn.metrics import roc_auc_score
 from tarflow_scale import cli
 from tarflow_scale.density.anomaly import compressed_bits_per_dim
 from tarflow_scale.errors import StorageError
+from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.loading import load_version
 from tarflow_scale.metrics.bits import dequantised
 from tarflow_scale.rating import Rater, Unit
+from tarflow_scale.registry import Registry
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
@@ -48,7 +50,7 @@ def arguments(trained: Trained, out: Path, shuffled: Path | None, *more: str) ->
         f"registry.path={trained.registry}",
         "registry.model=small",
         f"data.path={trained.data}/test",
-        f"calibration.path={trained.data}/test",
+        f"calibration.path={trained.data}/train",
         *([] if shuffled is None else [f"anomalies.path={shuffled}"]),
         f"scoring.path={out}",
         "scoring.batch_size=100",
@@ -73,7 +75,18 @@ def scored(trained: Trained, shuffled: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def test_every_image_has_a_row_with_the_numbers_of_its_pixels(trained: Trained, scored: Path) -> None:
+@pytest.fixture(scope="module")
+def held_out(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Scores of the images that calibrate, as images to score."""
+    out = tmp_path_factory.mktemp("score") / "out"
+    assert cli.main(arguments(trained, out, None, f"data.path={trained.data}/train")) == 0
+    rows = rows_of(out)
+    return {score: column(rows, "data", score) for score in ("likelihood", "complexity", "typicality")}
+
+
+def test_every_image_has_a_row_with_the_numbers_of_its_pixels(
+    trained: Trained, scored: Path, held_out: dict[str, np.ndarray]
+) -> None:
     rows = rows_of(scored)
     shards = ShardSet(str(trained.data / "test"))
     num = shards.manifest.num_images
@@ -86,17 +99,20 @@ def test_every_image_has_a_row_with_the_numbers_of_its_pixels(trained: Trained, 
     complexity = column(rows, "data", "likelihood") - column(rows, "data", "complexity")
     assert np.allclose(complexity, compressed_bits_per_dim(batch.images >> 4))
     summary = json.loads((scored / "summary.json").read_text())
-    typical = column(rows, "data", "likelihood").mean()
+    typical = held_out["likelihood"].mean()
     assert summary["typical_bits_per_dim"] == pytest.approx(typical)
     assert np.allclose(column(rows, "data", "typicality"), abs(column(rows, "data", "likelihood") - typical))
     assert not (scored / "parts").exists()
 
 
-def test_thresholds_and_separation_are_those_of_the_table(scored: Path) -> None:
+def test_thresholds_are_those_of_held_out_images_and_separation_that_of_the_table(
+    scored: Path, held_out: dict[str, np.ndarray]
+) -> None:
     rows, summary = rows_of(scored), json.loads((scored / "summary.json").read_text())
     for score, facts in summary["scores"].items():
         normal, anomalous = (column(rows, which, score) for which in ("data", "anomalies"))
-        assert (normal > facts["threshold"]).mean() <= 0.05
+        assert 0.04 < (held_out[score] > facts["threshold"]).mean() <= 0.05
+        assert facts["flagged"]["data"] == (normal > facts["threshold"]).mean()
         assert facts["flagged"]["anomalies"] == (anomalous > facts["threshold"]).mean()
         flags = [row[f"{score}_flagged"] == "True" for row in rows if row["set"] == "anomalies"]
         assert np.mean(flags) == facts["flagged"]["anomalies"]
@@ -123,10 +139,21 @@ def test_marginal_likelihood_is_the_sum_over_labels(trained: Trained, tmp_path: 
         assert found[number] == pytest.approx(-math.log2(total) / 64 + 3, rel=1e-5)
 
 
-def test_a_background_model_adds_the_ratio(trained: Trained, tmp_path: Path) -> None:
-    same = [f"background.path={trained.registry}", "background.model=small"]
-    assert cli.main(arguments(trained, tmp_path / "out", None, *same)) == 0
-    assert (column(rows_of(tmp_path / "out"), "data", "likelihood_ratio") == 0).all()
+def test_a_background_model_adds_the_ratio(trained: Trained, scored: Path, tmp_path: Path) -> None:
+    flow = load_version(str(trained.registry), "small", 1)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(0.7)
+    known = Registry(str(trained.registry), "small").resolve(1)
+    facts = known.model_dump(mode="json", exclude={"version", "files", "configuration"})
+    Registry(str(tmp_path / "registry"), "other").register(flow_files(flow), facts, "a worse model")
+    other = [f"registry.path={tmp_path}/registry", "registry.model=other"]
+    assert cli.main(arguments(trained, tmp_path / "of-it", None, *other)) == 0
+    background = [f"background.path={tmp_path}/registry", "background.model=other"]
+    assert cli.main(arguments(trained, tmp_path / "out", None, *background)) == 0
+    ours, theirs = (column(rows_of(out), "data", "likelihood") for out in (scored, tmp_path / "of-it"))
+    assert np.allclose(column(rows_of(tmp_path / "out"), "data", "likelihood_ratio"), ours - theirs)
+    assert (ours < theirs).mean() > 0.9
 
 
 def test_what_a_killed_job_had_made_is_not_made_again(

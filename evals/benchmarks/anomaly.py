@@ -149,7 +149,7 @@ def main() -> None:
                 for what in ("auroc", "aupr", "false_positive_rate_95"):
                     figures[f"{kind}_{score}_{what}"] = ("", facts[what], what)
             asked = ">= 0.95" if kind in ("photo_crops", "inverted") else ""
-            figures[f"{kind}_best_auroc"] = (asked, max(aurocs.values()), "auroc")
+            figures[f"{kind}_best_auroc"] = (asked, max(aurocs.values()), "auroc of the score that does best here")
     facts = {"data": arguments.kind, "model": f"{arguments.model}@champion", "images": len(images[1::2])}
     write_results(
         arguments.output, "cpu", figures, **facts, seeds={"anomalies": 0}, direction="higher is more anomalous"

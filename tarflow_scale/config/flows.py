@@ -158,6 +158,16 @@ class ContinuousConfig(_FlowConfig):
     max_evaluations: int = Field(default=2000, ge=1)
     """A solve that needs more evaluations of the dynamics ends in an error."""
 
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "ContinuousConfig":
+        evaluations = {"rk4": 4, "midpoint": 2}.get(self.solver, 0) * self.num_steps
+        if evaluations > self.max_evaluations:
+            raise ValueError(
+                f"max_evaluations must allow those of num_steps (got {self.max_evaluations}, and {self.num_steps} "
+                f"steps of {self.solver} take {evaluations}); raise it"
+            )
+        return self
+
 
 ModelConfig = Annotated[
     TarFlowConfig | GlowConfig | NICEConfig | RealNVPConfig | MAFConfig | IAFConfig | ContinuousConfig,

@@ -41,6 +41,7 @@ SCORES = {
 """What each score is, in words."""
 
 _FOUND_SHARE = 0.95
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def scores_of(
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
     """The lowest of these scores that at most this share of them exceeds."""
-    return float(np.quantile(normal, 1 - false_alarm_rate, method="higher"))
+    allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
+    return float(np.sort(normal)[len(normal) - 1 - allowed])
 
 
 def separate(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) -> Separation:
@@ -89,7 +91,7 @@ def separate(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) -> Sep
 
     truth = np.concatenate([np.zeros(len(normal)), np.ones(len(anomalous))])
     both = np.concatenate([normal, anomalous])
-    least = np.quantile(anomalous, 1 - _FOUND_SHARE, method="lower")
+    least = np.sort(anomalous)[int((1 - _FOUND_SHARE) * len(anomalous) + _ROUNDING)]
     return Separation(
         auroc=float(roc_auc_score(truth, both)),
         aupr=float(average_precision_score(truth, both)),

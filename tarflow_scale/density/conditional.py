@@ -45,6 +45,7 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
     return torch.logsumexp(of_labels, dim=1) - math.log(of_labels.shape[1])
 
 
+@torch.no_grad()
 def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B K"]]:
     """The likeliest label by Bayes' rule, and p(y | x).
 

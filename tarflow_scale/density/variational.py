@@ -78,7 +78,11 @@ class Posterior:
 
     @torch.no_grad()
     def weighted(self, num: int, seed: int = 0) -> tuple[Float[Tensor, "S D"], Float[Tensor, " S"]]:
-        """Draws of the flow and their normalised weights, whose sums are expectations under the posterior itself."""
+        """Draws of the flow and their normalised weights, whose sums are expectations under the posterior itself.
+
+        Raises:
+            NumericsError: a weight is not a number, or all are 0.
+        """
         x, log_weights = self._log_weights(num, seed)
         return x, torch.softmax(log_weights, dim=0)
 
@@ -87,13 +91,9 @@ class Posterior:
         """How good the fit is, from ``num`` draws.
 
         Raises:
-            NumericsError: a weight is not a number.
+            NumericsError: a weight is not a number, or all are 0.
         """
         _, log_weights = self._log_weights(num, seed)
-        if bool(torch.isnan(log_weights).any()):
-            raise NumericsError(
-                f"{int(torch.isnan(log_weights).sum())} of {num} importance weights are not numbers; check log_joint"
-            )
         weights = torch.softmax(log_weights, dim=0)
         return ImportanceReport(
             num_samples=num,
@@ -106,7 +106,13 @@ class Posterior:
 
     def _log_weights(self, num: int, seed: int) -> tuple[Tensor, Tensor]:
         x, log_q = _draw(self.flow, num, torch.Generator().manual_seed(seed))
-        return x, (self._log_joint(x) - log_q).double()
+        log_weights = (self._log_joint(x) - log_q).double()
+        wrong = torch.isnan(log_weights) | (log_weights == math.inf)
+        if bool(wrong.any()):
+            raise NumericsError(f"{int(wrong.sum())} of {num} importance weights are not numbers; check log_joint")
+        if not bool(torch.isfinite(log_weights).any()):
+            raise NumericsError(f"all of {num} draws are impossible under log_joint; check it, or fit for longer")
+        return x, log_weights
 
 
 def fit_posterior(
@@ -175,10 +181,10 @@ def fit_posterior(
 
 def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Samples and their log densities, with gradients."""
-    if isinstance(flow, Flow):
-        return flow.rsample_and_log_prob(num, generator=generator)
-    with torch.random.fork_rng():  # zuko's distributions draw from torch's own generator
+    with torch.random.fork_rng():  # zuko's distributions, and probes of a continuous flow, are torch's own generator's
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        if isinstance(flow, Flow):
+            return flow.rsample_and_log_prob(num, generator=generator)
         return flow().rsample_and_log_prob((num,))
 
 
@@ -197,7 +203,7 @@ def pareto_shape(excess: Float[Tensor, " M"]) -> float:
     The estimate of Zhang and Stephens (2009), a posterior mean over a grid of the profile likelihood, drawn a little
     towards 0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. Infinite where all excess is in one value.
     """
-    x = torch.sort(excess.double()).values
+    x = torch.sort(excess.double().cpu()).values
     num = len(x)
     quarter = x[max(0, int(num / 4 + 0.5) - 1)]
     if num < 5 or not bool(x[-1] > 0):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels, from_logits, to_logits
+from tarflow_scale.flows.flow import Condition, Flow, embed_labels, from_logits, logit_log_dets
 from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["Autoregressive"]
@@ -45,7 +45,7 @@ class Autoregressive(Flow):
 
     Raises:
         ConfigError: zuko is not installed.
-        ValueError: an event of one dimension.
+        ValueError: an event of one dimension, or hidden layers that are too narrow to read all of them.
     """
 
     takes_guidance = False
@@ -64,6 +64,12 @@ class Autoregressive(Flow):
         super().__init__(event_shape, num_classes, logit_alpha)
         if self.num_dims < 2:
             raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
+        needed = self.num_dims - 1 + bool(num_classes)
+        if min(hidden_widths) < needed:  # units take turns in what they see, so fewer would leave inputs unread
+            raise ValueError(
+                f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, a unit for each that "
+                f"is read (got {list(hidden_widths)}); widen them"
+            )
         try:
             with torch.device("cpu"):
                 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
@@ -103,10 +109,10 @@ class Autoregressive(Flow):
             return super().inverse_and_log_det(z, y)
         with torch.autocast(z.device.type, enabled=False):
             h, log_det = self._do_all(z, self._context(y, len(z)))
-        x = h.unflatten(1, self.event_shape)
-        if self.logit_alpha is not None:
-            x = from_logits(x, self.logit_alpha)
-            log_det = log_det - to_logits(x, self.logit_alpha)[1]
+            x = h.unflatten(1, self.event_shape)
+            if self.logit_alpha is not None:
+                log_det = log_det - logit_log_dets(h, self.logit_alpha).sum(dim=1)
+                x = from_logits(x, self.logit_alpha)
         return x, log_det
 
     def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

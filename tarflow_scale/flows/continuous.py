@@ -8,8 +8,9 @@ A network gives the velocity; the log-determinant is the integral of its diverge
 The trace is exact, D products with the Jacobian, in evaluation up to ``exact_trace_dims`` dimensions. Elsewhere it is
 Hutchinson's estimate e^T (df/dh) e with a probe e of random signs that is drawn once for a whole solve, so that the
 solver meets a smooth function: in training from torch's generator, which the loop seeds from (seed, images seen, rank);
-in evaluation one fixed probe for all samples, so that a number does not depend on the batch. The estimate is unbiased
-for log p; its mean over images is what converges.
+in evaluation from a generator that the values of the sample itself seed, so that a number does not depend on the batch
+and errors of different images are independent. The estimate is unbiased for log p, and so is a mean over images; its
+exponential is not, so that importance-weighted figures and sums over labels are no bounds where the trace is estimated.
 
 Solvers and the adjoint are torchdiffeq's. An adaptive solver chooses one step for a whole batch, so its samples see
 each other within ``tolerance``; and the inverse is exact to about that. Every layer of the dynamics is scaled and
@@ -18,6 +19,7 @@ shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a label 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -37,7 +39,6 @@ __all__ = ["Continuous", "Dynamics"]
 _ADAPTIVE = ("dopri5", "bosh3")
 _STALLED = 24
 """Evaluations in a row at one time, to rounding, by which a solver is stuck; a step has seven at most."""
-_PROBE_SEED = 0x66666A6F7264
 
 
 class Dynamics(nn.Module):
@@ -161,13 +162,12 @@ class Continuous(Flow):
             return self._solved(field, (z.unflatten(1, self.event_shape),), (1.0, 0.0))[0]
 
     def _probe(self, h: Tensor) -> Tensor | None:
-        """Random signs, of each sample in training and one for all in evaluation; None where the trace is exact."""
+        """Random signs for each sample; None where the trace is exact."""
         if self.training:
             return torch.randint(0, 2, h.shape, device=h.device).to(h.dtype) * 2 - 1
         if self.num_dims <= self.exact_trace_dims:
             return None
-        generator = torch.Generator().manual_seed(_PROBE_SEED)
-        return (torch.randint(0, 2, (1, *h.shape[1:]), generator=generator).to(h) * 2 - 1).expand_as(h)
+        return torch.stack([_signs_of(sample) for sample in h.detach().cpu()]).to(h)
 
     def _solved(self, field: "_Field", start: tuple[Tensor, ...], times: tuple[float, float]) -> tuple[Tensor, ...]:
         at = torch.tensor(times, dtype=start[0].dtype, device=start[0].device)
@@ -180,7 +180,10 @@ class Continuous(Flow):
         except AssertionError as error:  # so torchdiffeq says that a step is too small, or a state not finite
             raise self.stuck(str(error)) from error
         field.forward_is_over = True
-        return tuple(path[-1] for path in found)
+        ends = tuple(path[-1] for path in found)
+        if self._gradients == "direct" or not torch.is_grad_enabled():
+            return ends
+        return _FiniteGradients.apply(len(ends), *ends, *self.dynamics.parameters())  # pyright: ignore[reportReturnType]
 
     def count(self, way: Literal["forward", "backward"]) -> None:
         """Count an evaluation of the dynamics.
@@ -230,6 +233,32 @@ class _Field:
         self._latest_time = time
         if self._stalled >= _STALLED:
             raise self._flow.stuck(f"steps below 1e-7 at time {time:.6f}")
+
+
+class _FiniteGradients(torch.autograd.Function):
+    """The identity on the ends of a solve, whose backward pass keeps what is not finite from the adjoint's solver.
+
+    A solver cannot start from such a gradient. The parameters get NaN in its place, so that the step is skipped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.parameters = tensors[count:]
+        return tuple(end.view_as(end) for end in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            return (None, *gradients, *[None] * len(ctx.parameters))
+        nans = [torch.full_like(parameter, math.nan) for parameter in ctx.parameters]
+        return (None, *[torch.zeros_like(gradient) for gradient in gradients], *nans)
+
+
+def _signs_of(sample: Tensor) -> Tensor:
+    """Random signs that the values of a sample on the CPU decide."""
+    digest = hashlib.sha256(sample.contiguous().numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randint(0, 2, sample.shape, generator=generator) * 2 - 1
 
 
 def _trace(velocity: Tensor, h: Tensor, probe: Tensor | None, keep_graph: bool) -> Float[Tensor, " B"]:

@@ -35,6 +35,7 @@ __all__ = [
     "Flow",
     "embed_labels",
     "from_logits",
+    "logit_log_dets",
     "standard_normal_log_prob",
     "to_logits",
 ]
@@ -72,10 +73,10 @@ def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B
     """
     p = alpha + (1 - 2 * alpha) * (x + 1) / 2
     h = torch.log(p) - torch.log1p(-p)
-    return h, _logit_log_dets(h, alpha).flatten(1).sum(dim=1)
+    return h, logit_log_dets(h, alpha).flatten(1).sum(dim=1)
 
 
-def _logit_log_dets(h: Tensor, alpha: float) -> Tensor:
+def logit_log_dets(h: Tensor, alpha: float) -> Tensor:
     """Log-derivative of `to_logits` at every value, from what it gives."""
     return math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
 
@@ -242,7 +243,7 @@ class Flow(nn.Module, ABC):
         else:
             h, _ = to_logits(x, self.logit_alpha)
             z, log_dets = self.encode_values(h, y)
-            log_dets = log_dets + _logit_log_dets(h, self.logit_alpha)
+            log_dets = log_dets + logit_log_dets(h, self.logit_alpha)
         return 0.5 * (z.square() + math.log(2 * math.pi)) - log_dets
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,8 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
     try:
         facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
         config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
-        with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
+        # No memory and no random numbers: every tensor comes from the file. zuko's networks are made all the same.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
             flow = build(config, tuple(facts["event_shape"]), facts["num_classes"])
         flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None

@@ -151,6 +151,7 @@ class Engine:
         """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
+        running = [(one, one.clone()) for name, one in self.buffers().items() if "running_" in name]
         skipped_before = self._engine.skipped_steps
         total = torch.zeros((), device=self.device)
         rejected = False
@@ -167,10 +168,14 @@ class Engine:
             self._engine.step()
         assert count == self.num_micro_batches, "a step takes exactly the accumulated micro batches"
         norm = self._engine.get_global_grad_norm()
+        skipped = self._engine.skipped_steps > skipped_before
+        if skipped or rejected:
+            for buffer, before in running:  # the forward pass has written them, of images that nothing is learned from
+                buffer.copy_(before)
         return StepResult(
             nats_per_dim=float(total) / count,
             gradient_norm=float(norm) if norm is not None else 0.0,
-            skipped=self._engine.skipped_steps > skipped_before,
+            skipped=skipped,
             rejected=rejected,
         )
 

@@ -140,6 +140,7 @@ class Loop:
                 with self.meter.spending("data"):
                     batch = next(batches)
                 result = self._step(batch, progress)
+                diagnostics = self.engine.diagnostics()  # before validation and previews, which pass images too
                 stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
                 self.meter.stepped(now - before)
@@ -147,7 +148,7 @@ class Loop:
                 done = now >= self.total_images
                 validated = self._validate(before, now, done)
                 if done or validated is not None or _crossed(before, now, self.logging.every_images):
-                    self._log(log, bar, result, progress, validated)
+                    self._log(log, bar, result, progress, validated, diagnostics)
                 if done or stopping or _crossed(before, now, self.checkpoints.every_images):
                     self._save(progress, uploads)
                 if done or _crossed(before, now, self.logging.preview_every_images):
@@ -226,7 +227,13 @@ class Loop:
             progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
 
     def _log(
-        self, log: telemetry.Log, bar: Any, result: StepResult, progress: Progress, validated: float | None
+        self,
+        log: telemetry.Log,
+        bar: Any,
+        result: StepResult,
+        progress: Progress,
+        validated: float | None,
+        diagnostics: dict[str, float],
     ) -> None:
         loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         progress.loss_sum, progress.loss_steps = 0.0, 0
@@ -245,7 +252,7 @@ class Loop:
             "peak_memory_bytes": telemetry.peak_memory_bytes(self.engine.device.type),
             "seconds": progress.elapsed,
             **speed,
-            **self.engine.diagnostics(),
+            **diagnostics,
         }
         if validated is not None:
             record |= {"validation_nats_per_dim": validated, "validation_bits_per_dim": self._bits(validated)}

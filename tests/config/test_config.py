@@ -203,6 +203,10 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: st
             "parallelism.compile and optimizer.kind=muon are not for model.kind=maf (got either); leave them out",
         ),
         (
+            ["model={kind: continuous, solver: rk4, num_steps: 501}", "training.seed=1"],
+            "model: max_evaluations must allow those of num_steps (got 2000, and 501 steps of rk4 take 2004); raise it",
+        ),
+        (
             ["model={kind: nice}", "logging.preview_guidance=1"],
             "logging.preview_guidance has no effect on model.kind=nice (got 1.0); set it to 0",
         ),

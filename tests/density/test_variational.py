@@ -9,7 +9,7 @@ import torch
 import zuko
 from torch import Tensor
 
-from tarflow_scale.config import IAFConfig, NICEConfig
+from tarflow_scale.config import ContinuousConfig, IAFConfig, NICEConfig
 from tarflow_scale.density import Posterior, fit_posterior
 from tarflow_scale.density.variational import pareto_shape
 from tarflow_scale.errors import NumericsError
@@ -129,6 +129,13 @@ def test_the_same_seed_gives_the_same_fit() -> None:
     first, second = (fit_posterior(model.log_joint, iaf(), num_steps=5).losses for _ in range(2))
     assert first == second
     assert fit_posterior(model.log_joint, iaf(), num_steps=5, seed=1).losses != first
+    found = []
+    for number in range(2):
+        torch.manual_seed(0)
+        flow = build(ContinuousConfig(width=4, hidden_layers=1, tolerance=1e-2, class_conditional=False), (DIMS,))
+        torch.rand(number)  # probes must not depend on what was drawn before
+        found.append(fit_posterior(model.log_joint, flow, num_steps=3, num_samples=8).losses)
+    assert found[0] == found[1]
 
 
 def test_densities_that_are_wrong_end_in_one_line() -> None:
@@ -138,5 +145,12 @@ def test_densities_that_are_wrong_end_in_one_line() -> None:
         fit_posterior(lambda x: torch.log(-x.square().sum(dim=1)), iaf(), num_steps=50)
     posterior = fit_posterior(LinearRegression().log_joint, iaf(), num_steps=1)
     posterior._log_joint = lambda x: torch.log(x[:, 0])
-    with pytest.raises(NumericsError, match=r"\d+ of 100 importance weights are not numbers"):
+    for look in (posterior.report, posterior.weighted):
+        with pytest.raises(NumericsError, match=r"\d+ of 100 importance weights are not numbers"):
+            look(100)
+    posterior._log_joint = lambda x: torch.full((len(x),), math.inf)
+    with pytest.raises(NumericsError, match="100 of 100 importance weights are not numbers"):
+        posterior.report(100)
+    posterior._log_joint = lambda x: torch.full((len(x),), -math.inf)
+    with pytest.raises(NumericsError, match="all of 100 draws are impossible"):
         posterior.report(100)

@@ -8,9 +8,11 @@ from tarflow_scale.flows.autoregressive import Autoregressive
 from tests.flows.catalogue import moved
 
 
-def flow(inverse: bool, transforms: int = 1, num_classes: int | None = None) -> Autoregressive:
+def flow(
+    inverse: bool, transforms: int = 1, num_classes: int | None = None, widths: tuple[int, ...] = (64, 48)
+) -> Autoregressive:
     torch.manual_seed(0)
-    made = Autoregressive((5,), num_classes, transforms=transforms, hidden_widths=(64, 48), inverse=inverse).double()
+    made = Autoregressive((5,), num_classes, transforms=transforms, hidden_widths=widths, inverse=inverse).double()
     moved(made, ("",))
     return made
 
@@ -71,6 +73,25 @@ def test_gradients_pass_through_samples_of_an_iaf() -> None:
                 ends.append(float(bound()))
             weight[place] += 1e-6
         assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(expected[place]), abs=1e-7)
+
+
+def test_networks_that_would_leave_dimensions_unread_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"hidden_widths must be at least 19 for 20 dimensions.*\(got \[64, 18\]\)"):
+        Autoregressive((20,), None, hidden_widths=(64, 18))
+    with pytest.raises(ValueError, match="must be at least 20 for 20 dimensions"):
+        Autoregressive((20,), 3, hidden_widths=(19,))
+    assert (jacobians_of(flow(False, widths=(20, 20))) != 0).sum() >= 14
+
+
+def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
+    made = Autoregressive((2,), None, transforms=1, hidden_widths=(8,), inverse=True, logit_alpha=1e-6)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+        z = torch.tensor([[17.0, -17.0]])
+        found = made.inverse_and_log_det(z)[1]
+        exact = made.double().inverse_and_log_det(z.double())[1]
+    assert float(found) == pytest.approx(float(exact), rel=1e-5)
 
 
 def test_one_dimension_is_refused() -> None:

@@ -30,7 +30,7 @@ def test_hutchinsons_estimate_is_unbiased() -> None:
     assert abs(float(found.mean()) - exact) < 3 * float(found.std()) / len(found) ** 0.5
 
 
-def test_a_probe_is_kept_for_a_whole_solve_and_in_evaluation_for_all_samples() -> None:
+def test_a_probe_is_kept_for_a_whole_solve_and_in_evaluation_the_sample_decides_it() -> None:
     made = flow((1, 3, 3), exact_trace_dims=0, tolerance=1e-6)
     x = torch.randn(3, 1, 3, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -38,6 +38,10 @@ def test_a_probe_is_kept_for_a_whole_solve_and_in_evaluation_for_all_samples() -
         alone = torch.cat([made(one[None])[1] for one in x])
     assert torch.equal(together, again)
     assert torch.allclose(together, alone, atol=1e-4)
+    of_each = made._probe(x)
+    assert of_each is not None
+    assert not torch.equal(of_each[0], of_each[1])
+    assert torch.equal(made._probe(x[1:2])[0], of_each[1])  # type: ignore[index]
     torch.manual_seed(3)
     probe = made.train()._probe(x)
     assert probe is not None
@@ -68,6 +72,16 @@ def test_the_trace_is_that_of_the_exact_jacobian_under_any_solver() -> None:
         for i in range(2):
             jacobian = torch.autograd.functional.jacobian(lambda v, f=made: f(v[None])[0][0], x[i])
             assert abs(float(log_det[i].detach()) - float(torch.linalg.slogdet(jacobian).logabsdet)) < 1e-5, solver
+
+
+@pytest.mark.parametrize("gradients", ["adjoint", "direct"])
+def test_a_gradient_that_is_not_finite_reaches_the_parameters_and_no_solver(gradients: str) -> None:
+    """As of a step that is rejected; a solver would not come to an end."""
+    made = flow(gradients=gradients, tolerance=1e-6)
+    z, log_det = made(torch.randn(2, 4, dtype=torch.float64))
+    (torch.nan * (standard_normal_log_prob(z) + log_det)).sum().backward()
+    assert all(bool(torch.isnan(p.grad).any()) for p in made.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in made.parameters()) >= len(made.dynamics.layers)
 
 
 def test_evaluations_are_counted_and_limited() -> None:

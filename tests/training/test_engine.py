@@ -106,13 +106,14 @@ def test_ranks_and_accumulation_change_rounding_only(
 
 # --- the rest of the family
 
-FAMILY = [f"stage={stage},flow={flow}" for flow in ("realnvp", "nice", "maf") for stage in (0, 2, 3)]
+FAMILY = [f"stage={stage},flow={flow}" for flow in ("realnvp", "nice", "maf", "iaf") for stage in (0, 2, 3)]
+SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 
 @distributed
 def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(folder: Path) -> None:
     """RealNVP normalises by statistics of the whole batch, which every rank has a part of."""
-    two = ranks(2, "curves", folder / "family2.json", 15, *FAMILY)
+    two = ranks(2, "curves", folder / "family2.json", 15, *FAMILY, *SOLVED)
     one = ranks(1, "curves", folder / "family1.json", 15, *FAMILY[::3])
     for variant in FAMILY:
         first = f"stage=0,{variant.partition(',')[2]}"
@@ -120,6 +121,8 @@ def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(fold
         assert max(two[variant]["average_errors"]) < 1e-6
         assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
         assert two[first]["losses"][-1] < two[first]["losses"][0]
+    assert two[SOLVED[1]]["losses"] == pytest.approx(two[SOLVED[0]]["losses"], rel=1e-4, abs=1e-5)  # a solver's own
+    assert max(two[SOLVED[1]]["average_errors"]) < 1e-6
 
 
 # --- settings that must not change the result
@@ -264,6 +267,7 @@ def test_a_checkpoint_restores_at_any_stage_and_number_of_ranks(
 @distributed
 def test_a_step_that_is_not_finite_or_rejected_changes_nothing_anywhere(tmp_path: Path) -> None:
     variants = ["stage=0", "stage=1", "stage=2", "stage=3", "stage=2,flow=glow", "stage=2,optimizer=muon"]
+    variants += ["stage=0,flow=realnvp", "stage=2,flow=realnvp", "stage=0,flow=continuous", "stage=2,flow=continuous"]
     found = ranks(2, "poison", tmp_path / "out.json", *variants)
     for variant, outcome in found.items():
         wrong = {name for name, value in outcome.items() if value is not (name != "next_skipped")}

@@ -16,7 +16,9 @@ import torch
 from tarflow_scale import distributed
 from tarflow_scale.config import (
     CheckpointConfig,
+    ContinuousConfig,
     GlowConfig,
+    IAFConfig,
     MAFConfig,
     ModelConfig,
     NICEConfig,
@@ -49,6 +51,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "realnvp": RealNVPConfig(levels=2, width=8, residual_blocks=1, normalization="batch"),
     "nice": NICEConfig(width=16, hidden_layers=2),
     "maf": MAFConfig(transforms=2, hidden_widths=(24,)),
+    "iaf": IAFConfig(transforms=2, hidden_widths=(24,)),
+    "continuous": ContinuousConfig(width=6, hidden_layers=1, tolerance=1e-7),
 }
 
 
@@ -143,6 +147,7 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
     losses, norms = [], []
     released = 0
     for step in range(steps):
+        torch.manual_seed(step)  # probes of a continuous flow
         result = step_on(engine, step)
         released = sum(parameter.numel() == 0 for parameter in engine._parameters.values())
         losses.append(mean_over_ranks(result.nats_per_dim))
@@ -280,7 +285,8 @@ def _everything(engine: Engine) -> dict[str, torch.Tensor]:
         if engine.has_moments(name)
         for moment in checkpoint.MOMENTS
     }
-    return weights | moments | {f"momentum/{name}": value.clone() for name, value in engine.momenta().items()}
+    momenta = {f"momentum/{name}": value.clone() for name, value in engine.momenta().items()}
+    return weights | moments | momenta | {f"buffer/{name}": value.clone() for name, value in engine.buffers().items()}
 
 
 def _same(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> bool:
