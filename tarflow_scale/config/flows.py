@@ -144,7 +144,8 @@ class ContinuousConfig(_FlowConfig):
     hidden_layers: int = Field(default=3, ge=1)
     """Hidden layers of the dynamics."""
     solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
-    """Adaptive (``dopri5``, ``bosh3``), or of fixed steps (``rk4``, ``midpoint``)."""
+    """Adaptive (``dopri5``, ``bosh3``), or of fixed steps (``rk4``, ``midpoint``), for training alone: likelihoods and
+    samples afterwards are those of an adaptive one."""
     tolerance: float = Field(default=1e-5, gt=0)
     """Relative and absolute error that an adaptive solver aims at; it also decides how exact the inverse is."""
     num_steps: int = Field(default=20, ge=1)

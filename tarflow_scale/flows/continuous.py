@@ -12,9 +12,12 @@ in evaluation from a generator that the values of the sample itself seed, so tha
 and errors of different images are independent. The estimate is unbiased for log p, and so is a mean over images; its
 exponential is not, so that importance-weighted figures and sums over labels are no bounds where the trace is estimated.
 
-Solvers and the adjoint are torchdiffeq's. An adaptive solver chooses one step for a whole batch, so its samples see
-each other within ``tolerance``; and the inverse is exact to about that. Every layer of the dynamics is scaled and
-shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a label is added to the first.
+Solvers and the adjoint are torchdiffeq's. Few fixed steps are cheap to train with, but what they compute is neither
+inverted by as many steps back nor a density that integrates to one; so likelihoods and samples of a model in evaluation
+are always those of an adaptive solver, ``dopri5`` where the solver of training is none. It chooses one step for a whole
+batch, so that samples see each other within ``tolerance``; and the inverse is exact to about that. Every layer of the
+dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a label is added to the
+first.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -86,7 +89,7 @@ class Continuous(Flow):
         event_shape: ``(C, H, W)`` or ``(D,)``.
         num_classes: classes, or None for an unconditional model.
         width, hidden_layers: of the dynamics.
-        solver: its method.
+        solver: its method; one of fixed steps is for training alone.
         tolerance: relative and absolute, of an adaptive solver.
         num_steps: of a solver of fixed ones.
         gradients: by the adjoint equation or directly.
@@ -126,12 +129,9 @@ class Continuous(Flow):
         self.tolerance = tolerance
         self.exact_trace_dims = exact_trace_dims
         self._solver: Any = torchdiffeq.odeint_adjoint if gradients == "adjoint" else torchdiffeq.odeint
-        self._options: dict[str, Any] = {"method": solver}
-        if solver not in _ADAPTIVE:
-            self._options["options"] = {"step_size": 1 / num_steps}
+        self._method = solver
+        self._step_size = 1 / num_steps
         self._gradients = gradients
-        if gradients == "adjoint" and solver in _ADAPTIVE:
-            self._options["adjoint_options"] = {"norm": "seminorm"}  # arXiv 2009.09457
         self._max_evaluations = max_evaluations
         self._evaluations = {"forward": 0, "backward": 0}
 
@@ -172,9 +172,15 @@ class Continuous(Flow):
     def _solved(self, field: "_Field", start: tuple[Tensor, ...], times: tuple[float, float]) -> tuple[Tensor, ...]:
         at = torch.tensor(times, dtype=start[0].dtype, device=start[0].device)
         self._evaluations.update(forward=0, backward=0)
-        options = self._options | {"rtol": self.tolerance, "atol": self.tolerance}
+        options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance, "method": self._method}
         if self._gradients == "adjoint":
             options["adjoint_params"] = tuple(self.dynamics.parameters())
+        if self._method not in _ADAPTIVE and self.training:
+            options["options"] = {"step_size": self._step_size}
+        else:
+            options["method"] = self._method if self._method in _ADAPTIVE else "dopri5"
+            if self._gradients == "adjoint":
+                options["adjoint_options"] = {"norm": "seminorm"}  # arXiv 2009.09457
         try:
             found = self._solver(field, start, at, **options)
         except AssertionError as error:  # so torchdiffeq says that a step is too small, or a state not finite

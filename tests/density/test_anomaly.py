@@ -39,7 +39,7 @@ def test_separation_by_brute_force() -> None:
     assert found.false_positive_rate_95 == (normal >= limit).mean()
     for num in (20, 40, 100):
         limits = separate(np.arange(num) - 0.5, np.arange(num) + 0.0)
-        assert limits.false_positive_rate_95 == 0.95 - 1 / num  # 95 % exactly are found
+        assert limits.false_positive_rate_95 == pytest.approx(0.95 - 1 / num)  # 95 % exactly are found
     everything = np.sort(np.concatenate([normal, anomalous]))[::-1]
     recalls = np.array([(anomalous >= value).mean() for value in everything])
     precisions = np.array([(anomalous >= v).sum() / ((anomalous >= v).sum() + (normal >= v).sum()) for v in everything])
