@@ -70,7 +70,7 @@ def test_in_evaluation_the_trace_is_that_of_the_exact_jacobian_whatever_training
     for solver in ("dopri5", "bosh3", "rk4", "midpoint"):
         made = flow(solver=solver, num_steps=2, tolerance=1e-9, max_evaluations=100_000)
         with torch.no_grad():
-            assert (made.inverse(made(x)[0]) - x).abs().max() < 1e-7
+            assert (made.inverse(made(x)[0]) - x).abs().max() < 1e-5
         log_det = made(x)[1]
         for i in range(2):
             jacobian = torch.autograd.functional.jacobian(lambda v, f=made: f(v[None])[0][0], x[i])
