@@ -44,6 +44,9 @@ def run(*command: str) -> None:
 def train_and_evaluate(name: str, recipe: str) -> None:
     where = [f"logging.path={FOLDER / name}", f"registry.path={REGISTRY}", f"registry.model={name}"]
     run("launch/torchrun.sh", "2", f"configs/train/{recipe}.yaml", *where)
+    registry = Registry(REGISTRY, name)
+    if registry.resolve("latest").version in registry.state().reports:
+        return
     unguided = ["sampling.guidance.scale=0", f"registry.path={REGISTRY}", f"registry.model={name}"]
     verb = [sys.executable, "-m", "tarflow_scale", "evaluate"]
     run(*verb, "configs/evaluate/digits.yaml", f"reference.cache={FOLDER}/references", *unguided)
