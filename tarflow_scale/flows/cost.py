@@ -90,7 +90,7 @@ def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int |
 _STAGES = {"dopri5": 7, "bosh3": 4, "rk4": 4, "midpoint": 2}
 
 
-def _linear(widths: Sequence[float]) -> float:
+def _linear(widths: Sequence[int | float]) -> float:
     return sum(2.0 * a * b for a, b in pairwise(widths))
 
 
