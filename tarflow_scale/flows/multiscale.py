@@ -208,7 +208,7 @@ class MultiScaleFlow(Flow):
                 f"guidance of {type(self).__name__} needs classes and labels (got scale={guidance.scale}); set it to 0"
             )
         if guidance.blocks != "all":
-            raise ValueError(f"guidance.blocks is TarFlow's (got {guidance.blocks}); leave it out")
+            raise ValueError(f"guidance.blocks=first is for TarFlow (got {type(self).__name__}); use all")
         if guidance.annealed or guidance.attention_temperature != 1:
             raise ValueError(
                 f"annealed and attention_temperature have no effect on {type(self).__name__} (got "
