@@ -267,7 +267,7 @@ def test_a_checkpoint_restores_at_any_stage_and_number_of_ranks(
 @distributed
 def test_a_step_that_is_not_finite_or_rejected_changes_nothing_anywhere(tmp_path: Path) -> None:
     variants = ["stage=0", "stage=1", "stage=2", "stage=3", "stage=2,flow=glow", "stage=2,optimizer=muon"]
-    variants += ["stage=0,flow=realnvp", "stage=2,flow=realnvp", "stage=0,flow=continuous", "stage=2,flow=continuous"]
+    variants += ["stage=0,flow=realnvp", "stage=2,flow=realnvp"]
     found = ranks(2, "poison", tmp_path / "out.json", *variants)
     for variant, outcome in found.items():
         wrong = {name for name, value in outcome.items() if value is not (name != "next_skipped")}
