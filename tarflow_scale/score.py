@@ -300,7 +300,7 @@ def _print_scores(
         measures = () if one is None else (one.auroc, one.aupr, one.false_positive_rate_95)
         rows.append((score, f"{limit:.4f}", *shares, *(f"{value:.3f}" for value in measures)))
     sets = tuple(f"flagged of {name}" for name in flagged["likelihood"])
-    measured = ("AUROC", "AUPR", "FPR at 95 %") if found else ()
+    measured = ("AUROC", "AUPR", "false alarms at 95 %") if found else ()
     print(telemetry.table(rows, ("score, higher is more anomalous", "threshold", *sets, *measured)))
     for score in thresholds:
         print(f"{score}: {SCORES[score]}")
