@@ -1,11 +1,11 @@
 """Samples to shards: reproducible tars through webdataset, an index beside each, the manifest last."""
 
+import functools
 import io
 import json
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,14 @@ __all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest"]
 _MODIFIED_SECONDS = 0
 """Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
 
+_NAME = slice(0, 100)
+_SIZE = slice(124, 136)
+_SUM = slice(148, 156)
+"""Fields of a tar header (POSIX ustar): a name, and two octal numbers."""
 _SHORT_NAME = 90
-"""A key that is shorter fits, with its extension, into the name of an old tar header."""
+"""A key that is shorter fits, with its extension, into the name of a header."""
+_LARGE_BYTES = 8**11
+"""What no longer fits into the size of a header."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,57 @@ class Sample:
 
 def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> tuple[bytes, ShardIndex]:
     """Tar and index of a shard; the same samples give the same bytes."""
+    parts: list[bytes] = []
+    offsets, checksums = [0], list[int]()
+    for sample in samples:
+        members = {CODECS[codec]: encode_image(sample.image, codec, quality)}
+        if sample.label is not None:
+            members["cls"] = str(sample.label).encode()
+        members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+        content = _tarred(sample.key, members)
+        parts.append(content)
+        offsets.append(offsets[-1] + len(content))
+        checksums.append(checksum(content))
+    end = offsets[-1] + 2 * tarfile.BLOCKSIZE
+    parts.append(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+    return b"".join(parts), ShardIndex(np.array(offsets, dtype=np.int64), np.array(checksums, dtype=np.uint64))
+
+
+def _tarred(key: str, members: dict[str, bytes]) -> bytes:
+    """The members of a sample as webdataset writes them; where only names and sizes differ, in a tenth of its time."""
+    short = len(key) < _SHORT_NAME and key.isascii() and max(map(len, members.values())) < _LARGE_BYTES
+    if not short:
+        return _tarred_by_webdataset(key, members)
+    parts: list[bytes | bytearray] = []
+    for extension, content in sorted(members.items()):
+        blank, rest = _blank_header(extension)
+        header = bytearray(blank)
+        name, size = f"{key}.{extension}".encode(), b"%011o" % len(content)
+        header[_NAME] = name.ljust(100, b"\0")
+        header[_SIZE] = size + b"\0"
+        header[_SUM] = b"%06o\0 " % (rest + sum(name) + sum(size))
+        parts += (header, content, bytes(-len(content) % tarfile.BLOCKSIZE))
+    return b"".join(parts)
+
+
+def _tarred_by_webdataset(key: str, members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    offsets = [0]
     writer = TarWriter(buffer, mtime=_MODIFIED_SECONDS, encoder=False)
+    writer.tarstream.format = tarfile.PAX_FORMAT  # names of any length and alphabet; plain headers where these do
     try:
-        for sample in samples:
-            members: dict[str, Any] = {"__key__": sample.key, CODECS[codec]: encode_image(sample.image, codec, quality)}
-            if sample.label is not None:
-                members["cls"] = str(sample.label).encode()
-            members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
-            # the same bytes in half the time, where no field needs the longer form
-            short = len(sample.key) < _SHORT_NAME and sample.key.isascii()
-            writer.tarstream.format = tarfile.USTAR_FORMAT if short else tarfile.PAX_FORMAT
-            writer.write(members)
-            offsets.append(writer.tarstream.offset)  # the stream buffers, so the position of the file lags behind
+        writer.write({"__key__": key, **members})
+        length = writer.tarstream.offset
     finally:
         writer.close()
-    content = buffer.getvalue()
-    view = memoryview(content)
-    checksums = [checksum(view[start:stop]) for start, stop in pairwise(offsets)]
-    return content, ShardIndex(np.array(offsets, dtype=np.int64), np.array(checksums, dtype=np.uint64))
+    return buffer.getvalue()[:length]
+
+
+@functools.cache
+def _blank_header(extension: str) -> tuple[bytes, int]:
+    """A header by webdataset without name, size and sum; and what its bytes add to the sum."""
+    header = bytearray(_tarred_by_webdataset("", {extension: b""}))
+    header[_NAME], header[_SIZE], header[_SUM] = bytes(100), bytes(12), b" " * 8
+    return bytes(header), sum(header)
 
 
 @dataclass(frozen=True)
