@@ -3,20 +3,20 @@
 What a shard will be is recorded, by whoever is first, before it is written; what is written is read back.
 """
 
-import queue
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.config import GuardConfig, SamplingConfig
 from tarflow_scale.errors import PlanError, StorageError
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.records import GenerationPlan
-from tarflow_scale.sampling import Drawn, Quality, Sampler, guarded
+from tarflow_scale.sampling import Quality, Sampler, guarded
+from tarflow_scale.shards.encoding import Encoder
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.writer import PackedShard, Sample
 
@@ -57,6 +57,7 @@ class ShardMaker:
         rule = "balanced" if plan.labels == "none" else plan.labels
         self._sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling), plan.decoding, rule)
         self._flow = flow
+        self._encoder = Encoder(plan.threads if plan.device == "cuda" else 1, plan.codec, plan.jpeg_quality)
 
     def run(self, unit: Unit) -> tuple[Quality, float | None]:
         """Make a shard: first the record of what it will be, then index and tar, which are read back.
@@ -86,30 +87,25 @@ class ShardMaker:
         return quality, self._sampler.round_trip_error()
 
     def _made(self, unit: Unit) -> tuple[PackedShard, Quality]:
-        """The shard in memory; a thread encodes images while the next are decoded."""
-        drawn: queue.SimpleQueue[Drawn | None] = queue.SimpleQueue()
+        """The shard in memory; images are encoded while the next are decoded."""
         plan, quality = self._plan, Quality()
-
-        def samples() -> Iterator[Sample]:
-            while (batch := drawn.get()) is not None:
-                pixels = self._flow.stored(batch.x).cpu().numpy()
-                labels = self._sampler.labels(batch.indices)
-                numbers = [None] * len(pixels) if labels is None else labels.tolist()
-                for facts in zip(batch.indices, pixels, numbers, batch.attempts, strict=True):
-                    yield self._sample(*facts)
-
         guard, level = GuardConfig.model_validate(plan.guard), 2 / (2**plan.pixels.bit_depth - 1)
-        with ThreadPoolExecutor(1) as encoder:
-            packed = encoder.submit(PackedShard.of, unit.tar_name, samples(), plan.codec, plan.jpeg_quality)
-            try:
-                for batch in guarded(self._sampler, range(unit.start, unit.stop), guard, level):
-                    quality = quality.plus(batch.quality)
-                    drawn.put(batch)
-            finally:
-                drawn.put(None)
-        return packed.result(), quality
+        facts: list[tuple[int, int | None, int]] = []
 
-    def _sample(self, index: int, image: Any, label: int | None, attempt: int) -> Sample:
+        def batches() -> Iterator[NDArray[np.uint8]]:
+            nonlocal quality
+            for batch in guarded(self._sampler, range(unit.start, unit.stop), guard, level):
+                quality = quality.plus(batch.quality)
+                labels = self._sampler.labels(batch.indices)
+                numbers = [None] * len(batch.indices) if labels is None else labels.tolist()
+                facts.extend(zip(batch.indices, numbers, batch.attempts, strict=True))
+                yield self._flow.stored(batch.x).cpu().numpy()
+
+        files = enumerate(self._encoder.encoded(batches()))
+        samples = (self._sample(file, *facts[number]) for number, file in files)
+        return PackedShard.of(unit.tar_name, samples, plan.codec), quality
+
+    def _sample(self, file: bytes, index: int, label: int | None, attempt: int) -> Sample:
         plan = self._plan
         facts = {
             "index": index,
@@ -121,7 +117,7 @@ class ShardMaker:
         }
         if attempt:
             facts["attempt"] = attempt
-        return Sample(key=f"{index:09d}", image=image, label=label, facts=facts)
+        return Sample(key=f"{index:09d}", image=file, label=label, facts=facts)
 
 
 def _record_location(path: str, unit: Unit) -> str:

@@ -84,7 +84,6 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
             x[bad] = sampler.draw([part[row] for row in bad], attempt + 1)
             for row in bad:
                 attempts[row] = attempt + 1
-        _, outside = _looked_at(x, level)
         quality = Quality(
             images=len(part),
             not_finite=not_finite,

@@ -27,8 +27,8 @@ from tarflow_scale.sampling.plan import blocks_one_by_one, measure_blocks, measu
 __all__ = ["Sampler", "calibrate"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-_ENCODED_BACK = 16
-"""Images that are encoded back to see how exact decoding was."""
+_ENCODED_BACK = 4
+"""Images of a batch that are encoded back to see how exact decoding was."""
 _DENOISED_AT_ONCE = 4
 """Denoising keeps the activations of a whole pass, so it takes a batch in so many parts."""
 

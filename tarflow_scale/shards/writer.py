@@ -34,10 +34,10 @@ _LARGE_BYTES = 8**11
 
 @dataclass(frozen=True)
 class Sample:
-    """One image ``(C, H, W)`` uint8 with its label and facts."""
+    """One image ``(C, H, W)`` uint8, or the file that it is stored as, with its label and facts."""
 
     key: str
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | bytes
     label: int | None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +47,8 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
     parts: list[bytes] = []
     offsets, checksums = [0], list[int]()
     for sample in samples:
-        members = {CODECS[codec]: encode_image(sample.image, codec, quality)}
+        image = sample.image
+        members = {CODECS[codec]: image if isinstance(image, bytes) else encode_image(image, codec, quality)}
         if sample.label is not None:
             members["cls"] = str(sample.label).encode()
         members["json"] = json.dumps(sample.facts, sort_keys=True).encode()

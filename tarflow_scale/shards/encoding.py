@@ -1,0 +1,149 @@
+"""Encoding in processes beside the one that makes the images.
+
+A thread would not do: it shares the interpreter with the sampler, which on a small model or a fast device is busy in
+it all the time, so that an image would cost the sum of both. The processes are started by name and not by
+`multiprocessing`, which would have them import the main module of whoever makes the images, and all that this imports.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.processes import ignore_stop_signals
+from tarflow_scale.shards.images import Codec, encode_image
+
+__all__ = ["Encoder"]
+
+_AHEAD = 2
+"""Batches a process that may wait; with more, encoding is what is slow, and their maker waits."""
+_END_SECONDS = 10.0
+
+
+class Encoder:
+    """Encodes batches of images; its processes start with the first batches and end with it, or with this process.
+
+    Args:
+        num_processes: at most.
+        codec, quality: see `encode_image`.
+    """
+
+    def __init__(self, num_processes: int, codec: Codec, quality: int) -> None:
+        self._ahead = _AHEAD * num_processes
+        self._threads = ThreadPoolExecutor(num_processes, "encoder")  # each waits for a process
+        self._processes = _Processes(codec, quality)
+        weakref.finalize(self, _end, self._threads, self._processes)
+
+    def encoded(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[bytes]:
+        """A file for every image, in order; the next batch is asked for while earlier ones are encoded.
+
+        Args:
+            batches: images ``(B, C, H, W)`` uint8.
+        """
+        waiting: deque[Future[list[bytes]]] = deque()
+        for images in batches:
+            waiting.append(self._threads.submit(self._processes.encode, images))
+            while len(waiting) > self._ahead or (waiting and waiting[0].done()):
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+class _Processes:
+    """Those that run, each used by one thread at a time."""
+
+    def __init__(self, codec: Codec, quality: int) -> None:
+        self._how = codec, quality
+        self._idle: list[_Process] = []
+        self._hopeless = False
+
+    def encode(self, images: NDArray[np.uint8]) -> list[bytes]:
+        """Files of a batch, by another process; by this one, should that die."""
+        if self._hopeless:
+            return _encode(images, *self._how)
+        process = None
+        try:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                process = _Process()
+            files = process.encode(images, *self._how)
+        except (OSError, EOFError) as error:
+            self._hopeless = process is None or not process.has_encoded  # the next one would not start either
+            warnings.warn(
+                f"a process that encodes images died ({type(error).__name__}; is memory short?); "
+                + ("images are encoded by the one that makes them" if self._hopeless else "another one starts"),
+                stacklevel=2,
+            )
+            if process is not None:
+                process.end()
+            return _encode(images, *self._how)
+        self._idle.append(process)
+        return files
+
+    def end(self) -> None:
+        while self._idle:
+            self._idle.pop().end()
+
+
+class _Process:
+    """``python -m tarflow_scale.shards.encoding`` and a connection to it, at whose end it ends."""
+
+    def __init__(self) -> None:
+        self.has_encoded = False
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            path = os.pathsep.join(filter(None, sys.path))
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tarflow_scale.shards.encoding", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+
+    def encode(self, images: NDArray[np.uint8], codec: Codec, quality: int) -> list[bytes]:
+        self._connection.send((images, codec, quality))
+        files: list[bytes] = self._connection.recv()
+        self.has_encoded = True
+        return files
+
+    def end(self) -> None:
+        self._connection.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _end(threads: ThreadPoolExecutor, processes: _Processes) -> None:
+    threads.shutdown(wait=True, cancel_futures=True)
+    processes.end()
+
+
+def _encode(images: NDArray[np.uint8], codec: Codec, quality: int) -> list[bytes]:
+    return [encode_image(image, codec, quality) for image in images]
+
+
+def _serve(connection: Connection) -> None:
+    ignore_stop_signals()  # it ends when nobody is at the other end
+    while True:
+        try:
+            request: tuple[Any, Any, Any] = connection.recv()
+        except EOFError:
+            return
+        connection.send(_encode(*request))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))
