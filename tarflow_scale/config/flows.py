@@ -20,7 +20,7 @@ __all__ = [
 
 class _FlowConfig(Section):
     class_conditional: bool = True
-    """Whether labels condition the flow."""
+    """Whether labels condition the flow, or the numbers that vectors are given with."""
     logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
     """Pixels pass logit(alpha + (1 - 2 alpha) p) before the flow, p on [0, 1], which spreads out black and white;
     for images that are mostly either, under uniform noise. None leaves them on [-1, 1]."""

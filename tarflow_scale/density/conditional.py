@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflow_scale.flows import Flow
-from tarflow_scale.flows.flow import Condition
+from tarflow_scale.flows.conditions import Condition
 
 __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_prob_of_labels", "marginal_log_prob"]
 

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels, from_logits, logit_log_dets
+from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.logits import from_logits, logit_log_dets
 from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["Autoregressive"]
@@ -136,7 +138,7 @@ class Autoregressive(Flow):
         return checkpoint(function, *arguments) if recompute else function(*arguments)
 
     def _context(self, y: Condition, num: int) -> Tensor | None:
-        return None if self.class_embedding is None else embed_labels(self.class_embedding, y).expand(num, -1)
+        return None if self.class_embedding is None else embed(self.class_embedding, y).expand(num, -1)
 
 
 def _do(transform: Any, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

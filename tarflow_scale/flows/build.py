@@ -26,24 +26,36 @@ from tarflow_scale.flows.tarflow import TarFlow
 __all__ = ["build"]
 
 
-def build(config: ModelConfig, event_shape: tuple[int, ...], num_classes: int | None = None) -> Flow:
+def build(
+    config: ModelConfig,
+    event_shape: tuple[int, ...],
+    num_classes: int | None = None,
+    num_conditions: int | None = None,
+) -> Flow:
     """Build the flow that ``config`` describes, freshly initialised from torch's global generator.
 
     Args:
         config: the section ``model``.
         event_shape: ``(C, H, W)`` of images, or ``(D,)`` of vectors.
         num_classes: classes of the data set, or None.
+        num_conditions: numbers that a sample of the data set is given with in place of a label, or None.
 
     Raises:
         ConfigError: when the model does not fit the data.
     """
-    if config.class_conditional and not num_classes:
+    if num_classes and num_conditions:
+        raise ConfigError(
+            f"a flow is conditioned on labels or on numbers (got {num_classes} classes and {num_conditions} numbers); "
+            f"give either"
+        )
+    rows = num_classes or num_conditions
+    if config.class_conditional and not rows:
         raise ConfigError("model.class_conditional needs a data set with classes (got none); set it to false")
     image = event_shape if len(event_shape) == 3 else None
     if image is None and isinstance(config, TarFlowConfig | GlowConfig | RealNVPConfig):
         raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
     settings = config.model_dump(exclude={"kind", "class_conditional"})
-    classes = num_classes if config.class_conditional else None
+    classes = rows if config.class_conditional else None  # rows of the tables that conditions pass
     try:
         match config:
             case TarFlowConfig():
@@ -64,6 +76,8 @@ def build(config: ModelConfig, event_shape: tuple[int, ...], num_classes: int | 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config
+    if config.class_conditional and num_conditions:
+        flow.num_classes, flow.num_conditions = None, num_conditions
     return flow
 
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError, NumericsError
-from tarflow_scale.flows.flow import Activations, Condition, Flow, embed_labels
+from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.flow import Activations, Flow
 
 __all__ = ["Continuous", "Dynamics"]
 
@@ -75,7 +76,7 @@ class Dynamics(nn.Module):
                 h = F.softplus(h) - math.log(2)
             h = layer(h) * self._over_events(torch.sigmoid(gate(time))) + self._over_events(shift(time))
             if number == 0 and self.class_embedding is not None:
-                h = h + self._over_events(embed_labels(self.class_embedding, y))
+                h = h + self._over_events(embed(self.class_embedding, y))
         return h
 
     def _over_events(self, values: Float[Tensor, "B C"]) -> Tensor:

@@ -15,14 +15,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tarflow_scale import telemetry
 from tarflow_scale.config import Guidance, ModelConfig
+from tarflow_scale.flows.conditions import Condition, check_condition, check_count
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize, rounding_of
+from tarflow_scale.flows.logits import from_logits, logit_log_dets, to_logits
 from tarflow_scale.records import PixelFormat
 
 if TYPE_CHECKING:
@@ -30,18 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
-    "Condition",
     "Decode",
     "Flow",
-    "embed_labels",
-    "from_logits",
-    "logit_log_dets",
     "standard_normal_log_prob",
-    "to_logits",
 ]
-
-Condition = Tensor | None
-"""Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped; or None, which drops all of them."""
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 """What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
@@ -55,35 +48,6 @@ def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
     """Log density of ``z`` under N(0, I), in nats, summed over D in fp32 or wider."""
     z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
-
-
-def embed_labels(table: Float[Tensor, "K F"], y: Int[Tensor, " B"] | None) -> Float[Tensor, "batch F"]:
-    """Rows of ``table`` by label, the mean of all rows where the label is dropped; one row if ``y`` is None."""
-    dropped = table.mean(dim=0, keepdim=True)
-    if y is None:
-        return dropped
-    return torch.where(y[:, None] < 0, dropped, table[y.clamp(min=0)])
-
-
-def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-    """``logit(alpha + (1 - 2 alpha) (x + 1) / 2)`` and its log-determinant (Dinh et al., arXiv 1605.08803, sec. 4.1).
-
-    It spreads out the ends of [-1, 1], where an image like MNIST has nearly all of its pixels; with noise outside of
-    that interval it gives NaN.
-    """
-    p = alpha + (1 - 2 * alpha) * (x + 1) / 2
-    h = torch.log(p) - torch.log1p(-p)
-    return h, logit_log_dets(h, alpha).flatten(1).sum(dim=1)
-
-
-def logit_log_dets(h: Tensor, alpha: float) -> Tensor:
-    """Log-derivative of `to_logits` at every value, from what it gives."""
-    return math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
-
-
-def from_logits(h: Float[Tensor, "B ..."], alpha: float) -> Float[Tensor, "B ..."]:
-    """Inverse of `to_logits`."""
-    return 2 * (torch.sigmoid(h) - alpha) / (1 - 2 * alpha) - 1
 
 
 class Flow(nn.Module, ABC):
@@ -106,6 +70,8 @@ class Flow(nn.Module, ABC):
         self.logit_alpha = logit_alpha
         self.event_shape = event_shape
         self.num_classes = num_classes
+        self.num_conditions: int | None = None
+        """Numbers that the flow is conditioned on in place of a label; `build` sets it."""
         self.num_dims = math.prod(event_shape)
         self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
@@ -125,7 +91,7 @@ class Flow(nn.Module, ABC):
             ValueError: data or labels of another shape.
         """
         self.check_shape(x)
-        _check_count(y, len(x))
+        check_count(y, len(x), self.num_conditions)
         if self.logit_alpha is None:
             return self.encode(x, y)
         with torch.autocast(x.device.type, enabled=False):
@@ -151,7 +117,7 @@ class Flow(nn.Module, ABC):
             raise ValueError(
                 f"latents must have {self.num_dims} dimensions (got {z.shape[1]}); one a pixel and channel"
             )
-        _check_count(y, len(z))
+        check_count(y, len(z), self.num_conditions)
         h = (decode or self.decode)(z, y, guidance if self.is_guided(y, guidance) else None)
         return h if self.logit_alpha is None else from_logits(h, self.logit_alpha)
 
@@ -353,22 +319,8 @@ class Flow(nn.Module, ABC):
             )
 
     def check_labels(self, y: Condition, batch_size: int) -> None:
-        """Raise ValueError when labels do not fit this flow (host-side check, for the edges of the API)."""
-        if y is None:
-            return
-        if self.num_classes is None:
-            raise ValueError("this flow takes no labels (it was built with num_classes=None); pass y=None")
-        _check_count(y, batch_size)
-        if y.is_floating_point():
-            raise ValueError(f"labels must be integers (got {y.dtype}); convert them to int64")
-        if batch_size == 0:
-            return
-        low, high = int(y.min()), int(y.max())
-        if low < -1 or high >= self.num_classes:
-            bad = low if low < -1 else high
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes}) or -1 for dropped (got {bad}); check the labels"
-            )
+        """Raise ValueError when labels or conditions do not fit this flow (host-side, for the edges of the API)."""
+        check_condition(y, batch_size, self.num_classes, self.num_conditions)
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
         """Whether sampling needs a second, weak prediction.
@@ -393,8 +345,3 @@ class Flow(nn.Module, ABC):
 
 def _advance(bar: Any, num: int, share: float) -> None:
     bar.update(num * share)
-
-
-def _check_count(y: Condition, batch_size: int) -> None:
-    if y is not None and y.shape != (batch_size,):
-        raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one per sample")

@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
+from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.memory import ANCHOR_EVERY, run_layers
 
 __all__ = ["Level", "MultiScaleFlow", "Prior", "Step"]
@@ -52,7 +53,7 @@ class Prior(nn.Module):
             assert self.constant is not None
             out = self.constant[None, :, None, None]
         if self.class_embedding is not None:
-            out = out + embed_labels(self.class_embedding, y)[:, :, None, None]
+            out = out + embed(self.class_embedding, y)[:, :, None, None]
         mean, log_std = out.chunk(2, dim=1)
         return mean, log_std
 

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["NICE"]
@@ -52,7 +53,7 @@ class ShiftNetwork(nn.Module):
         for number, layer in enumerate(self.hidden):
             h = layer(h)
             if number == 0 and self.class_embedding is not None:
-                h = h + embed_labels(self.class_embedding, y)
+                h = h + embed(self.class_embedding, y)
             h = F.relu(h)
         return self.out(h)
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.attention import KeyValueCache, TransformerLayer
-from tarflow_scale.flows.flow import Condition, Flow, embed_labels
+from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.memory import checkpoint
 
 __all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
@@ -176,7 +177,7 @@ class TarFlowBlock(nn.Module):
         """Class embedding ``(B or 1, 1, C)``; the mean over classes where the label is dropped."""
         if self.class_embedding is None:
             return self.position.new_zeros(1, 1, self.position.shape[1])
-        return embed_labels(self.class_embedding, y)[:, None]
+        return embed(self.class_embedding, y)[:, None]
 
 
 def _guided(lanes: Tensor, scale: float) -> Tensor:

@@ -34,6 +34,7 @@ def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str
         "model": flow.config.model_dump(mode="json"),
         "event_shape": list(flow.event_shape),
         "num_classes": flow.num_classes,
+        **({} if flow.num_conditions is None else {"num_conditions": flow.num_conditions}),
         "pixels": flow.pixels.model_dump(mode="json") if flow.pixels else None,
     }
     return {
@@ -53,7 +54,7 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
         config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
         # No memory and no random numbers: every tensor comes from the file. zuko's networks are made all the same.
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            flow = build(config, tuple(facts["event_shape"]), facts["num_classes"])
+            flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
         flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
         _check_finite(flow)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tarflow_scale.config import Guidance
-from tarflow_scale.flows.flow import Condition, Decode
+from tarflow_scale.flows.conditions import Condition
+from tarflow_scale.flows.flow import Decode
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.network import BlockNetwork
 

@@ -64,6 +64,7 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
         x = sampler.draw(part)
         attempts = [0] * len(part)
         not_finite = saturated = 0
+        outside = torch.zeros(len(part), dtype=torch.int64)
         for attempt in range(guard.attempts + 1):
             finite, outside = _looked_at(x, level)
             most = x[0].numel() if guard.saturated_share is None else guard.saturated_share * x[0].numel()

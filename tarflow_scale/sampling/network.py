@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflow_scale.flows.attention import TransformerLayer
-from tarflow_scale.flows.flow import Condition
+from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.tarflow import TarFlowBlock
 from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, WindowOfTokens
 

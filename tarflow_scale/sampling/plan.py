@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow_scale.config import Guidance, SamplingConfig
-from tarflow_scale.flows.flow import Condition
+from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.decode import BlockReport, Schedule, TarFlowDecoder
 

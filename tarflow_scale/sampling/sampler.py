@@ -14,7 +14,7 @@ from torch import Tensor
 from tarflow_scale.config import Guidance, Labels, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, TarFlow
-from tarflow_scale.flows.flow import Condition
+from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 
 from tarflow_scale.flows import standard_normal_log_prob
-from tarflow_scale.flows.flow import from_logits, to_logits
 from tarflow_scale.flows.likelihood import (
     add_noise,
     bits_per_dim,
@@ -18,6 +17,7 @@ from tarflow_scale.flows.likelihood import (
     rounding_of,
     to_levels,
 )
+from tarflow_scale.flows.logits import from_logits, to_logits
 from tarflow_scale.records import PixelFormat
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
