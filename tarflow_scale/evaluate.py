@@ -16,11 +16,18 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.config import BitsPerDimProtocol, EvaluateConfig, FrechetProtocol, load_protocol
+from tarflow_scale.config import (
+    BitsPerDimProtocol,
+    EvaluateConfig,
+    FrechetProtocol,
+    LikelihoodProtocol,
+    NatsProtocol,
+    load_protocol,
+)
 from tarflow_scale.errors import AlreadyReported, ConfigError, DataError, NumericsError, StorageError, UserError
 from tarflow_scale.evaluation import Job, moments_of
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
-from tarflow_scale.metrics.bits import gaussian_bits_per_dim
+from tarflow_scale.metrics.bits import gaussian_bits_per_dim, gaussian_nats
 from tarflow_scale.metrics.frechet import Moments, frechet_distance, merged
 from tarflow_scale.metrics.measure import Measured
 from tarflow_scale.metrics.reference import Binding
@@ -129,11 +136,10 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 def _check(version: ModelVersion, job: Job) -> None:
     """Refuse a version that the data or the protocols are not for."""
     for manifest in (job.data, job.reference):
-        size, channels = version.data.image_size_pixels, version.data.num_channels
-        if (manifest.image_size_pixels, manifest.num_channels) != (size, channels):
+        if (manifest.event_shape, manifest.vectors) != (version.data.event_shape, version.data.vectors):
             raise DataError(
-                f"the model makes {channels}x{size}x{size} images (got {manifest.event_shape} in {manifest.name}/"
-                f"{manifest.split}); evaluate on data of that shape"
+                f"the model is of events of shape {version.data.event_shape} (got {manifest.samples_in_words} in "
+                f"{manifest.name}/{manifest.split}); evaluate on data like those of training"
             )
     if version.data.class_names and job.data.class_names != version.data.class_names:
         raise DataError(
@@ -148,23 +154,23 @@ def _check(version: ModelVersion, job: Job) -> None:
             )
 
 
-def _bits(job: Job, path: str) -> NDArray[np.float64]:
+def _costs(job: Job, path: str) -> NDArray[np.float64]:
     parts = [part.read("bits")["bits"] for part in job.wanted[path].bits]
-    bits = np.concatenate(parts).astype(np.float64)
-    if not np.isfinite(bits).all():
+    costs = np.concatenate(parts).astype(np.float64)
+    if not np.isfinite(costs).all():
         raise NumericsError(
-            f"{job.protocols[path].name} is not finite for {int((~np.isfinite(bits)).sum())} images; check the model"
+            f"{job.protocols[path].name} is not finite for {int((~np.isfinite(costs)).sum())} samples; check the model"
         )
-    return bits
+    return costs
 
 
 def _value(job: Job, path: str, measured: Mapping[str, Measured], bindings: Mapping[str, Binding]) -> MetricValue:
     protocol = job.protocols[path]
-    if isinstance(protocol, BitsPerDimProtocol):
-        bits = _bits(job, path)
+    if isinstance(protocol, LikelihoodProtocol):
+        costs = _costs(job, path)
         hashes = (str(hash_) for part in job.wanted[path].bits for hash_ in part.read("hashes")["hashes"])
-        error = float(bits.std(ddof=1) / math.sqrt(len(bits))) if len(bits) > 1 else 0.0
-        found, num, extractor, images = Measured(float(bits.mean()), error), len(bits), "none", images_digest(hashes)
+        error = float(costs.std(ddof=1) / math.sqrt(len(costs))) if len(costs) > 1 else 0.0
+        found, num, extractor, images = Measured(float(costs.mean()), error), len(costs), "none", images_digest(hashes)
     else:
         found, num, extractor = measured[path], protocol.num_images, job.extractors[path]
         images = bindings[path].images_digest if path in bindings else "none"
@@ -183,11 +189,12 @@ def _value(job: Job, path: str, measured: Mapping[str, Measured], bindings: Mapp
 
 def _stored(registry: Registry, job: Job, path: str) -> FileRecord | None:
     """What each image cost, in the order of the split, kept so that two models can be compared image by image."""
-    if not isinstance(job.protocols[path], BitsPerDimProtocol):
+    if not isinstance(job.protocols[path], LikelihoodProtocol):
         return None
     hashes = [bytes.fromhex(str(one)) for part in job.wanted[path].bits for one in part.read("hashes")["hashes"]]
     image = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
-    return registry.keep(save_arrays({"bits_per_dim": _bits(job, path), "image_sha256": image}))
+    name = job.protocols[path].metric
+    return registry.keep(save_arrays({name: _costs(job, path), "image_sha256": image}))
 
 
 def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
@@ -205,11 +212,12 @@ def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
         if gaussian is not None and protocol.extractor == "pixels":
             levels = gaussian.sample_levels(protocol.num_images, protocol.seed)
             found[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), reference)
-    if gaussian is not None:
-        for protocol in job.protocols.values():
-            if isinstance(protocol, BitsPerDimProtocol):
-                test = ShardSet(job.data_path)
-                found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(gaussian, protocol, test)
+    for protocol in job.protocols.values():
+        if isinstance(protocol, BitsPerDimProtocol) and gaussian is not None:
+            found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(gaussian, protocol, ShardSet(job.data_path))
+        elif isinstance(protocol, NatsProtocol):
+            nats = gaussian_nats(ShardSet(job.reference_path), ShardSet(job.data_path))
+            found |= {} if nats is None else {f"gaussian_{protocol.name}": nats}
     return found
 
 

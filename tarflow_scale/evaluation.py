@@ -9,12 +9,13 @@ from typing import Any
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import (
-    BitsPerDimProtocol,
     EvaluateConfig,
     FrechetProtocol,
     InceptionScoreProtocol,
     KernelProtocol,
+    LikelihoodProtocol,
     ManifoldProtocol,
+    NatsProtocol,
     SampledProtocol,
     load_protocol,
 )
@@ -54,11 +55,11 @@ class Job:
     def __init__(self, config: EvaluateConfig, registry: Registry | None, version: ModelVersion | None) -> None:
         self._config = config
         self.version = version
-        self.protocols: dict[str, BitsPerDimProtocol | SampledProtocol] = {
+        self.protocols: dict[str, LikelihoodProtocol | SampledProtocol] = {
             path: load_protocol(path) for path in config.metrics.protocols
         }
         if version is None:
-            self.protocols = {p: one for p, one in self.protocols.items() if not isinstance(one, BitsPerDimProtocol)}
+            self.protocols = {p: one for p, one in self.protocols.items() if not isinstance(one, LikelihoodProtocol)}
         self.data, self.reference = read_manifest(config.data.path), read_manifest(config.reference.path)
         _check_protocols(self)
         self.references = References(config.reference.cache)
@@ -116,14 +117,19 @@ class Job:
         """Location of the split whose likelihood is measured."""
         return self._config.data.path
 
+    @property
+    def reference_path(self) -> str:
+        """Location of the reference."""
+        return self._config.reference.path
+
     def num_images(self, path: str) -> int:
         """Images that a protocol's number is about."""
         protocol = self.protocols[path]
-        return self.data.num_images if isinstance(protocol, BitsPerDimProtocol) else protocol.num_images
+        return self.data.num_images if isinstance(protocol, LikelihoodProtocol) else protocol.num_images
 
     def sampled(self) -> dict[str, SampledProtocol]:
         """The protocols that look at images through an extractor."""
-        return {path: one for path, one in self.protocols.items() if not isinstance(one, BitsPerDimProtocol)}
+        return {path: one for path, one in self.protocols.items() if not isinstance(one, LikelihoodProtocol)}
 
     def units(self) -> list[Unit]:
         """Every part that is needed, each once."""
@@ -229,7 +235,12 @@ def _check_protocols(job: Job) -> None:
         raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); drop one")
     for manifest in (job.data, job.reference):
         for protocol in job.protocols.values():
-            if protocol.bit_depth != manifest.bit_depth:
+            if isinstance(protocol, NatsProtocol) != (manifest.vectors is not None):
+                raise ConfigError(
+                    f"protocol {protocol.name} is for {'vectors' if manifest.vectors is None else 'images'} (got "
+                    f"{manifest.samples_in_words} in {manifest.name}/{manifest.split}); choose another protocol"
+                )
+            if not isinstance(protocol, NatsProtocol) and protocol.bit_depth != manifest.bit_depth:
                 raise ConfigError(
                     f"protocol {protocol.name} is for {protocol.bit_depth}-bit data (got {manifest.bit_depth} in "
                     f"{manifest.name}/{manifest.split}); choose another protocol"

@@ -17,6 +17,7 @@ from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.records import GenerationPlan
 from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
+from tarflow_scale.shards.images import CODECS
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.writer import PackedShard, Sample
 
@@ -117,7 +118,7 @@ class ShardMaker:
         }
         if attempt:
             facts["attempt"] = attempt
-        return Sample(key=f"{index:09d}", image=file, label=label, facts=facts)
+        return Sample(key=f"{index:09d}", image={CODECS[plan.codec]: file}, label=label, facts=facts)
 
 
 def _record_location(path: str, unit: Unit) -> str:

@@ -39,7 +39,10 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         _index_in_place(config, dry_run)
         return
     source = open_source(config.source)
-    settings = config.model_dump(mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"}})
+    of_vectors = set[str]() if source.vectors else {"label_column", "condition_columns"}
+    settings = config.model_dump(
+        mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"} | of_vectors}
+    )
     recipe = storage.digest(canonical_json([settings, source.digest]))
     splits = _split(source, config.split)
     _print_plan(source, splits, config)
@@ -72,9 +75,10 @@ def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str
         packing.remove_notes(plans[split])
         skipped = sum(len(note.skipped) for note in notes[split])
         left_out = f", {skipped} unusable images left out ({path}/skipped.jsonl)" if skipped else ""
+        what = "vectors" if manifest.vectors else "images"
         print(
-            f"{path}: {manifest.num_images} images in {len(manifest.shards)} shards, manifest "
-            f"{manifest.digest[:12]}{left_out}"
+            f"{path}: {manifest.num_images} {what} in {len(manifest.shards)} shards, manifest {manifest.digest[:12]}"
+            f"{left_out}"
         )
 
 
@@ -141,15 +145,15 @@ def _stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> N
 
 
 def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], config: PrepareConfig) -> None:
-    channels, height, width = source.shape
-    size = f"{channels}x{height}x{width}, {source.bit_depth} bit"
+    shape, facts = source.shape, source.vectors
+    size = f"{'x'.join(map(str, shape))}, {source.bit_depth} bit" if facts is None else f"{facts.num_values} values"
     rows = [
         (name, str(len(members)), str(-(-len(members) // config.shards.samples_per_shard)), size)
         for name, members in splits.items()
     ]
-    print(f"{source.name}: {len(source)} images, {len(source.class_names)} classes -> {config.shards.path}")
+    print(f"{source.name}: {len(source)} samples, {len(source.class_names)} classes -> {config.shards.path}")
     print(source.description)
-    print(telemetry.table(rows, ("split", "images", "shards", "image")))
+    print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
 
 
 def _missing(config: PrepareConfig, splits: Iterable[str], recipe: str) -> list[str]:
@@ -190,7 +194,8 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
         raise DataError(
             f"no image of {source.name} could be used (of {len(plan.order)} in {plan.split}); see the source"
         )
-    channels, height, _ = source.shape
+    channels, height, _ = source.shape if source.vectors is None else (source.vectors.num_values, 1, 1)
+    codec = "npy" if source.vectors else plan.codec
     return Manifest(
         name=source.name,
         split=plan.split,
@@ -198,10 +203,11 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
         num_channels=channels,
         class_names=source.class_names,
         bit_depth=source.bit_depth,
-        codec=f"jpeg, quality {plan.quality}" if plan.codec == "jpeg" else plan.codec,
+        codec=f"jpeg, quality {plan.quality}" if codec == "jpeg" else codec,
         source=source.description,
         recipe=recipe,
         shards=records,
+        vectors=source.vectors,
     )
 
 

@@ -61,8 +61,9 @@ def _contender(registry: Registry, state: ModelState, version: int) -> Contender
 
         arrays = load_arrays(registry.read("numbers of each image", record))
         if "image_sha256" in arrays:  # early reports did not say which image is which
-            pairs = zip(arrays["image_sha256"], arrays["bits_per_dim"], strict=True)
-            per_image[digest] = sorted((image.tobytes(), float(bits)) for image, bits in pairs)
+            costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
+            pairs = zip(arrays["image_sha256"], costs, strict=True)
+            per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
     approvals = tuple(approval.user for approval in state.approvals.get(version, []))
     return Contender(f"{registry.model}@{version}", reports, approvals, per_image)
 

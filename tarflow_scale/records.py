@@ -22,6 +22,7 @@ __all__ = [
     "ModelVersion",
     "PixelFormat",
     "Record",
+    "VectorFacts",
     "canonical_json",
 ]
 
@@ -68,10 +69,20 @@ class PixelFormat(Record):
     """How stored uint8 pixels become floats on [-1, 1] in training, and back after sampling."""
 
     bit_depth: int = Field(ge=1, le=8)
-    noise: Literal["uniform", "gaussian"]
-    """``uniform``: dequantisation inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim."""
+    noise: Literal["uniform", "gaussian", "none"]
+    """``uniform``: dequantisation inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim.
+    ``none``: the data are vectors of floats."""
     noise_std: float = Field(default=0.0, ge=0)
     """Standard deviation on [-1, 1] of Gaussian noise; 0 for uniform."""
+
+
+class VectorFacts(Record):
+    """What a sample of a data set of vectors is."""
+
+    num_values: int = Field(ge=1)
+    """D."""
+    num_conditions: int = Field(default=0, ge=0)
+    """K, numbers that each vector is given with."""
 
 
 class DataSetFacts(Record):
@@ -85,6 +96,15 @@ class DataSetFacts(Record):
     num_channels: int
     class_names: tuple[str, ...]
     num_images: int
+    vectors: VectorFacts | None = None
+    """Of vectors; None for images."""
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """``(C, H, W)`` of an image, ``(D,)`` of a vector."""
+        if self.vectors is not None:
+            return (self.vectors.num_values,)
+        return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
 
     @property
     def num_classes(self) -> int:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.config import BitsPerDimProtocol, DataSetConfig, ReferenceConfig, SamplingConfig, VersionConfig
+from tarflow_scale.config import (
+    BitsPerDimProtocol,
+    DataSetConfig,
+    LikelihoodProtocol,
+    NatsProtocol,
+    ReferenceConfig,
+    SamplingConfig,
+    VersionConfig,
+)
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
@@ -24,6 +32,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import Batch, ShardSet
+from tarflow_scale.shards.vectors import floats
 
 __all__ = ["GRID_NAME", "Scorer", "Unit"]
 
@@ -39,7 +48,7 @@ class Unit:
     """A part to make: features of a set of images, or log-likelihoods by a protocol."""
 
     part: Part
-    work: FeatureSet | BitsPerDimProtocol
+    work: FeatureSet | LikelihoodProtocol
 
     @property
     def num_images(self) -> int:
@@ -87,23 +96,37 @@ class Scorer:
 
     def run(self, unit: Unit) -> None:
         """Make the part."""
-        if isinstance(unit.work, BitsPerDimProtocol):
+        if isinstance(unit.work, LikelihoodProtocol):
             unit.part.write(self._scored(unit.part, unit.work))
         else:
             unit.part.write(self._seen(unit.part, unit.work))
 
     @torch.no_grad()
-    def _scored(self, part: Part, protocol: BitsPerDimProtocol) -> Arrays:
-        bits: list[np.ndarray] = []
+    def _scored(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
+        costs: list[np.ndarray] = []
         hashes: list[str] = []
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
-            labels = protocol.labels == "given" and self._flow.num_classes is not None
-            y = torch.from_numpy(batch.labels).to(self._device) if labels else None
-            draws = [self._flow.log_prob(x.to(self._device), y) for x in dequantised(batch, protocol)]
-            log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
-            bits.append(bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth).cpu().numpy())
+            cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
+            costs.append(cost.double().cpu().numpy())
             hashes.extend(pixel_hashes(batch))
-        return {"bits": np.concatenate(bits), "hashes": np.array(hashes)}
+        return {"bits": np.concatenate(costs), "hashes": np.array(hashes)}
+
+    def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
+        y = self._labels(batch, protocol)
+        draws = [self._flow.log_prob(x.to(self._device), y) for x in dequantised(batch, protocol)]
+        log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
+        return bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth)
+
+    def _nats(self, batch: Batch, protocol: NatsProtocol) -> Tensor:
+        assert self._data.manifest.vectors is not None
+        values, given = (torch.from_numpy(part.copy()) for part in floats(batch.images, self._data.manifest.vectors))
+        labels = self._labels(batch, protocol)
+        y = labels if self._flow.num_conditions is None else given.to(self._device)
+        return -self._flow.log_prob(values.to(self._device), y)
+
+    def _labels(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor | None:
+        given = protocol.labels == "given" and self._flow.num_classes is not None
+        return torch.from_numpy(batch.labels).to(self._device) if given else None
 
     def _seen(self, part: Part, features: FeatureSet) -> Arrays:
         arrays: Arrays = {}

@@ -17,7 +17,8 @@ import yaml
 from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
+from tarflow_scale.config import AugmentationConfig, Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
+from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, NumericsError, UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
@@ -36,7 +37,7 @@ from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.folder import STOP_SECONDS, check_shared, follow_launcher
 from tarflow_scale.training.loop import Loop, Progress
 from tarflow_scale.training.meter import Meter, peak_flops_of
-from tarflow_scale.training.noise import noisy_images
+from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.plan import print_plan
 from tarflow_scale.training.validation import Validation
 from tarflow_scale.training.zero import deepspeed_config
@@ -57,6 +58,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     """
     mix = open_mix(config.data, config.training.global_batch_size, config.training.seed)
     manifest = _seen_by_model(mix.manifest, config.data.augmentation.crop_pixels)
+    _check_vectors(config, manifest)
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in _build(config.model, manifest).parameters())
     ranks = distributed.world_size()
@@ -105,7 +107,8 @@ def _train(
         averages=WeightAverages(engine, config.training.ema_half_life_images),
         reader=reader,
         pixels=flow.pixels,
-        class_conditional=flow.num_classes is not None,
+        vectors=manifest.vectors,
+        conditional=config.model.class_conditional,
         run=_identity(config, mix),
         training=config.training,
         schedule=config.schedule,
@@ -168,11 +171,13 @@ def _open_validation(config: TrainConfig, manifest: Manifest) -> Validation | No
         like=manifest,
         batch_size=config.training.micro_batch_size,
         pixels=_pixel_format(config, manifest),
-        class_conditional=config.model.class_conditional,
+        conditional=config.model.class_conditional,
     )
 
 
 def _build(model: ModelConfig, manifest: Manifest) -> Flow:
+    if manifest.num_conditions is not None:
+        return build(model, manifest.event_shape, None, manifest.num_conditions)
     return build(model, manifest.event_shape, manifest.num_classes or None)
 
 
@@ -184,8 +189,9 @@ def _initialize(flow: Flow, reader: Loader, config: TrainConfig) -> None:
     assert flow.pixels is not None
     batch = reader.first()[: config.training.micro_batch_size]
     device = next(flow.parameters()).device
-    x = noisy_images(batch, flow.pixels, config.training.seed, device)
-    y = torch.from_numpy(batch.labels).to(device) if flow.num_classes is not None else None
+    vectors = reader.mix.manifest.vectors
+    x = model_input(batch, flow.pixels, vectors, config.training.seed, device)
+    y = conditions(batch, vectors, 0.0, config.training.seed, device) if config.model.class_conditional else None
     flow.train().initialize(x, y)
     distributed.broadcast_module(flow)
 
@@ -211,6 +217,27 @@ def _seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
             f"{manifest.image_size_pixels}); lower it or leave it out"
         )
     return manifest.model_copy(update={"image_size_pixels": crop_pixels})
+
+
+def _check_vectors(config: TrainConfig, manifest: Manifest) -> None:
+    """Vectors have no pixels, and what they are given with cannot be dropped.
+
+    Raises:
+        ConfigError: settings that are for the other kind of data.
+    """
+    noise, vectors = config.training.noise.kind, manifest.vectors
+    if (noise == "none") != (vectors is not None):
+        right = "uniform or gaussian" if vectors is None else "none"
+        raise ConfigError(f"training.noise.kind must be {right} for {manifest.samples_in_words} (got {noise}); set it")
+    if vectors is None:
+        return
+    if config.data.augmentation != AugmentationConfig():
+        raise ConfigError("data.augmentation is for images (got vectors); leave it out")
+    if vectors.num_conditions and config.model.class_conditional and config.training.label_drop > 0:
+        raise ConfigError(
+            f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "
+            f"{config.training.label_drop:g}); set it to 0"
+        )
 
 
 def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
@@ -268,6 +295,10 @@ def _preview(
             flow = _build(config.model, manifest)
         flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         flow.pixels = pixels
+        path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"
+        if manifest.vectors is not None:
+            _picture_of_density(flow.eval(), path)
+            return
         guidance = Guidance(scale=config.logging.preview_guidance)
         columns = manifest.num_classes if 0 < manifest.num_classes <= _PREVIEW_IMAGES else 8
         try:
@@ -276,10 +307,19 @@ def _preview(
         except (NumericsError, ConfigError) as error:  # no reason to stop a run whose loss is finite
             warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
             return
-        path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"
         storage.write_bytes(path, contact_sheet(images, columns, _PREVIEW_ZOOM))
 
     return draw
+
+
+def _picture_of_density(flow: Flow, path: str) -> None:
+    """The preview of a flow of two numbers; there is none of more."""
+    if flow.event_shape != (2,) or flow.num_conditions is not None:
+        return
+    try:
+        storage.write_bytes(path, density_picture(flow))
+    except (NumericsError, ValueError) as error:  # no reason to stop a run whose loss is finite
+        warnings.warn(f"no picture of the density: {error}", stacklevel=2)
 
 
 def _publish(
@@ -292,7 +332,9 @@ def _publish(
     parameters: int,
 ) -> None:
     """Export an average of the weights to the run folder and register it."""
-    facts = mix.manifest.facts().model_copy(update={"image_size_pixels": flow.event_shape[1]})
+    facts = mix.manifest.facts()
+    if facts.vectors is None:
+        facts = facts.model_copy(update={"image_size_pixels": flow.event_shape[1]})
     files = flow_files(flow, weights)
     folder = "model" if half_life == config.training.ema_half_life_images[0] else f"model-ema-{half_life}"
     for name, content in files.items():

@@ -25,7 +25,7 @@ from tarflow_scale.flows.likelihood import bits_per_dim
 from tarflow_scale.processes import exclusive
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.training.noise import noisy_images
+from tarflow_scale.training.noise import model_input
 from tarflow_scale.training.validation import _NOISE_SEED
 from tests.conftest import TOP, Trained, command, train_arguments
 
@@ -332,7 +332,7 @@ def test_validation_and_several_averages(trained: Trained, tmp_path: Path) -> No
     flow = load_flow(str(tmp_path / "looks/model"))
     batch = ShardSet(f"{trained.data}/test").take(np.arange(101))
     assert flow.pixels is not None
-    x = noisy_images(batch, flow.pixels, _NOISE_SEED, torch.device("cpu"))
+    x = model_input(batch, flow.pixels, None, _NOISE_SEED, torch.device("cpu"))
     bits = bits_per_dim(flow.log_prob(x, torch.from_numpy(batch.labels)), 64, 4).mean()
     assert seen["looks"][-1]["validation_bits_per_dim"] == pytest.approx(bits.item(), abs=1e-4)
     registry = Registry(str(tmp_path / "registry-plain"), "small")

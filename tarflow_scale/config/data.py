@@ -22,7 +22,7 @@ __all__ = [
 class SourceConfig(Section):
     """Where images come from (verb ``prepare``). Paths may be URLs."""
 
-    kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset"]
+    kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset", "vectors"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
     ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class; or ``path/*.png``,
     without classes; folders ``train`` and ``test`` or ``val`` above them are an official split. Orientation tags and
@@ -32,7 +32,9 @@ class SourceConfig(Section):
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
     ``parquet``: tables with image bytes as Hugging Face stores them; needs the extra ``parquet``.
-    ``webdataset``: tars that others wrote."""
+    ``webdataset``: tars that others wrote.
+    ``vectors``: no images but vectors of numbers, ``path.npz`` (arrays ``x``, and maybe ``labels``, ``conditions``, and
+    the same with ``_test``) or ``path.csv`` with a header; they are packed as they are, in float32."""
     path: str | None = None
     """Where the images are; all kinds but ``digits`` need it."""
     size_pixels: int | None = Field(default=None, ge=1)
@@ -48,6 +50,10 @@ class SourceConfig(Section):
     """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that ``bad_images=skip`` may leave out; more are an error."""
+    label_column: str | None = None
+    """Of a CSV of vectors: the column that is the class."""
+    condition_columns: tuple[str, ...] = ()
+    """Of a CSV of vectors: columns of numbers that a vector is given with."""
     in_place: bool = False
     """``webdataset``: make the tars a data set where they are, by writing an index beside each and a manifest;
     ``shards.path`` is then ``source.path``."""
@@ -60,6 +66,12 @@ class SourceConfig(Section):
         if self.kind not in sized and (self.size_pixels is not None or self.resize != "refuse"):
             raise ValueError(
                 f"source.size_pixels and source.resize need kind={', '.join(sized)} (got {self.kind}); remove them"
+            )
+        if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
+            raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")
+        if self.kind != "vectors" and (self.label_column is not None or self.condition_columns):
+            raise ValueError(
+                f"source.label_column and source.condition_columns need kind=vectors (got {self.kind}); remove them"
             )
         if self.resize == "center_crop" and self.size_pixels is None:
             raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")

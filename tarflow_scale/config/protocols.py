@@ -15,7 +15,9 @@ __all__ = [
     "GateConfig",
     "InceptionScoreProtocol",
     "KernelProtocol",
+    "LikelihoodProtocol",
     "ManifoldProtocol",
+    "NatsProtocol",
     "Protocol",
     "Requirement",
     "SampledProtocol",
@@ -39,7 +41,20 @@ class _Protocol(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class BitsPerDimProtocol(_Protocol):
+class _LikelihoodProtocol(_Protocol):
+    """Negative log-likelihood of a whole split, each sample's kept."""
+
+    labels: Literal["given", "none"] = "given"
+    """``given``: log p(x | y) for a class-conditional flow. ``none``: labels dropped."""
+
+
+class NatsProtocol(_LikelihoodProtocol):
+    """Mean negative log-likelihood of the vectors of a split, in nats a vector."""
+
+    metric: Literal["nats"]
+
+
+class BitsPerDimProtocol(_LikelihoodProtocol):
     """Negative log-likelihood of a whole split under uniform dequantisation, in bits per dimension."""
 
     metric: Literal["bits_per_dim"]
@@ -52,8 +67,10 @@ class BitsPerDimProtocol(_Protocol):
     tighter bound, exact in the limit of many draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
-    labels: Literal["given", "none"] = "given"
-    """``given``: log p(x | y) for a class-conditional flow. ``none``: labels dropped."""
+
+
+LikelihoodProtocol = NatsProtocol | BitsPerDimProtocol
+"""A protocol that looks at the likelihood of each sample of a split."""
 
 
 class _SampledProtocol(_Protocol):
@@ -180,11 +197,11 @@ SampledProtocol = FrechetProtocol | KernelProtocol | InceptionScoreProtocol | Ma
 """A protocol that looks at generated images."""
 
 
-class Protocol(RootModel[Annotated[BitsPerDimProtocol | SampledProtocol, Field(discriminator="metric")]]):
+class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(discriminator="metric")]]):
     """Any protocol file."""
 
 
-def load_protocol(path: str) -> BitsPerDimProtocol | SampledProtocol:
+def load_protocol(path: str) -> LikelihoodProtocol | SampledProtocol:
     """Read a protocol file.
 
     Raises:

@@ -84,16 +84,17 @@ class ScheduleConfig(Section):
 class NoiseConfig(Section):
     """What is added to quantised pixels before the flow sees them."""
 
-    kind: Literal["uniform", "gaussian"] = "uniform"
+    kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantisation inside the bin, for an exact likelihood and bits/dim.
-    ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim."""
+    ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim.
+    ``none``: for vectors, whose likelihood is in nats."""
     std: float = Field(default=0.0, ge=0)
     """Standard deviation on [-1, 1]; needed by ``gaussian``."""
 
     @model_validator(mode="after")
     def _std_fits_kind(self) -> "NoiseConfig":
         if (self.kind == "gaussian") != (self.std > 0):
-            raise ValueError(f"std must be > 0 for gaussian and 0 for uniform noise (got {self.kind} and {self.std})")
+            raise ValueError(f"std must be > 0 for gaussian and 0 for other noise (got {self.kind} and {self.std})")
         return self
 
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow_scale.config import BitsPerDimProtocol
@@ -13,8 +14,9 @@ from tarflow_scale.metrics.baseline import PixelGaussian
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.reader import Batch, ShardSet
+from tarflow_scale.shards.vectors import floats
 
-__all__ = ["dequantised", "gaussian_bits_per_dim", "pixel_hashes"]
+__all__ = ["dequantised", "gaussian_bits_per_dim", "gaussian_nats", "pixel_hashes"]
 
 _BATCH = 256
 
@@ -45,3 +47,22 @@ def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol,
         total += float(bits_per_dim(log_prob, math.prod(shards.manifest.event_shape), protocol.bit_depth).sum())
         count += len(log_prob)
     return total / count
+
+
+def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
+    """Mean nats a vector of a full-covariance Gaussian fitted to the reference; None where it has no density."""
+    train, held_out = (
+        np.concatenate([_values(batch, one) for batch in one.batches(0, one.manifest.num_images, _BATCH)])
+        for one in (reference, test)
+    )
+    mean, covariance = train.mean(axis=0), np.atleast_2d(np.cov(train.T))
+    sign, log_det = np.linalg.slogdet(covariance)
+    if sign <= 0:
+        return None  # columns depend on each other
+    distances = np.einsum("bd,bd->b", held_out - mean, np.linalg.solve(covariance, (held_out - mean).T).T)
+    return float(0.5 * (distances.mean() + log_det + train.shape[1] * math.log(2 * math.pi)))
+
+
+def _values(batch: Batch, shards: ShardSet) -> NDArray[np.float64]:
+    assert shards.manifest.vectors is not None
+    return floats(batch.images, shards.manifest.vectors)[0].astype(np.float64)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tarflow_scale.config import BitsPerDimProtocol, FrechetProtocol, InceptionScoreProtocol, SampledProtocol
+from tarflow_scale.config import FrechetProtocol, InceptionScoreProtocol, LikelihoodProtocol, SampledProtocol
 from tarflow_scale.metrics.features import layer_of
 from tarflow_scale.metrics.store import FeatureSet, Images, Part, parts_of
 
@@ -49,7 +49,7 @@ class Wanted:
 
 
 def plan(
-    protocols: Mapping[str, BitsPerDimProtocol | SampledProtocol],
+    protocols: Mapping[str, LikelihoodProtocol | SampledProtocol],
     extractors: Mapping[str, str],
     num_test: int,
     num_reference: int,
@@ -68,7 +68,7 @@ def plan(
     """
     wanted: dict[str, Wanted] = {}
     for path, protocol in protocols.items():
-        if isinstance(protocol, BitsPerDimProtocol):
+        if isinstance(protocol, LikelihoodProtocol):
             folder = facts.folder(["bits", protocol.digest, facts.weights, facts.test, facts.device])
             wanted[path] = Wanted(bits=tuple(parts_of(folder, num_test)))
         else:

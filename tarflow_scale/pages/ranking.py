@@ -8,7 +8,7 @@ that an evaluation measured by the same protocol stand among them too, without a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tarflow_scale.config import BitsPerDimProtocol, LeaderboardConfig, SampledProtocol
+from tarflow_scale.config import LeaderboardConfig, LikelihoodProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion
 from tarflow_scale.registry import ModelState
@@ -56,7 +56,7 @@ class Ranking:
     """A leaderboard with its rows, best first."""
 
     board: LeaderboardConfig
-    protocol: BitsPerDimProtocol | SampledProtocol
+    protocol: LikelihoodProtocol | SampledProtocol
     rows: tuple[Row, ...]
 
     @property
@@ -80,7 +80,7 @@ class Ranking:
         return next((row.metric.protocol_id for row in self.ours if row.metric), "")
 
 
-def rank(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
+def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
     """Rank the newest number of every version.
 
     Raises:
@@ -102,7 +102,7 @@ def rank(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtoco
     return Ranking(board, protocol, tuple(sorted(every, key=lambda row: sign * row.value)))
 
 
-def _baselines(protocol: BitsPerDimProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
+def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
     """Each baseline once: it depends on protocol and reference, not on the model."""
     found = {
         kind: row.report.baselines[f"{kind}_{protocol.name}"]
@@ -113,7 +113,7 @@ def _baselines(protocol: BitsPerDimProtocol | SampledProtocol, ours: Sequence[Ro
     return [Row(_BASELINES[kind], value, source="baseline, same protocol") for kind, value in found.items()]
 
 
-def _rows(board: LeaderboardConfig, protocol: BitsPerDimProtocol | SampledProtocol, entry: Entry) -> list[Row]:
+def _rows(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry) -> list[Row]:
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:

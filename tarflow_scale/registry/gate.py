@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, stdev
 
-from tarflow_scale.config import BitsPerDimProtocol, GateConfig, Requirement, SampledProtocol
+from tarflow_scale.config import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
 from tarflow_scale.records import MetricsReport, MetricValue, Record
 
 __all__ = ["Contender", "Decision", "Reason", "decide"]
 
-Protocol = BitsPerDimProtocol | SampledProtocol
+Protocol = LikelihoodProtocol | SampledProtocol
 
 
 class Reason(Record):

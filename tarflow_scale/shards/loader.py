@@ -179,8 +179,9 @@ class Loader:
                 )
 
     def _image_shape(self, num: int) -> tuple[int, int, int, int]:
-        size = self.config.augmentation.crop_pixels or self.mix.manifest.image_size_pixels
-        return num, self.mix.manifest.num_channels, size, size
+        channels, height, width = self.mix.manifest.stored_shape
+        crop = self.config.augmentation.crop_pixels
+        return num, channels, crop or height, crop or width
 
     @staticmethod
     def _part(items: Iterator[Any]) -> "_Part":

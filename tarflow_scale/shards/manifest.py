@@ -4,7 +4,8 @@ from pydantic import Field
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.records import DataSetFacts, FileRecord, Record
+from tarflow_scale.records import DataSetFacts, FileRecord, Record, VectorFacts, canonical_json
+from tarflow_scale.shards.vectors import bytes_shape
 
 __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
 
@@ -25,7 +26,8 @@ class Manifest(Record):
     """A data set on disk.
 
     Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image; or ``.webp .jpg .npy``),
-    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (facts about the sample).
+    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (facts about the sample). Vectors: see
+    `tarflow_scale.shards.vectors`.
     """
 
     name: str
@@ -43,6 +45,12 @@ class Manifest(Record):
     recipe: str
     """SHA-256 of the configuration that made it; the same command again has nothing to do."""
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
+    vectors: VectorFacts | None = None
+    """Of vectors, which have their length for channels and one pixel; None for images."""
+
+    def to_json(self) -> bytes:
+        """Canonical JSON; manifests of images are what they were before there were vectors, and so are digests."""
+        return canonical_json(self.model_dump(mode="json", exclude={"vectors"} if self.vectors is None else set()))
 
     @property
     def num_images(self) -> int:
@@ -55,9 +63,29 @@ class Manifest(Record):
         return len(self.class_names)
 
     @property
-    def event_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of an image."""
+    def event_shape(self) -> tuple[int, ...]:
+        """``(C, H, W)`` of an image, ``(D,)`` of a vector."""
+        return self.facts().event_shape
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what loaders carry: an image, or the bytes of a vector."""
+        if self.vectors is not None:
+            return bytes_shape(self.vectors)
         return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
+
+    @property
+    def num_conditions(self) -> int | None:
+        """Numbers that each sample is given with; None without any."""
+        return (self.vectors.num_conditions if self.vectors else 0) or None
+
+    @property
+    def samples_in_words(self) -> str:
+        """``1x8x8 images, 4 bit`` or ``vectors of 2``."""
+        if self.vectors is None:
+            return f"{'x'.join(map(str, self.event_shape))} images, {self.bit_depth} bit"
+        given = f", given {self.vectors.num_conditions} numbers" if self.vectors.num_conditions else ""
+        return f"vectors of {self.vectors.num_values}{given}"
 
     @property
     def digest(self) -> str:
@@ -74,6 +102,7 @@ class Manifest(Record):
             num_channels=self.num_channels,
             class_names=self.class_names,
             num_images=self.num_images,
+            vectors=self.vectors,
         )
 
 

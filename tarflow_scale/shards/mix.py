@@ -115,7 +115,7 @@ def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
 
 
 def _check_alike(first: ShardSet, other: ShardSet) -> None:
-    for name in ("event_shape", "bit_depth", "class_names"):
+    for name in ("event_shape", "bit_depth", "class_names", "vectors"):
         wanted, got = getattr(first.manifest, name), getattr(other.manifest, name)
         if wanted != got:
             raise DataError(

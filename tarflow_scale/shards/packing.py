@@ -29,6 +29,7 @@ from tarflow_scale.records import Record
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
+from tarflow_scale.shards.vectors import vector_members
 from tarflow_scale.shards.writer import PackedShard, Sample
 
 __all__ = [
@@ -148,7 +149,9 @@ class Packing:
                 skipped.append(SkippedImage(origin=origin, reason=str(pixels)))
                 continue
             label = int(self.source.labels[image]) if labelled else None
-            yield Sample(f"{first + place:08d}", pixels, label, {"origin": origin})
+            facts = self.source.vectors
+            stored = pixels if facts is None else vector_members(pixels, facts)
+            yield Sample(f"{first + place:08d}", stored, label, {"origin": origin})
 
     def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
         """The images, a few of them read ahead where the source is a store."""

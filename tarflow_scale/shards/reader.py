@@ -21,6 +21,7 @@ from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.shards.images import decode_image, image_extension
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
+from tarflow_scale.shards.vectors import decode_vector
 
 __all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "members_of"]
 
@@ -61,7 +62,8 @@ def _corrupt_sample(content: bytes, facts: tuple[Any, ...], reason: str) -> Corr
 class Batch:
     """Samples that are processed together.
 
-    images: ``(B, C, H, W)`` uint8, in memory maybe with channels last. labels: ``(B,)`` int64, -1 without labels.
+    images: ``(B, C, H, W)`` uint8, in memory maybe with channels last; of vectors, their bytes
+    (`tarflow_scale.shards.vectors`). labels: ``(B,)`` int64, -1 without labels.
     samples: ``(B,)`` int64, numbers in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
     num_replaced: how many stand in for corrupt ones.
     """
@@ -143,7 +145,7 @@ class ShardSet:
         self.manifest: Manifest = read_manifest(path)
         self._first = np.concatenate([[0], np.cumsum([shard.samples for shard in self.manifest.shards])])
         self._indexes: dict[int, ShardIndex] = {}
-        self._shape, self._num_classes = self.manifest.event_shape, self.manifest.num_classes
+        self._shape, self._num_classes = self.manifest.stored_shape, self.manifest.num_classes
         sizes = storage.list_sizes(path)
         for shard in self.manifest.shards:
             self._check_shard(shard, sizes, full=verify == "full")
@@ -181,12 +183,17 @@ class ShardSet:
         return self.read_scattered(shards, samples - self._first[shards])
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """Image ``(C, H, W)`` uint8 and label, -1 without labels.
+        """Image ``(C, H, W)`` uint8, or the bytes of a vector, and label, -1 without labels.
 
         Raises:
             CorruptSample: the sample is not what was packed, or not what the manifest says.
         """
         members = self._members(stored)
+        if self.manifest.vectors is not None:
+            try:
+                return decode_vector(members, self.manifest.vectors), self._label(stored, members)
+            except DataError as error:
+                raise CorruptSample(stored, f"is unusable: {error}") from error
         extension = image_extension(members)
         if extension is None:
             raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")

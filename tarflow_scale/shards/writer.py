@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,10 @@ _LARGE_BYTES = 8**11
 
 @dataclass(frozen=True)
 class Sample:
-    """One image ``(C, H, W)`` uint8, or the file that it is stored as, with its label and facts."""
+    """One image ``(C, H, W)`` uint8, or the members that stand for it by extension, with its label and facts."""
 
     key: str
-    image: NDArray[np.uint8] | bytes
+    image: NDArray[np.uint8] | Mapping[str, bytes]
     label: int | None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -48,7 +48,8 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
     offsets, checksums = [0], list[int]()
     for sample in samples:
         image = sample.image
-        members = {CODECS[codec]: image if isinstance(image, bytes) else encode_image(image, codec, quality)}
+        encoded = {CODECS[codec]: encode_image(image, codec, quality)} if isinstance(image, np.ndarray) else image
+        members = dict(encoded)
         if sample.label is not None:
             members["cls"] = str(sample.label).encode()
         members["json"] = json.dumps(sample.facts, sort_keys=True).encode()

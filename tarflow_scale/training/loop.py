@@ -21,7 +21,7 @@ from torch import Tensor
 from tarflow_scale import distributed, telemetry
 from tarflow_scale.config import CheckpointConfig, LoggingConfig, ScheduleConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.records import PixelFormat
+from tarflow_scale.records import PixelFormat, VectorFacts
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
@@ -30,7 +30,7 @@ from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
-from tarflow_scale.training.noise import dropped_labels, noisy_images
+from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.schedule import learning_rate_fraction
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
@@ -87,7 +87,8 @@ class Loop:
         averages: its moving averages.
         reader: this rank's batches.
         pixels: how stored pixels become floats.
-        class_conditional: whether the flow takes labels.
+        vectors: of a data set of vectors.
+        conditional: whether the flow takes labels, or what vectors are given with.
         run: what must not change between this run and its continuation.
         training, schedule, checkpoints, logging: the sections.
         peak_lr: the optimizer's, for the log.
@@ -100,7 +101,8 @@ class Loop:
     averages: WeightAverages
     reader: Loader
     pixels: PixelFormat
-    class_conditional: bool
+    vectors: VectorFacts | None
+    conditional: bool
     run: dict[str, Any]
     training: TrainingConfig
     schedule: ScheduleConfig
@@ -175,8 +177,8 @@ class Loop:
         device, seed, size = self.engine.device, self.training.seed, self.training.micro_batch_size
         for low in range(0, len(batch), size):
             part = batch[low : low + size]
-            x = noisy_images(part, self.pixels, seed, device)
-            y = dropped_labels(part, self.training.label_drop, seed).to(device) if self.class_conditional else None
+            x = model_input(part, self.pixels, self.vectors, seed, device)
+            y = conditions(part, self.vectors, self.training.label_drop, seed, device) if self.conditional else None
             yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:

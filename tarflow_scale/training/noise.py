@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.randomness import Purpose, generator
-from tarflow_scale.records import PixelFormat
+from tarflow_scale.records import PixelFormat, VectorFacts
 from tarflow_scale.shards.reader import Batch
+from tarflow_scale.shards.vectors import floats
 
-__all__ = ["Philox", "dropped_labels", "noisy_images", "sample_noise"]
+__all__ = ["Philox", "conditions", "dropped_labels", "model_input", "sample_noise"]
 
 _MASK = 2**32 - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -49,8 +50,13 @@ class Philox:
         return c0, c1, c2, c3
 
 
-def noisy_images(batch: Batch, pixels: PixelFormat, seed: int, device: torch.device) -> Float[Tensor, "B C H W"]:
-    """Images of a batch as the floats that the flow is trained on, on the device."""
+def model_input(
+    batch: Batch, pixels: PixelFormat, vectors: VectorFacts | None, seed: int, device: torch.device
+) -> Float[Tensor, "B ..."]:
+    """A batch as the floats that the flow is trained on, on the device: images with noise, vectors as they are."""
+    if pixels.noise == "none":
+        assert vectors is not None
+        return torch.from_numpy(floats(batch.images, vectors)[0].copy()).to(device)
     images = torch.from_numpy(batch.images).to(device, non_blocking=True).contiguous()
     noise = sample_noise(pixels.noise, seed, batch.epochs, batch.samples, images.shape[1:].numel(), device)
     return add_noise(images, noise.view(images.shape), pixels)
@@ -92,6 +98,13 @@ def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[
     radius = torch.sqrt(-2 * torch.log((first.float() + 0.5) * 2.0**-32))
     angle = (second >> 8).float() * (2 * math.pi * 2.0**-24)
     return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def conditions(batch: Batch, vectors: VectorFacts | None, label_drop: float, seed: int, device: torch.device) -> Tensor:
+    """What a batch is conditioned on: numbers ``(B, K)`` that vectors are given with, or labels, some dropped."""
+    if vectors is not None and vectors.num_conditions:
+        return torch.from_numpy(floats(batch.images, vectors)[1].copy()).to(device)
+    return dropped_labels(batch, label_drop, seed).to(device)
 
 
 def dropped_labels(batch: Batch, probability: float, seed: int) -> Int64[Tensor, " B"]:

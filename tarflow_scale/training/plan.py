@@ -53,7 +53,7 @@ def _operations(config: TrainConfig, manifest: Manifest, images: int) -> str:
 def _data_row(part: MixPart, manifest: Manifest) -> str:
     own = part.shards.manifest
     share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
-    return f"{own.name}/{own.split}: {own.num_images} images {manifest.event_shape}, {share}"
+    return f"{own.name}/{own.split}: {own.num_images} {manifest.samples_in_words}, {share}"
 
 
 def _read_size(shuffle_block: int, mix: Mix) -> str:

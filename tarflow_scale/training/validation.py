@@ -17,7 +17,7 @@ from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch
-from tarflow_scale.training.noise import noisy_images
+from tarflow_scale.training.noise import conditions, model_input
 
 __all__ = ["Validation"]
 
@@ -34,18 +34,18 @@ class Validation:
         num_images: how many of it count.
         batch_size: images of a forward pass.
         pixels: how stored pixels become floats.
-        class_conditional: whether the flow takes labels.
+        conditional: whether the flow takes labels, or what vectors are given with.
     """
 
     shards: ShardSet
     num_images: int
     batch_size: int
     pixels: PixelFormat
-    class_conditional: bool
+    conditional: bool
 
     @classmethod
     def open(
-        cls, config: ValidationConfig, like: Manifest, batch_size: int, pixels: PixelFormat, class_conditional: bool
+        cls, config: ValidationConfig, like: Manifest, batch_size: int, pixels: PixelFormat, conditional: bool
     ) -> "Validation":
         """Open the data set.
 
@@ -53,7 +53,7 @@ class Validation:
             DataError: it cannot be read, or has other images or classes than the training data ``like``.
         """
         shards = ShardSet(config.path, config.verify)
-        for name in ("event_shape", "bit_depth", "class_names"):
+        for name in ("event_shape", "bit_depth", "class_names", "vectors"):
             wanted, got = getattr(like, name), getattr(shards.manifest, name)
             if wanted != got:
                 raise DataError(
@@ -61,7 +61,7 @@ class Validation:
                 )
         available = shards.manifest.num_images
         num_images = min(available, config.num_images or available)
-        return cls(shards, num_images, batch_size, pixels, class_conditional)
+        return cls(shards, num_images, batch_size, pixels, conditional)
 
     def nats_per_dim(self, engine: Engine, averages: WeightAverages) -> float:
         """Mean over images, in nats per dimension; all ranks must call, and all get it."""
@@ -75,7 +75,8 @@ class Validation:
                 # A rank that is through passes any image, so that all make equally many passes.
                 numbers = np.arange(start, start + num) if num else np.zeros(1, dtype=np.int64)
                 batch = self.shards.take(numbers)
-                x = noisy_images(batch, self.pixels, _NOISE_SEED, engine.device)
-                y = torch.from_numpy(batch.labels).to(engine.device) if self.class_conditional else None
+                vectors = self.shards.manifest.vectors
+                x = model_input(batch, self.pixels, vectors, _NOISE_SEED, engine.device)
+                y = conditions(batch, vectors, 0.0, 0, engine.device) if self.conditional else None
                 total += engine.nats(MicroBatch(x, y))[:num].double().sum()
         return float(all_reduce_sum(total)) / (self.num_images * engine.num_dims)

@@ -47,6 +47,10 @@ def _whole_source(config: SourceConfig) -> ImageSource:
             from tarflow_scale.shards.sources.parquet import ParquetSource
 
             return ParquetSource(path, shaping)
+        case "vectors":
+            from tarflow_scale.shards.sources.vectors import VectorSource
+
+            return VectorSource(path, config.label_column, config.condition_columns)
         case "webdataset":
             from tarflow_scale.shards.sources.tars import TarSource
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale.errors import DataError
+from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import decode_image, image_size, reduce_depth, resize_center_crop
 
 __all__ = [
@@ -78,6 +79,8 @@ class ImageSource(ABC):
         self.version = version or digest
         self._check_labels()
 
+    vectors: VectorFacts | None = None
+    """Of a source of vectors, whose ``image`` gives their bytes; see `tarflow_scale.shards.vectors`."""
     is_remote = False
     """Whether every image is read from a store, so that reading some at once pays."""
 

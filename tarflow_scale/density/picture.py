@@ -1,0 +1,103 @@
+"""Two dimensions as a picture: the density of a flow as shades, beside what it draws."""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.latents import latents
+from tarflow_scale.shards.images import encode_png
+
+__all__ = ["density_picture", "log_density"]
+
+_SIDE, _GRID = 320, 160
+"""Pixels of a panel's side, and points of the density along it."""
+_MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
+_SAMPLES = 2000
+_MIDDLE = (0.5, 99.5)
+"""Percentiles of the samples that the panels show, and a tenth more on each side."""
+_AT_ONCE = 4096
+_INK, _PAPER = (22, 60, 112), (255, 255, 255)
+
+
+@torch.no_grad()
+def density_picture(flow: Flow, seed: int = 0) -> bytes:
+    """A PNG of two panels on the same axes: the density, darker where it is higher, and samples.
+
+    Shades grow with the square root of the density, so that what is rare can be seen. Of a flow with classes the
+    density is the mean over them.
+
+    Args:
+        flow: of vectors of two numbers, in evaluation mode, conditioned on nothing or on labels.
+        seed: of the samples.
+
+    Raises:
+        ValueError: a flow of other events, or one that is conditioned on numbers.
+    """
+    if flow.event_shape != (2,) or flow.num_conditions is not None:
+        given = f" given {flow.num_conditions} numbers" if flow.num_conditions else ""
+        raise ValueError(f"a picture of a density has two dimensions (got events {flow.event_shape}{given})")
+    reference = next(flow.parameters())
+    labels = torch.arange(_SAMPLES, device=reference.device) % flow.num_classes if flow.num_classes else None
+    drawn = flow.inverse(latents(seed, range(_SAMPLES), 2).to(reference), labels).cpu().double().numpy()
+    drawn = drawn[np.isfinite(drawn).all(axis=1)]
+    if not len(drawn):
+        raise ValueError("a picture of a density needs samples that are finite (got none); check the training")
+    low, high = np.percentile(drawn, _MIDDLE, axis=0)
+    room = 0.1 * np.maximum(high - low, 1e-6)
+    low, high = low - room, high + room
+    steps = (np.arange(_GRID) + 0.5) / _GRID
+    first, second = low[0] + steps * (high[0] - low[0]), low[1] + steps[::-1] * (high[1] - low[1])
+    points = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2)
+    log_p = log_density(flow, torch.from_numpy(points).to(reference)).cpu().double().numpy().reshape(_GRID, _GRID)
+    log_p = np.where(np.isfinite(log_p), log_p, -np.inf)
+    shade = np.exp(0.5 * (log_p - log_p.max())) if np.isfinite(log_p.max()) else np.zeros_like(log_p)
+    return _drawn(shade, drawn, low, high)
+
+
+def log_density(flow: Flow, x: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+    """``log p(x)`` in nats, of a flow with classes the log of the mean over them."""
+    parts: list[Tensor] = []
+    for few in x.split(_AT_ONCE):
+        if flow.num_classes is None:
+            parts.append(flow.log_prob(few))
+            continue
+        of_classes = [
+            flow.log_prob(few, torch.full((len(few),), label, device=few.device)) for label in range(flow.num_classes)
+        ]
+        parts.append(torch.logsumexp(torch.stack(of_classes), dim=0) - math.log(flow.num_classes))
+    return torch.cat(parts)
+
+
+def _drawn(
+    shade: Float[np.ndarray, "G G"],
+    samples: Float[np.ndarray, "N 2"],
+    low: Float[np.ndarray, " 2"],
+    high: Float[np.ndarray, " 2"],
+) -> bytes:
+    width, height = _MARGIN_LEFT + 2 * _SIDE + _GAP, _SIDE + _MARGIN_BOTTOM
+    canvas = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    mixed = _mixed(shade)
+    canvas.paste(Image.fromarray(mixed).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), (_MARGIN_LEFT, 0))
+    right = _MARGIN_LEFT + _SIDE + _GAP
+    places = (samples - low) / (high - low) * (_SIDE - 1)
+    for x, y in places[((samples >= low) & (samples <= high)).all(axis=1)]:
+        left, top = right + x, _SIDE - 1 - y
+        draw.ellipse((left - 1, top - 1, left + 1, top + 1), fill=_INK)
+    for left in (_MARGIN_LEFT, right):
+        draw.rectangle((left, 0, left + _SIDE - 1, _SIDE - 1), outline=(128, 128, 128))
+        draw.text((left, _SIDE + 6), f"{low[0]:.3g}", fill=_INK)
+        draw.text((left + _SIDE, _SIDE + 6), f"{high[0]:.3g}", fill=_INK, anchor="ra")
+    draw.text((_MARGIN_LEFT - 4, 2), f"{high[1]:.3g}", fill=_INK, anchor="ra")
+    draw.text((_MARGIN_LEFT - 4, _SIDE - 12), f"{low[1]:.3g}", fill=_INK, anchor="ra")
+    return encode_png(np.asarray(canvas).transpose(2, 0, 1))
+
+
+def _mixed(shade: Float[np.ndarray, "G G"]) -> UInt8[np.ndarray, "G G 3"]:
+    ink, paper = np.array(_INK, dtype=np.float64), np.array(_PAPER, dtype=np.float64)
+    return np.round(paper + shade[..., None] * (ink - paper)).astype(np.uint8)

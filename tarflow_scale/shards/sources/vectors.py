@@ -1,0 +1,163 @@
+"""Tables of numbers: ``.npz`` arrays, or CSV with a header."""
+
+import csv
+import io
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.records import VectorFacts
+from tarflow_scale.shards.images import NPY_FAULTS
+from tarflow_scale.shards.sources.base import ImageSource, as_label, numbered_classes
+
+__all__ = ["VectorSource"]
+
+
+class VectorSource(ImageSource):
+    """Vectors of numbers, as they are: nothing is scaled or centred.
+
+    * ``.npz``: ``x (N, D)``, and as they are there ``labels (N,)`` of whole numbers and ``conditions (N, K)``; with
+      ``x_test`` and so on the source divides itself.
+    * ``.csv``: a header and a row a sample. ``label_column`` is a class by its name, ``condition_columns`` are what a
+      sample is given with, all other columns are its values.
+
+    Args:
+        path: file or URL.
+        label_column, condition_columns: of a CSV.
+
+    Raises:
+        DataError: the file cannot be read, a number is missing or not finite, or shapes do not fit.
+    """
+
+    def __init__(self, path: str, label_column: str | None = None, condition_columns: tuple[str, ...] = ()) -> None:
+        content = storage.read_bytes(path)
+        suffix = PurePosixPath(path).suffix.lower()
+        if suffix == ".npz":
+            if label_column or condition_columns:
+                raise DataError(
+                    f"source.label_column and condition_columns are for CSV (got {path}); name arrays of an .npz "
+                    f"labels and conditions"
+                )
+            values, conditions, labels, names, in_test = _from_npz(content, path)
+        elif suffix == ".csv":
+            values, conditions, labels, names = _from_csv(content, path, label_column, condition_columns)
+            in_test = None
+        else:
+            raise DataError(f"vectors must be an .npz or .csv file (got {path}); convert them")
+        self.vectors = VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1])
+        self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
+        if not np.isfinite(self._numbers).all():
+            row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
+            raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); mend or drop it")
+        super().__init__(
+            name=PurePosixPath(path).stem,
+            description=f"vectors from {PurePosixPath(path).name}",
+            class_names=names,
+            bit_depth=8,
+            labels=labels,
+            digest=storage.digest(content),
+            official_test=in_test,
+        )
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """The bytes of vector ``number``, ``(1, 1, 4 (D + K))`` uint8."""
+        return self._numbers[number].view(np.uint8)[None, None]
+
+
+_Table = tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], tuple[str, ...]]
+
+
+def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.bool_] | None]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+    except (*NPY_FAULTS, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); write it with numpy.savez") from error
+    known = {f"{name}{end}" for name in ("x", "labels", "conditions") for end in ("", "_test")}
+    if "x" not in arrays or not arrays.keys() <= known:
+        raise DataError(f"{path} must hold x, and may hold {', '.join(sorted(known - {'x'}))} (got {sorted(arrays)})")
+    parts = [_part(arrays, "", path), *([_part(arrays, "_test", path)] if "x_test" in arrays else [])]
+    if len({(x.shape[1], c.shape[1], y is None) for x, c, y in parts}) > 1 or any(
+        name.endswith("_test") and "x_test" not in arrays for name in arrays
+    ):
+        raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); mend it")
+    labels = [y for _, _, y in parts if y is not None]
+    num = sum(len(x) for x, _, _ in parts)
+    all_labels = np.concatenate(labels) if labels else np.zeros(num, np.int64)
+    in_test = np.arange(num) >= len(parts[0][0]) if len(parts) > 1 else None
+    return (
+        np.concatenate([x for x, _, _ in parts]),
+        np.concatenate([c for _, c, _ in parts]),
+        all_labels,
+        numbered_classes(all_labels) if labels else (),
+        in_test,
+    )
+
+
+def _part(
+    arrays: dict[str, NDArray[Any]], end: str, path: str
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64] | None]:
+    x, labels = arrays[f"x{end}"], arrays.get(f"labels{end}")
+    conditions = arrays.get(f"conditions{end}", np.zeros((len(x), 0), np.float32) if x.ndim else None)
+    for name, array in (("x", x), ("conditions", conditions)):
+        if array is None or array.ndim != 2 or len(array) != len(x) or array.dtype.kind not in "fiu":
+            got = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise DataError(f"{name}{end} of {path} must be numbers (N, columns) (got {got}); reshape it")
+    if x.shape[1] == 0:
+        raise DataError(f"x{end} of {path} must have a column (got none); reshape it")
+    if labels is not None and (labels.shape != (len(x),) or labels.dtype.kind not in "iu" or (labels < 0).any()):
+        raise DataError(
+            f"labels{end} of {path} must be whole numbers ({len(x)},) from 0 (got {labels.dtype} {labels.shape})"
+        )
+    assert conditions is not None
+    return x, conditions, None if labels is None else labels.astype(np.int64)
+
+
+def _from_csv(content: bytes, path: str, label_column: str | None, condition_columns: tuple[str, ...]) -> _Table:
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig")), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is no CSV in UTF-8 ({error}); convert it") from error
+    rows = [row for row in rows if row]
+    if len(rows) < 2:
+        raise DataError(f"{path} must have a header and a row a sample (got {len(rows)} rows); add them")
+    header = [name.strip() for name in rows[0]]
+    special = [*([label_column] if label_column else []), *condition_columns]
+    unknown = sorted(set(special) - set(header))
+    if unknown or len(set(header)) < len(header) or len(set(special)) < len(special):
+        raise DataError(f"{path} must have each column once (got {header}, asked for {special}); correct the names")
+    values = [number for number, name in enumerate(header) if name not in special]
+    if not values:
+        raise DataError(f"{path} must have a column of values (got {header}); leave one out of the conditions")
+    numbers = np.array([_numbers(row, line, header, label_column, path) for line, row in enumerate(rows[1:], start=2)])
+    names: tuple[str, ...] = ()
+    labels = np.zeros(len(numbers), np.int64)
+    if label_column:
+        texts = [row[header.index(label_column)].strip() for row in rows[1:]]
+        if all(text.isdigit() for text in texts):
+            labels = np.array([as_label(text, f"a row of {path}") for text in texts], dtype=np.int64)
+            names = numbered_classes(labels)
+        else:
+            names = tuple(sorted(set(texts)))
+            labels = np.array([names.index(text) for text in texts], dtype=np.int64)
+    return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
+
+
+def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:
+    """Numbers of a row, 0 in the place of its label."""
+    if len(row) != len(header):
+        raise DataError(f"rows of {path} must have {len(header)} columns (got {len(row)} in line {line}); mend it")
+    found: list[float] = []
+    for name, text in zip(header, row, strict=True):
+        try:
+            found.append(0.0 if name == label_column else float(text))
+        except ValueError:
+            raise DataError(
+                f"columns of {path} must be numbers (got {text[:40]!r} in line {line}, column {name}); if it is the "
+                f"label, set source.label_column"
+            ) from None
+    return found
