@@ -15,11 +15,12 @@ import torch
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import DecoderConfig, GenerateConfig, GuardConfig, SamplingConfig
+from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.making import UNIT_FOLDERS, ShardMaker, Unit, is_done, read_quality, read_record
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import GenerationPlan, canonical_json
+from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
@@ -57,7 +58,8 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     if dry_run:
         return
     _freeze_plan(path, plan)
-    if not missing and all(storage.exists(storage.join(path, name)) for name in (MANIFEST_NAME, _GRID)):
+    last = (MANIFEST_NAME, _GRID) if plan.has_grid else (MANIFEST_NAME,)
+    if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         _also(config)
         return
@@ -80,7 +82,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     for folder in UNIT_FOLDERS:
         storage.remove_abandoned(storage.join(path, folder))
     publish_manifest(path, _manifest(plan, tuple(read_record(path, unit) for unit in units)))
-    _write_grid(path, plan)
+    _write_grid(config.registry.path, path, plan)
     if errors:
         amplifies = max(errors) > _EXACT
         print(
@@ -91,7 +93,8 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
         f"{quality.outside / max(quality.values, 1):.2%} of all values were clipped by more than a level"
     )
-    print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
+    look = f"; look at {path}/{_GRID}" if plan.has_grid else ""
+    print(f"{path}: {plan.num_images} {'vectors' if plan.is_of_vectors else 'images'} in {len(units)} shards{look}")
     _also(config)
 
 
@@ -152,6 +155,13 @@ def resolved_plan(config: GenerateConfig) -> GenerationPlan:
     version = registry.resolve(config.registry.version)
     flow = load_version(config.registry.path, config.registry.model, version.version)
     settings, cluster = _settings(config), config.cluster
+    if flow.num_conditions is not None:
+        raise ConfigError(
+            f"generate has no numbers to condition on (got a flow that takes {flow.num_conditions}); in Python, "
+            f"flow.sample(n, y) takes them"
+        )
+    if version.data.vectors is not None and (config.shards.folder is not None or config.shards.npz is not None):
+        raise ConfigError("shards.folder and shards.npz are for images (got a model of vectors); leave them out")
     decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
     rule = config.sampling.labels
     sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model
@@ -238,25 +248,32 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
         num_channels=plan.num_channels,
         class_names=() if plan.labels == "none" else plan.class_names,
         bit_depth=plan.pixels.bit_depth,
-        codec=plan.codec,
+        codec="npy" if plan.is_of_vectors else plan.codec,
+        vectors=VectorFacts(num_values=plan.num_channels) if plan.is_of_vectors else None,
         source=f"{plan.model}@{plan.version} {plan.weights_digest}",
         recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),
         shards=shards,
     )
 
 
-def _write_grid(path: str, plan: GenerationPlan) -> None:
-    """The first images as one picture; with up to 20 classes, column c holds class c."""
+def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
+    """The first images as one picture; with up to 20 classes, column c holds class c. Of two numbers their density."""
+    if plan.is_of_vectors:
+        if plan.has_grid:
+            flow = load_version(registry, plan.model, plan.version)
+            storage.write_bytes(storage.join(path, _GRID), density_picture(flow, plan.seed))
+        return
     columns = len(plan.class_names) if 0 < len(plan.class_names) <= 20 else 10
     batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
     storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, _GRID_ZOOM))
 
 
 def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: str) -> None:
-    shape = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
+    size = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
+    shape = f"{plan.num_channels} numbers" if plan.is_of_vectors else size
     rows = [
         ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
-        ("images", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
+        ("samples", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
         ("sampling", _settings_line(SamplingConfig.model_validate(plan.sampling))),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
         ("output", path),

@@ -3,12 +3,11 @@
 What a shard will be is recorded, by whoever is first, before it is written; what is written is read back.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.config import GuardConfig, SamplingConfig
@@ -19,6 +18,7 @@ from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
 from tarflow_scale.shards.images import CODECS
 from tarflow_scale.shards.manifest import ShardRecord, index_name
+from tarflow_scale.shards.vectors import encode_vector
 from tarflow_scale.shards.writer import PackedShard, Sample
 
 __all__ = ["UNIT_FOLDERS", "ShardMaker", "Unit", "is_done", "read_quality", "read_record"]
@@ -90,21 +90,27 @@ class ShardMaker:
     def _made(self, unit: Unit) -> tuple[PackedShard, Quality]:
         """The shard in memory; images are encoded while the next are decoded."""
         plan, quality = self._plan, Quality()
-        guard, level = GuardConfig.model_validate(plan.guard), 2 / (2**plan.pixels.bit_depth - 1)
+        guard = GuardConfig.model_validate(plan.guard)
+        level = math.inf if plan.is_of_vectors else 2 / (2**plan.pixels.bit_depth - 1)  # these are never out of range
         facts: list[tuple[int, int | None, int]] = []
 
-        def batches() -> Iterator[NDArray[np.uint8]]:
+        def batches() -> Iterator[torch.Tensor]:
             nonlocal quality
             for batch in guarded(self._sampler, range(unit.start, unit.stop), guard, level):
                 quality = quality.plus(batch.quality)
                 labels = self._sampler.labels(batch.indices)
                 numbers = [None] * len(batch.indices) if labels is None else labels.tolist()
                 facts.extend(zip(batch.indices, numbers, batch.attempts, strict=True))
-                yield self._flow.stored(batch.x).cpu().numpy()
+                yield batch.x
 
-        files = enumerate(self._encoder.encoded(batches()))
+        files = enumerate(self._files(batches()))
         samples = (self._sample(file, *facts[number]) for number, file in files)
         return PackedShard.of(unit.tar_name, samples, plan.codec), quality
+
+    def _files(self, batches: Iterator[torch.Tensor]) -> Iterator[bytes]:
+        if self._plan.is_of_vectors:
+            return (encode_vector(one) for x in batches for one in x.float().cpu().numpy())
+        return self._encoder.encoded(self._flow.stored(x).cpu().numpy() for x in batches)
 
     def _sample(self, file: bytes, index: int, label: int | None, attempt: int) -> Sample:
         plan = self._plan
@@ -118,7 +124,8 @@ class ShardMaker:
         }
         if attempt:
             facts["attempt"] = attempt
-        return Sample(key=f"{index:09d}", image={CODECS[plan.codec]: file}, label=label, facts=facts)
+        extension = CODECS["raw" if plan.is_of_vectors else plan.codec]
+        return Sample(key=f"{index:09d}", image={extension: file}, label=label, facts=facts)
 
 
 def _record_location(path: str, unit: Unit) -> str:

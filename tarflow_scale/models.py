@@ -57,7 +57,9 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
         ("version", f"{registry.model}@{number}" + (f" ({', '.join(held)})" if held else "")),
         ("weights", version.weights_digest),
         ("data", f"{version.data.name}/{version.data.split}, manifest {version.data.digest}"),
-        ("pixels", f"{version.pixels.bit_depth} bit, {version.pixels.noise} noise"),
+        ("pixels", f"{version.pixels.bit_depth} bit, {version.pixels.noise} noise")
+        if version.data.vectors is None
+        else ("vectors", f"of {version.data.vectors.num_values}, given {version.data.vectors.num_conditions} numbers"),
         ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
         ("config", version.config_digest),
         ("checkpoint", version.checkpoint or "not known"),

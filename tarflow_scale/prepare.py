@@ -103,11 +103,14 @@ def statistics(path: str) -> None:
     """``--stats``: what is in a packed data set."""
     found = inspection.statistics(path)
     print(found.table)
-    print(f"contact sheet: {found.sheet}")
+    if found.sheet is not None:
+        print(f"contact sheet: {found.sheet}")
 
 
 def export(path: str, location: str) -> None:
     """``--npz``: a packed data set as the file that ADM's evaluator takes."""
+    if read_manifest(path).vectors is not None:
+        raise DataError(f"--npz is for images (got {read_manifest(path).samples_in_words} in {path}); read the tars")
     print(f"{location}: {write_npz(path, location)} images of {path}")
 
 

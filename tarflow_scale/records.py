@@ -244,3 +244,13 @@ class GenerationPlan(_WithSampling):
     jpeg_quality: int = 95
     guard: dict[str, Any] = Field(default_factory=dict)
     """The section ``sampling.guard``."""
+
+    @property
+    def is_of_vectors(self) -> bool:
+        """Whether the samples are vectors, of ``num_channels`` numbers, and no images."""
+        return self.pixels.noise == "none"
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether a picture goes with the shards: of images, or of the density of two numbers."""
+        return not self.is_of_vectors or self.num_channels == 2

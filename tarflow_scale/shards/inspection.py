@@ -7,9 +7,11 @@ import numpy as np
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
+from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND
 from tarflow_scale.shards.reader import CorruptSample, ShardSet
+from tarflow_scale.shards.vectors import floats
 
 __all__ = ["Statistics", "check", "statistics"]
 
@@ -57,14 +59,16 @@ def check(path: str) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `statistics` found: a table, and where the contact sheet is."""
+    """What `statistics` found: a table, and where the contact sheet is, if there are images."""
 
     table: str
-    sheet: str
+    sheet: str | None
 
 
 def statistics(path: str) -> Statistics:
     """Sizes and classes of a data set, and a contact sheet of 64 images spread over it, beside its manifest.
+
+    Of vectors, mean, deviation and range of each number in place of the sheet.
 
     Raises:
         DataError: it is no data set, or an image of the sheet is corrupt.
@@ -72,7 +76,6 @@ def statistics(path: str) -> Statistics:
     shards = ShardSet(path)
     manifest = shards.manifest
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
-    channels, height, width = manifest.event_shape
     labels = Counter[int]()
     with telemetry.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
         for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
@@ -82,19 +85,30 @@ def statistics(path: str) -> Statistics:
                     bar.update(1)
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),
-        (
-            "images",
-            f"{manifest.num_images:,} of {channels}x{height}x{width}, {manifest.bit_depth} bit, {manifest.codec}",
-        ),
-        ("shards", f"{len(manifest.shards):,} of at most {max(s.samples for s in manifest.shards):,} images"),
-        ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} an image"),
+        ("samples", f"{manifest.num_images:,} {manifest.samples_in_words}, {manifest.codec}"),
+        ("shards", f"{len(manifest.shards):,} of at most {max(s.samples for s in manifest.shards):,} samples"),
+        ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} a sample"),
         ("source", manifest.source),
         ("classes", _class_row(labels, manifest.class_names)),
     ]
+    if manifest.vectors is not None:
+        return Statistics(telemetry.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), None)
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
     storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
     return Statistics(telemetry.table(rows, ("", path)), sheet)
+
+
+def _columns(shards: ShardSet, facts: VectorFacts) -> list[tuple[str, str]]:
+    """Mean, deviation and range of each number of vectors, and of what they are given with."""
+    num = shards.manifest.num_images
+    parts = [np.concatenate(floats(batch.images, facts), axis=1) for batch in shards.batches(0, num, _RUN)]
+    columns = np.concatenate(parts).astype(np.float64).T
+    names = [f"value {i}" for i in range(facts.num_values)] + [f"given {i}" for i in range(facts.num_conditions)]
+    return [
+        (name, f"{one.mean():.4g} +- {one.std():.4g}, from {one.min():.4g} to {one.max():.4g}")
+        for name, one in zip(names, columns, strict=True)
+    ]
 
 
 def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
@@ -102,4 +116,4 @@ def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
         return "none"
     counts = [labels[label] for label in range(len(names))]
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
-    return f"{len(names):,}, from {counts[few]:,} images ({names[few]}) to {counts[many]:,} ({names[many]})"
+    return f"{len(names):,}, from {counts[few]:,} samples ({names[few]}) to {counts[many]:,} ({names[many]})"

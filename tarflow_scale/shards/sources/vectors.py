@@ -49,7 +49,8 @@ class VectorSource(ImageSource):
         else:
             raise DataError(f"vectors must be an .npz or .csv file (got {path}); convert them")
         self.vectors = VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1])
-        self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
+        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite and is refused below
+            self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
         if not np.isfinite(self._numbers).all():
             row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
             raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); mend or drop it")

@@ -1,0 +1,185 @@
+"""Vectors through every verb: packed, trained, evaluated in nats, promoted, generated, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tarflow_scale import cli, load
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.vectors import floats
+from tests.conftest import command
+
+STD = 0.1
+ENTROPY = 2 * (0.5 * math.log(2 * math.pi * math.e * STD**2))
+"""Of what the points are given their condition, in nats: no model costs less on average."""
+
+
+def points(num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    t = rng.uniform(-1, 1, (num, 1))
+    mean = np.concatenate([np.sin(3 * t), t**2], axis=1)
+    return (mean + STD * rng.standard_normal((num, 2))).astype("f4"), t.astype("f4")
+
+
+def train_arguments(folder: Path, data: str, model: str, *more: str) -> list[str]:
+    return [
+        "train",
+        "configs/train/vectors.yaml",
+        f"data.path={folder}/{data}/train",
+        f"logging.path={folder}/{model}",
+        f"registry.path={folder}/registry",
+        f"registry.model={model}",
+        "training.total_images=51200",
+        "schedule.warmup_images=5120",
+        "checkpoint.every_images=25600",
+        "logging.preview_every_images=51200",
+        *more,
+    ]
+
+
+def evaluate_arguments(folder: Path, data: str, model: str) -> list[str]:
+    return [
+        "evaluate",
+        "configs/evaluate/vectors.yaml",
+        f"registry.path={folder}/registry",
+        f"registry.model={model}",
+        f"data.path={folder}/{data}/test",
+        f"reference.path={folder}/{data}/train",
+        f"reference.cache={folder}/references",
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Points with a condition, and the same with it for a label, packed; a model of each."""
+    path = tmp_path_factory.mktemp("vectors")
+    rng = np.random.default_rng(0)
+    (x, t), (x_test, t_test) = points(4000, rng), points(1000, rng)
+    np.savez(path / "given.npz", x=x, conditions=t, x_test=x_test, conditions_test=t_test)
+    np.savez(path / "labelled.npz", x=x, labels=(t[:, 0] > 0) + 0, x_test=x_test, labels_test=(t_test[:, 0] > 0) + 0)
+    for name in ("given", "labelled"):
+        arguments = [f"source.path={path}/{name}.npz", f"shards.path={path}/{name}"]
+        assert cli.main(["prepare", "configs/prepare/vectors.yaml", *arguments]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    for name in ("given", "labelled"):
+        result = command(*train_arguments(folder, name, name))
+        assert result.returncode == 0, result.stderr
+        assert cli.main(evaluate_arguments(folder, name, name)) == 0
+    return folder
+
+
+def nats_of(folder: Path, model: str) -> tuple[float, float]:
+    found = [json.loads(file.read_bytes()) for file in sorted((folder / "registry" / model / "_log").glob("*.json"))]
+    report = next(event for event in reversed(found) if event["kind"] == "evaluate")["content"]
+    return report["metrics"]["nats"]["value"], report["baselines"]["gaussian_nats"]
+
+
+def test_given_their_condition_points_cost_little_more_than_their_entropy(trained: Path) -> None:
+    nats, gaussian = nats_of(trained, "given")
+    assert ENTROPY - 0.15 < nats < ENTROPY + 0.5
+    assert gaussian > 0.5  # which is given nothing
+
+
+def test_a_notebook_gets_densities_and_samples(trained: Path) -> None:
+    flow = load("given@latest", registry=f"{trained}/registry")
+    y = torch.full((500, 1), 0.5)
+    x = flow.sample(500, y, seed=0)
+    assert torch.allclose(x.mean(dim=0), torch.tensor([math.sin(1.5), 0.25]), atol=0.08)
+    shards = ShardSet(f"{trained}/given/test")
+    assert shards.manifest.vectors is not None
+    values, given = (
+        torch.from_numpy(part.copy()) for part in floats(shards.take(np.arange(1000)).images, shards.manifest.vectors)
+    )
+    assert abs(float(-flow.log_prob(values, given).mean()) - nats_of(trained, "given")[0]) < 1e-4
+
+
+def test_previews_and_logs_of_vectors(trained: Path) -> None:
+    assert list((trained / "labelled" / "previews").glob("*.png"))
+    assert not list((trained / "given" / "previews").glob("*.png"))  # there is no density without a condition
+    lines = [json.loads(line) for line in (trained / "given" / "log.jsonl").read_text().splitlines()]
+    assert all(line["bits_per_dim"] is None for line in lines)
+    assert lines[-1]["nats_per_dim"] < lines[0]["nats_per_dim"]
+
+
+def test_vectors_are_generated_in_the_format_that_trains(trained: Path, tmp_path: Path) -> None:
+    arguments = [
+        *("generate", f"registry.path={trained}/registry", "registry.model=labelled", "cluster.executor=local"),
+        *("sampling.num_images=120", "sampling.batch_size=50", "shards.samples_per_shard=50"),
+    ]
+    assert cli.main([*arguments, f"shards.path={tmp_path}/a"]) == 0
+    assert cli.main([*arguments, f"shards.path={tmp_path}/b", "sampling.batch_size=50"]) == 0
+    assert cli.main(["prepare", "--check", f"{tmp_path}/a"]) == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir() if file.is_file()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir() if file.is_file()}
+    shards = ShardSet(f"{tmp_path}/a")
+    assert shards.manifest.vectors is not None
+    flow = load("labelled@latest", registry=f"{trained}/registry")
+    expected = flow.sample(50, torch.arange(50) % 2, seed=0)
+    values, _ = floats(shards.take(np.arange(50)).images, shards.manifest.vectors)
+    assert np.allclose(values, expected.numpy(), atol=1e-6)
+    mixed = [
+        f"data.mix=[{{path: {tmp_path}/a, weight: 1}}]",
+        "training.total_images=5120",
+        "schedule.warmup_images=512",
+    ]
+    result = command(*train_arguments(trained, "labelled", "mixed", *mixed))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.distributed
+def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) -> None:
+    """Two ranks that read by worker processes, stopped and resumed, see what one process sees."""
+    short = ["training.total_images=10240", "schedule.warmup_images=512", "checkpoint.every_images=5120"]
+    two = [*short, "training.micro_batch_size=128", "data.num_workers=2", "parallelism.zero_stage=2"]
+    one = command(*train_arguments(trained, "given", "one", *short, f"logging.path={tmp_path}/one"))
+    assert one.returncode == 0, one.stderr
+    half = [*two, f"logging.path={tmp_path}/two", "training.max_seconds=0.01"]
+    assert command(*train_arguments(trained, "given", "two", *half), ranks=2).returncode != 0
+    rest = command(*train_arguments(trained, "given", "two", *two, f"logging.path={tmp_path}/two"), ranks=2)
+    assert rest.returncode == 0, rest.stderr
+    x, y = torch.randn(64, 2), torch.rand(64, 1)
+    first, second = (load(f"{name}@latest", registry=f"{trained}/registry") for name in ("one", "two"))
+    with torch.no_grad():
+        assert torch.allclose(first.log_prob(x, y), second.log_prob(x, y), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["training.noise={kind: uniform}"], "training.noise.kind must be none for vectors"),
+        (["training.label_drop=0.1"], "cannot be dropped"),
+        (["data.augmentation.flip=true"], "for images"),
+        (["model={kind: realnvp, levels: 1}"], "is for images"),
+    ],
+)
+def test_training_settings_of_images_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], settings: list[str], reason: str
+) -> None:
+    assert cli.main(train_arguments(folder, "given", "refused", *settings)) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = [f"registry.path={trained}/registry", "registry.model=given"]
+    assert cli.main(["generate", *registry, f"shards.path={tmp_path}/x"]) == 2
+    assert "no numbers to condition on" in capsys.readouterr().err
+    assert cli.main(["prepare", "--npz", f"{trained}/given/test", f"{tmp_path}/x.npz"]) == 2
+    assert "--npz is for images" in capsys.readouterr().err
+    wrong = [
+        *evaluate_arguments(trained, "given", "given"),
+        "metrics.protocols=[evals/protocols/digits-bits-per-dim.yaml]",
+    ]
+    assert cli.main(wrong) == 2
+    assert "is for images" in capsys.readouterr().err
+    score = ["score", *registry, f"data.path={trained}/given/test", f"calibration.path={trained}/given/test"]
+    assert cli.main([*score, f"scoring.path={tmp_path}/scores"]) == 2
+    assert "no likelihood of images" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "scores").exists()
