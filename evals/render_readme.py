@@ -304,6 +304,21 @@ def family_table(results: dict[str, Any]) -> str:
     return head + "\n".join([*header, *(row for _, row in sorted(rows))])
 
 
+def vectors_table(results: dict[str, Any]) -> str:
+    """Every flow of vectors on two moons, the best first."""
+    got = {name: one["got"] for name, one in results["figures"].items()}
+    names = {"maf": "MAF", "iaf": "IAF", "nice": "NICE", "realnvp": "RealNVP", "continuous": "continuous"}
+    rows = [(got[f"{key}_nats"], f"{got[f'{key}_nats']:.3f} (± {got[f'{key}_nats_standard_error']:.3f})", name)
+            for key, name in names.items() if f"{key}_nats" in got]  # fmt: skip
+    rows.append((got["gaussian_nats"], f"{got['gaussian_nats']:.3f}", "full-covariance Gaussian"))
+    lines = [f"| two moons, {results['points']['test']:,} held out | nats, no labels |", "|---|---|"]
+    lines += [f"| {name} | {text} |" for _, text, name in sorted(rows)]
+    return (
+        f"Measured on {results['date']} by `{results['command']}`, {results['images_seen']:,} points seen by each.\n\n"
+        + "\n".join(lines)
+    )
+
+
 def anomaly_table(several: list[dict[str, Any]]) -> str:
     """AUROC of every score."""
     scores = ("likelihood", "complexity", "typicality", "likelihood_ratio")
@@ -399,6 +414,7 @@ def main() -> None:
         ),
         "classification": classification_line(_results("classification-digits-cpu")),
         "family": family_table(_results("family-cpu")),
+        "vectors": vectors_table(_results("vectors-cpu")),
         "anomaly": anomaly_table(
             [_results(f"anomaly-{name}-cpu") for name in ("digits", "mnist-glow", "mnist-tarflow")]
         ),

@@ -156,7 +156,7 @@ def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) 
         (["training.noise={kind: uniform}"], "training.noise.kind must be none for vectors"),
         (["training.label_drop=0.1"], "cannot be dropped"),
         (["data.augmentation.flip=true"], "for images"),
-        (["model={kind: realnvp, levels: 1}"], "is for images"),
+        (["model={kind: glow, levels: 1, steps_per_level: 1}"], "is for images"),
     ],
 )
 def test_training_settings_of_images_are_refused(

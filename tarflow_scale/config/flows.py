@@ -99,9 +99,9 @@ class RealNVPConfig(_FlowConfig):
     kind: Literal["realnvp"] = "realnvp"
     """Chooses this model; must be written."""
     levels: int = Field(ge=1)
-    """Levels; the image size must be a multiple of 2^(levels - 1)."""
+    """Levels; the image size must be a multiple of 2^(levels - 1). Of vectors: four couplings each."""
     width: int = Field(default=64, ge=1)
-    """Channels of the residual networks on the first level; each squeeze doubles them."""
+    """Channels of the residual networks on the first level; each squeeze doubles them. Of vectors: units."""
     residual_blocks: int = Field(default=4, ge=1)
     """Residual blocks of each coupling's network."""
     normalization: Literal["actnorm", "batch"] = "actnorm"

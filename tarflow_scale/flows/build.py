@@ -22,6 +22,7 @@ from tarflow_scale.flows.glow import Glow
 from tarflow_scale.flows.nice import NICE, ShiftNetwork
 from tarflow_scale.flows.realnvp import RealNVP, ResidualNetwork
 from tarflow_scale.flows.tarflow import TarFlow
+from tarflow_scale.flows.vector_realnvp import ResidualLayers, VectorRealNVP
 
 __all__ = ["build"]
 
@@ -52,7 +53,7 @@ def build(
     if config.class_conditional and not rows:
         raise ConfigError("model.class_conditional needs a data set with classes (got none); set it to false")
     image = event_shape if len(event_shape) == 3 else None
-    if image is None and isinstance(config, TarFlowConfig | GlowConfig | RealNVPConfig):
+    if image is None and isinstance(config, TarFlowConfig | GlowConfig):
         raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
     settings = config.model_dump(exclude={"kind", "class_conditional"})
     classes = rows if config.class_conditional else None  # rows of the tables that conditions pass
@@ -66,6 +67,8 @@ def build(
                 flow = Glow(image, classes, **settings)
             case NICEConfig():
                 flow = NICE(event_shape, classes, **settings)
+            case RealNVPConfig() if image is None:
+                flow = VectorRealNVP(event_shape, classes, **settings)
             case RealNVPConfig():
                 assert image is not None
                 flow = RealNVP(image, classes, **settings)
@@ -81,7 +84,7 @@ def build(
     return flow
 
 
-Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ShiftNetwork
+Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ResidualLayers | ShiftNetwork
 
 
 def networks(module: nn.Module) -> list[Network]:
@@ -91,7 +94,8 @@ def networks(module: nn.Module) -> list[Network]:
 
 def matrices(module: nn.Module) -> list[Tensor]:
     """Weights of the linear maps inside the networks, but for those that make the parameters of an affine map."""
-    last = (one.out if isinstance(one, ShiftNetwork) else getattr(one, "conv_out", None) for one in networks(module))
+    own = (ShiftNetwork, ResidualLayers)
+    last = (one.out if isinstance(one, own) else getattr(one, "conv_out", None) for one in networks(module))
     outer = {id(weight) for layer in last if layer is not None for weight in layer.parameters()}
     return [
         weight

@@ -39,6 +39,7 @@ from tarflow_scale.config import (
 from tarflow_scale.flows.flow import Activations
 from tarflow_scale.flows.memory import ANCHOR_EVERY
 from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
+from tarflow_scale.flows.vector_realnvp import COUPLINGS
 
 __all__ = ["estimated_activation_bytes", "forward_flops", "tokens_per_image", "training_flops"]
 
@@ -50,6 +51,9 @@ def forward_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
             return _tarflow(config, event_shape)
         case GlowConfig():
             return _glow(config, event_shape)
+        case RealNVPConfig() if len(event_shape) == 1:
+            half, blocks = event_shape[0] / 2, 2 * config.residual_blocks
+            return COUPLINGS * config.levels * _linear([half, config.width, *[config.width] * blocks, 2 * half])
         case RealNVPConfig():
             return _realnvp(config, event_shape)
         case NICEConfig():
@@ -164,6 +168,10 @@ def estimated_activation_bytes(
                 maps += config.steps_per_level * 4.0 * pixels * at_level
                 largest = max(largest, step)
             return {"keep": total, "checkpoint": maps + largest, "rebuild": maps / ANCHOR_EVERY + largest}[activations]
+        case RealNVPConfig() if len(event_shape) == 1:
+            hidden = 2.0 * network * config.width * (2 * config.residual_blocks + 1)
+            kept = COUPLINGS * config.levels if activations == "keep" else 1
+            return batch * (kept * hidden + 8.0 * COUPLINGS * config.levels * event_shape[0])
         case RealNVPConfig():
             return _realnvp_bytes(config, event_shape, batch, activations, network)
         case NICEConfig():

@@ -26,7 +26,7 @@ from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.memory import checkpoint
 
-__all__ = ["NICE"]
+__all__ = ["NICE", "ShiftNetwork", "halves_of", "whole_of"]
 
 
 class ShiftNetwork(nn.Module):
@@ -97,10 +97,10 @@ class NICE(Flow):
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
-        halves = _halves(h.flatten(1))
+        halves = halves_of(h.flatten(1))
         for number in range(len(self.networks)):
             halves[1 - number % 2] = halves[1 - number % 2] + self._shift(number, halves[number % 2], y)
-        z = _whole(halves) * self.log_scale.exp()
+        z = whole_of(halves) * self.log_scale.exp()
         return z, self.log_scale.sum().expand(len(z))
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
@@ -110,10 +110,10 @@ class NICE(Flow):
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
         """Noise to data; there is no guidance."""
-        halves = _halves(z * (-self.log_scale).exp())
+        halves = halves_of(z * (-self.log_scale).exp())
         for number in reversed(range(len(self.networks))):
             halves[1 - number % 2] = halves[1 - number % 2] - self._shift(number, halves[number % 2], y)
-        return _whole(halves).unflatten(1, self.event_shape)
+        return whole_of(halves).unflatten(1, self.event_shape)
 
     def _shift(self, number: int, half: Tensor, y: Condition) -> Tensor:
         network = self.networks[number]
@@ -122,12 +122,13 @@ class NICE(Flow):
         return shift.to(half.dtype)
 
 
-def _halves(h: Float[Tensor, "B D"]) -> list[Tensor]:
+def halves_of(h: Float[Tensor, "B D"]) -> list[Tensor]:
     """Even and odd dimensions; the even ones are one more where D is odd."""
     return [h[:, 0::2], h[:, 1::2]]
 
 
-def _whole(halves: list[Tensor]) -> Float[Tensor, "B D"]:
+def whole_of(halves: list[Tensor]) -> Float[Tensor, "B D"]:
+    """Inverse of `halves_of`."""
     even, odd = halves
     if even.shape[1] == odd.shape[1]:
         return rearrange([even, odd], "half b d -> b (d half)")
