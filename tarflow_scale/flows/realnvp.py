@@ -153,6 +153,11 @@ class MaskedCoupling(Layer):
         self.bound = bound
         self.network = ResidualNetwork(channels, 2 * channels, width, blocks)
 
+    def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
+        """As `Layer.map_places`; the log-scales have places."""
+        shift, log_scale = self._shift_and_log_scale(x)
+        return x * log_scale.exp() + shift, log_scale.sum(dim=1)
+
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(x)
         return x * log_scale.exp() + shift, log_scale.sum(dim=(1, 2, 3))
