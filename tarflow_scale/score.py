@@ -118,10 +118,10 @@ def _check(named: tuple[VersionConfig, ModelVersion], manifests: list[Manifest])
 def _flow_for_maps(named: tuple[VersionConfig, ModelVersion]) -> Flow:
     section, version = named
     flow = load_version(section.path, section.model, version.version)
-    if type(flow).encode_values is Flow.encode_values:
+    if not flow.divides_surprise:
         raise ConfigError(
-            f"scoring.maps needs a model whose latents mix no pixels, TarFlow or NICE (got {type(flow).__name__}); set "
-            f"it to 0"
+            f"scoring.maps needs a model that divides surprise among pixels, which a continuous flow does up to "
+            f"model.exact_trace_dims (got {type(flow).__name__} of {flow.num_dims} dimensions); set it to 0"
         )
     return flow
 

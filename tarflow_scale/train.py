@@ -17,7 +17,15 @@ import yaml
 from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import AugmentationConfig, Guidance, ModelConfig, SamplingConfig, Section, TrainConfig
+from tarflow_scale.config import (
+    AugmentationConfig,
+    Guidance,
+    ModelConfig,
+    RealNVPConfig,
+    SamplingConfig,
+    Section,
+    TrainConfig,
+)
 from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, NumericsError, UserError
 from tarflow_scale.flows import Flow, build
@@ -241,7 +249,7 @@ def _check_vectors(config: TrainConfig, manifest: Manifest) -> None:
 
 
 def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
-    """What must not change when a run continues; ranks, ZeRO stage, logging and length may."""
+    """What must not change when a run continues; ranks, ZeRO stage, logging and length may, see `_batch_statistics`."""
     training = config.training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
     half_lives = config.training.ema_half_life_images
     further = [[part.shards.manifest.digest, part.weight] for part in mix.parts[1:]]
@@ -251,10 +259,24 @@ def _identity(config: TrainConfig, mix: Mix) -> dict[str, Any]:
         **_changed({"data.augmentation": config.data.augmentation}),
         "data.shuffle_block": config.data.shuffle_block,
         "model": config.model.model_dump(mode="json"),
+        **_batch_statistics(config),
         **{f"training.{key}": value for key, value in training.items()},
         "training.ema_half_life_images": half_lives[0] if len(half_lives) == 1 else list(half_lives),
         **({"optimizer.kind": config.optimizer.kind} if config.optimizer.kind != "adamw" else {}),
     }
+
+
+def _batch_statistics(config: TrainConfig) -> dict[str, Any]:
+    """Images that batch normalisation takes statistics of together; no other model sees how a batch is divided.
+
+    One pass takes a micro batch of every rank. Where that is the whole batch, its division among ranks has no effect;
+    else it says which images go together.
+    """
+    if not (isinstance(config.model, RealNVPConfig) and config.model.normalization == "batch"):
+        return {}
+    division = [config.training.micro_batch_size, distributed.world_size()]
+    whole = config.training.global_batch_size
+    return {"training.micro_batch_size x ranks": whole if division[0] * division[1] == whole else division}
 
 
 def _changed(sections: dict[str, Section]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from tarflow_scale import cli
 from tarflow_scale.density.anomaly import compressed_bits_per_dim
 from tarflow_scale.errors import StorageError
+from tarflow_scale.flows import TarFlow
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.loading import load_version
 from tarflow_scale.metrics.bits import dequantised
@@ -207,6 +208,18 @@ def test_maps_show_the_least_likely_images(trained: Trained, shuffled: Path, tmp
     overlay = pixels[1:9, 10:18].astype(int)
     assert (overlay[:, :, 0] > overlay[:, :, 1]).any()  # red somewhere
     assert (overlay[:, :, 1] == overlay[:, :, 2]).all()
+
+
+def test_maps_of_a_model_that_divides_nothing_are_refused_before_any_work(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TarFlow, "divides_surprise", False)
+    assert cli.main(arguments(trained, tmp_path / "out", None, "scoring.maps=5")) == 2
+    assert capsys.readouterr().err == (
+        "tarflow-scale: error: scoring.maps needs a model that divides surprise among pixels, which a continuous flow "
+        "does up to model.exact_trace_dims (got TarFlow of 64 dimensions); set it to 0\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_that_the_model_cannot_score_are_refused(

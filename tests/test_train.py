@@ -18,13 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tarflow_scale import cli
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config import TarFlowConfig, TrainConfig, load_config
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.cost import training_flops
 from tarflow_scale.flows.likelihood import bits_per_dim
 from tarflow_scale.processes import exclusive
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.train import _batch_statistics
 from tarflow_scale.training.noise import model_input
 from tarflow_scale.training.validation import _NOISE_SEED
 from tests.conftest import TOP, Trained, command, train_arguments
@@ -188,6 +189,41 @@ def test_a_run_folder_of_another_run_is_refused(trained: Trained) -> None:
         f"choose another logging.path or delete it"
     )
     assert {name: (trained.run / name).read_bytes() for name in records} == records
+
+
+def test_statistics_of_batches_make_the_division_of_a_batch_part_of_a_run(digits: Path, tmp_path: Path) -> None:
+    def trained_by(micro: int, ranks: int, total: int) -> "subprocess.CompletedProcess[str]":
+        plain = train_arguments(digits, tmp_path / "batch", tmp_path / "registry")
+        model = ["kind=realnvp", "levels=2", "width=4", "residual_blocks=1", "normalization=batch"]
+        more = [f"training.micro_batch_size={micro}", f"training.total_images={total}"]
+        return command(
+            *(one for one in plain if not one.startswith("model.")),
+            *(f"model.{one}" for one in model),
+            *more,
+            ranks=ranks,
+        )
+
+    assert trained_by(32, 0, 64).returncode == 0
+    refused = trained_by(16, 0, 96)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        f"tarflow-scale: error: the run folder {tmp_path}/batch holds another run (training.micro_batch_size x ranks "
+        f"differ); choose another logging.path or delete it"
+    )
+    assert trained_by(16, 2, 96).returncode == 0  # a whole batch again, so its statistics are the same
+
+
+def test_no_other_run_depends_on_how_a_batch_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts(*overrides: str, ranks: int = 2) -> dict[str, Any]:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        return _batch_statistics(load_config(TrainConfig, TOP / "configs/train/digits-realnvp.yaml", list(overrides)))
+
+    batch, micro = "model.normalization=batch", "training.micro_batch_size="
+    assert facts() == facts(f"{micro}16") == facts(ranks=1) == {}
+    assert facts(batch) == facts(batch, f"{micro}64", ranks=1)  # the whole batch of 64 at once
+    divided = [facts(batch, ranks=1), facts(batch, f"{micro}16"), facts(batch, f"{micro}16", ranks=1)]
+    found = [*divided, facts(batch)]
+    assert all(found.count(one) == 1 for one in found)
 
 
 def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:

@@ -219,8 +219,8 @@ class ScoringConfig(Section):
     batch_size: int = Field(default=128, ge=1)
     """Images scored together."""
     maps: int = Field(default=0, ge=0)
-    """Of so many of the least likely images of ``data``, a picture ``maps.png`` shows which pixels surprise (TarFlow
-    and NICE, whose latents mix no pixels; labels dropped)."""
+    """Of so many of the least likely images of ``data``, a picture ``maps.png`` shows which pixels surprise, labels
+    dropped; of Glow and RealNVP, which squares of pixels."""
 
 
 class ForeignWeightsConfig(Section):

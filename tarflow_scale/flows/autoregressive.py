@@ -11,6 +11,8 @@ the network; ``u`` come from ``v`` one after the other, in D passes.
 * IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it is for
   variational posteriors, whose samples it scores as it makes them, more than for densities of data.
 
+Every dimension keeps its place, so each has a log-determinant of its own: the sum of its ``a`` over transformations.
+
 A label enters every network as an input, a row of a learned table; a dropped one as the mean of all rows. There is no
 batch normalisation between transformations. Networks are in fp32 or wider also under autocast.
 
@@ -96,6 +98,20 @@ class Autoregressive(Flow):
         with torch.autocast(h.device.type, enabled=False):
             way = self._undo_all if self.inverse_autoregressive else self._do_all
             return way(h.flatten(1), self._context(y, len(h)))
+
+    def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `Flow.encode_values`."""
+        with torch.autocast(h.device.type, enabled=False):
+            transforms: list[Any] = list(self.transforms)
+            context, values, log_dets = self._context(y, len(h)), h.flatten(1), torch.zeros_like(h).flatten(1)
+            for transform in reversed(transforms) if self.inverse_autoregressive else transforms:
+                given = transform(context)
+                data = values
+                values = given.inv(data) if self.inverse_autoregressive else given(data)
+                u, v = (values, data) if self.inverse_autoregressive else (data, values)
+                more = given.meta(u).base.log_abs_det_jacobian(u, v)  # zuko's transform of each dimension, given u
+                log_dets = log_dets - more if self.inverse_autoregressive else log_dets + more
+        return values.view(h.shape), log_dets.view(h.shape)
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
         """Noise to data; there is no guidance."""

@@ -5,19 +5,23 @@ A network gives the velocity; the log-determinant is the integral of its diverge
 
     dh/dt = f(t, h),   h(0) = data, h(1) = z,        log|det dz/dx| = integral of tr(df/dh) dt
 
-The trace is exact, D products with the Jacobian, in evaluation up to ``exact_trace_dims`` dimensions. Elsewhere it is
-Hutchinson's estimate e^T (df/dh) e with a probe e of random signs that is drawn once for a whole solve, so that the
-solver meets a smooth function: in training from torch's generator, which the loop seeds from (seed, images seen, rank);
-in evaluation from a generator that the values of the sample itself seed, so that a number does not depend on the batch
-and errors of different images are independent. The estimate is unbiased for log p, and so is a mean over images; its
-exponential is not, so that importance-weighted figures and sums over labels are no bounds where the trace is estimated.
+The trace is exact in evaluation up to ``exact_trace_dims`` dimensions: products with the Jacobian forward, many at
+once, one for every dimension of a vector. In an image, places that no layer connects share a product (grouped as by
+Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974), so that L convolutions need (L + 1)^2 C
+of them however large it is. Then each value has a log-determinant too, the integral of its place on the diagonal of the
+Jacobian; that is what `Flow.nats_of_values` divides by. Elsewhere the trace is Hutchinson's estimate e^T (df/dh) e with
+a probe e of random signs that is drawn once for a whole solve, so that the solver meets a smooth function: in training
+from torch's generator, which the loop seeds from (seed, images seen, rank); in evaluation from a generator that the
+values of the sample itself seed, so that a number does not depend on the batch and errors of different images are
+independent. The estimate is unbiased for log p, and so is a mean over images; its exponential is not, so that
+importance-weighted figures and sums over labels are no bounds where the trace is estimated.
 
 Solvers and the adjoint are torchdiffeq's. Few fixed steps are cheap to train with, but what they compute is neither
 inverted by as many steps back nor a density that integrates to one; so likelihoods and samples of a model in evaluation
 are always those of an adaptive solver, ``dopri5`` where the solver of training is none. It chooses one step for a whole
-batch, so that samples see each other within ``tolerance``; and the inverse is exact to about that. Every layer of the
-dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a label is added to the
-first.
+batch, by its mean error, so that samples see each other within ``tolerance``; and the inverse is exact to about that.
+Every layer of the dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a
+label is added to the first.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -41,6 +45,8 @@ from tarflow_scale.flows.flow import Activations, Flow
 __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
+_TANGENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Hidden values of all products that are pushed forward together: what a core's cache holds, and what memory does."""
 _STALLED = 24
 """Evaluations in a row at one time, to rounding, by which a solver is stuck; a step has seven at most."""
 
@@ -57,6 +63,7 @@ class Dynamics(nn.Module):
 
     def __init__(self, event_shape: tuple[int, ...], width: int, hidden_layers: int, num_classes: int | None) -> None:
         super().__init__()
+        self.event_shape = event_shape
         self._expanded = (1,) * (len(event_shape) - 1)
         widths = [event_shape[0], *[width] * hidden_layers, event_shape[0]]
         pairs = list(pairwise(widths))
@@ -70,14 +77,69 @@ class Dynamics(nn.Module):
 
     def forward(self, t: Tensor, h: Float[Tensor, "B ..."], y: Condition) -> Float[Tensor, "B ..."]:
         """dh/dt."""
+        return self._through(t, h, y, [])
+
+    def with_diagonal(
+        self, t: Tensor, h: Float[Tensor, "B ..."], y: Condition
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+        """dh/dt, and the derivative of each of its values by the same value of ``h``."""
+        hidden: list[Tensor] = []
+        velocity = self._through(t, h, y, hidden)
+        slopes = [torch.sigmoid(one) for one in hidden]
+        gates: list[Tensor] = [torch.sigmoid(gate(t.reshape(1, 1).to(h.dtype)))[0] for gate in self.gates]
+        matrices: list[Any] = [layer.weight for layer in self.layers]
+        weights = [
+            matrix * gate.reshape(-1, *[1] * (matrix.ndim - 1)) for matrix, gate in zip(matrices, gates, strict=True)
+        ]
+        return velocity, self._diagonal(weights, slopes)
+
+    def _through(self, t: Tensor, h: Tensor, y: Condition, hidden: list[Tensor]) -> Tensor:
+        """dh/dt; what every hidden layer gives before its nonlinearity is added to ``hidden``."""
         time = t.reshape(1, 1).to(h.dtype)
         for number, (layer, gate, shift) in enumerate(zip(self.layers, self.gates, self.shifts, strict=True)):
             if number:
+                hidden.append(h)
                 h = F.softplus(h) - math.log(2)
             h = layer(h) * self._over_events(torch.sigmoid(gate(time))) + self._over_events(shift(time))
             if number == 0 and self.class_embedding is not None:
                 h = h + self._over_events(embed(self.class_embedding, y))
         return h
+
+    def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
+        """Diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1, with the slopes S of every sample.
+
+        The outer two layers are the same for all samples. Probes go forward from the first, and meet in front of the
+        last what it sees from the same places.
+        """
+        probes = self._probes(slopes[0])
+        columns, rows = self._linear(probes, weights[0]), self._transposed(probes, weights[-1])
+        together = max(1, _TANGENTS.get(probes.device.type, 2**19) // max(1, slopes[0].numel()))
+        diagonal = torch.zeros((), dtype=probes.dtype, device=probes.device)
+        for low in range(0, len(probes), together):
+            some = slice(low, low + together)
+            tangents = columns[some, None] * slopes[0]
+            for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
+                tangents = self._linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2]) * slope
+            met = (tangents * rows[some, None]).sum(dim=2)
+            if self._expanded:  # a probe's places are at least three apart: around each are its own products alone
+                met = 9 * F.avg_pool2d(met, 3, stride=1, padding=1)
+            diagonal = diagonal + (met.unsqueeze(2) * probes[some, None]).sum(dim=0)
+        return diagonal
+
+    def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
+        """Zeros and ones; every value is in one probe, and nothing that depends on one in a probe is in it too."""
+        if not self._expanded:
+            return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
+        apart = len(self.layers) + 1
+        rows, columns = (torch.eye(min(apart, n)).repeat(1, -(-n // apart))[:, :n] for n in self.event_shape[1:])
+        probes = torch.einsum("cd,ih,jw->cijdhw", torch.eye(self.event_shape[0]), rows, columns)
+        return probes.flatten(0, 2).to(like)
+
+    def _linear(self, v: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(v, weight, padding=1) if self._expanded else F.linear(v, weight)
+
+    def _transposed(self, v: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, weight, padding=1) if self._expanded else v @ weight
 
     def _over_events(self, values: Float[Tensor, "B C"]) -> Tensor:
         return values.reshape(*values.shape, *self._expanded)
@@ -147,10 +209,34 @@ class Continuous(Flow):
             NumericsError: the solver is stuck, or needs too many evaluations.
         """
         with torch.autocast(h.device.type, enabled=False):
-            probe = self._probe(h)
-            field = _Field(self, y, lambda v, at, keep: _trace(v, at, probe, keep))
-            z, log_det = self._solved(field, (h, h.new_zeros(len(h))), (0.0, 1.0))
+            z, log_det = self._solved(self._field(h, y), (h, h.new_zeros(len(h))), (0.0, 1.0))
         return z.flatten(1), log_det
+
+    def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `Flow.encode_values`, by the steps of `encode`.
+
+        Raises:
+            ValueError: the trace is estimated.
+        """
+        if not self.divides_surprise:
+            raise ValueError(
+                f"surprise is divided by an exact trace, of at most model.exact_trace_dims={self.exact_trace_dims} "
+                f"dimensions (got {self.num_dims}); raise it"
+            )
+
+        def rates(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+            velocity, diagonal = self.dynamics.with_diagonal(t, at, y)
+            return velocity, diagonal.flatten(1).sum(dim=1), diagonal
+
+        with torch.autocast(h.device.type, enabled=False):
+            start = (h, h.new_zeros(len(h)), torch.zeros_like(h))
+            z, _, log_dets = self._solved(_Field(self, rates), start, (0.0, 1.0))
+        return z, log_dets
+
+    @property
+    def divides_surprise(self) -> bool:
+        """As `Flow.divides_surprise`; where the trace is exact."""
+        return self.num_dims <= self.exact_trace_dims
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
         """Noise to data; there is no guidance.
@@ -159,8 +245,18 @@ class Continuous(Flow):
             NumericsError: as `encode`.
         """
         with torch.autocast(z.device.type, enabled=False):
-            field = _Field(self, y, None)
+            field = _Field(self, lambda t, at: (self.dynamics(t, at, y),))
             return self._solved(field, (z.unflatten(1, self.event_shape),), (1.0, 0.0))[0]
+
+    def _field(self, h: Tensor, y: Condition) -> "_Field":
+        """Velocity and divergence, from ``h`` on."""
+        probe = self._probe(h)
+
+        def exact(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
+            velocity, diagonal = self.dynamics.with_diagonal(t, at, y)
+            return velocity, diagonal.flatten(1).sum(dim=1)
+
+        return _Field(self, exact if probe is None else lambda t, at: _estimated(self.dynamics, t, at, y, probe))
 
     def _probe(self, h: Tensor) -> Tensor | None:
         """Random signs for each sample; None where the trace is exact."""
@@ -180,6 +276,7 @@ class Continuous(Flow):
             options["options"] = {"step_size": self._step_size}
         else:
             options["method"] = self._method if self._method in _ADAPTIVE else "dopri5"
+            options["options"] = {"norm": _mean_error}
             if self._gradients == "adjoint":
                 options["adjoint_options"] = {"norm": "seminorm"}  # arXiv 2009.09457
         try:
@@ -212,12 +309,11 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side for one solve: velocity, and its divergence where that is asked for."""
+    """The right-hand side for one solve: rates of its states, of which the first is ``h``."""
 
-    def __init__(self, flow: Continuous, y: Condition, trace: Callable[[Tensor, Tensor, bool], Tensor] | None) -> None:
+    def __init__(self, flow: Continuous, rates: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
         self._flow = flow
-        self._y = y
-        self._trace = trace
+        self._rates = rates
         self.forward_is_over = False
         self._latest_time = math.nan
         self._stalled = 0
@@ -225,14 +321,7 @@ class _Field:
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._flow.count("backward" if self.forward_is_over else "forward")
         self._watch(float(t.detach()))
-        if self._trace is None:
-            return (self._flow.dynamics(t, state[0], self._y),)
-        keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            h = state[0] if keep_graph and state[0].requires_grad else state[0].detach().requires_grad_()
-            velocity = self._flow.dynamics(t, h, self._y)
-            divergence = self._trace(velocity, h, keep_graph)
-        return (velocity, divergence) if keep_graph else (velocity.detach(), divergence.detach())
+        return self._rates(t, state[0])
 
     def _watch(self, time: float) -> None:
         """The adjoint is solved inside a backward pass, where nobody else would see that it is stuck."""
@@ -268,14 +357,22 @@ def _signs_of(sample: Tensor) -> Tensor:
     return torch.randint(0, 2, sample.shape, generator=generator) * 2 - 1
 
 
-def _trace(velocity: Tensor, h: Tensor, probe: Tensor | None, keep_graph: bool) -> Float[Tensor, " B"]:
-    """Trace of d velocity / d h of each sample; estimated if there is a probe."""
+def _estimated(
+    dynamics: Dynamics, t: Tensor, h: Tensor, y: Condition, probe: Tensor
+) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+    """Velocity, and Hutchinson's estimate of its divergence."""
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        h = h if keep_graph and h.requires_grad else h.detach().requires_grad_()
+        velocity = dynamics(t, h, y)
+        (product,) = torch.autograd.grad(velocity, h, probe, create_graph=keep_graph)
+        divergence = (product * probe).flatten(1).sum(dim=1)
+    return (velocity, divergence) if keep_graph else (velocity.detach(), divergence.detach())
 
-    def product(along: Tensor) -> Tensor:
-        return torch.autograd.grad(velocity, h, along, retain_graph=True, create_graph=keep_graph)[0].flatten(1)
 
-    if probe is not None:
-        return (product(probe) * probe.flatten(1)).sum(dim=1)
-    units = torch.eye(velocity[0].numel(), dtype=velocity.dtype, device=velocity.device)
-    rows = [product(unit.view(velocity[:1].shape).expand_as(velocity))[:, i] for i, unit in enumerate(units)]
-    return torch.stack(rows, dim=1).sum(dim=1)
+def _mean_error(states: tuple[Tensor, ...]) -> Tensor:
+    """Norm by which steps are chosen, torchdiffeq's own, of ``h`` and its log-determinant alone.
+
+    What else is integrated beside them so changes no step.
+    """
+    return torch.stack([state.square().mean().sqrt() for state in states[:2]]).max()

@@ -61,6 +61,11 @@ class Layer(nn.Module, ABC):
         """``(y, log_det)``; with ``inverse``, see `inverse`."""
         return self._invert(x) if inverse else self._map(x)
 
+    def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
+        """``y``, and the log-determinant divided among places; evenly, unless a layer knows better."""
+        y, log_det = self(x)
+        return y, (log_det / (x.shape[2] * x.shape[3]))[:, None, None].expand(len(x), *x.shape[2:])
+
     def inverse(self, y: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The ``x`` that this layer maps to ``y``."""
         return self(y, inverse=True)
@@ -272,6 +277,13 @@ class Coupling(Layer):
         self.bound = bound
         self.sizes = (channels // 2, channels - channels // 2)
         self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
+
+    def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
+        """As `Layer.map_places`; the log-scales have places."""
+        kept, changed = x.split(self.sizes, dim=1)
+        shift, log_scale = self._shift_and_log_scale(kept)
+        y, _ = _couple(kept, changed, shift, log_scale)
+        return y, torch.zeros_like(x[:, 0]) if log_scale is None else log_scale.sum(dim=1)
 
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, changed = x.split(self.sizes, dim=1)

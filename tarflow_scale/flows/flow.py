@@ -34,6 +34,7 @@ __all__ = [
     "Decode",
     "Flow",
     "standard_normal_log_prob",
+    "standard_normal_nats",
 ]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
@@ -47,7 +48,12 @@ them from outputs by inverting layers."""
 def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
     """Log density of ``z`` under N(0, I), in nats, summed over D in fp32 or wider."""
     z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(dim=1)
+    return -standard_normal_nats(z).sum(dim=1)
+
+
+def standard_normal_nats(z: Tensor) -> Tensor:
+    """``-log`` of the standard normal density at every value, in nats."""
+    return 0.5 * (z.square() + math.log(2 * math.pi))
 
 
 class Flow(nn.Module, ABC):
@@ -198,19 +204,31 @@ class Flow(nn.Module, ABC):
         """``-log_prob`` divided among the values of each event, in the shape of ``x``: what each adds to its surprise.
 
         A value's part is the density of its latent under a standard normal, less the logarithm of its own scale. Their
-        sum is exact; the division is that of this model, where value and latent keep their places.
+        sum is exact; the division is that of this model, where value and latent keep their places. Where a model mixes
+        the values of a place and keeps places, as `MultiScaleFlow` does, a place's part is spread evenly over it.
 
         Raises:
             ValueError: a model whose latents mix values.
         """
         self.check_labels(y, len(x))
         if self.logit_alpha is None:
-            z, log_dets = self.encode_values(x, y)
-        else:
-            h, _ = to_logits(x, self.logit_alpha)
-            z, log_dets = self.encode_values(h, y)
-            log_dets = log_dets + logit_log_dets(h, self.logit_alpha)
-        return 0.5 * (z.square() + math.log(2 * math.pi)) - log_dets
+            return self.nats_of_encoded(x, y)
+        h, _ = to_logits(x, self.logit_alpha)
+        return self.nats_of_encoded(h, y) - logit_log_dets(h, self.logit_alpha)
+
+    def nats_of_encoded(self, h: Tensor, y: Condition) -> Tensor:
+        """`nats_of_values` of what `encode` takes.
+
+        Raises:
+            ValueError: as `encode_values`.
+        """
+        z, log_dets = self.encode_values(h, y)
+        return standard_normal_nats(z) - log_dets
+
+    @property
+    def divides_surprise(self) -> bool:
+        """Whether this flow, as it is built, has `nats_of_values`."""
+        return True
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
         """As `encode`, latents and log-determinants in the shape of ``h``; for models that mix no values.
@@ -219,7 +237,7 @@ class Flow(nn.Module, ABC):
             ValueError: this model mixes them.
         """
         del h, y
-        raise ValueError(f"{type(self).__name__} mixes values, so their surprise is not divided; use TarFlow or NICE")
+        raise ValueError(f"{type(self).__name__} mixes values, so they have no latents of their own; use another model")
 
     @torch.no_grad()
     def sample(

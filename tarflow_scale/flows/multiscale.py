@@ -9,19 +9,26 @@ standardised,
 
 so ``z`` is standard normal as a whole and one temperature acts on every level.
 
+Surprise is divided among places. A feature map of level l has one place for a square of pixels, 2^l by 2^l after the
+squeeze. To it belong its latents under their prior, and the log-scales of couplings there; what a layer adds alike
+everywhere, ActNorm or a 1x1 convolution, is shared evenly. Inside a place pixels and channels are mixed, and nothing
+says which of them it was: its part is spread evenly over them.
+
 Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
-from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.flow import Flow, standard_normal_nats
 from tarflow_scale.flows.memory import ANCHOR_EVERY, run_layers
 
 __all__ = ["Level", "MultiScaleFlow", "Prior", "Step"]
@@ -110,12 +117,15 @@ class Level(nn.Module):
 
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
         """Split ``h`` into what goes on (None at the last level) and standardised latents; and the log-determinant."""
+        context, z, log_std = self.take_latents_apart(h, y)
+        return context, z, -log_std.sum(dim=(1, 2, 3))
+
+    def take_latents_apart(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
+        """`take_latents`, with the log-deviation of each latent."""
         context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
         mean, log_std = self.prior(self._seen(context), y)
         with torch.autocast(h.device.type, enabled=False):
-            z = (latents - mean) * torch.exp(-log_std)
-            log_det = -log_std.expand_as(latents).sum(dim=(1, 2, 3))
-        return context, z, log_det
+            return context, (latents - mean) * torch.exp(-log_std), log_std.expand_as(latents)
 
     def give_latents(self, z: Tensor, context: Tensor | None, y: Condition, guidance: Guidance | None) -> Tensor:
         """Inverse of `take_latents`; ``guidance`` is None or has an effect."""
@@ -179,6 +189,20 @@ class MultiScaleFlow(Flow):
             log_det = log_det + prior_log_det
         return torch.cat(latents, dim=1), log_det
 
+    def nats_of_encoded(self, h: Float[Tensor, "B c H W"], y: Condition) -> Float[Tensor, "B c H W"]:
+        """As `Flow.nats_of_encoded`, even inside a place; see the module."""
+        nats = torch.zeros_like(h)
+        passed_on: Tensor | None = h
+        for level in self._levels():
+            assert passed_on is not None
+            mapped, log_dets = _map_places(level.groups_before(), passed_on)
+            nats = nats - _spread(log_dets, h)
+            mapped, log_dets = _map_places(level.groups(), squeeze(mapped) if level.squeezes else mapped)
+            passed_on, z, log_std = level.take_latents_apart(mapped, y)
+            of_latents = standard_normal_nats(z) + log_std
+            nats = nats + _spread(of_latents.sum(dim=1) - log_dets, h)
+        return nats
+
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
         """Noise to data.
 
@@ -230,6 +254,22 @@ def _undo(groups: Groups, h: Tensor) -> Tensor:
         for layer in reversed(group):
             h = layer.inverse(h)
     return h
+
+
+def _map_places(groups: Groups, h: Tensor) -> tuple[Tensor, Float[Tensor, "B H W"]]:
+    """All layers of all groups, and their log-determinants divided among places."""
+    log_dets = torch.zeros_like(h[:, 0])
+    for layer in itertools.chain.from_iterable(groups):
+        h, more = layer.map_places(h)
+        log_dets = log_dets + more
+    return h, log_dets
+
+
+def _spread(of_places: Float[Tensor, "B h w"], like: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """Each place's part, even over the pixels and channels that it covers."""
+    size = like.shape[2] // of_places.shape[1]
+    shares = of_places / (size**2 * like.shape[1])
+    return repeat(shares, "b h w -> b c (h p) (w q)", c=like.shape[1], p=size, q=size)
 
 
 def _initialize_norm(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,8 @@ changes the rest,
 
 After each is a normalisation (section 3.7). ``batch`` is the published one: in training it takes the statistics of
 the batch, of all ranks together, mixed into the running ones, and lets gradients pass through the batch's part; in
-evaluation it takes the running ones, and only then is the log-determinant that of a function of one image.
+evaluation it takes the running ones, and only then is the log-determinant that of a function of one image. So how a
+batch is divided into micro batches is part of such a run, and changing it does not continue the run.
 
 What differs from the published model: log-scales are bounded as c tanh(raw / c), without a learned c; residual
 networks are normalised by ActNorm, not by weight and batch normalisation, so that a batch is never needed to evaluate
@@ -152,6 +153,11 @@ class MaskedCoupling(Layer):
         self.parity = parity
         self.bound = bound
         self.network = ResidualNetwork(channels, 2 * channels, width, blocks)
+
+    def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
+        """As `Layer.map_places`; the log-scales have places."""
+        shift, log_scale = self._shift_and_log_scale(x)
+        return x * log_scale.exp() + shift, log_scale.sum(dim=1)
 
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self._shift_and_log_scale(x)

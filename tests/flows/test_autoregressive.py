@@ -97,3 +97,27 @@ def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
 def test_one_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
         Autoregressive((1,), None)
+
+
+def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:
+    """Of one transformation: ``-log p(x_i | x_1 .. x_(i-1))``, which nothing after it changes and which sums to one."""
+    made = flow(False)
+    x = torch.randn(5, dtype=torch.float64)
+    grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64)
+    for i in range(5):
+        points = x.repeat(len(grid), 1)
+        points[:, i] = grid
+        nats = made.nats_of_values(points)
+        assert float(torch.trapezoid((-nats[:, i]).exp(), grid)) == pytest.approx(1, abs=1e-9)
+        assert (nats[:, :i].std(dim=0, correction=0) < 1e-12).all()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_log_determinants_of_dimensions_are_those_of_a_diagonal(inverse: bool) -> None:
+    """Of one transformation, whose Jacobian is a triangle."""
+    made, x = flow(inverse, num_classes=3), torch.randn(1, 5, dtype=torch.float64)
+    y = torch.tensor([1])
+    z, log_dets = made.encode_values(x, y)
+    jacobian = torch.autograd.functional.jacobian(lambda v: made(v, y)[0][0], x)[:, 0]
+    assert torch.allclose(log_dets[0], jacobian.diagonal().log(), atol=1e-10)
+    assert torch.allclose(z, made(x, y)[0], atol=1e-12)

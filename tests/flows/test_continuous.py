@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tarflow_scale.errors import NumericsError
-from tarflow_scale.flows import standard_normal_log_prob
+from tarflow_scale.flows import continuous, standard_normal_log_prob
 from tarflow_scale.flows.continuous import Continuous
 from tests.flows.catalogue import moved
 
@@ -116,3 +116,44 @@ def test_a_backward_solve_that_is_stuck_ends_in_the_same_line() -> None:
         parameter.data.mul_(200.0)  # behind autograd's back
     with pytest.raises(NumericsError, match="the solver of the continuous flow is stuck"):
         (standard_normal_log_prob(z) + log_det).sum().backward()
+
+
+@pytest.mark.parametrize("hidden_layers", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 4), (1, 1, 2), (1, 9, 7)])
+def test_the_diagonal_is_that_of_the_jacobian(
+    shape: tuple[int, ...], hidden_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = flow(shape, hidden_layers=hidden_layers).dynamics
+    h, t = torch.randn(3, *shape, dtype=torch.float64), torch.tensor(0.3)
+    velocity, diagonal = made.with_diagonal(t, h, None)
+    assert torch.equal(velocity, made(t, h, None))
+    for one, found in zip(h, diagonal, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda v: made(t, v[None], None)[0].flatten(), one)
+        assert (jacobian.flatten(1).diagonal() - found.flatten()).abs().max() < 1e-12
+    assert diagonal.abs().min() > 0
+    monkeypatch.setattr(continuous, "_TANGENTS", {"cpu": 1})
+    assert torch.allclose(made.with_diagonal(t, h, None)[1], diagonal, atol=1e-14)  # one probe after the other
+
+
+def test_places_that_no_layer_connects_share_a_probe() -> None:
+    for side, hidden_layers, num in ((8, 2, 16), (32, 2, 16), (3, 2, 9), (8, 3, 25)):
+        made = flow((2, side, side), hidden_layers=hidden_layers).dynamics
+        probes = made._probes(torch.zeros(()))
+        assert len(probes) == 2 * num
+        assert torch.equal(probes.sum(dim=0), torch.ones(2, side, side))
+
+
+def test_log_determinants_of_values_are_a_division_of_the_same_solve() -> None:
+    made, x = flow((1, 4, 4), tolerance=1e-5), torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        z, log_det = made(x)
+        of_values, log_dets = made.encode_values(x, None)
+    assert torch.equal(of_values.flatten(1), z)
+    assert (log_dets.flatten(1).sum(dim=1) - log_det).abs().max() < 1e-12
+
+
+def test_an_estimated_trace_divides_no_surprise() -> None:
+    made = flow((1, 4, 4), exact_trace_dims=15)
+    assert not made.divides_surprise
+    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise it"):
+        made.nats_of_values(torch.zeros(1, 1, 4, 4, dtype=torch.float64))

@@ -206,3 +206,18 @@ def test_the_large_recipe_builds() -> None:
     assert flow.latent_shapes[0] == (6, 128, 128)
     assert (config.model.levels, config.model.steps_per_level, config.model.coupling) == (6, 32, "additive")
     assert config.parallelism.activations == "rebuild"
+
+
+def test_surprise_of_a_place_is_that_of_what_its_coupling_sees() -> None:
+    """One step: a 3x3, a 1x1 and a 3x3 convolution, so two places further nothing is seen; a place is 2x2 pixels."""
+    flow = small((1, 16, 16), levels=1, steps_per_level=1)
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    other = x.clone()
+    other[0, 0, 0, 0] += 1
+    nats = flow.nats_of_values(x)
+    places = unsqueeze(nats[:, :, ::2, ::2].repeat(1, 4, 1, 1))
+    assert torch.allclose(nats, places, rtol=0, atol=0)  # even inside a place
+    changed = (nats != flow.nats_of_values(other))[0, 0]
+    assert changed[:6, :6].any(dim=1).all()
+    assert not changed[6:].any()
+    assert not changed[:, 6:].any()

@@ -89,3 +89,17 @@ def test_images_that_cannot_be_squeezed_and_ways_that_there_are_not() -> None:
     with pytest.raises(ValueError, match=r"normalization=batch keeps its activations \(got checkpoint\)"):
         flow.activations = "checkpoint"
     assert flow.activations == "keep"
+
+
+def test_surprise_of_a_pixel_is_that_of_what_its_couplings_see() -> None:
+    """Four couplings of four 3x3 convolutions each; a level without a squeeze has a place for every pixel."""
+    torch.manual_seed(0)
+    flow = RealNVP((1, 1, 40), None, levels=1, width=4, residual_blocks=1).double()
+    x = torch.randn(8, 1, 1, 40, dtype=torch.float64)
+    flow.initialize(x)
+    moved(flow, ("",))
+    other = x.clone()
+    other[:, :, :, 0] += 1
+    changed = (flow.nats_of_values(x) != flow.nats_of_values(other)).flatten(0, 2).any(dim=0)
+    assert changed[:9].all()
+    assert not changed[17:].any()
