@@ -13,6 +13,7 @@ from torch import Tensor
 from tarflow_scale import storage
 from tarflow_scale.config import BitsPerDimProtocol, DataSetConfig, ReferenceConfig, SamplingConfig, VersionConfig
 from tarflow_scale.errors import ConfigError, NumericsError
+from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantised, pixel_hashes
@@ -96,7 +97,7 @@ class Scorer:
     def _scored(self, part: Part, protocol: BitsPerDimProtocol) -> Arrays:
         bits: list[np.ndarray] = []
         hashes: list[str] = []
-        self._check_depth(protocol)
+        _check_depth(self._flow, protocol)
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
             labels = protocol.labels == "given" and self._flow.num_classes is not None
             y = torch.from_numpy(batch.labels).to(self._device) if labels else None
@@ -105,14 +106,6 @@ class Scorer:
             bits.append(bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth).cpu().numpy())
             hashes.extend(pixel_hashes(batch))
         return {"bits": np.concatenate(bits), "hashes": np.array(hashes)}
-
-    def _check_depth(self, protocol: BitsPerDimProtocol) -> None:
-        pixels = self._flow.pixels
-        if self._flow.dequantizer is not None and pixels is not None and pixels.bit_depth != protocol.bit_depth:
-            raise ConfigError(
-                f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
-                f"{pixels.bit_depth}); use a model without model.dequantization, or another protocol"
-            )
 
     def _seen(self, part: Part, features: FeatureSet) -> Arrays:
         arrays: Arrays = {}
@@ -157,3 +150,12 @@ class Scorer:
         if key not in self._extractors:
             self._extractors[key] = open_extractor(features, self._weights, self._device)
         return self._extractors[key]
+
+
+def _check_depth(flow: Flow, protocol: BitsPerDimProtocol) -> None:
+    """A density can be asked about bins of any width, learned noise about its own alone."""
+    if flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
+        raise ConfigError(
+            f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
+            f"{flow.pixels.bit_depth}); use a model without model.dequantization, or another protocol"
+        )

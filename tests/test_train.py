@@ -17,8 +17,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tarflow_scale import cli
+from tarflow_scale import cli, scoring
 from tarflow_scale.config import BitsPerDimProtocol, TarFlowConfig, load_protocol
+from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.cost import training_flops
 from tarflow_scale.flows.likelihood import bits_per_dim
@@ -374,6 +375,10 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     report = Registry(f"{tmp_path}/registry", "small").state().reports[1][-1]
     expected = float(bits_per_dim(draws.mean(dim=0), 64, 4).mean())
     assert report.metrics["bits_per_dim"].value == pytest.approx(expected, abs=1e-4)
+
+    scoring._check_depth(flow, protocol)
+    with pytest.raises(ConfigError, match=r"noise that was learned on 8-bit data \(got 4\)"):
+        scoring._check_depth(flow, protocol.model_copy(update={"bit_depth": 8}))
 
     more = [f"calibration.path={trained.data}/train", f"scoring.path={tmp_path}/scores", "scoring.maps=4"]
     assert cli.main(["score", *registry, f"data.path={trained.data}/test", *more, "scoring.num_draws=2"]) == 0
