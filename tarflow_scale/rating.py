@@ -108,4 +108,4 @@ class Rater:
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
         """Log density without labels, in fp64: with them dropped, or marginal over all."""
         drop = flow.num_classes is None or self._settings.labels == "dropped"
-        return (flow.log_prob(x, None) if drop else marginal_log_prob(flow, x)).double()
+        return (flow.log_prob_of_images(x, None) if drop else marginal_log_prob(flow, x)).double()

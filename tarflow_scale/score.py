@@ -275,7 +275,7 @@ def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]
     found: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
     for low in range(0, len(chosen), config.scoring.batch_size):
         batch = shards.take(chosen[order][low : low + config.scoring.batch_size])
-        nats = torch.stack([flow.nats_of_values(x) for x in dequantised(batch, protocol)]).mean(dim=0)
+        nats = torch.stack([flow.nats_of_values(x, dequantize=True) for x in dequantised(batch, protocol)]).mean(dim=0)
         found.append((batch.images, nats.numpy()))
     images, nats = (np.concatenate(several) for several in zip(*found, strict=True))
     rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))

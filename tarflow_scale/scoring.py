@@ -20,7 +20,8 @@ from tarflow_scale.config import (
     SamplingConfig,
     VersionConfig,
 )
-from tarflow_scale.errors import NumericsError
+from tarflow_scale.errors import ConfigError, NumericsError
+from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantised, pixel_hashes
@@ -105,6 +106,8 @@ class Scorer:
     def _scored(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
         costs: list[np.ndarray] = []
         hashes: list[str] = []
+        if isinstance(protocol, BitsPerDimProtocol):
+            _check_depth(self._flow, protocol)
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
             cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
             costs.append(cost.double().cpu().numpy())
@@ -113,7 +116,7 @@ class Scorer:
 
     def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
         y = self._labels(batch, protocol)
-        draws = [self._flow.log_prob(x.to(self._device), y) for x in dequantised(batch, protocol)]
+        draws = [self._flow.log_prob_of_images(x.to(self._device), y) for x in dequantised(batch, protocol)]
         log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
         return bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth)
 
@@ -171,3 +174,12 @@ class Scorer:
         if key not in self._extractors:
             self._extractors[key] = open_extractor(features, self._weights, self._device)
         return self._extractors[key]
+
+
+def _check_depth(flow: Flow, protocol: BitsPerDimProtocol) -> None:
+    """A density can be asked about bins of any width, learned noise about its own alone."""
+    if flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
+        raise ConfigError(
+            f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
+            f"{flow.pixels.bit_depth}); use a model without model.dequantization, or another protocol"
+        )

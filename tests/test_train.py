@@ -17,11 +17,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tarflow_scale import cli
-from tarflow_scale.config import TarFlowConfig, TrainConfig, load_config
+from tarflow_scale import cli, scoring
+from tarflow_scale.config import BitsPerDimProtocol, TarFlowConfig, TrainConfig, load_config, load_protocol
+from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.cost import training_flops
 from tarflow_scale.flows.likelihood import bits_per_dim
+from tarflow_scale.metrics.bits import dequantised
 from tarflow_scale.processes import exclusive
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.reader import ShardSet
@@ -374,6 +376,49 @@ def test_validation_and_several_averages(trained: Trained, tmp_path: Path) -> No
     registry = Registry(str(tmp_path / "registry-plain"), "small")
     assert [registry.resolve(number).ema_half_life_images for number in (1, 2)] == [60, 20]
     assert weights(tmp_path / "plain") != (tmp_path / "plain/model-ema-60/model.safetensors").read_bytes()
+
+
+def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> None:
+    """Training learns it; validation, evaluation and scores are the bound that it gives, not the density."""
+    noise = ["model.dequantization={couplings: 2, width: 8}", "model.dropout=0", "training.ema_half_life_images=20"]
+    held_out = [f"validation.path={trained.data}/test", "validation.every_images=640", "validation.num_images=101"]
+    more = [*noise, *held_out, "training.total_images=640", "optimizer.peak_lr=2e-2"]
+    result = command(*train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", *more))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/previews/images-000000000640.png").exists()
+    flow = load_flow(str(tmp_path / "run/model"))
+    assert flow.dequantizer is not None
+    assert flow.pixels is not None
+    assert all(float(one.detach().abs().max()) > 0 for one in flow.dequantizer.parameters())
+    shards = ShardSet(f"{trained.data}/test")
+    batch = shards.take(np.arange(101))
+    x, y = model_input(batch, flow.pixels, None, _NOISE_SEED, torch.device("cpu")), torch.from_numpy(batch.labels)
+    bound, density = (float(bits_per_dim(of(x, y), 64, 4).mean()) for of in (flow.log_prob_of_images, flow.log_prob))
+    seen = curve(tmp_path / "run")[-1]["validation_bits_per_dim"]
+    assert seen == pytest.approx(bound, abs=1e-4)
+    assert abs(bound - density) > 1e-3
+
+    registry = [f"registry.path={tmp_path}/registry", "registry.model=small", "cluster.executor=local"]
+    name = f"{TOP}/evals/protocols/digits-bits-per-dim.yaml"
+    data = [f"data.path={trained.data}/test", f"reference.path={trained.data}/train"]
+    more = [f"reference.cache={tmp_path}/cache", f"metrics.protocols={json.dumps([name])}"]
+    assert cli.main(["evaluate", *registry, *data, *more]) == 0
+    protocol = load_protocol(name)
+    assert isinstance(protocol, BitsPerDimProtocol)
+    batch = shards.take(np.arange(shards.manifest.num_images))
+    y = torch.from_numpy(batch.labels)
+    draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantised(batch, protocol)])
+    report = Registry(f"{tmp_path}/registry", "small").state().reports[1][-1]
+    expected = float(bits_per_dim(draws.mean(dim=0), 64, 4).mean())
+    assert report.metrics["bits_per_dim"].value == pytest.approx(expected, abs=1e-4)
+
+    scoring._check_depth(flow, protocol)
+    with pytest.raises(ConfigError, match=r"noise that was learned on 8-bit data \(got 4\)"):
+        scoring._check_depth(flow, protocol.model_copy(update={"bit_depth": 8}))
+
+    more = [f"calibration.path={trained.data}/train", f"scoring.path={tmp_path}/scores", "scoring.maps=4"]
+    assert cli.main(["score", *registry, f"data.path={trained.data}/test", *more, "scoring.num_draws=2"]) == 0
+    assert (tmp_path / "scores/maps.png").exists()
 
 
 @pytest.mark.parametrize("rule", ["skip", "roll_back"])

@@ -12,6 +12,7 @@ from tarflow_scale.config.data import (
 )
 from tarflow_scale.config.flows import (
     ContinuousConfig,
+    DequantizationConfig,
     GlowConfig,
     IAFConfig,
     MAFConfig,
@@ -85,6 +86,7 @@ __all__ = [
     "DataConfig",
     "DataSetConfig",
     "DecoderConfig",
+    "DequantizationConfig",
     "EvaluateConfig",
     "FrechetProtocol",
     "GateConfig",

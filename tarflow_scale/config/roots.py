@@ -104,6 +104,11 @@ class TrainConfig(Root):
                 f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
                 f"{self.training.noise.kind}); remove either"
             )
+        if self.model.dequantization is not None and self.training.noise.kind != "uniform":
+            raise ValueError(
+                f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
+                f"{self.training.noise.kind}); remove either"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) for every label.
+    """Log p(x | y) for every label; of images with learned noise its bound, which is one log q below for all labels.
 
     Raises:
         ValueError: a flow without classes, or images that do not fit it.
@@ -32,7 +32,7 @@ def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
     if flow.num_classes is None:
         raise ValueError("this flow has no classes (num_classes=None); train one with model.class_conditional")
     labels = range(flow.num_classes)
-    return torch.stack([flow.log_prob(x, x.new_full((len(x),), y, dtype=torch.int64)) for y in labels], dim=1)
+    return torch.stack([flow.log_prob_of_images(x, x.new_full((len(x),), y, dtype=torch.int64)) for y in labels], dim=1)
 
 
 def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:

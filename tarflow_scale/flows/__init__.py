@@ -2,8 +2,9 @@
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.build import build
-from tarflow_scale.flows.flow import Flow, standard_normal_log_prob
+from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.glow import Glow
+from tarflow_scale.flows.normal import standard_normal_log_prob
 from tarflow_scale.flows.tarflow import TarFlow
 from tarflow_scale.flows.weights import load_flow, save_flow
 

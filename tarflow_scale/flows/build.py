@@ -17,6 +17,7 @@ from tarflow_scale.flows.attention import TransformerLayer
 from tarflow_scale.flows.autoregressive import Autoregressive
 from tarflow_scale.flows.continuous import Continuous
 from tarflow_scale.flows.coupling import CouplingNetwork
+from tarflow_scale.flows.dequantization import Dequantizer
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.glow import Glow
 from tarflow_scale.flows.nice import NICE, ShiftNetwork
@@ -55,7 +56,9 @@ def build(
     image = event_shape if len(event_shape) == 3 else None
     if image is None and isinstance(config, TarFlowConfig | GlowConfig):
         raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
-    settings = config.model_dump(exclude={"kind", "class_conditional"})
+    if image is None and config.dequantization is not None:
+        raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")
+    settings = config.model_dump(exclude={"kind", "class_conditional", "dequantization"})
     classes = rows if config.class_conditional else None  # rows of the tables that conditions pass
     try:
         match config:
@@ -79,6 +82,8 @@ def build(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config
+    if image is not None and config.dequantization is not None:  # last, so that all else starts as without it
+        flow.dequantizer = Dequantizer(image[0], config.dequantization.couplings, config.dequantization.width)
     if config.class_conditional and num_conditions:
         flow.num_classes, flow.num_conditions = None, num_conditions
     return flow

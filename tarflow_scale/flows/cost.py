@@ -19,7 +19,9 @@ and for every level but the last 2 P 9 (c / 2) c for its prior. RealNVP, a coupl
 
 NICE, MAF: twice the weights of their linear layers; IAF scores in D + 1 such passes. A continuous flow evaluates its
 dynamics as often as its solver likes: counted are those of one step, each with the product for its trace, so its
-utilisation is a lower bound.
+utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels and in a network of width W,
+
+    2 P 9 (2 c W + W^2 + W 2 c)
 """
 
 import math
@@ -28,6 +30,7 @@ from itertools import pairwise
 
 from tarflow_scale.config import (
     ContinuousConfig,
+    DequantizationConfig,
     GlowConfig,
     IAFConfig,
     MAFConfig,
@@ -45,7 +48,19 @@ __all__ = ["estimated_activation_bytes", "forward_flops", "tokens_per_image", "t
 
 
 def forward_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
-    """Operations of ``flow(x)`` for one image ``(C, H, W)``."""
+    """Operations of ``flow(x, dequantize=True)`` for one image ``(C, H, W)``."""
+    return _encoding_flops(config, event_shape) + _dequantizer_flops(config.dequantization, event_shape)
+
+
+def _dequantizer_flops(config: DequantizationConfig | None, event_shape: tuple[int, ...]) -> float:
+    if config is None:
+        return 0.0
+    channels, rows, columns = event_shape
+    network = 2 * channels * config.width + config.width**2 + config.width * 2 * channels
+    return config.couplings * 18.0 * rows * columns * network
+
+
+def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
     match config:
         case TarFlowConfig():
             return _tarflow(config, event_shape)
@@ -146,9 +161,21 @@ def estimated_activation_bytes(
 
     A transformer layer keeps about 18 vectors of its width per token, a step of Glow 6 of its width and 10 of its
     channels per pixel, a residual block of RealNVP 4 of its width, a linear layer its output twice; in bf16 the
-    networks' part is half.
+    networks' part is half. A coupling of learned noise keeps about 4 of its width and 18 of its channels per pixel,
+    whatever the flow does for its own.
     """
     network = 2 if bf16 else 4
+    noise = config.dequantization
+    kept = 0.0
+    if noise is not None:
+        channels, rows, columns = event_shape
+        kept = noise.couplings * batch * rows * columns * (4.0 * network * noise.width + 72.0 * channels)
+    return kept + _encoding_bytes(config, event_shape, batch, activations, network)
+
+
+def _encoding_bytes(
+    config: ModelConfig, event_shape: tuple[int, ...], batch: int, activations: Activations, network: int
+) -> float:
     match config:
         case TarFlowConfig():
             _, height, width = event_shape

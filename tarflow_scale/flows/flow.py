@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from tarflow_scale import telemetry
 from tarflow_scale.config import Guidance, ModelConfig
 from tarflow_scale.flows.conditions import Condition, check_condition, check_count
+from tarflow_scale.flows.dequantization import Dequantizer
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.flows.logits import from_logits, logit_log_dets, to_logits
+from tarflow_scale.flows.normal import standard_normal_log_prob, standard_normal_nats
 from tarflow_scale.records import PixelFormat
 
 if TYPE_CHECKING:
@@ -33,8 +35,6 @@ __all__ = [
     "Activations",
     "Decode",
     "Flow",
-    "standard_normal_log_prob",
-    "standard_normal_nats",
 ]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
@@ -43,17 +43,6 @@ Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 Activations = Literal["keep", "checkpoint", "rebuild"]
 """What the backward pass does for activations: keep them, compute them again from kept inputs of layers, or rebuild
 them from outputs by inverting layers."""
-
-
-def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """Log density of ``z`` under N(0, I), in nats, summed over D in fp32 or wider."""
-    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-    return -standard_normal_nats(z).sum(dim=1)
-
-
-def standard_normal_nats(z: Tensor) -> Tensor:
-    """``-log`` of the standard normal density at every value, in nats."""
-    return 0.5 * (z.square() + math.log(2 * math.pi))
 
 
 class Flow(nn.Module, ABC):
@@ -87,23 +76,43 @@ class Flow(nn.Module, ABC):
         sets it to the fast way of a model."""
         self.pixels: PixelFormat | None = None
         """How the training images were quantised and noised; needed to turn samples back into pixels."""
+        self.dequantizer: Dequantizer | None = None
+        """Where uniform noise of images goes inside their bins; `build` sets it, None leaves it where it is."""
 
     def forward(
-        self, x: Float[Tensor, "B ..."], y: Condition = None
+        self, x: Float[Tensor, "B ..."], y: Condition = None, *, dequantize: bool = False
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
 
+        With ``dequantize``, ``x`` are images under uniform noise, which passes the flow's `dequantizer` first if it has
+        one: both are then those of the dequantised images, and ``log_det`` is less by log q of their noise.
+
         Raises:
-            ValueError: data or labels of another shape.
+            ValueError: data or labels of another shape, or images to dequantise whose depth is not known.
         """
         self.check_shape(x)
         check_count(y, len(x), self.num_conditions)
+        if not dequantize or self.dequantizer is None:
+            return self._encode_data(x, y)
+        x, log_q = self.dequantizer(x, self._bit_depth())
+        z, log_det = self._encode_data(x, y)
+        return z, log_det - log_q.flatten(1).sum(dim=1)
+
+    def _encode_data(self, x: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
         if self.logit_alpha is None:
             return self.encode(x, y)
         with torch.autocast(x.device.type, enabled=False):
             h, logit_log_det = to_logits(x, self.logit_alpha)
         z, log_det = self.encode(h, y)
         return z, log_det + logit_log_det
+
+    def _bit_depth(self) -> int:
+        if self.pixels is None:
+            raise ValueError(
+                "dequantisation needs the depth of the images (got a flow without a pixel format); train or load it "
+                "through the pipeline"
+            )
+        return self.pixels.bit_depth
 
     def inverse(
         self,
@@ -191,30 +200,51 @@ class Flow(nn.Module, ABC):
         Raises:
             ValueError: images of another shape, values that are not finite, or labels that do not fit this flow.
         """
+        self._check_data(x, y)
+        z, log_det = self(x, y)
+        return standard_normal_log_prob(z) + log_det
+
+    def log_prob_of_images(self, x: Tensor, y: Condition = None) -> Float[Tensor, " B"]:
+        """Log density of images under uniform noise ``x (B, C, H, W)``, less log q of the noise if that is learned.
+
+        Without a `dequantizer` it is `log_prob`. With one it is log p(x') - log q(u' | image), where x' is what becomes
+        of ``x`` inside its bins. Either way the mean over noise bounds the log probability of the discrete image from
+        below, and so does the logarithm of a mean over several draws; see `tarflow_scale.flows.likelihood`.
+
+        Raises:
+            ValueError: as `log_prob`, or a depth of pixels that is not known.
+        """
+        self._check_data(x, y)
+        z, log_det = self(x, y, dequantize=True)
+        return standard_normal_log_prob(z) + log_det
+
+    def _check_data(self, x: Tensor, y: Condition) -> None:
         self.check_shape(x)
         if not bool(torch.isfinite(x).all()):
             number = int((~torch.isfinite(x)).sum())
             raise ValueError(f"images must be finite (got {number} values that are not); check how they were made")
         self.check_labels(y, len(x))
-        z, log_det = self(x, y)
-        return standard_normal_log_prob(z) + log_det
 
     @torch.no_grad()
-    def nats_of_values(self, x: Tensor, y: Condition = None) -> Tensor:
+    def nats_of_values(self, x: Tensor, y: Condition = None, *, dequantize: bool = False) -> Tensor:
         """``-log_prob`` divided among the values of each event, in the shape of ``x``: what each adds to its surprise.
 
         A value's part is the density of its latent under a standard normal, less the logarithm of its own scale. Their
         sum is exact; the division is that of this model, where value and latent keep their places. Where a model mixes
-        the values of a place and keeps places, as `MultiScaleFlow` does, a place's part is spread evenly over it.
+        the values of a place and keeps places, as `MultiScaleFlow` does, a place's part is spread evenly over it. With
+        ``dequantize`` it is `log_prob_of_images` that is divided.
 
         Raises:
             ValueError: a model whose latents mix values.
         """
         self.check_labels(y, len(x))
+        log_q: Tensor | float = 0.0
+        if dequantize and self.dequantizer is not None:
+            x, log_q = self.dequantizer(x, self._bit_depth())
         if self.logit_alpha is None:
-            return self.nats_of_encoded(x, y)
+            return log_q + self.nats_of_encoded(x, y)
         h, _ = to_logits(x, self.logit_alpha)
-        return self.nats_of_encoded(h, y) - logit_log_dets(h, self.logit_alpha)
+        return log_q + self.nats_of_encoded(h, y) - logit_log_dets(h, self.logit_alpha)
 
     def nats_of_encoded(self, h: Tensor, y: Condition) -> Tensor:
         """`nats_of_values` of what `encode` takes.

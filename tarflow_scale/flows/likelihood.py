@@ -10,6 +10,9 @@ A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [
   With K draws of u the importance-weighted estimate -log mean_k p(x + u_k) bounds it more tightly, and converges to
   the cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal, uniform on the bin, has density 1).
 
+* Variational dequantisation moves u in its bin by a flow of its own (`tarflow_scale.flows.dequantization`): all of the
+  above holds with log p(x') - log q(u' | levels) in place of log_prob, q being a density of u' on a bin of width 1.
+
 * Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, as TarFlow trains for sample quality (arXiv 2412.06329): a
   density of noisy data, without a comparable bits/dim.
 

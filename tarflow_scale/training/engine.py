@@ -56,14 +56,14 @@ class StepResult:
 
 
 class _NatsPerImage(nn.Module):
-    """Negative log-likelihood ``(B,)``; the module that DeepSpeed wraps."""
+    """Negative log-likelihood ``(B,)``, or its bound under learned noise; the module that DeepSpeed wraps."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        z, log_det = self.flow(x, y)  # not log_prob, whose checks of values would wait for the device
+        z, log_det = self.flow(x, y, dequantize=True)  # not log_prob_of_images, whose checks would wait for the device
         return -(standard_normal_log_prob(z) + log_det)
 
 

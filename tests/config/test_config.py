@@ -199,6 +199,15 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: st
             "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2",
         ),
         (
+            ["model.dequantization={}", "training.noise={kind: gaussian, std: 0.1}"],
+            "model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got gaussian); "
+            "remove either",
+        ),
+        (
+            ["model={kind: nice, dequantization: {couplings: 0}}", "training.seed=1"],
+            "model.dequantization.couplings: Input should be greater than or equal to 1 (got 0)",
+        ),
+        (
             ["model={kind: maf}", "parallelism.compile=true"],
             "parallelism.compile and optimizer.kind=muon are not for model.kind=maf (got either); leave them out",
         ),
@@ -241,6 +250,21 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: 
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, file, [])
+
+
+@pytest.mark.parametrize("kind", ["nice", "maf", "iaf", "continuous"])
+def test_noise_that_is_not_learned_is_not_written(base: Path, kind: str) -> None:
+    """So configurations, flows and runs from before it could be learned keep their digests."""
+    plain, learned = (
+        load_config(TrainConfig, base, [f"model={{kind: {kind}{more}}}"])
+        for more in ("", ", dequantization: {couplings: 2}")
+    )
+    assert "dequantization" not in plain.model_dump(mode="json")["model"]
+    assert "dequantization" not in plain.model_dump_json()
+    assert plain.model.dequantization is None
+    assert learned.model_dump(mode="json")["model"]["dequantization"] == {"couplings": 2, "width": 32}
+    for config in (plain, learned):
+        assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_configuration_cannot_be_changed(base: Path) -> None:

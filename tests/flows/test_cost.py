@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tarflow_scale.config import (
+    DequantizationConfig,
     GlowConfig,
     MAFConfig,
     ModelConfig,
@@ -15,6 +16,7 @@ from tarflow_scale.config import (
 )
 from tarflow_scale.flows import build
 from tarflow_scale.flows.cost import forward_flops, tokens_per_image, training_flops
+from tarflow_scale.records import PixelFormat
 
 TARFLOW = TarFlowConfig(patch_size=2, width=64, head_width=32, layers_per_block=(3, 1), class_conditional=False)
 MODELS: list[ModelConfig] = [
@@ -23,6 +25,13 @@ MODELS: list[ModelConfig] = [
     GlowConfig(levels=3, steps_per_level=2, width=32, convolution="dense", class_conditional=False),
     RealNVPConfig(levels=3, width=8, residual_blocks=2, class_conditional=False),
     NICEConfig(couplings=3, width=20, hidden_layers=2, class_conditional=False),
+    NICEConfig(
+        couplings=3,
+        width=20,
+        hidden_layers=2,
+        class_conditional=False,
+        dequantization=DequantizationConfig(couplings=3, width=10),
+    ),
     MAFConfig(transforms=2, hidden_widths=(2304, 1500), class_conditional=False),
     GlowConfig(
         levels=2, steps_per_level=3, width=16, coupling="additive", convolution="dense", class_conditional=False
@@ -34,9 +43,10 @@ MODELS: list[ModelConfig] = [
 def test_the_formula_counts_what_pytorch_counts(config: ModelConfig) -> None:
     shape = (3, 16, 24)
     flow = build(config, shape).train()
+    flow.pixels = PixelFormat(bit_depth=5, noise="uniform")
     flow.initialize(torch.randn(2, *shape).clamp(-1, 1))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others it does not count on CPU
-        flow(torch.randn(2, *shape))
+        flow(torch.randn(2, *shape), dequantize=True)
     counted = counter.get_total_flops() / 2
     if isinstance(config, TarFlowConfig):
         attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] / 2

@@ -106,7 +106,9 @@ def test_ranks_and_accumulation_change_rounding_only(
 
 # --- the rest of the family
 
-FAMILY = [f"stage={stage},flow={flow}" for flow in ("realnvp", "nice", "maf", "iaf") for stage in (0, 2, 3)]
+FAMILY = [
+    f"stage={stage},flow={flow}" for flow in ("realnvp", "nice", "maf", "iaf", "learned_noise") for stage in (0, 2, 3)
+]
 SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 

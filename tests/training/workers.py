@@ -17,6 +17,7 @@ from tarflow_scale import distributed
 from tarflow_scale.config import (
     CheckpointConfig,
     ContinuousConfig,
+    DequantizationConfig,
     GlowConfig,
     IAFConfig,
     MAFConfig,
@@ -31,6 +32,7 @@ from tarflow_scale.config import (
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.processes import leave
+from tarflow_scale.records import PixelFormat
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
@@ -52,6 +54,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "nice": NICEConfig(width=16, hidden_layers=2),
     "maf": MAFConfig(transforms=2, hidden_widths=(24,)),
     "iaf": IAFConfig(transforms=2, hidden_widths=(24,)),
+    "learned_noise": NICEConfig(width=16, hidden_layers=2, dequantization=DequantizationConfig(couplings=2, width=6)),
     "continuous": ContinuousConfig(width=6, hidden_layers=1, tolerance=1e-7),
 }
 
@@ -80,6 +83,7 @@ def small_flow(kind: str) -> Flow:
     """Freshly initialised on the first global batch, of which each rank has an uneven part."""
     torch.manual_seed(0)
     flow = build(CONFIGS[kind], (1, 4, 4), 3)
+    flow.pixels = PixelFormat(bit_depth=3, noise="uniform")
     x, y = global_batch(0)
     sizes = UNEVEN[distributed.world_size()]
     start = sum(sizes[: distributed.rank()])
