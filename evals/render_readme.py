@@ -10,6 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme_models import (
+    anomaly_table,
+    classification_line,
+    dequantization_line,
+    family_table,
+    mnist_table,
+    vectors_table,
+)
+
 TOP = Path(__file__).resolve().parents[1]
 README = TOP / "README.md"
 _LABELS = {
@@ -66,33 +75,6 @@ def demo_table(results: dict[str, Any]) -> str:
         for name, label in _LABELS.items()
     ]
     return head + "\n".join(["| figure | got | asked |", "|---|---|---|", *rows])
-
-
-def mnist_table(results: dict[str, Any]) -> str:
-    """Bits/dim of both models, and the published ones."""
-    figures, counts = results["figures"], results["counts"]
-    rows: list[str] = []
-    for model, label in (("tarflow", "TarFlow"), ("glow", "Glow")):
-        got = {key.removeprefix(f"{model}_"): one["got"] for key, one in figures.items() if key.startswith(model)}
-        rows.append(
-            f"| {label}, {got['parameters']:.2f} M parameters | {got['bits_per_dim']:.3f} "
-            f"(± {got['bits_per_dim_standard_error']:.3f}) | {got['bits_per_dim_iw8']:.3f} | "
-            f"{counts[f'{model}_images_seen'] / 60_000:.1f} epochs, {got['training_hours']:.1f} h of one CPU core |"
-        )
-    published = ", ".join(
-        f"{label} {figures[f'published_{key}']['got']:.2f}"
-        for key, label in (("ffjord", "FFJORD"), ("glow", "Glow"), ("realnvp", "RealNVP"), ("maf", "MAF"))
-    )
-    head = (
-        f"Measured on {results['date']} with torch {results['versions']['torch']}, seed 0, protocols "
-        f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['bits_per_dim_iw8'][:12]}` "
-        f"([evals/results/mnist-cpu.json](evals/results/mnist-cpu.json)).\n\n"
-    )
-    header = [
-        "| MNIST, 10,000 test images | bits/dim, mean of 4 draws | importance-weighted, 8 draws | budget |",
-        "|---|---|---|---|",
-    ]
-    return head + "\n".join([*header, *rows, f"| published: {published} | | | |"])
 
 
 def speed_table(training: dict[str, Any], short: dict[str, Any], memory: dict[str, Any]) -> str:
@@ -270,84 +252,6 @@ def champions_table(champions: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def family_table(results: dict[str, Any]) -> str:
-    """Every model of the family on one data set, the best first."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
-    names = {
-        "nice": "NICE", "realnvp": "RealNVP", "maf": "MAF", "iaf": "IAF", "glow": "Glow", "continuous": "continuous",
-        "tarflow": "TarFlow",
-    }  # fmt: skip
-    rows: list[tuple[float, str]] = []
-    for name in results["models"]:
-        of = {what.removeprefix(f"{name}_"): value for what, value in got.items() if what.startswith(f"{name}_")}
-        rows.append(
-            (
-                of["bits_per_dim"],
-                f"| {names[name]} | {of['bits_per_dim']:.3f} (± {of['bits_per_dim_standard_error']:.3f}) | "
-                f"{of['frechet_pixels']:.1f} | {of['parameters'] / 1e3:.0f} k | {of['trained_per_second']:,.0f} | "
-                f"{of['sampled_per_second']:,.0f} |",
-            )
-        )
-    gaussian = got["gaussian_bits_per_dim"]
-    distance = got["gaussian_frechet_pixels"]
-    rows.append((gaussian, f"| full-covariance Gaussian | {gaussian:.3f} | {distance:.1f} | | | |"))
-    rows.append((got["uniform_bits_per_dim"], f"| uniform | {got['uniform_bits_per_dim']:.3f} | | | | |"))
-    head = (
-        f"Measured on {results['date']} on {results['device']}, torch {results['versions']['torch']}, protocols "
-        f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['frechet_pixels'][:12]}`, by "
-        f"`{results['command']}`.\n\n"
-    )
-    header = [
-        "| 359 test images | bits/dim | Fréchet distance on pixels | parameters | images/s, training | sampling |",
-        "|---|---|---|---|---|---|",
-    ]
-    return head + "\n".join([*header, *(row for _, row in sorted(rows))])
-
-
-def vectors_table(results: dict[str, Any]) -> str:
-    """Every flow of vectors on two moons, the best first."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
-    names = {"maf": "MAF", "iaf": "IAF", "nice": "NICE", "realnvp": "RealNVP", "continuous": "continuous"}
-    rows = [(got[f"{key}_nats"], f"{got[f'{key}_nats']:.3f} (± {got[f'{key}_nats_standard_error']:.3f})", name)
-            for key, name in names.items() if f"{key}_nats" in got]  # fmt: skip
-    rows.append((got["gaussian_nats"], f"{got['gaussian_nats']:.3f}", "full-covariance Gaussian"))
-    lines = [f"| two moons, {results['points']['test']:,} held out | nats, no labels |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for _, text, name in sorted(rows)]
-    return (
-        f"Measured on {results['date']} by `{results['command']}`, {results['images_seen']:,} points seen by each.\n\n"
-        + "\n".join(lines)
-    )
-
-
-def anomaly_table(several: list[dict[str, Any]]) -> str:
-    """AUROC of every score."""
-    scores = ("likelihood", "complexity", "typicality", "likelihood_ratio")
-    lines = [
-        f"AUROC, measured on {several[0]['date']}; half of each test split calibrates, half is normal. Every score is "
-        f"higher for what is more\nanomalous, so below 0.5 it has the direction wrong.\n",
-        f"| model, against | {' | '.join(score.replace('_', ' ') for score in scores)} |",
-        f"|---|{'---|' * len(scores)}",
-    ]
-    for results in several:
-        got = {name: one["got"] for name, one in results["figures"].items()}
-        kinds = [name.removesuffix("_likelihood_auroc") for name in got if name.endswith("_likelihood_auroc")]
-        for kind in kinds:
-            found = [got.get(f"{kind}_{score}_auroc") for score in scores]
-            cells = ["" if value is None else f"{value:.3f}" for value in found]
-            lines.append(f"| {results['model']}, {kind.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def classification_line(results: dict[str, Any]) -> str:
-    """How many labels the likelihoods get right."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
-    return (
-        f"By Bayes' rule the demo's champion, which was trained for likelihood alone, labels {got['accuracy']:.1%} "
-        f"(± {got['accuracy_standard_error']:.1%}) of the\ntest digits right; asked: "
-        f"{results['figures']['accuracy']['asked']}. `{results['command']}`"
-    )
-
-
 def shown(text: str) -> str:
     """What a command printed."""
     return f"```\n{text.rstrip()}\n```"
@@ -388,7 +292,7 @@ def main() -> None:
     after = before
     for name, text in {
         "demo": demo_table(_results("demo-cpu")),
-        "mnist": mnist_table(_results("mnist-cpu")),
+        "mnist": mnist_table(_results("mnist-cpu"), _results("mnist-family-cpu")),
         "speed": speed_table(
             _results("tarflow-training-cpu-1024-tokens"), _results("tarflow-training-cpu"), _results("glow-memory-cpu")
         ),
@@ -414,6 +318,7 @@ def main() -> None:
         ),
         "classification": classification_line(_results("classification-digits-cpu")),
         "family": family_table(_results("family-cpu")),
+        "dequantization": dequantization_line(_results("dequantization-cpu")),
         "vectors": vectors_table(_results("vectors-cpu")),
         "anomaly": anomaly_table(
             [_results(f"anomaly-{name}-cpu") for name in ("digits", "mnist-glow", "mnist-tarflow")]

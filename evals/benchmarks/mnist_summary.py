@@ -6,6 +6,10 @@ tarflow-scale train configs/train/mnist-glow.yaml
 tarflow-scale evaluate configs/evaluate/mnist.yaml
 tarflow-scale evaluate configs/evaluate/mnist.yaml registry.model=mnist-glow
 python evals/benchmarks/mnist_summary.py --output evals/results/mnist-cpu.json
+
+The others, shorter runs: the same with mnist-realnvp, mnist-nice and mnist-maf, and at the end
+
+python evals/benchmarks/mnist_summary.py --models realnvp nice maf --output evals/results/mnist-family-cpu.json
 """
 
 import argparse
@@ -25,13 +29,14 @@ def main() -> None:
     """Read, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/mnist"), help="folder of the runs and their registry")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="which")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     figures: dict[str, Figure] = {}
     protocol_ids: dict[str, str] = {}
     commits: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for model in MODELS:
+    for model in arguments.models:
         state = Registry(str(arguments.runs / "registry"), f"mnist-{model}").state()
         number = max(state.reports)
         version, report = state.versions[number], state.reports[number][-1]
@@ -55,7 +60,9 @@ def main() -> None:
         counts=counts,
         protocol_ids=protocol_ids,
         trained_at_commit=commits,
-        training_commands={model: f"tarflow-scale train configs/train/mnist-{model}.yaml" for model in MODELS},
+        training_commands={
+            model: f"tarflow-scale train configs/train/mnist-{model}.yaml" for model in arguments.models
+        },
     )
 
 

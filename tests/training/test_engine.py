@@ -114,12 +114,15 @@ SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 @distributed
 def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(folder: Path) -> None:
-    """RealNVP normalises by statistics of the whole batch, which every rank has a part of."""
+    """RealNVP normalises by statistics of the whole batch, which every rank has a part of.
+
+    Stages add gradients in different orders, and how much of that comes out depends on the processor's kernels.
+    """
     two = ranks(2, "curves", folder / "family2.json", 15, *FAMILY, *SOLVED)
     one = ranks(1, "curves", folder / "family1.json", 15, *FAMILY[::3])
     for variant in FAMILY:
         first = f"stage=0,{variant.partition(',')[2]}"
-        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=3e-7), variant
+        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
         assert max(two[variant]["average_errors"]) < 1e-6
         assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
         assert two[first]["losses"][-1] < two[first]["losses"][0]
