@@ -27,7 +27,8 @@ def mnist_table(results: dict[str, Any], family: dict[str, Any]) -> str:
         f"Measured on {results['date']} with torch {results['versions']['torch']}, seed 0, protocols "
         f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['bits_per_dim_iw8'][:12]}` "
         f"([evals/results/mnist-cpu.json](evals/results/mnist-cpu.json)); RealNVP, MAF and NICE on "
-        f"{family['date']}, shorter runs ([evals/results/mnist-family-cpu.json](evals/results/mnist-family-cpu.json)).\n\n"
+        f"{family['date']}, shorter runs "
+        f"([evals/results/mnist-family-cpu.json](evals/results/mnist-family-cpu.json)).\n\n"
     )
     header = [
         "| MNIST, 10,000 test images | bits/dim, mean of 4 draws | importance-weighted, 8 draws | budget |",

@@ -4,6 +4,7 @@
 
 Every model is trained by its recipe on two ranks, registered, and evaluated by the same protocols, without guidance;
 then its samples are timed in this process, in batches of 100, the median of three. What is finished is not done again.
+With ``--only`` the rows of the others stay as they are in the file; each says when and where it was measured.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, write_results
+from measuring import Figure, device_name, write_results
 
+from tarflow_scale import telemetry
 from tarflow_scale.config import SamplingConfig
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
@@ -112,9 +115,20 @@ def main() -> None:
         "gaussian_frechet_pixels": ("", report.baselines["gaussian_frechet_pixels"], "levels of 4 bits, squared"),
         "uniform_bits_per_dim": ("", UNIFORM_BITS_PER_DIM, "bits/dim"),
     }
+    before = json.loads(arguments.output.read_bytes()) if arguments.output and arguments.output.exists() else {}
+    kept = {name: one for name, one in before.get("figures", {}).items() if name.partition("_")[0] not in names}
+    figures = {name: (one["asked"], one["got"], one["unit"]) for name, one in kept.items()} | figures
+    where = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "git_commit": telemetry.git_commit(),
+        "device": device_name("cpu"),
+    }
+    earlier = {name: {key: before[key] for key in where} for name in before.get("models", ())}
+    seen = {name: Registry(REGISTRY, name).resolve("latest").images_seen for name in names}
     facts: dict[str, Any] = {
-        "models": names,
-        "images_seen": {name: Registry(REGISTRY, name).resolve("latest").images_seen for name in names},
+        "models": list(RECIPES) if before else names,
+        "measured": earlier | before.get("measured", {}) | dict.fromkeys(names, where),
+        "images_seen": before.get("images_seen", {}) | seen,
         "protocol_ids": {name: metric.protocol_id for name, metric in report.metrics.items()},
         "seeds": {"training": 0, "protocols": 0},
     }
