@@ -138,7 +138,7 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ("parallelism.zero_stage=4", "parallelism.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         (
             "training.noise.std=0.1",
-            "training.noise: std must be > 0 for gaussian and 0 for uniform noise (got uniform and 0.1)",
+            "training.noise: std must be > 0 for gaussian and 0 for other noise (got uniform and 0.1)",
         ),
         (
             "model={kind: glow, levels: 2, steps_per_level: 1, patch_size: 4}",

@@ -9,6 +9,7 @@ import yaml
 
 from tarflow_scale import cli
 from tarflow_scale.config import TrainConfig
+from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.manifest import Manifest, ShardRecord
 from tarflow_scale.shards.writer import publish_manifest
@@ -19,6 +20,7 @@ FORMATS = {
     "demo": (8, 1, 10, 4), "mine": (64, 3, 3, 8), "mnist": (28, 1, 10, 8), "cifar10": (32, 3, 10, 8),
     "imagenet64": (64, 3, 1000, 8), "imagenet128": (128, 3, 1000, 8), "afhq256": (256, 3, 3, 8),
     "celebahq256": (256, 3, 0, 5), "images512": (512, 3, 10, 8), "images1024": (1024, 3, 10, 8),
+    "vectors": (1, 2, 2, 8),
 }  # fmt: skip
 """Pixels, channels, classes and bits of the data set that a recipe names."""
 
@@ -40,6 +42,7 @@ def stand_in(path: Path, name: str) -> None:
         source="a test",
         recipe="0" * 64,
         shards=(record,),
+        vectors=VectorFacts(num_values=channels) if name == "vectors" else None,
     )
     publish_manifest(str(path), manifest)
 
