@@ -325,8 +325,9 @@ class Flow(nn.Module, ABC):
         Raises:
             ValueError: when the flow does not know its pixel format.
         """
-        if self.pixels is None:
-            raise ValueError("this flow does not know its pixel format; train or load it through the pipeline")
+        if self.pixels is None or self.pixels.noise == "none":
+            what = "does not know its pixel format; train or load it through the pipeline"
+            raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else what}")
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
