@@ -157,6 +157,9 @@ def _check_safetensors(location: str, content: bytes) -> None:
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
+_TASK = "unconditional-image-generation"
+
+
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool) -> str:
     """Markdown with the metadata that model hubs read."""
     newest = {
@@ -164,29 +167,32 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         for report in state.reports.get(version.version, [])
         for metric in report.metrics.values()
     }
-    data = version.data
+    data, vectors = version.data, version.data.vectors
+    size = f"{data.num_channels}x{data.image_size_pixels}x{data.image_size_pixels}"
+    events, noun = (f"{size} images", "images") if vectors is None else (f"vectors of {data.num_channels}", "vectors")
+    given = vectors.num_conditions if vectors else 0
     lines = [
         "---",
         f"license: {licence}",
         "library_name: tarflow-scale",
-        "pipeline_tag: unconditional-image-generation",
+        *([f"pipeline_tag: {_TASK}"] if vectors is None else []),
         "tags: [normalizing-flow, tarflow-scale]",
         *_index(model, version, list(newest.values())),
         "---",
         "",
         f"# {model}@{version.version}",
         "",
-        f"A normalizing flow of {data.num_channels}x{data.image_size_pixels}x{data.image_size_pixels} images with "
-        f"{version.parameters:,} parameters, trained on {data.name}/{data.split} ({data.num_images:,} images"
+        f"A normalizing flow of {events} with "
+        f"{version.parameters:,} parameters, trained on {data.name}/{data.split} ({data.num_images:,} {noun}"
         + (f", {data.num_classes} classes" if data.class_names else "")
-        + (f") for {version.images_seen:,} images" if version.images_seen is not None else ")")
+        + (f") for {version.images_seen:,} {noun}" if version.images_seen is not None else ")")
         + ".",
         "",
     ]
     if has_samples:
         lines += [f"![Samples]({_SAMPLES})", ""]
     if newest:
-        lines += ["| number | value | standard error | unit | images | protocol id |", "|---|---|---|---|---|---|"]
+        lines += [f"| number | value | standard error | unit | {noun} | protocol id |", "|---|---|---|---|---|---|"]
         for metric in newest.values():
             error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
             lines.append(
@@ -196,10 +202,11 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         lines += ["", "Numbers of different protocol ids are not comparable.", ""]
     lines += [
         "```python",
+        *(["import torch", ""] if given else []),
         "from tarflow_scale import load",
         "",
         'flow = load("PATH_OF_THIS_FOLDER")',
-        "flow.sample(16, seed=0)",
+        f"flow.sample(16, torch.zeros(16, {given}), seed=0)" if given else "flow.sample(16, seed=0)",
         "```",
         "",
         "| where it came from | |",
@@ -220,7 +227,7 @@ def _index(model: str, version: ModelVersion, metrics: list[MetricValue]) -> lis
         return []
     results: list[dict[str, Any]] = [
         {
-            "task": {"type": "unconditional-image-generation"},
+            "task": {"type": _TASK if version.data.vectors is None else "tabular-density-estimation"},
             "dataset": {"name": version.data.name, "type": version.data.name},
             "metrics": [{"name": metric.protocol, "type": metric.unit, "value": metric.value} for metric in metrics],
         }

@@ -89,12 +89,14 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
             f"images encode back to their latents within {max(errors):.1e}"
             + (": this model amplifies rounding; fp32, or exact decoding, is the more accurate" if amplifies else "")
         )
+    if plan.is_of_vectors:
+        print(f"{path}: {total} vectors in {len(units)} shards, {quality.redrawn} of them drawn again (not finite)")
+        return
     print(
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
         f"{quality.outside / max(quality.values, 1):.2%} of all values were clipped by more than a level"
     )
-    look = f"; look at {path}/{_GRID}" if plan.has_grid else ""
-    print(f"{path}: {plan.num_images} {'vectors' if plan.is_of_vectors else 'images'} in {len(units)} shards{look}")
+    print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
     _also(config)
 
 
@@ -160,8 +162,12 @@ def resolved_plan(config: GenerateConfig) -> GenerationPlan:
             f"generate has no numbers to condition on (got a flow that takes {flow.num_conditions}); in Python, "
             f"flow.sample(n, y) takes them"
         )
-    if version.data.vectors is not None and (config.shards.folder is not None or config.shards.npz is not None):
-        raise ConfigError("shards.folder and shards.npz are for images (got a model of vectors); leave them out")
+    of_images = (config.shards.folder, config.shards.npz, config.sampling.guard.saturated_share)
+    if version.data.vectors is not None and any(setting is not None for setting in of_images):
+        raise ConfigError(
+            "shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of vectors); "
+            "leave them out"
+        )
     decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
     rule = config.sampling.labels
     sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model

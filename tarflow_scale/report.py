@@ -74,4 +74,6 @@ def _curves(run: str) -> dict[str, Points]:
         }
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{location} is not the log of a training run ({error}); remove it from report.runs") from error
+    if not any(series.values()):
+        print(f"{run} has no curve: a run on noisy images or on vectors has no bits/dim")
     return {label: points for label, points in series.items() if points}

@@ -241,6 +241,11 @@ def _check_vectors(config: TrainConfig, manifest: Manifest) -> None:
         return
     if config.data.augmentation != AugmentationConfig():
         raise ConfigError("data.augmentation is for images (got vectors); leave it out")
+    if vectors.num_conditions and manifest.num_classes and config.model.class_conditional:
+        raise ConfigError(
+            f"a flow is conditioned on labels or on numbers (got {manifest.num_classes} classes and "
+            f"{vectors.num_conditions} numbers in {manifest.name}); pack without either"
+        )
     if vectors.num_conditions and config.model.class_conditional and config.training.label_drop > 0:
         raise ConfigError(
             f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "

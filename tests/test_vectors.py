@@ -37,6 +37,7 @@ def train_arguments(folder: Path, data: str, model: str, *more: str) -> list[str
         "schedule.warmup_images=5120",
         "checkpoint.every_images=25600",
         "logging.preview_every_images=51200",
+        "model.class_conditional=true",
         *more,
     ]
 
@@ -61,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (x, t), (x_test, t_test) = points(4000, rng), points(1000, rng)
     np.savez(path / "given.npz", x=x, conditions=t, x_test=x_test, conditions_test=t_test)
     np.savez(path / "labelled.npz", x=x, labels=(t[:, 0] > 0) + 0, x_test=x_test, labels_test=(t_test[:, 0] > 0) + 0)
-    for name in ("given", "labelled"):
+    np.savez(path / "both.npz", x=x, conditions=t, labels=np.arange(len(x)) % 2)
+    for name in ("given", "labelled", "both"):
         arguments = [f"source.path={path}/{name}.npz", f"shards.path={path}/{name}"]
         assert cli.main(["prepare", "configs/prepare/vectors.yaml", *arguments]) == 0
     return path
@@ -133,6 +135,16 @@ def test_vectors_are_generated_in_the_format_that_trains(trained: Path, tmp_path
     assert result.returncode == 0, result.stderr
 
 
+def test_an_exported_model_says_what_it_is_of(trained: Path, tmp_path: Path) -> None:
+    registry = [f"registry.path={trained}/registry", "registry.model=given", "registry.version=latest"]
+    assert cli.main(["models", "export", *registry, f"command.path={tmp_path}/out", "command.licence=mit"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vectors of 2" in card
+    assert "image" not in card.partition("| where it came from")[0]
+    (block,) = (part.partition("```")[0] for part in card.split("```python\n")[1:])
+    exec(block.replace("PATH_OF_THIS_FOLDER", f"{tmp_path}/out"), {})
+
+
 @pytest.mark.distributed
 def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) -> None:
     """Two ranks that read by worker processes, stopped and resumed, see what one process sees."""
@@ -157,11 +169,13 @@ def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) 
         (["training.label_drop=0.1"], "cannot be dropped"),
         (["data.augmentation.flip=true"], "for images"),
         (["model={kind: glow, levels: 1, steps_per_level: 1}"], "is for images"),
+        (["data.path=BOTH"], "on labels or on numbers"),
     ],
 )
 def test_training_settings_of_images_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], settings: list[str], reason: str
 ) -> None:
+    settings = [setting.replace("BOTH", f"{folder}/both/train") for setting in settings]
     assert cli.main(train_arguments(folder, "given", "refused", *settings)) == 2
     assert reason in capsys.readouterr().err
 
@@ -181,5 +195,12 @@ def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.C
     score = ["score", *registry, f"data.path={trained}/given/test", f"calibration.path={trained}/given/test"]
     assert cli.main([*score, f"scoring.path={tmp_path}/scores"]) == 2
     assert "no likelihood of images" in capsys.readouterr().err
+    (tmp_path / "dropped.yaml").write_text("name: dropped\nmetric: nats\nlabels: none\n")
+    dropped = f"metrics.protocols=[{tmp_path}/dropped.yaml]"
+    assert cli.main([*evaluate_arguments(trained, "given", "given"), dropped]) == 2
+    assert "cannot be dropped" in capsys.readouterr().err
+    labelled = ["generate", f"registry.path={trained}/registry", "registry.model=labelled", f"shards.path={tmp_path}/x"]
+    assert cli.main([*labelled, "sampling.num_images=10", "sampling.guard.saturated_share=0.5"]) == 2
+    assert "are for images" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "scores").exists()

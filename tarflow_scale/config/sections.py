@@ -234,6 +234,12 @@ class ForeignWeightsConfig(Section):
     """Noise of the training, which is not in the file but in its name: ``..._0.05.pth`` is
     ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` is ``{kind: uniform}``."""
 
+    @model_validator(mode="after")
+    def _is_of_images(self) -> "ForeignWeightsConfig":
+        if self.noise.kind == "none":
+            raise ValueError("weights.noise must be uniform or gaussian (got none, which is for vectors); correct it")
+        return self
+
 
 class FlowOutputConfig(Section):
     """Where a flow is written."""

@@ -21,7 +21,8 @@ def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]
     Of conditions ``(B, K)``, sums of its rows.
     """
     if y is not None and y.ndim == 2:
-        return y.to(table.dtype) @ table
+        with torch.autocast(table.device.type, enabled=False):  # years would be one year in bf16
+            return y.to(table.dtype) @ table
     dropped = table.mean(dim=0, keepdim=True)
     if y is None:
         return dropped

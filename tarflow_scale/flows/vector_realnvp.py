@@ -21,6 +21,7 @@ from tarflow_scale.config import Guidance
 from tarflow_scale.distributed import all_reduce_sum
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.logits import to_logits
 from tarflow_scale.flows.memory import checkpoint
 from tarflow_scale.flows.nice import halves_of, whole_of
 
@@ -28,7 +29,8 @@ __all__ = ["COUPLINGS", "ResidualLayers", "VectorRealNVP"]
 
 COUPLINGS = 4
 """Of a level; of images these are the last level's."""
-_STD_FLOOR = 1e-6
+_LEAST_DEVIATION = 1e-6
+"""Of the root mean square of a number, below which its deviation is rounding."""
 
 
 class ResidualLayers(nn.Module):
@@ -110,11 +112,13 @@ class VectorRealNVP(Flow):
     def initialize(self, x: Tensor, y: Condition = None) -> None:
         """Start each dimension's shift and scale from mean and deviation of the batch, over all ranks."""
         del y
-        h = x.flatten(1).double()
+        h = (x if self.logit_alpha is None else to_logits(x, self.logit_alpha)[0]).flatten(1).double()
         sums = all_reduce_sum(torch.cat([h.new_tensor([len(h)]), h.sum(dim=0), h.square().sum(dim=0)]))
         mean, square = (sums[1:] / sums[0]).chunk(2)
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        told = std > _LEAST_DEVIATION * square.sqrt()  # a number that this batch has one value of tells no scale
         self.bias.copy_(-mean)
-        self.log_scale.copy_(-torch.log((square - mean.square()).clamp(min=0).sqrt() + _STD_FLOOR))
+        self.log_scale.copy_(-torch.log(torch.where(told, std, torch.ones_like(std))))
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""

@@ -15,9 +15,9 @@ from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.randomness import Purpose, generator
 
-__all__ = ["PixelGaussian", "gaussian_for"]
+__all__ = ["MAX_DIMS", "PixelGaussian", "gaussian_for"]
 
-_MAX_DIMS = 4096
+MAX_DIMS = 4096
 """Above this many pixels a full covariance is not a sensible baseline."""
 
 
@@ -51,6 +51,6 @@ class PixelGaussian:
 
 def gaussian_for(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
     """The Gaussian of a reference measured in pixels; None for other features, or too many pixels."""
-    if protocol.extractor != "pixels" or len(reference.mean) > _MAX_DIMS:
+    if protocol.extractor != "pixels" or len(reference.mean) > MAX_DIMS:
         return None
     return PixelGaussian(reference, protocol.bit_depth)

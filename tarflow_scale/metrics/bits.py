@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tarflow_scale.config import BitsPerDimProtocol
 from tarflow_scale.flows.likelihood import add_noise, bits_per_dim, combine_draws
-from tarflow_scale.metrics.baseline import PixelGaussian
+from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.reader import Batch, ShardSet
@@ -19,6 +19,8 @@ from tarflow_scale.shards.vectors import floats
 __all__ = ["dequantised", "gaussian_bits_per_dim", "gaussian_nats", "pixel_hashes"]
 
 _BATCH = 256
+_LEAST_EIGENVALUE = 1e-7
+"""Of a correlation matrix; below it float32 columns are a sum of others, to rounding."""
 
 
 def dequantised(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
@@ -55,12 +57,17 @@ def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
         np.concatenate([_values(batch, one) for batch in one.batches(0, one.manifest.num_images, _BATCH)])
         for one in (reference, test)
     )
-    mean, covariance = train.mean(axis=0), np.atleast_2d(np.cov(train.T))
-    sign, log_det = np.linalg.slogdet(covariance)
-    if sign <= 0:
+    num, dims = train.shape
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    if num <= dims or dims > MAX_DIMS or not (std > 0).all():
+        return None
+    train, held_out = (train - mean) / std, (held_out - mean) / std  # so that units do not decide what is near singular
+    values, vectors = np.linalg.eigh(train.T @ train / (num - 1))
+    if values.min() < _LEAST_EIGENVALUE:
         return None  # columns depend on each other
-    distances = np.einsum("bd,bd->b", held_out - mean, np.linalg.solve(covariance, (held_out - mean).T).T)
-    return float(0.5 * (distances.mean() + log_det + train.shape[1] * math.log(2 * math.pi)))
+    distances = np.square(held_out @ vectors / np.sqrt(values)).sum(axis=1)
+    log_det = np.log(values).sum() + 2 * np.log(std).sum()
+    return float(0.5 * (distances.mean() + log_det + dims * math.log(2 * math.pi)))
 
 
 def _values(batch: Batch, shards: ShardSet) -> NDArray[np.float64]:

@@ -105,7 +105,7 @@ class _Process:
         with theirs:
             path = os.pathsep.join(filter(None, sys.path))
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tarflow_scale.shards.encoding", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "tarflow_scale.shards.encoding", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": path},

@@ -26,8 +26,6 @@ _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
 """Fields of a tar header (POSIX ustar): a name, and two octal numbers."""
-_SHORT_NAME = 90
-"""A key that is shorter fits, with its extension, into the name of a header."""
 _LARGE_BYTES = 8**11
 """What no longer fits into the size of a header."""
 
@@ -64,8 +62,8 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
 
 def _tarred(key: str, members: dict[str, bytes]) -> bytes:
     """The members of a sample as webdataset writes them; where only names and sizes differ, in a tenth of its time."""
-    short = len(key) < _SHORT_NAME and key.isascii() and max(map(len, members.values())) < _LARGE_BYTES
-    if not short:
+    longest = len(key) + 1 + max(map(len, members))
+    if longest > _NAME.stop or not key.isascii() or max(map(len, members.values())) >= _LARGE_BYTES:
         return _tarred_by_webdataset(key, members)
     parts: list[bytes | bytearray] = []
     for extension, content in sorted(members.items()):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import MAFConfig, TarFlowConfig
+from tarflow_scale.config import MAFConfig, RealNVPConfig, TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tests.flows import conformance
@@ -74,6 +74,14 @@ def test_what_does_not_fit_is_said() -> None:
         build(MAFConfig(), (3,), 2, 2)
     with pytest.raises(ConfigError, match="with classes"):
         build(MAFConfig(), (3,))
+
+
+def test_numbers_are_not_rounded_to_bf16() -> None:
+    flow = build(RealNVPConfig(levels=1, width=8), (2,), None, 1)
+    moved(flow, ())
+    x, y = torch.zeros(3, 2), torch.tensor([[2021.0], [2022.0], [2023.0]])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert len({round(float(one), 3) for one in flow.log_prob(x, y)}) == 3
 
 
 def test_guidance_needs_labels_to_drop() -> None:

@@ -83,6 +83,17 @@ def test_it_starts_from_the_units_of_the_data() -> None:
     assert torch.allclose(z.std(dim=0), torch.ones(3, dtype=torch.float64), atol=5e-3)
 
 
+def test_a_number_that_does_not_vary_yet_keeps_its_scale() -> None:
+    flow = build(RealNVPConfig(levels=1, width=4, class_conditional=False), (3,)).double()
+    x = data(400, 3) * 1e-9
+    x[:, 1] = 7.0
+    flow.initialize(x)
+    assert torch.allclose(flow(x)[0].std(dim=0), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), atol=5e-3)
+    other = build(RealNVPConfig(levels=1, width=4, class_conditional=False), (3,)).double()
+    other.initialize(data(1, 3))  # of one sample nothing has a scale
+    assert bool((other.log_scale == 0).all())  # type: ignore[union-attr]
+
+
 def test_checkpointed_gradients_are_the_same_and_reach_all_parameters(tmp_path) -> None:  # type: ignore[no-untyped-def]
     flow = flow_of(4).train()
     x, y = data(6, 4), torch.arange(6) % 3

@@ -1,12 +1,20 @@
 """The pixel Gaussian: likelihood and samples of a known distribution."""
 
 import math
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from scipy.stats import multivariate_normal
 
+from tarflow_scale.config import PrepareConfig
 from tarflow_scale.flows.likelihood import bits_per_dim
 from tarflow_scale.metrics.baseline import PixelGaussian
+from tarflow_scale.metrics.bits import gaussian_nats
 from tarflow_scale.metrics.frechet import Moments
+from tarflow_scale.prepare import run as prepare
+from tarflow_scale.shards.reader import ShardSet
 
 
 def test_likelihood_is_that_of_the_multivariate_normal() -> None:
@@ -34,3 +42,33 @@ def test_samples_are_levels_with_the_right_moments() -> None:
     assert (samples.mean(0) - levels.mean(0)).abs().max() < 0.15
     assert (torch.cov(samples.T) - torch.cov(levels.T)).abs().max() < 0.4
     assert torch.equal(samples[:10], gaussian.sample_levels(10, seed=0))
+
+
+def vectors(path: Path, x: np.ndarray) -> ShardSet:
+    np.savez(path.with_suffix(".npz"), x=x)
+    source = {"kind": "vectors", "path": str(path.with_suffix(".npz"))}
+    config = {"source": source, "split": {"test_fraction": 0}, "shards": {"path": str(path)}}
+    prepare(PrepareConfig.model_validate(config), dry_run=False)
+    return ShardSet(f"{path}/train")
+
+
+def test_the_gaussian_of_vectors_is_scipys_and_has_no_units(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    mixed = rng.standard_normal((500, 3)) @ rng.standard_normal((3, 3)) * [1e-6, 1.0, 1e6]
+    train, test = vectors(tmp_path / "a", mixed[:400]), vectors(tmp_path / "b", mixed[400:])
+    x, held_out = mixed[:400].astype("f4").astype(float), mixed[400:].astype("f4").astype(float)
+    scale = np.array([1e-6, 1.0, 1e6])
+    expected = -multivariate_normal(x.mean(0) / scale, np.cov((x / scale).T)).logpdf(held_out / scale).mean()
+    found = gaussian_nats(train, test)
+    assert found == pytest.approx(expected + np.log(scale).sum(), rel=2e-3)
+
+
+@pytest.mark.parametrize("case", ["few", "constant", "sum"])
+def test_where_columns_depend_on_each_other_there_is_no_gaussian(tmp_path: Path, case: str) -> None:
+    x = np.random.default_rng(0).standard_normal((20 if case == "few" else 200, 30))
+    if case == "constant":
+        x[:, 3] = 1.0
+    if case == "sum":
+        x[:, 3] = x[:, 0] + x[:, 1]
+    shards = vectors(tmp_path / "a", x)
+    assert gaussian_nats(shards, shards) is None

@@ -1,6 +1,7 @@
 """Vectors as members and as bytes: nothing is lost, and what is damaged is found."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.inspection import check, statistics
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.vectors import bytes_shape, decode_vector, floats, vector_members
+from tarflow_scale.shards.writer import Sample, pack_shard
 
 FACTS = VectorFacts(num_values=3, num_conditions=2)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -83,6 +85,14 @@ def test_a_set_of_vectors_knows_its_shape_and_passes_its_checks(packed: Path) ->
     assert found.sheet is None
     assert "vectors of 3, given 2 numbers" in found.table
     assert "given 1" in found.table
+
+
+@pytest.mark.parametrize("length", [80, 85, 86, 87, 90])
+def test_long_keys_fit_or_get_long_headers(length: int) -> None:
+    members = {"npy": npy(np.zeros(3, "<f4")), "condition.npy": npy(np.zeros(2, "<f4"))}
+    content, _ = pack_shard([Sample("k" * length, members, None)])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        assert tar.getnames() == [f"{'k' * length}.{name}" for name in ("condition.npy", "json", "npy")]
 
 
 def test_manifests_of_images_are_as_they_were(digits: Path) -> None:

@@ -78,7 +78,7 @@ def test_labels_survive(tmp_path: Path, label: int) -> None:
 
 @pytest.mark.parametrize("codec", ["png", "raw"])
 def test_a_shard_is_what_webdataset_writes(codec: Literal["png", "raw"]) -> None:
-    keys = ["000000001", "k" * 89, "k" * 90, "k" * 120, "schlüssel", "a/b"]
+    keys = ["000000001", "k" * 89, "k" * 95, "k" * 96, "k" * 90, "k" * 120, "schlüssel", "a/b"]
     image = np.arange(192, dtype=np.uint8).reshape(3, 8, 8)
     content, _ = pack_shard([Sample(key, image, label, {"a": 1}) for label, key in enumerate(keys)], codec)
     buffer = io.BytesIO()

@@ -127,6 +127,8 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     if len(rows) < 2:
         raise DataError(f"{path} must have a header and a row a sample (got {len(rows)} rows); add them")
     header = [name.strip() for name in rows[0]]
+    if all(_is_number(name) for name in header):
+        raise DataError(f"{path} must have a header (got numbers in its first line); name the columns there")
     special = [*([label_column] if label_column else []), *condition_columns]
     unknown = sorted(set(special) - set(header))
     if unknown or len(set(header)) < len(header) or len(set(special)) < len(special):
@@ -139,6 +141,8 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     labels = np.zeros(len(numbers), np.int64)
     if label_column:
         texts = [row[header.index(label_column)].strip() for row in rows[1:]]
+        if "" in texts:
+            raise DataError(f"labels of {path} must be given (got none in line {texts.index('') + 2}); fill or drop it")
         if all(text.isdigit() for text in texts):
             labels = np.array([as_label(text, f"a row of {path}") for text in texts], dtype=np.int64)
             names = numbered_classes(labels)
@@ -146,6 +150,14 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
             names = tuple(sorted(set(texts)))
             labels = np.array([names.index(text) for text in texts], dtype=np.int64)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:

@@ -69,6 +69,8 @@ def test_mistakes_in_an_npz(tmp_path: Path, arrays: dict[str, Any], reason: str)
     ("text", "label", "given", "reason"),
     [
         ("a,b\n", None, (), "a row a sample"),
+        ("1,2\n3,4\n", None, (), "must have a header"),
+        ("a,b\n1,\n", "b", (), "none in line 2"),
         ("a,b\n1,x\n", None, (), "'x' in line 2, column b"),
         ("a,b\n1,2\n1\n", None, (), "got 1 in line 3"),
         ("a,b\n1,nan\n", None, (), "finite"),
