@@ -53,8 +53,8 @@ def build(
     rows = num_classes or num_conditions
     if config.class_conditional and not rows:
         raise ConfigError(
-            "model.class_conditional needs a data set with classes, or vectors given with numbers (got neither); set it to "
-            "false"
+            "model.class_conditional needs a data set with classes, or vectors given with numbers (got none); set it "
+            "to false"
         )
     image = event_shape if len(event_shape) == 3 else None
     if image is None and isinstance(config, TarFlowConfig | GlowConfig):
