@@ -70,10 +70,14 @@ def family_table(results: dict[str, Any]) -> str:
     distance = got["gaussian_frechet_pixels"]
     rows.append((gaussian, f"| full-covariance Gaussian | {gaussian:.3f} | {distance:.1f} | | | |"))
     rows.append((got["uniform_bits_per_dim"], f"| uniform | {got['uniform_bits_per_dim']:.3f} | | | | |"))
+    on: dict[str, list[str]] = {}
+    for name, where in results["measured"].items():
+        on.setdefault(f"{where['device']} on {where['date']}", []).append(names[name])
+    where = "; ".join(f"{', '.join(several)} on {place}" for place, several in on.items())
+    ids = " and ".join(f"`{one[:12]}`" for one in results["protocol_ids"].values())
     head = (
-        f"Measured on {results['date']} on {results['device']}, torch {results['versions']['torch']}, protocols "
-        f"`{results['protocol_ids']['bits_per_dim'][:12]}` and `{results['protocol_ids']['frechet_pixels'][:12]}`, by "
-        f"`{results['command']}`.\n\n"
+        f"Measured by `python evals/benchmarks/family.py --output evals/results/family-cpu.json`, protocols {ids}.\n"
+        f"Speeds compare within a machine: {where}.\n\n"
     )
     header = [
         "| 359 test images | bits/dim | Fréchet distance on pixels | parameters | images/s, training | sampling |",
