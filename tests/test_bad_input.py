@@ -342,8 +342,8 @@ def in_place_elsewhere(w: World) -> tuple[list[str], str]:
 
 def unknown_format(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=lmdb", "source.path=a", f"shards.path={w.out}"], (
-        "source.kind: Input should be 'digits', 'folder', 'zip', 'mnist', 'cifar', 'imagenet_npz', 'parquet' or "
-        "'webdataset' (got 'lmdb')"
+        "source.kind: Input should be 'digits', 'folder', 'zip', 'mnist', 'cifar', 'imagenet_npz', 'parquet', "
+        "'webdataset' or 'vectors' (got 'lmdb')"
     )
 
 
