@@ -7,9 +7,15 @@ __all__ = [
     "classification_line",
     "dequantization_line",
     "family_table",
+    "got_of",
     "mnist_table",
     "vectors_table",
 ]
+
+
+def got_of(results: dict[str, Any]) -> dict[str, float]:
+    """Figures of a results file by name."""
+    return {name: one["got"] for name, one in results["figures"].items()}
 
 
 def mnist_table(results: dict[str, Any], family: dict[str, Any]) -> str:
@@ -50,7 +56,7 @@ def _mnist_row(results: dict[str, Any], model: str, label: str) -> str:
 
 def family_table(results: dict[str, Any]) -> str:
     """Every model of the family on one data set, the best first."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
+    got = got_of(results)
     names = {
         "nice": "NICE", "realnvp": "RealNVP", "maf": "MAF", "iaf": "IAF", "glow": "Glow", "continuous": "continuous",
         "tarflow": "TarFlow",
@@ -88,7 +94,7 @@ def family_table(results: dict[str, Any]) -> str:
 
 def vectors_table(results: dict[str, Any]) -> str:
     """Every flow of vectors on two moons, the best first."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
+    got = got_of(results)
     names = {"maf": "MAF", "iaf": "IAF", "nice": "NICE", "realnvp": "RealNVP", "continuous": "continuous"}
     rows = [(got[f"{key}_nats"], f"{got[f'{key}_nats']:.3f} (± {got[f'{key}_nats_standard_error']:.3f})", name)
             for key, name in names.items() if f"{key}_nats" in got]  # fmt: skip
@@ -103,7 +109,7 @@ def vectors_table(results: dict[str, Any]) -> str:
 
 def dequantization_line(results: dict[str, Any]) -> str:
     """What learned noise did."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
+    got = got_of(results)
     return (
         f"Measured on {results['date']}: the digits' RealNVP costs {got['learned_bits_per_dim']:.3f} bits/dim with it "
         f"and {got['uniform_bits_per_dim']:.3f} without (image by\nimage {got['difference']:+.3f} ± "
@@ -123,7 +129,7 @@ def anomaly_table(several: list[dict[str, Any]]) -> str:
         f"|---|{'---|' * len(scores)}",
     ]
     for results in several:
-        got = {name: one["got"] for name, one in results["figures"].items()}
+        got = got_of(results)
         kinds = [name.removesuffix("_likelihood_auroc") for name in got if name.endswith("_likelihood_auroc")]
         for kind in kinds:
             found = [got.get(f"{kind}_{score}_auroc") for score in scores]
@@ -134,7 +140,7 @@ def anomaly_table(several: list[dict[str, Any]]) -> str:
 
 def classification_line(results: dict[str, Any]) -> str:
     """How many labels the likelihoods get right."""
-    got = {name: one["got"] for name, one in results["figures"].items()}
+    got = got_of(results)
     return (
         f"By Bayes' rule the demo's champion, which was trained for likelihood alone, labels {got['accuracy']:.1%} "
         f"(± {got['accuracy_standard_error']:.1%}) of the\ntest digits right; asked: "

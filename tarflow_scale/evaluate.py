@@ -146,13 +146,7 @@ def _check(version: ModelVersion, job: Job) -> None:
             f"the model knows {len(version.data.class_names)} classes by name (got {len(job.data.class_names)} others "
             f"in {job.data.name}/{job.data.split}); evaluate on data with the same classes"
         )
-    given = version.data.vectors.num_conditions if version.data.vectors else 0
     for protocol in job.protocols.values():
-        if isinstance(protocol, NatsProtocol) and protocol.labels == "none" and given:
-            raise ConfigError(
-                f"protocol {protocol.name} must have labels: given for vectors that are given with numbers, which "
-                f"cannot be dropped (got none and {given} numbers); use another"
-            )
         if isinstance(protocol, BitsPerDimProtocol) and version.pixels.noise != "uniform":
             raise ConfigError(
                 f"protocol {protocol.name} needs a model trained with uniform noise (got {version.pixels.noise}); "

@@ -20,6 +20,7 @@ from tarflow_scale.registry import ModelState, Registry, resolve
 __all__ = ["export_version", "import_version"]
 
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = "version.json", "README.md", "samples.png", "training.json"
+_CONFIG = "config.json"
 _FORMAT = 1
 _MOST_HEADER_BYTES = 100 * 1024**2
 """What the safetensors library reads at the most."""
@@ -60,7 +61,8 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         files[_SAMPLES] = registry.read("samples", grid)
     if version.configuration is not None:
         files[_CONFIGURATION] = registry.read("configuration", version.configuration)
-    files[_CARD] = _card(model, version, state, config.command.licence, grid is not None).encode()
+    given: int = json.loads(files[_CONFIG]).get("num_conditions", 0)
+    files[_CARD] = _card(model, version, state, config.command.licence, grid is not None, given).encode()
     known = tuple(_portable(report) for report in reports)
     files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
     for name, content in files.items():  # the version last, so that half a folder is none
@@ -160,8 +162,8 @@ def _check_safetensors(location: str, content: bytes) -> None:
 _TASK = "unconditional-image-generation"
 
 
-def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool) -> str:
-    """Markdown with the metadata that model hubs read."""
+def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
+    """Markdown with the metadata that model hubs read; ``given`` are the numbers that the flow is conditioned on."""
     newest = {
         metric.protocol_id: metric
         for report in state.reports.get(version.version, [])
@@ -170,7 +172,6 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
     data, vectors = version.data, version.data.vectors
     size = f"{data.num_channels}x{data.image_size_pixels}x{data.image_size_pixels}"
     events, noun = (f"{size} images", "images") if vectors is None else (f"vectors of {data.num_channels}", "vectors")
-    given = vectors.num_conditions if vectors else 0
     lines = [
         "---",
         f"license: {licence}",

@@ -29,6 +29,7 @@ from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
 
 __all__ = ["calibrate", "resolved_plan", "run"]
@@ -254,7 +255,7 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
         num_channels=plan.num_channels,
         class_names=() if plan.labels == "none" else plan.class_names,
         bit_depth=plan.pixels.bit_depth,
-        codec="npy" if plan.is_of_vectors else plan.codec,
+        codec=VALUES if plan.is_of_vectors else plan.codec,
         vectors=VectorFacts(num_values=plan.num_channels) if plan.is_of_vectors else None,
         source=f"{plan.model}@{plan.version} {plan.weights_digest}",
         recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),

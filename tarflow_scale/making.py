@@ -18,7 +18,7 @@ from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
 from tarflow_scale.shards.images import CODECS
 from tarflow_scale.shards.manifest import ShardRecord, index_name
-from tarflow_scale.shards.vectors import encode_vector
+from tarflow_scale.shards.vectors import VALUES, encode_vector
 from tarflow_scale.shards.writer import PackedShard, Sample
 
 __all__ = ["UNIT_FOLDERS", "ShardMaker", "Unit", "is_done", "read_quality", "read_record"]
@@ -124,7 +124,7 @@ class ShardMaker:
         }
         if attempt:
             facts["attempt"] = attempt
-        extension = CODECS["raw" if plan.is_of_vectors else plan.codec]
+        extension = VALUES if plan.is_of_vectors else CODECS[plan.codec]
         return Sample(key=f"{index:09d}", image={extension: file}, label=label, facts=facts)
 
 

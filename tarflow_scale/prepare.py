@@ -23,6 +23,7 @@ from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, ind
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.tars import index_tars
+from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
 
 __all__ = ["check", "export", "run", "statistics"]
@@ -198,7 +199,7 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
             f"no image of {source.name} could be used (of {len(plan.order)} in {plan.split}); see the source"
         )
     channels, height, _ = source.shape if source.vectors is None else (source.vectors.num_values, 1, 1)
-    codec = "npy" if source.vectors else plan.codec
+    codec = VALUES if source.vectors else plan.codec
     return Manifest(
         name=source.name,
         split=plan.split,

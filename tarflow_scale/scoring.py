@@ -106,8 +106,7 @@ class Scorer:
     def _scored(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
         costs: list[np.ndarray] = []
         hashes: list[str] = []
-        if isinstance(protocol, BitsPerDimProtocol):
-            _check_depth(self._flow, protocol)
+        _check_fits(self._flow, protocol)
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
             cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
             costs.append(cost.double().cpu().numpy())
@@ -176,9 +175,15 @@ class Scorer:
         return self._extractors[key]
 
 
-def _check_depth(flow: Flow, protocol: BitsPerDimProtocol) -> None:
-    """A density can be asked about bins of any width, learned noise about its own alone."""
-    if flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
+def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
+    """Labels can be dropped, numbers cannot; a density knows bins of any width, learned noise its own alone."""
+    if isinstance(protocol, NatsProtocol):
+        if protocol.labels == "none" and flow.num_conditions is not None:
+            raise ConfigError(
+                f"protocol {protocol.name} drops labels, which a flow that is given numbers cannot do without (got "
+                f"{flow.num_conditions} of them); use labels: given"
+            )
+    elif flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
         raise ConfigError(
             f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
             f"{flow.pixels.bit_depth}); use a model without model.dequantization, or another protocol"

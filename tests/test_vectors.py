@@ -153,13 +153,15 @@ def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) 
     one = command(*train_arguments(trained, "given", "one", *short, f"logging.path={tmp_path}/one"))
     assert one.returncode == 0, one.stderr
     half = [*two, f"logging.path={tmp_path}/two", "training.max_seconds=0.01"]
-    assert command(*train_arguments(trained, "given", "two", *half), ranks=2).returncode != 0
+    assert (
+        command(*train_arguments(trained, "given", "two", *half), ranks=2).returncode != 0
+    )  # the launcher's, for 75 of a rank
     rest = command(*train_arguments(trained, "given", "two", *two, f"logging.path={tmp_path}/two"), ranks=2)
     assert rest.returncode == 0, rest.stderr
     x, y = torch.randn(64, 2), torch.rand(64, 1)
     first, second = (load(f"{name}@latest", registry=f"{trained}/registry") for name in ("one", "two"))
     with torch.no_grad():
-        assert torch.allclose(first.log_prob(x, y), second.log_prob(x, y), atol=1e-2, rtol=1e-3)
+        assert torch.allclose(first.log_prob(x, y), second.log_prob(x, y), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Two dimensions as a picture: the density of a flow as shades, beside what it draws."""
 
-import math
+import functools
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tarflow_scale.density.conditional import marginal_log_prob
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.shards.images import encode_png
@@ -60,17 +61,9 @@ def density_picture(flow: Flow, seed: int = 0) -> bytes:
 
 
 def log_density(flow: Flow, x: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """``log p(x)`` in nats, of a flow with classes the log of the mean over them."""
-    parts: list[Tensor] = []
-    for few in x.split(_AT_ONCE):
-        if flow.num_classes is None:
-            parts.append(flow.log_prob(few))
-            continue
-        of_classes = [
-            flow.log_prob(few, torch.full((len(few),), label, device=few.device)) for label in range(flow.num_classes)
-        ]
-        parts.append(torch.logsumexp(torch.stack(of_classes), dim=0) - math.log(flow.num_classes))
-    return torch.cat(parts)
+    """``log p(x)`` in nats, all classes of the flow as likely."""
+    of = flow.log_prob if flow.num_classes is None else functools.partial(marginal_log_prob, flow)
+    return torch.cat([of(few) for few in x.split(_AT_ONCE)])
 
 
 def _drawn(

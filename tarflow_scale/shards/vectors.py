@@ -16,9 +16,10 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import NPY_FAULTS
 
-__all__ = ["bytes_shape", "decode_vector", "encode_vector", "floats", "vector_members"]
+__all__ = ["VALUES", "bytes_shape", "decode_vector", "encode_vector", "floats", "vector_members"]
 
-_VALUES, _CONDITION = "npy", "condition.npy"
+VALUES, _CONDITION = "npy", "condition.npy"
+"""Extensions of members; the first is also what a manifest has for a codec."""
 _FLOAT = np.dtype("<f4")
 
 
@@ -30,7 +31,7 @@ def bytes_shape(facts: VectorFacts) -> tuple[int, int, int]:
 def vector_members(stored: UInt8[np.ndarray, "1 1 W"], facts: VectorFacts) -> dict[str, bytes]:
     """Members of a sample, by extension, from its bytes."""
     values, condition = floats(stored[None], facts)
-    members = {_VALUES: encode_vector(values[0])}
+    members = {VALUES: encode_vector(values[0])}
     return members | ({_CONDITION: encode_vector(condition[0])} if facts.num_conditions else {})
 
 
@@ -47,7 +48,7 @@ def decode_vector(members: Mapping[str, bytes], facts: VectorFacts) -> UInt8[np.
     Raises:
         DataError: a member is missing, of another shape or type, or not finite.
     """
-    parts = [_read(members, _VALUES, facts.num_values)]
+    parts = [_read(members, VALUES, facts.num_values)]
     if facts.num_conditions:
         parts.append(_read(members, _CONDITION, facts.num_conditions))
     return np.concatenate(parts).view(np.uint8)[None, None]

@@ -10,7 +10,6 @@ from tarflow_scale.config import MAFConfig, TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tarflow_scale.flows.conditions import embed
-from tests.flows import conformance
 from tests.flows.catalogue import FLOWS, NUM_CLASSES, FlowCase, moved
 
 CONDITIONAL = [case for case in FLOWS if case.config.class_conditional]
@@ -88,8 +87,3 @@ def test_guidance_needs_labels_to_drop() -> None:
     flow = build(TarFlowConfig.model_validate({"kind": "tarflow", **sizes}), (1, 4, 4), None, 2)
     with pytest.raises(ValueError, match="flow without classes"):
         flow.sample(2, torch.zeros(2, 2), guidance=0.5)
-
-
-def test_conformance_tolerances_are_those_of_the_suite() -> None:
-    assert conformance.EXACT <= 1e-10
-    assert conformance.LOG_DET <= 1e-8
