@@ -412,9 +412,9 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     expected = float(bits_per_dim(draws.mean(dim=0), 64, 4).mean())
     assert report.metrics["bits_per_dim"].value == pytest.approx(expected, abs=1e-4)
 
-    scoring._check_depth(flow, protocol)
+    scoring._check_fits(flow, protocol)
     with pytest.raises(ConfigError, match=r"noise that was learned on 8-bit data \(got 4\)"):
-        scoring._check_depth(flow, protocol.model_copy(update={"bit_depth": 8}))
+        scoring._check_fits(flow, protocol.model_copy(update={"bit_depth": 8}))
 
     more = [f"calibration.path={trained.data}/train", f"scoring.path={tmp_path}/scores", "scoring.maps=4"]
     assert cli.main(["score", *registry, f"data.path={trained.data}/test", *more, "scoring.num_draws=2"]) == 0
