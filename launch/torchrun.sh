@@ -3,14 +3,19 @@
 #
 #   launch/torchrun.sh N CONFIG.yaml [section.key=value ...]
 #
-#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node; logging.path must be a
-#                                                                           folder that all nodes share
+#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node (rendezvous c10d: nodes need no
+#                                                                           numbers, and node0 no more than to be one)
+#   NNODES=4 NODE_RANK=2 MASTER_ADDR=node0 MASTER_PORT=29500 launch/torchrun.sh 8 CONFIG.yaml
+#                                                                           on node 2 (static: numbers from 0, node0
+#                                                                           has the first; what schedulers give)
+#
+# logging.path must be a folder that all nodes share. The environment of the ranks is in launch/env.sh.
 #
 # The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
 # SIGTERM, SIGUSR1 (what schedulers send before they take the machine) and training.max_seconds make the ranks save and
 # stop, with exit code 75: start it again to go on.
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$here/.venv/bin:$PATH"
 if [ $# -lt 2 ]; then
     echo "usage: launch/torchrun.sh NUM_RANKS CONFIG.yaml [section.key=value ...]" >&2
@@ -19,42 +24,22 @@ fi
 ranks=$1
 shift
 nodes=${NNODES:-1}
+# shellcheck source=launch/env.sh
+. "$here/launch/env.sh"
 
-# Cores shared among the ranks of this machine; torch reads it when it starts.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
-# A checkpoint may take longer than the 30 seconds after which torchrun kills ranks that were told to stop.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-
-RANK=0 WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks python -m tarflow_scale train "$@" --dry-run >/dev/null
+trap 'exit 75' TERM USR1 # there is nothing to save yet
+RANK=${NODE_RANK:-0} WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks \
+    python -m tarflow_scale train "$@" --dry-run >/dev/null
 
 if [ "$nodes" = 1 ]; then
     rendezvous=(--standalone)
+elif [ -n "${NODE_RANK-}" ]; then
+    rendezvous=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:?set it to the node of rank 0}")
+    rendezvous+=(--master-port "${MASTER_PORT:-29500}")
 else
     rendezvous=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?set it to HOST:PORT of one node}")
+    rendezvous+=(--rdzv-id "${RDZV_ID:-tarflow-scale}")
 fi
 
-# torchrun has one exit code for every failure of a rank; the ranks write theirs here.
-TARFLOW_SCALE_EXIT_CODES=$(mktemp)
-export TARFLOW_SCALE_EXIT_CODES
-trap 'rm -f "$TARFLOW_SCALE_EXIT_CODES"' EXIT
-torchrun "${rendezvous[@]}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --nproc-per-node "$ranks" \
-    -m tarflow_scale train "$@" &
-launcher=$!
-for name in TERM INT HUP QUIT USR1; do
-    # shellcheck disable=SC2064  # the number is known now
-    trap "kill -$name $launcher 2>/dev/null || true" "$name"
-done
-code=0
-wait "$launcher" || code=$?
-while kill -0 "$launcher" 2>/dev/null; do # a signal ends the wait, not the launcher
-    code=0
-    wait "$launcher" || code=$?
-done
-if [ "$code" != 0 ]; then
-    for known in 75 2; do
-        if grep -qx "$known" "$TARFLOW_SCALE_EXIT_CODES"; then
-            exit "$known"
-        fi
-    done
-fi
-exit "$code"
+trap '' TERM USR1 INT HUP QUIT # until the launcher listens
+exec python "$here/launch/ranks.py" "${rendezvous[@]}" --nproc-per-node "$ranks" -m tarflow_scale train "$@"

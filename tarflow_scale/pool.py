@@ -16,14 +16,16 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from tarflow_scale.errors import ConfigError, UserError
 
 __all__ = ["Pool", "Worker"]
+
+T = TypeVar("T")
 
 
 class Worker(Protocol):
@@ -37,6 +39,7 @@ class Worker(Protocol):
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
 """An idle worker takes a unit from another that has had it for so many times the longest that any took."""
 _CONNECT_SECONDS = 10.0
+_POLL_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 256 * 1024**2
 """Results are records and moments, never images, so a small store is enough."""
 
@@ -50,6 +53,7 @@ class Pool:
         num_workers: actors; never more than units.
         cpus_per_worker: cores, and threads of numerical libraries, of an actor.
         gpus_per_worker: GPUs of an actor.
+        start_seconds: how long to wait for a cluster to answer and to have what the workers need.
 
     Raises:
         ConfigError: a cluster elsewhere without token authentication.
@@ -62,10 +66,12 @@ class Pool:
         num_workers: int = 1,
         cpus_per_worker: int = 1,
         gpus_per_worker: int = 0,
+        start_seconds: float = 0.0,
     ) -> None:
         self._executor = executor
         self._address = address = None if address == "local" else address
         self._num_workers, self._cpus, self._gpus = num_workers, cpus_per_worker, gpus_per_worker
+        self._start_seconds = start_seconds
         self._started = False
         if executor == "ray" and address is not None:
             _check_token(address)
@@ -100,7 +106,7 @@ class Pool:
                 yield unit, worker.run(unit)
             return
         if not self._started:
-            _start(self._address, self._num_workers, self._cpus, self._gpus)
+            _start(self._address, self._num_workers, self._cpus, self._gpus, self._start_seconds)
             self._started = True
         num_workers = min(self._num_workers, len(units))
         yield from _run_on_ray(worker_class, arguments, units, num_workers, self._cpus, self._gpus)
@@ -253,12 +259,14 @@ def _on_loopback_alone(address: str | None) -> bool:
     return _is_loopback(host)
 
 
-def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
+def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_seconds: float) -> None:
+    deadline = time.monotonic() + start_seconds
     # Read by Ray when it is imported. The first makes it use loopback only, as it does on laptops; the second keeps
     # workers of a cluster of our own from yielding to every other process of the machine.
-    alone = _on_loopback_alone(address)
+    alone = _patiently(deadline, lambda: _on_loopback_alone(address))
     if alone:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what is told in one line is not told in twenty before it
     if address is None:
         os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     import ray
@@ -269,7 +277,11 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
+            raise UserError(
+                f"the Ray cluster at {address} must let this process in (got: {str(error).splitlines()[0]}); use the "
+                f"port of its head, its versions of Ray and Python, and, where it asks for a token, the same "
+                f"RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+            ) from error
     else:
         ray.init(
             address="local",  # never somebody else's cluster that happens to run here
@@ -279,13 +291,33 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    there = ray.cluster_resources()
+    try:
+        _patiently(deadline, lambda: _check_size(ray.cluster_resources(), num_workers, cpus, gpus))
+    except UserError:
+        ray.shutdown()
+        raise
+
+
+def _patiently(deadline: float, look: Callable[[], T]) -> T:
+    """What ``look`` finds; until the deadline, a `UserError` but for a wrong setting means to look again."""
+    while True:
+        try:
+            return look()
+        except ConfigError:
+            raise
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_size(there: dict[str, float], num_workers: int, cpus: int, gpus: int) -> None:
     for name, needed in (("CPU", num_workers * cpus), ("GPU", num_workers * gpus)):
         if needed > there.get(name, 0):
-            ray.shutdown()
             raise UserError(
                 f"the cluster must have {needed} {name}s for {num_workers} workers (got {there.get(name, 0):g}); lower "
-                f"cluster.num_workers or cluster.{name.lower()}s_per_worker"
+                f"cluster.num_workers or cluster.{name.lower()}s_per_worker, or raise cluster.start_seconds where "
+                f"machines are still joining"
             )
 
 

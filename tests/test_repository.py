@@ -103,13 +103,15 @@ def test_the_makefile_and_ci_say_the_same() -> None:
     assert "bash .ci/run" in (TOP / ".github/workflows/ci.yml").read_text()
 
 
-SCRIPTS = sorted([*(TOP / "launch").glob("*.sh"), TOP / ".ci/run"])
+SCRIPTS = sorted([*(TOP / "launch").rglob("*.sh"), *(TOP / "launch").rglob("*.sbatch"), TOP / ".ci/run"])
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_pass_shellcheck(script: Path) -> None:
-    result = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["shellcheck", "--external-sources", str(script)], cwd=TOP, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
 
 

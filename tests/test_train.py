@@ -1,5 +1,6 @@
 """``train`` from the command line: what a run leaves, and that killing it loses nothing."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -299,6 +301,7 @@ def test_torchrun_sh_passes_sigusr1_on_and_two_ranks_save(trained: Trained, tmp_
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
+    assert "Traceback" not in output
     assert re.search(r"^tarflow-scale: stopped by SIGUSR1 after \d+ images \(checkpoint saved\); run it", output, re.M)
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert (newest / "manifest.json").exists()
@@ -315,7 +318,29 @@ def test_torchrun_sh_ends_with_2_where_a_rank_does(trained: Trained, tmp_path: P
     process = torchrun_sh(tmp_path, train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")[1:])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
+    assert "Traceback" not in output
     assert f"tarflow-scale: error: cannot write {tmp_path}/run (Is a directory)" in output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("begun", ["launch/torchrun.sh", "--dry-run", "launch/ranks.py"])
+def test_torchrun_sh_told_to_stop_before_there_are_ranks(trained: Trained, tmp_path: Path, begun: str) -> None:
+    """There is nothing to save, and the run is to be started again all the same."""
+    process = torchrun_sh(tmp_path, train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")[1:])
+
+    def commands() -> str:
+        own = psutil.Process(process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return "\n".join(" ".join(one.cmdline()) for one in [own, *own.children(recursive=True)])
+        return ""
+
+    while begun not in commands():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def torchrun_sh(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":

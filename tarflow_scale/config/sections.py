@@ -198,6 +198,8 @@ class ClusterConfig(Section):
     """CPU cores, and torch threads, of a worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs of a worker."""
+    start_seconds: float = Field(default=0.0, ge=0)
+    """How long to wait for a cluster whose machines are still joining, before it is too small for the workers."""
 
 
 class ScoringConfig(Section):
