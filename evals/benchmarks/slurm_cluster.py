@@ -74,22 +74,19 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", str(number)).splitlines()[0]
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait(self, number: int | str, seconds: float = 300.0) -> str:
-        """Wait until a job is over; its last state."""
+    def wait(self, number: int | str, seconds: float = 300.0, until: tuple[str, ...] = ()) -> str:
+        """Wait until a job is in one of these states, or over; the state."""
         deadline = time.monotonic() + seconds
-        while (state := self.job(number)["JobState"]) in _STATES:
+        while (state := self.job(number)["JobState"]) in _STATES and state not in until:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {number} is still {state} after {seconds:g} s: {self.job(number)}")
             time.sleep(0.2)
         return state
 
-    def at_once(self, number: int, seconds: float = 60.0) -> None:
-        """Let a job that went back to the queue start now: Slurm makes it wait for two minutes."""
-        deadline = time.monotonic() + seconds
-        while (state := self.job(number)["JobState"]) != "PENDING":
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {number} does not go back to the queue, it is {state}")
-            time.sleep(0.2)
+    def at_once(self, number: int, seconds: float = 300.0) -> None:
+        """Let a job that goes back to the queue start as soon as it is there: Slurm makes it wait for two minutes."""
+        if (state := self.wait(number, seconds, until=("PENDING",))) != "PENDING":
+            raise RuntimeError(f"job {number} does not go back to the queue, it is {state}")
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def start_node(self, name: str) -> None:

@@ -39,20 +39,20 @@ class World:
     num_images: int
     """Of a generation."""
 
-    def train(self, run: Path, *options: str) -> int:
+    def train(self, run: Path, *options: str, images: int = IMAGES) -> int:
         """Submit a training run; the number of its job, whose log is ``<run>.out``."""
         words = [*options, f"--output={run}.out", "--nodes=2", "launch/slurm/train.sbatch"]
-        return self.cluster.submit(*words, *self.arguments(run), cwd=TOP)
+        return self.cluster.submit(*words, *self.arguments(run, images), cwd=TOP)
 
-    def arguments(self, run: Path) -> list[str]:
+    def arguments(self, run: Path, images: int = IMAGES) -> list[str]:
         """Of a training run."""
-        return self.training.config(run, training__total_images=IMAGES, logging__every_images=320)
+        return self.training.config(run, training__total_images=images, logging__every_images=320)
 
-    def expected(self) -> Path:
+    def expected(self, images: int = IMAGES) -> Path:
         """The run to compare with, on two ranks of one machine; made once."""
-        run = self.folder / "expected/run"
+        run = self.folder / f"expected-{images}/run"
         if not (run / "model").exists():
-            finish(start(self.arguments(run), 2))
+            finish(start(self.arguments(run, images), 2))
         return run
 
     def generation(self, output: Path) -> list[str]:
@@ -77,7 +77,7 @@ class World:
         deadline = time.monotonic() + LIMIT_SECONDS
         while not happened():
             state = self.cluster.job(job)["JobState"]
-            if state not in ("PENDING", "CONFIGURING", "RUNNING") or time.monotonic() > deadline:
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING") or time.monotonic() > deadline:
                 raise Failed(f"job {job} is {state}:\n{_text(run)}")
             time.sleep(0.1)
 
@@ -131,13 +131,16 @@ def a_more_urgent_job(world: World, folder: Path) -> None:
 
 def the_time_limit(world: World, folder: Path) -> None:
     """A training run comes near its time limit, of which Slurm warns it, goes back to the queue and continues."""
-    run = folder / "run"
-    job = world.train(run, "--time=1", "--signal=USR1@50")
+    run, images = folder / "run", 8 * IMAGES  # Slurm counts in minutes
+    job = world.train(run, "--time=5", "--signal=USR1@30", images=images)
     world.reach(job, run)
+    minutes = int(world.cluster.job(job)["RunTime"].split(":")[1]) + 1
+    world.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    world.until(lambda: "stopped by SIGUSR1" in _text(run), job, run)
+    world.cluster.wait(job, LIMIT_SECONDS, until=("PENDING",))
+    world.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     world.comes_back(job, run)
-    if "stopped by SIGUSR1" not in _text(run):
-        raise Failed(f"the ranks did not save:\n{_text(run)}")
-    faults.check_equal(run, world.expected())
+    faults.check_equal(run, world.expected(images))
 
 
 def a_node_fails(world: World, folder: Path) -> None:
