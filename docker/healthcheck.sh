@@ -8,7 +8,7 @@
 #   --ray HOST:PORT    the head of the Ray cluster must answer there, and take this container's token
 #   --port PORT        something must listen on this port of this container, as a Ray node does
 set -euo pipefail
-runs=/opt/tarflow-scale/runs
+runs=$(cd "$(dirname "$0")/.." && pwd)/runs
 least_disk_mib=256
 least_shared_mib=8
 

@@ -1,6 +1,7 @@
 """What a person and a script see of a run: a log, a progress bar, package versions, git commit, peak memory."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
