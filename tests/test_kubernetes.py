@@ -140,7 +140,7 @@ def containers(resource: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
-    spec = resource["spec"] if "spec" in resource else {}
+    spec = resource.get("spec", {})
     if resource["kind"] == "JobSet":
         return [job["template"]["spec"]["template"] for job in spec["replicatedJobs"]]
     if resource["kind"] == "RayJob":
@@ -171,7 +171,7 @@ def test_a_command_with_a_wrong_key_is_not_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(AssertionError, match="unknown key"):
-        check_understood([*command(RESOURCES[EVALUATE]), "cluster.adress=auto"], tmp_path, monkeypatch, capsys)
+        check_understood([*command(RESOURCES[EVALUATE]), "cluster.addresses=auto"], tmp_path, monkeypatch, capsys)
 
 
 def test_exit_codes_of_a_training_mean_what_they_say() -> None:

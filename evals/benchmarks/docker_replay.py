@@ -102,7 +102,7 @@ def image_checks(figures: dict[str, Any]) -> None:
     figures["health check: exit code"] = ("0", float(run(*inside, "docker/healthcheck.sh").returncode), "")
     fill = "head -c 510M /dev/zero >/dev/shm/full; docker/healthcheck.sh"
     done = run(*inside, "bash", "-c", fill, expect=None)
-    assert "/dev/shm has" in done.stdout, done
+    assert "fewer than 8; start the container with a larger --shm-size" in done.stdout, done
     figures["the same, shared memory full: exit code"] = ("1", float(done.returncode), "")
     run(*inside, "tarflow-scale", "prepare", "configs/prepare/digits.yaml")
     train = ("launch/torchrun.sh", "2", "configs/train/digits.yaml", "training.total_images=6400")
@@ -143,7 +143,7 @@ def health_checks() -> Generator[None]:
 
 @contextlib.contextmanager
 def socket_of_podman(folder: Path) -> Generator[dict[str, str]]:
-    """podman's answer to Docker's protocol; yields the environment in which compose finds it."""
+    """Podman's answer to Docker's protocol; yields the environment in which compose finds it."""
     address = f"unix://{folder}/podman.sock"
     with subprocess.Popen(["podman", "system", "service", "--time", "0", address], stderr=subprocess.DEVNULL) as server:
         try:

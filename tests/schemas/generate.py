@@ -7,8 +7,8 @@
     python tests/schemas/generate.py jobset/config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml v0.12.0 \
         >tests/schemas/jobset-v1alpha2.json
 
-Both projects, KubeRay and JobSet, are under the Apache License 2.0. What is kept is what the API server checks before it
-takes a resource: fields, types, required ones, values. Descriptions, status, defaults and rules in CEL are left out.
+Both projects, KubeRay and JobSet, are under the Apache License 2.0. What is kept is what the API server checks before
+it takes a resource: fields, types, required ones, values. Descriptions, status, defaults and rules in CEL are left out.
 Pod and Job templates, which make up nearly all of the definitions, become references to Kubernetes's own schemas. An
 unknown field is an error, as it is to ``kubectl apply`` (field validation ``Strict``).
 """
