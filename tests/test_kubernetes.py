@@ -109,7 +109,8 @@ def test_every_file_is_in_the_kustomization() -> None:
 def test_kustomize_puts_in_what_the_kustomization_says(tmp_path: Path) -> None:
     shutil.copytree(FOLDER, tmp_path / "here")
     file = tmp_path / "here/kustomization.yaml"
-    text = file.read_text().replace("NUM_NODES=2", "NUM_NODES=5").replace("registry.example/", "elsewhere.example/")
+    text = file.read_text().replace("NUM_NODES=2", "NUM_NODES=5").replace("GPUS_PER_NODE=1", "GPUS_PER_NODE=8")
+    text = text.replace("registry.example/", "elsewhere.example/")
     file.write_text(text)
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     command = ["kubectl", "kustomize", str(tmp_path / "here")]
@@ -125,6 +126,8 @@ def test_kustomize_puts_in_what_the_kustomization_says(tmp_path: Path) -> None:
     numbers = [job["parallelism"], job["completions"]]
     numbers += [group[field] for group in workers for field in ("replicas", "minReplicas", "maxReplicas")]
     assert numbers == [5] * 8
+    (container,) = job["template"]["spec"]["containers"]
+    assert [container["resources"][field]["nvidia.com/gpu"] for field in ("requests", "limits")] == [8, 8]
     images = {container["image"] for one in made.values() for container in containers(one)}
     assert images == {f"elsewhere.example/tarflow-scale:{image_version()}-gpu"}
 
