@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --ray)
-        ray health-check --address "$2" >/dev/null 2>&1 ||
+        timeout 20 ray health-check --address "$2" >/dev/null 2>&1 ||
             unhealthy "no Ray head at $2 takes this container's token; look at its log, and at RAY_AUTH_TOKEN of both"
         shift 2
         ;;
