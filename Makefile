@@ -18,6 +18,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/yamllint --strict .
 
 clean:
 	rm -rf $(VENV) runs/demo build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

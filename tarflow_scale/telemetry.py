@@ -1,6 +1,7 @@
 """What a person and a script see of a run: a log, a progress bar, package versions, git commit, peak memory."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -174,13 +175,16 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the code that runs, with ``+`` when files differ from it; ``unknown`` outside a checkout."""
+    """Commit of the code that runs, with ``+`` when files differ from it.
+
+    Outside a checkout it is what ``TARFLOW_SCALE_COMMIT`` says, as the images in ``docker/`` do, or ``unknown``.
+    """
     folder = Path(__file__).parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("TARFLOW_SCALE_COMMIT") or "unknown"
     return commit + ("+" if changed else "")
 
 

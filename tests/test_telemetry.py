@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tarflow_scale import telemetry
 
 
@@ -26,3 +28,13 @@ def test_versions_and_memory() -> None:
     versions = telemetry.package_versions()
     assert versions["torch"][0].isdigit()
     assert telemetry.peak_memory_bytes() > 10_000_000
+
+
+def test_the_commit_is_the_checkouts_or_what_an_image_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = telemetry.git_commit()
+    monkeypatch.setenv("TARFLOW_SCALE_COMMIT", "0123abc")
+    assert telemetry.git_commit() == here or here == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, as in the images
+    assert telemetry.git_commit() == "0123abc"
+    monkeypatch.delenv("TARFLOW_SCALE_COMMIT")
+    assert telemetry.git_commit() == "unknown"
