@@ -15,6 +15,8 @@ __all__ = ["USABLE", "Job", "StagePlan", "advice", "by_stage", "largest_micro_ba
 
 USABLE = 0.95
 """Of a card's memory; the rest is left to the allocator's gaps."""
+_ALIKE = 0.05
+"""Differences of time that the arithmetic does not resolve: hooks and launches of kernels are not in it."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 
@@ -119,18 +121,21 @@ def variant(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig | No
 
 
 def advice(job: Job, stages: list[StagePlan]) -> list[str]:
-    """In words: the fastest stage that fits; or what makes the recipe fit, least change first."""
+    """In words: the lowest stage that fits and is about as fast as any; or what makes the recipe fit."""
     fitting = [plan for plan in stages if plan.fits]
     own = job.config.parallelism.zero_stage
     if fitting:
-        best = min(fitting, key=lambda plan: (round(plan.step.seconds, 4), plan.stage))
-        lines = [f"ZeRO stage {best.stage} is the fastest that fits ({best.memory.total / _GB:.1f} GB a GPU)"]
+        fastest = min(plan.step.seconds for plan in fitting)
+        best = next(plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest)
+        lines = [
+            f"ZeRO stage {best.stage} is the lowest that fits and is fast ({best.memory.total / _GB:.1f} GB a GPU)"
+        ]
         configured = next((plan for plan in stages if plan.stage == own), None)
         if configured is not None and not configured.fits:
             lines.append(f"stage {own}, as configured, does not fit; set parallelism.zero_stage={best.stage}")
         elif configured is not None and best.stage != own:
             slower = configured.step.seconds / best.step.seconds - 1
-            lines.append(f"stage {own}, as configured, fits too, at {slower:.1%} more time a step")
+            lines.append(f"stage {own}, as configured, fits too ({slower:+.1%} time a step)")
         return lines
     changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(job)]
     if not changes:
