@@ -147,6 +147,21 @@ _MODES = {"calibrate": "calibrate", "reference": "bind", "watch": "watch"}
 """Functions of a verb that a flag asks for."""
 
 
+_PLAN_FLAGS = {
+    "--gpus": "GPUs in all",
+    "--gpu": "their kind: h200, h100, a100, b200, ...",
+    "--gpus-per-node": "GPUs of a machine (8)",
+    "--network": "GB/s of each GPU to other machines, one direction (the maker's own machine)",
+    "--mfu": "model FLOPs utilisation of one GPU, 0 to 1",
+    "--price": "$ of a GPU and hour",
+    "--curve": "PNG to write: speed on 1 to 1,024 GPUs",
+    "--image-size": "side of the images in pixels, where there is no data set yet",
+    "--channels": "their channels (3)",
+    "--classes": "their classes; 0 for none",
+}
+"""Flags of ``train --plan``; `tarflow_scale.planning.Question` reads them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     code = _run(_parser().parse_args(argv))
@@ -165,6 +180,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, "override", None) is not None:
             overrides.append(f"gate.override={json.dumps(arguments.override)}")
         config = verb.config.load(path, overrides)
+        if _plan(arguments, config):
+            return 0
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
         function = next(
             (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function
@@ -193,6 +210,17 @@ def _look(arguments: argparse.Namespace) -> bool:
             getattr(importlib.import_module("tarflow_scale.prepare"), function)(*paths)
             return True
     return False
+
+
+def _plan(arguments: argparse.Namespace, config: Root) -> bool:
+    """Plan GPUs for a recipe, if ``train`` was asked to."""
+    given = {flag: value for flag in _PLAN_FLAGS if (value := getattr(arguments, flag[2:].replace("-", "_"), None))}
+    if not getattr(arguments, "plan", False):
+        if given:
+            raise ConfigError(f"{next(iter(given))} goes with --plan (got it alone); add --plan")
+        return False
+    importlib.import_module("tarflow_scale.planning").run(config, given)
+    return True
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -229,6 +257,11 @@ def _parser() -> argparse.ArgumentParser:
             looks.add_argument("--stats", nargs=1, metavar="DIR", help="print what is in a packed data set instead")
             npz = "write a packed data set as the npz that ADM's evaluator takes instead"
             looks.add_argument("--npz", nargs=2, metavar=("DIR", "FILE"), help=npz)
+        if name == "train":
+            plan = "print what the recipe needs of GPUs: memory, speed, traffic, cost; needs no GPU and no data set"
+            added.add_argument("--plan", action="store_true", help=plan)
+            for flag, meaning in _PLAN_FLAGS.items():
+                added.add_argument(flag, metavar=flag[2:].replace("-", "_").upper(), help=f"of --plan: {meaning}")
         if name == "generate":
             calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
             added.add_argument("--calibrate", action="store_true", help=calibrate)

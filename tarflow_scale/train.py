@@ -20,15 +20,14 @@ from tarflow_scale import distributed, storage, telemetry
 from tarflow_scale.config import (
     AugmentationConfig,
     Guidance,
-    ModelConfig,
     RealNVPConfig,
     SamplingConfig,
     Section,
     TrainConfig,
 )
 from tarflow_scale.density.picture import density_picture
-from tarflow_scale.errors import ConfigError, DataError, Interrupted, NumericsError, UserError
-from tarflow_scale.flows import Flow, build
+from tarflow_scale.errors import ConfigError, Interrupted, NumericsError, UserError
+from tarflow_scale.flows import Flow
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.processes import exclusive
@@ -46,9 +45,9 @@ from tarflow_scale.training.folder import STOP_SECONDS, check_shared, follow_lau
 from tarflow_scale.training.loop import Loop, Progress
 from tarflow_scale.training.meter import Meter, peak_flops_of
 from tarflow_scale.training.noise import conditions, model_input
-from tarflow_scale.training.plan import print_plan
+from tarflow_scale.training.plan import flow_of, print_plan, seen_by_model
 from tarflow_scale.training.validation import Validation
-from tarflow_scale.training.zero import deepspeed_config
+from tarflow_scale.training.zero import deepspeed_config, model_size
 
 __all__ = ["run"]
 
@@ -65,16 +64,17 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         Interrupted: the run was asked to stop and can go on.
     """
     mix = open_mix(config.data, config.training.global_batch_size, config.training.seed)
-    manifest = _seen_by_model(mix.manifest, config.data.augmentation.crop_pixels)
+    manifest = seen_by_model(mix.manifest, config.data.augmentation.crop_pixels)
     _check_vectors(config, manifest)
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in _build(config.model, manifest).parameters())
+        size = model_size(flow_of(config.model, manifest))
+    num_parameters = size.parameters
     ranks = distributed.world_size()
     deepspeed_config(config.optimizer, config.training, config.parallelism, num_parameters, ranks)
     telemetry.check_log_packages(config.logging.tensorboard, config.logging.wandb_project)
     validation = _open_validation(config, manifest)
     if distributed.is_main():
-        print_plan(config, mix, manifest, num_parameters)
+        print_plan(config, mix, manifest, size)
     if dry_run:
         return
 
@@ -97,7 +97,7 @@ def _train(
     num_parameters: int,
 ) -> None:
     torch.manual_seed(config.training.seed)
-    flow = _build(config.model, manifest)
+    flow = flow_of(config.model, manifest)
     flow.pixels = _pixel_format(config, manifest)
     flow.activations = config.parallelism.activations
     reader = Loader(
@@ -183,12 +183,6 @@ def _open_validation(config: TrainConfig, manifest: Manifest) -> Validation | No
     )
 
 
-def _build(model: ModelConfig, manifest: Manifest) -> Flow:
-    if manifest.num_conditions is not None:
-        return build(model, manifest.event_shape, None, manifest.num_conditions)
-    return build(model, manifest.event_shape, manifest.num_classes or None)
-
-
 def _initialize(flow: Flow, reader: Loader, config: TrainConfig) -> None:
     """Data-dependent initialisation on a micro batch of every rank, before DeepSpeed divides the weights.
 
@@ -213,18 +207,6 @@ def _own_slots(num_slots: int) -> range:
     """This rank's run of slots."""
     share = num_slots // distributed.world_size()
     return range(distributed.rank() * share, (distributed.rank() + 1) * share)
-
-
-def _seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
-    """The manifest with the size of the images that the model sees."""
-    if crop_pixels is None:
-        return manifest
-    if crop_pixels > manifest.image_size_pixels:
-        raise DataError(
-            f"data.augmentation.crop_pixels must not exceed the images (got {crop_pixels} and "
-            f"{manifest.image_size_pixels}); lower it or leave it out"
-        )
-    return manifest.model_copy(update={"image_size_pixels": crop_pixels})
 
 
 def _check_vectors(config: TrainConfig, manifest: Manifest) -> None:
@@ -319,7 +301,7 @@ def _preview(
 
     def draw(weights: dict[str, Tensor], images_seen: int) -> None:
         with torch.device("meta"):
-            flow = _build(config.model, manifest)
+            flow = flow_of(config.model, manifest)
         flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         flow.pixels = pixels
         path = f"{config.logging.path}/previews/images-{images_seen:012d}.png"

@@ -19,7 +19,7 @@ from measuring import Figure, alternate, measure_step, synchronize, write_result
 
 from tarflow_scale.config import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
-from tarflow_scale.flows.cost import estimated_activation_bytes
+from tarflow_scale.flows.footprint import activation_footprint
 from tarflow_scale.flows.glow import Glow
 
 LEVELS, WIDTH, IMAGE = 3, 512, 32
@@ -70,7 +70,7 @@ def large(device: str) -> dict[str, float]:
         "parameters": float(sum(p.numel() for p in flow.parameters())),
         "seconds": seconds,
         "peak_bytes": float(torch.cuda.max_memory_allocated() if device == "cuda" else peak),
-        "would_keep_bytes": estimated_activation_bytes(config.model, shape, 1, "keep", bf16=False),
+        "would_keep_bytes": activation_footprint(config.model, shape, 1, "keep", bf16=False).kept,
     }
 
 

@@ -16,14 +16,26 @@ import torch
 
 from tarflow_scale import telemetry
 
-__all__ = ["Figure", "alternate", "device_name", "measure_step", "public_tarflow", "synchronize", "write_results"]
+__all__ = [
+    "EXACT_MEMORY",
+    "Figure",
+    "alternate",
+    "device_name",
+    "measure_step",
+    "peak_bytes",
+    "public_tarflow",
+    "reset_peak",
+    "resident_bytes",
+    "synchronize",
+    "write_results",
+]
 
 Figure = tuple[str, float, str]
 """Asked, got, unit."""
 _MIB = 1024**2
-_EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 _KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""Environment of glibc's allocator."""
+"""Environment of glibc's allocator: freed blocks are given back at once, or kept."""
 
 
 def synchronize(device: str) -> None:
@@ -53,8 +65,8 @@ def measure_step(
     """
     step(1)  # gradients and library buffers are not what a step adds
     synchronize(device)
-    before = _resident_bytes(device)
-    _reset_peak(device)
+    before = resident_bytes(device)
+    reset_peak(device)
     for _ in range(warm_up):
         step(batch)
     seconds: list[float] = []
@@ -64,7 +76,7 @@ def measure_step(
         step(batch)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return {"seconds": min(seconds), "peak_mib": (_peak_bytes(device) - before) / _MIB}
+    return {"seconds": min(seconds), "peak_mib": (peak_bytes(device) - before) / _MIB}
 
 
 def alternate(
@@ -80,7 +92,7 @@ def alternate(
     for number in range(rounds + memory):
         for i, variant in enumerate(variants):
             command = [sys.executable, script, "--worker", *variant]
-            settings = _EXACT_MEMORY if number == rounds else _KEPT_MEMORY
+            settings = EXACT_MEMORY if number == rounds else _KEPT_MEMORY
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -134,16 +146,19 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def _resident_bytes(device: str) -> int:
+def resident_bytes(device: str) -> int:
+    """Memory in use now."""
     return torch.cuda.memory_allocated() if device == "cuda" else _status_bytes("VmRSS")
 
 
-def _reset_peak(device: str) -> None:
+def reset_peak(device: str) -> None:
+    """Let `peak_bytes` count from now on."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _peak_bytes(device: str) -> int:
+def peak_bytes(device: str) -> int:
+    """Most memory in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")

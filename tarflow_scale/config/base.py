@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow_scale.errors import ConfigError
 
-__all__ = ["Root", "Section", "load_config"]
+__all__ = ["Root", "Section", "load_config", "validated"]
 
 R = TypeVar("R", bound=BaseModel)
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
@@ -49,6 +49,15 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
     raw = _read_yaml(Path(path)) if path else {}
     for override in overrides:
         _merge(raw, override)
+    return validated(kind, raw)
+
+
+def validated(kind: type[R], raw: dict[str, Any]) -> R:
+    """The section that ``raw`` describes.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

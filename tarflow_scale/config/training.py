@@ -172,22 +172,24 @@ class ZeroPlusPlusConfig(Section):
 class ParallelismConfig(Section):
     """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, 2 also the gradients, 3 also the weights.
 
-    Bytes per parameter on N ranks, for weights, gradients, fp32 masters, two moments and E moving averages:
+    Bytes per parameter on N ranks with E moving averages, beside activations. What is held from step to step, and what
+    comes on top in the backward pass (buckets are 50 million numbers, two to four times):
 
-    ===== ================== ============================== ==============================
-    stage bytes              N = 8, E = 1                   with optimizer offload
-    ===== ================== ============================== ==============================
-    0     16 + 4 E / N       16.5 (no separate master)      not possible
-    1     8 + (12 + 4 E) / N 10.0                           8 on the GPU, rest in main memory
-    2     4 + (16 + 4 E) / N 6.5                            4 + 4 / N
-    3     (20 + 4 E) / N     3.0                            8 / N; with parameters offloaded too, 4 / N
-    ===== ================== ============================== ==============================
+    ===== ================== ============= ===============================================================
+    stage held               N = 8, E = 1  on top
+    ===== ================== ============= ===============================================================
+    0     12 + 4 E / N       12.5          gradients 4, and 4 for the copy that is reduced
+    1     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 4 and buckets where gradients accumulate
+    2     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 8 / N and buckets where gradients accumulate
+    3     (20 + 4 E) / N     3.0           weights gathered for the passes: 4, up to a billion of them
+    ===== ================== ============= ===============================================================
 
-    Which to choose: stage 0 for what fits easily, say 0.2 billion parameters (3.3 GB), since it communicates least;
-    stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which is every published TarFlow;
-    stage 3 above, or where a rank's share of memory is small. Offloading trades speed for memory once more: 7 billion
-    parameters at stage 3 on 8 ranks are 21 GB a GPU, and 7 GB with the optimizer in main memory. Activations come
-    on top; ``--dry-run`` prints both.
+    Which to choose: stage 0 for what fits easily, say 0.2 billion parameters (4.1 GB), since it waits least for its
+    buckets; stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which is every published
+    TarFlow; stage 1 and 2 need the same unless gradients accumulate, when stage 2 saves memory and reduces them for
+    every micro batch. Stage 3 above, or where a rank's share of memory is small. Offloading trades speed for memory
+    once more: the optimizer's 16 + 4 E bytes over N lie in main memory. ``train CONFIG --plan --gpus N --gpu h100``
+    does the arithmetic for a recipe: all stages, speed and traffic included.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["line_chart"]
+__all__ = ["Points", "line_chart", "short_number"]
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 36
@@ -42,10 +42,10 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
         x, y = x0 + (x1 - x0) * step / _TICKS, y0 + (y1 - y0) * step / _TICKS
         (left, down), (right, _) = place(x0, y), place(x1, y)
         parts.append(f'<line class="rule" x1="{left:.1f}" y1="{down:.1f}" x2="{right:.1f}" y2="{down:.1f}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{down + 4:.1f}" text-anchor="end">{_number(y)}</text>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{down + 4:.1f}" text-anchor="end">{short_number(y)}</text>')
         anchor = "start" if step == 0 else "end" if step == _TICKS else "middle"
         across, _ = place(x, y0)
-        parts.append(f'<text x="{across:.1f}" y="{_HEIGHT - 18}" text-anchor="{anchor}">{_number(x)}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{_HEIGHT - 18}" text-anchor="{anchor}">{short_number(x)}</text>')
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
     for number, points in enumerate(shown.values()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
@@ -68,10 +68,11 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _in_words(series: Mapping[str, Points]) -> str:
-    return "; ".join(f"{name} from {_number(p[0][1])} to {_number(p[-1][1])}" for name, p in series.items())
+    return "; ".join(f"{name} from {short_number(p[0][1])} to {short_number(p[-1][1])}" for name, p in series.items())
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
+    """Three digits and a suffix: ``12.3 k``."""
     for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"

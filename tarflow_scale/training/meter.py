@@ -15,30 +15,19 @@ from typing import Literal
 
 import torch
 
+from tarflow_scale.training.cards import card_of_device
+
 __all__ = ["Meter", "peak_flops_of"]
 
 Part = Literal["data", "checkpoint", "validation", "preview"]
-
-_PEAKS = {
-    "H200": 989.5e12,
-    "H100 PCIe": 756.0e12,
-    "H100": 989.5e12,
-    "B200": 2250.0e12,
-    "A100": 312.0e12,
-    "L40S": 362.0e12,
-    "A10": 125.0e12,
-    "V100": 125.0e12,
-    "RTX 4090": 165.2e12,
-}
-"""Dense bf16 (V100: fp16) tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
 
 
 def peak_flops_of(device: torch.device) -> float | None:
     """Peak operations a second of a device, if it is a known one."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    card = card_of_device(torch.cuda.get_device_name(device))
+    return None if card is None else card.bf16_flops
 
 
 @dataclass

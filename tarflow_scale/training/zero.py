@@ -1,15 +1,18 @@
-"""What the configuration means to DeepSpeed: its dictionary, and the bytes a parameter costs."""
+"""What the configuration means to DeepSpeed: its dictionary, and the parameters that it treats apart."""
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
+from tarflow_scale.training.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
 
-__all__ = ["deepspeed_config", "state_bytes_per_parameter"]
+__all__ = ["deepspeed_config", "model_size"]
 
-_BUCKET_ELEMENTS = 50_000_000
+_SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""DeepSpeed's own list of modules, and of no class below them (``runtime/torch_autocast.py``, 0.19.8)."""
 _PERSISTENT_ELEMENTS = 100_000
 """Smaller parameters stay whole on every rank at stage 3; never more than a hundredth of the model each."""
 
@@ -35,10 +38,13 @@ def deepspeed_config(
     """
     batch, micro = training.global_batch_size, training.micro_batch_size
     if batch % (micro * ranks):
-        down = max(1, batch // (micro * ranks)) * micro * ranks
+        nearest = max(1, round(batch / (micro * ranks))) * micro * ranks
+        smaller = (
+            f", or training.micro_batch_size={batch // ranks}" if batch % ranks == 0 and batch // ranks < micro else ""
+        )
         raise ConfigError(
             f"training.global_batch_size must be a multiple of training.micro_batch_size x ranks "
-            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {down}"
+            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {nearest}{smaller}"
         )
     # At stage 0 our optimizer clips; Muon's updates have no norm to clip.
     clips = parallelism.zero_stage > 0 and optimizer.kind == "adamw"
@@ -55,7 +61,7 @@ def deepspeed_config(
 
 
 def _zero_section(parallelism: ParallelismConfig, num_parameters: int) -> dict[str, Any]:
-    bucket = max(1, min(_BUCKET_ELEMENTS, num_parameters))
+    bucket = max(1, min(BUCKET_ELEMENTS, num_parameters))
     cuda = torch.cuda.is_available()
     section: dict[str, Any] = {
         "stage": parallelism.zero_stage,
@@ -63,6 +69,8 @@ def _zero_section(parallelism: ParallelismConfig, num_parameters: int) -> dict[s
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_live_parameters": LIVE_ELEMENTS,
+        "stage3_max_reuse_distance": LIVE_ELEMENTS,
         "stage3_param_persistence_threshold": min(_PERSISTENT_ELEMENTS, num_parameters // 100),
     }
     if parallelism.offload != "none":
@@ -79,20 +87,11 @@ def _zero_section(parallelism: ParallelismConfig, num_parameters: int) -> dict[s
     return section
 
 
-def state_bytes_per_parameter(parallelism: ParallelismConfig, num_averages: int, ranks: int) -> tuple[float, float]:
-    """Bytes a parameter on the device and in main memory, by the arithmetic of `ParallelismConfig`."""
-    weights = gradients = 4.0
-    moments, averages = 8.0, 4.0 * num_averages
-    stage = parallelism.zero_stage
-    if stage == 0:
-        return weights + gradients + moments + averages / ranks, 0.0
-    update = (4.0 + moments + averages) / ranks  # masters, moments, averages
-    gradients /= ranks if stage >= 2 else 1
-    weights /= ranks if stage == 3 else 1
-    match parallelism.offload:
-        case "none":
-            return weights + gradients + update, 0.0
-        case "optimizer":
-            return weights + gradients, update
-        case "all":
-            return gradients, weights + update
+def model_size(flow: nn.Module) -> ModelSize:
+    """Count the parameters of a flow, which may be on the meta device."""
+    return ModelSize(
+        parameters=sum(p.numel() for p in flow.parameters()),
+        low_precision=sum(
+            p.numel() for m in flow.modules() if type(m) in _SENT_IN_BF16 for p in m.parameters(recurse=False)
+        ),
+    )

@@ -12,7 +12,7 @@ import pytest
 
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.training.zero import deepspeed_config, state_bytes_per_parameter
+from tarflow_scale.training.zero import deepspeed_config
 
 TOP = Path(__file__).resolve().parents[2]
 
@@ -327,15 +327,3 @@ def test_offloading_and_zero_plus_plus_reach_deepspeed() -> None:
     section = dictionary(zero_plus_plus=plus)["zero_optimization"]
     assert section["zero_hpz_partition_size"] == 8
     assert section["zero_quantized_weights"] is section["zero_quantized_gradients"] is True
-
-
-@pytest.mark.parametrize(
-    ("stage", "offload", "expected"),
-    [
-        (0, "none", (16.5, 0)), (1, "none", (10, 0)), (2, "none", (6.5, 0)), (3, "none", (3, 0)),
-        (1, "optimizer", (8, 2)), (2, "optimizer", (4.5, 2)), (3, "optimizer", (1, 2)), (3, "all", (0.5, 2.5)),
-    ],
-)  # fmt: skip
-def test_bytes_a_parameter_are_those_of_the_table(stage: int, offload: str, expected: tuple[float, float]) -> None:
-    section = ParallelismConfig.model_validate({"zero_stage": stage, "offload": offload})
-    assert state_bytes_per_parameter(section, num_averages=1, ranks=8) == expected

@@ -1,0 +1,73 @@
+"""The GPUs that a plan can be made for: what their makers' data sheets say of them. The one table of cards.
+
+Peaks are dense (the sheets' large numbers count zeros that sparsity skips). Links are bytes a second in one direction:
+the sheets add both. The network is that of the maker's own eight-GPU machine, by GPU; a rented one may have less.
+"""
+
+from dataclasses import dataclass
+
+from tarflow_scale.errors import ConfigError
+
+__all__ = ["CARDS", "Card", "card_named", "card_of_device"]
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Args:
+        name: what it is called on the command line.
+        device: a part of the name that CUDA gives it.
+        memory_bytes: of the card.
+        bf16_flops: dense tensor-core peak, operations a second (V100: fp16).
+        fp32_flops: peak without tensor cores, for ``precision=fp32``.
+        link_bytes_per_second: to the other cards of its machine, one direction: NVLink, or PCIe where it has none.
+        network_bytes_per_second: to other machines, one direction.
+        network: what that is, in words.
+    """
+
+    name: str
+    device: str
+    memory_bytes: float
+    bf16_flops: float
+    fp32_flops: float
+    link_bytes_per_second: float
+    network_bytes_per_second: float
+    network: str
+
+
+CARDS = (
+    Card("h200", "H200", 141 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H200: 400 Gb/s a GPU"),
+    Card("h100-pcie", "H100 PCIe", 80 * _GB, 756e12, 51e12, 64 * _GB, 25 * _GB, "200 Gb/s a GPU"),
+    Card("h100", "H100", 80 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H100: 400 Gb/s a GPU"),
+    Card("b200", "B200", 180 * _GB, 2250e12, 75e12, 900 * _GB, 50 * _GB, "DGX B200: 400 Gb/s a GPU"),
+    Card("a100", "A100", 80 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s a GPU"),
+    Card("a100-40gb", "A100-SXM4-40GB", 40 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s"),
+    Card("l40s", "L40S", 48 * _GB, 362e12, 91.6e12, 32 * _GB, 12.5 * _GB, "100 Gb/s a GPU"),
+    Card("a10", "A10", 24 * _GB, 125e12, 31.2e12, 32 * _GB, 6.25 * _GB, "50 Gb/s a GPU"),
+    Card("v100", "V100", 32 * _GB, 125e12, 15.7e12, 150 * _GB, 12.5 * _GB, "DGX-1: 100 Gb/s a GPU"),
+    Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s a GPU"),
+)
+"""From NVIDIA's data sheets: H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10, V100, and the Ada
+architecture's white paper; L40S, A10, H100 PCIe and RTX 4090 have no machine of the maker's, so their networks are
+assumptions."""
+
+
+def card_named(name: str) -> Card:
+    """The card of that name, whatever its case.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for card in CARDS:
+        if card.name == name.lower():
+            return card
+    raise ConfigError(f"--gpu must be one of {', '.join(card.name for card in CARDS)} (got {name}); choose one")
+
+
+def card_of_device(device_name: str) -> Card | None:
+    """The card whose device has this name on CUDA; the most particular one, None if it is not known."""
+    found = [card for card in CARDS if card.device in device_name]
+    return max(found, key=lambda card: len(card.device), default=None)
