@@ -131,7 +131,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     with telemetry.progress_bar(len(needed), "verify", unit="file") as bar:
         problems += Store(path).problems(needed, lambda _: bar.update(1))
     for problem in problems:
-        print(problem)
+        print(telemetry.printable(problem))
     if problems:
         raise RegistryError(f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them")
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files are what their digests say")
