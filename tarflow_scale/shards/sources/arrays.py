@@ -22,21 +22,22 @@ from numpy.typing import NDArray
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import NPY_FAULTS
+from tarflow_scale.shards.reader import check_member
 from tarflow_scale.shards.sources.base import ImageSource, Spool, numbered_classes
 
 __all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
 
 _SIDE = 32
 _CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
-_MAX_FILE_BYTES = 1 << 29
-"""The largest file of CIFAR has 155 MB."""
+_MAX_ARCHIVE_BYTES = 1 << 29
+"""CIFAR has 186 MB."""
 _Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class _PlainType:
     """What stands for ``numpy.dtype`` in a pickle: one of numbers."""
 
-    def __init__(self, name: str | bytes, *_: object) -> None:
+    def __init__(self, name: object, *_: object) -> None:
         text = name.decode("ascii") if isinstance(name, bytes) else name
         if not isinstance(text, str) or not re.fullmatch(r"[biuf][1248]", text):
             raise pickle.UnpicklingError(f"it has an array of {name!r:.40}")
@@ -157,18 +158,20 @@ def _read_files(path: str) -> dict[str, bytes]:
         return {name: storage.read_bytes(storage.join(path, name)) for name in storage.list_sizes(path)}
     try:
         with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(path))) as tar:
-            files: dict[str, bytes] = {}
+            files, total = dict[str, bytes](), 0
             for member in tar:
-                if member.size > _MAX_FILE_BYTES:
+                check_member(member)
+                total += member.size
+                if total > _MAX_ARCHIVE_BYTES:
                     raise DataError(
-                        f"{path} must hold files of CIFAR (got {member.name!r:.80} of {member.size:,} bytes); download "
-                        f"it again"
+                        f"{path} must hold files of CIFAR alone (got {total:,} bytes up to {member.name!r:.80}); "
+                        f"download it again"
                     )
                 file = tar.extractfile(member) if member.isreg() else None
                 if file is not None:
                     files[member.name.rsplit("/", 1)[-1]] = file.read()
             return files
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); download it again") from error
 
 

@@ -237,12 +237,13 @@ def test_a_pickle_makes_no_array_but_of_the_bytes_that_it_holds() -> None:
 
 
 def test_an_archive_of_other_sizes_than_cifars_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow_scale.shards.sources.arrays._MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr("tarflow_scale.shards.sources.arrays._MAX_ARCHIVE_BYTES", 10_000)
     with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as tar:
-        info = tarfile.TarInfo("data_batch_1")
-        info.size = 20_000
-        tar.addfile(info, io.BytesIO(bytes(20_000)))
-    with pytest.raises(DataError, match=r"must hold files of CIFAR \(got 'data_batch_1' of 20,000 bytes\)"):
+        for name in ("data_batch_1", "data_batch_2"):
+            info = tarfile.TarInfo(name)
+            info.size = 6_000
+            tar.addfile(info, io.BytesIO(bytes(6_000)))
+    with pytest.raises(DataError, match=r"files of CIFAR alone \(got 12,000 bytes up to 'data_batch_2'\)"):
         opened("cifar", tmp_path / "bomb.tar.gz")
 
 
