@@ -1,4 +1,11 @@
-"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model."""
+"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model.
+
+A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
+``init`` tries whether the store gives one winner of many writers; ``list``, ``show`` and ``diff`` look; ``verify``
+reads every event and file; ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each; ``collect`` lists
+what nothing needs, and removes it with ``command.delete=true``. `tarflow_scale.exchange` has ``export`` and ``import``.
+Events are added, never changed, so a command that was killed did all or nothing; ``collect`` is run again.
+"""
 
 import json
 from typing import Any
