@@ -24,6 +24,7 @@ from tarflow_scale import config as configuration
 from tarflow_scale import distributed
 from tarflow_scale.config.base import Root
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
+from tarflow_scale.telemetry import printable
 
 __all__ = ["main"]
 
@@ -190,9 +191,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except UserError as error:
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
-            print(f"{prefix}: {error}", file=sys.stderr)
+            print(f"{prefix}: {printable(str(error))}", file=sys.stderr)
         elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
-            print(f"tarflow-scale: error on rank {distributed.rank()}: {error}", file=sys.stderr)
+            print(f"tarflow-scale: error on rank {distributed.rank()}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)

@@ -3,6 +3,10 @@
 Read the tensors without running code, infer every size, rename, write ``model.safetensors`` and ``config.json``.
 What the tensors do not say, the noise the model was trained with, is configured. A registered version also needs the
 data set's manifest, so that it can be evaluated and sampled like any other.
+
+Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. A file that
+would run code, is no TarFlow, or is not finite is refused, as is a folder that holds another flow. The same command
+again changes nothing.
 """
 
 from tarflow_scale import storage, telemetry

@@ -4,6 +4,11 @@ Resolve the version, list the parts that all protocols need between them, make o
 turn parts into numbers in rounds of tasks on the same workers, and attach the report. Ray and a single process agree,
 and a killed evaluation goes on where it was. ``--reference`` computes what the protocols are compared with, no more;
 ``--watch`` scores every version as it is registered.
+
+Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and protocols. Writes an
+event with the report (and a picture and the numbers of each image as blobs) into the registry, and below
+``reference.cache`` the references and, until the report is attached, the parts. Refused are images of another shape or
+depth than the protocol's, and references that are not those a protocol was bound to.
 """
 
 import math

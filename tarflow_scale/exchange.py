@@ -3,6 +3,10 @@
 The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` where a report
 has one, and last ``version.json``, everything else that the registry knows. What is imported is checked before it is
 stored: safetensors of the promised digest, no pickle, no name that leaves the folder.
+
+Both read and write a folder or URL, ``command.path``: ``export`` an empty or absent one, ``import`` what export wrote,
+to register it as ``registry.model``. What was imported before becomes no second version, and an import that was killed
+is run again.
 """
 
 import json

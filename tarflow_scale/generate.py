@@ -4,6 +4,10 @@ Resolve everything that decides the bytes into a plan, freeze it in the output f
 idempotent unit of work: decode its range of indices, record its digests, write it, read it back. The manifest comes
 last. Running it again makes what is missing, byte for byte; a folder that holds another plan is refused. Several
 drivers may work on one folder: each begins elsewhere and passes over what others have made.
+
+Writes into ``shards.path``: ``plan.json`` first, the tars with their indexes, ``quality.json``, ``manifest.json``, and
+``grid.png`` where there is something to look at. A shard that was made again with other bytes is an error, and so are
+more bad samples than ``sampling.guard`` allows. ``--calibrate`` measures decoding instead, and writes an event.
 """
 
 import functools

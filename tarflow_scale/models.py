@@ -1,4 +1,11 @@
-"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model."""
+"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model.
+
+A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
+``init`` tries whether the store gives one winner of many writers; ``list``, ``show`` and ``diff`` look; ``verify``
+reads every event and file; ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each; ``collect`` lists
+what nothing needs, and removes it with ``command.delete=true``. `tarflow_scale.exchange` has ``export`` and ``import``.
+Events are added, never changed, so a command that was killed did all or nothing; ``collect`` is run again.
+"""
 
 import json
 from typing import Any
@@ -131,7 +138,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     with telemetry.progress_bar(len(needed), "verify", unit="file") as bar:
         problems += Store(path).problems(needed, lambda _: bar.update(1))
     for problem in problems:
-        print(problem)
+        print(telemetry.printable(problem))
     if problems:
         raise RegistryError(f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them")
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files are what their digests say")

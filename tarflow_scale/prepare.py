@@ -3,6 +3,11 @@
 Open the source, split it (as it says, or by class), pack each split in a random order into tars with an index beside
 each, and publish the manifests last, when all splits are packed. The same source and configuration give the same
 bytes, with any number of workers. A packing that was killed goes on when it is run again; bad input leaves nothing.
+
+Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes ``<shards.path>/train`` and ``/test``:
+tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` if images were left out. Refused are sources that do not
+fit together, folders that hold other files or another data set, and a folder to which another packing writes. Looking
+at a packed set: ``--check``, ``--stats``, ``--npz``.
 """
 
 from collections.abc import Iterable

@@ -2,6 +2,10 @@
 
 Read the gate and its protocols, compare the version's reports with the bounds and with the present holder, print
 every reason, and move the alias if all hold and it still points where it did. Neither torch nor Ray is imported.
+
+Reads ``gate.path``, the protocols that it names and the model's log; writes one event, or nothing. A gate that says no
+is exit code 2 with every reason; ``--override REASON`` moves the alias all the same, and records both for ever. There
+is nothing to resume: the event is there or is not.
 """
 
 from tarflow_scale import telemetry

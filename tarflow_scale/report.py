@@ -2,6 +2,10 @@
 
 Read leaderboards and their protocols, fold the logs of all models, rank the numbers that share a protocol id, gather
 the pictures and curves that go with them, and write ``leaderboard.md`` and one self-contained ``index.html``.
+
+Reads ``report.leaderboards``, ``report.registries`` and the logs of ``report.runs``; writes into ``report.path``.
+Numbers of several protocol ids on one board are an error, not a footnote. Nothing is kept between runs: it is all made
+anew.
 """
 
 import json

@@ -3,6 +3,11 @@
 Workers turn ranges of images into bits/dim, kept as parts, so that a job that was killed goes on where it was; held-out
 normal images say what is typical and which score only so many of them exceed; the table of all images comes last. With
 a second set that is known to be anomalous, every score says how well it tells the two apart.
+
+Reads the version (and a background model), the sets ``data``, ``calibration`` and maybe ``anomalies``. Writes into
+``scoring.path``: ``scores.csv`` or ``.parquet``, a row an image; ``summary.json``; ``maps.png`` if asked for; and
+``parts/`` while it works. Refused are models trained on noisy images, which have no likelihood, and sets of other
+shapes.
 """
 
 import csv

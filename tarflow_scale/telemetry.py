@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata, util
@@ -21,6 +22,7 @@ __all__ = [
     "open_log",
     "package_versions",
     "peak_memory_bytes",
+    "printable",
     "progress_bar",
     "table",
 ]
@@ -200,10 +202,16 @@ def peak_memory_bytes(device: str = "cpu") -> int:
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """A text table with columns as wide as they need to be."""
+    header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
     return "\n".join([head, "  ".join("-" * width for width in widths), *lines])
+
+
+def printable(text: str) -> str:
+    """Text that does to a terminal what it says: control characters, which names from files may hold, are escaped."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c).startswith("C") else c for c in text)
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -3,6 +3,12 @@
 Open the data, build the flow, put it under DeepSpeed, train from the latest checkpoint to the configured number of
 images, export the averaged weights and register them. The same command again continues where the run stopped.
 Start it on several ranks with torchrun; see ``launch/``.
+
+Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml``, ``environment.json``,
+``status.json``, ``log.jsonl``, ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and at the
+end ``model/``, which is also registered as ``registry.model``. Refused are a folder of another run or of one that goes
+on, and counts that do not divide. A run that is told to stop saves a checkpoint and ends with exit code 75; one that
+was killed loses what came after its latest whole checkpoint, and trains it again, on as many ranks to the same weights.
 """
 
 import warnings

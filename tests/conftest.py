@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +59,19 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def command(
-    *arguments: str, ranks: int = 0, cwd: Path = TOP, timeout: float = 300
+    *arguments: str,
+    ranks: int = 0,
+    cwd: Path = TOP,
+    timeout: float = 300,
+    environment: Mapping[str, str] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run ``tarflow-scale ARGUMENTS``; with ``ranks``, under torchrun."""
+    """Run ``tarflow-scale ARGUMENTS``; with ``ranks``, under torchrun; with more variables in its environment."""
     python = [sys.executable, "-m"]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*python, *launcher, "tarflow_scale", *arguments],
         cwd=cwd,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -118,6 +118,20 @@ def test_pictures_load_and_a_hostile_name_is_text(browser: Any) -> None:
     assert HOSTILE in browser.execute_script("return document.body.innerText")
 
 
+def test_no_script_but_its_own_runs_on_the_page(browser: Any, reported: tuple[list[str], Path], tmp_path: Path) -> None:
+    """Names are escaped; and if one were not, the page's policy would stop it."""
+    page = (reported[1] / "index.html").read_text()
+    assert page.count("<main>") == 1
+    attack = "<main><script>document.title = 'script'</script><img src=x onerror=\"document.title = 'image'\">"
+    (tmp_path / "attacked.html").write_text(page.replace("<main>", attack))
+    try:
+        browser.get((tmp_path / "attacked.html").as_uri())
+        assert browser.title == "Leaderboards"
+        assert sum("Content Security Policy" in entry["message"] for entry in browser.get_log("browser")) >= 2
+    finally:
+        browser.get((reported[1] / "index.html").as_uri())
+
+
 def test_tables_sort_by_keyboard(browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 

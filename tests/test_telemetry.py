@@ -24,6 +24,11 @@ def test_a_table_is_as_wide_as_its_cells() -> None:
     assert text.splitlines() == ["x       y", "------  ---------", "a       long cell", "longer  b"]
 
 
+def test_a_table_shows_what_would_steer_a_terminal() -> None:
+    text = telemetry.table([("a\x1b[31m\n\u202eb", "ü ∞ 龍")], ("x", "y"))
+    assert text.splitlines()[2] == r"a\x1b[31m\n\u202eb  ü ∞ 龍"
+
+
 def test_versions_and_memory() -> None:
     versions = telemetry.package_versions()
     assert versions["torch"][0].isdigit()

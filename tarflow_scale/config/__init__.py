@@ -1,4 +1,9 @@
-"""Configuration: pydantic sections, one YAML a run, ``section.key=value`` overrides. Nothing heavy is imported."""
+"""Configuration: pydantic sections, one YAML a run, ``section.key=value`` overrides. Nothing heavy is imported.
+
+`roots` has the configuration of each verb, `sections`, `data`, `flows`, `training` and `protocols` what they are made
+of, and `base` reads them. A mistake is one line with the path of its key, before anything starts; ``VERB --help``
+prints every key with its default and meaning, which are the docstrings of the sections.
+"""
 
 from tarflow_scale.config.base import Section, load_config
 from tarflow_scale.config.data import (

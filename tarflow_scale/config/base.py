@@ -1,8 +1,11 @@
 """How a configuration is read: one YAML file, ``section.key=value`` overrides, then validation of the whole.
 
-Every problem is reported with the path of its key, before anything heavy is imported or anything is written.
+Every problem is reported with the path of its key, before anything heavy is imported or anything is written. A file is
+data: no tag of it makes an object, what it says by reference is bounded, and no password may be in it, because a run
+keeps its configuration.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -14,6 +17,11 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["Root", "Section", "load_config", "validated"]
 
 R = TypeVar("R", bound=BaseModel)
+_PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
+_MOST_VALUES = 100_000
+"""References in YAML can make a file of a kilobyte stand for a billion values."""
+_MOST_SHOWN = 300
+"""Characters of a value in an error."""
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
 
@@ -49,6 +57,7 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
     raw = _read_yaml(Path(path)) if path else {}
     for override in overrides:
         _merge(raw, override)
+    _check(raw)
     return validated(kind, raw)
 
 
@@ -67,7 +76,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path} ({error.strerror}); check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -78,15 +87,68 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], raw)
 
 
+def _parsed(text: str) -> Any:
+    """What a text says; hostile ones fail as others do.
+
+    Raises:
+        YAMLError: it is not YAML, or nested too deep, or has a number of thousands of digits.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
+    except ValueError as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _check(raw: dict[str, Any]) -> None:
+    """Refuse a tree that is too large when its references are followed, and passwords.
+
+    Raises:
+        ConfigError: it is, or there is one.
+    """
+    known: dict[int, int] = {}
+    open_ones: set[int] = set()
+
+    def size(value: Any, path: str) -> int:
+        if isinstance(value, str) and _PASSWORD.match(value):
+            raise ConfigError(
+                f"{path}: a URL must not hold a password, which would be kept with the run (got one for "
+                f"{value.rpartition('@')[2]}); give it to the store's client, by its environment variables or file"
+            )
+        if not isinstance(value, dict | list | tuple):
+            return 1
+        if id(value) in open_ones:
+            raise ConfigError(f"{path}: a value must not refer to itself (got a YAML anchor inside its own); remove it")
+        if id(value) not in known:
+            open_ones.add(id(value))
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            known[id(value)] = 1 + sum(size(item, f"{path}.{key}".lstrip(".")) for key, item in pairs)
+            open_ones.remove(id(value))
+        if known[id(value)] > _MOST_VALUES:
+            raise ConfigError(
+                f"{path}: a configuration must not hold more than {_MOST_VALUES:,} values (got more, by references); "
+                f"write it out"
+            )
+        return known[id(value)]
+
+    size(raw, "")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _merge(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
         raise ConfigError(f"an override is section.key=value (got {override!r}); for example training.seed=1")
     try:
-        value = yaml.safe_load(text)
+        value = _parsed(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: the value is not valid YAML (got {text!r}); quote it") from error
+        raise ConfigError(f"{path}: the value is not valid YAML (got {_shown(text)}); quote it") from error
     node = raw
     for key in keys[:-1]:
         child = node.setdefault(key, {})
@@ -114,5 +176,5 @@ def _one_line(problem: Any) -> str:
             return f"{path}: required key is missing; set it in the YAML or as {path}=VALUE"
         case _:
             reason = problem["msg"].removeprefix("Value error, ")
-            given = f" (got {problem['input']!r})" if path and "(got" not in reason else ""
+            given = f" (got {_shown(problem['input'])})" if path and "(got" not in reason else ""
             return f"{path}: {reason}{given}" if path else reason

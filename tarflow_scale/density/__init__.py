@@ -1,4 +1,10 @@
-"""What an exact likelihood is good for."""
+"""What an exact likelihood is good for.
+
+`image_bits_per_dim` and `image_nats` for images in memory, `classify` and `marginal_log_prob` over labels,
+`interpolated` and `edited` between latents, `fit_posterior` for variational inference; `tarflow_scale.density.anomaly`
+has the scores of the verb ``score``, `surprise` and `picture` draw. Nothing here reads or writes files; what does not
+fit a flow is a ValueError.
+"""
 
 from tarflow_scale.density.conditional import (
     attribute_direction,
@@ -8,6 +14,7 @@ from tarflow_scale.density.conditional import (
     log_prob_of_labels,
     marginal_log_prob,
 )
+from tarflow_scale.density.pixels import image_bits_per_dim, image_nats, image_tensor
 from tarflow_scale.density.variational import ImportanceReport, Posterior, fit_posterior
 
 __all__ = [
@@ -17,6 +24,9 @@ __all__ = [
     "classify",
     "edited",
     "fit_posterior",
+    "image_bits_per_dim",
+    "image_nats",
+    "image_tensor",
     "interpolated",
     "log_prob_of_labels",
     "marginal_log_prob",

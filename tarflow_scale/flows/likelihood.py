@@ -20,18 +20,22 @@ Shapes: images (B, C, H, W) uint8; x (B, C, H, W) float on [-1, 1]; log_prob (B,
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 
 __all__ = [
     "add_noise",
     "bits_per_dim",
     "combine_draws",
+    "dequantized",
     "nats_per_image",
     "quantize",
     "rounding_of",
@@ -64,6 +68,23 @@ def add_noise(
     if pixels.noise == "uniform":
         return (levels + noise) * (2 / num_levels) - 1
     return levels * (2 / (num_levels - 1)) - 1 + pixels.noise_std * noise
+
+
+def dequantized(
+    images: UInt8[Tensor, "B C H W"], bit_depth: int, seed: int, samples: Iterable[int], draw: int = 0
+) -> Float[Tensor, "B C H W"]:
+    """Stored pixels to floats by uniform noise, which depends on (seed, sample, draw) alone.
+
+    Args:
+        images: stored pixels; not changed.
+        bit_depth: their high bits that are data.
+        seed: of the noise.
+        samples: number of each image.
+        draw: which of several draws.
+    """
+    sources = [generator(Purpose.BITS_PER_DIM_NOISE, seed, sample, draw) for sample in samples]
+    noise = np.stack([source.random(tuple(images.shape[1:]), np.float32) for source in sources])
+    return add_noise(images, torch.from_numpy(noise), PixelFormat(bit_depth=bit_depth, noise="uniform"))
 
 
 def rounding_of(pixels: PixelFormat) -> Literal["floor", "nearest"]:

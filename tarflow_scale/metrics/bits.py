@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow_scale.config import BitsPerDimProtocol
-from tarflow_scale.flows.likelihood import add_noise, bits_per_dim, combine_draws
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
-from tarflow_scale.randomness import Purpose, generator
-from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.reader import Batch, ShardSet
 from tarflow_scale.shards.vectors import floats
 
@@ -25,14 +23,11 @@ _LEAST_EIGENVALUE = 1e-7
 
 def dequantised(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
     """One float tensor ``(B, C, H, W)`` on [-1, 1] for every draw of the protocol."""
-    pixels = PixelFormat(bit_depth=protocol.bit_depth, noise="uniform")
-    images, shape = torch.from_numpy(batch.images), batch.images.shape[1:]
-    draws: list[Tensor] = []
-    for draw in range(protocol.num_draws):
-        generators = [generator(Purpose.BITS_PER_DIM_NOISE, protocol.seed, int(i), draw) for i in batch.samples]
-        noise = np.stack([source.random(shape, np.float32) for source in generators])
-        draws.append(add_noise(images, torch.from_numpy(noise), pixels))
-    return draws
+    images = torch.from_numpy(batch.images)
+    return [
+        dequantized(images, protocol.bit_depth, protocol.seed, batch.samples.tolist(), draw)
+        for draw in range(protocol.num_draws)
+    ]
 
 
 def pixel_hashes(batch: Batch) -> tuple[str, ...]:

@@ -131,6 +131,19 @@ def _found_digest(name: str, weights: Mapping[str, str]) -> str:
     return storage.digest(path)
 
 
+def _check_plain(path: Path) -> None:
+    """See that a file holds tensors and nothing that runs: torch-fidelity unpickles its Inception's without asking.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file makes the reader raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read as plain weights ({reason}); download it again") from error
+
+
 def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: torch.device) -> Extractor:
     """The extractor of a set of features, in evaluation mode.
 
@@ -144,7 +157,7 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     """
     name = features.extractor
     found = _found_digest(name, weights)
-    if found != features.extractor_digest:  # what is unpickled below is the file that is meant
+    if found != features.extractor_digest:
         raise DataError(
             f"weights of {name} differ between machines (sha256 {found} here, not {features.extractor_digest}); "
             f"copy the same file to all"
@@ -153,6 +166,8 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     names = _layer_names(name, layers, features.images.bit_depth)
     _register(name)
     path = _weights_path(name, weights)
+    if name == _INCEPTION and path is not None:
+        _check_plain(path)
     given = {} if path is None else {"feature_extractor_weights_path": str(path)}
     cuda = device.type == "cuda"
     wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one that sFID looks at

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tarflow_scale.pages.ranking import Ranking, Row
+from tarflow_scale.telemetry import printable
 
 __all__ = ["markdown"]
 
@@ -37,5 +38,5 @@ def _line(row: Row) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that no table or heading breaks on."""
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    """Text that no table, heading or terminal breaks on."""
+    return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")

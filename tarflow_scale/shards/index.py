@@ -7,12 +7,14 @@ notices a flipped bit.
 import io
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import NPY_FAULTS
 
 __all__ = ["ShardIndex", "checksum", "read_index"]
 
@@ -29,6 +31,7 @@ def checksum(content: bytes | memoryview) -> int:
 
 
 _ALGORITHM = "crc32 of halves"
+_ARRAYS = {"offsets": "int64", "checksums": "uint64"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class ShardIndex:
         return buffer.getvalue()
 
 
-def read_index(location: str, samples: int, sha256: str) -> ShardIndex:
+def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> ShardIndex:
     """Read and check an index.
 
     Args:
         location: path or URL of the ``.index.npz``.
         samples: number of samples the manifest gives the shard.
         sha256: digest the manifest gives the index.
+        num_bytes: size the manifest gives the shard.
 
     Raises:
         DataError: when it is damaged or of another shard.
@@ -63,13 +67,28 @@ def read_index(location: str, samples: int, sha256: str) -> ShardIndex:
     content = storage.read_bytes(location)
     if storage.digest(content) != sha256:
         raise DataError(f"{location} does not match its manifest (sha256 differs); pack the data set again")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        found = str(arrays["algorithm"]) if "algorithm" in arrays.files else "an older one"
-        if found != _ALGORITHM:
-            raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {found}); pack the data set again")
-        index = ShardIndex(arrays["offsets"], arrays["checksums"])
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+    except (*NPY_FAULTS, AttributeError) as error:
+        raise DataError(f"{location} is no index ({' '.join(str(error).split())}); pack the data set again") from error
+    found = str(arrays.get("algorithm", "an older one"))
+    if found != _ALGORITHM:
+        raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {found}); pack the data set again")
+    index = ShardIndex(*(arrays.get(name, np.zeros((), kind)) for name, kind in _ARRAYS.items()))
+    for name, kind in _ARRAYS.items():
+        array = getattr(index, name)
+        if array.dtype != kind or array.ndim != 1:
+            raise DataError(
+                f"{name} of {location} must be a row of {kind} (got {array.dtype} {array.shape}); pack the data again"
+            )
     if len(index) != samples or len(index.offsets) != samples + 1:
         raise DataError(
             f"{location} indexes {len(index)} samples (the manifest says {samples}); pack the data set again"
+        )
+    if int(index.offsets[0]) < 0 or int(index.offsets[-1]) > num_bytes or (np.diff(index.offsets) <= 0).any():
+        raise DataError(
+            f"offsets of {location} must rise within the {num_bytes:,} bytes of its shard (got "
+            f"{int(index.offsets[0])} to {int(index.offsets[-1])}); pack the data set again"
         )
     return index

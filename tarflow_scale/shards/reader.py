@@ -23,7 +23,7 @@ from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
 from tarflow_scale.shards.vectors import decode_vector
 
-__all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "members_of"]
+__all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "check_member", "members_of"]
 
 T = TypeVar("T")
 
@@ -250,7 +250,9 @@ class ShardSet:
         if shard not in self._indexes:
             record = self.manifest.shards[shard]
             location = storage.join(self.path, index_name(record.file))
-            self._indexes[shard] = _patiently(lambda: read_index(location, record.samples, record.index_sha256))
+            self._indexes[shard] = _patiently(
+                lambda: read_index(location, record.samples, record.index_sha256, record.bytes)
+            )
         return self._indexes[shard]
 
     def _check_shard(self, record: ShardRecord, sizes: dict[str, int], full: bool) -> None:
@@ -274,7 +276,8 @@ class ShardSet:
         Raises:
             DataError: one of them differs.
         """
-        read_index(storage.join(self.path, index_name(record.file)), record.samples, record.index_sha256)
+        index = storage.join(self.path, index_name(record.file))
+        read_index(index, record.samples, record.index_sha256, record.bytes)
         location = storage.join(self.path, record.file)
         with storage.local_copy(location) as copy:
             if storage.digest(copy) != record.sha256:
@@ -316,6 +319,8 @@ def members_of(content: bytes | memoryview) -> dict[str, bytes]:
         if kind not in _REGULAR:
             return _members_by_tarfile(content)
         size = int(octal.rstrip(b"\0 ") or b"0", 8)
+        if size < 0:
+            raise ValueError("a member of negative size")  # it would be read again and again
         start = position + _TAR_BLOCK
         members[_extension(name.partition(b"\0")[0].decode())] = bytes(content[start : start + size])
         position = start + -(-size // _TAR_BLOCK) * _TAR_BLOCK
@@ -326,10 +331,23 @@ def _members_by_tarfile(content: bytes | memoryview) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     with _tar(content) as tar:
         for member in tar:
-            file = tar.extractfile(member)
+            check_member(member)
+            file = tar.extractfile(member) if member.isfile() else None
             if file is not None:
                 members[_extension(member.name)] = file.read()
     return members
+
+
+def check_member(member: tarfile.TarInfo) -> None:
+    """See that a member's size is that of bytes in the tar.
+
+    Raises:
+        TarError: it is negative, which would send readers back to what they have read, or that of a sparse file, which
+            may be anything.
+    """
+    if member.size < 0 or member.issparse():
+        kind = "sparse" if member.issparse() else "of negative size"
+        raise tarfile.ReadError(f"{member.name!r:.80} is {kind}")
 
 
 def _tar(content: bytes | memoryview) -> tarfile.TarFile:

@@ -1,5 +1,6 @@
 """Configuration: every mistake is found before anything starts, and named by the path of its key."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,45 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: 
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, file, [])
+
+
+BOMB = "a: &a [0]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, name in pairwise("abcdefghijkl")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: !!python/object/apply:os.system ['touch ran']", "could not determine a constructor for the tag"),
+        (BOMB + "data: *l", r"f: a configuration must not hold more than 100,000 values"),
+        (BOMB + "data: !!pairs [path: *l]", "must not hold more than 100,000 values"),
+        ("data: &a [*a]", r"data.0: a value must not refer to itself"),
+        ("data: " + "[" * 1_000, r"not valid YAML \(it is nested too deep\)"),
+        ("training: {seed: " + "9" * 6000 + "}", r"not valid YAML \(Exceeds the limit"),
+        ("data: {path: 's3://KEY:SECRET@bucket/x'}", r"data.path: a URL must not hold a password.*for bucket/x\)"),
+        ("data: {mix: [{path: 'https://u:SECRET@host'}]}", "data.mix.0.path: a URL must not hold a password"),
+        ("training: {seed: [" + "a, " * 1_000 + "]}", r"got \['a', 'a', .{280,300}\.\.\.\)"),
+    ],
+    ids=["tag", "bomb", "pairs", "cycle", "deep", "digits", "password", "password in a list", "long"],
+)
+def test_a_hostile_configuration_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        load_config(TrainConfig, file, [])
+    assert len(str(refusal.value)) < 1500
+    assert "SECRET" not in str(refusal.value)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("value", ["[" * 1_000, "9" * 6000, "ftp://u:SECRET@host", "&a [*a]"])
+def test_a_hostile_override_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(TrainConfig, None, [f"data.path={value}"])
+    assert len(str(refusal.value)) < 1500
+    assert "SECRET" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("kind", ["nice", "maf", "iaf", "continuous"])

@@ -62,6 +62,21 @@ def test_inception_runs_with_weights_of_the_expected_digest(tmp_path: Path) -> N
     assert torch.equal(found, extract(grey.expand(-1, 3, -1, -1))["spatial"])
 
 
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+def test_inceptions_weights_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a protocol names their digest: torch-fidelity alone would unpickle them."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": Malicious()}, "weights.pth")
+    digest = storage.digest(Path("weights.pth"))
+    with pytest.raises(DataError, match="weights.pth cannot be read as plain weights"):
+        open_extractor(wanted(INCEPTION, digest), {INCEPTION: "weights.pth"}, CPU)
+    assert not Path("ran").exists()
+
+
 def test_inceptions_features_are_torch_fidelitys(tmp_path: Path) -> None:
     """Ours has its batch norms folded; they agree far closer than pictures do."""
     weights = random_weights(tmp_path / "weights.pth")

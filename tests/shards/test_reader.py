@@ -14,7 +14,7 @@ from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.shards.images import Codec, decode_image, encode_image, encode_png
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name
-from tarflow_scale.shards.reader import Batch, CorruptSample, ShardSet
+from tarflow_scale.shards.reader import Batch, CorruptSample, ShardSet, members_of
 from tarflow_scale.shards.writer import publish_manifest
 
 
@@ -62,6 +62,24 @@ def test_a_flipped_bit_is_found_whatever_it_hits(copy: Path, offset: int) -> Non
         shards.take(np.arange(200))
     with pytest.raises(DataError, match=r"test-00000.tar does not match its manifest \(sha256 differs\)"):
         ShardSet(str(copy), verify="full")
+
+
+@pytest.mark.parametrize("field", [b"-0000001000", b"-0000002000", b"-1"])
+@pytest.mark.parametrize("kind", [b"0", b"L"])
+def test_members_of_negative_size_end_the_reading(field: bytes, kind: bytes) -> None:
+    """Wherever one stands, it would lead back to where reading came from, for ever."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a" * 120 if kind == b"L" else "a", "b", "c"):
+            tar.addfile(tarfile.TarInfo(name))
+    content = bytearray(buffer.getvalue()[: 512 * (5 if kind == b"L" else 3)])
+    assert content[156:157] == kind
+    at = len(content) - 512
+    content[at + 124 : at + 136] = field.ljust(12, b"\0")
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    with pytest.raises((tarfile.TarError, ValueError), match="negative size"):
+        members_of(bytes(content))
 
 
 def test_a_truncated_shard_is_found_when_opening(copy: Path) -> None:

@@ -53,7 +53,7 @@ def test_members_are_sorted_and_carry_no_time(tmp_path: Path) -> None:
 
 def test_the_index_points_at_every_sample(tmp_path: Path) -> None:
     record = PackedShard.of("s.tar", samples()).write(str(tmp_path))
-    index = read_index(str(tmp_path / index_name("s.tar")), 5, record.index_sha256)
+    index = read_index(str(tmp_path / index_name("s.tar")), 5, record.index_sha256, record.bytes)
     content = (tmp_path / "s.tar").read_bytes()
     assert storage.digest(content) == record.sha256
     for i in range(5):

@@ -1,7 +1,8 @@
 """Arrays of pixels: CIFAR-10 and -100 in both of their formats, and downsampled ImageNet.
 
-CIFAR's Python version is pickles. They are read by an unpickler that knows NumPy arrays, numbers, strings and
-containers; anything else in a file is refused, so that no file can run code
+CIFAR's Python version is pickles. They are read by an unpickler that knows NumPy arrays of plain numbers, numbers,
+strings and containers; anything else in a file is refused, so that no file can run code. NumPy's own unpickling is not
+called: a dtype in a pickle says of itself whether its elements are pointers, and NumPy believes it
 (www.cs.toronto.edu/~kriz/cifar.html; Chrabaszcz et al., arXiv 1707.08819, for downsampled ImageNet).
 """
 
@@ -21,37 +22,76 @@ from numpy.typing import NDArray
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import NPY_FAULTS
+from tarflow_scale.shards.reader import check_member
 from tarflow_scale.shards.sources.base import ImageSource, Spool, numbered_classes
 
 __all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
 
 _SIDE = 32
 _CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+_MAX_ARCHIVE_BYTES = 1 << 29
+"""CIFAR has 186 MB."""
 _Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+class _PlainType:
+    """What stands for ``numpy.dtype`` in a pickle: one of numbers."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        text = name.decode("ascii") if isinstance(name, bytes) else name
+        if not isinstance(text, str) or not re.fullmatch(r"[biuf][1248]", text):
+            raise pickle.UnpicklingError(f"it has an array of {name!r:.40}")
+        self.plain = np.dtype(text)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """``(version, byte order, ...)``: the rest is of structures, or is known."""
+        order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it has a byte order {order!r:.40}")
+        self.plain = self.plain.newbyteorder(order)
+
+
+class _PlainArray:
+    """What stands for an array in a pickle until all of it is read."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: NDArray[Any] = np.zeros(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """``(version, shape, dtype, whether in Fortran's order, bytes)``."""
+        _, shape, kind, fortran, content = state
+        if not isinstance(kind, _PlainType) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("it has an array of other things than numbers")
+        self.array = np.frombuffer(content, kind.plain).reshape(shape, order="F" if fortran else "C")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy", "ndarray"): _PlainArray,
+    ("numpy", "dtype"): _PlainType,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # how protocol 2 writes bytes
+}
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+        return _ALLOWED[module, name]
 
 
 def restricted_unpickle(content: bytes, what: str) -> Any:
-    """Containers, numbers, strings and NumPy arrays from a pickle; bytes of Python 2 stay bytes.
+    """What a pickle holds: an array, or a dictionary, whose values may be arrays; bytes of Python 2 stay bytes.
 
     Raises:
-        DataError: it is no pickle, or wants anything else.
+        DataError: it is no pickle, or wants anything else than containers, numbers, strings and arrays of numbers.
     """
     try:
-        return _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        if isinstance(found, dict):
+            return {key: value.array if isinstance(value, _PlainArray) else value for key, value in found.items()}
+        return found.array if isinstance(found, _PlainArray) else found
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f"{what} is not a pickle of plain arrays ({error}); download it again") from error
 
@@ -118,13 +158,20 @@ def _read_files(path: str) -> dict[str, bytes]:
         return {name: storage.read_bytes(storage.join(path, name)) for name in storage.list_sizes(path)}
     try:
         with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(path))) as tar:
-            files: dict[str, bytes] = {}
+            files, total = dict[str, bytes](), 0
             for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
+                check_member(member)
+                total += member.size
+                if total > _MAX_ARCHIVE_BYTES:
+                    raise DataError(
+                        f"{path} must hold files of CIFAR alone (got {total:,} bytes up to {member.name!r:.80}); "
+                        f"download it again"
+                    )
+                file = tar.extractfile(member) if member.isreg() else None
                 if file is not None:
                     files[member.name.rsplit("/", 1)[-1]] = file.read()
             return files
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); download it again") from error
 
 

@@ -29,6 +29,8 @@ _IDX_NAMES = {
     ("test", "y"): "t10k-labels-idx1-ubyte",
 }
 _IDX_UINT8 = 8
+_MAX_FILE_BYTES = 1 << 30
+"""The largest file in this format that is known, of EMNIST, has 550 MB."""
 
 
 class MnistSource(ImageSource):
@@ -102,9 +104,12 @@ def _read_idx_folder(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
             arrays[key] = read_idx(storage.read_bytes(plain), plain)
         elif storage.exists(zipped):
             try:
-                content = gzip.decompress(storage.read_bytes(zipped))
+                with gzip.open(io.BytesIO(storage.read_bytes(zipped))) as file:
+                    content = file.read(_MAX_FILE_BYTES + 1)
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{zipped} cannot be unpacked ({error}); download it again") from error
+            if len(content) > _MAX_FILE_BYTES:
+                raise DataError(f"{zipped} holds more than {_MAX_FILE_BYTES:,} bytes; download it again")
             arrays[key] = read_idx(content, zipped)
         else:
             raise DataError(f"no {name} or {name}.gz in {path}; source.path is an .npz file or the folder of IDX files")

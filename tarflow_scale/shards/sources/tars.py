@@ -19,7 +19,7 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
-from tarflow_scale.shards.reader import members_of
+from tarflow_scale.shards.reader import check_member, members_of
 from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping, as_label, numbered_classes
 
 __all__ = ["TarSource", "index_tars", "scan_tar"]
@@ -51,6 +51,7 @@ def scan_tar(location: str) -> list[TarSample]:
     try:
         with storage.open_seekable(location) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
+                check_member(member)
                 end = member.offset_data + (-(-member.size // _TAR_BLOCK) * _TAR_BLOCK if member.isreg() else 0)
                 if not member.isfile():
                     continue
@@ -60,7 +61,7 @@ def scan_tar(location: str) -> list[TarSample]:
                     samples[-1] = TarSample(key, samples[-1].start, end)
                 else:
                     samples.append(TarSample(key, member.offset, end))
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{location} is not a whole tar ({error}); replace or remove it") from error
     if not samples:
         raise DataError(f"no samples in {location}; replace or remove it")

@@ -206,6 +206,47 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert (restricted_unpickle(pickle.dumps(array, protocol=2), "it") == array).all()
 
 
+class Pointers:
+    """An array of objects whose pickled dtype denies that they are objects: NumPy would take the bytes for pointers."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = (1, (4,), self.Denial(), False, b"A" * 32)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state  # type: ignore[attr-defined]
+
+    class Denial:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class Huge:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, ((1 << 40,),)
+
+
+def test_a_pickle_makes_no_array_but_of_the_bytes_that_it_holds() -> None:
+    for evil in ({b"data": Pointers()}, {b"labels": [Pointers()]}, Pointers(), np.array([{}], object)):
+        with pytest.raises(DataError, match=r"not a pickle of plain arrays \(it has an array of '?O8?'?"):
+            restricted_unpickle(pickle.dumps(evil, protocol=2), "it")
+    assert restricted_unpickle(pickle.dumps(Huge(), protocol=2), "it").size == 0
+    for kind in (">i4", "<f8", "|u1", "=f2"):
+        for order in ("C", "F"):
+            array = np.asarray(RNG.integers(0, 100, (3, 4)), dtype=kind, order=order)  # type: ignore[call-overload]
+            found = restricted_unpickle(pickle.dumps({b"data": array}, protocol=2), "it")[b"data"]
+            assert (found == array).all()
+            assert found.dtype == array.dtype
+
+
+def test_an_archive_of_other_sizes_than_cifars_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow_scale.shards.sources.arrays._MAX_ARCHIVE_BYTES", 10_000)
+    with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as tar:
+        for name in ("data_batch_1", "data_batch_2"):
+            info = tarfile.TarInfo(name)
+            info.size = 6_000
+            tar.addfile(info, io.BytesIO(bytes(6_000)))
+    with pytest.raises(DataError, match=r"files of CIFAR alone \(got 12,000 bytes up to 'data_batch_2'\)"):
+        opened("cifar", tmp_path / "bomb.tar.gz")
+
+
 def test_damaged_cifar_batches_are_named(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "a", binary=True)
     (tmp_path / "a/data_batch_2.bin").write_bytes(b"short")
@@ -467,3 +508,81 @@ def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         before = sorted(file.name for file in path.iterdir())
         assert cli.main([*arguments, f"source.path={path}", f"shards.path={path}"]) == 2
         assert sorted(file.name for file in path.iterdir()) == before
+
+
+def resized(content: bytes, field: bytes) -> bytes:
+    """A tar whose second header claims another size, with a checksum that agrees."""
+    changed = bytearray(content)
+    at = 1024
+    changed[at + 124 : at + 136] = field.ljust(12, b"\0")
+    changed[at + 148 : at + 156] = b" " * 8
+    changed[at + 148 : at + 156] = b"%06o\0 " % sum(changed[at : at + 512])
+    return bytes(changed)
+
+
+HOSTILE_SIZES = {
+    "octal": b"77777777777",
+    "negative octal": b"-0000002000",
+    "negative": b"-0000000777",
+    "binary": b"\x80\x7f" + b"\xff" * 10,
+    "negative binary": b"\xff" * 10 + b"\xfc\0",  # -1024
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("field", HOSTILE_SIZES.values(), ids=HOSTILE_SIZES)
+def test_a_size_that_is_not_that_of_the_bytes_is_refused(field: bytes, in_place: bool, tmp_path: Path) -> None:
+    """A negative one sends a reader back to what it has read, for ever."""
+    tar_of(tmp_path / "a.tar", [(f"{i}.txt", b"x") for i in range(3)])
+    (tmp_path / "a.tar").write_bytes(resized((tmp_path / "a.tar").read_bytes(), field))
+    check_refused(tmp_path, in_place)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sparse_member_is_refused(in_place: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a few bytes, it may claim to be terabytes of zeros."""
+    png = encode_png(images(1)[0])
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("0.png")
+        info.size = len(png)
+        words = {"size": str(1 << 40), "numblocks": "1", "map": f"0,{len(png)}", "name": "0.png"}
+        info.pax_headers = {f"GNU.sparse.{key}": value for key, value in words.items()}
+        tar.addfile(info, io.BytesIO(png))
+        last = tarfile.TarInfo("1.png")
+        last.size = len(png)
+        tar.addfile(last, io.BytesIO(png))
+    check_refused(tmp_path, in_place)
+    assert "is not a whole tar ('0.png' is sparse)" in capsys.readouterr().err
+
+
+def check_refused(path: Path, in_place: bool) -> None:
+    before = contents(path)
+    target = path if in_place else path / "out"
+    more = ["source.in_place=true"] if in_place else []
+    assert cli.main(["prepare", "source.kind=webdataset", f"source.path={path}", f"shards.path={target}", *more]) == 2
+    assert contents(path) == before
+
+
+def test_names_and_links_of_a_tar_reach_nothing_outside_of_it(tmp_path: Path) -> None:
+    """Nothing is unpacked: a member is bytes with a key, whatever its name; a link is no member."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encode_png(images(1)[0]))
+    picture = images(1)[0]
+    source = tmp_path / "in"
+    source.mkdir()
+    with tarfile.open(source / "a.tar", "w") as tar:
+        for kind, name in ((tarfile.SYMTYPE, "0.png"), (tarfile.LNKTYPE, "0.cls"), (tarfile.SYMTYPE, "../../1.txt")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(secret) if kind == tarfile.SYMTYPE else "../secret.png"
+            tar.addfile(info)
+        for name in (f"{tmp_path}/planted/2.png", "../../planted/3.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(encode_png(picture))
+            tar.addfile(info, io.BytesIO(encode_png(picture)))
+    before = contents(tmp_path)
+    arguments = ["prepare", "source.kind=webdataset", f"source.path={source}", f"shards.path={tmp_path}/out"]
+    assert cli.main([*arguments, "split.test_fraction=0"]) == 0
+    assert {name for name in contents(tmp_path) if not name.startswith("out/")} == set(before)
+    packed = ShardSet(f"{tmp_path}/out/train")
+    assert (packed.take(np.arange(2)).images == picture).all()
+    assert packed.manifest.num_images == 2

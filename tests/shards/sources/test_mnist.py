@@ -127,6 +127,13 @@ def broken_gzip(path: Path) -> str:
     return folder
 
 
+def bomb(path: Path) -> str:
+    folder = write_idx_gz(path)
+    with gzip.open(path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(bytes(20_000))
+    return folder
+
+
 def missing(path: Path) -> str:
     folder = write_idx(path)
     (path / "t10k-images-idx3-ubyte").unlink()
@@ -175,6 +182,7 @@ def floats(path: Path) -> str:
         (short_header, r"train-labels-idx1-ubyte ends inside its header \(got 6 bytes\)"),
         (not_idx, r"t10k-labels-idx1-ubyte is not an IDX file of unsigned bytes \(starts with b'<htm'\)"),
         (broken_gzip, r"train-images-idx3-ubyte.gz cannot be unpacked"),
+        (bomb, r"train-images-idx3-ubyte.gz holds more than 10,000 bytes"),
         (missing, r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in"),
         (absent, r"there is no .*absent.npz; check source.path"),
         (not_npz, r"a.npz is not an .npz file of plain arrays"),
@@ -185,6 +193,7 @@ def floats(path: Path) -> str:
         (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),
     ],
 )
-def test_damage_is_named(make: Callable, message: str, tmp_path: Path) -> None:
+def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow_scale.shards.sources.mnist._MAX_FILE_BYTES", 10_000)
     with pytest.raises(DataError, match=message):
         MnistSource(make(tmp_path))

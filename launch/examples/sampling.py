@@ -1,0 +1,70 @@
+"""Sampling in Python: classes, guidance and temperature, images in between, and what your own images cost in bits.
+
+    make demo
+    python launch/examples/sampling.py                       # the demo's champion, pictures in runs/examples
+    python launch/examples/sampling.py --images my/digits    # bits/dim of your own images instead of test digits
+
+Or cell by cell, in VS Code or (through Jupytext) in Jupyter.
+"""
+
+# %% Which model, and where things go
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tarflow_scale import load
+from tarflow_scale.config import SourceConfig
+from tarflow_scale.density import image_bits_per_dim, image_tensor, interpolated
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.shards.sources import open_source
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--registry", default="runs/demo/registry", help="folder or URL")
+parser.add_argument("--model", default="digits@champion", help="MODEL@VERSION, an alias or 'latest' for a version")
+parser.add_argument("--data", default="runs/demo/data/test", help="a packed split: ends of the ways in between")
+parser.add_argument("--images", help="folder of your own images; none for those of --data")
+parser.add_argument("--guidance", type=float, default=1.0)
+parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the pictures")
+arguments = parser.parse_args([] if "ipykernel" in sys.modules else None)
+arguments.output.mkdir(parents=True, exist_ok=True)
+
+
+def save(x: torch.Tensor, columns: int, name: str) -> None:
+    """A picture of samples ``(B, C, H, W)``, each pixel as five."""
+    (arguments.output / name).write_bytes(contact_sheet(flow.stored(x).numpy(), columns, zoom=5))
+    print(f"{arguments.output / name}: {len(x)} images, {columns} in a row")
+
+
+# %% The model, in this process and on this device
+flow = load(arguments.model, registry=arguments.registry)
+if flow.num_classes is None or not flow.takes_guidance:
+    raise SystemExit(f"this example is of guided classes (got {type(flow).__name__}); name such a model in --model")
+
+# %% By class: column c holds class c. Sample i depends on (weights, seed, i) and its label, not on how many there are
+labels = torch.arange(flow.num_classes).repeat(8)
+save(flow.sample(len(labels), labels, guidance=arguments.guidance, seed=0), flow.num_classes, "classes.png")
+
+# %% Temperature, the standard deviation of the latent: a row each, lower ones nearer to what is likeliest
+one_each = torch.arange(flow.num_classes)
+rows = [flow.sample(len(one_each), one_each, temperature=t, seed=0) for t in (0.5, 0.7, 0.85, 1.0, 1.1)]
+save(torch.cat(rows), flow.num_classes, "temperatures.png")
+
+# %% In between: rows go from one real image to another, on an arc in latent space, labels dropped
+test = ShardSet(arguments.data)
+batch = test.take(np.arange(min(200, test.manifest.num_images)))
+x = image_tensor(flow, batch.images[:10])
+save(torch.cat([interpolated(flow, x[2 * i], x[2 * i + 1], 11) for i in range(5)]), 11, "between.png")
+
+# %% Bits/dim. Given their labels, these are the numbers of `evaluate` for the same images; your own have no labels
+assert flow.pixels is not None
+images, given = batch.images, torch.from_numpy(batch.labels) if test.manifest.num_classes else None
+if arguments.images:
+    how = {"resize": "center_crop", "size_pixels": flow.event_shape[-1], "bit_depth": flow.pixels.bit_depth}
+    source = open_source(SourceConfig.model_validate({"kind": "folder", "path": arguments.images} | how))
+    images, given = np.stack([source.image(i) for i in range(len(source))]), None
+bits = image_bits_per_dim(flow, images, given, num_draws=8)
+print(f"bits/dim of {len(bits)} images: {bits.mean():.4f}, from {bits.min():.4f} to {bits.max():.4f}")

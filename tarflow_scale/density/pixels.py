@@ -1,0 +1,80 @@
+"""Images in memory under a flow: as the floats that it takes, their bits/dim, and where those come from.
+
+What the verbs ``evaluate`` and ``score`` do for data sets, for an array: image i, counted from 0, gets the noise that
+sample i of a data set gets, so that the numbers are the verbs' own.
+
+Shapes: B images, C channels, H W pixels.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.conditions import Condition
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
+
+__all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
+
+
+def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0, draw: int = 0) -> Tensor:
+    """Stored pixels as floats ``(B, C, H, W)`` on [-1, 1], dequantised.
+
+    Args:
+        flow: knows how many bits of a pixel are data.
+        images: stored pixels, 0 to 255.
+        seed: of the noise.
+        draw: which of several draws of it.
+
+    Raises:
+        ValueError: a flow that was trained on noisy images or on vectors, or images that do not fit it.
+    """
+    if flow.pixels is None or flow.pixels.noise != "uniform":
+        what = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
+        raise ValueError(f"bits/dim need a flow of uniformly dequantised images (got {what}); load another model")
+    flow.check_shape(torch.from_numpy(images))
+    x = dequantized(torch.from_numpy(images), flow.pixels.bit_depth, seed, range(len(images)), draw)
+    return x.to(next(flow.parameters()))
+
+
+@torch.no_grad()
+def image_bits_per_dim(
+    flow: Flow,
+    images: UInt8[np.ndarray, "B C H W"],
+    y: Condition = None,
+    num_draws: int = 1,
+    seed: int = 0,
+    estimate: Literal["mean", "importance"] = "mean",
+) -> Float[np.ndarray, " B"]:
+    """Bits/dim of each image, a bound on what it costs; see `tarflow_scale.flows.likelihood`.
+
+    Args:
+        flow: a flow of images.
+        images: stored pixels, 0 to 255.
+        y: labels ``(B,)``, or None, which drops them.
+        num_draws: noise draws for each image.
+        seed: of the noise.
+        estimate: how draws are combined.
+
+    Raises:
+        ValueError: as `image_tensor`, and for labels that do not fit the flow.
+    """
+    draws = [flow.log_prob_of_images(image_tensor(flow, images, seed, draw), y).double() for draw in range(num_draws)]
+    assert flow.pixels is not None
+    return bits_per_dim(combine_draws(torch.stack(draws), estimate), flow.num_dims, flow.pixels.bit_depth).cpu().numpy()
+
+
+@torch.no_grad()
+def image_nats(
+    flow: Flow, images: UInt8[np.ndarray, "B C H W"], y: Condition = None, num_draws: int = 1, seed: int = 0
+) -> Float[np.ndarray, "B C H W"]:
+    """What each value of each image adds to its nats, the mean over draws; see `Flow.nats_of_values`.
+
+    Raises:
+        ValueError: as `image_bits_per_dim`, and for a flow whose latents mix values.
+    """
+    draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in range(num_draws)]
+    return torch.stack(draws).mean(dim=0).cpu().numpy()

@@ -1,0 +1,81 @@
+"""The example scripts, run as their headers say: pictures of the right size, and numbers that the library gives too."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarflow_scale import load
+from tarflow_scale.density import image_bits_per_dim
+from tarflow_scale.density.anomaly import compressed_bits_per_dim, scores_of, threshold
+from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.reader import ShardSet
+from tests.conftest import TOP, Trained
+
+
+def run(name: str, trained: Trained, output: Path, *more: str) -> str:
+    where = [f"--registry={trained.registry}", "--model=small@1", f"--data={trained.data}/test", f"--output={output}"]
+    result = subprocess.run(
+        [sys.executable, f"launch/examples/{name}.py", *where, *more],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def own(trained: Trained, tmp_path: Path) -> Path:
+    """A folder of a user's images: three digits."""
+    for i, image in enumerate(ShardSet(f"{trained.data}/test").take(np.arange(3)).images):
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / f"own/{i}.png").write_bytes(encode_png(image))
+    return tmp_path / "own"
+
+
+def size(rows: int, columns: int, zoom: int) -> tuple[int, int]:
+    return (columns * 9 + 1) * zoom, (rows * 9 + 1) * zoom
+
+
+def test_sampling(trained: Trained, own: Path, tmp_path: Path) -> None:
+    said = run("sampling", trained, tmp_path / "out", f"--images={own}")
+    for name, rows, columns in (("classes", 8, 10), ("temperatures", 5, 10), ("between", 5, 11)):
+        with Image.open(tmp_path / f"out/{name}.png") as picture:
+            assert picture.size == size(rows, columns, zoom=5)
+            assert len(np.unique(np.asarray(picture))) > 8
+    images = ShardSet(f"{trained.data}/test").take(np.arange(3)).images
+    bits = image_bits_per_dim(load("small@1", registry=str(trained.registry)), images, num_draws=8)
+    (found,) = re.findall(r"bits/dim of 3 images: ([\d.]+), from ([\d.]+) to ([\d.]+)", said)
+    assert [float(number) for number in found] == pytest.approx([bits.mean(), bits.min(), bits.max()], abs=2e-4)
+
+
+def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
+    said = run("anomaly", trained, tmp_path / "out", f"--images={own}", "--rate=0.1")
+    with Image.open(tmp_path / "out/surprise.png") as picture:
+        assert picture.size == size(1, 8, zoom=8)
+        pixels = np.asarray(picture).astype(int)
+        assert (pixels[..., 0] > pixels[..., 1]).any()  # red lies over some
+    flow, images = (
+        load("small@1", registry=str(trained.registry)),
+        ShardSet(f"{trained.data}/test").take(np.arange(359)).images,
+    )
+    halves: list[dict[str, np.ndarray]] = []
+    for some in (images[:179], images[179:]):
+        bits = image_bits_per_dim(flow, some, num_draws=4, estimate="importance")
+        typical = float(halves[0]["likelihood"].mean()) if halves else float(bits.mean())
+        halves.append(scores_of(bits, compressed_bits_per_dim(some >> 4), typical, None))
+    limits = {score: threshold(values, 0.1) for score, values in halves[0].items()}
+    expected = [f"{(halves[1][score] > limit).mean():.1%}" for score, limit in limits.items()]
+    table = {line[:20].strip(): line[20:].split() for line in said.splitlines()}
+    assert table["flagged, of"] == list(limits)
+    assert table["normal"] == expected
+    assert float(table["shuffled pixels"][0].rstrip("%")) > 50
+    assert table[str(own)[-20:]] != []
+    assert re.search(r"\d+% of the normal images are less likely than the bar", said)
