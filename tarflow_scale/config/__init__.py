@@ -10,6 +10,7 @@ from tarflow_scale.config.data import (
     SourceConfig,
     SplitConfig,
 )
+from tarflow_scale.config.doctor import DoctorConfig
 from tarflow_scale.config.flows import (
     ContinuousConfig,
     DequantizationConfig,
@@ -87,6 +88,7 @@ __all__ = [
     "DataSetConfig",
     "DecoderConfig",
     "DequantizationConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "FrechetProtocol",
     "GateConfig",
