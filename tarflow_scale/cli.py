@@ -81,6 +81,11 @@ _VERBS = {
         "turn weights of apple/ml-tarflow into a flow of ours",
         "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
     ),
+    "doctor": _Verb(
+        "doctor", "run", configuration.DoctorConfig,
+        "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
+        "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
+    ),
     "models init": _Verb(
         "models", "init", configuration.ModelsConfig,
         "make a registry, and see whether its store gives one winner of many writers",

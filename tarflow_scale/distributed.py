@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tarflow_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
     from torch.nn import Module
 
 __all__ = [
+    "agent_serves_store",
     "all_reduce_sum",
     "all_reduce_sum_with_gradient",
+    "backend_of",
     "barrier",
     "broadcast_module",
     "check_equal",
     "from_main",
     "gather",
     "is_main",
+    "local_rank",
     "local_world_size",
+    "own_device",
     "rank",
     "shut_down",
     "world_size",
@@ -42,6 +46,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Rank of this process among those on this machine; the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_world_size() -> int:
     """Number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -50,6 +59,23 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Whether this process writes what is written once."""
     return rank() == 0
+
+
+def agent_serves_store() -> bool:
+    """Whether torchrun's agent, and not rank 0, listens at MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def own_device() -> "device":
+    """This rank's device: its GPU where there are any, else the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend_of(device: "device") -> str:
+    """What ranks on such devices talk by."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def barrier() -> None:

@@ -2,8 +2,9 @@
 
 The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
 
-Exit codes of the command line: 0, done. 2, an expected failure. 75 (EX_TEMPFAIL of sysexits.h), work that was asked to
-stop, saved what it had, and goes on when it is run again. 130, interrupted from the keyboard.
+Exit codes of the command line: 0, done. 1, ``doctor`` found what would stop the work. 2, an expected failure. 75
+(EX_TEMPFAIL of sysexits.h), work that was asked to stop, saved what it had, and goes on when it is run again. 130,
+interrupted from the keyboard.
 """
 
 from typing import ClassVar
@@ -18,6 +19,7 @@ __all__ = [
     "PromotionRefused",
     "RegistryError",
     "StorageError",
+    "Unfit",
     "UserError",
 ]
 
@@ -44,6 +46,12 @@ class Interrupted(UserError):
     """The work was asked to stop, saved what it had, and goes on when it is run again."""
 
     exit_code: ClassVar[int] = 75
+
+
+class Unfit(UserError):
+    """This machine, or its cluster, cannot do the work; ``doctor`` has said why."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class NumericsError(UserError):

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 
 from tarflow_scale.errors import ConfigError, UserError
 
-__all__ = ["Pool", "Worker"]
+__all__ = ["OBJECT_STORE_BYTES", "ClusterFacts", "Pool", "Worker", "look_at"]
 
 T = TypeVar("T")
 
@@ -40,8 +40,8 @@ _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
 """An idle worker takes a unit from another that has had it for so many times the longest that any took."""
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.5
-_OBJECT_STORE_BYTES = 256 * 1024**2
-"""Results are records and moments, never images, so a small store is enough."""
+OBJECT_STORE_BYTES = 256 * 1024**2
+"""Of a cluster of our own. Results are records and moments, never images, so a small store is enough."""
 
 
 class Pool:
@@ -287,7 +287,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
             address="local",  # never somebody else's cluster that happens to run here
             num_cpus=max(num_workers * cpus, 1),
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -332,3 +332,84 @@ def _result(reference: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         raise
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What a running cluster says of itself."""
+
+    ray_version: str
+    python_version: str
+    num_nodes: int
+    num_cpus: float
+    num_gpus: float
+    here: bool
+    """Whether this machine is one of its nodes, without which only ``ray://`` takes work from here."""
+
+
+def look_at(address: str) -> ClusterFacts | None:
+    """Ask a running cluster who it is, with the token that work would be submitted with; nothing is started there.
+
+    Args:
+        address: see `Pool`.
+
+    Returns:
+        Its facts; None behind ``ray://``, where something answers that tells nothing before it is given work.
+
+    Raises:
+        UserError: no token where one is needed, nothing answers, the cluster takes another token, or it has no node.
+    """
+    _check_token(address)
+    _on_loopback_alone(address)
+    if address == "auto":
+        address = _found_by_ray() or address
+    if address.startswith("ray://"):
+        return None
+    from ray.exceptions import AuthenticationError, RayError
+
+    raylet: Any = importlib.import_module("ray._raylet")
+    usage: Any = importlib.import_module("ray._common.usage.usage_lib")
+    try:
+        client = raylet.GcsClient(address=address)
+        versions = usage.get_cluster_metadata(client)
+        nodes = [node for node in client.get_all_node_info(timeout=_CONNECT_SECONDS).values() if _is_alive(node)]
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the cluster at {address} must be shown its own token (got a wrong one or none: {_token_in_words()}); set "
+            f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster"
+        ) from error
+    except (RayError, RuntimeError, AttributeError) as error:  # Attribute: a server that is none of Ray's
+        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
+    if not nodes:
+        raise UserError(f"the cluster at {address} must have a node that lives (got none); start it again")
+    return ClusterFacts(
+        ray_version=str(versions["ray_version"]),
+        python_version=str(versions["python_version"]),
+        num_nodes=len(nodes),
+        num_cpus=sum(node.resources_total.get("CPU", 0.0) for node in nodes),
+        num_gpus=sum(node.resources_total.get("GPU", 0.0) for node in nodes),
+        here=any(_is_own_address(node.node_manager_address) for node in nodes),
+    )
+
+
+def _is_alive(node: Any) -> bool:
+    return node.state == type(node).GcsNodeState.Value("ALIVE")
+
+
+def _is_own_address(host: str) -> bool:
+    """Whether this machine has it: only then can one listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+        return True
+
+
+def _token_in_words() -> str:
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "none, as RAY_AUTH_MODE is not token"
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return f"that of {name}"
+    return "that of ~/.ray/auth_token"

@@ -1,4 +1,7 @@
-"""What a process asks of the operating system: its parent, its signals, its end, and who else writes to a folder."""
+"""What a process asks of the operating system: its parent, its signals, its end, and who else writes to a folder.
+
+And an answer that may never come, from a child that can be given up.
+"""
 
 import atexit
 import ctypes
@@ -8,19 +11,25 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 from tarflow_scale.errors import StorageError
 
-__all__ = ["die_with_parent", "exclusive", "ignore_stop_signals", "leave"]
+__all__ = ["answer_within", "die_with_parent", "exclusive", "ignore_stop_signals", "leave"]
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
+_REAP_SECONDS = 2.0
+
+T = TypeVar("T")
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
@@ -49,6 +58,60 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def answer_within(seconds: float, compute: Callable[[], T]) -> T:
+    """What a function returns, computed in a child process that is killed after so long, with all that it started.
+
+    For what may hang, crash, or change this process: the child is a fork, so this process must have no threads yet.
+
+    Args:
+        seconds: until the child is killed.
+        compute: returns something that pickles, and raises nothing.
+
+    Raises:
+        TimeoutError: there was no answer in time.
+        ChildProcessError: the child ended without one; the message says how, and the last that it said.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryFile() as said:
+        child = context.Process(target=_answer, args=(compute, sender, said.fileno()))
+        child.start()
+        sender.close()
+        try:
+            if not receiver.poll(seconds):
+                raise TimeoutError(f"no answer within {seconds:g} s")
+            return receiver.recv()
+        except EOFError:
+            child.join(_REAP_SECONDS)
+            said.seek(0)
+            raise ChildProcessError(_end_in_words(child.exitcode, said.read())) from None
+        finally:
+            _end_with_offspring(child)
+
+
+def _answer(compute: Callable[[], Any], sender: Connection, said: int) -> None:
+    os.setsid()  # so that all that it starts can be ended with it
+    die_with_parent()
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    sender.send(compute())
+    sender.close()
+
+
+def _end_with_offspring(child: BaseProcess) -> None:
+    assert child.pid is not None
+    with suppress(ProcessLookupError):  # nobody is left
+        os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+    child.join(_REAP_SECONDS)  # one that waits for a dead file system cannot be killed
+
+
+def _end_in_words(exit_code: int | None, said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    how = f"ended by {signal.Signals(-exit_code).name}" if exit_code and exit_code < 0 else f"ended with {exit_code}"
+    return how + (f": {lines[-1].strip()}" if lines else "")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tarflow_scale.config.data import (
     SourceConfig,
     SplitConfig,
 )
+from tarflow_scale.config.doctor import DoctorConfig
 from tarflow_scale.config.flows import (
     ContinuousConfig,
     DequantizationConfig,
@@ -92,6 +93,7 @@ __all__ = [
     "DataSetConfig",
     "DecoderConfig",
     "DequantizationConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "FrechetProtocol",
     "GateConfig",

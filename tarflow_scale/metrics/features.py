@@ -25,7 +25,7 @@ from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.store import FeatureSet
 
-__all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "weights_digest"]
+__all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "published_digest", "weights_digest"]
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
 """Stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 of each layer, on the CPU."""
@@ -108,12 +108,20 @@ def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str
         ConfigError: no such extractor.
         DataError: no file, or another file than the protocol (or the published prefix) asks for.
     """
-    name = protocol.extractor
+    return _checked_digest(protocol.extractor, weights, protocol.extractor_sha256 or "", protocol.name)
+
+
+def published_digest(name: str, weights: Mapping[str, str]) -> str:
+    """`weights_digest` of an extractor of which no protocol asks more than that it is the published one."""
+    return _checked_digest(name, weights, "", name)
+
+
+def _checked_digest(name: str, weights: Mapping[str, str], asked: str, whose: str) -> str:
     found = _found_digest(name, weights)
-    expected = protocol.extractor_sha256 or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
+    expected = asked or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
     if not found.startswith(expected):
         place = _weights_path(name, weights) or name
-        raise DataError(f"{place} is not the extractor of {protocol.name} (sha256 {found}, not {expected}); replace it")
+        raise DataError(f"{place} is not the extractor of {whose} (sha256 {found}, not {expected}); replace it")
     return found
 
 

@@ -78,14 +78,22 @@ class Store:
         """
         if (there := self.marker()) is not None:
             return there
-        winners = 0 if single_writer else self._probe()
-        if winners > _KEYS:
-            raise RegistryError(
-                f"{self.path} has no create-if-absent ({winners} of {_WRITERS} writers won {_KEYS} names); use a store "
-                f"that has it, or promise a single writer with command.single_writer=true"
-            )
-        checked = "" if single_writer else f"{_WRITERS} writers, {_KEYS} names, {winners} winners"
+        checked = "" if single_writer else self.probe()
         return self._mark(Marker(format=_FORMAT, single_writer=single_writer, checked=checked))
+
+    def probe(self, num_keys: int = _KEYS) -> str:
+        """Have many writers create the same names at once; says what was tried. Nothing of it stays.
+
+        Raises:
+            RegistryError: several won one name.
+        """
+        winners = self._winners(num_keys)
+        if winners > num_keys:
+            raise RegistryError(
+                f"{self.path} has no create-if-absent ({winners} of {_WRITERS} writers won {num_keys} names); use a "
+                f"store that has it, or promise a single writer with command.single_writer=true"
+            )
+        return f"{_WRITERS} writers, {num_keys} names, {winners} winners"
 
     def create(self, location: str, content: bytes) -> bool:
         """Create a file unless it exists; of many writers one gets True."""
@@ -110,14 +118,14 @@ class Store:
         assert found is not None
         return found
 
-    def _probe(self) -> int:
+    def _winners(self, num_keys: int) -> int:
         folder = storage.join(self.path, f"{_PROBE}-{uuid.uuid4().hex}")
         barrier = threading.Barrier(_WRITERS)
 
         def write(writer: int) -> int:
             won = 0
             try:
-                for key in range(_KEYS):
+                for key in range(num_keys):
                     barrier.wait()
                     won += storage.create(storage.join(folder, f"{key:03d}"), f"{writer}".encode())
             except threading.BrokenBarrierError:

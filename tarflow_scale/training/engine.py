@@ -17,7 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
-from tarflow_scale.distributed import all_reduce_sum, check_equal, local_world_size, rank, world_size
+from tarflow_scale.distributed import (
+    all_reduce_sum,
+    backend_of,
+    check_equal,
+    local_world_size,
+    own_device,
+    rank,
+    world_size,
+)
 from tarflow_scale.flows import Flow, standard_normal_log_prob
 from tarflow_scale.flows.build import compile_networks
 from tarflow_scale.training.optimizers import build_optimizer
@@ -73,14 +81,13 @@ def start_process_group(threads: int) -> torch.device:
     Args:
         threads: torch threads of this rank; 0 shares the machine's cores among its ranks.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
+    device = own_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+        backend = backend_of(device)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=_TIMEOUT)
         else:
