@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tarflow_scale import pool as pool_module
 from tarflow_scale.errors import ConfigError, PlanError, UserError
-from tarflow_scale.pool import Pool
+from tarflow_scale.pool import Pool, work
 
 
 class Squarer:
@@ -44,7 +43,8 @@ def test_in_this_process() -> None:
 def test_a_cluster_elsewhere_needs_a_token(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is sent there."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where no cluster was ever started
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="needs Ray's token authentication"):
         Pool("ray", address)
@@ -107,7 +107,7 @@ def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.Monk
     """There is no room for its worker elsewhere, so the worker that is left takes over what it had begun."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setattr(pool_module, "_LEAST_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(work, "_LEAST_PATIENCE_SECONDS", 2.0)
     here = {"node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **here})
     try:

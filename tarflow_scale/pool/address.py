@@ -1,0 +1,111 @@
+"""Where a cluster is, whether it is this machine's, and whether it may be reached without a token."""
+
+import ipaddress
+import os
+import re
+import socket
+from pathlib import Path
+
+from tarflow_scale.errors import ConfigError, UserError
+
+__all__ = ["CONNECT_SECONDS", "check_token", "found_by_ray", "is_own_address", "on_loopback_alone", "token_in_words"]
+
+CONNECT_SECONDS = 10.0
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    """Of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
+    host, _, port = re.sub(r"^ray://", "", address).rpartition(":")
+    return (host.strip("[]"), port) if host else (address, "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def found_by_ray() -> str | None:
+    """The cluster that ``auto`` means: what ``RAY_ADDRESS`` says, or the one that was started on this machine last."""
+    known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108 - Ray's own place
+    return os.environ.get("RAY_ADDRESS") or (known.read_text(encoding="utf-8").strip() if known.is_file() else None)
+
+
+def check_token(address: str) -> None:
+    """Refuse another machine's cluster unless Ray will show it a token."""
+    here = False
+    if address == "auto":
+        address = found_by_ray() or "localhost"
+        here = _host_and_port(address)[0] == _own_address()  # it was started on this machine
+    here = here or _is_loopback(_host_and_port(address)[0])
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    if here or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
+        return
+    raise ConfigError(
+        f"cluster.address on another machine needs Ray's token authentication (got {address}); set RAY_AUTH_MODE=token "
+        f"and RAY_AUTH_TOKEN_PATH here and on the cluster"
+    )
+
+
+def _answers(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _own_address() -> str:
+    """This machine's address as Ray finds it: that of the way out; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def on_loopback_alone(address: str | None) -> bool:
+    """Whether a cluster is, or is to be, on addresses that only this machine has.
+
+    Ray takes a loopback address for this machine's own one, at which such a cluster does not listen.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    if address is None:
+        return True
+    if address == "auto":
+        address = found_by_ray()
+        if address is None:
+            raise UserError("no Ray cluster was found for cluster.address=auto; start one (ray start --head)")
+    host, port = _host_and_port(address)
+    if not port:
+        raise ConfigError(f"cluster.address must be host:port, ray://host:port or auto (got {address}); add the port")
+    if _is_loopback(host) and not address.startswith("ray://") and _answers(_own_address(), port):
+        return False
+    if not _answers(host, port):
+        raise UserError(f"no Ray cluster answers at {address}; start one (ray start --head) or set cluster.address")
+    return _is_loopback(host)
+
+
+def is_own_address(host: str) -> bool:
+    """Whether this machine has it: only then can one listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+        return True
+
+
+def token_in_words() -> str:
+    """Which token this process would show."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "none, as RAY_AUTH_MODE is not token"
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return f"that of {name}"
+    return "that of ~/.ray/auth_token"

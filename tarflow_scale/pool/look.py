@@ -1,0 +1,79 @@
+"""What a running cluster says of itself, before any work goes there."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from tarflow_scale.errors import ConfigError, UserError
+from tarflow_scale.pool.address import (
+    CONNECT_SECONDS,
+    check_token,
+    found_by_ray,
+    is_own_address,
+    on_loopback_alone,
+    token_in_words,
+)
+
+__all__ = ["ClusterFacts", "look_at"]
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What a running cluster says of itself."""
+
+    ray_version: str
+    python_version: str
+    num_nodes: int
+    num_cpus: float
+    num_gpus: float
+    here: bool
+    """Whether this machine is one of its nodes, without which only ``ray://`` takes work from here."""
+
+
+def look_at(address: str) -> ClusterFacts | None:
+    """Ask a running cluster who it is, with the token that work would be submitted with; nothing is started there.
+
+    Args:
+        address: see `Pool`.
+
+    Returns:
+        Its facts; None behind ``ray://``, where something answers that tells nothing before it is given work.
+
+    Raises:
+        UserError: no token where one is needed, nothing answers, the cluster takes another token, or it has no node.
+    """
+    check_token(address)
+    on_loopback_alone(address)
+    if address == "auto":
+        address = found_by_ray() or address
+    if address.startswith("ray://"):
+        return None
+    from ray.exceptions import AuthenticationError, RayError
+
+    raylet: Any = importlib.import_module("ray._raylet")
+    usage: Any = importlib.import_module("ray._common.usage.usage_lib")
+    try:
+        client = raylet.GcsClient(address=address)
+        versions = usage.get_cluster_metadata(client)
+        nodes = [node for node in client.get_all_node_info(timeout=CONNECT_SECONDS).values() if _is_alive(node)]
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the cluster at {address} must be shown its own token (got a wrong one or none: {token_in_words()}); set "
+            f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster"
+        ) from error
+    except (RayError, RuntimeError, AttributeError) as error:  # Attribute: a server that is none of Ray's
+        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
+    if not nodes:
+        raise UserError(f"the cluster at {address} must have a node that lives (got none); start it again")
+    return ClusterFacts(
+        ray_version=str(versions["ray_version"]),
+        python_version=str(versions["python_version"]),
+        num_nodes=len(nodes),
+        num_cpus=sum(node.resources_total.get("CPU", 0.0) for node in nodes),
+        num_gpus=sum(node.resources_total.get("GPU", 0.0) for node in nodes),
+        here=any(is_own_address(node.node_manager_address) for node in nodes),
+    )
+
+
+def _is_alive(node: Any) -> bool:
+    return node.state == type(node).GcsNodeState.Value("ALIVE")
