@@ -131,8 +131,8 @@ def _tarflow(
 
 def _glow(config: GlowConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int) -> Footprint:
     channels, height, width = shape
-    image = 4.0 * batch * math.prod(shape)
-    kept, maps, anchors, largest = 4 * image, 4 * image, 3 * image, 0.0
+    image = 4.0 * batch * math.prod(shape)  # several of its size are kept of latents and their priors
+    kept, maps, anchors, largest = 4 * image, 4 * image, (0.7 + 0.8 * config.levels) * image, 0.0
     around = _AROUND_COUPLING[config.coupling, network]
     for level in range(config.levels):
         c, pixels = channels * 2 ** (level + 2), batch * (height >> (level + 1)) * (width >> (level + 1))

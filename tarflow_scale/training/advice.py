@@ -126,22 +126,24 @@ def advice(job: Job, stages: list[StagePlan]) -> list[str]:
     own = job.config.parallelism.zero_stage
     if fitting:
         fastest = min(plan.step.seconds for plan in fitting)
-        best = next(plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest)
-        lines = [
-            f"ZeRO stage {best.stage} is the lowest that fits and is fast ({best.memory.total / _GB:.1f} GB a GPU)"
-        ]
+        fast = [plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest]
         configured = next((plan for plan in stages if plan.stage == own), None)
-        if configured is not None and not configured.fits:
-            lines.append(f"stage {own}, as configured, does not fit; set parallelism.zero_stage={best.stage}")
-        elif configured is not None and best.stage != own:
-            slower = configured.step.seconds / best.step.seconds - 1
-            lines.append(f"stage {own}, as configured, fits too ({slower:+.1%} time a step)")
-        return lines
+        if configured in fast:
+            return [f"stage {own}, as configured, fits and is about as fast as any"]
+        best = fast[0]
+        slower = "does not fit" if configured not in fitting else f"takes {_more(configured, best)} more time a step"
+        gigabytes = f"{best.memory.total / _GB:.1f} GB a GPU"
+        return [f"parallelism.zero_stage={best.stage} ({gigabytes}); stage {own}, as configured, {slower}"]
     changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(job)]
     if not changes:
         cards = f"{job.gpus} x {job.cluster.card.name}"
         return [f"no stage fits {cards}, nor with less of anything known here; take more GPUs, or larger ones"]
     return ["no stage fits as configured; one of these does:", *(f"  {change}" for change in changes)]
+
+
+def _more(configured: StagePlan | None, best: StagePlan) -> str:
+    assert configured is not None
+    return f"{configured.step.seconds / best.step.seconds - 1:.0%}"
 
 
 def _that_would_fit(job: Job) -> Iterator[tuple[str, Memory]]:

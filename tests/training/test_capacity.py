@@ -1,9 +1,11 @@
 """The planner: parts against closed forms and real tensors, advice, errors, the curve, and the picture."""
 
+import dataclasses
 import io
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,9 +86,9 @@ FLOWS: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
         (3, 64, 64),
         4,
     ),
-    "glow": (GlowConfig(levels=2, steps_per_level=8, width=64, **NO_LABELS), IMAGES, 4),
-    "additive": (GlowConfig(levels=2, steps_per_level=8, width=64, coupling="additive", **NO_LABELS), IMAGES, 4),
-    "dense": (GlowConfig(levels=2, steps_per_level=8, width=64, convolution="dense", **NO_LABELS), IMAGES, 4),
+    "glow": (GlowConfig(levels=3, steps_per_level=4, width=64, **NO_LABELS), (3, 32, 32), 2),
+    "additive": (GlowConfig(levels=2, steps_per_level=4, width=64, coupling="additive", **NO_LABELS), IMAGES, 4),
+    "dense": (GlowConfig(levels=2, steps_per_level=4, width=64, convolution="dense", **NO_LABELS), IMAGES, 4),
     "realnvp": (RealNVPConfig(levels=2, width=32, residual_blocks=2, **NO_LABELS), IMAGES, 2),
     "realnvp of vectors": (RealNVPConfig(levels=2, width=64, **NO_LABELS), (8,), 256),
     "nice": (NICEConfig(width=300, **NO_LABELS), (1, 28, 28), 64),
@@ -94,6 +96,15 @@ FLOWS: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
     "iaf": (IAFConfig(hidden_widths=(128, 128), transforms=2, **NO_LABELS), (1, 4, 4), 16),
     "learned noise": (NICEConfig(width=100, dequantization=DequantizationConfig(), **NO_LABELS), IMAGES, 16),
 }  # fmt: skip
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small layers wait for a second thread longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
@@ -115,8 +126,10 @@ def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("name", FLOWS)
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "bf16"), [(name, False) for name in FLOWS] + [(name, True) for name in ("tarflow", "wide patches", "glow")]
+)
+@pytest.mark.usefixtures("one_thread")
 def test_activations_are_what_autograd_keeps(name: str, bf16: bool) -> None:
     config, shape, batch = FLOWS[name]
     torch.manual_seed(0)
@@ -261,14 +274,20 @@ def test_the_curve_is_sane() -> None:
 # -- advice --------------------------------------------------------------------------------------------------------
 
 
-def test_the_lowest_stage_that_fits_and_is_fast_is_advised() -> None:
+def test_the_stage_is_advised_that_fits_and_is_fast() -> None:
     planned = job("imagenet64-conditional", 8, (3, 64, 64), 1000)
     stages = by_stage(planned)
     assert [plan.stage for plan in stages] == [0, 1, 2, 3]
-    fitting = [plan for plan in stages if plan.memory.total <= USABLE * 80e9]
-    assert [plan.fits for plan in stages] == [plan in fitting for plan in stages]
-    text = "\n".join(advice(planned, stages))
-    assert f"stage {fitting[0].stage} is the lowest" in text or "as configured, fits too" in text
+    assert [plan.fits for plan in stages] == [plan.memory.total <= USABLE * 80e9 for plan in stages]
+    assert advice(planned, stages) == ["stage 2, as configured, fits and is about as fast as any"]
+    spread = job("imagenet64-conditional", 64, (3, 64, 64), 1000, "training.micro_batch_size=4")
+    (line,) = advice(spread, by_stage(spread))
+    assert line.startswith("parallelism.zero_stage=3 (")  # it alone hides all of its traffic
+    assert line.endswith("% more time a step")
+    tight = job("deep-shallow-1024", 8, (3, 1024, 1024), 10, "parallelism.zero_stage=0")
+    small = dataclasses.replace(tight, cluster=Cluster(card_named("v100"), 8, 12.5e9))
+    (line,) = advice(small, by_stage(small))
+    assert line.endswith("stage 0, as configured, does not fit")
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:
