@@ -57,11 +57,24 @@ OVERRIDE = {
     }
 }
 
+JOB = """
+import sys, time
+from ray.job_submission import JobStatus, JobSubmissionClient
+client = JobSubmissionClient("http://127.0.0.1:8265")
+job = client.submit_job(entrypoint='tarflow-scale generate $CONFIG registry.path=absent cluster.address=auto --dry-run')
+while not client.get_job_status(job).is_terminal():
+    time.sleep(1)
+print(client.get_job_logs(job))
+"""
+"""What KubeRay does in HTTPMode: the operator posts the entry point to the dashboard of the head, whose shell runs it."""
 
-def run(*words: str | Path, expect: int | None = 0, **options: Any) -> "subprocess.CompletedProcess[str]":
+
+def run(
+    *words: str | Path, expect: int | None = 0, quiet: bool = False, **options: Any
+) -> "subprocess.CompletedProcess[str]":
     """Run a command in the repository; another exit code than the expected one ends everything."""
     command = [str(word) for word in words]
-    print("$", " ".join(command), flush=True)
+    print("$", "podman run ..." if quiet else " ".join(command), flush=True)
     done = subprocess.run(
         command, cwd=TOP, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS, **options
     )
@@ -126,6 +139,34 @@ def image_checks(figures: dict[str, Any]) -> None:
     figures["a training that is stopped (SIGTERM): exit code"] = ("75", code, "")
     run("podman", "rm", container)
     figures["the same command again: exit code"] = ("0", float(run(*inside, *train).returncode), "")
+
+
+def job_checks(figures: dict[str, Any]) -> None:
+    """A Ray head as a pod of KubeRay has it: a command by HTTP runs in the folder of the code, with the pod's settings."""
+    token = secrets.token_hex(32)
+    settings = ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={token}", "CONFIG=configs/generate/digits.yaml"]
+    words = [word for setting in settings for word in ("--env", setting)]
+    start = "ray start --head --block --num-cpus=0 --dashboard-host=0.0.0.0 --object-store-memory=200000000"
+    options = ["--detach", "--shm-size", "1g", *words]
+    container = run("podman", "run", *options, IMAGE, "bash", "-c", start, quiet=True).stdout.strip()
+    try:
+        healthy = ("podman", "exec", container, "docker/healthcheck.sh", "--ray", "127.0.0.1:6379")
+        started = time.monotonic()
+        while run(*healthy, expect=None).returncode and time.monotonic() - started < LIMIT_SECONDS:
+            time.sleep(2)
+        time.sleep(10)  # the dashboard is up a little later than the head
+        submit = ("podman", "exec", container, "python", "-c", JOB)
+        found = run(*submit).stdout
+        figures["a job by HTTP: asks for the model that it is told"] = ("1", float("absent" in found), "")
+        wrong = ("podman", "exec", "--env", "RAY_AUTH_TOKEN=" + "wrong" * 8, container, "python", "-c", JOB)
+        done = run(*wrong, expect=None)
+        figures["the same with a wrong token: refused"] = (
+            "1",
+            float("Invalid authentication token" in done.stderr),
+            "",
+        )
+    finally:
+        run("podman", "rm", "--force", container)
 
 
 @contextlib.contextmanager
@@ -230,6 +271,7 @@ def main() -> None:
         figures["size of the image, with torch's CUDA wheels"] = ("", float(size) / 1e9, "GB")
         try:
             image_checks(figures)
+            job_checks(figures)
             if arguments.store == "moto":
                 (folder / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
                 steps = ["USER root", 'RUN pip install "moto[s3]" flask flask-cors', "COPY stand_in.py /", "USER 1000"]
