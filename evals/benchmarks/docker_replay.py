@@ -37,6 +37,8 @@ IMAGE = f"tarflow-scale:{__version__}-cpu"
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 STORE = "tarflow-store-stand-in"
 LIMIT_SECONDS = 1800.0
+SHORT = ("training.total_images=16000", "schedule.warmup_images=640", "logging.every_images=320")
+"""Of a training: long enough to be stopped on its way."""
 STAND_IN = """
 import sys, urllib.request
 if sys.argv[1:] == ["check"]:
@@ -57,11 +59,24 @@ OVERRIDE = {
     }
 }
 
+JOB = """
+import sys, time
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient("http://127.0.0.1:8265")
+job = client.submit_job(entrypoint='tarflow-scale generate $CONFIG registry.path=absent cluster.address=auto --dry-run')
+while not client.get_job_status(job).is_terminal():
+    time.sleep(1)
+print(client.get_job_logs(job))
+"""
+"""What KubeRay does in HTTPMode: it posts the entry point to the dashboard of the head, whose shell runs it."""
 
-def run(*words: str | Path, expect: int | None = 0, **options: Any) -> "subprocess.CompletedProcess[str]":
+
+def run(
+    *words: str | Path, expect: int | None = 0, quiet: bool = False, **options: Any
+) -> "subprocess.CompletedProcess[str]":
     """Run a command in the repository; another exit code than the expected one ends everything."""
     command = [str(word) for word in words]
-    print("$", " ".join(command), flush=True)
+    print("$", "podman run ..." if quiet else " ".join(command), flush=True)
     done = subprocess.run(
         command, cwd=TOP, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS, **options
     )
@@ -112,20 +127,47 @@ def image_checks(figures: dict[str, Any]) -> None:
     assert "fewer than 8; start the container with a larger --shm-size" in done.stdout, done
     figures["the same, shared memory full: exit code"] = ("1", float(done.returncode), "")
     run(*inside, "tarflow-scale", "prepare", "configs/prepare/digits.yaml")
-    train = ("launch/torchrun.sh", "2", "configs/train/digits.yaml", "training.total_images=6400")
+    train = ("launch/torchrun.sh", "2", "configs/train/digits.yaml", *SHORT)
     detached = [word if word != "--rm" else "--detach" for word in inside]
     container = run(*detached, *train).stdout.strip()
     log = ("podman", "exec", container, "test", "-s", "runs/demo/train/log.jsonl")
     started = time.monotonic()
     while run(*log, expect=None).returncode:
-        if time.monotonic() - started > LIMIT_SECONDS:
-            raise SystemExit("the training did not begin")
+        state = run("podman", "inspect", "--format", "{{.State.Status}}", container).stdout.strip()
+        if state != "running" or time.monotonic() - started > LIMIT_SECONDS:
+            raise SystemExit(f"the training did not begin ({state}); see: podman logs {container}")
         time.sleep(2)
     run("podman", "stop", "--time", "600", container)
     code = float(run("podman", "inspect", "--format", "{{.State.ExitCode}}", container).stdout)
     figures["a training that is stopped (SIGTERM): exit code"] = ("75", code, "")
     run("podman", "rm", container)
     figures["the same command again: exit code"] = ("0", float(run(*inside, *train).returncode), "")
+
+
+def job_checks(figures: dict[str, Any]) -> None:
+    """A Ray head as in a pod of KubeRay: a command by HTTP runs in the folder of the code, with the pod's settings."""
+    token = secrets.token_hex(32)
+    settings = ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={token}", "CONFIG=configs/generate/digits.yaml"]
+    words = [word for setting in settings for word in ("--env", setting)]
+    start = "ray start --head --block --num-cpus=0 --dashboard-host=0.0.0.0 --object-store-memory=200000000"
+    options = ["--detach", "--shm-size", "1g", *words]
+    container = run("podman", "run", *options, IMAGE, "bash", "-c", start, quiet=True).stdout.strip()
+    try:
+        healthy = ("podman", "exec", container, "docker/healthcheck.sh", "--ray", "127.0.0.1:6379")
+        started = time.monotonic()
+        while run(*healthy, expect=None).returncode and time.monotonic() - started < LIMIT_SECONDS:
+            time.sleep(2)
+        time.sleep(10)  # the dashboard is up a little later than the head
+        submit = ("podman", "exec", container, "python", "-c", JOB)
+        found = run(*submit).stdout
+        got = "no model 'digits' in the registry absent" in found  # it has read its configuration, and asks for more
+        figures["a job by HTTP: read its configuration"] = ("1", float(got), "")
+        wrong = ("podman", "exec", "--env", "RAY_AUTH_TOKEN=" + "wrong" * 8, container, "python", "-c", JOB)
+        done = run(*wrong, expect=None)
+        got = "Invalid authentication token" in done.stderr
+        figures["the same with a wrong token: refused"] = ("1", float(got), "")
+    finally:
+        run("podman", "rm", "--force", container)
 
 
 @contextlib.contextmanager
@@ -186,7 +228,7 @@ def compose_checks(figures: dict[str, Any], folder: Path, stand_in: bool) -> Non
                 wanted = 2 if name == "worker" else 1
                 figures[f"healthy containers: {name}"] = (str(wanted), float(lines.count("(healthy)")), "")
             words = {name: one["command"] for name, one in services(compose, env).items()}
-            shorter = {"train": ["training.total_images=6400"], "generate": ["registry.version=latest"]}
+            shorter = {"train": [*SHORT], "generate": ["registry.version=latest"]}
             for name in ("prepare", "train", "evaluate", "generate"):
                 done = run(*compose, *verb, name, *words[name], *shorter.get(name, []), env=env)
                 figures[f"{name}: exit code"] = ("0", float(done.returncode), "")
@@ -230,6 +272,7 @@ def main() -> None:
         figures["size of the image, with torch's CUDA wheels"] = ("", float(size) / 1e9, "GB")
         try:
             image_checks(figures)
+            job_checks(figures)
             if arguments.store == "moto":
                 (folder / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
                 steps = ["USER root", 'RUN pip install "moto[s3]" flask flask-cors', "COPY stand_in.py /", "USER 1000"]
