@@ -223,11 +223,16 @@ def _assumptions(answer: Answer) -> str:
         f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between (maker's: {cluster.card.network}), "
         f"{LINK_EFFICIENCY:.0%} of them reached, "
         f"{LATENCY_SECONDS * 1e6:g} us a hop",
-        "traffic hides behind the passes where DeepSpeed overlaps it: stages 1 to 3; loading, checkpoints, validation "
-        "and previews cost nothing",
+        "traffic hides behind the passes where DeepSpeed overlaps it: stages 1 to 3; the optimizer's update, loading, "
+        "checkpoints, validation and previews cost nothing, though the first counts where a GPU has few images",
         f"memory: {1 - USABLE:.0%} of a card is left free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
         "checked on CPU ranks: memory, bytes sent (evals/results/capacity-cpu.json); no GPU was measured",
     ]
+    if job.config.model.kind != "tarflow":
+        lines.append(
+            "no utilisation of this kind of flow is known; on a CPU Glow reached 0.3 of TarFlow's (the same file): "
+            "state --mfu"
+        )
     if parallelism.precision == "fp32":
         lines.append("fp32 runs outside tensor cores; convolutions in TF32, PyTorch's default on them, are faster")
     if parallelism.offload != "none":
