@@ -12,6 +12,7 @@ from typing import Any
 
 from readme_models import (
     anomaly_table,
+    capacity_line,
     classification_line,
     dequantization_line,
     family_table,
@@ -325,6 +326,7 @@ def main() -> None:
             [_results(f"anomaly-{name}-cpu") for name in ("digits", "mnist-glow", "mnist-tarflow")]
         ),
         "augmentation": augmentation_line(_results("augmentation-cpu")),
+        "capacity": capacity_line(_results("capacity-cpu")),
         "show": shown((TOP / "evals/results/models-show.txt").read_text(encoding="utf-8")),
         "data": data_table(_results("loader-cpu"), _results("fuzz-shards-cpu")),
     }.items():
