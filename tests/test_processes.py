@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,45 @@ def test_leaving_is_not_undone_by_what_is_left(code: int) -> None:
     command = [sys.executable, "-c", LEAVE, str(code)]
     result = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (code, "work handler", "")
+
+
+WITHIN = """
+import os, subprocess, sys, time
+from tarflow_scale.processes import answer_within
+
+def hang():
+    subprocess.Popen(["sleep", "3600"], env={"MARK": sys.argv[1]})
+    time.sleep(3600)
+
+def leave_one():
+    subprocess.Popen(["sleep", "3600"], env={"MARK": sys.argv[1]})
+    return "answer"
+
+def crash():
+    print("last words", flush=True)
+    os.abort()
+
+for compute in (hang, leave_one, crash, lambda: sys.exit(3)):
+    try:
+        print(answer_within(1.0 if compute is hang else 60.0, compute))
+    except (TimeoutError, ChildProcessError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_an_answer_that_does_not_come_is_given_up_with_all_that_was_started() -> None:
+    mark = f"mark-{os.getpid()}-{time.time_ns()}"
+    result = subprocess.run(
+        [sys.executable, "-c", WITHIN, mark], cwd=TOP, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.stdout.splitlines() == [
+        "TimeoutError no answer within 1 s",
+        "answer",
+        "ChildProcessError ended by SIGABRT: last words",
+        "ChildProcessError ended with 3",
+    ], result.stderr
+    environments = []
+    for process in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            environments.append(process.read_bytes())
+    assert not any(mark.encode() in environment for environment in environments)

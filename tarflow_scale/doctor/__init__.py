@@ -13,7 +13,9 @@ than rank 0's print what is not well alone.
 """
 
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -134,7 +136,8 @@ def _findings(checks: list[_Check]) -> Iterator[Finding]:
 
 def _answers(check: _Check) -> list[Finding]:
     try:
-        return answer_within(check.timeout_seconds, partial(_caught, check))
+        with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:  # ours, and so gone if the child is killed
+            return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
         advice = "find out what hangs (a file system, a driver, a server), or raise checks.timeout_seconds"
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
@@ -142,10 +145,14 @@ def _answers(check: _Check) -> list[Finding]:
         return [
             failed(check.name, f"the check crashed, {error}", "repair what it names, usually by installing it again")
         ]
+    except OSError as error:  # of this process
+        advice = "set TMPDIR to a folder that can be written and has room"
+        return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]
 
 
-def _caught(check: _Check) -> list[Finding]:
-    """The answer, where a broken machine is no bug of ours."""
+def _caught(check: _Check, folder: str) -> list[Finding]:
+    """The answer, where a broken machine is no bug of ours; libraries leave their temporary files in ``folder``."""
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         return check.answer()
     except UserError as error:

@@ -12,7 +12,7 @@ from torch_fidelity.utils import create_feature_extractor
 from tarflow_scale import storage
 from tarflow_scale.config import FrechetProtocol
 from tarflow_scale.errors import ConfigError, DataError
-from tarflow_scale.metrics.features import open_extractor, weights_digest
+from tarflow_scale.metrics.features import open_extractor, published_digest, weights_digest
 from tarflow_scale.metrics.store import FeatureSet, Images
 from tests.metrics.inception import random_weights
 
@@ -45,6 +45,8 @@ def test_inception_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     wrong.write_bytes(b"something else")
     with pytest.raises(DataError, match=r"is not the extractor of x \(sha256 .*, not 6726825d\)"):
         weights_digest(inception, {INCEPTION: str(wrong)})
+    with pytest.raises(DataError, match=rf"is not the extractor of {INCEPTION} \(sha256 .*, not 6726825d\)"):
+        published_digest(INCEPTION, {INCEPTION: str(wrong)})
     with pytest.raises(DataError, match="differ between machines"):
         open_extractor(wanted(INCEPTION, "0" * 64), {INCEPTION: str(wrong)}, CPU)
 
