@@ -12,7 +12,8 @@ Docker's images cannot be had two stand-ins are used, and the results file says 
 
 ``--mount PATH`` shows a file or folder of this machine to the build, such as a certificate or pip's configuration.
 Steps of the Dockerfile that have not changed since an earlier run come from podman's cache, as they would from
-Docker's; ``podman system prune --all`` empties it. Health checks are run by this script: podman leaves them to systemd, which a container or CI machine may not have.
+Docker's; ``podman system prune --all`` empties it. Health checks are run by this script: podman leaves them to systemd,
+which a container or CI machine may not have.
 """
 
 import argparse
