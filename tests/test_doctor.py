@@ -114,7 +114,9 @@ class Machine:
         return Report(result.returncode, findings, result.stdout, result.stderr)
 
     def _files(self) -> set[Path]:
-        return set(self.tmp.rglob("*"))
+        """Every path; of buckets the objects alone, whose server may keep a folder without any."""
+        found = self.tmp.rglob("*")
+        return {path for path in found if path.is_file() or self.tmp / "buckets" not in path.parents}
 
 
 @dataclass(frozen=True)
