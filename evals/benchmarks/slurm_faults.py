@@ -132,10 +132,7 @@ def a_more_urgent_job(world: World, folder: Path) -> None:
 def the_time_limit(world: World, folder: Path) -> None:
     """A training run comes near its time limit, of which Slurm warns it, goes back to the queue and continues."""
     run, images = folder / "run", 8 * IMAGES  # Slurm counts in minutes
-    job = world.train(run, "--time=5", "--signal=USR1@30", images=images)
-    world.reach(job, run)
-    minutes = int(world.cluster.job(job)["RunTime"].split(":")[1]) + 1
-    world.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    job = world.train(run, "--time=2", "--signal=USR1@60", images=images)
     world.until(lambda: "stopped by SIGUSR1" in _text(run), job, run)
     world.cluster.wait(job, LIMIT_SECONDS, until=("PENDING",))
     world.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
