@@ -7,6 +7,7 @@ import yaml
 
 from tarflow_scale.config import (
     ConvertConfig,
+    DoctorConfig,
     EvaluateConfig,
     GateConfig,
     GenerateConfig,
@@ -32,6 +33,7 @@ ROOTS = {
     "report": ReportConfig,
     "score": ScoreConfig,
     "convert": ConvertConfig,
+    "doctor": DoctorConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
 BASE = """
