@@ -104,7 +104,7 @@ def call_roll(
     missing = _await(lambda: _without(store, "here", ranks), timeout_seconds)
     hosts = {other: store.get(f"here/{other}").decode() for other in ranks if other not in missing}
     if missing:
-        _part(store, len(hosts))
+        _part(store, rank, len(hosts))
         return RollCall(hosts, missing=tuple(missing))
 
     outcome = _in_background(store, rank, world_size, device, backend, timeout_seconds)
@@ -120,7 +120,7 @@ def call_roll(
         _await(unfinished, _PULSE_SECONDS)
         silent = [other for other in late if other != rank and store.add(f"pulse/{other}", 0) == before[other]]
     words = {other: store.get(f"ended/{other}").decode() for other in ranks if other not in late}
-    _part(store, len(hosts) - len(silent))
+    _part(store, rank, len(hosts) - len(silent))
     return RollCall(
         hosts,
         silent=tuple(silent),
@@ -248,10 +248,11 @@ def _num_bytes(device: "Device") -> int:
     return _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
 
 
-def _part(store: "Store", num_ranks: int) -> None:
-    """Stay until all who can have read what they need: the store goes with the rank that serves it."""
+def _part(store: "Store", rank: int, num_ranks: int) -> None:
+    """Say that this rank has read what it needs. Rank 0 stays until all have, for the store may go with it."""
     store.add("left", 1)
-    _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _FAREWELL_SECONDS)
+    if rank == 0:
+        _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _FAREWELL_SECONDS)
 
 
 def _first_line(error: Any) -> str:

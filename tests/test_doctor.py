@@ -472,6 +472,25 @@ def test_ranks_of_a_launcher_are_checked_as_they_would_train(machine: Machine) -
     assert "2 gloo ranks on" in result.stdout
 
 
+@pytest.mark.distributed
+def test_ranks_that_no_agent_started_do_not_lose_the_store_of_rank_0() -> None:
+    here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tarflow_scale", "doctor", "checks.only=[launch, ranks]"],
+            cwd=TOP,
+            env=os.environ | here | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    first, second = (rank.communicate(timeout=240)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [line.split()[:2] for line in first.splitlines()] == [["ok", "launch"], ["ok", "ranks"]]
+    assert second == ""
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

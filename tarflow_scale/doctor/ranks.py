@@ -6,6 +6,7 @@ import socket
 from tarflow_scale import distributed
 from tarflow_scale.config.doctor import RanksConfig
 from tarflow_scale.doctor.finding import Finding, failed, ok, skipped
+from tarflow_scale.errors import UserError
 from tarflow_scale.roll_call import RollCall, call_roll, meet, on_this_machine
 
 __all__ = ["collectives"]
@@ -21,12 +22,17 @@ def collectives(config: RanksConfig) -> list[Finding]:
         if config.num_ranks == 0:
             return [skipped("ranks", "ranks.num_ranks is 0")]
         return [_judged(on_this_machine(config.num_ranks, seconds), config.num_ranks, "gloo", seconds)]
+    import torch.distributed as dist
+
     rank, world_size = distributed.rank(), distributed.world_size()
     device = distributed.own_device()
     backend = distributed.backend_of(device)
     hosted_here = rank == 0 and not distributed.agent_serves_store()
     store = meet(rank, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), hosted_here, seconds)
-    seen = call_roll(store, rank, world_size, device, backend, socket.gethostname(), seconds)
+    try:
+        seen = call_roll(store, rank, world_size, device, backend, socket.gethostname(), seconds)
+    except dist.DistError as error:  # what comes of a collective is in `seen`
+        raise UserError("rank 0 must stay until all have answered (got its store closed); see what it says") from error
     teller = min(seen.hosts)
     if rank != teller:
         return [skipped("ranks", f"rank {teller} tells")]

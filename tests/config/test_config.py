@@ -8,6 +8,7 @@ import yaml
 
 from tarflow_scale.config import (
     ConvertConfig,
+    DoctorConfig,
     EvaluateConfig,
     GateConfig,
     GenerateConfig,
@@ -33,6 +34,7 @@ ROOTS = {
     "report": ReportConfig,
     "score": ScoreConfig,
     "convert": ConvertConfig,
+    "doctor": DoctorConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
 BASE = """
