@@ -15,6 +15,7 @@
 # SIGTERM, SIGUSR1 (what schedulers send before they take the machine) and training.max_seconds make the ranks save and
 # stop, with exit code 75: start it again to go on.
 set -euo pipefail
+trap 'exit 75' TERM USR1 # there is nothing to save yet
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$here/.venv/bin:$PATH"
 if [ $# -lt 2 ]; then
@@ -27,7 +28,6 @@ nodes=${NNODES:-1}
 # shellcheck source=launch/env.sh
 . "$here/launch/env.sh"
 
-trap 'exit 75' TERM USR1 # there is nothing to save yet
 RANK=${NODE_RANK:-0} WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks \
     python -m tarflow_scale train "$@" --dry-run >/dev/null
 
