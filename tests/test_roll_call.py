@@ -1,17 +1,15 @@
 """Ranks that stop after they came: told from those that wait for them."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from tarflow_scale.errors import UserError
-from tarflow_scale.roll_call import call_roll, meet
+from tarflow_scale.roll_call import meet
 from tests.conftest import TOP
 
 FROZEN = """
@@ -23,18 +21,32 @@ input()  # it came, and does nothing more
 """
 
 
+CALLER = """
+import json, torch, torch.distributed as dist
+from datetime import timedelta
+from tarflow_scale.roll_call import call_roll
+store = dist.TCPStore("127.0.0.1", {port}, None, True, wait_for_workers=False)
+dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=60))
+seen = call_roll(store, 0, 2, torch.device("cpu"), "gloo", "here", 2.0)
+print(json.dumps([seen.hosts, seen.missing, seen.silent, seen.bytes_per_second, dist.is_initialized()]))
+"""
+
+
 def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    code = FROZEN.format(port=store.port)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(TOP)}
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, env=environment) as frozen:
-        dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=60))
-        seen = call_roll(store, 0, 2, torch.device("cpu"), "gloo", "here", 2.0)
-        frozen.communicate(b"\n")
-    assert seen.hosts == {0: "here", 1: "there"}
-    assert (seen.missing, seen.silent) == ((), (1,))
-    assert seen.bytes_per_second is None
-    assert not dist.is_initialized()
+    frozen, caller = (
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(port=port)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+        )
+        for code in (FROZEN, CALLER)
+    )  # fmt: skip
+    output, _ = caller.communicate(timeout=120)
+    frozen.communicate("\n", timeout=60)
+    assert json.loads(output) == [{"0": "here", "1": "there"}, [], [1], None, False]
 
 
 def test_where_no_first_rank_listens_is_one_line() -> None:

@@ -184,6 +184,7 @@ def _configuration(cluster: Cluster) -> str:
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
         "SlurmdTimeout=10",
+        "KillWait=5",
         "MailProg=/bin/true",
         *(
             f"NodeName={name} NodeAddr={_NETWORK}.{number} CPUs={cores} CoresPerSocket={cores} RealMemory=1000"
