@@ -217,7 +217,8 @@ def test_two_hosts_evaluate_and_generate_like_one_and_know_their_token(
     assert output.count("\n") < 12  # the plan, and one line
     assert output.endswith(
         f"\ntarflow-scale: error: the cluster at {address} must be shown its own token (got a wrong one or none: that "
-        f"of RAY_AUTH_TOKEN); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster\n"
+        f"of RAY_AUTH_TOKEN); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the "
+        f"cluster\n"
     )
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").glob("*.tar"))
 

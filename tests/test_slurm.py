@@ -14,11 +14,10 @@ cluster = pytest.importorskip("slurm_cluster")
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.ray,
     pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing()),
 ]
 
-SCENARIOS = [faults.a_more_urgent_job, faults.a_mistake, faults.ray_on_all_nodes]
+SCENARIOS = [faults.a_more_urgent_job, faults.a_mistake]
 
 
 @pytest.fixture(scope="module")
