@@ -200,8 +200,7 @@ def test_exit_codes_of_a_training_mean_what_they_say() -> None:
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert job["backoffLimit"] == 0
     assert resource["failurePolicy"]["maxRestarts"] > 0
-    script = (TOP / "launch/torchrun.sh").read_text()
-    (patience,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-(\d+)", script)
+    (patience,) = re.findall(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=(\d+)", (TOP / "launch/env.sh").read_text())
     assert job["template"]["spec"]["terminationGracePeriodSeconds"] > int(patience)
 
 
