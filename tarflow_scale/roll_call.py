@@ -155,16 +155,17 @@ def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # after the forks: it has a thread
     for pipe, _ in pipes:
         pipe.send(store.port)
+    found = "no answer in time"
     try:
         if pipes[0][0].poll(2 * timeout_seconds + _PULSE_SECONDS + _FAREWELL_SECONDS):
             return pipes[0][0].recv()
     except EOFError:
-        pass
+        found = "its end, without a word"
     finally:
         for one in ranks:
             one.kill()
             one.join()
-    raise UserError(f"rank 0 of {num_ranks} on this machine must answer (got nothing); see torch {torch.__version__}")
+    raise UserError(f"rank 0 of {num_ranks} on this machine must answer (got {found}); see torch {torch.__version__}")
 
 
 def _be_rank(rank: int, num_ranks: int, pipe: Connection, timeout_seconds: float) -> None:
