@@ -23,7 +23,9 @@ from typing import IO, Any, NoReturn, TypeVar
 
 from tarflow_scale.errors import StorageError
 
-__all__ = ["answer_within", "die_with_parent", "exclusive", "ignore_stop_signals", "leave"]
+__all__ = ["answer_within", "die_with_parent", "exclusive", "ignore_stop_signals", "leave", "stop_signals_held"]
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.2
@@ -43,8 +45,22 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 def ignore_stop_signals() -> None:
     """Leave it to the parent to act on what schedulers and launchers send to all processes of a job."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals_held() -> Generator[None]:
+    """Hold stop signals of this thread back while it starts processes that are not to see them.
+
+    What is started inherits the hold: a process before it can ignore signals by itself, and the tracker of
+    `multiprocessing`, which ignores SIGTERM and SIGINT but dies of SIGUSR1, with a traceback at the end of its parent.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave(code: int) -> NoReturn:

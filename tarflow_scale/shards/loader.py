@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tarflow_scale import storage
 from tarflow_scale.config import AugmentationConfig, DataConfig
 from tarflow_scale.errors import DataError, UserError
-from tarflow_scale.processes import die_with_parent, ignore_stop_signals
+from tarflow_scale.processes import die_with_parent, ignore_stop_signals, stop_signals_held
 from tarflow_scale.randomness import Purpose, raw_words
 from tarflow_scale.shards.mix import Mix, MixPart, line_of
 from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
@@ -162,7 +162,8 @@ class Loader:
                 multiprocessing_context="spawn",
                 worker_init_fn=_start_worker,
             )
-            items = iter(loader)
+            with stop_signals_held():
+                items = iter(loader)
             # DataLoader's handler would raise in whatever line runs when a worker dies; `_part` notices later.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while True:

@@ -230,6 +230,38 @@ def test_workers_leave_signals_to_their_rank(tmp_path: Path) -> None:
     stream.close()
 
 
+def test_signals_to_a_group_from_its_first_moment_leave_no_trace(tmp_path: Path) -> None:
+    """SIGUSR1 ends the tracker of multiprocessing, and any process that has not come to ignoring it yet."""
+    path = pack(tmp_path / "data", [30])
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, threading\n"
+        "from tarflow_scale.config import DataConfig\n"
+        "from tarflow_scale.shards.loader import Loader\n"
+        "from tarflow_scale.shards.mix import open_mix\n"
+        "if __name__ == '__main__':\n"
+        "    seen, over = [], threading.Event()\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))\n"
+        f"    config = DataConfig(path={str(path)!r}, num_workers=2)\n"
+        "    stream = Loader(open_mix(config, 4, 0), range(4), config, 0).batches(0)\n"
+        "    def tell():\n"
+        "        while not over.wait(0.01):\n"
+        "            os.killpg(0, signal.SIGUSR1)\n"
+        "    teller = threading.Thread(target=tell, daemon=True)\n"
+        "    teller.start()\n"
+        "    for _ in range(20):\n"
+        "        next(stream)\n"
+        "    over.set()\n"
+        "    teller.join()\n"
+        "    stream.close()\n"
+        "    print('seen' if seen else 'not seen')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, start_new_session=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "seen\n", "")
+
+
 def test_workers_end_when_their_rank_is_killed(tmp_path: Path) -> None:
     path = pack(tmp_path / "data", [30])
     script = tmp_path / "rank.py"
