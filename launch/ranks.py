@@ -6,6 +6,7 @@ torchrun ends with 1 whatever happened, after a page about it. Here it ends with
 or were told to before they began, and with 2 where one met a mistake, which it has said itself. Bugs keep that page.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)  # each signal, each rank
     with tempfile.NamedTemporaryFile("r") as codes:
         os.environ["TARFLOW_SCALE_EXIT_CODES"] = codes.name
         try:

@@ -101,7 +101,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
         f"{quality.outside / max(quality.values, 1):.2%} of all values were clipped by more than a level"
     )
-    print(f"{path}: {plan.num_images} images in {len(units)} shards; look at {path}/{_GRID}")
+    print(f"{path}: {plan.num_images} images in {len(units)} shard{'s' * (len(units) > 1)}; look at {path}/{_GRID}")
     _also(config)
 
 

@@ -82,10 +82,8 @@ def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str
         skipped = sum(len(note.skipped) for note in notes[split])
         left_out = f", {skipped} unusable images left out ({path}/skipped.jsonl)" if skipped else ""
         what = "vectors" if manifest.vectors else "images"
-        print(
-            f"{path}: {manifest.num_images} {what} in {len(manifest.shards)} shards, manifest {manifest.digest[:12]}"
-            f"{left_out}"
-        )
+        shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
+        print(f"{path}: {manifest.num_images} {what} in {shards}, manifest {manifest.digest[:12]}{left_out}")
 
 
 def _check_skipped(notes: dict[str, list[packing.PackNote]], config: PrepareConfig) -> None:

@@ -1,6 +1,7 @@
 """The repository itself: layout, figures that come from results, commands that exist, scripts that lint."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tarflow_scale.cli import main
 from tests.conftest import TOP, Trained
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False).stdout.split()
@@ -47,31 +49,41 @@ def test_every_file_that_the_readme_names_exists() -> None:
     assert missing == set()
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def commands(page: Path) -> list[str]:
+    """Of the shell blocks of a page: those of ours, without a launcher of several machines before them."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
     lines = [line.split("   #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith(("tarflow-scale", "launch/torchrun.sh"))]
+    found: list[str] = []
+    for line in lines:
+        words = shlex.split(line)
+        script = next((i for i, word in enumerate(words) if word.startswith("launch/") and "." in word), None)
+        match words[script].rpartition("/")[2] if script is not None else "":
+            case "torchrun.sh" | "hostfile.sh":
+                found.append(shlex.join(["train", *words[script + 2 :]]))
+            case "train.sbatch":
+                found.append(shlex.join(["train", *words[script + 1 :]]))
+            case "ray.sbatch":
+                found.append(shlex.join(words[script + 1 :]))
+            case _ if words and words[0] == "tarflow-scale":
+                found.append(shlex.join(words[1:]))
+            case _:
+                pass
+    return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", commands(README) + commands(TOP / "launch/README.md"))
+def test_every_command_that_is_shown_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Run with --dry-run in an empty folder: what is missing may be data or models, never a key or a file of ours."""
-    import shlex
-
     for name in ("configs", "evals", "launch"):
         (tmp_path / name).symlink_to(TOP / name)
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
-    if words[0] == "launch/torchrun.sh":
-        words = ["tarflow-scale", "train", *words[2:]]
-    result = subprocess.run(
-        [sys.executable, "-m", "tarflow_scale", *words[1:], "--dry-run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode in (0, 2), result.stderr
-    assert not re.search(r"unknown key|required key|Input should|cannot read the configuration|usage:", result.stderr)
+    if words[1].endswith(".txt"):  # an array of jobs: a line each
+        return
+    assert main([*words, "--dry-run"]) in (0, 2)  # SystemExit is a flag that there is not
+    assert not re.search(r"unknown key|required key|Input should|cannot read the configuration", capfd.readouterr().err)
 
 
 def python_blocks() -> list[str]:

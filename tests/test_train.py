@@ -147,13 +147,15 @@ def test_a_glow_passes_all_verbs_and_survives_kill_dash_nine(trained: Trained, t
     assert (tmp_path / "out/manifest.json").exists()
 
 
-def test_sigterm_saves_and_says_so(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(trained: Trained, tmp_path: Path, number: signal.Signals) -> None:
     arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", "training.total_images=100000")
     process = start(arguments)
     wait_for_checkpoint(tmp_path / "run", 320, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75
+    assert f"stopped by {number.name}" in output
     assert "images (checkpoint saved); run it again to go on" in output
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert (newest / "manifest.json").exists()
@@ -292,18 +294,21 @@ def test_too_many_corrupt_samples_stop_the_run_with_the_counts(digits: Path, tmp
 
 
 @pytest.mark.distributed
-def test_torchrun_sh_passes_sigusr1_on_and_two_ranks_save(trained: Trained, tmp_path: Path) -> None:
-    """What a scheduler does before it takes the machine."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_torchrun_sh_passes_a_signal_on_and_two_ranks_save(
+    trained: Trained, tmp_path: Path, number: signal.Signals
+) -> None:
+    """What a scheduler sends before it takes the machine, and Ctrl-C, which a terminal sends to all processes."""
     more = ["training.total_images=100000", "data.num_workers=1"]  # a launcher signals the loader's processes too
     _, *arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", *more)
     process = torchrun_sh(tmp_path, arguments)
     wait_for_checkpoint(tmp_path / "run", 320, process)
-    process.send_signal(signal.SIGUSR1)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert "SignalException" not in output
-    assert "ChildFailedError" not in output
-    assert re.search(r"^tarflow-scale: stopped by SIGUSR1 after \d+ images \(checkpoint saved\); run it", output, re.M)
+    assert not re.search("SignalException|ChildFailedError|closing signal|Traceback|Warning", output), output
+    said = rf"^tarflow-scale: stopped by {number.name} after \d+ images \(checkpoint saved\); run it"
+    assert re.search(said, output, re.M)
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert (newest / "manifest.json").exists()
     status = json.loads((tmp_path / "run/status.json").read_text())

@@ -47,7 +47,7 @@ CARDS = (
     Card("a100-40gb", "A100-SXM4-40GB", 40 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s"),
     Card("l40s", "L40S", 48 * _GB, 362e12, 91.6e12, 32 * _GB, 12.5 * _GB, "100 Gb/s a GPU"),
     Card("a10", "A10", 24 * _GB, 125e12, 31.2e12, 32 * _GB, 6.25 * _GB, "50 Gb/s a GPU"),
-    Card("v100", "V100", 32 * _GB, 125e12, 15.7e12, 150 * _GB, 12.5 * _GB, "DGX-1: 100 Gb/s a GPU"),
+    Card("v100", "V100", 32 * _GB, 125e12, 15.7e12, 150 * _GB, 6.25 * _GB, "DGX-1: 4 x 100 Gb/s for 8 GPUs"),
     Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s a GPU"),
 )
 """From NVIDIA's data sheets: H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10, V100, and the Ada

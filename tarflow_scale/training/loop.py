@@ -40,6 +40,8 @@ __all__ = ["Loop", "Preview", "Progress"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
 """Called on rank 0 with the averaged weights by name and the images seen."""
+_SAME_CTRL_C_SECONDS = 1.0
+"""Within which a rank may be told of one Ctrl-C twice."""
 
 
 @dataclass
@@ -344,12 +346,16 @@ class Loop:
 
 
 class _StopSignal:
-    """Why the run should stop: SIGTERM or SIGUSR1 (what schedulers send before they preempt a job), or its time."""
+    """Why the run should stop: SIGTERM or SIGUSR1 (what schedulers send before they preempt a job), Ctrl-C, its time.
+
+    A second Ctrl-C ends the run at once. Terminal and launcher both pass the first one on, so it must be later.
+    """
 
     def __init__(self, max_seconds: float | None) -> None:
         self._received = ""
+        self._interrupted = math.inf
         self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     @property
@@ -359,6 +365,12 @@ class _StopSignal:
 
     def _receive(self, number: int, _: object) -> None:
         self._received = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if now > self._interrupted + _SAME_CTRL_C_SECONDS:
+            raise KeyboardInterrupt
+        self._interrupted = min(self._interrupted, now)
 
 
 def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:
