@@ -1,6 +1,8 @@
 """The example scripts, run as their headers say: pictures of the right size, and numbers that the library gives too."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,57 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
     assert float(table["shuffled pixels"][0].rstrip("%")) > 50
     assert table[str(own)[-20:]] != []
     assert re.search(r"\d+% of the normal images are less likely than the bar", said)
+
+
+SMALLER = {
+    "prepare": ["shards.samples_per_shard=20"],
+    "train": [
+        "model.width=64",
+        "model.layers_per_block=[1, 1]",
+        "training.total_images=2560",
+        "training.global_batch_size=32",
+        "training.micro_batch_size=16",
+        "validation.every_images=1280",
+        "schedule.warmup_images=640",
+    ],
+    "evaluate": ["cluster.executor=local"],
+    "promote": [],
+    "generate": ["cluster.executor=local", "sampling.num_images=8", "sampling.batch_size=4"],
+    "score": ["cluster.executor=local"],
+    "report": [],
+}
+
+
+@pytest.mark.distributed
+def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path) -> None:
+    """A stranger's first hour, smaller: each line as it is written, on a folder of photographs' size and kind."""
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        ramp = np.linspace(*generator.uniform(40, 216, 2), 40)[:, None, None] + generator.normal(0, 2, (40, 48, 3))
+        folder = tmp_path / "my/images" / ("dark" if ramp.mean() < 128 else "bright")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(folder / f"photo {i}.png")
+    for name in ("configs", "evals", "launch"):
+        (tmp_path / name).symlink_to(TOP / name)
+    (block,) = re.findall(r"Your own images, .*?```sh\n(.*?)```", (TOP / "README.md").read_text(), flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert len(lines) == 9
+    for line in lines:
+        verb = "train" if line[0].startswith("launch/") else line[1]
+        more = [] if line[2].startswith("--") else SMALLER[verb]
+        result = subprocess.run(
+            ["bash", *line, *more] if verb == "train" else [sys.executable, "-m", "tarflow_scale", *line[1:], *more],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, f"{line}: {result.stdout}{result.stderr}"
+        assert "Warning" not in result.stderr, result.stderr
+    with Image.open(tmp_path / "runs/mine-generated/grid.png") as picture:
+        assert picture.mode == "RGB"
+    assert len([*(tmp_path / "runs/mine-generated/files").rglob("*.png")]) == 8
+    assert len((tmp_path / "runs/mine-scores/scores.csv").read_text().splitlines()) == 49  # of 60, a fifth is held out
+    assert "mine@1" in (tmp_path / "runs/mine-report/index.html").read_text()
