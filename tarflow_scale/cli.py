@@ -170,11 +170,21 @@ _PLAN_FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    code = _run(_parser().parse_args(argv))
+    code = _run(_parsed(argv))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")
     return code
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags and overrides in any order, where argparse takes positional arguments from one place alone."""
+    parser = _parser()
+    arguments, late = parser.parse_known_args(argv)
+    if wrong := [word for word in late if word.startswith("-") or "=" not in word]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    arguments.config += late
+    return arguments
 
 
 def _run(arguments: argparse.Namespace) -> int:

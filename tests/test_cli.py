@@ -68,6 +68,18 @@ def test_an_expected_failure_is_one_line_and_exit_code_2(capsys: pytest.CaptureF
     assert captured.out == ""
 
 
+def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one types who changes the last command; what is neither flag nor override is refused."""
+    flags = ["--plan", "--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "1000"]
+    recipe = str(TOP / "configs/train/imagenet64-conditional.yaml")
+    assert cli.main(["train", recipe, *flags, "training.micro_batch_size=4"]) == 0
+    assert "256 = 4 x 64 GPUs x 1 accumulated" in capsys.readouterr().out
+    for late in ("micro_batch_size", "--micro=4"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", recipe, *flags, late])
+        assert f"unrecognized arguments: {late}" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError

@@ -120,6 +120,11 @@ def _memory(answer: Answer) -> str:
     return "\n".join(lines)
 
 
+def _figure(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def _own_step(answer: Answer) -> Step:
     return answer.job.step(answer.job.config)
 
@@ -132,7 +137,7 @@ def _speed(answer: Answer) -> str:
     rows = [
         ("utilisation of a GPU", f"{job.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
-        ("images a second", f"{step.images_per_second:,.4g}, {step.images_per_second / job.gpus:,.4g} a GPU"),
+        ("images a second", f"{_figure(step.images_per_second)}, {_figure(step.images_per_second / job.gpus)} a GPU"),
         ("scaling efficiency", f"{efficiency(step, job.gpus, alone):.1%} of one GPU's images a second, each"),
         ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
          f"{hours * job.gpus / 24:,.1f} GPU days"),
@@ -173,7 +178,7 @@ def _data(answer: Answer) -> str:
     codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
     cores = [f"{rate * facts.decoded_bytes / DECODED_BYTES_PER_SECOND[codec]:.2g} ({codec})" for codec in codecs]
     rows = [
-        ("images a second", f"{rate:,.4g} a machine"),
+        ("images a second", f"{_figure(rate)} a machine"),
         ("from the store", f"{rate * packed / _MB:,.3g} MB/s a machine{bound}"),
         ("cores that decode", f"{' or '.join(cores)} a machine"),
     ]
@@ -188,13 +193,13 @@ def _scaling(answer: Answer) -> str:
         if point.strong is not None:
             hours = training.total_images / point.strong.images_per_second / 3600
             strong = (
-                f"{point.strong.images_per_second:,.4g}",
+                f"{_figure(point.strong.images_per_second)}",
                 f"{efficiency(point.strong, point.gpus, alone):.0%}",
-                f"{hours:,.4g}",
+                f"{_figure(hours)}",
             )
         weak = point.weak
         rows.append(
-            (str(point.gpus), f"{weak.images:,}", f"{weak.images_per_second:,.4g}",
+            (str(point.gpus), f"{weak.images:,}", f"{_figure(weak.images_per_second)}",
              f"{efficiency(weak, point.gpus, alone):.0%}", *strong)
         )  # fmt: skip
     header = (
