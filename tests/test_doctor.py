@@ -209,6 +209,20 @@ def head() -> Generator[Head]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+SLOW_READS = """
+import sys
+import time
+
+
+def slow(event, arguments):
+    if event == "open" and ".doctor-" in str(arguments[0]) and arguments[1] == "r":
+        time.sleep(600)
+
+
+sys.addaudithook(slow)
+"""
+
+
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +458,16 @@ def test_a_healthy_machine_is_well_in_one_screen(machine: Machine) -> None:
     assert all(line.startswith("ok ") for line in lines)
     assert "2 gloo ranks on this machine: all-reduce of 16 MiB at " in report.stdout
     assert "1 node, 2 CPUs, 0 GPUs" in report.stdout
+
+
+def test_a_check_that_is_cut_off_leaves_nothing_in_the_store(machine: Machine) -> None:
+    """Of a store that takes what is written, and hangs when it is read."""
+    machine.module("sitecustomize", SLOW_READS)
+    machine.arguments |= {"checks.only": "[store]", "checks.timeout_seconds": "5"}
+    report = machine.examine()  # looks whether a file is left
+    assert report.having("failed") == ["store"]
+    assert "no answer within 5 s" in report.stdout
+    assert [*(machine.tmp / "store").iterdir()] == []
 
 
 def test_what_nobody_asked_for_is_skipped(machine: Machine) -> None:

@@ -17,6 +17,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -41,6 +42,8 @@ class _Check:
     timeout_seconds: float
     after: str = ""
     """The check without which this one says nothing new."""
+    undo: Callable[[], None] | None = None
+    """Removes what the check leaves where it is ended early."""
 
 
 def run(config: DoctorConfig, dry_run: bool) -> None:
@@ -100,7 +103,7 @@ def _checks(config: DoctorConfig) -> list[_Check]:
             check("temporary", machine.temporary),
             check("disk", places.disk, config),
             *(check("data", places.data_set, *item) for item in config.data_sets.items()),
-            *(check("store", places.store, *item) for item in config.written.items()),
+            *(_store_check(key, path, seconds) for key, path in config.written.items()),
             check("weights", places.weights, config.metrics),
         ]
         found += [
@@ -115,6 +118,11 @@ def _checks(config: DoctorConfig) -> list[_Check]:
         found.append(check("cluster", cluster.reach, config.cluster))
     asked = [check for check in found if check.name in config.checks.only]
     return sorted(asked, key=lambda check: [*CHECKS].index(check.name))
+
+
+def _store_check(key: str, path: str, seconds: float) -> _Check:
+    folder = places.trial_folder(path)
+    return _Check("store", partial(places.store, key, path, folder), seconds, undo=partial(storage.remove_tree, folder))
 
 
 def _nothing_named(name: str, key: str) -> list[Finding]:
@@ -139,15 +147,28 @@ def _answers(check: _Check) -> list[Finding]:
         with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:  # ours, and so gone if the child is killed
             return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
+        _undo(check)
         advice = "find out what hangs (a file system, a driver, a server), or raise checks.timeout_seconds"
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
     except ChildProcessError as error:
+        _undo(check)
         return [
             failed(check.name, f"the check crashed, {error}", "repair what it names, usually by installing it again")
         ]
     except OSError as error:  # of this process
         advice = "set TMPDIR to a folder that can be written and has room"
         return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]
+
+
+def _undo(check: _Check) -> None:
+    if check.undo is not None:
+        with suppress(TimeoutError, ChildProcessError):  # as slow, or as broken, as the check was
+            answer_within(check.timeout_seconds, partial(_tried, check.undo))
+
+
+def _tried(remove: Callable[[], None]) -> None:
+    with suppress(UserError, OSError):
+        remove()
 
 
 def _caught(check: _Check, folder: str) -> list[Finding]:

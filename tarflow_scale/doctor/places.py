@@ -14,7 +14,7 @@ from tarflow_scale.doctor.machine import nearest
 from tarflow_scale.errors import RegistryError, StorageError, UserError
 from tarflow_scale.registry import Store
 
-__all__ = ["data_set", "disk", "store", "weights"]
+__all__ = ["data_set", "disk", "store", "trial_folder", "weights"]
 
 _GIB, _MB = 1024**3, 1e6
 _LEAST_BYTES = _GIB
@@ -77,11 +77,20 @@ def data_set(key: str, path: str) -> list[Finding]:
     return [ok("data", f"{key}={path}: {manifest.num_images:,} {manifest.samples_in_words}")]
 
 
-def store(key: str, path: str) -> list[Finding]:
-    """Write, read back and list; how fast; one winner of many writers; whose clock. Nothing of it stays."""
-    # What a local path lacks would be made by the job, and is not made here.
+def trial_folder(path: str) -> str:
+    """A check's own folder in a store; what a local path lacks would be made by the job, and is not made here."""
     place = path if storage.is_remote(path) else str(nearest(Path(path.removeprefix("file://"))))
-    folder = storage.join(place, f".doctor-{uuid.uuid4().hex}")
+    return storage.join(place, f".doctor-{uuid.uuid4().hex}")
+
+
+def store(key: str, path: str, folder: str) -> list[Finding]:
+    """Write, read back and list; how fast; one winner of many writers; whose clock. Nothing of it stays.
+
+    Args:
+        key: of the configuration.
+        path: what it says.
+        folder: `trial_folder` of it; who ends this check early removes it.
+    """
     try:
         written, read = _speeds(folder)
         mark = storage.join(folder, "clock")
@@ -92,9 +101,9 @@ def store(key: str, path: str) -> list[Finding]:
         names = storage.list_names(folder)
         if "clock" not in names:
             return [failed("store", f"{key}={path} does not list what was just written ({names})", "use another store")]
+        winners = _one_winner(path, folder)
     finally:
         storage.remove_tree(folder)
-    winners = _one_winner(path, place)
     if winners is not None:
         return [winners]
     found = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one winner of many writers"
@@ -122,14 +131,14 @@ def _speeds(folder: str) -> tuple[float, float]:
     return size / writing, size / reading
 
 
-def _one_winner(path: str, place: str) -> Finding | None:
+def _one_winner(path: str, folder: str) -> Finding | None:
     marker = Store(path).marker()
     if marker is not None and marker.single_writer:  # as whoever made this registry promised
         return None
     try:
-        Store(place).probe(_PROBE_KEYS)
+        Store(folder).probe(_PROBE_KEYS)
     except RegistryError as error:
-        return from_message("store", str(error))
+        return from_message("store", str(error).replace(folder, path))
     return None
 
 
