@@ -107,7 +107,8 @@ def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path)
     """A stranger's first hour, smaller: each line as it is written, on a folder of photographs' size and kind."""
     generator = np.random.default_rng(0)
     for i in range(60):
-        ramp = np.linspace(*generator.uniform(40, 216, 2), 40)[:, None, None] + generator.normal(0, 2, (40, 48, 3))
+        top, bottom = generator.uniform(40, 216, 2)
+        ramp = np.linspace(top, bottom, 40)[:, None, None] + generator.normal(0, 2, (40, 48, 3))
         folder = tmp_path / "my/images" / ("dark" if ramp.mean() < 128 else "bright")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(folder / f"photo {i}.png")

@@ -56,16 +56,15 @@ def commands(page: Path) -> list[str]:
     found: list[str] = []
     for line in lines:
         words = shlex.split(line)
-        script = next((i for i, word in enumerate(words) if word.startswith("launch/") and "." in word), None)
-        match words[script].rpartition("/")[2] if script is not None else "":
+        first = next((i for i, word in enumerate(words) if "/" in word or word == "tarflow-scale"), 0)
+        rest = words[first + 1 :]
+        match words[first].rpartition("/")[2] if words else "":
             case "torchrun.sh" | "hostfile.sh":
-                found.append(shlex.join(["train", *words[script + 2 :]]))
+                found.append(shlex.join(["train", *rest[1:]]))
             case "train.sbatch":
-                found.append(shlex.join(["train", *words[script + 1 :]]))
-            case "ray.sbatch":
-                found.append(shlex.join(words[script + 1 :]))
-            case _ if words and words[0] == "tarflow-scale":
-                found.append(shlex.join(words[1:]))
+                found.append(shlex.join(["train", *rest]))
+            case "ray.sbatch" | "tarflow-scale":
+                found.append(shlex.join(rest))
             case _:
                 pass
     return list(dict.fromkeys(found))
