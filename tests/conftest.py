@@ -18,7 +18,7 @@ TOP = Path(__file__).resolve().parents[1]
 SAMPLES = TOP.parent / "shared" / "data"
 """Real images that may lie beside the checkout; tests of them are skipped where they do not."""
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # as a shell leaves it in the background, and processes inherit it
@@ -29,11 +29,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ml-tarflow", metavar="PATH", help="a checkout of apple/ml-tarflow, for the tests 'reference'")
 
 
+CLUSTERS = {"doctor", "evaluate", "evaluation_faults", "generate", "generation_faults", "hosts", "pool", "ray_cluster"}
+CLUSTERS |= {"roll_call", "s3_end_to_end", "score", "slurm"}
+"""Files whose tests start Ray, Slurm or hosts of their own, of which one machine has room for one at a time."""
+
+
+def group_of(path: Path) -> str | None:
+    """Tests that are run one after the other where several run at once: of clusters, and of runs and verbs."""
+    if path.stem.removeprefix("test_") in CLUSTERS:
+        return "clusters"
+    return "runs" if path.parent.name in ("tests", "training") else None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU cases run where there is one, comparisons with the public code where there is a checkout."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_checkout = pytest.mark.skip(reason="needs --ml-tarflow PATH; the stored fixture is compared without it")
     for item in items:
+        if group := group_of(item.path):
+            item.add_marker(pytest.mark.xdist_group(group))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if "reference" in item.keywords and not config.getoption("--ml-tarflow"):
