@@ -223,6 +223,12 @@ def generation_table(measured: dict[str, Any], fast: dict[str, Any], faults: dic
     return f"{head}\n\n" + "\n".join(lines)
 
 
+def slurm_table(faults: dict[str, Any]) -> str:
+    """What jobs of a real Slurm survived."""
+    lines = _fault_lines(faults, "job of Slurm, two nodes; weights, logs and files must be equal to the last bit")
+    return f"Measured on {faults['date']} with {faults['scheduler']}.\n\n" + "\n".join(lines)
+
+
 def augmentation_line(results: dict[str, Any]) -> str:
     """What generated images did to the likelihood of real ones."""
     got = got_of(results)
@@ -326,6 +332,7 @@ def main() -> None:
             [_results(f"anomaly-{name}-cpu") for name in ("digits", "mnist-glow", "mnist-tarflow")]
         ),
         "augmentation": augmentation_line(_results("augmentation-cpu")),
+        "slurm": slurm_table(_results("slurm-cpu")),
         "capacity": capacity_line(_results("capacity-cpu")),
         "show": shown((TOP / "evals/results/models-show.txt").read_text(encoding="utf-8")),
         "data": data_table(_results("loader-cpu"), _results("fuzz-shards-cpu")),

@@ -111,7 +111,10 @@ def all_gone(folder: Path) -> None:
 
 
 def run_scenarios(
-    text: str | None, scenarios: Sequence[Callable[..., int | None]], make_world: Callable[[Path], Any]
+    text: str | None,
+    scenarios: Sequence[Callable[..., int | None]],
+    make_world: Callable[[Path], Any],
+    notes: Callable[[Any, str, Path], None] | None = None,
 ) -> None:
     """The command line of a script: every scenario several times, with a table of what survived.
 
@@ -120,6 +123,8 @@ def run_scenarios(
         scenarios: called with the world and an empty folder; each raises `Failed`, says in a line what it does, and may
             return in how many cases it did so.
         make_world: makes, in a folder, what scenarios share.
+        notes: called after each run with the world, the scenario's name and its folder; what it puts into
+            ``world.notes`` goes into the results.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario")
@@ -147,6 +152,8 @@ def run_scenarios(
                 except Failed as failure:
                     print(f"{scenario.__name__} {number}: {failure}", file=sys.stderr)
                 print(f"{scenario.__name__}: {survived} of {number + 1}", file=sys.stderr)
+                if notes:
+                    notes(world, scenario.__name__, folder)
                 shutil.rmtree(folder)
             figures[scenario.__name__] = (f"{runs}", float(survived), f"survived of {runs}")
             if cases:
@@ -155,5 +162,6 @@ def run_scenarios(
     figures["runs_with_lost_or_doubled_samples_or_failed"] = ("0", lost, "runs")
     if arguments.output:
         faults = {one.__name__: (one.__doc__ or "").strip() for one in scenarios}
-        write_results(arguments.output, "cpu", figures, seeds={"steps": arguments.seed}, faults=faults)
+        more = world.notes if notes else {}
+        write_results(arguments.output, "cpu", figures, seeds={"steps": arguments.seed}, faults=faults, **more)
     raise SystemExit(int(lost > 0))

@@ -84,10 +84,13 @@ class Cluster:
         return state
 
     def at_once(self, number: int, seconds: float = 300.0) -> None:
-        """Let a job that goes back to the queue start as soon as it is there: Slurm makes it wait for two minutes."""
+        """Let a job that goes back to the queue start soon after it is there: Slurm makes it wait for two minutes.
+
+        Not in the same second, in which nodes take no job of this number because they have just ended one.
+        """
         if (state := self.wait(number, seconds, until=("PENDING",))) != "PENDING":
             raise RuntimeError(f"job {number} does not go back to the queue, it is {state}")
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={number}", "StartTime=now+3")
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon, in its namespaces; again, after `kill_node`."""

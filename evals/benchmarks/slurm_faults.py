@@ -1,6 +1,6 @@
 """What a job of Slurm must survive, on a real Slurm of two nodes on this machine, and what came of it.
 
-    python evals/benchmarks/slurm_faults.py --repeat 3 --output evals/results/slurm-cpu.json
+    python evals/benchmarks/slurm_faults.py --output evals/results/slurm-cpu.json
 
 The scripts in `launch/slurm` are submitted as users do. A small TarFlow trains on the digits, a rank on each node; log
 and weights must be equal, to the last bit, to those of a run that nothing disturbed. A generation on Ray must give the
@@ -9,11 +9,13 @@ same files, byte for byte, as one process. Nodes are namespaces with addresses o
 
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import faults
 from fault_running import Failed, finish, run_scenarios, start
@@ -27,6 +29,10 @@ IMAGES = 9600
 LOGGED = 20
 """Lines of a run's log after which something happens to it."""
 LIMIT_SECONDS = 240.0
+TOLD = re.compile(
+    r"^\S+ job \d+ |stopped by SIG|\*\*\* .*(CANCELLED|NODE)|registered \S+@|images in \d+ shard|^tarflow-scale: error"
+)
+"""Lines of a job's log that are its story."""
 
 
 @dataclass
@@ -38,6 +44,8 @@ class World:
     folder: Path
     num_images: int
     """Of a generation."""
+    notes: dict[str, Any] = field(default_factory=lambda: {"transcripts": {}})
+    """Slurm's version, and what jobs said of their starts, stops and ends."""
 
     def train(self, run: Path, *options: str, images: int = IMAGES) -> int:
         """Submit a training run; the number of its job, whose log is ``<run>.out``."""
@@ -194,6 +202,16 @@ def ray_on_all_nodes(world: World, folder: Path) -> None:
             raise Failed(f"processes of the job are left on {name}: {left}")
 
 
+def remember(world: World, name: str, folder: Path) -> None:
+    """Put the story of a scenario's jobs into the notes."""
+    logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.out")) if log.stem != "urgent"]
+    lines = [line.replace(f"{folder}/", "").replace(f"{TOP}/", "") for log in logs for line in log.splitlines()]
+    shown = [re.sub(r", start (\d+): .*", r", start \1", line) for line in lines if TOLD.search(line)]
+    world.notes["transcripts"][name] = list(dict.fromkeys(shown))
+    version = subprocess.run(["scontrol", "--version"], capture_output=True, text=True, check=False)
+    world.notes["scheduler"] = version.stdout.strip()
+
+
 SCENARIOS: list[Callable[[World, Path], None]] = [
     a_more_urgent_job, the_time_limit, a_node_fails, a_mistake, an_array, ray_on_all_nodes,
 ]  # fmt: skip
@@ -203,6 +221,6 @@ if __name__ == "__main__":
     place = Path(tempfile.mkdtemp(prefix="slurm"))
     try:
         with slurm(place) as own:
-            run_scenarios(__doc__, SCENARIOS, lambda folder: make_world(own, folder))
+            run_scenarios(__doc__, SCENARIOS, lambda folder: make_world(own, folder), remember)
     finally:
         shutil.rmtree(place)
