@@ -24,7 +24,7 @@ from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.making import UNIT_FOLDERS, ShardMaker, Unit, is_done, read_quality, read_record
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json
+from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json, changes
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
@@ -42,8 +42,14 @@ _PLAN = "plan.json"
 _QUALITY = "quality.json"
 _GRID = "grid.png"
 _GRID_IMAGES = 100
+_GRID_COLUMNS = 10
 _GRID_ZOOM = 6
+_GRID_PIXELS = 1000
+"""Its width, if that is possible."""
 _EXACT = 1e-3
+_MUCH_CLIPPED = 0.05
+_FEW = 3
+"""Images that chance alone may have drawn again, however few are made."""
 """Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
 
 
@@ -68,9 +74,9 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         _also(config)
         return
-    guard, total = GuardConfig.model_validate(plan.guard), plan.num_images
+    total = plan.num_images
     quality = _sum(read_quality(path, unit) for unit in units if unit not in missing)
-    _check_redrawn(quality, guard, total)
+    _check_redrawn(quality, plan)
     errors: list[float] = []
     begin = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers do not meet
     arguments = {"registry": config.registry.path, "plan": plan, "path": path}
@@ -82,7 +88,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
             quality = quality.plus(found)
             if quality.redrawn:
                 bar.set_postfix(redrawn=quality.redrawn)
-            _check_redrawn(quality, guard, total)
+            _check_redrawn(quality, plan)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
     for folder in UNIT_FOLDERS:
         storage.remove_abandoned(storage.join(path, folder))
@@ -97,19 +103,26 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     if plan.is_of_vectors:
         print(f"{path}: {total} vectors in {len(units)} shards, {quality.redrawn} of them drawn again (not finite)")
         return
+    clipped = quality.outside / max(quality.values, 1)
     print(
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
-        f"{quality.outside / max(quality.values, 1):.2%} of all values were clipped by more than a level"
+        f"{clipped:.2%} of all values were clipped by more than a level"
+        + ("; that is much: lower sampling.temperature, or train longer" if clipped > _MUCH_CLIPPED else "")
     )
     print(f"{path}: {plan.num_images} images in {len(units)} shard{'s' * (len(units) > 1)}; look at {path}/{_GRID}")
     _also(config)
 
 
-def _check_redrawn(quality: Quality, guard: GuardConfig, total: int) -> None:
-    if quality.redrawn > guard.most_redrawn_share * total:
+def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
+    guard, total = GuardConfig.model_validate(plan.guard), plan.num_images
+    allowed = max(guard.most_redrawn_share * total, _FEW if guard.most_redrawn_share else 0)
+    if quality.redrawn > allowed:
+        lower = "sampling.temperature" + (" or sampling.guidance.scale" if plan.sampling["guidance"]["scale"] else "")
         raise NumericsError(
-            f"{quality.redrawn} of {quality.images} images were drawn again (sampling.guard.most_redrawn_share="
-            f"{guard.most_redrawn_share:g} of {total}); check the model, or lower sampling.guidance.scale"
+            f"{quality.redrawn} of {quality.images} images were drawn again ({quality.not_finite} not finite, "
+            f"{quality.saturated} saturated; sampling.guard.most_redrawn_share={guard.most_redrawn_share:g} allows "
+            f"{allowed:.0f} of {total}); lower {lower} in another shards.path, train longer or with "
+            f"model.log_scale_bound, or allow more"
         )
 
 
@@ -225,9 +238,9 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
     location = storage.join(path, _PLAN)
     if storage.exists(location):
         frozen = GenerationPlan.from_json(storage.read_bytes(location), location)
-        changed = [name for name in GenerationPlan.model_fields if _of(frozen, name) != _of(plan, name)]
-        if changed:
-            raise PlanError(f"{path} holds another plan ({', '.join(changed)} differ); choose another shards.path")
+        before, now = ({name: _of(one, name) for name in GenerationPlan.model_fields} for one in (frozen, plan))
+        if changed := changes(before, now):
+            raise PlanError(f"{path} holds another plan ({changed}); choose another shards.path")
     elif any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
         if storage.exists(location):  # another driver was faster
             _check_plan(path, plan)
@@ -238,8 +251,8 @@ def _check_plan(path: str, plan: GenerationPlan) -> None:
 def _of(plan: GenerationPlan, name: str) -> Any:
     """A field; settings that an older version did not know of are at their defaults."""
     if name == "guard":
-        return GuardConfig.model_validate(plan.guard)
-    return SamplingConfig.model_validate(plan.sampling) if name == "sampling" else getattr(plan, name)
+        return GuardConfig.model_validate(plan.guard).model_dump()
+    return SamplingConfig.model_validate(plan.sampling).model_dump() if name == "sampling" else getattr(plan, name)
 
 
 def _freeze_plan(path: str, plan: GenerationPlan) -> None:
@@ -268,15 +281,17 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
 
 
 def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
-    """The first images as one picture; with up to 20 classes, column c holds class c. Of two numbers their density."""
+    """The first images as one picture; of up to 20 classes, a column shows one. Of two numbers their density."""
     if plan.is_of_vectors:
         if plan.has_grid:
             flow = load_version(registry, plan.model, plan.version)
             storage.write_bytes(storage.join(path, _GRID), density_picture(flow, plan.seed))
         return
-    columns = len(plan.class_names) if 0 < len(plan.class_names) <= 20 else 10
+    classes = len(plan.class_names)
+    columns = classes * max(1, _GRID_COLUMNS // classes) if 0 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
+    zoom = max(1, min(_GRID_ZOOM, _GRID_PIXELS // (columns * (plan.image_size_pixels + 1))))
     batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
-    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, _GRID_ZOOM))
+    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom))
 
 
 def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: str) -> None:

@@ -5,6 +5,7 @@ Units are in the names. Unknown fields are refused, so a record of a newer versi
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,12 +25,37 @@ __all__ = [
     "Record",
     "VectorFacts",
     "canonical_json",
+    "changes",
 ]
+
+_SHOWN_CHANGES, _SHOWN_CHARACTERS = 4, 40
 
 
 def canonical_json(value: Any) -> bytes:
     """The one spelling of a JSON value that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def changes(before: Any, now: Any) -> str:
+    """What differs in two nested mappings: ``optimizer.peak_lr was 0.001, is 0.0003``; empty if nothing."""
+    old, new = dict(_leaves("", before)), dict(_leaves("", now))
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
+    more = len(differing) - _SHOWN_CHANGES
+    return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _leaves(f"{key}.{name}" if key else str(name), part)
+    else:
+        yield key, value
+
+
+def _brief(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}.."
 
 
 class Record(BaseModel):

@@ -4,11 +4,12 @@ Open the data, build the flow, put it under DeepSpeed, train from the latest che
 images, export the averaged weights and register them. The same command again continues where the run stopped.
 Start it on several ranks with torchrun; see ``launch/``.
 
-Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml``, ``environment.json``,
-``status.json``, ``log.jsonl``, ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and at the
-end ``model/``, which is also registered as ``registry.model``. Refused are a folder of another run or of one that goes
-on, and counts that do not divide. A run that is told to stop saves a checkpoint and ends with exit code 75; one that
-was killed loses what came after its latest whole checkpoint, and trains it again, on as many ranks to the same weights.
+Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml`` (where a run goes on
+with other settings, the earlier ones are ``config-until-IMAGES.yaml``), ``environment.json``, ``status.json``,
+``log.jsonl``, ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and at the end ``model/``,
+which is also registered as ``registry.model``. Refused are a folder of another run or of one that goes on, and counts
+that do not divide. A run that is told to stop saves a checkpoint and ends with exit code 75; one that was killed loses
+what came after its latest whole checkpoint, and trains it again, on as many ranks to the same weights.
 """
 
 import warnings
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from tarflow_scale import distributed, storage, telemetry
@@ -47,7 +47,13 @@ from tarflow_scale.shards.mix import Mix, open_mix
 from tarflow_scale.training.checkpoint import newest as newest_checkpoint
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, start_process_group
-from tarflow_scale.training.folder import STOP_SECONDS, check_shared, follow_launcher
+from tarflow_scale.training.folder import (
+    STOP_SECONDS,
+    check_shared,
+    configuration_of,
+    describe_run,
+    follow_launcher,
+)
 from tarflow_scale.training.loop import Loop, Progress
 from tarflow_scale.training.meter import Meter, peak_flops_of
 from tarflow_scale.training.noise import conditions, model_input
@@ -139,6 +145,8 @@ def _train(
         preview=_preview(config, manifest, flow.pixels, device),
     )
     progress = loop.resume()
+    if progress.images_seen >= loop.total_images and distributed.is_main():
+        print(f"nothing to train, {config.logging.path} has seen all {progress.images_seen:,} images")
     with _recorded(config, progress, loop.total_images) as log:
         loop.fit(progress, log)
     for half_life in reversed(config.training.ema_half_life_images):
@@ -153,7 +161,7 @@ def _recorded(config: TrainConfig, progress: Progress, total_images: int) -> Gen
     if not distributed.is_main():
         yield telemetry.Log()
         return
-    _describe_run(config)
+    describe_run(config, progress.images_seen)
     logging = config.logging
     resolved = config.model_dump(mode="json")
 
@@ -277,29 +285,6 @@ def _changed(sections: dict[str, Section]) -> dict[str, Any]:
     return {name: section.model_dump(mode="json") for name, section in sections.items() if section != type(section)()}
 
 
-def _configuration(config: TrainConfig) -> bytes:
-    return canonical_json(config.model_dump(mode="json"))
-
-
-def _config_digest(config: TrainConfig) -> str:
-    return storage.digest(_configuration(config))
-
-
-def _describe_run(config: TrainConfig) -> None:
-    """Leave beside the results what made them: resolved configuration, its digest, commit and versions."""
-    folder = Path(config.logging.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    storage.write_bytes(str(folder / "config.yaml"), text.encode())
-    facts = {
-        "config_digest": _config_digest(config),
-        "git_commit": telemetry.git_commit(),
-        "packages": telemetry.package_versions(),
-        "ranks": distributed.world_size(),
-    }
-    storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))
-
-
 def _preview(
     config: TrainConfig, manifest: Manifest, pixels: PixelFormat, device: torch.device
 ) -> Callable[[dict[str, Tensor], int], None]:
@@ -363,15 +348,17 @@ def _publish(
             "parameters": parameters,
             "images_seen": images_seen,
             "ema_half_life_images": half_life,
-            "config_digest": _config_digest(config),
+            "config_digest": storage.digest(configuration_of(config)),
             "git_commit": telemetry.git_commit(),
             "packages": telemetry.package_versions(),
             "checkpoint": newest_checkpoint(f"{config.logging.path}/checkpoints"),
         },
         f"end of training {config.logging.path}",
-        _configuration(config),
+        configuration_of(config),
     )
     memory = telemetry.peak_memory_bytes(next(flow.parameters()).device.type) / _GIB
+    name = f"{config.registry.model}@{version.version}"
     print(
-        f"registered {config.registry.model}@{version.version} in {config.registry.path} (peak {memory:.2f} GiB a rank)"
+        f"registered {name} in {config.registry.path} (peak {memory:.2f} GiB a rank); samples are in "
+        f"{config.logging.path}/previews, and 'tarflow-scale evaluate' comes next"
     )

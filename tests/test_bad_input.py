@@ -307,7 +307,7 @@ def generation_of_another_plan(w: World) -> tuple[list[str], str]:
     path = w.tmp / "generated"
     assert cli.main(w.generate(f"shards.path={path}")) == 0
     return w.generate(f"shards.path={path}", "sampling.seed=1"), (
-        f"{path} holds another plan (seed differ); choose another shards.path"
+        f"{path} holds another plan (seed was 0, is 1); choose another shards.path"
     )
 
 

@@ -98,7 +98,11 @@ def test_ray_workers_make_the_same_bytes(trained: Trained, generated: Path, tmp_
 
 @pytest.mark.parametrize(
     ("override", "changed"),
-    [("sampling.seed=5", "seed"), ("sampling.num_images=151", "num_images"), ("sampling.guidance.scale=1", "sampling")],
+    [
+        ("sampling.seed=5", "seed was 0, is 5"),
+        ("sampling.num_images=151", "num_images was 150, is 151"),
+        ("sampling.guidance.scale=1", "sampling.guidance.scale was 0.0, is 1.0"),
+    ],
 )
 def test_another_plan_is_refused(
     trained: Trained, generated: Path, override: str, changed: str, capsys: pytest.CaptureFixture[str]
@@ -106,7 +110,7 @@ def test_another_plan_is_refused(
     before = content(generated)
     assert cli.main(arguments(trained, generated, override)) == 2
     assert capsys.readouterr().err == (
-        f"tarflow-scale: error: {generated} holds another plan ({changed} differ); choose another shards.path\n"
+        f"tarflow-scale: error: {generated} holds another plan ({changed}); choose another shards.path\n"
     )
     assert content(generated) == before
 
@@ -259,9 +263,11 @@ def facts_of(tar: Path) -> dict[str, bytes]:
 def test_too_many_bad_images_end_the_generation(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil(monkeypatch, {3, 60, 100}, 1)
+    spoil(monkeypatch, {3, 60, 100, 110}, 1)
     assert cli.main(arguments(trained, tmp_path / "out")) == 2
-    assert "images were drawn again (sampling.guard.most_redrawn_share=0.01 of 150)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not finite, 0 saturated; sampling.guard.most_redrawn_share=0.01 allows 3 of 150)" in said
+    assert "; lower sampling.temperature in another shards.path" in said  # there is no guidance
     assert not (tmp_path / "out/manifest.json").exists()
     for _ in range(4):  # nor does it pass by being run again
         assert cli.main(arguments(trained, tmp_path / "out")) == 2

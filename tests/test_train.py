@@ -166,6 +166,7 @@ def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Traine
     before = curve(trained.run)
     result = command(*train_arguments(trained.data, trained.run, trained.registry))
     assert result.returncode == 0, result.stderr
+    assert "nothing to train" in result.stdout
     assert "registered small@1" in result.stdout
     assert curve(trained.run) == before
     assert len(Registry(str(trained.registry), "small").state().versions) == 1
@@ -191,7 +192,7 @@ def test_a_run_folder_of_another_run_is_refused(trained: Trained) -> None:
     result = command(*train_arguments(trained.data, trained.run, trained.registry, "training.seed=1"))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        f"tarflow-scale: error: the run folder {trained.run} holds another run (training.seed differ); "
+        f"tarflow-scale: error: the run folder {trained.run} holds another run (training.seed was 0, is 1); "
         f"choose another logging.path or delete it"
     )
     assert {name: (trained.run / name).read_bytes() for name in records} == records
@@ -214,7 +215,7 @@ def test_statistics_of_batches_make_the_division_of_a_batch_part_of_a_run(digits
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
         f"tarflow-scale: error: the run folder {tmp_path}/batch holds another run (training.micro_batch_size x ranks "
-        f"differ); choose another logging.path or delete it"
+        f"was 32, is [16, 1]); choose another logging.path or delete it"
     )
     assert trained_by(16, 2, 96).returncode == 0  # a whole batch again, so its statistics are the same
 
@@ -370,7 +371,12 @@ def test_a_time_limit_saves_and_the_run_goes_on(trained: Trained, tmp_path: Path
     result = command(*arguments, "training.max_seconds=0.001")
     assert result.returncode == 75
     assert "stopped by training.max_seconds after 32 images (checkpoint saved)" in result.stderr.splitlines()[-1]
-    assert command(*arguments).returncode == 0
+    again = command(*arguments)
+    assert again.returncode == 0
+    earlier = tmp_path / "run/config-until-000000000032.yaml"
+    said = f"going on with other settings: training.max_seconds was 0.001, is none (the earlier ones: {earlier})"
+    assert said in again.stdout
+    assert "max_seconds: 0.001" in earlier.read_text()
     assert curve(tmp_path / "run") == curve(trained.run)
     assert weights(tmp_path / "run") == weights(trained.run)
 

@@ -145,7 +145,8 @@ class GuardConfig(Section):
     attempts: int = Field(default=3, ge=0)
     """Times that an image may be drawn again; one that is bad after that ends the generation."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
-    """A larger share of images that were drawn again ends the generation: the model is at fault, not chance."""
+    """A larger share of images that were drawn again ends the generation: the model is at fault, not chance. Three
+    are let pass, however few are made; none at 0."""
 
 
 class SeededSamplingConfig(SamplingConfig):

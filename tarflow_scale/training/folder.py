@@ -1,4 +1,4 @@
-"""The run folder: one run at a time, and one folder for all ranks; and ranks that do not outlive their launcher.
+"""The run folder: one run at a time, one folder for all ranks, what made it; and ranks that end with their launcher.
 
 A launcher that is killed leaves its ranks behind, which would train on beside those of the next launch.
 """
@@ -6,14 +6,18 @@ A launcher that is killed leaves its ranks behind, which would train on beside t
 import os
 import signal
 import uuid
+from pathlib import Path
 
 import torch
+import yaml
 
-from tarflow_scale import distributed, storage
+from tarflow_scale import distributed, storage, telemetry
+from tarflow_scale.config import TrainConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.processes import die_with_parent
+from tarflow_scale.records import canonical_json, changes
 
-__all__ = ["STOP_SECONDS", "check_shared", "follow_launcher"]
+__all__ = ["STOP_SECONDS", "check_shared", "configuration_of", "describe_run", "follow_launcher"]
 
 STOP_SECONDS = 60.0
 """How long a run waits for one that is stopping to let go of its folder."""
@@ -49,3 +53,32 @@ def _leave_mark(path: str) -> str:
     mark = uuid.uuid4().hex
     storage.write_bytes(storage.join(path, f".shared-{mark}"), b"seen")
     return mark
+
+
+def configuration_of(config: TrainConfig) -> bytes:
+    """The resolved configuration, as it is hashed and registered."""
+    return canonical_json(config.model_dump(mode="json"))
+
+
+def describe_run(config: TrainConfig, images_seen: int) -> None:
+    """Leave beside the results what made them: resolved configuration, its digest, commit and versions.
+
+    Where a run goes on with other settings, say which, and keep the earlier ones as ``config-until-IMAGES.yaml``.
+    """
+    folder = Path(config.logging.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    current, resolved = folder / "config.yaml", config.model_dump(mode="json")
+    if images_seen and current.exists():
+        before = current.read_bytes()
+        if changed := changes(yaml.safe_load(before), resolved):
+            kept = folder / f"config-until-{images_seen:012d}.yaml"
+            storage.write_bytes(str(kept), before)
+            print(f"going on with other settings: {changed} (the earlier ones: {kept})")
+    storage.write_bytes(str(current), yaml.safe_dump(resolved, sort_keys=False).encode())
+    facts = {
+        "config_digest": storage.digest(configuration_of(config)),
+        "git_commit": telemetry.git_commit(),
+        "packages": telemetry.package_versions(),
+        "ranks": distributed.world_size(),
+    }
+    storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))

@@ -21,7 +21,7 @@ from torch import Tensor
 from tarflow_scale import distributed, telemetry
 from tarflow_scale.config import CheckpointConfig, LoggingConfig, ScheduleConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.records import PixelFormat, VectorFacts
+from tarflow_scale.records import PixelFormat, VectorFacts, changes
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
@@ -58,6 +58,8 @@ class Progress:
     roll_backs: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    held_out: float | None = None
+    """The last validation since this start, as the loss is shown."""
 
     @property
     def elapsed(self) -> float:
@@ -260,11 +262,13 @@ class Loop:
         }
         if validated is not None:
             record |= {"validation_nats_per_dim": validated, "validation_bits_per_dim": self._bits(validated)}
+            progress.held_out = record["validation_bits_per_dim"] or validated
         log.write(record)
         if loss is not None:
             name, value = ("nats/dim", loss) if record["bits_per_dim"] is None else ("bits/dim", record["bits_per_dim"])
             used = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.0%}"
-            bar.set_postfix_str(f"{name} {value:.3f}{used}", refresh=False)
+            held_out = "" if progress.held_out is None else f", held out {progress.held_out:.3f}"
+            bar.set_postfix_str(f"{name} {value:.3f}{held_out}{used}", refresh=False)
 
     def _bits(self, nats_per_dim: float | None) -> float | None:
         """Loss in bits/dim; only uniform dequantisation has any."""
@@ -321,11 +325,10 @@ class Loop:
         if found is None:
             return Progress(LossHistory(self.training.spike))
         folder, state = found
-        changed = sorted(key for key in self.run.keys() | state.run if self.run.get(key) != state.run.get(key))
-        if changed:
+        if changed := changes(state.run, self.run):
             raise UserError(
-                f"the run folder {self.logging.path} holds another run ({', '.join(changed)} differ); "
-                f"choose another logging.path or delete it"
+                f"the run folder {self.logging.path} holds another run ({changed}); choose another logging.path or "
+                f"delete it"
             )
         if state.images_seen > self.total_images:
             raise UserError(
