@@ -89,7 +89,11 @@ class Rater:
         bits: list[list[np.ndarray]] = [[] for _ in self._flows]
         compressed: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for batch in shards.batches(unit.part.start, unit.part.stop, self._settings.batch_size):
+        origins: list[str] = []
+        for low in range(unit.part.start, unit.part.stop, self._settings.batch_size):
+            stored = shards.read(np.arange(low, min(low + self._settings.batch_size, unit.part.stop)))
+            batch = shards.decoded(stored)
+            origins += [shards.origin_of(one) for one in stored]
             draws = [x.to(self._device) for x in dequantised(batch, protocol)]
             for flow, found in zip(self._flows, bits, strict=True):
                 log_prob = combine_draws(torch.stack([self._log_prob(flow, x) for x in draws]), "importance")
@@ -103,7 +107,8 @@ class Rater:
                     f"bits/dim are not finite for {int((~np.isfinite(found)).sum())} of the images {unit.part.start} "
                     f"to {unit.part.stop - 1} of {unit.path}; check the model"
                 )
-        unit.part.write(arrays | {"compressed": np.concatenate(compressed), "labels": np.concatenate(labels)})
+        facts = {"labels": np.concatenate(labels), "origins": np.array(origins)}
+        unit.part.write(arrays | {"compressed": np.concatenate(compressed)} | facts)
 
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
         """Log density without labels, in fp64: with them dropped, or marginal over all."""

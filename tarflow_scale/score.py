@@ -97,6 +97,8 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     storage.remove_tree(storage.join(config.scoring.path, _PARTS))
     _print_scores(thresholds, flagged, found)
     print(f"{table}: {sum(len(several['likelihood']) for several in scores.values())} images")
+    if flow is not None:
+        print(f"{storage.join(config.scoring.path, _MAPS)}: the least likely, each beside what surprises in it")
 
 
 def _version(section: VersionConfig) -> tuple[VersionConfig, ModelVersion]:
@@ -143,6 +145,7 @@ def _units(
         "device": ["cuda" if config.cluster.gpus_per_worker else config.cluster.cpus_per_worker],
         "packages": _packages(),
         "codecs": sorted(codecs()),
+        "edition": 2,  # of what parts hold
     }
     found: dict[str, list[Unit]] = {}
     for name, (path, manifest) in sets.items():
@@ -184,8 +187,9 @@ def _parts(units: list[Unit]) -> list[Part]:
 
 
 def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
-    found = [part.read() for part in parts]
-    joined = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in found[0]}
+    names = ("bits_0", "compressed", *(["bits_1"] if has_background else []))
+    found = [part.read(*names) for part in parts]
+    joined = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in names}
     return scores_of(joined["bits_0"], joined["compressed"], typical, joined["bits_1"] if has_background else None)
 
 
@@ -198,10 +202,12 @@ def _rows(sets: dict[str, tuple[list[Unit], Scores]], thresholds: dict[str, floa
     """Rows of the table, a part at a time."""
     for name, (units, scores) in sets.items():
         for part in _parts(units):
-            labels = part.read("labels")["labels"]
+            facts = part.read("labels", "origins")
             several: list[Row] = []
             for number in range(part.start, part.stop):
-                row: Row = {"set": name, "sample": number, "label": int(labels[number - part.start])}
+                place = number - part.start
+                row: Row = {"set": name, "sample": number, "origin": str(facts["origins"][place])}
+                row["label"] = int(facts["labels"][place])
                 row |= {score: float(values[number]) for score, values in scores.items()}
                 row |= {f"{score}_flagged": row[score] > limit for score, limit in thresholds.items()}
                 several.append(row)
@@ -209,10 +215,10 @@ def _rows(sets: dict[str, tuple[list[Unit], Scores]], thresholds: dict[str, floa
 
 
 def _write_table(location: str, parts: Iterator[list[Row]], scores: list[str], kind: str) -> None:
-    columns = ["set", "sample", "label", *scores, *(f"{score}_flagged" for score in scores)]
+    columns = ["set", "sample", "origin", "label", *scores, *(f"{score}_flagged" for score in scores)]
     if kind == "parquet":
         arrow, parquet = _pyarrow()
-        kinds = [arrow.string(), arrow.int64(), arrow.int64(), *[arrow.float64()] * len(scores)]
+        kinds = [arrow.string(), arrow.int64(), arrow.string(), arrow.int64(), *[arrow.float64()] * len(scores)]
         schema = arrow.schema(list(zip(columns, kinds + [arrow.bool_()] * len(scores), strict=True)))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "scores.parquet"

@@ -97,6 +97,8 @@ def test_every_image_has_a_row_with_the_numbers_of_its_pixels(
     batch = next(shards.batches(0, num, num))
     assert [int(row["label"]) for row in rows[:num]] == batch.labels.tolist()
     assert {row["label"] for row in rows[num:]} == {"-1"}
+    assert [row["origin"] for row in rows[:num]] == [shards.origin_of(one) for one in shards.read(np.arange(num))]
+    assert len({row["origin"] for row in rows[:num]}) == num
     complexity = column(rows, "data", "likelihood") - column(rows, "data", "complexity")
     assert np.allclose(complexity, compressed_bits_per_dim(batch.images >> 4))
     summary = json.loads((scored / "summary.json").read_text())

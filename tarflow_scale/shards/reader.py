@@ -6,10 +6,11 @@ Evaluation reads it strictly: a sample that is not what was packed is an error. 
 
 import contextlib
 import io
+import json
 import struct
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ _header = struct.Struct("100s 24x 12s 20x c").unpack_from
 """Name, size in octal digits, and kind of a tar header."""
 _REGULAR = (b"0", b"\0")
 _RETRIES = 5
+_ORIGIN_CHARACTERS = 300
 FIRST_WAIT_SECONDS = 0.5
 """Waits double: a shard may be gone for 15 seconds, which outlasts a fail-over of most stores."""
 
@@ -217,13 +219,34 @@ class ShardSet:
         Raises:
             DataError: one of them is corrupt.
         """
-        decoded = [self.decode(stored) for stored in self.read(samples)]
+        return self.decoded(self.read(samples))
+
+    def decoded(self, several: Sequence[StoredSample]) -> Batch:
+        """Samples that were read, as a batch.
+
+        Raises:
+            DataError: one of them is corrupt.
+        """
+        decoded = [self.decode(stored) for stored in several]
         return Batch(
             images=np.ascontiguousarray(np.stack([image for image, _ in decoded])),
             labels=np.array([label for _, label in decoded], dtype=np.int64),
-            samples=np.asarray(samples, dtype=np.int64),
+            samples=np.array([stored.number for stored in several], dtype=np.int64),
             epochs=np.zeros(len(decoded), dtype=np.int64),
         )
+
+    def origin_of(self, stored: StoredSample) -> str:
+        """The file that `prepare` packed, as it noted it; the key of samples that others packed or a model made.
+
+        Raises:
+            DataError: the sample is corrupt.
+        """
+        try:
+            facts = json.loads(self._members(stored).get("json", b"{}"))
+        except ValueError:
+            facts = {}
+        origin = facts.get("origin") if isinstance(facts, dict) else None
+        return origin[:_ORIGIN_CHARACTERS] if isinstance(origin, str) else stored.key
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
         """Samples ``[start, stop)`` in the manifest's order; the last batch may be smaller. For evaluation."""
