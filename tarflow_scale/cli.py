@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,8 @@ _VERBS = {
 }  # fmt: skip
 
 
+_PACKAGE = Path(__file__).parent
+
 _MODES = {"calibrate": "calibrate", "reference": "bind", "watch": "watch"}
 """Functions of a verb that a flag asks for."""
 
@@ -170,11 +173,24 @@ _PLAN_FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
+    warnings.formatwarning = _warning_line
     code = _run(_parsed(argv))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")
     return code
+
+
+_format_warning = warnings.formatwarning
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings as one line, like errors; those of others as Python has them."""
+    if category is UserWarning and _PACKAGE in Path(filename).parents:
+        return f"tarflow-scale: warning: {printable(str(message))}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

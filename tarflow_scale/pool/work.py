@@ -3,9 +3,12 @@
 import importlib
 import logging
 import os
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -29,6 +32,7 @@ class Worker(Protocol):
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
 """An idle worker takes a unit from another that has had it for so many times the longest that any took."""
 _POLL_SECONDS = 0.5
+_GREETING = b"Set ray log level from environment variable"
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Of a cluster of our own. Results are records and moments, never images, so a small store is enough."""
 
@@ -156,7 +160,9 @@ def _run_on_ray(
             idle.append(first.actor)
             attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
             yield units[first.number], _result(done[0])
-    finally:
+    except BaseException:
+        raise  # the pool ends, and they with it; killed here, Ray would say of each that its unit may be tried again
+    else:
         for actor in actors:
             ray.kill(actor)  # the next workers need their cores
 
@@ -186,26 +192,47 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
     constants.ENABLE_RAY_CLUSTER = not alone  # what the variable says, where Ray had been imported before
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _without_greeting():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"the Ray cluster at {address} must let this process in (got: {str(error).splitlines()[0]}); use the "
                 f"versions of Ray and Python that it has"
             ) from error
     else:
-        ray.init(
-            address="local",  # never somebody else's cluster that happens to run here
-            num_cpus=max(num_workers * cpus, 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_greeting():
+            ray.init(
+                address="local",  # never somebody else's cluster that happens to run here
+                num_cpus=max(num_workers * cpus, 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     try:
         _patiently(deadline, lambda: _check_size(ray.cluster_resources(), num_workers, cpus, gpus))
     except UserError:
         ray.shutdown()
         raise
+
+
+@contextmanager
+def _without_greeting() -> Generator[None]:
+    """Drop the line in which Ray's core says that it was told how much to say; the rest is passed on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            for line in said:
+                if _GREETING not in line:
+                    os.write(2, line)
 
 
 def _reached(address: str | None) -> bool:
