@@ -28,6 +28,7 @@ from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json, c
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
+from tarflow_scale.sampling.labels import numbered
 from tarflow_scale.shards.files import write_folder
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
@@ -187,7 +188,7 @@ def resolved_plan(config: GenerateConfig) -> GenerationPlan:
             "leave them out"
         )
     decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
-    rule = config.sampling.labels
+    rule = numbered(config.sampling.labels, version.data.class_names)
     sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:

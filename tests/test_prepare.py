@@ -439,7 +439,7 @@ def test_statistics_and_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["prepare", "--stats", f"{tmp_path}/out/train"]) == 0
     out = capsys.readouterr().out
     assert "32 3x8x8 images, 8 bit, png" in out
-    assert "2, from 16 samples (a) to 16 (a)" in out
+    assert "0 a (16), 1 b (16)" in out
     sheet = decode_image((tmp_path / "out/train/contact-sheet.png").read_bytes(), "sheet")
     assert sheet.shape == (3, 4 * 9 + 1, 8 * 9 + 1)
     assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0

@@ -22,6 +22,7 @@ __all__ = [
     "Guidance",
     "Labels",
     "MetricsConfig",
+    "NamedLabels",
     "ReferenceConfig",
     "RegistryConfig",
     "SamplingConfig",
@@ -32,6 +33,8 @@ __all__ = [
 Labels = Literal["balanced"] | tuple[int, ...] | dict[int, float]
 """``balanced``: image i has label i modulo the number of classes. A list: its labels in turn. A mapping: each label is
 drawn with its weight."""
+NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, float]
+"""The same, where classes may be named."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that is also a safe file name."""
 
@@ -156,9 +159,10 @@ class SeededSamplingConfig(SamplingConfig):
     """Seed of the latents, and of labels that are drawn."""
     num_images: int = Field(ge=1)
     """Images to generate."""
-    labels: Labels = "balanced"
+    labels: NamedLabels = "balanced"
     """``balanced``: the classes in turn. A list such as ``[3, 3, 7]``: its labels in turn. A mapping such as
-    ``{0: 1, 7: 2.5}``: each label is drawn with its weight. For a model with classes."""
+    ``{0: 1, 7: 2.5}``: each label is drawn with its weight. Labels are numbers or names of classes, as
+    ``prepare --stats`` lists them. For a model with classes."""
     guard: GuardConfig = GuardConfig()
 
 

@@ -34,6 +34,8 @@ def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> No
 
     Vectors cannot be dropped, as nothing says what stands in their place.
     """
+    if y is not None and not torch.is_tensor(y):
+        raise ValueError(f"labels must be a tensor, or one number for all (got {y!r})")
     if num_conditions is not None:
         if y is None or tuple(y.shape) != (batch_size, num_conditions):
             got = None if y is None else tuple(y.shape)

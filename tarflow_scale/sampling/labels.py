@@ -6,16 +6,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Labels
+from tarflow_scale.config import Labels, NamedLabels
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.randomness import Purpose, raw_words
 
-__all__ = ["balanced_labels", "check_labels", "labels_of"]
+__all__ = ["balanced_labels", "check_labels", "labels_of", "numbered"]
+
+_SHOWN_CLASSES = 10
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
     """Label ``index mod num_classes`` for every index, ``(len(indices),)`` int64."""
     return torch.tensor([index % num_classes for index in indices], dtype=torch.int64)
+
+
+def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
+    """A rule with numbers in place of names.
+
+    Raises:
+        ConfigError: no class has such a name.
+    """
+    if rule == "balanced":
+        return rule
+    unknown = [one for one in rule if isinstance(one, str) and one not in class_names]
+    if unknown:
+        there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")
+        raise ConfigError(
+            f"sampling.labels must be classes (got {unknown[0]}; there are {there or 'none'}); correct it"
+        )
+    number = {name: label for label, name in enumerate(class_names)}
+    if isinstance(rule, dict):
+        return {number[one] if isinstance(one, str) else one: weight for one, weight in rule.items()}
+    return tuple(number[one] if isinstance(one, str) else one for one in rule)
 
 
 def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = ["Statistics", "check", "statistics"]
 _RUN = 256
 _SHEET_IMAGES = 64
 _SHEET_COLUMNS = 8
+_LISTED_CLASSES = 12
 
 
 def check(path: str) -> int:
@@ -115,5 +116,7 @@ def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
     if not names:
         return "none"
     counts = [labels[label] for label in range(len(names))]
+    if len(names) <= _LISTED_CLASSES:
+        return ", ".join(f"{label} {name} ({counts[label]:,})" for label, name in enumerate(names))
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
     return f"{len(names):,}, from {counts[few]:,} samples ({names[few]}) to {counts[many]:,} ({names[many]})"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tarflow_scale.config import GlowConfig, Guidance, SamplingConfig
+from tarflow_scale.config import GenerateConfig, GlowConfig, Guidance, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.latents import latents
@@ -15,8 +15,9 @@ from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.sampling import Sampler, balanced_labels, calibrate
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
-from tarflow_scale.sampling.labels import labels_of
+from tarflow_scale.sampling.labels import labels_of, numbered
 from tarflow_scale.sampling.plan import candidates, measure_blocks
+from tests.conftest import TOP
 
 
 def test_a_latent_depends_on_seed_and_index_alone() -> None:
@@ -54,6 +55,17 @@ def test_every_attempt_has_latents_of_its_own() -> None:
     again = latents(5, [2, 0], 7, attempt=1)
     assert torch.equal(again[1], latents(5, [0], 7, attempt=1)[0])
     assert not torch.equal(again[0], whole[2])
+
+
+def test_labels_may_be_named() -> None:
+    names = ("smooth", "textured", "7")
+    assert numbered("balanced", names) == "balanced"
+    assert numbered(("textured", 0, "7"), names) == (1, 0, 2)
+    assert numbered({"smooth": 3.0, 1: 1.0}, names) == {0: 3.0, 1: 1.0}
+    with pytest.raises(ConfigError, match=r"must be classes \(got rough; there are smooth, textured, 7\)"):
+        numbered(("rough",), names)
+    config = GenerateConfig.load(TOP / "configs/generate/digits.yaml", ["sampling.labels={textured: 1, 2: 0.5}"])
+    assert config.sampling.labels == {"textured": 1.0, 2: 0.5}
 
 
 def test_labels_follow_a_rule() -> None:
