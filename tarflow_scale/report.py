@@ -9,6 +9,7 @@ anew.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     for path in report.leaderboards:
         board = load_config(LeaderboardConfig, path, [])
         rankings.append(rank(board, load_protocol(board.protocol), entries))
+        if not rankings[-1].ours:
+            _say_why_empty(board, entries)
     text = markdown(report.title, rankings)
     print(text)
     if dry_run:
@@ -49,6 +52,17 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     storage.write_bytes(storage.join(report.path, "leaderboard.md"), text.encode())
     storage.write_bytes(storage.join(report.path, "index.html"), html_page(page).encode())
     print(f"look at {report.path}/index.html")
+
+
+def _say_why_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
+    """A leaderboard without rows of ours is allowed, as there may be none yet, but not passed over in silence."""
+    models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
+    wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
+    warnings.warn(
+        f"leaderboard {board.name} has no row of ours: no version of {models} was evaluated by {wanted}; evaluate one, "
+        f"or look at report.registries and report.leaderboards",
+        stacklevel=2,
+    )
 
 
 def _pictures(rankings: list[Ranking]) -> dict[str, bytes]:

@@ -249,7 +249,7 @@ def no_registry(w: World) -> tuple[list[str], str]:
 
 def no_model(w: World) -> tuple[list[str], str]:
     return ["models", "show", f"registry.path={w.trained.registry}", "registry.model=large"], (
-        f"no model 'large' in the registry {w.trained.registry}; check registry.model"
+        f"no model 'large' in the registry {w.trained.registry} (there are small); check registry.model"
     )
 
 

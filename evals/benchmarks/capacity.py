@@ -9,9 +9,10 @@ is allowed, so that no other traffic is counted. Each rank has one thread.
   imported and a tiny flow had taken two steps. glibc gives freed blocks back at once (`measuring`), so that resident is
   what is in use; ``retained`` is what its defaults add to one case. Predicted: `memory_of`, for ranks that are no GPUs.
 * Bytes: received on the loopback in a step. Predicted: `traffic_of`, of all ranks.
-* Seconds: the utilisation of one fp32 case and one bf16 case is measured; all others are predicted from it, with the
-  rate at which gloo sums 200 MB, and nothing hidden. Fastest of the steps counts. Time is this machine's, which others
-  use too; the figures say what error was found, and ask for none.
+* Seconds: from two fp32 cases that differ in their batch alone come the utilisation and what the optimizer's update
+  takes, from one bf16 case its utilisation; all others are predicted from them, with the rate at which gloo sums
+  200 MB, and nothing hidden. Fastest of the steps counts. Time is this machine's, which others use too; the figures
+  say what error was found, and ask for none.
 """
 
 import argparse
@@ -65,6 +66,7 @@ PLAIN: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "tarflow_keep": {"model": "tarflow51m", "ranks": 1},
+    "tarflow_keep_one_image": {"model": "tarflow51m", "ranks": 1, "batch": 1},
     "tarflow_keep_bf16": {"model": "tarflow51m", "ranks": 1, "precision": "bf16"},
     "tarflow_checkpoint": {"model": "tarflow51m", "ranks": 1, "activations": "checkpoint"},
     "tarflow_checkpoint_bf16": {"model": "tarflow51m", "ranks": 1, "activations": "checkpoint", "precision": "bf16"},
@@ -80,6 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
     "large_stage3": {"model": "tarflow114m", "ranks": 2, "stage": 3, "batch": 2},
 }
 ANCHORS = {"fp32": "tarflow_keep", "bf16": "tarflow_keep_bf16"}
+FEWER = "tarflow_keep_one_image"
+"""As the fp32 anchor, with fewer images."""
 SUMMED_NUMBERS = 50_000_000
 STEPS = 2
 _MB = 1e6
@@ -185,13 +189,14 @@ def measured(name: str, alone: bool, environment: dict[str, str]) -> dict[str, f
     return found
 
 
-def predicted(name: str, flops: float, bytes_per_second: float) -> dict[str, float]:
+def predicted(name: str, flops: float, bytes_per_second: float, update: float) -> dict[str, float]:
     """What the planner says of a case.
 
     Args:
         name: of the case.
         flops: operations a second of a rank, activations kept.
         bytes_per_second: that a rank sends.
+        update: seconds of the optimizer for a parameter, which the planner leaves out for GPUs.
     """
     case = PLAIN | CASES[name]
     model, parallelism, ranks = MODELS[case["model"]], parallelism_of(case), case["ranks"]
@@ -202,13 +207,25 @@ def predicted(name: str, flops: float, bytes_per_second: float) -> dict[str, flo
     sent = traffic_of(size, parallelism, ranks, case["accumulated"], cuda=False).total
     rate = flops * (1.0 if case["activations"] == "keep" else RECOMPUTING)
     compute = case["batch"] * case["accumulated"] * training_flops(model, SHAPE) / rate
-    return {"peak": memory.total, "bytes": sent * ranks, "seconds": compute + sent / bytes_per_second}
+    own = size.parameters / (1 if case["stage"] == 0 else ranks)
+    return {
+        "peak": memory.total,
+        "bytes": sent * ranks,
+        "seconds": compute + sent / bytes_per_second + own * update,
+    }
 
 
-def rate_of(name: str, found: dict[str, float]) -> float:
-    """Operations a second that a case reached."""
-    case = PLAIN | CASES[name]
-    return case["batch"] * training_flops(MODELS[case["model"]], SHAPE) / found["seconds"]
+def rates_of(found: dict[str, dict[str, float]]) -> tuple[dict[str, float], float]:
+    """Operations a second by precision, and seconds of an update for a parameter."""
+    case = PLAIN | CASES[ANCHORS["fp32"]]
+    flops, model = training_flops(MODELS[case["model"]], SHAPE), MODELS[case["model"]]
+    more, fewer = found[ANCHORS["fp32"]]["seconds"], found[FEWER]["seconds"]
+    of_image = (more - fewer) / (case["batch"] - 1)
+    update = max(fewer - of_image, 0.0)
+    with torch.device("meta"):
+        parameters = model_size(build(model, SHAPE)).parameters
+    rates = {one: case["batch"] * flops / (found[name]["seconds"] - update) for one, name in ANCHORS.items()}
+    return rates, update / parameters
 
 
 def main() -> None:
@@ -224,20 +241,21 @@ def main() -> None:
     alone = isolated()
     found = {name: measured(name, alone, EXACT_MEMORY) for name in CASES}
     retained = measured(ANCHORS["fp32"], alone, {})
-    rates = {precision: rate_of(name, found[name]) for precision, name in ANCHORS.items()}
+    rates, update = rates_of(found)
     gloo = 4.0 * SUMMED_NUMBERS / min(one["sum_seconds"] for one in found.values() if one["sum_seconds"])
     figures: dict[str, Figure] = {}
     for name, got in found.items():
         precision = (PLAIN | CASES[name])["precision"]
-        expected = predicted(name, rates[precision], gloo)
+        expected = predicted(name, rates[precision], gloo, update)
         figures[f"{name}_memory"] = ("0.85 to 1.15", expected["peak"] / got["peak"], "predicted over measured")
         figures[f"{name}_memory_measured"] = ("", got["peak"] / _MB, "MB a rank")
         if got["sum_seconds"]:
             figures[f"{name}_bytes"] = ("0.95 to 1.05", expected["bytes"] / got["bytes"], "predicted over measured")
-        if name not in ANCHORS.values():
+        if name not in (*ANCHORS.values(), FEWER):
             figures[f"{name}_seconds"] = ("", expected["seconds"] / got["seconds"], "predicted over measured")
         figures[f"{name}_seconds_measured"] = ("", got["seconds"], "s")
     figures["allocator_retention"] = ("", retained["peak"] / found[ANCHORS["fp32"]]["peak"], "times, glibc's defaults")
+    figures["update"] = ("", update * 1e9, "ns a parameter")
     figures["gloo_sum"] = ("", gloo / _MB, "MB/s sent by a rank")
     figures |= {f"{precision}_rate": ("", rate / 1e9, "GFLOP/s of a thread") for precision, rate in rates.items()}
     sizes = {"cases": CASES, "else": PLAIN, "steps": STEPS, "image": list(SHAPE)}

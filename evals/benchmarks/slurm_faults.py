@@ -9,7 +9,6 @@ same files, byte for byte, as one process. Nodes are namespaces with addresses o
 
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -208,8 +207,7 @@ def remember(world: World, name: str, folder: Path) -> None:
     lines = [line.replace(f"{folder}/", "").replace(f"{TOP}/", "") for log in logs for line in log.splitlines()]
     shown = [re.sub(r", start (\d+): .*", r", start \1", line) for line in lines if TOLD.search(line)]
     world.notes["transcripts"][name] = list(dict.fromkeys(shown))
-    version = subprocess.run(["scontrol", "--version"], capture_output=True, text=True, check=False)
-    world.notes["scheduler"] = version.stdout.strip()
+    world.notes["scheduler"] = world.cluster.run("scontrol", "--version").strip()
 
 
 SCENARIOS: list[Callable[[World, Path], None]] = [

@@ -5,9 +5,11 @@ data: no tag of it makes an object, what it says by reference is bounded, and no
 keeps its configuration.
 """
 
+import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +22,8 @@ R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
 _MOST_VALUES = 100_000
 """References in YAML can make a file of a kilobyte stand for a billion values."""
+_ALIKE = 0.75
+"""How alike a key must be to be what was meant."""
 _MOST_SHOWN = 300
 """Characters of a value in an error."""
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
@@ -58,7 +62,12 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
     for override in overrides:
         _merge(raw, override)
     _check(raw)
-    return validated(kind, raw)
+    try:
+        return validated(kind, raw)
+    except ConfigError as error:
+        if raw:
+            raise
+        raise ConfigError(f"{error}; or give a file of configs/ as the first argument") from error
 
 
 def validated(kind: type[R], raw: dict[str, Any]) -> R:
@@ -70,7 +79,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_one_line(problem) for problem in error.errors(include_url=False)]
+        lines = [_one_line(problem, kind) for problem in error.errors(include_url=False)]
         raise ConfigError("; ".join(lines)) from error
 
 
@@ -158,12 +167,27 @@ def _merge(raw: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _one_line(problem: Any) -> str:
+def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
+    """Names of all keys of a section and of those in it."""
+    for name, field in kind.model_fields.items():
+        yield name
+        waiting = [field.annotation]
+        while waiting:
+            one = waiting.pop()
+            if isinstance(one, type) and issubclass(one, BaseModel):
+                yield from _keys_below(one)
+            waiting += get_args(one)
+
+
+def _one_line(problem: Any, kind: type[BaseModel]) -> str:
     """``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     path = ".".join(str(part) for part in problem["loc"] if part not in _MODEL_KINDS)
     match problem["type"]:
         case "extra_forbidden":
-            return f"{path}: unknown key; check the spelling against --help"
+            key = str(problem["loc"][-1])
+            alike = difflib.get_close_matches(key, {*_keys_below(kind)} - {key}, 1, _ALIKE)
+            meant = f" (did you mean {alike[0]}?)" if alike else ""
+            return f"{path}: unknown key{meant}; check the spelling against --help"
         case "union_tag_invalid":
             ctx = problem["ctx"]
             key = ctx["discriminator"].strip("'")

@@ -27,8 +27,9 @@ class LeaderboardConfig(Section):
     title: str
     protocol: str
     """The protocol file; of registries only numbers by it are rows."""
-    protocol_id: str | None = None
-    """The full id that rows must carry; None takes the id that all rows share, and refuses several."""
+    protocol_id: str | None = Field(default=None, min_length=8)
+    """The id that rows must carry, or its first digits, as reports show them; None takes the id that all rows share,
+    and refuses several."""
     published: tuple[PublishedRow, ...] = ()
 
 

@@ -122,7 +122,7 @@ def _rows(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoc
             (metric, report)
             for report in entry.state.reports.get(number, [])
             for metric in report.metrics.values()
-            if metric.protocol_digest == protocol.digest and board.protocol_id in (None, metric.protocol_id)
+            if metric.protocol_digest == protocol.digest and metric.protocol_id.startswith(board.protocol_id or "")
         ]
         if not by_protocol:
             continue

@@ -85,10 +85,19 @@ class Registry:
         """
         state = self._refreshed()
         if not state.number:
-            raise RegistryError(f"no model {self.model!r} in the registry {self.path}; check registry.model")
+            raise self._no_such_model()
         if state.number - self._saved >= _SNAPSHOT_EVERY:
             self._save_snapshot()
         return state
+
+    def _no_such_model(self) -> RegistryError:
+        try:
+            there = ", ".join(Registry.models(self.path))
+        except RegistryError as error:  # nor any other
+            return error
+        return RegistryError(
+            f"no model {self.model!r} in the registry {self.path} (there are {there}); check registry.model"
+        )
 
     def replayed(self) -> ModelState:
         """The state from all events, each read and checked, whatever a snapshot says.
@@ -99,7 +108,7 @@ class Registry:
         self._state = ModelState()
         self._read_on(self._state)
         if not self._state.number:
-            raise RegistryError(f"no model {self.model!r} in the registry {self.path}; check registry.model")
+            raise self._no_such_model()
         newest = ModelState.from_snapshot(storage.read_if_there(self._snapshot))
         if newest is not None and newest.number > self._state.number:
             raise RegistryError(

@@ -26,8 +26,8 @@ def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
     Raises:
         ConfigError: no class has such a name.
     """
-    if rule == "balanced":
-        return rule
+    if isinstance(rule, str):
+        return "balanced"
     unknown = [one for one in rule if isinstance(one, str) and one not in class_names]
     if unknown:
         there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")

@@ -119,8 +119,10 @@ def read_manifest(path: str) -> Manifest:
     """
     location = storage.join(path, MANIFEST_NAME)
     if not storage.exists(location):
-        raise DataError(
-            f"{path} is not a data set (no {MANIFEST_NAME}); run 'tarflow-scale prepare', "
-            f"or again if it was interrupted"
-        )
+        parts = [storage.join(path, split) for split in ("train", "test")]
+        there = [part for part in parts if storage.exists(storage.join(part, MANIFEST_NAME))]
+        cure = "run 'tarflow-scale prepare', or again if it was interrupted"
+        if there:
+            cure = f"name {' or '.join(there)}"
+        raise DataError(f"{path} is not a data set (no {MANIFEST_NAME}); {cure}")
     return Manifest.from_json(storage.read_bytes(location), location, DataError)
