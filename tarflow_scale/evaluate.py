@@ -63,6 +63,8 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
         return
     with Pool(**config.cluster.model_dump()) as pool:
         job.make(pool, units)
+        if not all(isinstance(protocol, LikelihoodProtocol) for protocol in job.protocols.values()):
+            print("comparing with the references; standard errors do it again for each of 50 blocks", flush=True)
         bindings = job.bind()
         measured = job.measure(pool, bindings)
     values = {path: _value(job, path, measured, bindings) for path in job.protocols}

@@ -26,7 +26,7 @@ from tarflow_scale.records import canonical_json
 from tarflow_scale.shards import inspection, packing
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.npz import write_npz
-from tarflow_scale.shards.sources import ImageSource, open_source
+from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
 from tarflow_scale.shards.sources.tars import index_tars
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
@@ -41,6 +41,15 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
         DataError: the source is unsuitable, or the target holds another data set, or files of somebody else.
         StorageError: another ``prepare`` writes to the target.
     """
+    try:
+        _prepare(config, dry_run)
+    except BadImage as error:
+        if config.source.bad_images == "skip":
+            raise
+        raise BadImage(f"{error}, or leave out all that cannot be used, with source.bad_images=skip") from error
+
+
+def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     if config.source.in_place:
         _index_in_place(config, dry_run)
         return
@@ -160,6 +169,9 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     ]
     print(f"{source.name}: {len(source)} samples, {len(source.class_names)} classes -> {config.shards.path}")
     print(source.description)
+    if source.ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(source.ignored.items()))
+        print(f"not images that are read, and passed over: {kinds}")
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
 
 

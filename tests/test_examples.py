@@ -114,7 +114,7 @@ def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path)
         Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(folder / f"photo {i}.png")
     for name in ("configs", "evals", "launch"):
         (tmp_path / name).symlink_to(TOP / name)
-    (block,) = re.findall(r"Your own images, .*?```sh\n(.*?)```", (TOP / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = re.findall(r"### Your own images\n.*?```sh\n(.*?)```", (TOP / "README.md").read_text(), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert len(lines) == 9
     for line in lines:

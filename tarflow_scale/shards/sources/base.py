@@ -4,8 +4,9 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -57,6 +58,9 @@ class ImageSource(ABC):
         version: changes also when a file is written again with the same size, so that a packing that was killed does
             not go on with other images; the digest if that says as much.
     """
+
+    ignored: Mapping[str, int] = MappingProxyType({})
+    """Other files of the source by their kind, which are not read."""
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ data set tools write it; its labels then count, not its folders.
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,6 +73,11 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(_EXTENSIONS) and not hidden
 
 
+def _kind(name: str) -> str:
+    base = name.rpartition("/")[2]
+    return f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base
+
+
 class FolderSource(EncodedSource):
     """``path/class/**/*.png``: every sub-folder is a class, in alphabetical order; or ``path/*.png`` without classes.
 
@@ -86,7 +92,9 @@ class FolderSource(EncodedSource):
     def __init__(self, path: str, shaping: Shaping) -> None:
         if not storage.is_folder(path):
             raise DataError(f"source.path must be a folder (got {path}); check the path")
-        found = [file for file in storage.walk(path) if _is_image(file.name)]
+        files = list(storage.walk(path))
+        found = [file for file in files if _is_image(file.name)]
+        self.ignored = Counter(_kind(file.name) for file in files if not _is_image(file.name))
         if not found:
             raise DataError(f"no images in {path} ({_WANTED}); check source.path")
         layout = _layout_of([file.name for file in found])
