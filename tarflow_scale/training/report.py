@@ -235,7 +235,7 @@ def _assumptions(answer: Answer) -> str:
     ]
     if job.config.model.kind != "tarflow":
         lines.append(
-            "no utilisation of this kind of flow is known; on a CPU Glow reached 0.3 of TarFlow's (the same file): "
+            "no utilisation of this kind of flow is known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
             "state --mfu"
         )
     if parallelism.precision == "fp32":
