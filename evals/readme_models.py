@@ -36,9 +36,9 @@ def capacity_line(measured: dict[str, Any]) -> str:
         f"of two gloo ranks is within\n{traffic:.1%} in {exchanges} cases. The time of a step, from the utilisation of "
         f"another one, is within {max(abs(one - 1) for one in plain):.0%} for TarFlows on one\nrank and on two "
         f"at stage 0. At stages 1 to 3 it foretells {sharded[0]:.2f} to {sharded[-1]:.2f} of the time, since CPU ranks "
-        f"copy and sum with the cores\nthat compute; and {glow[0]:.2f} to {glow[-1]:.2f} of a Glow's, whose utilisation is another. "
-        f"Measured on {measured['date']} on {measured['device']}.\nOn no GPU was speed checked. "
-        "`python evals/benchmarks/capacity.py --output evals/results/capacity-cpu.json`"
+        f"copy and sum with the cores\nthat compute; and {glow[0]:.2f} to {glow[-1]:.2f} of a Glow's, whose "
+        f"utilisation is another. Measured on {measured['date']} on {measured['device']}.\nOn no GPU was speed "
+        "checked. `python evals/benchmarks/capacity.py --output evals/results/capacity-cpu.json`"
     )
 
 

@@ -7,6 +7,7 @@ traceback. Launchers of ranks have exit codes of their own, so each process also
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -324,14 +325,24 @@ def _describe(path: str, field: FieldInfo) -> list[str]:
     if sections:
         lines: list[str] = []
         for section in sections:
-            head = " ".join((section.__doc__ or "").strip().split())
-            lines.append(f"{path}:  {head}" if "." not in path else f"  {path}:  {head}")
+            first, *rest = _paragraphs(section.__doc__ or "") or [""]
+            lines.append(f"{path}:  {first}" if "." not in path else f"  {path}:  {first}")
+            lines += rest
             for name, inner in section.model_fields.items():
                 lines += _describe(f"{path}.{name}", inner)
         return lines
     default = "required" if field.is_required() else _default(field)
     text = " ".join((field.description or "").split())
     return [f"  {path} ({default})", f"      {text}"] if text else [f"  {path} ({default})"]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Each on one line, but tables as they are."""
+    found: list[str] = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        is_table = paragraph.startswith("=")
+        found += [f"    {line}" for line in paragraph.splitlines()] if is_table else [" ".join(paragraph.split())]
+    return found
 
 
 def _default(field: FieldInfo) -> str:

@@ -81,7 +81,11 @@ def print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, size: ModelSiz
         ("operations", _operations(config, manifest, steps * training.global_batch_size)),
         ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, averages, buckets){aside}"),
         ("activations", f"about {memory.activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),
-        ("memory", f"about {memory.total / _GIB:.3f} GiB a rank, at most in the {memory.moment}; --plan says more"),
+        (
+            "memory",
+            f"about {memory.total / _GIB:.3f} GiB a rank, at most in the {memory.moment}, beside Python and "
+            f"PyTorch (1 GiB on a CPU); --plan says more",
+        ),
         ("loader", f"{loader / _GIB:.4f} GiB a rank at most (slots x 2 blocks x bytes per sample)"),
         ("reads", _read_size(config.data.shuffle_block, mix)),
         ("output", f"{config.logging.path}, registry {config.registry.path}"),
