@@ -166,7 +166,8 @@ def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
 def several_sizes(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=np.zeros((1, 9, 9), np.uint8)), (
         f"all images must have one shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
-        f"source.resize=center_crop and source.size_pixels"
+        f"source.resize=center_crop and source.size_pixels, or leave out all that cannot be used, with "
+        f"source.bad_images=skip"
     )
 
 

@@ -78,7 +78,7 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimiser.peak_lr=1", "optimiser: unknown key; check the spelling against --help"),
+        ("optimiser.peak_lr=1", "optimiser: unknown key (did you mean optimizer?); check the spelling against --help"),
         ("optimizer.lr=1", "optimizer.lr: unknown key; check the spelling against --help"),
         (
             "optimizer.peak_lr=fast",

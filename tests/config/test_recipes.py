@@ -17,7 +17,8 @@ from tests.conftest import TOP, command
 
 RECIPES = sorted((TOP / "configs/train").glob("*.yaml"))
 FORMATS = {
-    "demo": (8, 1, 10, 4), "mine": (64, 3, 3, 8), "mnist": (28, 1, 10, 8), "cifar10": (32, 3, 10, 8),
+    "demo": (8, 1, 10, 4), "mine": (32, 3, 3, 8), "mine-64": (64, 3, 3, 8),
+    "mnist": (28, 1, 10, 8), "cifar10": (32, 3, 10, 8),
     "imagenet64": (64, 3, 1000, 8), "imagenet128": (128, 3, 1000, 8), "afhq256": (256, 3, 3, 8),
     "celebahq256": (256, 3, 0, 5), "images512": (512, 3, 10, 8), "images1024": (1024, 3, 10, 8),
     "vectors": (1, 2, 2, 8),

@@ -78,8 +78,11 @@ def test_what_does_not_exist(tmp_path: Path, reference: int | str, message: str)
 
 
 def test_no_model_and_no_registry(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="no model 'm' in the registry"):
+    with pytest.raises(RegistryError, match="no registry at"):
         Registry(str(tmp_path), "m").state()
+    registry_with(tmp_path, 1)
+    with pytest.raises(RegistryError, match=r"no model 'n' in the registry .* \(there are m\); check registry.model"):
+        Registry(str(tmp_path), "n").state()
     with pytest.raises(RegistryError, match="no registry at"):
         Registry.models(str(tmp_path / "absent"))
 
