@@ -51,7 +51,7 @@ _VERBS = {
     "train": _Verb(
         "train", "run", configuration.TrainConfig,
         "train a flow on shards under DeepSpeed and register it",
-        "torchrun --nproc-per-node 2 -m tarflow_scale train configs/train/digits.yaml optimizer.peak_lr=1e-3",
+        "launch/torchrun.sh 2 configs/train/digits.yaml optimizer.peak_lr=1e-3",
     ),
     "evaluate": _Verb(
         "evaluate", "run", configuration.EvaluateConfig,

@@ -159,9 +159,13 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
         for number, (block, mean) in enumerate(zip(plan.blocks, plan.iterations, strict=True), start=1)
     ]
     print(telemetry.table(rows, ("block, as decoded", "how", "iterations")))
+    where = f"{config.registry.model}@{version.version} on {plan.device}, batch {plan.batch_size}"
+    exact = f"{plan.batch_size / plan.exact_seconds:.3g} images/s"
+    if all(block.chunk == 1 for block in plan.blocks):
+        print(f"{where}: exact decoding is the fastest, {exact}")
+        return
     print(
-        f"{config.registry.model}@{version.version} on {plan.device}, batch {plan.batch_size}: "
-        f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, exact {plan.batch_size / plan.exact_seconds:.3g}; "
+        f"{where}: {plan.batch_size / plan.adaptive_seconds:.3g} images/s, exact {exact}; "
         f"largest error {plan.max_error:.2g}, {plan.pixels_within_one_level:.4%} of pixels within one level"
     )
 

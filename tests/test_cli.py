@@ -45,7 +45,7 @@ def test_the_manual_names_every_key_with_default_and_meaning(capsys: pytest.Capt
     assert "optimizer.peak_lr (0.0001)\n      Highest learning rate of AdamW." in text
     assert "training.total_images (required)" in text
     assert "training.noise.std (0.0)" in text
-    assert "torchrun --nproc-per-node 2 -m tarflow_scale train" in text
+    assert "launch/torchrun.sh 2 configs/train/digits.yaml" in text
 
 
 def test_models_and_promote_import_nothing_heavy(trained: object, tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
     try:
         return validated(kind, raw)
     except ConfigError as error:
+        if any(override.startswith("model.kind=") for override in overrides) and "unknown key" in str(error):
+            cure = "another kind takes a section of its own, 'model={kind: glow, levels: 3}'"
+            raise ConfigError(f"{error}; {cure}") from error
         if raw:
             raise
         raise ConfigError(f"{error}; or give a file of configs/ as the first argument") from error

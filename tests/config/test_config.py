@@ -184,6 +184,16 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: st
     assert str(error.value) == message
 
 
+def test_another_kind_of_model_needs_a_section_of_its_own(base: Path) -> None:
+    with pytest.raises(ConfigError, match="another kind takes a section of its own, 'model={kind: glow, levels: 3}'$"):
+        load_config(TrainConfig, base, ["model.kind=glow"])
+
+
+def test_no_configuration_at_all_says_where_there_are_some() -> None:
+    with pytest.raises(ConfigError, match="or give a file of configs/ as the first argument$"):
+        load_config(TrainConfig, None, [])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
