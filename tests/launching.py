@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from tests.conftest import TOP
 
 __all__ = ["DELETE", "changed", "check_understood", "image_version", "pinned"]
 
-DELETE = object()
+
+class Change(Enum):
+    """What is no value; in names of tests it is the same in every process."""
+
+    DELETE = "deleted"
+
+
+DELETE = Change.DELETE
 
 
 def changed(tree: Any, path: Sequence[str | int], value: Any) -> Any:
