@@ -24,8 +24,11 @@ def code_of(number: int) -> int:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End before there are ranks; torchrun's own handlers come after this one."""
-    sys.exit(code_of(number))
+    """End before there are ranks; torchrun's own handlers come after this one.
+
+    At once: an exception that is raised here may come up in a callback, of an import say, where Python drops it.
+    """
+    os._exit(code_of(number))
 
 
 def main() -> int:
@@ -37,8 +40,8 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)  # each signal, each rank
-    with tempfile.NamedTemporaryFile("r") as codes:
-        os.environ["TARFLOW_SCALE_EXIT_CODES"] = codes.name
+    with tempfile.TemporaryFile("r+") as codes:  # without a name, so that nothing is left of it however this ends
+        os.environ["TARFLOW_SCALE_EXIT_CODES"] = f"/proc/{os.getpid()}/fd/{codes.fileno()}"
         try:
             torchrun(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *sys.argv[1:]])
         except (SignalException, ChildFailedError) as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,26 +30,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ml-tarflow", metavar="PATH", help="a checkout of apple/ml-tarflow, for the tests 'reference'")
 
 
-CLUSTERS = {"doctor", "evaluate", "evaluation_faults", "generate", "generation_faults", "hosts", "pool", "ray_cluster"}
-CLUSTERS |= {"roll_call", "s3_end_to_end", "score", "slurm"}
+CLUSTERS = {
+    "doctor", "evaluate", "evaluation_faults", "generate", "generation_faults", "hosts", "pool", "ray_cluster",
+    "roll_call", "s3_end_to_end", "score", "slurm",
+}  # fmt: skip
 """Files whose tests start Ray, Slurm or hosts of their own, of which one machine has room for one at a time."""
 
 
-def group_of(path: Path) -> str | None:
-    """Tests that are run one after the other where several run at once: of clusters, and of runs and verbs."""
-    if path.stem.removeprefix("test_") in CLUSTERS:
+def group_of(test: str) -> str:
+    """Tests of clusters are run one after the other where several run at once, and so are those of runs and verbs."""
+    file = Path(test.partition("::")[0])
+    if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
-    return "runs" if path.parent.name in ("tests", "training") else None
+    return "runs" if file.parent.name in ("tests", "training") else test
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers of xdist take groups (its own ``--dist loadgroup`` does not work with pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return InGroups(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU cases run where there is one, comparisons with the public code where there is a checkout."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_checkout = pytest.mark.skip(reason="needs --ml-tarflow PATH; the stored fixture is compared without it")
     for item in items:
-        if group := group_of(item.path):
-            item.add_marker(pytest.mark.xdist_group(group))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if "reference" in item.keywords and not config.getoption("--ml-tarflow"):
@@ -58,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def ml_tarflow(request: pytest.FixtureRequest) -> Path:
     """The checkout of apple/ml-tarflow."""
-    return Path(request.config.getoption("--ml-tarflow"))
+    return Path(str(request.config.getoption("--ml-tarflow")))
 
 
 @pytest.fixture(scope="session")

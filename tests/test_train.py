@@ -338,10 +338,11 @@ def test_torchrun_sh_told_to_stop_before_there_are_ranks(trained: Trained, tmp_p
 
     def listens() -> bool:
         """Whether the launcher, which is a shell first, is at this stage and has a handler for the signal."""
-        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
         with contextlib.suppress(psutil.NoSuchProcess):
             stages = " ".join(word for one in [own, *own.children()] for word in one.cmdline())
-            return begun in stages and caught is not None and bool(int(caught[1], 16) >> signal.SIGTERM - 1 & 1)
+            if begun in stages:  # looked at first, for the shell has a handler too
+                caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+                return caught is not None and bool(int(caught[1], 16) >> signal.SIGTERM - 1 & 1)
         return False
 
     while not listens():

@@ -26,6 +26,7 @@ _ALIKE = 0.75
 """How alike a key must be to be what was meant."""
 _MOST_SHOWN = 300
 """Characters of a value in an error."""
+_OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
 
@@ -65,7 +66,7 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
     try:
         return validated(kind, raw)
     except ConfigError as error:
-        if any(override.startswith("model.kind=") for override in overrides) and "unknown key" in str(error):
+        if any(override.startswith("model.kind=") for override in overrides) and _OF_MODEL.search(str(error)):
             cure = "another kind takes a section of its own, 'model={kind: glow, levels: 3}'"
             raise ConfigError(f"{error}; {cure}") from error
         if raw:

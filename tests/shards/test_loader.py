@@ -216,11 +216,12 @@ def test_a_worker_that_is_killed_disturbs_no_other_line_of_the_rank(tmp_path: Pa
 def test_workers_leave_signals_to_their_rank(tmp_path: Path) -> None:
     """A launcher sends SIGTERM to the whole group; the rank must still get batches until it has saved."""
     config = DataConfig(path=str(pack(tmp_path, [30])), num_workers=2)
-    stream = loaders(open_mix(config, 4, 0), config)[0].batches(0)
-    next(stream)
     import multiprocessing
 
-    workers = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
+    stream = loaders(open_mix(config, 4, 0), config)[0].batches(0)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for child in workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
