@@ -325,7 +325,7 @@ def _describe(path: str, field: FieldInfo) -> list[str]:
     if sections:
         lines: list[str] = []
         for section in sections:
-            first, *rest = _paragraphs(section.__doc__ or "") or [""]
+            first, *rest = _paragraphs(section.__doc__ or "")
             lines.append(f"{path}:  {first}" if "." not in path else f"  {path}:  {first}")
             lines += rest
             for name, inner in section.model_fields.items():

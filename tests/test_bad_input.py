@@ -94,6 +94,13 @@ def not_a_number(w: World) -> tuple[list[str], str]:
     return w.generate("sampling.temperature=.nan"), "sampling.temperature: Input should be a finite number (got nan)"
 
 
+def folder_above_the_splits(w: World) -> tuple[list[str], str]:
+    data = w.trained.data
+    return [*w.train(data), f"data.path={data}"], (
+        f"{data} is not a data set (no manifest.json); name {data}/train or {data}/test"
+    )
+
+
 def no_data_set(w: World) -> tuple[list[str], str]:
     return w.train(w.tmp / "absent"), (
         f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
@@ -369,6 +376,7 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     wrong_type,
     out_of_range,
     not_a_number,
+    folder_above_the_splits,
     no_data_set,
     half_written_data_set,
     damaged_manifest,

@@ -80,6 +80,15 @@ def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"unrecognized arguments: {late}" in capsys.readouterr().err
 
 
+def test_a_warning_of_ours_is_one_line() -> None:
+    ours, other = str(TOP / "tarflow_scale/score.py"), "/elsewhere/library.py"
+    line = cli._warning_line("use\x1b[2J less", UserWarning, ours, 7)  # pyright: ignore[reportPrivateUsage]
+    assert line.startswith("tarflow-scale: warning: use")
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+    assert "library.py:7: UserWarning: x" in cli._warning_line("x", UserWarning, other, 7)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError

@@ -210,6 +210,16 @@ def test_bad_input_is_one_line(
         assert error.count("\n") == 1
 
 
+def test_a_leaderboard_without_rows_says_so(trained: Trained, tmp_path: Path) -> None:
+    protocol = tmp_path / "nobody.yaml"
+    protocol.write_text("{name: nobody, metric: bits_per_dim, bit_depth: 4, seed: 77}")
+    path = tmp_path / "board.yaml"
+    path.write_text(f"{{name: empty, title: Empty, protocol: {protocol}}}")
+    arguments = [f"report.leaderboards=[{path}]", f"report.registries=[{trained.registry}]", "report.title=x"]
+    with pytest.warns(UserWarning, match="leaderboard empty has no row of ours: no version of small was evaluated by"):
+        assert cli.main(["report", *arguments, f"report.path={tmp_path}/out"]) == 0
+
+
 @pytest.mark.parametrize("file", sorted((TOP / "evals/leaderboards").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_leaderboard_names_a_protocol_and_sources(file: Path) -> None:
     board = load_config(LeaderboardConfig, str(file), [])

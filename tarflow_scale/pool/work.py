@@ -141,30 +141,28 @@ def _run_on_ray(
         actor = idle.pop()
         attempts[actor.run.remote(units[number])] = _Attempt(actor, number, time.monotonic())
 
-    try:
-        while waiting or attempts:
-            while waiting and idle:
-                give(waiting.pop())
-            # An actor whose node is gone waits for another node, perhaps for good: then an idle one takes its unit too.
-            patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
-            done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
-            if not done:
-                tried = Counter(attempt.number for attempt in attempts.values())
-                give(min(attempts.values(), key=lambda attempt: (tried[attempt.number], attempt.started)).number)
-                continue
-            if done[0] in starting:
-                idle.append(starting.pop(done[0]))
-                continue
-            first = attempts.pop(done[0])
-            longest = max(longest, time.monotonic() - first.started)
-            idle.append(first.actor)
-            attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
-            yield units[first.number], _result(done[0])
-    except BaseException:
-        raise  # the pool ends, and they with it; killed here, Ray would say of each that its unit may be tried again
-    else:
-        for actor in actors:
-            ray.kill(actor)  # the next workers need their cores
+    while waiting or attempts:
+        while waiting and idle:
+            give(waiting.pop())
+        # An actor whose node is gone waits for another node, perhaps for good: then an idle one takes its unit too.
+        patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
+        done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
+        if not done:
+            tried = Counter(attempt.number for attempt in attempts.values())
+            give(min(attempts.values(), key=lambda attempt: (tried[attempt.number], attempt.started)).number)
+            continue
+        if done[0] in starting:
+            idle.append(starting.pop(done[0]))
+            continue
+        first = attempts.pop(done[0])
+        longest = max(longest, time.monotonic() - first.started)
+        idle.append(first.actor)
+        attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
+        yield units[first.number], _result(done[0])
+    # Not where this ends early: the pool ends then, and they with it; killed here, Ray would say of each that its unit
+    # may be tried again.
+    for actor in actors:
+        ray.kill(actor)  # the next workers need their cores
 
 
 @dataclass(frozen=True)
