@@ -27,11 +27,16 @@ from tarflow_scale.shards import inspection, packing
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
+from tarflow_scale.shards.sources.labels import class_warnings
+from tarflow_scale.shards.sources.splits import PACKED, train_then_test
 from tarflow_scale.shards.sources.tars import index_tars
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
 
 __all__ = ["check", "export", "run", "statistics"]
+
+_CLASSES_SHOWN = 12
+"""Classes that the plan lists in full; of more, it shows the first five and the last two."""
 
 
 def run(config: PrepareConfig, dry_run: bool) -> None:
@@ -53,7 +58,7 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     if config.source.in_place:
         _index_in_place(config, dry_run)
         return
-    source = open_source(config.source)
+    source = open_source(config.source, config.split)
     of_vectors = set[str]() if source.vectors else {"label_column", "condition_columns"}
     settings = config.model_dump(
         mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"} | of_vectors}
@@ -133,16 +138,17 @@ def _path(config: PrepareConfig, split: str) -> str:
 
 def _split(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[np.int64]]:
     """Numbers of the images of each split."""
-    if config.kind == "official" and source.official_test is None:
+    if config.kind == "official" and source.official is None:
         raise DataError(f"{source.name} has no official split (got split.kind=official); use stratified")
-    if config.kind == "stratified" or source.official_test is None:
-        in_test = _stratified(source.labels, config.test_fraction, config.seed)
+    if config.kind == "stratified" or source.official is None:
+        codes = train_then_test(0, len(source))
+        codes[~_stratified(source.labels, config.test_fraction, config.seed)] = PACKED.index("train")
     else:
-        in_test = source.official_test
-    splits = {"train": np.flatnonzero(~in_test), "test": np.flatnonzero(in_test)}
+        codes = source.official
+    splits = {name: np.flatnonzero(codes == code) for code, name in enumerate(PACKED)}
     if not len(splits["train"]):
         raise DataError(
-            f"no image is left for training (got {len(in_test)} and split.test_fraction={config.test_fraction:g}); "
+            f"no image is left for training (got {len(codes)} and split.test_fraction={config.test_fraction:g}); "
             f"lower it"
         )
     return {name: members for name, members in splits.items() if len(members)}
@@ -169,10 +175,24 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     ]
     print(f"{source.name}: {len(source)} samples, {len(source.class_names)} classes -> {config.shards.path}")
     print(source.description)
+    for line in source.lines:
+        print(line)
     if source.ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(source.ignored.items()))
         print(f"not images that are read, and passed over: {kinds}")
+    if source.class_names:
+        print(f"classes: {_classes(source)}")
+    official = source.official if config.split.kind != "stratified" else None
+    for line in class_warnings(source.class_names, source.labels, official, PACKED):
+        print(line)
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
+
+
+def _classes(source: ImageSource) -> str:
+    """``cat 120, dog 80``: the first and last classes with their numbers of images."""
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    shown = [f"{name} {count:,}" for name, count in zip(source.class_names, counts.tolist(), strict=True)]
+    return ", ".join(shown if len(shown) <= _CLASSES_SHOWN else [*shown[:5], "..", *shown[-2:]])
 
 
 def _missing(config: PrepareConfig, splits: Iterable[str], recipe: str) -> list[str]:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tarflow_scale.config.base import Section
 
 __all__ = [
+    "LAYOUT_KINDS",
     "AugmentationConfig",
     "DataConfig",
     "DataSetConfig",
@@ -19,20 +20,30 @@ __all__ = [
 ]
 
 
+LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
+"""Sources whose splits and classes are found by names."""
+_KINDS_OF_SETTINGS = {
+    "label_column": (*LAYOUT_KINDS, "vectors"),
+    "label_table": ("folder", "zip"),
+    "label_names": LAYOUT_KINDS,
+    "image_member": ("parquet", "webdataset"),
+}
+
+
 class SourceConfig(Section):
     """Where images come from (verb ``prepare``). Paths may be URLs."""
 
     kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset", "vectors"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class; or ``path/*.png``,
-    without classes; folders ``train`` and ``test`` or ``val`` above them are an official split. Orientation tags and
-    transparency are ignored, of animations the first picture counts.
-    ``zip``: the same in a zip, with the labels of its ``dataset.json`` (StyleGAN, EDM) if it has one.
+    ``folder``: image files; each sub-folder is a class, or there are no classes, or a label table names them
+    (``label_table``). Folders named like ``train`` and ``val`` above the classes are an official split. Of animations
+    the first picture counts.
+    ``zip``: the same in a zip.
     ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
     ``parquet``: tables with image bytes as Hugging Face stores them; needs the extra ``parquet``.
-    ``webdataset``: tars that others wrote.
+    ``webdataset``: tars that others wrote: a folder of them, one tar, or a pattern such as ``tars/{00..31}.tar``.
     ``vectors``: no images but vectors of numbers, ``path.npz`` (arrays ``x``, and maybe ``labels``, ``conditions``, and
     the same with ``_test``) or ``path.csv`` with a header; they are packed as they are, in float32."""
     path: str | None = None
@@ -51,7 +62,19 @@ class SourceConfig(Section):
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Share of the images that ``bad_images=skip`` may leave out; more are an error."""
     label_column: str | None = None
-    """Of a CSV of vectors: the column that is the class."""
+    """What holds the class. ``vectors`` and ``parquet``: the column. ``webdataset``: the member's extension (``cls``,
+    ``txt``) or a field of the sample's ``json``. ``folder`` and ``zip``: the column of the label table. None takes the
+    usual names."""
+    label_table: str | None = None
+    """``folder`` and ``zip``: a file below ``path`` that names the label of every image: CSV, TSV or JSON lines with a
+    header, two columns of text, or ``dataset.json`` of StyleGAN and EDM. None reads the tables that have a usual name
+    (``dataset.json``, ``*annotations.txt``, ``labels.csv``, ``metadata.csv``)."""
+    label_names: str | None = None
+    """A table that names the classes, path or URL: a JSON list or mapping, or rows ``label,name`` (CSV, TSV, or text
+    with a blank between). Its order is that of the classes where the labels are text."""
+    image_member: str | None = None
+    """What holds the image where there are several: ``webdataset``, the member's extension (``jpg``, ``input.jpg``);
+    ``parquet``, the column."""
     condition_columns: tuple[str, ...] = ()
     """Of a CSV of vectors: columns of numbers that a vector is given with."""
     in_place: bool = False
@@ -62,17 +85,17 @@ class SourceConfig(Section):
     def _complete(self) -> "SourceConfig":
         if self.kind != "digits" and not self.path:
             raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
-        sized = ("folder", "zip", "parquet", "webdataset")
-        if self.kind not in sized and (self.size_pixels is not None or self.resize != "refuse"):
+        if self.kind not in LAYOUT_KINDS and (self.size_pixels is not None or self.resize != "refuse"):
             raise ValueError(
-                f"source.size_pixels and source.resize need kind={', '.join(sized)} (got {self.kind}); remove them"
+                f"source.size_pixels and source.resize need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); remove them"
             )
         if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
             raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")
-        if self.kind != "vectors" and (self.label_column is not None or self.condition_columns):
-            raise ValueError(
-                f"source.label_column and source.condition_columns need kind=vectors (got {self.kind}); remove them"
-            )
+        if self.kind != "vectors" and self.condition_columns:
+            raise ValueError(f"source.condition_columns needs kind=vectors (got {self.kind}); remove it")
+        for name, kinds in _KINDS_OF_SETTINGS.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ValueError(f"source.{name} needs kind={' or '.join(kinds)} (got {self.kind}); remove it")
         if self.resize == "center_crop" and self.size_pixels is None:
             raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
         if self.in_place and self.kind != "webdataset":
@@ -122,10 +145,39 @@ class SplitConfig(Section):
     kind: Literal["auto", "official", "stratified"] = "auto"
     """``official``: as the source divides itself. ``stratified``: by ``test_fraction`` of each class. ``auto``:
     official where the source has a split, stratified elsewhere."""
+    by_name: bool = True
+    """Folders, tables and tars with a usual name (train, val, test and their like, in any case) are splits. False: no
+    name means a split, for instance where ``train`` is a class beside ``bus``."""
+    train: tuple[str, ...] = ()
+    """Patterns of the paths below the source that are for training, such as ``[seg_train]`` or ``["part-0*.tar"]``; a
+    folder stands for all below it. A pattern goes before what a name means."""
+    validation: tuple[str, ...] = ()
+    """Patterns of what is packed as ``validation``, beside ``test`` or without it."""
+    test: tuple[str, ...] = ()
+    """Patterns of what is packed as ``test``. Without patterns the source's test split is packed, or its validation
+    split where it has no labelled test split, under the name ``test``."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of what is left out, such as ``[masks]``."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
+
+    @property
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Patterns by what they decide."""
+        return {"train": self.train, "validation": self.validation, "test": self.test, "ignore": self.ignore}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "SplitConfig":
+        if self.kind == "stratified" and (self.train or self.validation or self.test):
+            raise ValueError(
+                "split.train, split.validation and split.test make an official split (got kind=stratified); remove "
+                "them, or leave images out with split.ignore"
+            )
+        if (self.validation or self.test) and not self.train and not self.by_name:
+            raise ValueError("split.train is required beside split.test where split.by_name is false; name it")
+        return self
 
 
 class DataSetConfig(Section):

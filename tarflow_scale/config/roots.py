@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from tarflow_scale.config.base import Root
 from tarflow_scale.config.data import (
+    LAYOUT_KINDS,
     DataConfig,
     DataSetConfig,
     GeneratedShardsConfig,
@@ -69,6 +70,10 @@ class PrepareConfig(Root):
             )
         if self.source.in_place and self.split != SplitConfig():
             raise ValueError("split has no effect where source.in_place is set; remove it")
+        if self.source.kind not in LAYOUT_KINDS and any(self.split.patterns.values()):
+            raise ValueError(
+                f"patterns of split need source.kind={', '.join(LAYOUT_KINDS)} (got {self.source.kind}); remove them"
+            )
         return self
 
 

@@ -1,20 +1,20 @@
 """Where images come from. `open_source` opens what a configuration names."""
 
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSource, Shaping
 
 __all__ = ["BadImage", "ImageSource", "open_source"]
 
 
-def open_source(config: SourceConfig) -> ImageSource:
-    """The source that a configuration names."""
-    source = _whole_source(config)
+def open_source(config: SourceConfig, split: SplitConfig | None = None) -> ImageSource:
+    """The source that a configuration names; ``split`` says which of its parts is which split."""
+    source = _whole_source(config, split or SplitConfig())
     if config.bit_depth is None or config.bit_depth == source.bit_depth:
         return source
     return ReducedSource(source, config.bit_depth)
 
 
-def _whole_source(config: SourceConfig) -> ImageSource:
+def _whole_source(config: SourceConfig, split: SplitConfig) -> ImageSource:
     """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
     shaping = Shaping(config.size_pixels, config.resize, config.resample, skip_bad=config.bad_images == "skip")
     path = config.path or ""
@@ -26,11 +26,11 @@ def _whole_source(config: SourceConfig) -> ImageSource:
         case "folder":
             from tarflow_scale.shards.sources.files import FolderSource
 
-            return FolderSource(path, shaping)
+            return FolderSource(config, split, shaping)
         case "zip":
             from tarflow_scale.shards.sources.files import ZipSource
 
-            return ZipSource(path, shaping)
+            return ZipSource(config, split, shaping)
         case "mnist":
             from tarflow_scale.shards.sources.mnist import MnistSource
 
@@ -46,7 +46,7 @@ def _whole_source(config: SourceConfig) -> ImageSource:
         case "parquet":
             from tarflow_scale.shards.sources.parquet import ParquetSource
 
-            return ParquetSource(path, shaping)
+            return ParquetSource(config, split, shaping)
         case "vectors":
             from tarflow_scale.shards.sources.vectors import VectorSource
 
@@ -54,4 +54,4 @@ def _whole_source(config: SourceConfig) -> ImageSource:
         case "webdataset":
             from tarflow_scale.shards.sources.tars import TarSource
 
-            return TarSource(path, shaping)
+            return TarSource(config, split, shaping)

@@ -23,7 +23,9 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import NPY_FAULTS
 from tarflow_scale.shards.reader import check_member
-from tarflow_scale.shards.sources.base import ImageSource, Spool, numbered_classes
+from tarflow_scale.shards.sources.base import ImageSource, Spool
+from tarflow_scale.shards.sources.labels import numbered_classes
+from tarflow_scale.shards.sources.splits import train_then_test
 
 __all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
 
@@ -119,7 +121,7 @@ class CifarSource(ImageSource):
             bit_depth=8,
             labels=labels,
             digest=storage.digest(self._images.tobytes() + labels.tobytes()),
-            official_test=np.arange(len(labels)) >= len(train_y),
+            official=train_then_test(len(train_y), len(labels)),
         )
         self._num_train = len(train_y)
 
@@ -282,7 +284,7 @@ class DownsampledImageNetSource(ImageSource):
             bit_depth=8,
             labels=labels,
             digest=storage.digest(digests.encode() + labels.tobytes()),
-            official_test=(np.arange(len(labels)) >= self._first[len(train)]) if test else None,
+            official=train_then_test(int(self._first[len(train)]), len(labels)) if test else None,
         )
 
     def image(self, number: int) -> NDArray[np.uint8]:

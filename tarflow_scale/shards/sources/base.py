@@ -22,16 +22,9 @@ __all__ = [
     "ImageSource",
     "ReducedSource",
     "Shaping",
-    "SplitLayout",
     "Spool",
-    "as_label",
-    "numbered_classes",
-    "split_layout",
 ]
 
-_MAX_LABEL = 2**20
-"""More classes than any data set has; a larger label is a mistake, and would be as many class names."""
-_TEST_SPLITS = ("test", "validation", "valid", "val")
 _LOOKED_AT = 64
 """Images that are looked at before packing, to see whether they are grey."""
 
@@ -54,13 +47,16 @@ class ImageSource(ABC):
         labels: label of every image, ``(n,)`` int64; zeros without labels.
         digest: of what the source holds, so that a changed source is another data set; what is not read before
             packing, like the files of a folder, counts by name and size.
-        official_test: ``(n,)`` bool, which images the source itself sets aside for testing; None when it does not say.
+        official: ``(n,)`` int8, the split of every image as an index of `splits.PACKED`, where the source itself is
+            divided; None where it is not.
         version: changes also when a file is written again with the same size, so that a packing that was killed does
             not go on with other images; the digest if that says as much.
     """
 
     ignored: Mapping[str, int] = MappingProxyType({})
     """Other files of the source by their kind, which are not read."""
+    lines: Sequence[str] = ()
+    """How splits and classes were found, what is left out, and warnings: a line each, for the plan."""
 
     def __init__(
         self,
@@ -70,7 +66,7 @@ class ImageSource(ABC):
         bit_depth: int,
         labels: NDArray[np.int64],
         digest: str,
-        official_test: NDArray[np.bool_] | None = None,
+        official: NDArray[np.int8] | None = None,
         version: str = "",
     ) -> None:
         self.name = name
@@ -79,7 +75,7 @@ class ImageSource(ABC):
         self.bit_depth = bit_depth
         self.labels = labels
         self.digest = digest
-        self.official_test = official_test
+        self.official = official
         self.version = version or digest
         self._check_labels()
 
@@ -117,7 +113,7 @@ class ImageSource(ABC):
             wrong = int(self.labels.min()) if int(self.labels.min()) < 0 else highest
             raise DataError(
                 f"labels of {self.name} must lie in 0..{len(self.class_names) - 1}, the classes that it names "
-                f"(got {wrong}); mend its class map"
+                f"(got {wrong}); correct its class map"
             )
 
 
@@ -202,11 +198,11 @@ class EncodedSource(ImageSource):
         class_names: tuple[str, ...],
         labels: NDArray[np.int64],
         digest: str,
-        official_test: NDArray[np.bool_] | None = None,
+        official: NDArray[np.int8] | None = None,
         version: str = "",
     ) -> None:
         super().__init__(
-            name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official_test, version
+            name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official, version
         )
         self._shaping = shaping
         self._settle()
@@ -282,11 +278,13 @@ class ReducedSource(ImageSource):
             bit_depth=bit_depth,
             labels=source.labels,
             digest=source.digest,
-            official_test=source.official_test,
+            official=source.official,
             version=source.version,
         )
         self._source = source
         self.is_remote = source.is_remote
+        self.ignored = source.ignored
+        self.lines = source.lines
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -300,60 +298,6 @@ class ReducedSource(ImageSource):
     def origin(self, number: int) -> str:
         """As the source says."""
         return self._source.origin(number)
-
-
-def as_label(value: Any, what: str) -> int:
-    """A label as a source gives it: a whole number that is not negative, or its digits.
-
-    Raises:
-        DataError: it is anything else.
-    """
-    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"\s*\d{1,9}\s*", text) or int(text) > _MAX_LABEL:
-        raise DataError(f"a label must be a whole number up to {_MAX_LABEL} (got {text[:40]!r} for {what}); mend it")
-    return int(text)
-
-
-def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names where a source has numbers alone: 0 to the highest label.
-
-    Raises:
-        DataError: there would be a great many.
-    """
-    highest = int(labels.max(initial=0))
-    if highest > _MAX_LABEL:
-        raise DataError(f"labels must not exceed {_MAX_LABEL} (got {highest}); mend them")
-    return tuple(str(label) for label in range(highest + 1))
-
-
-@dataclass(frozen=True)
-class SplitLayout:
-    """How a source that is divided into folders or files for training and testing is read.
-
-    Args:
-        kept: numbers of the names that count.
-        test: of those, which are for testing.
-        words: for the manifest; empty if there is no such division.
-    """
-
-    kept: list[int]
-    test: NDArray[np.bool_]
-    words: str
-
-
-def split_layout(splits: Sequence[str | None]) -> SplitLayout | None:
-    """The division that the splits of all names make; None if they make none.
-
-    There must be one called train, and one called test, validation, valid or val, of which the first counts.
-    """
-    found = {split for split in splits if split is not None}
-    chosen = next((split for split in _TEST_SPLITS if split in found), None)
-    if "train" not in found or chosen is None or None in splits or not found <= {"train", *_TEST_SPLITS}:
-        return None
-    kept = [number for number, split in enumerate(splits) if split in ("train", chosen)]
-    others = ", ".join(sorted(found - {"train", chosen}))
-    words = f"official split (train, {chosen}{f'; {others} left out' if others else ''})"
-    return SplitLayout(kept, np.array([splits[number] == chosen for number in kept], dtype=np.bool_), words)
 
 
 class Spool:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.sources.base import ImageSource, numbered_classes
+from tarflow_scale.shards.sources.base import ImageSource
+from tarflow_scale.shards.sources.labels import numbered_classes
+from tarflow_scale.shards.sources.splits import train_then_test
 
 __all__ = ["MnistSource", "read_idx"]
 
@@ -63,7 +65,7 @@ class MnistSource(ImageSource):
             bit_depth=8,
             labels=labels,
             digest=storage.digest(self._images.tobytes() + labels.tobytes()),
-            official_test=np.arange(len(labels)) >= num_train,
+            official=train_then_test(num_train, len(labels)),
         )
         self._num_train = num_train
 

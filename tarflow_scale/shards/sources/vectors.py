@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -12,7 +13,9 @@ from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.sources.base import ImageSource, as_label, numbered_classes
+from tarflow_scale.shards.sources.base import ImageSource
+from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, numbered_classes
+from tarflow_scale.shards.sources.splits import train_then_test
 
 __all__ = ["VectorSource"]
 
@@ -42,10 +45,10 @@ class VectorSource(ImageSource):
                     f"source.label_column and condition_columns are for CSV (got {path}); name arrays of an .npz "
                     f"labels and conditions"
                 )
-            values, conditions, labels, names, in_test = _from_npz(content, path)
+            values, conditions, labels, names, official = _from_npz(content, path)
         elif suffix == ".csv":
             values, conditions, labels, names = _from_csv(content, path, label_column, condition_columns)
-            in_test = None
+            official = None
         else:
             raise DataError(f"vectors must be an .npz or .csv file (got {path}); convert them")
         self.vectors = VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1])
@@ -53,7 +56,7 @@ class VectorSource(ImageSource):
             self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
         if not np.isfinite(self._numbers).all():
             row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
-            raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); mend or drop it")
+            raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); correct or drop it")
         super().__init__(
             name=PurePosixPath(path).stem,
             description=f"vectors from {PurePosixPath(path).name}",
@@ -61,7 +64,7 @@ class VectorSource(ImageSource):
             bit_depth=8,
             labels=labels,
             digest=storage.digest(content),
-            official_test=in_test,
+            official=official,
         )
 
     def image(self, number: int) -> NDArray[np.uint8]:
@@ -72,7 +75,7 @@ class VectorSource(ImageSource):
 _Table = tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], tuple[str, ...]]
 
 
-def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.bool_] | None]:
+def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.int8] | None]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
@@ -85,17 +88,17 @@ def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.bool_] | N
     if len({(x.shape[1], c.shape[1], y is None) for x, c, y in parts}) > 1 or any(
         name.endswith("_test") and "x_test" not in arrays for name in arrays
     ):
-        raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); mend it")
+        raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); correct it")
     labels = [y for _, _, y in parts if y is not None]
     num = sum(len(x) for x, _, _ in parts)
     all_labels = np.concatenate(labels) if labels else np.zeros(num, np.int64)
-    in_test = np.arange(num) >= len(parts[0][0]) if len(parts) > 1 else None
+    official = train_then_test(len(parts[0][0]), num) if len(parts) > 1 else None
     return (
         np.concatenate([x for x, _, _ in parts]),
         np.concatenate([c for _, c, _ in parts]),
         all_labels,
         numbered_classes(all_labels) if labels else (),
-        in_test,
+        official,
     )
 
 
@@ -127,6 +130,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     if len(rows) < 2:
         raise DataError(f"{path} must have a header and a row a sample (got {len(rows)} rows); add them")
     header = [name.strip() for name in rows[0]]
+    _check_header(header, path)
     if all(_is_number(name) for name in header):
         raise DataError(f"{path} must have a header (got numbers in its first line); name the columns there")
     special = [*([label_column] if label_column else []), *condition_columns]
@@ -143,13 +147,23 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         texts = [row[header.index(label_column)].strip() for row in rows[1:]]
         if "" in texts:
             raise DataError(f"labels of {path} must be given (got none in line {texts.index('') + 2}); fill or drop it")
-        if all(text.isdigit() for text in texts):
-            labels = np.array([as_label(text, f"a row of {path}") for text in texts], dtype=np.int64)
-            names = numbered_classes(labels)
-        else:
-            names = tuple(sorted(set(texts)))
-            labels = np.array([names.index(text) for text in texts], dtype=np.int64)
+        given = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
+        if None in given:
+            raise DataError(f"labels of {path} must not be -1 (got it in line {given.index(None) + 2}); drop the row")
+        names, labels = classes_of_labels([label for label in given if label is not None], None, path)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
+
+
+def _check_header(header: list[str], path: str) -> None:
+    """Name what other programs write that this one does not take."""
+    separator = next((one for one in (";", "\t", "|") if len(header) == 1 and one in header[0]), None)
+    if separator is not None:
+        raise DataError(f"columns of {path} must be separated by commas (got {separator!r}); save it with commas")
+    if "" in header or any(re.fullmatch(r"Unnamed: \d+", name) for name in header):
+        raise DataError(
+            f"every column of {path} must have a name (got {header[:4]}; a column without one is the index that pandas "
+            f"writes); save it with index=False"
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -163,7 +177,7 @@ def _is_number(text: str) -> bool:
 def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:
     """Numbers of a row, 0 in the place of its label."""
     if len(row) != len(header):
-        raise DataError(f"rows of {path} must have {len(header)} columns (got {len(row)} in line {line}); mend it")
+        raise DataError(f"rows of {path} must have {len(header)} columns (got {len(row)} in line {line}); correct it")
     found: list[float] = []
     for name, text in zip(header, row, strict=True):
         try:

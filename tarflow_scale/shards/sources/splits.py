@@ -1,0 +1,309 @@
+"""Which part of a source is which split: one set of rules for folders, zips, tables and tars.
+
+1. A pattern of the configuration decides: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
+2. Elsewhere the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``, ``seg_test``,
+   ``imagenet-val-000003.tar``. The words and what they mean are in `_WORDS`.
+3. If no name means a split, the source has none, and ``split.test_fraction`` of each class is held out.
+4. Names that mean a split beside names that do not are refused: the configuration must say which is which.
+5. What is packed beside ``train``: the splits that patterns name; else the test split; else the validation split. A
+   split without labels is left out where ``train`` has labels. Everything that is left out is reported.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.config import SplitConfig
+from tarflow_scale.errors import DataError
+
+__all__ = [
+    "PACKED",
+    "Group",
+    "Patterns",
+    "Role",
+    "Settled",
+    "counted",
+    "looks_split",
+    "other_words",
+    "role_of",
+    "roles_of_files",
+    "settle",
+    "train_then_test",
+]
+
+Role = Literal["train", "validation", "test", "other"]
+PACKED = ("train", "validation", "test")
+"""Names of packed splits; an image's entry in `ImageSource.official` is an index of it."""
+
+_WORDS: dict[str, Role] = {
+    **dict.fromkeys(("train", "training", "trn", "trainval", "trainset", "traindata"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "validating", "dev", "devel", "valset"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout", "testset"), "test"),
+    **dict.fromkeys(("extra", "additional", "unlabeled", "unlabelled", "unsupervised", "pred", "predict"), "other"),
+}
+_STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
+"""Words that are hardly ever a class; the others mean a split only beside one of these."""
+
+
+def words_of(name: str) -> list[str]:
+    """Words of a name in lower case: ``segTest_2`` has ``seg`` and ``test``."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def role_of(name: str) -> Role | Literal["several"] | None:
+    """The split that a name means, if it means one."""
+    roles = {_WORDS[word] for word in words_of(name) if word in _WORDS}
+    return None if not roles else roles.pop() if len(roles) == 1 else "several"
+
+
+def other_words(name: str) -> tuple[str, ...]:
+    """Words of a name that mean no split: ``seg`` and ``images`` of ``seg_train_images``."""
+    return tuple(word for word in words_of(name) if word not in _WORDS)
+
+
+def looks_split(name: str) -> bool:
+    """Whether a name as a whole is a usual name of a split: ``Train``, ``val2017``."""
+    words = words_of(name)
+    return len(words) == 1 and words[0] in _STRONG
+
+
+class Patterns:
+    """The patterns of the configuration, and which of them have matched.
+
+    A pattern matches a path, a folder above it, or the name of either; ``*`` matches any text.
+    """
+
+    def __init__(self, split: SplitConfig) -> None:
+        self._patterns = split.patterns
+        self._matched: set[tuple[str, str]] = set()
+
+    def __bool__(self) -> bool:
+        return any(self._patterns.values())
+
+    def decide(self, path: str) -> tuple[str, str] | None:
+        """``train``, ``validation``, ``test`` or ``ignore`` for a path, and the folder or file that matched.
+
+        Raises:
+            DataError: two patterns decide differently.
+        """
+        parts = path.split("/")
+        found: dict[str, str] = {}
+        for depth in range(1, len(parts) + 1):
+            above, name = "/".join(parts[:depth]), parts[depth - 1]
+            for decision, patterns in self._patterns.items():
+                for pattern in patterns:
+                    if fnmatchcase(above, pattern.rstrip("/")) or fnmatchcase(name, pattern.rstrip("/")):
+                        self._matched.add((decision, pattern))
+                        found.setdefault(decision, above)
+        if "ignore" in found:
+            return "ignore", found["ignore"]
+        if len(found) > 1:
+            raise DataError(
+                f"patterns of split must not overlap (got {' and '.join(sorted(found))} for {path}); narrow one of them"
+            )
+        return next(iter(found.items()), None)
+
+    def check(self, where: str) -> None:
+        """See that every pattern matched something.
+
+        Raises:
+            DataError: one did not.
+        """
+        for decision, patterns in self._patterns.items():
+            for pattern in patterns:
+                if (decision, pattern) not in self._matched:
+                    raise DataError(
+                        f"split.{decision} must match something in {where} (got {pattern!r}, which matches nothing); "
+                        f"correct it"
+                    )
+
+
+def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[Role | Literal["ignore"] | None]:
+    """The split of every table or tar, by its path below the source: by its file name, or by the folders above it.
+
+    Args:
+        names: paths below the source.
+        split: patterns, and whether names count.
+        what: ``tables`` or ``tars``, for messages.
+
+    Returns:
+        Roles in order; all None if no name means a split, ``ignore`` for what a pattern leaves out.
+
+    Raises:
+        DataError: some names mean a split and others do not.
+    """
+    patterns = Patterns(split)
+    decided = [patterns.decide(name) for name in names]
+    patterns.check(what)
+    roles: list[Role | Literal["ignore"] | None] = []
+    for name, decision in zip(names, decided, strict=True):
+        if decision is not None:
+            roles.append(decision[0])  # type: ignore[arg-type]
+        else:
+            roles.append(_role_of_path(name) if split.by_name else None)
+    if not any(role in ("train", "validation", "test") for role in roles):
+        return [role if role == "ignore" else None for role in roles]
+    unknown = next((name for name, role in zip(names, roles, strict=True) if role is None), None)
+    if unknown is not None:
+        known = next(name for name, role in zip(names, roles, strict=True) if role not in (None, "ignore"))
+        raise DataError(
+            f"{what} must all belong to a split, or none (got {known} beside {unknown}); say which is which with "
+            f"split.train, split.test and split.ignore, or set split.by_name=false"
+        )
+    return roles
+
+
+def _role_of_path(path: str) -> Role | None:
+    """By the file's name, else by the nearest folder that means a split."""
+    for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
+        found = role_of(part)
+        if found == "several":
+            raise DataError(
+                f"a name must mean one split (got {part} in {path}); say which with split.train, split.test and "
+                f"split.ignore, or set split.by_name=false"
+            )
+        if found is not None:
+            return found
+    return None
+
+
+@dataclass
+class Group:
+    """What is in one split of a source.
+
+    Args:
+        names: folders, tables or tars that make it.
+        num_images: how many images it has.
+        labelled: whether its images have labels.
+    """
+
+    names: list[str] = field(default_factory=list)
+    num_images: int = 0
+    labelled: bool = False
+
+    @property
+    def words(self) -> str:
+        """``train-0.parquet`` or ``train-0.parquet and 3 more``."""
+        more = len(self.names) - 1
+        return f"{self.names[0]} and {more} more" if more else self.names[0]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is done with the splits of a source.
+
+    Args:
+        packed: name under which each role is packed; roles that are left out are missing.
+        official: whether the source has a training and a held-out split; if not, all is packed as one and divided.
+        lines: what a user must know, for the plan.
+        words: for the manifest; empty without a split.
+    """
+
+    packed: dict[Role, str]
+    official: bool
+    lines: tuple[str, ...]
+    words: str
+
+    def codes(self, roles: Sequence[Role]) -> NDArray[np.int8] | None:
+        """Index in `PACKED` of every image, from its role; None without an official split."""
+        if not self.official:
+            return None
+        return np.array([PACKED.index(self.packed[role]) for role in roles], dtype=np.int8)
+
+
+def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
+    """Choose what is packed of the splits that were found.
+
+    Raises:
+        DataError: there is no training split, or a split that a pattern names does not fit ``train``.
+    """
+    named = [role for role in ("test", "validation") if split.patterns[role]]
+    if not groups:
+        return Settled({}, official=False, lines=(), words="")
+    if len(groups) == 1:
+        role, group = next(iter(groups.items()))
+        line = f"{group.words}: the only split ({role}); it is divided like images without a split"
+        return Settled({role: "train"}, official=False, lines=(line,), words=f"{role} split alone")
+    if "train" not in groups:
+        raise DataError(
+            f"a source with splits must have one for training (got {_list(groups)}); name it with split.train"
+        )
+    labelled = groups["train"].labelled
+    fits = {role: group for role, group in groups.items() if group.labelled == labelled and role != "other"}
+    if split.kind == "stratified":
+        return _pooled(groups, fits)
+    wrong = next((role for role in named if role not in fits), None)
+    if wrong is not None:
+        have, want = ("no labels", "labels") if labelled else ("labels", "no labels")
+        raise DataError(
+            f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
+            f"{groups['train'].words}); remove the pattern, or pack it as a source of its own"
+        )
+    chosen: dict[Role, str] = {role: role for role in named}  # type: ignore[misc]
+    if not chosen:
+        held_out = next((role for role in ("test", "validation") if role in fits), None)
+        chosen = {held_out: "test"} if held_out is not None else {}
+    if not labelled and not chosen:
+        others = [role for role in ("test", "validation") if role in groups]
+        if others:
+            raise DataError(
+                f"training images must have labels where the held-out ones have (got none in {groups['train'].words}, "
+                f"labels in {groups[others[0]].words}); label them, or leave the others out with split.ignore"
+            )
+    packed: dict[Role, str] = {"train": "train", **chosen}
+    lines = [f"{groups[role].words}: {name} ({role} split, {_images(groups[role])})" for role, name in packed.items()]
+    lines += [_left_out(role, group, labelled) for role, group in groups.items() if role not in packed]
+    if not chosen:
+        lines.append("no held-out split with labels: split.test_fraction of each class is held out of train")
+        return Settled(packed, official=False, lines=tuple(lines), words="training split alone")
+    left = ", ".join(f"{role} left out" for role in groups if role not in packed)
+    words = ", ".join(role if name == role else f"{role} as {name}" for role, name in packed.items())
+    return Settled(
+        packed, official=True, lines=tuple(lines), words=f"official split ({words}{f'; {left}' if left else ''})"
+    )
+
+
+def _pooled(groups: dict[Role, Group], fits: dict[Role, Group]) -> Settled:
+    """All that fits, in one."""
+    lines = [f"split.kind=stratified: {_list(fits)} are pooled and divided again"]
+    lines += [_left_out(role, group, True) for role, group in groups.items() if role not in fits]
+    return Settled(dict.fromkeys(fits, "train"), official=False, lines=tuple(lines), words=f"pooled ({', '.join(fits)})")
+
+
+def _left_out(role: Role, group: Group, labelled: bool) -> str:
+    if labelled and not group.labelled:
+        why = "has no labels; pack it as a source of its own to use it"
+    elif role in PACKED:
+        why = f"is not packed; name it with split.{role} to pack it"
+    else:
+        why = "is neither for training nor held out; name it with split.train or split.test to pack it"
+    return f"left out: {group.words} ({role} split, {_images(group)}) {why}"
+
+
+def _images(group: Group) -> str:
+    return counted(group.num_images, "image")
+
+
+def _list(groups: dict[Role, Group]) -> str:
+    return ", ".join(f"{role} in {group.words}" for role, group in groups.items())
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``2,000 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def count_kinds(kinds: Sequence[str]) -> str:
+    """``3 .DS_Store, 2 *.txt``, the most frequent first."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:
+    """`ImageSource.official` of a source whose training images come first."""
+    return np.where(np.arange(num) < num_train, PACKED.index("train"), PACKED.index("test")).astype(np.int8)
