@@ -29,7 +29,6 @@ from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
 from tarflow_scale.shards.sources.labels import class_warnings
 from tarflow_scale.shards.sources.splits import PACKED, train_then_test
-from tarflow_scale.shards.sources.tars import index_tars
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
 
@@ -252,6 +251,8 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
 
 def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
     """Make foreign tars a data set where they lie: an index beside each, and the manifest last."""
+    from tarflow_scale.shards.sources.tars import index_tars
+
     path = config.shards.path
     if storage.exists(storage.join(path, MANIFEST_NAME)):
         _check_same_tars(path)

@@ -87,7 +87,8 @@ class SourceConfig(Section):
             raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
         if self.kind not in LAYOUT_KINDS and (self.size_pixels is not None or self.resize != "refuse"):
             raise ValueError(
-                f"source.size_pixels and source.resize need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); remove them"
+                f"source.size_pixels and source.resize need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); remove "
+                f"them"
             )
         if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
             raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")

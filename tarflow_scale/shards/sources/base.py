@@ -1,11 +1,9 @@
 """What every source of images offers, and the rules that turn encoded images of any size into images of one shape."""
 
 import os
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import IO, Any, Literal
 
@@ -201,9 +199,7 @@ class EncodedSource(ImageSource):
         official: NDArray[np.int8] | None = None,
         version: str = "",
     ) -> None:
-        super().__init__(
-            name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official, version
-        )
+        super().__init__(name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official, version)
         self._shaping = shaping
         self._settle()
 

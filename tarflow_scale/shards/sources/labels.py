@@ -21,6 +21,7 @@ __all__ = [
     "numbered_classes",
     "parse_json",
     "read_label_names",
+    "refuse_mixture",
     "rows_of",
 ]
 
@@ -39,8 +40,6 @@ def as_label(value: Any, what: str) -> int | str | None:
         DataError: it is anything else: several labels, a fraction, empty text.
     """
     text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    if isinstance(text, float) and text.is_integer():
-        text = int(text)
     if isinstance(text, np.integer):
         text = int(text)
     if isinstance(text, str):
@@ -48,7 +47,10 @@ def as_label(value: Any, what: str) -> int | str | None:
         if re.fullmatch(r"-?\d{1,9}", text):
             text = int(text)
     if isinstance(text, bool) or not isinstance(text, int | str) or text == "":
-        raise DataError(f"a label must be one whole number or text (got {str(value)[:40]!r} for {what}); correct it")
+        raise DataError(
+            f"a label must be one whole number or text (got {str(value)[:40]!r} for {what}); correct it, or name what "
+            f"holds the class with source.label_column"
+        )
     if isinstance(text, int) and text == -1:
         return None
     if isinstance(text, int) and not 0 <= text <= _MAX_LABEL:
@@ -83,21 +85,31 @@ def classes_of_labels(
     Raises:
         DataError: numbers and text are mixed, or a label is not in the table.
     """
-    text = [label for label in labels if isinstance(label, str)]
-    if text and len(text) < len(labels):
-        number = next(label for label in labels if not isinstance(label, str))
-        raise DataError(
-            f"labels must be all numbers or all text (got {number} and {text[0]!r} in {what}); correct them, or name "
-            f"what holds the label with source.label_column"
-        )
+    refuse_mixture(labels, what)
     if names is not None:
         return _named_classes(labels, names, what)
+    text = [label for label in labels if isinstance(label, str)]
     if not text:
         numbers = np.array(labels, dtype=np.int64)
         return numbered_classes(numbers), numbers
     classes = tuple(sorted(set(text)))
     number_of = {name: number for number, name in enumerate(classes)}
     return classes, np.array([number_of[label] for label in text], dtype=np.int64)
+
+
+def refuse_mixture(labels: Sequence[int | str | None], what: str) -> None:
+    """See that labels are of one kind.
+
+    Raises:
+        DataError: some are numbers and some are text.
+    """
+    text = next((label for label in labels if isinstance(label, str)), None)
+    number = next((label for label in labels if isinstance(label, int)), None)
+    if text is not None and number is not None:
+        raise DataError(
+            f"labels must be all numbers or all text (got {number} and {text!r} in {what}); correct them, or name what "
+            f"holds the label with source.label_column"
+        )
 
 
 def _named_classes(
@@ -201,7 +213,9 @@ def class_warnings(
     for names in plain.values():
         if len(names) > 1:
             shown = " and ".join(repr(name) for name in names)
-            lines.append(f"warning: classes {shown} differ only by case or Unicode form; rename one if they are the same")
+            lines.append(
+                f"warning: classes {shown} differ only by case or Unicode form; rename one if they are the same"
+            )
     if official is None or not class_names:
         return lines
     seen = {code: set(np.unique(labels[official == code]).tolist()) for code in np.unique(official).tolist()}
@@ -209,7 +223,7 @@ def class_warnings(
         for other, there in seen.items():
             alone = sorted(here - there)
             if code != other and alone:
-                shown = ", ".join(class_names[label] for label in alone[:5]) + (", .." if len(alone) > 5 else "")
+                shown = ", ".join(str(class_names[int(label)]) for label in alone[:5]) + (", .." if len(alone) > 5 else "")
                 lines.append(
                     f"warning: {len(alone)} of {len(class_names)} classes are in {packed[code]} and not in "
                     f"{packed[other]}: {shown}"

@@ -4,6 +4,7 @@ The split is the official one. IDX: two zero bytes, a type (8 is uint8), the num
 big-endian uint32, then the values in row-major order (yann.lecun.com/exdb/mnist).
 """
 
+import difflib
 import gzip
 import io
 import math
@@ -99,23 +100,36 @@ def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def _read_idx_folder(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
-    arrays: dict[tuple[str, str], NDArray[np.uint8]] = {}
-    for key, name in _IDX_NAMES.items():
-        plain, zipped = storage.join(path, name), storage.join(path, f"{name}.gz")
-        if storage.exists(plain):
-            arrays[key] = read_idx(storage.read_bytes(plain), plain)
-        elif storage.exists(zipped):
-            try:
-                with gzip.open(io.BytesIO(storage.read_bytes(zipped))) as file:
-                    content = file.read(_MAX_FILE_BYTES + 1)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{zipped} cannot be unpacked ({error}); download it again") from error
-            if len(content) > _MAX_FILE_BYTES:
-                raise DataError(f"{zipped} holds more than {_MAX_FILE_BYTES:,} bytes; download it again")
-            arrays[key] = read_idx(content, zipped)
-        else:
-            raise DataError(f"no {name} or {name}.gz in {path}; source.path is an .npz file or the folder of IDX files")
-    return arrays
+    names = storage.list_names(path)
+    return {key: _read_idx(path, name, names) for key, name in _IDX_NAMES.items()}
+
+
+def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
+    """One of the four files, whose name may have a dot before ``idx``, and ``.gz`` at its end.
+
+    Raises:
+        DataError: there is none, or it cannot be unpacked.
+    """
+    dotted = name.replace("-idx", ".idx")
+    found = next((one for one in (name, dotted, f"{name}.gz", f"{dotted}.gz") if one in names), None)
+    if found is None:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        raise DataError(
+            f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; source.path is an "
+            f".npz file or the folder of IDX files"
+        )
+    location = storage.join(path, found)
+    content = storage.read_bytes(location)
+    if not found.endswith(".gz"):
+        return read_idx(content, location)
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            unpacked = file.read(_MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{location} cannot be unpacked ({error}); download it again") from error
+    if len(unpacked) > _MAX_FILE_BYTES:
+        raise DataError(f"{location} holds more than {_MAX_FILE_BYTES:,} bytes; download it again")
+    return read_idx(unpacked, location)
 
 
 def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:

@@ -1,89 +1,96 @@
 """Parquet tables with image bytes, as Hugging Face data sets are stored.
 
-A column holds images as ``struct<bytes, path>`` or as binary, another an integer label; names of classes are in the
-schema's metadata. Rows of Parquet lie compressed in groups and cannot be read one by one, so the image bytes are
-copied into one temporary file first (in ``TMPDIR``, as large as the images, gone when the process ends).
+A column holds images as ``struct<bytes, path>`` or as binary, another the label: a number, text, or a dictionary; names
+of classes are in the schema's metadata. Rows of Parquet lie compressed in groups and cannot be read one by one, so the
+image bytes of the splits that are packed are copied into one temporary file first (in ``TMPDIR``, as large as the
+images, gone when the process ends).
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
+from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool, as_label, numbered_classes, split_layout
+from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool
+from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.splits import Group, Role, roles_of_files, settle
 
 __all__ = ["ParquetSource"]
 
-_IMAGE_COLUMNS = ("image", "img")
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture", "photo", "pixel_values")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class")
 _ROWS = 256
-_SPLITS = ("train", "test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table: its path below the source, where it lies, its columns, and the label of every row."""
+
+    name: str
+    location: str
+    role: Role | None
+    image_column: str
+    labels: list[int | str | None]
+    class_names: tuple[str, ...]
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all below a folder (or URL).
-
-    Files named ``train-*`` and ``test-*`` or ``validation-*``, or in folders of these names, make an official split;
-    test goes before validation.
+    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may say the split.
 
     Args:
-        path: the file or folder.
+        config: names the file or folder, and perhaps the columns.
+        split: which tables are which split.
         shaping: what is done to sizes.
 
     Raises:
-        DataError: no pyarrow, no tables, or no column of images.
+        DataError: no pyarrow, no tables, no column of images or several, or tables that do not fit together.
     """
 
-    def __init__(self, path: str, shaping: Shaping) -> None:
+    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
+        path = config.path or ""
         files = _tables(path)
-        layout = split_layout([_split_of(name) for name, _ in files])
-        kept = range(len(files)) if layout is None else layout.kept
-        tests = np.zeros(len(files), dtype=np.bool_) if layout is None else layout.test
+        roles = roles_of_files([name for name, _ in files], split, "tables")
+        tables = [
+            _read_table(name, location, role, config)
+            for (name, location), role in zip(files, roles, strict=True)
+            if role != "ignore"
+        ]
+        if not tables:
+            raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
+        settled = settle(_groups(tables), split)
+        self.lines = settled.lines
+        kept = [table for table in tables if table.role is None or table.role in settled.packed]
+        class_names, labels = _labels_of(kept, config, path)
         self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
-        labels: list[int] = []
-        in_test: list[bool] = []
-        labelled: set[bool] = set()
-        class_names: tuple[str, ...] = ()
         content = hashlib.sha256()
         with telemetry.progress_bar(len(kept), "unpack", unit="table") as bar:
-            for number, test in zip(kept, tests, strict=True):
-                name, location = files[number]
-                table = _open(location)
-                image_column, label_column = _columns(table, location)
-                labelled.add(label_column is not None)
-                if len(labelled) > 1:
-                    raise DataError(f"all tables must have labels, or none (got both, the second in {location})")
-                class_names = class_names or _class_names(table, label_column)
-                columns = [image_column] + ([label_column] if label_column else [])
-                for row, record in enumerate(_records(table, columns, location)):
-                    what = f"row {row} of {location}"
-                    image = _bytes_of(record[image_column], what)
+            for table in kept:
+                for row, record in enumerate(_records(table.location, [table.image_column])):
+                    image = _bytes_of(record[table.image_column], f"row {row} of {table.location}")
                     content.update(image)
                     self._spool.write(image)
                     sizes.append(len(image))
-                    labels.append(as_label(record[label_column], what) if label_column else 0)
-                    in_test.append(bool(test))
-                    self._rows.append((name, row))
+                    self._rows.append((table.name, row))
                 bar.update(1)
         self._spool.flush()
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
-        if not class_names and any(labels):
-            class_names = numbered_classes(np.array(labels))
         super().__init__(
             shaping,
             name=storage.base_name(path).removesuffix(".parquet"),
-            description=f"parquet tables, {layout.words}" if layout else "parquet tables",
+            description=f"parquet tables, {settled.words}" if settled.words else "parquet tables",
             class_names=class_names,
-            labels=np.array(labels, dtype=np.int64),
-            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels}".encode()),
-            official_test=np.array(in_test) if layout else None,
+            labels=labels,
+            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels.tolist()}".encode()),
+            official=settled.codes([table.role for table in kept for _ in table.labels]),
         )
 
     def encoded(self, number: int) -> bytes:
@@ -107,17 +114,76 @@ def _tables(path: str) -> list[tuple[str, str]]:
     return [(name, storage.join(path, name)) for name in names]
 
 
-def _split_of(name: str) -> str | None:
-    """``train`` for ``train-00000-of-00002.parquet`` and for ``default/train/0000.parquet``."""
-    words = [re.split(r"[-_.]", part, maxsplit=1)[0] for part in reversed(name.split("/"))]
-    return next((word for word in words if word in _SPLITS), None)
+def _read_table(name: str, location: str, role: Role | None, config: SourceConfig) -> _Table:
+    """The columns of a table, and its labels; no image is read."""
+    table = _open(location)
+    image_column, label_column = _columns(table, config, location)
+    labels: list[int | str | None] = [None] * table.metadata.num_rows
+    if label_column is not None:
+        cells = [record[label_column] for record in _records(location, [label_column])]
+        labels = [as_label(cell, f"row {row} of {location}") for row, cell in enumerate(cells)]
+    return _Table(name, location, role, image_column, labels, _class_names(table, label_column))
 
 
-def _records(table: Any, columns: list[str], location: str) -> Iterator[dict[str, Any]]:
+def _groups(tables: Sequence[_Table]) -> dict[Role, Group]:
+    """What is in each split; empty without splits.
+
+    Raises:
+        DataError: tables of one split differ in whether they have labels, or a table has labels for some rows.
+    """
+    groups: dict[Role | None, Group] = {}
+    for table in tables:
+        missing = table.labels.count(None)
+        if 0 < missing < len(table.labels):
+            row = table.labels.index(None)
+            raise DataError(
+                f"all rows of a table must have labels, or none (got none or -1 for row {row} of {table.location} and "
+                f"{missing - 1} more); label or remove them"
+            )
+        group = groups.setdefault(table.role, Group(labelled=missing == 0))
+        if table.labels and group.labelled != (missing == 0) and group.num_images:
+            raise DataError(
+                f"tables of one split must all have labels, or none (got both, the second in {table.location}); name "
+                f"their splits with split.train, split.test and split.ignore"
+            )
+        group.names.append(table.name)
+        group.num_images += len(table.labels)
+    return {role: group for role, group in groups.items() if role is not None}
+
+
+def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and numbers of all rows.
+
+    Raises:
+        DataError: tables name their classes differently.
+    """
+    first = tables[0]
+    other = next((table for table in tables if table.class_names != first.class_names), None)
+    if other is not None:
+        raise DataError(
+            f"tables must name the same classes in one order (got {_shown(first)} in {first.name}, {_shown(other)} in "
+            f"{other.name}); pack them as sources of their own, or convert one"
+        )
+    labels = [label for table in tables for label in table.labels]
+    given = [label for label in labels if label is not None]
+    if not given:
+        return (), np.zeros(len(labels), np.int64)
+    names = read_label_names(config.label_names) if config.label_names else None
+    if first.class_names and names is None and not any(isinstance(label, str) for label in given):
+        return first.class_names, np.array(given, dtype=np.int64)
+    return classes_of_labels(given, names, path)
+
+
+def _shown(table: _Table) -> str:
+    names = table.class_names
+    return ", ".join(names[:3]) + (f" .. ({len(names)})" if len(names) > 3 else "") if names else "none"
+
+
+def _records(location: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     import pyarrow as arrow
 
     try:
-        for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+        for batch in _open(location).iter_batches(batch_size=_ROWS, columns=columns):
             yield from batch.to_pylist()
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -137,14 +203,40 @@ def _open(location: str) -> Any:
         raise DataError(f"{location} is not a parquet table ({reason}); download it again") from error
 
 
-def _columns(table: Any, location: str) -> tuple[str, str | None]:
+def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str | None]:
+    """The columns of images and of labels.
+
+    Raises:
+        DataError: there is none of images, or several, or none of the name that the configuration gives.
+    """
     names = table.schema_arrow.names
-    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
+    for setting, asked in (("image_member", config.image_member), ("label_column", config.label_column)):
+        if asked is not None and asked not in names:
+            raise DataError(f"source.{setting} must be a column (got {asked}; {location} has {', '.join(names)})")
+    images = [name for name in names if _holds_images(table, name)]
+    usual = [name for name in _IMAGE_COLUMNS if name in images]
+    if config.image_member is None and len(images) > 1:
+        raise DataError(
+            f"one column must hold the images (got {', '.join(images)} in {location}); name it with source.image_member"
+        )
+    image = config.image_member or next(iter(usual or images), None)
     if image is None:
         raise DataError(
-            f"{location} must have a column {' or '.join(_IMAGE_COLUMNS)} (got {', '.join(names)}); rename it"
+            f"{location} must have a column of images, struct<bytes, path> or binary (got {', '.join(names)}); name it "
+            f"with source.image_member"
         )
-    return image, next((name for name in _LABEL_COLUMNS if name in names), None)
+    labels = [name for name in _LABEL_COLUMNS if name in names]
+    return image, config.label_column or next(iter(labels), None)
+
+
+def _holds_images(table: Any, column: str) -> bool:
+    """Whether a column has the type of images."""
+    import pyarrow as arrow
+
+    kind = table.schema_arrow.field(column).type
+    if arrow.types.is_struct(kind):
+        return any(kind.field(number).name == "bytes" for number in range(kind.num_fields))
+    return arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
 
 
 def _class_names(table: Any, label_column: str | None) -> tuple[str, ...]:

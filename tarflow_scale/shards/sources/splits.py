@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +36,8 @@ __all__ = [
     "train_then_test",
 ]
 
-Role = Literal["train", "validation", "test", "other"]
+Role = str
+"""``train``, ``validation``, ``test``, or ``other`` for a split that is none of these."""
 PACKED = ("train", "validation", "test")
 """Names of packed splits; an image's entry in `ImageSource.official` is an index of it."""
 
@@ -56,9 +56,9 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
-def role_of(name: str) -> Role | Literal["several"] | None:
-    """The split that a name means, if it means one."""
-    roles = {_WORDS[word] for word in words_of(name) if word in _WORDS}
+def role_of(name: str, strong: bool = False) -> Role | None:
+    """The split that a name means, if it means one; ``several`` if it means more; ``strong``: only by words that are hardly ever a class."""
+    roles = {_WORDS[word] for word in words_of(name) if word in _WORDS and (not strong or word in _STRONG)}
     return None if not roles else roles.pop() if len(roles) == 1 else "several"
 
 
@@ -124,7 +124,7 @@ class Patterns:
                     )
 
 
-def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[Role | Literal["ignore"] | None]:
+def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[Role | None]:
     """The split of every table or tar, by its path below the source: by its file name, or by the folders above it.
 
     Args:
@@ -141,10 +141,10 @@ def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[
     patterns = Patterns(split)
     decided = [patterns.decide(name) for name in names]
     patterns.check(what)
-    roles: list[Role | Literal["ignore"] | None] = []
+    roles: list[Role | None] = []
     for name, decision in zip(names, decided, strict=True):
         if decision is not None:
-            roles.append(decision[0])  # type: ignore[arg-type]
+            roles.append(decision[0])
         else:
             roles.append(_role_of_path(name) if split.by_name else None)
     if not any(role in ("train", "validation", "test") for role in roles):
@@ -210,11 +210,11 @@ class Settled:
     lines: tuple[str, ...]
     words: str
 
-    def codes(self, roles: Sequence[Role]) -> NDArray[np.int8] | None:
+    def codes(self, roles: Sequence[Role | None]) -> NDArray[np.int8] | None:
         """Index in `PACKED` of every image, from its role; None without an official split."""
         if not self.official:
             return None
-        return np.array([PACKED.index(self.packed[role]) for role in roles], dtype=np.int8)
+        return np.array([PACKED.index(self.packed[role or ""]) for role in roles], dtype=np.int8)
 
 
 def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
@@ -223,7 +223,8 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     Raises:
         DataError: there is no training split, or a split that a pattern names does not fit ``train``.
     """
-    named = [role for role in ("test", "validation") if split.patterns[role]]
+    held_out: tuple[Role, ...] = ("test", "validation")
+    named = [role for role in held_out if split.patterns[role]]
     if not groups:
         return Settled({}, official=False, lines=(), words="")
     if len(groups) == 1:
@@ -245,12 +246,12 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
             f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
             f"{groups['train'].words}); remove the pattern, or pack it as a source of its own"
         )
-    chosen: dict[Role, str] = {role: role for role in named}  # type: ignore[misc]
+    chosen: dict[Role, str] = {role: role for role in named}
     if not chosen:
-        held_out = next((role for role in ("test", "validation") if role in fits), None)
-        chosen = {held_out: "test"} if held_out is not None else {}
+        chosen = {role: "test" for role in held_out if role in fits}
+        chosen = dict(list(chosen.items())[:1])
     if not labelled and not chosen:
-        others = [role for role in ("test", "validation") if role in groups]
+        others = [role for role in held_out if role in groups]
         if others:
             raise DataError(
                 f"training images must have labels where the held-out ones have (got none in {groups['train'].words}, "
@@ -273,7 +274,9 @@ def _pooled(groups: dict[Role, Group], fits: dict[Role, Group]) -> Settled:
     """All that fits, in one."""
     lines = [f"split.kind=stratified: {_list(fits)} are pooled and divided again"]
     lines += [_left_out(role, group, True) for role, group in groups.items() if role not in fits]
-    return Settled(dict.fromkeys(fits, "train"), official=False, lines=tuple(lines), words=f"pooled ({', '.join(fits)})")
+    return Settled(
+        dict.fromkeys(fits, "train"), official=False, lines=tuple(lines), words=f"pooled ({', '.join(fits)})"
+    )
 
 
 def _left_out(role: Role, group: Group, labelled: bool) -> str:

@@ -113,15 +113,10 @@ def test_folders_for_training_and_testing_are_an_official_split(tmp_path: Path, 
         (tmp_path / "x" / name).write_bytes(content)
     source = opened(kind, tmp_path / "x" if kind == "folder" else write_zip(tmp_path / "x.zip", members))
     assert source.class_names == ("cat", "dog")
-    assert source.official_test is not None
-    assert "official split (train, test; val left out)" in source.description
-    found = {(source.origin(i), int(source.labels[i]), bool(source.official_test[i])) for i in range(len(source))}
+    assert source.official is not None
+    assert "official split (train, test; validation left out)" in source.description
+    found = {(source.origin(i), int(source.labels[i]), bool(source.official[i] == 2)) for i in range(len(source))}
     assert found == {(n, int("dog" in n), n.startswith("test")) for n in names if not n.startswith("val")}
-
-
-def test_classes_that_are_called_like_splits_stay_classes(tmp_path: Path) -> None:
-    members = {f"{name}/0.png": encode_png(images(1)[0]) for name in ("train", "bus")}
-    assert opened("zip", write_zip(tmp_path / "x.zip", members)).class_names == ("bus", "train")
 
 
 # --- CIFAR
@@ -166,8 +161,8 @@ def test_cifar_10_in_both_formats(tmp_path: Path, binary: bool, packed: bool) ->
     source = opened("cifar", path)
     assert source.labels.tolist() == labels
     assert source.class_names[0] == "airplane"
-    assert source.official_test is not None
-    assert source.official_test.tolist() == [False] * 20 + [True] * 4
+    assert source.official is not None
+    assert source.official.tolist() == [0] * 20 + [2] * 4
     assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(24))
     assert (source.origin(19), source.origin(20)) == ("train/19", "test/0")
 
@@ -274,8 +269,8 @@ def test_downsampled_imagenet(tmp_path: Path, save: Callable[..., None]) -> None
     source = opened("imagenet_npz", tmp_path)
     assert source.name == "imagenet8"
     assert source.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]
-    assert source.official_test is not None
-    assert source.official_test.sum() == 3
+    assert source.official is not None
+    assert (source.official == 2).sum() == 3
     assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(12))
     assert source.origin(6) == "train_data_batch_10.npz/0"
     (tmp_path / "train_data_batch_2.npz").write_bytes(b"no npz")
@@ -311,8 +306,8 @@ def test_parquet_in_the_layout_of_hugging_face(tmp_path: Path) -> None:
     source = opened("parquet", tmp_path)
     assert source.class_names == ("cat", "dog")
     assert source.labels.tolist() == [1, 0, 1, 0, 0, 1, 1]
-    assert source.official_test is not None
-    assert source.official_test.tolist() == [False] * 5 + [True] * 2
+    assert source.official is not None
+    assert source.official.tolist() == [0] * 5 + [2] * 2
     assert all(np.array_equal(source.image(i), some[i]) for i in range(7))
     assert source.origin(4) == "data/train-00001-of-00002.parquet/1"
 
@@ -322,8 +317,8 @@ def test_parquet_splits_may_be_folders(tmp_path: Path) -> None:
         (tmp_path / "default" / split).mkdir(parents=True)
         write_parquet(tmp_path / "default" / split / "0000.parquet", images(3), [0, 1, 0], None)
     source = opened("parquet", tmp_path)
-    assert source.official_test is not None
-    assert source.official_test.tolist() == [True] * 3 + [False] * 3
+    assert source.official is not None
+    assert source.official.tolist() == [2] * 3 + [0] * 3
     assert source.description.startswith("parquet tables, official split (train, test; validation left out)")
 
 

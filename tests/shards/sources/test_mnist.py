@@ -68,8 +68,8 @@ def test_every_form_gives_the_same_images_and_the_official_split(write: Callable
     source = open_source(SourceConfig(kind="mnist", path=write(tmp_path)))
     assert (images(source)[:, 0] == np.concatenate([ARRAYS["train_x"], ARRAYS["test_x"]])).all()
     assert source.labels.tolist() == [*(i % 3 for i in range(30)), *(i % 3 for i in range(10))]
-    assert source.official_test is not None
-    assert np.flatnonzero(source.official_test).tolist() == list(range(30, 40))
+    assert source.official is not None
+    assert np.flatnonzero(source.official == 2).tolist() == list(range(30, 40))
     assert (source.origin(29), source.origin(30)) == ("train/29", "test/0")
     assert source.class_names == ("0", "1", "2")
     assert source.bit_depth == 8

@@ -38,8 +38,8 @@ def test_names_of_classes_and_an_official_split(tmp_path: Path) -> None:
     assert source.labels.tolist() == [1, 0, 1]
     np.savez(tmp_path / "b.npz", x=np.zeros((4, 2)), x_test=np.ones((2, 2)))
     split = VectorSource(str(tmp_path / "b.npz"))
-    assert split.official_test is not None
-    assert split.official_test.tolist() == [False] * 4 + [True] * 2
+    assert split.official is not None
+    assert split.official.tolist() == [0] * 4 + [2] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,394 @@
+"""Splits and classes of image files, from their paths: the rules for folders and zips.
+
+1. Hidden files and those of operating systems are passed over. Folders that hold all the others are looked through.
+2. Splits: by patterns, else by the folders at the top (``train/cat/1.png``), else by those below the classes
+   (``cat/train/1.png``), else by all file names (``train_1.png``). See `splits` for what counts.
+3. Classes: by a label table (see `tables`), else by the first folder that is left (``train/cat/images/1.png``).
+   Folders that only hold images, as ``images`` does, are no classes where nothing lies beside them.
+4. What could be read in two ways is refused, with the setting that decides.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.splits import (
+    Group,
+    Patterns,
+    Role,
+    Settled,
+    counted,
+    looks_split,
+    other_words,
+    role_of,
+    settle,
+)
+from tarflow_scale.shards.sources.tables import LabelTables
+
+__all__ = ["ImageFiles", "is_junk", "lay_out"]
+
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
+"""Files and folders of operating systems, beside all whose names start with a dot."""
+_CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
+"""Folders that hold the images of a split or class and nothing else."""
+_PARTS = (
+    *_CONTAINERS,
+    "masks",
+    "mask",
+    "labels",
+    "annotations",
+    "segmentation",
+    "groundtruth",
+    "gt",
+    "depth",
+    "thumbs",
+)
+"""Folders that hold parts of the same samples, when they lie beside each other."""
+_TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
+
+
+@dataclass
+class _Image:
+    """An image: its path, its split, and the folders and file name that may still tell its class."""
+
+    path: str
+    role: Role | None
+    parts: list[str]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """What the paths of a source say.
+
+    Args:
+        names: paths of the images that are packed, sorted.
+        labels: ``(n,)`` of each; zeros without classes.
+        class_names: in the order of the labels; empty without classes.
+        official: ``(n,)``, see `ImageSource`.
+        lines: for the plan.
+        words: about the split, for the manifest; empty without one.
+        ignored: files that are passed over, by kind.
+        by_table: whether labels come from a table and not from the paths.
+    """
+
+    names: list[str]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    official: NDArray[np.int8] | None
+    lines: tuple[str, ...]
+    words: str
+    ignored: Counter[str]
+    by_table: bool
+
+
+def is_junk(path: str) -> bool:
+    """Whether a path is hidden, or belongs to an operating system."""
+    return any(part.startswith(".") or part in _JUNK for part in path.split("/"))
+
+
+def lay_out(
+    files: Sequence[str], read: Callable[[str], bytes], config: SourceConfig, split: SplitConfig, where: str
+) -> ImageFiles:
+    """Splits and classes of the images among ``files``.
+
+    Args:
+        files: paths below the source, sorted.
+        read: the content of one of them.
+        config: names a label table, a column of it, or a table of class names.
+        split: patterns, and whether names count.
+        where: the source, for messages.
+
+    Raises:
+        DataError: no images, a layout that could be read in two ways, or labels that do not cover the images.
+    """
+    found = [name for name in files if name.lower().endswith(_EXTENSIONS) and not is_junk(name)]
+    ignored = Counter(_kind(name) for name in set(files).difference(found))
+    if not found:
+        raise DataError(f"no images in {where} (looked for class/*.png, jpg and so on, or images without classes)")
+    lines: list[str] = []
+    images, num_ignored = _decide(found, split, where)
+    if num_ignored:
+        lines.append(f"left out by split.ignore: {counted(num_ignored, 'image')}")
+    lines += _look_through(images)
+    if split.by_name:
+        lines += _recognise(images, where)
+    groups = _groups(images, where)
+    lines += _look_through_splits(images)
+    tables = LabelTables(files, read, config, where)
+    by_role = {role: [image for image in images if image.role == role] for role in groups or [None]}
+    labels: dict[str, int | str | None] = {}
+    for role, members in by_role.items():
+        found_here = tables.labels_of([image.path for image in members], flat=all(len(i.parts) == 1 for i in members))
+        if found_here is None:
+            found_here = _classes_of(members, split, where)
+        labels |= dict(zip((image.path for image in members), found_here, strict=True))
+        if role is not None:
+            groups[role].labelled = found_here[0] is not None
+    settled = settle(groups, split)
+    return _packed(images, labels, groups, settled, tables, config, split, lines, ignored, where)
+
+
+def _kind(name: str) -> str:
+    base = name.rpartition("/")[2]
+    if is_junk(name):
+        junk = next(part for part in name.split("/") if is_junk(part))
+        return "._*" if junk.startswith("._") else junk
+    return f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base
+
+
+def _decide(names: list[str], split: SplitConfig, where: str) -> tuple[list[_Image], int]:
+    """The images, with the splits that patterns decide; and how many are left out."""
+    patterns = Patterns(split)
+    images: list[_Image] = []
+    for name in names:
+        decision = patterns.decide(name) if patterns else None
+        parts = name.split("/")
+        if decision is None:
+            images.append(_Image(name, None, parts))
+        elif decision[0] != "ignore":
+            depth = decision[1].count("/")
+            if depth < len(parts) - 1:  # the folder of the split says no class
+                del parts[depth]
+            images.append(_Image(name, decision[0], parts))
+    patterns.check(where)
+    if not images:
+        raise DataError(f"split.ignore must leave images (got none of {len(names)} in {where}); narrow it")
+    return images, len(names) - len(images)
+
+
+def _look_through(images: list[_Image]) -> list[str]:
+    """Drop folders that hold all the others."""
+    dropped: list[str] = []
+    while True:
+        tops = {image.parts[0] if len(image.parts) > 2 else "" for image in images}
+        top = next(iter(tops))
+        if len(tops) > 1 or not top or role_of(top) is not None:
+            break
+        for image in images:
+            del image.parts[0]
+        dropped.append(top)
+    return [f"looked through the folder {'/'.join(dropped)}, which holds all images"] if dropped else []
+
+
+def _recognise(images: list[_Image], where: str) -> list[str]:
+    """Give images without a pattern the split that their folders or names mean."""
+    undecided = [image for image in images if image.role is None]
+    lines: list[str] = []
+    for level in (0, 1):
+        if undecided and all(len(image.parts) > level + 1 for image in undecided):
+            roles, warning = _level_roles(sorted({image.parts[level] for image in undecided}), where)
+            lines += warning
+            if roles:
+                for image in undecided:
+                    image.role = roles[image.parts.pop(level)]
+                return lines
+    _refuse_splits_among_classes(undecided, where)
+    if len(undecided) == len(images):
+        lines += _roles_by_file_name(undecided, where)
+    return lines
+
+
+def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[str]]:
+    """The splits that folders beside each other mean, if they are splits; and what to say of them if not."""
+    roles = {name: role_of(name) for name in folders}
+    meant = {name: role for name, role in roles.items() if role is not None}
+    exact = [name for name in meant if looks_split(name)]
+    both = {"train", "several"} & set(meant.values()) and {"test", "validation"} & set(meant.values())
+    strong = exact or both
+    if not strong:
+        odd = next((name for name in meant if len(folders) > 1), None)
+        return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
+    times = Counter(meant.values())
+    same_rest = len({other_words(name) for name in meant}) == 1
+    if len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
+        return meant, []
+    shown = ", ".join(folders[:6]) + (", .." if len(folders) > 6 else "")
+    raise DataError(
+        f"folders must all be splits, or all be classes (got {shown} in {where}, where "
+        f"{' and '.join(exact[:2] or list(meant)[:2])} may be splits); say which is which with split.train, split.test "
+        f"and split.ignore, or set split.by_name=false if they are classes"
+    )
+
+
+def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
+    for image in images:
+        found = next((part for part in image.parts[:-1] if looks_split(part)), None)
+        if found is not None:
+            raise DataError(
+                f"a folder with the name of a split must be one (got {found} in {image.path} of {where}, beside or "
+                f"below folders that are none); say which is which with split.train, split.test and split.ignore, or "
+                f"set split.by_name=false if it is a class"
+            )
+
+
+def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
+    """Splits by file names, where all of them mean one."""
+    roles = [role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
+    times = Counter(role for role in roles if role is not None)
+    if "train" not in times or not times.keys() & {"test", "validation"}:
+        return []
+    if len(roles) == times.total() and "several" not in times:
+        for image, role in zip(images, roles, strict=True):
+            image.role = role
+        return ["file names say the split"]
+    shown = ", ".join(f"{count} {role}" for role, count in sorted(times.items()))
+    if 2 * times.total() > len(roles):
+        raise DataError(
+            f"file names must all mean a split, or none (got {shown} of {len(roles)} in {where}); say which is which "
+            f"with split.train, split.test and split.ignore, or set split.by_name=false"
+        )
+    return [f"warning: some file names may mean a split, which is not used ({shown} of {len(roles)})"]
+
+
+def _groups(images: list[_Image], where: str) -> dict[Role, Group]:
+    """What is in each split; empty without splits."""
+    groups: dict[Role, Group] = {}
+    for image in images:
+        if image.role is not None:
+            groups.setdefault(image.role, Group()).num_images += 1
+    if not groups:
+        return {}
+    left = next((image for image in images if image.role is None), None)
+    if left is not None:
+        raise DataError(
+            f"images must all belong to a split, or none (got {left.path} beside the splits of {where}); name it with "
+            f"split.train, split.validation, split.test or split.ignore"
+        )
+    folders: dict[Role, set[str]] = {}
+    for image in images:
+        folders.setdefault(image.role or "", set()).add(_split_folder(image))
+    for role, group in groups.items():
+        group.names = sorted(folders[role])
+    return groups
+
+
+def _split_folder(image: _Image) -> str:
+    """The folders that were dropped from the path of an image, its split among them."""
+    rest = "/".join(image.parts)
+    above = image.path.removesuffix(rest).rstrip("/")
+    return above or image.path
+
+
+def _look_through_splits(images: list[_Image]) -> list[str]:
+    """Drop folders within splits that hold images and say nothing: ``train/train/cat``, ``val/images``."""
+    dropped: set[str] = set()
+    for role in {image.role for image in images}:
+        members = [image for image in images if image.role == role]
+        while len(tops := {image.parts[0] if len(image.parts) > 1 else "" for image in members}) == 1:
+            top = tops.pop()
+            says_nothing = top.lower() in _CONTAINERS or (role is not None and role_of(top) == role)
+            if not top or not says_nothing:
+                break
+            for image in members:
+                del image.parts[0]
+            dropped.add(top)
+    everywhere = {image.parts[0] if len(image.parts) > 2 else "" for image in images}
+    top = next(iter(everywhere))
+    if len(everywhere) == 1 and top:
+        for image in images:
+            del image.parts[0]
+        dropped.add(top)
+    return [f"looked through folders within the splits: {', '.join(sorted(dropped))}"] if dropped else []
+
+
+def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[str] | list[None]:
+    """The class folder of every image, or None of all."""
+    folders = [image.parts[0] if len(image.parts) > 1 else "" for image in images]
+    classes = set(folders)
+    _refuse_twins(images, where)
+    if classes == {""}:
+        return [None] * len(images)
+    if "" in classes:
+        stray = images[folders.index("")].path
+        raise DataError(
+            f"images must lie all in class folders, or all in one (got {stray} beside them in {where}); move it, or "
+            f"leave it out with split.ignore"
+        )
+    if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
+        raise DataError(
+            f"class folders must hold classes (got {', '.join(sorted(classes))} in {where}, which are parts of the "
+            f"same samples); leave out what are no images with split.ignore"
+        )
+    below = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
+    if len(classes) == 1 and len(below) > 1:
+        raise DataError(
+            f"all images of {where} fall into the one class {classes.pop()}, though there are folders below it "
+            f"({', '.join(sorted(below)[:3])}); set source.path to the folder of the classes"
+        )
+    if split.by_name:
+        _refuse_splits_among_classes(images, where)
+    return folders
+
+
+def _refuse_twins(images: list[_Image], where: str) -> None:
+    """Refuse sets where most images come twice: as image and mask, say."""
+    stems = Counter(image.path.rpartition(".")[0] for image in images)
+    twins = sum(count for count in stems.values() if count > 1)
+    masks = [stem for stem in stems for end in _TWIN_ENDS if stem.endswith(end) and stem.removesuffix(end) in stems]
+    if 2 * twins < len(images) and 4 * len(masks) < len(images):
+        return
+    shown = masks[0] if masks else next(stem for stem, count in stems.items() if count > 1)
+    raise DataError(
+        f"an image must be one file (got two of one name for most images of {where}, such as {shown}: perhaps masks); "
+        f'leave the others out with split.ignore, such as split.ignore=["*{"_mask.png" if masks else ".png"}"]'
+    )
+
+
+def _packed(
+    images: list[_Image],
+    labels: dict[str, int | str | None],
+    groups: dict[Role, Group],
+    settled: Settled,
+    tables: LabelTables,
+    config: SourceConfig,
+    split: SplitConfig,
+    lines: list[str],
+    ignored: Counter[str],
+    where: str,
+) -> ImageFiles:
+    """The images that are packed, with the numbers of their classes."""
+    kept = [image for image in images if not groups or image.role in settled.packed]
+    given = [labels[image.path] for image in kept]
+    text = [label for label in given if label is not None]
+    if text and len(text) < len(given):
+        missing = kept[given.index(None)].path
+        raise DataError(f"all images must have labels, or none (got none for {missing} of {where}); label or remove it")
+    if any(isinstance(label, str) for label in text):
+        text = [str(label) for label in text]
+    names = read_label_names(config.label_names) if config.label_names else None
+    if names is not None and all(str(label).isdigit() for label in text):
+        text = [int(label) for label in text]
+    class_names, numbers = classes_of_labels(text, names, where) if text else ((), np.zeros(len(kept), np.int64))
+    lines = [*lines, *tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
+    if len(class_names) < 2:
+        lines.append(
+            f"warning: one class, {class_names[0]}; set source.path to its folder if it is none"
+            if class_names
+            else "no classes: no class folders and no label table"
+        )
+    return ImageFiles(
+        names=[image.path for image in kept],
+        labels=numbers,
+        class_names=class_names,
+        official=settled.codes([image.role for image in kept]),
+        lines=tuple(lines),
+        words=settled.words,
+        ignored=ignored,
+        by_table=tables.used,
+    )
+
+
+def _deeper_folders(images: list[_Image], by_table: bool) -> list[str]:
+    """Say that folders below the classes are no classes."""
+    deeper = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
+    named = [name for name in sorted(deeper) if name.rpartition("/")[2].lower() not in _CONTAINERS]
+    if by_table or not named:
+        return []
+    return [f"folders below the class folders are no classes ({counted(len(named), 'folder')}, such as {named[0]})"]
