@@ -440,6 +440,73 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys: pytest.C
     assert "passed over: 2 *.tiff, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
 
 
+def write_tree(path: Path, *names: str) -> None:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(encode_png(np.full((3, 4, 4), len(name), np.uint8)))
+
+
+def prepare_folder(path: Path, out: Path, *more: str) -> int:
+    return cli.main(["prepare", "source.kind=folder", f"source.path={path}", f"shards.path={out}", *more])
+
+
+def test_the_plan_says_which_folder_is_which_split_and_what_the_classes_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"in/Training/{c}/{i}.png" for c in ("cat", "dog") for i in range(3)]
+    write_tree(tmp_path, *names, "in/valid/cat/0.png", "in/valid/Dog/0.png", "in/test/0.png")
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
+    said = capsys.readouterr().out
+    for line in (
+        "Training: train (train split, 6 images)",
+        "valid: test (validation split, 2 images)",
+        "left out: test (test split, 1 image) has no labels; pack it as a source of its own to use it",
+        "classes: Dog 1, cat 4, dog 3",
+        "warning: classes 'Dog' and 'dog' differ only by case or Unicode form; rename one if they are the same",
+        "warning: 1 of 3 classes are in train and not in test: dog",
+        "warning: 1 of 3 classes are in test and not in train: Dog",
+    ):
+        assert line in said.splitlines()
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_whose_names_differ_by_unicode_form_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_tree(tmp_path, f"in/{composed}/0.png", f"in/{decomposed}/0.png")
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
+    assert "differ only by case or Unicode form" in capsys.readouterr().out
+
+
+def test_of_many_classes_the_plan_shows_the_first_and_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, *(f"in/c{number:02d}/{i}.png" for number in range(20) for i in range(2)))
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
+    assert "classes: c00 2, c01 2, c02 2, c03 2, c04 2, .., c18 2, c19 2" in capsys.readouterr().out.splitlines()
+
+
+def test_three_splits_are_packed_where_patterns_name_them(tmp_path: Path) -> None:
+    write_tree(tmp_path, *(f"in/{s}/{c}/{i}.png" for s in ("a", "b", "c") for c in "xy" for i in range(2)))
+    more = ("split.train=[a]", "split.validation=[b]", "split.test=[c]")
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", *more) == 0
+    for folder, split in (("a", "train"), ("b", "validation"), ("c", "test")):
+        shards = ShardSet(f"{tmp_path}/out/{split}")
+        assert shards.manifest.split == split
+        samples = shards.read_run(0, 0, 4)
+        assert {json.loads(s.members()["json"])["origin"][0] for s in samples} == {folder}
+
+
+def test_a_layout_with_two_readings_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path, *(f"in/{name}/{i}.png" for name in ("train", "bus") for i in range(2)))
+    assert prepare_folder(tmp_path / "in", tmp_path / "out") == 2
+    assert "set split.by_name=false if they are classes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "split.by_name=false", "split.test_fraction=0.5") == 0
+    assert ShardSet(f"{tmp_path}/out/train").manifest.class_names == ("bus", "train")
+
+
 def test_statistics_and_a_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = write_classes(tmp_path)
     assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0

@@ -143,8 +143,8 @@ def _groups(tables: Sequence[_Table]) -> dict[Role, Group]:
         group = groups.setdefault(table.role, Group(labelled=missing == 0))
         if table.labels and group.labelled != (missing == 0) and group.num_images:
             raise DataError(
-                f"tables of one split must all have labels, or none (got both, the second in {table.location}); name "
-                f"their splits with split.train, split.test and split.ignore"
+                f"all tables must have labels, or none (got both, the second in {table.location}); name their splits "
+                f"with split.train, split.test and split.ignore"
             )
         group.names.append(table.name)
         group.num_images += len(table.labels)

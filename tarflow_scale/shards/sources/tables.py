@@ -73,10 +73,13 @@ class LabelTables:
             if not flat and not self._asked and not name.endswith("dataset.json"):
                 continue
             table = self._table(name)
-            if not table:
-                continue
             folder = name.rpartition("/")[0]
             below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
+            if table is None and below == list(paths) and name.endswith("dataset.json"):
+                self._say(f"no labels: {name} says so")
+                found.append((name, [None] * len(paths)))
+            if not table:
+                continue
             if len(below) < len(paths):
                 if below:
                     raise DataError(f"{name} labels {len(below)} of {len(paths)} images of {self._where}; move it up")
@@ -108,8 +111,9 @@ class LabelTables:
         if unlabelled and unlabelled < len(labels):
             raise DataError(f"{name} of {self._where} must label every image (got -1 for {unlabelled}); complete it")
         refuse_mixture(labels, f"{name} of {self._where}")
-        self.used = True
-        self._say(f"labels: {name}")
+        self.used = unlabelled == 0
+        if self.used:
+            self._say(f"labels: {name}")
         return labels
 
     def _say(self, line: str) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from tarflow_scale import cli
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import encode_image, encode_png
+from tarflow_scale.shards.images import decode_image, encode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.arrays import restricted_unpickle
@@ -80,15 +80,20 @@ def test_zips_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         r"must label every image \(got none for b.png\)": write_zip(
             tmp_path / "half.zip", good | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
         ),
-        r"must hold labels as \[\[name, number\]": write_zip(
+        r"must hold labels as \[\[name, label\]": write_zip(
             tmp_path / "odd.zip", good | {"dataset.json": b'{"labels": 7}'}
         ),
         **{
-            rf"a label must be a whole number up to 1048576 \(got '{word}' for a.png\)": write_zip(
+            message: write_zip(
                 tmp_path / f"{word}.zip",
                 good | {"dataset.json": f'{{"labels": [["a.png", {word}], ["b.png", 0]]}}'.encode()},
             )
-            for word in ("-1", "1.5", "100000000000", "9" * 30)
+            for word, message in {
+                "-1": r"must label every image \(got -1 for 1\)",
+                "1.5": r"a label must be one whole number or text \(got '1.5' for a.png",
+                "100000000000": r"a label must be a whole number up to 1048576 \(got 100000000000 for a.png",
+                "9" * 30: r"a label must be a whole number up to 1048576 \(got 9{30} for a.png",
+            }.items()
         },
     }
     for message, path in cases.items():
@@ -346,11 +351,101 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"all tables must have labels, or none .*1.parquet"):
             opened("parquet", folder)
     parquet.write_table(arrow.table({"text": ["a"]}), tmp_path / "text.parquet")
-    with pytest.raises(DataError, match=r"must have a column image or img \(got text\)"):
+    with pytest.raises(DataError, match=r"must have a column of images.*\(got text\)"):
         opened("parquet", tmp_path / "text.parquet")
     parquet.write_table(arrow.table({"image": [{"bytes": None, "path": "a.png"}]}), tmp_path / "path.parquet")
     with pytest.raises(DataError, match=r"row 0 of .*path.parquet must hold image bytes \(got NoneType\)"):
         opened("parquet", tmp_path / "path.parquet")
+
+
+def write_rows(path: Path, labels: object, names: list[str] | None = None, num: int = 4, column: str = "image") -> None:
+    """A table of images with labels of any Arrow type, and names of classes in Hugging Face's metadata."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    files = [{"bytes": encode_png(image), "path": "x.png"} for image in images(num)]
+    columns = {column: files} | ({} if labels is None else {"label": labels})
+    table = arrow.table(columns)
+    if names is not None:
+        facts = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(facts)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path)
+
+
+def test_tables_of_a_third_split_are_left_out_and_reported(tmp_path: Path) -> None:
+    for split in ("train", "test", "extra"):
+        write_rows(tmp_path / f"{split}-00000-of-00001.parquet", [0, 1, 0, 1], ["zero", "one"])
+    source = opened("parquet", tmp_path)
+    assert source.official is not None
+    assert source.official.tolist() == [2] * 4 + [0] * 4
+    assert any(
+        line.startswith("left out: extra-00000-of-00001.parquet (other split, 4 images)") for line in source.lines
+    )
+
+
+def test_a_test_table_without_labels_gives_way_to_validation(tmp_path: Path) -> None:
+    for split, labels in {"train": [0, 1, 0, 1], "validation": [1, 0, 1, 0], "test": [-1] * 4}.items():
+        write_rows(tmp_path / f"data/{split}-00000-of-00001.parquet", labels, ["zero", "one"])
+    source = opened("parquet", tmp_path)
+    assert {source.origin(i).split("-")[0] for i in np.flatnonzero(source.official == 2)} == {"data/validation"}
+    assert any("left out: data/test-" in line and "has no labels" in line for line in source.lines)
+
+
+def test_tables_that_belong_to_no_split_are_refused_beside_splits(tmp_path: Path) -> None:
+    for name in ("train-0", "test-0", "more"):
+        write_rows(tmp_path / f"{name}.parquet", [0, 1, 0, 1])
+    with pytest.raises(DataError, match=r"got test-0.parquet beside more.parquet.*split\.ignore"):
+        opened("parquet", tmp_path)
+    config = SourceConfig(kind="parquet", path=str(tmp_path))
+    source = open_source(config, SplitConfig(test=("more*",), ignore=("test-*",)))
+    assert {source.origin(i).split("/")[0] for i in np.flatnonzero(source.official == 2)} == {"more.parquet"}
+    assert len(source) == 8
+
+
+def test_labels_of_text_and_dictionaries_become_classes(tmp_path: Path) -> None:
+    import pyarrow as arrow
+
+    write_rows(tmp_path / "text.parquet", ["dog", "cat", "dog", "cat"])
+    write_rows(tmp_path / "dictionary.parquet", arrow.array(["dog", "cat", "dog", "cat"]).dictionary_encode())
+    for name in ("text", "dictionary"):
+        source = opened("parquet", tmp_path / f"{name}.parquet")
+        assert source.class_names == ("cat", "dog")
+        assert source.labels.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("labels", [[[0, 1], [1], [0], [1]], [0.0, 1.0, 0.0, 1.0]])
+def test_several_labels_or_fractions_are_refused_in_one_line(tmp_path: Path, labels: object) -> None:
+    write_rows(tmp_path / "x.parquet", labels)
+    with pytest.raises(
+        DataError, match=r"a label must be one whole number or text \(got .* for row 0 of .*label_column"
+    ):
+        opened("parquet", tmp_path / "x.parquet")
+
+
+def test_tables_that_name_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train-0.parquet", [0, 1, 0, 1], ["cat", "dog"])
+    write_rows(tmp_path / "test-0.parquet", [0, 1, 0, 1], ["dog", "cat"])
+    with pytest.raises(
+        DataError, match=r"must name the same classes .*dog, cat in test-0.parquet, cat, dog in train-0"
+    ):
+        opened("parquet", tmp_path)
+
+
+def test_columns_of_images_and_labels_can_be_named(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    some = [encode_png(image) for image in images(2)]
+    columns = {"photo": some, "mask": some[::-1], "species": ["b", "a"], "label": [0, 0]}
+    parquet.write_table(arrow.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"got photo, mask in .*source\.image_member"):
+        opened("parquet", tmp_path / "x.parquet")
+    source = opened("parquet", tmp_path / "x.parquet", image_member="mask", label_column="species")
+    assert source.class_names == ("a", "b")
+    assert np.array_equal(source.image(1), decode_image(some[0], "x"))
+    with pytest.raises(DataError, match=r"source\.label_column must be a column \(got genus"):
+        opened("parquet", tmp_path / "x.parquet", image_member="mask", label_column="genus")
 
 
 # --- foreign tars

@@ -56,11 +56,25 @@ def write_idx_gz(path: Path) -> str:
     return str(path)
 
 
-WRITERS = [write_npz, write_keras_npz, write_idx, write_idx_gz]
+def write_dotted_idx(path: Path) -> str:
+    """As some mirrors name the files."""
+    for name, key in IDX.items():
+        (path / name.replace("-idx", ".idx")).write_bytes(idx_bytes(ARRAYS[key]))
+    return str(path)
+
+
+WRITERS = [write_npz, write_keras_npz, write_idx, write_idx_gz, write_dotted_idx]
 
 
 def images(source: ImageSource) -> np.ndarray:
     return np.stack([source.image(i) for i in range(len(source))])
+
+
+def test_a_file_of_nearly_the_right_name_is_named(tmp_path: Path) -> None:
+    for name, key in IDX.items():
+        (tmp_path / f"emnist-letters-{name}").write_bytes(idx_bytes(ARRAYS[key]))
+    with pytest.raises(DataError, match=r"there is emnist-letters-train-images-idx3-ubyte; rename it"):
+        open_source(SourceConfig(kind="mnist", path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("write", WRITERS)

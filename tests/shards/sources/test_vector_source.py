@@ -79,6 +79,12 @@ def test_mistakes_in_an_npz(tmp_path: Path, arrays: dict[str, Any], reason: str)
         ("a,b\n1,2\n", "a", ("a",), "each column once"),
         ("a,b\n1,2\n", None, ("a", "b"), "a column of values"),
         ('a,b\n"1,2\n', None, (), "no CSV"),
+        ("a;b\n1;2\n", None, (), "separated by commas .got ';'.; save it with commas"),
+        ("a\tb\n1\t2\n", None, (), "separated by commas"),
+        (",a,b\n0,1,2\n", None, (), "the index that pandas writes.; save it with index=False"),
+        ("Unnamed: 0,a\n0,1\n", None, (), "save it with index=False"),
+        ("a,b\n1,0\n2,-1\n", "b", (), "must not be -1 .got it in line 3"),
+        ("a,b\n1,0\n2,cat\n", "b", (), "all numbers or all text"),
     ],
 )
 def test_mistakes_in_a_csv(tmp_path: Path, text: str, label: str | None, given: tuple[str, ...], reason: str) -> None:
