@@ -149,14 +149,16 @@ def _split(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[np.int
 
 
 def _stratified(labels: NDArray[np.int64], test_fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which images are for testing; each class gives the same share."""
-    test: list[NDArray[np.int64]] = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        chosen = permutation(len(members), Purpose.SPLIT, seed, int(label))[: round(len(members) * test_fraction)]
-        test.append(members[chosen])
+    """Which images are for testing; each class gives the same share.
+
+    One sort groups the images by class, so that 14 M images of 21,000 classes take seconds.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    classes, firsts = np.unique(labels[by_class], return_index=True)
     in_test = np.zeros(len(labels), dtype=np.bool_)
-    in_test[np.concatenate(test)] = True
+    for label, members in zip(classes.tolist(), np.split(by_class, firsts[1:]), strict=True):
+        chosen = permutation(len(members), Purpose.SPLIT, seed, label)[: round(len(members) * test_fraction)]
+        in_test[members[chosen]] = True
     return in_test
 
 
