@@ -10,6 +10,7 @@ fit together, folders that hold other files or another data set, and a folder to
 at a packed set: ``--check``, ``--stats``, ``--npz``.
 """
 
+import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from tarflow_scale.processes import exclusive
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
 from tarflow_scale.shards import inspection, packing
+from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
@@ -54,11 +56,7 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
         _index_in_place(config, dry_run)
         return
     source = open_source(config.source)
-    of_vectors = set[str]() if source.vectors else {"label_column", "condition_columns"}
-    settings = config.model_dump(
-        mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"} | of_vectors}
-    )
-    recipe = storage.digest(canonical_json([settings, source.digest]))
+    recipe = _Recipe(source, config)
     splits = _split(source, config.split)
     _print_plan(source, splits, config)
     if dry_run:
@@ -68,7 +66,60 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
         print(f"{path}: nothing to do, this data set is packed")
         return
     with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
-        _pack(source, {split: splits[split] for split in _missing(config, splits, recipe)}, recipe, config)
+        _pack(source, {split: splits[split] for split in _missing(config, splits, recipe)}, recipe.digest, config)
+
+
+class _Recipe:
+    """Which data set a source and a configuration make.
+
+    Args:
+        source: the source.
+        config: the configuration; paths and numbers of workers do not count.
+    """
+
+    def __init__(self, source: ImageSource, config: PrepareConfig) -> None:
+        self._source = source
+        of_vectors = set[str]() if source.vectors else {"label_column", "condition_columns"}
+        of_files = {"orientation", "transparency"}
+        self._earlier = _digest(config, source, of_vectors | of_files)
+        self.digest = self._earlier if source.reading is None else _digest(config, source, of_vectors)
+
+    def made(self, path: str) -> bool:
+        """Whether the data set at ``path`` is the one; if it is of a version without `Reading`, by looking at images.
+
+        Raises:
+            DataError: it is of such a version, and one of its images would have other pixels now.
+        """
+        found = read_manifest(path)
+        if found.reading is not None or found.recipe != self._earlier:
+            return found.recipe == self.digest
+        other = self._read_otherwise
+        if other is not None:
+            raise DataError(
+                f"{path} was packed by an earlier version, which ignored orientation tags, transparency and all frames "
+                f"but the first (got {other}, which is read otherwise now); keep it, or pack to another shards.path"
+            )
+        return True
+
+    @functools.cached_property
+    def _read_otherwise(self) -> str | None:
+        """The first image whose pixels depend on its `Reading`; None without any."""
+        source = self._source
+        numbers = range(len(source)) if source.reading is not None else ()
+        with telemetry.progress_bar(len(numbers), "look at tags") as bar:
+            for number in numbers:
+                if not source.reads_alike(number):
+                    return source.origin(number)
+                bar.update(1)
+        return None
+
+
+def _digest(config: PrepareConfig, source: ImageSource, left_out: set[str]) -> str:
+    """Of all settings that make the data set, but some of the source, and of what the source holds."""
+    settings = config.model_dump(
+        mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"} | left_out}
+    )
+    return storage.digest(canonical_json([settings, source.digest]))
 
 
 def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str, config: PrepareConfig) -> None:
@@ -177,16 +228,16 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
 
 
-def _missing(config: PrepareConfig, splits: Iterable[str], recipe: str) -> list[str]:
+def _missing(config: PrepareConfig, splits: Iterable[str], recipe: _Recipe) -> list[str]:
     """Splits that are not packed."""
     return [split for split in splits if not _already_there(_path(config, split), recipe)]
 
 
-def _already_there(path: str, recipe: str) -> bool:
+def _already_there(path: str, recipe: _Recipe) -> bool:
     if not storage.exists(storage.join(path, MANIFEST_NAME)):
         packing.refuse_foreign(path)
         return False
-    if read_manifest(path).recipe != recipe:
+    if not recipe.made(path):
         raise DataError(f"{path} holds another data set; choose another shards.path or delete it")
     return True
 
@@ -229,6 +280,7 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
         recipe=recipe,
         shards=records,
         vectors=source.vectors,
+        reading=source.reading,
     )
 
 
@@ -239,7 +291,8 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         _check_same_tars(path)
         print(f"{path}: nothing to do, this is a data set")
         return
-    found = index_tars(path)
+    reading = Reading(orientation=config.source.orientation, transparency=config.source.transparency)
+    found = index_tars(path, reading)
     manifest = Manifest(
         name=storage.base_name(path),
         split="train",
@@ -251,6 +304,7 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         source="WebDataset tars, indexed in place",
         recipe=storage.digest(b"".join(found.indexes)),
         shards=found.records,
+        reading=reading,
     )
     print(f"{path}: {manifest.num_images} images {manifest.event_shape} in {len(manifest.shards)} tars")
     if dry_run:

@@ -24,9 +24,9 @@ class SourceConfig(Section):
 
     kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset", "vectors"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, webp, bmp); each sub-folder is a class; or ``path/*.png``,
-    without classes; folders ``train`` and ``test`` or ``val`` above them are an official split. Orientation tags and
-    transparency are ignored, of animations the first picture counts.
+    ``folder``: ``path/class/**/*.png`` (also jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif); each sub-folder is
+    a class; or ``path/*.png``, without classes; folders ``train`` and ``test`` or ``val`` above them are an official
+    split. Files with several frames or pages, and channels of more than 8 bits, cannot be used.
     ``zip``: the same in a zip, with the labels of its ``dataset.json`` (StyleGAN, EDM) if it has one.
     ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
@@ -46,6 +46,11 @@ class SourceConfig(Section):
     ``size_pixels``, then crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
     """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
+    orientation: Literal["apply", "ignore"] = "apply"
+    """``apply``: images are turned as their EXIF tag says, as viewers show them. ``ignore``: they stay as they are
+    stored, as published protocols read them that load pixels without the tag."""
+    transparency: Literal["white", "black", "refuse"] = "white"
+    """What lies under transparent pixels; ``refuse``: an image that has any cannot be used."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -67,6 +72,10 @@ class SourceConfig(Section):
             raise ValueError(
                 f"source.size_pixels and source.resize need kind={', '.join(sized)} (got {self.kind}); remove them"
             )
+        if self.kind not in sized and (self.orientation != "apply" or self.transparency != "white"):
+            raise ValueError(
+                f"source.orientation and transparency need kind={', '.join(sized)} (got {self.kind}); remove them"
+            )
         if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
             raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")
         if self.kind != "vectors" and (self.label_column is not None or self.condition_columns):
@@ -78,7 +87,7 @@ class SourceConfig(Section):
         if self.in_place and self.kind != "webdataset":
             raise ValueError(f"source.in_place needs kind=webdataset (got {self.kind}); remove it")
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
-        if self.in_place and shaped:
+        if self.in_place and (shaped or self.transparency == "refuse"):
             raise ValueError("source.in_place leaves images as they are (got settings that change them); remove them")
         return self
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import FILE_EXTENSIONS
 from tarflow_scale.shards.sources.base import (
     BadImage,
     EncodedSource,
@@ -31,10 +32,10 @@ from tarflow_scale.shards.sources.base import (
 
 __all__ = ["FolderSource", "ZipSource", "classes_of"]
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _ZIP_LABELS = "dataset.json"
 _MAX_MEMBER_BYTES = 1 << 30
-_WANTED = "looked for class/*.png, jpg, jpeg, webp, bmp, or the same without classes"
+_WANTED = f"looked for class/*.{', '.join(FILE_EXTENSIONS)}, or the same without classes"
 
 
 def classes_of(names: list[str], where: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool, as_label, numbered_classes, split_layout
+from tarflow_scale.shards.sources.base import EncodedSource, Shaping, as_label, numbered_classes, split_layout
+from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
 
