@@ -24,7 +24,8 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.processes import exclusive
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.records import canonical_json
-from tarflow_scale.shards import inspection, packing
+from tarflow_scale.shards import copies, inspection, packing
+from tarflow_scale.shards.duplicates import Copy
 from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.npz import write_npz
@@ -66,7 +67,12 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
         print(f"{path}: nothing to do, this data set is packed")
         return
     with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
-        _pack(source, {split: splits[split] for split in _missing(config, splits, recipe)}, recipe.digest, config)
+        missing = _missing(config, splits, recipe)
+        dropped = None
+        if config.split.near_duplicates == "drop":
+            skip_bad, num_workers = config.source.bad_images == "skip", config.shards.num_workers
+            splits, dropped = copies.without_copies(source, splits, skip_bad, num_workers)
+        _pack(source, {split: splits[split] for split in missing}, recipe.digest, config, dropped)
 
 
 class _Recipe:
@@ -116,20 +122,29 @@ class _Recipe:
 
 def _digest(config: PrepareConfig, source: ImageSource, left_out: set[str]) -> str:
     """Of all settings that make the data set, but some of the source, and of what the source holds."""
+    of_report = set[str]() if config.split.near_duplicates == "drop" else {"near_duplicates"}
     settings = config.model_dump(
-        mode="json", exclude={"shards": {"path", "num_workers"}, "source": {"path"} | left_out}
+        mode="json",
+        exclude={"shards": {"path", "num_workers"}, "source": {"path"} | left_out, "split": of_report},
     )
     return storage.digest(canonical_json([settings, source.digest]))
 
 
-def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str, config: PrepareConfig) -> None:
+def _pack(
+    source: ImageSource,
+    splits: dict[str, NDArray[np.int64]],
+    recipe: str,
+    config: PrepareConfig,
+    dropped: list[Copy] | None,
+) -> None:
     for split in splits:
         packing.claim(_path(config, split))
     try:
         plans = {split: _plan(source, members, split, recipe, config) for split, members in splits.items()}
         notes = {split: packing.pack(plan, config.shards.num_workers) for split, plan in plans.items()}
         _check_skipped(notes, config)
-        manifests = {split: _manifest(plans[split], notes[split], recipe) for split in splits}
+        of = {split: dropped if split == "train" or dropped is None else [] for split in splits}
+        manifests = {split: _manifest(plans[split], notes[split], recipe, of[split]) for split in splits}
     except DataError:
         for split in splits:
             packing.clear(_path(config, split))
@@ -137,6 +152,7 @@ def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str
     for split, manifest in manifests.items():
         path = _path(config, split)
         packing.list_skipped(plans[split], notes[split])
+        packing.list_dropped(plans[split], of[split] or [])
         publish_manifest(path, manifest)
         packing.remove_notes(plans[split])
         skipped = sum(len(note.skipped) for note in notes[split])
@@ -144,6 +160,8 @@ def _pack(source: ImageSource, splits: dict[str, NDArray[np.int64]], recipe: str
         what = "vectors" if manifest.vectors else "images"
         shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
         print(f"{path}: {manifest.num_images} {what} in {shards}, manifest {manifest.digest[:12]}{left_out}")
+    if all(plan.fingerprints for plan in plans.values()):
+        copies.report(source, plans, notes)
 
 
 def _check_skipped(notes: dict[str, list[packing.PackNote]], config: PrepareConfig) -> None:
@@ -166,7 +184,7 @@ def check(path: str) -> None:
 def statistics(path: str) -> None:
     """``--stats``: what is in a packed data set."""
     found = inspection.statistics(path)
-    print(found.table)
+    print("\n".join([found.table, *found.copies]))
     if found.sheet is not None:
         print(f"contact sheet: {found.sheet}")
 
@@ -256,10 +274,13 @@ def _plan(
         quality=config.shards.jpeg_quality,
         skip_bad=config.source.bad_images == "skip",
         plan=storage.digest(f"{recipe} {source.version} {split}".encode() + order.tobytes()),
+        fingerprints=config.split.near_duplicates == "report" and source.vectors is None,
     )
 
 
-def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str) -> Manifest:
+def _manifest(
+    plan: packing.Packing, notes: list[packing.PackNote], recipe: str, dropped: list[Copy] | None
+) -> Manifest:
     source = plan.source
     records = tuple(note.record for note in notes if note.record is not None)
     if not records:
@@ -281,6 +302,7 @@ def _manifest(plan: packing.Packing, notes: list[packing.PackNote], recipe: str)
         shards=records,
         vectors=source.vectors,
         reading=source.reading,
+        dropped_copies=None if dropped is None else len(dropped),
     )
 
 

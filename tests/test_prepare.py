@@ -202,7 +202,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "shards.num_workers=2"]
-    monkeypatch.setattr("tarflow_scale.shards.packing._pack_in_worker", die_at_the_fourth)
+    monkeypatch.setattr("tarflow_scale.shards.packing._work_in_worker", die_at_the_fourth)
     assert cli.main(arguments) == 2
     assert "a packing process died" in capsys.readouterr().err
     assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
@@ -215,7 +215,8 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
 
 def die_at_the_fourth(number: int) -> packing.PackNote:
     """In a worker process: the first three shards, then a kill once they are there."""
-    plan = packing._packing_of_worker[0]
+    plan = packing._work_of_worker[0].__self__
+    assert isinstance(plan, packing.Packing)
     if number < 3:
         return plan.pack(number)
     while len(list(Path(plan.path).glob(".*.packed.json"))) < 3:

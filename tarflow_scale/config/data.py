@@ -133,6 +133,11 @@ class SplitConfig(Section):
     official where the source has a split, stratified elsewhere."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
+    near_duplicates: Literal["keep", "report", "drop"] = "report"
+    """What is done about copies and near copies, within and across splits (`tarflow_scale.shards.duplicates` says what
+    counts as one). ``report``: they are counted, and some named, when all is packed. ``drop``: images for training
+    leave that are like a held-out one, or like an earlier one; held-out splits stay whole, so that figures on them
+    stay comparable. All images are decoded once more for it. ``keep``: they are not looked for."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
 

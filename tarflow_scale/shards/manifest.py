@@ -51,9 +51,12 @@ class Manifest(Record):
     reading: Reading | None = None
     """How image files became pixels; None where the source had no files, and in data sets of earlier versions."""
 
+    dropped_copies: int | None = Field(default=None, ge=0)
+    """Images that were left out because they are like others, equal or nearly; None where all were kept."""
+
     def to_json(self) -> bytes:
         """Canonical JSON; what a data set does not have is left out, so that digests of earlier versions hold."""
-        absent = {name for name in ("vectors", "reading") if getattr(self, name) is None}
+        absent = {name for name in ("vectors", "reading", "dropped_copies") if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=absent))
 
     @property
