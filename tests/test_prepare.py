@@ -17,7 +17,9 @@ from pyarrow import parquet
 
 from tarflow_scale import cli
 from tarflow_scale.config import SourceConfig
+from tarflow_scale.prepare import _stratified
 from tarflow_scale.processes import exclusive
+from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.shards import packing
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
@@ -45,6 +47,17 @@ def test_the_splits_are_stratified_disjoint_and_complete(digits: Path) -> None:
     ]
     origins = {json.loads(sample.members()["json"])["origin"] for sample in stored}
     assert len(origins) == 1797
+
+
+@pytest.mark.parametrize(("classes", "fraction"), [(1, 0.2), (3, 0.5), (700, 0.1), (2_000, 0.3)])
+def test_one_sort_splits_as_a_scan_for_each_class_did(classes: int, fraction: float) -> None:
+    labels = np.random.default_rng(classes).integers(0, classes, 5_000) * 3  # some labels without images
+    expected = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen = permutation(len(members), Purpose.SPLIT, 7, int(label))[: round(len(members) * fraction)]
+        expected[members[chosen]] = True
+    assert np.array_equal(_stratified(labels, fraction, 7), expected)
 
 
 def test_packing_mixes_the_classes(digits: Path) -> None:
@@ -189,7 +202,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "shards.num_workers=2"]
-    monkeypatch.setattr("tarflow_scale.shards.packing._pack_in_worker", die_at_the_fourth)
+    monkeypatch.setattr("tarflow_scale.shards.packing._work_in_worker", die_at_the_fourth)
     assert cli.main(arguments) == 2
     assert "a packing process died" in capsys.readouterr().err
     assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
@@ -202,7 +215,8 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
 
 def die_at_the_fourth(number: int) -> packing.PackNote:
     """In a worker process: the first three shards, then a kill once they are there."""
-    plan = packing._packing_of_worker[0]
+    plan = packing._work_of_worker[0].__self__
+    assert isinstance(plan, packing.Packing)
     if number < 3:
         return plan.pack(number)
     while len(list(Path(plan.path).glob(".*.packed.json"))) < 3:

@@ -35,9 +35,10 @@ class SourceConfig(Section):
 
     kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset", "vectors"]
     """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: image files; each sub-folder is a class, or there are no classes, or a label table names them
-    (``label_table``). Folders named like ``train`` and ``val`` above the classes are an official split. Of animations
-    the first picture counts.
+    ``folder``: image files (png, jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif); each sub-folder is a class, or
+    there are no classes, or a label table names them (``label_table``). Folders named like ``train`` and ``val`` above
+    the classes are an official split. Files with several frames or pages, and channels of more than 8 bits, cannot be
+    used.
     ``zip``: the same in a zip.
     ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
@@ -57,6 +58,11 @@ class SourceConfig(Section):
     ``size_pixels``, then crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
     """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
+    orientation: Literal["apply", "ignore"] = "apply"
+    """``apply``: images are turned as their EXIF tag says, as viewers show them. ``ignore``: they stay as they are
+    stored, as published protocols read them that load pixels without the tag."""
+    transparency: Literal["white", "black", "refuse"] = "white"
+    """What lies under transparent pixels; ``refuse``: an image that has any cannot be used."""
     bad_images: Literal["refuse", "skip"] = "refuse"
     """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -90,6 +96,11 @@ class SourceConfig(Section):
                 f"source.size_pixels and source.resize need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); remove "
                 f"them"
             )
+        if self.kind not in LAYOUT_KINDS and (self.orientation != "apply" or self.transparency != "white"):
+            raise ValueError(
+                f"source.orientation and transparency need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); "
+                f"remove them"
+            )
         if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
             raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")
         if self.kind != "vectors" and self.condition_columns:
@@ -102,7 +113,7 @@ class SourceConfig(Section):
         if self.in_place and self.kind != "webdataset":
             raise ValueError(f"source.in_place needs kind=webdataset (got {self.kind}); remove it")
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
-        if self.in_place and shaped:
+        if self.in_place and (shaped or self.transparency == "refuse"):
             raise ValueError("source.in_place leaves images as they are (got settings that change them); remove them")
         return self
 
@@ -161,6 +172,11 @@ class SplitConfig(Section):
     """Patterns of what is left out, such as ``[masks]``."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
+    near_duplicates: Literal["keep", "report", "drop"] = "report"
+    """What is done about copies and near copies, within and across splits (`tarflow_scale.shards.duplicates` says what
+    counts as one). ``report``: they are counted, and some named, when all is packed. ``drop``: images for training
+    leave that are like a held-out one, or like an earlier one; held-out splits stay whole, so that figures on them
+    stay comparable. All images are decoded once more for it. ``keep``: they are not looked for."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
 

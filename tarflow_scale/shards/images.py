@@ -1,6 +1,7 @@
 """Images to bytes and back, losslessly; bytes of tar members to samples."""
 
 import io
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -9,21 +10,25 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from tarflow_scale.errors import DataError
+from tarflow_scale.records import Record
 
 __all__ = [
     "CODECS",
+    "FILE_EXTENSIONS",
     "IMAGE_EXTENSIONS",
     "NPY_FAULTS",
     "Codec",
+    "Reading",
     "contact_sheet",
     "decode_image",
     "encode_image",
     "encode_png",
     "image_extension",
     "image_size",
+    "reads_alike",
     "reduce_depth",
     "resize_center_crop",
 ]
@@ -32,8 +37,27 @@ __all__ = [
 Codec = Literal["png", "webp", "jpeg", "raw"]
 CODECS: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "raw": "npy"}
 """Codec to the extension of its member; ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only jpeg loses."""
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy", "bmp")
-"""Extensions of members that are read as images."""
+IMAGE_EXTENSIONS = (
+    *("png", "jpg", "jpeg", "webp", "npy", "bmp", "jfif", "jpe", "tif", "tiff", "avif"),
+    *("ppm", "pgm", "pbm", "pnm"),
+)
+"""Extensions of members that are read as images; of several in one sample, the first of these counts."""
+FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension != "npy")
+"""Extensions of files that are images wherever they lie; an array in a folder may be anything."""
+
+
+class Reading(Record):
+    """How image files of others become pixels; grey-scale images stay grey, all others (palettes, CMYK) become RGB.
+
+    Colour profiles are not applied. Data sets whose manifest has no such record were read without it: orientation tags
+    were ignored, transparent pixels had the colour that lies under them, and of several frames the first counted.
+    """
+
+    orientation: Literal["apply", "ignore"] = "apply"
+    """Whether an image is turned as its EXIF (or XMP) tag says; as viewers show it, or as it is stored."""
+    transparency: Literal["white", "black", "refuse"] = "white"
+    """What lies under transparent pixels, or that an image with any is refused. An alpha channel that is opaque
+    everywhere is no transparency."""
 
 
 def image_extension(members: Mapping[str, bytes]) -> str | None:
@@ -44,12 +68,30 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
     return None
 
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF")
 """What Pillow may take bytes for; most likely first."""
 _MAX_PIXELS = 89_478_485
 """Larger images, 9,459 pixels squared, are refused before they are decoded; Pillow warns of them too."""
-_FAULTS = (OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError)
+_FAULTS = (
+    *(OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError),
+    *(KeyError, IndexError, TypeError, RuntimeError, struct.error),  # damaged tags of TIFF and EXIF, damaged AVIF
+)
 """What Pillow raises on damaged files."""
+_GREY = ("1", "L", "LA", "La")
+"""Modes of Pillow that are grey."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's values of the orientation tag (CIPA DC-008, 4.6.4) to what makes an image upright."""
+_BACK = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_SIDEWAYS = (5, 6, 7, 8)
+"""Values of the tag that swap height and width."""
 NPY_FAULTS = (
     *(ValueError, TypeError, KeyError, OSError, EOFError, SyntaxError, RuntimeError, MemoryError, OverflowError),
     *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
@@ -81,38 +123,88 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(content: bytes, origin: str, shape: tuple[int, int, int] | None = None) -> NDArray[np.uint8]:
+def decode_image(
+    content: bytes, origin: str, shape: tuple[int, int, int] | None = None, reading: Reading | None = None
+) -> NDArray[np.uint8]:
     """Decode to ``(C, H, W)`` uint8, read-only and in any memory order; grey images have one channel, others RGB.
 
     Args:
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
         origin: what to call it in an error.
         shape: what it must have; None takes what comes. A grey image becomes RGB if ``shape`` wants it.
+        reading: see `Reading`; None for what `encode_image` wrote, which has neither tags nor transparency.
 
     Raises:
         DataError: the bytes are not an image, or one of another shape, or a huge one; the latter two are found
-            before any pixel is decoded.
+            before any pixel is decoded. With a ``reading`` also: several frames, or what it refuses.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
     try:
-        image = _opened(content, origin)
-        width, height = image.size
+        image = _opened(content, origin, reading)
+        _, height, width = _shape_of(image, reading)
         if shape is not None and (height, width) != shape[1:]:
             raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
-        mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        mode, kind = "L" if image.mode in _GREY else "RGB", image.format
+        if reading is not None:
+            image = _read(image, reading, mode, origin)
         pixels = (image if image.mode == mode else image.convert(mode)).tobytes()
     except _FAULTS as error:
         raise _undecodable(origin, error) from error
     decoded = np.frombuffer(pixels, np.uint8).reshape(height, width, len(mode)).transpose(2, 0, 1)
     if shape is not None and decoded.shape[0] != shape[0]:
-        if image.format == "WEBP" and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
+        if kind == "WEBP" and shape[0] == 1 and (decoded == decoded[:1]).all():  # WebP has no grey images
             decoded = decoded[:1]
         elif (decoded.shape[0], shape[0]) == (1, 3):
             decoded = decoded.repeat(3, axis=0)
         else:
             raise DataError(f"{origin} has {decoded.shape[0]} channels (not {shape[0]}); pack again")
     return decoded
+
+
+def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image.Image:
+    """An image file upright and without transparency, as `Reading` says."""
+    turn, kind = _orientation(image), image.format
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA")
+        opacity = alpha.getchannel("A")
+        if opacity.getextrema() != (255, 255):
+            if reading.transparency == "refuse":
+                raise DataError(
+                    f"{origin} is transparent (got source.transparency=refuse); set source.transparency=white or black"
+                )
+            ground = Image.new(mode, alpha.size, reading.transparency)
+            ground.paste(alpha.convert(mode), mask=opacity)
+            image = ground
+    if kind == "TIFF":  # Pillow turns these by itself
+        return image.transpose(_BACK[turn]) if reading.orientation == "ignore" and turn in _BACK else image
+    return image.transpose(_TURNS[turn]) if reading.orientation == "apply" and turn in _TURNS else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation tag; 1, upright, where there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in range(1, 9) else 1
+    except _FAULTS:  # viewers show an image with a damaged EXIF block as it is stored, and so do we
+        return 1
+
+
+def reads_alike(content: bytes, origin: str, reading: Reading) -> bool:
+    """Whether an image has the same pixels with a `Reading` as without; what cannot be decoded either way has."""
+    if content.startswith(b"\x93NUMPY"):
+        return True
+    try:
+        image = _opened(content, origin, None)
+        if not image.has_transparency_data and _orientation(image) == 1 and image.format != "TIFF":
+            return _frames(image) == 1
+        before = decode_image(content, origin)
+    except (*_FAULTS, DataError):
+        return True
+    try:
+        return np.array_equal(before, decode_image(content, origin, reading=reading))
+    except DataError:
+        return False
 
 
 def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
@@ -130,8 +222,8 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
     return image
 
 
-def image_size(content: bytes, origin: str) -> tuple[int, int, int]:
-    """``(C, H, W)`` that `decode_image` would give, from the header alone.
+def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
+    """``(C, H, W)`` that `decode_image` would give, from the header alone (and from tags, which a PNG may have last).
 
     Raises:
         DataError: the bytes are not an image.
@@ -140,22 +232,52 @@ def image_size(content: bytes, origin: str) -> tuple[int, int, int]:
         channels, height, width = _decode_array(content, origin, None).shape
         return channels, height, width
     try:
-        with _opened(content, origin) as image:
-            return 1 if image.mode in ("1", "L", "LA") else 3, image.height, image.width
+        with _opened(content, origin, reading) as image:
+            return _shape_of(image, reading)
     except _FAULTS as error:
         raise _undecodable(origin, error) from error
 
 
-def _opened(content: bytes, origin: str) -> Image.Image:
+def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, int]:
+    """``(C, H, W)`` as it will be decoded; Pillow gives a TIFF's size upright, others' as they are stored."""
+    channels = 1 if image.mode in _GREY else 3
+    width, height = image.size
+    is_turned = reading is not None and (reading.orientation == "ignore") == (image.format == "TIFF")
+    if is_turned and _orientation(image) in _SIDEWAYS:
+        return channels, width, height
+    return channels, height, width
+
+
+def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image:
     """The header of an image file that may be decoded."""
     if not content:
         raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith(("I", "F")) or (reading is not None and _is_deep(image)):
         raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    if reading is not None and (frames := _frames(image)) > 1:
+        raise DataError(f"{origin} has {frames} frames or pages; save the one that counts as an image, or remove it")
     return image
+
+
+def _frames(image: Image.Image) -> int:
+    """Frames of an animation, pages of a TIFF; the main picture of a phone's JPEG (MPO) counts alone."""
+    return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether channels of a TIFF have more than 8 bits or a sign, of which Pillow would take the high byte.
+
+    In scientific files that is often empty. A PNG's colours of 16 bits span the whole range, so there it is right,
+    unless one of them is transparent, which Pillow compares with the high bytes.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return "transparency" in image.info and any(";16" in str(tile) for tile in image.tile)
+    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    signs = image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
+    return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 not said
 
 
 def _undecodable(origin: str, error: Exception) -> DataError:

@@ -1,16 +1,19 @@
 """Looking at a data set: is every byte what was packed, and what is in it."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
+from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import contact_sheet
-from tarflow_scale.shards.manifest import AS_FOUND
-from tarflow_scale.shards.reader import CorruptSample, ShardSet
+from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
+from tarflow_scale.shards.reader import CorruptSample, ShardSet, StoredSample
 from tarflow_scale.shards.vectors import floats
 
 __all__ = ["Statistics", "check", "statistics"]
@@ -60,16 +63,18 @@ def check(path: str) -> int:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `statistics` found: a table, and where the contact sheet is, if there are images."""
+    """What `statistics` found: a table; of images, lines about near copies, and where the contact sheet is."""
 
     table: str
+    copies: list[str]
     sheet: str | None
 
 
 def statistics(path: str) -> Statistics:
-    """Sizes and classes of a data set, and a contact sheet of 64 images spread over it, beside its manifest.
+    """Sizes, classes and near copies of a data set, and a contact sheet of 64 images over it, beside its manifest.
 
-    Of vectors, mean, deviation and range of each number in place of the sheet.
+    Near copies are looked for in the other splits that were packed with it too, so all images are decoded. Of vectors,
+    mean, deviation and range of each number in place of these.
 
     Raises:
         DataError: it is no data set, or an image of the sheet is corrupt.
@@ -93,11 +98,65 @@ def statistics(path: str) -> Statistics:
         ("classes", _class_row(labels, manifest.class_names)),
     ]
     if manifest.vectors is not None:
-        return Statistics(telemetry.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), None)
+        return Statistics(telemetry.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), [], None)
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
     storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
-    return Statistics(telemetry.table(rows, ("", path)), sheet)
+    return Statistics(telemetry.table(rows, ("", path)), _copies(_with_siblings(path, shards)), sheet)
+
+
+def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
+    """All splits that were packed together, in the order in which the folder has them, ``train`` first."""
+    folder, _, own = path.rstrip("/").rpartition("/")
+    there = {own: shards}
+    for name in storage.list_names(folder or ".") if own == shards.manifest.split else ():
+        other = storage.join(folder or ".", name)
+        if name != own and storage.exists(storage.join(other, MANIFEST_NAME)):
+            sibling = ShardSet(other)
+            if (sibling.manifest.recipe, sibling.manifest.split) == (shards.manifest.recipe, name):
+                there[name] = sibling
+    return [there[name] for name in sorted(there, key=lambda name: (name != "train", name))]
+
+
+def _copies(splits: list[ShardSet]) -> list[str]:
+    """Near copies within and across splits, in lines."""
+    found: list[bytes] = []
+    firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
+    with telemetry.progress_bar(int(firsts[-1]), "look for copies") as bar:
+        for shards in splits:
+            for low in range(0, shards.manifest.num_images, _RUN):
+                run = shards.read(np.arange(low, min(low + _RUN, shards.manifest.num_images)))
+                found += [_fingerprint(shards, stored) for stored in run]
+                bar.update(len(run))
+
+    def stored(number: int) -> tuple[ShardSet, StoredSample]:
+        split = int(np.searchsorted(firsts, number, side="right")) - 1
+        return splits[split], splits[split].read(np.array([number - firsts[split]]))[0]
+
+    def image(number: int) -> NDArray[np.uint8]:
+        shards, sample = stored(number)
+        return shards.decode(sample)[0]
+
+    copies = duplicates.find_copies(duplicates.read_fingerprints([duplicates.text_of(found)]), image)
+    split = np.repeat(np.arange(len(splits)), np.diff(firsts))
+    names = [shards.manifest.split for shards in splits]
+    size = splits[0].manifest.image_size_pixels
+    return duplicates.described(copies, split, names, lambda number: _origin(stored(number)[1]), size)
+
+
+def _fingerprint(shards: ShardSet, stored: StoredSample) -> bytes:
+    try:
+        return duplicates.fingerprint(shards.decode(stored)[0])
+    except CorruptSample:  # which --check lists
+        return duplicates.NO_FINGERPRINT
+
+
+def _origin(stored: StoredSample) -> str:
+    """What an image was called at its source; its key if that is not recorded."""
+    try:
+        return str(json.loads(stored.members()["json"])["origin"])
+    except (KeyError, ValueError, TypeError):
+        return stored.key
 
 
 def _columns(shards: ShardSet, facts: VectorFacts) -> list[tuple[str, str]]:

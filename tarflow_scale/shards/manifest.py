@@ -5,6 +5,7 @@ from pydantic import Field
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import DataSetFacts, FileRecord, Record, VectorFacts, canonical_json
+from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.vectors import bytes_shape
 
 __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
@@ -47,10 +48,16 @@ class Manifest(Record):
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
     vectors: VectorFacts | None = None
     """Of vectors, which have their length for channels and one pixel; None for images."""
+    reading: Reading | None = None
+    """How image files became pixels; None where the source had no files, and in data sets of earlier versions."""
+
+    dropped_copies: int | None = Field(default=None, ge=0)
+    """Images that were left out because they are like others, equal or nearly; None where all were kept."""
 
     def to_json(self) -> bytes:
-        """Canonical JSON; manifests of images are what they were before there were vectors, and so are digests."""
-        return canonical_json(self.model_dump(mode="json", exclude={"vectors"} if self.vectors is None else set()))
+        """Canonical JSON; what a data set does not have is left out, so that digests of earlier versions hold."""
+        absent = {name for name in ("vectors", "reading", "dropped_copies") if getattr(self, name) is None}
+        return canonical_json(self.model_dump(mode="json", exclude=absent))
 
     @property
     def num_images(self) -> int:

@@ -12,11 +12,12 @@ folder without a marker or a manifest belongs to somebody else, whatever it is c
 import json
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, repeat
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError, UserError
 from tarflow_scale.processes import die_with_parent
 from tarflow_scale.records import Record
+from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
@@ -38,8 +40,10 @@ __all__ = [
     "SkippedImage",
     "claim",
     "clear",
+    "list_dropped",
     "list_skipped",
     "pack",
+    "read_fingerprints",
     "refuse_foreign",
     "remove_notes",
 ]
@@ -47,6 +51,10 @@ __all__ = [
 _MARKER = ".packing"
 _REMOTE_READS = 16
 """Images of a store that are read at once by a process; local ones are read as they are needed."""
+_UNIT = 1000
+"""Images of a unit of work that only looks at them."""
+
+Result = TypeVar("Result")
 
 
 class SkippedImage(Record):
@@ -62,6 +70,8 @@ class PackNote(Record):
     plan: str
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
+    fingerprints: str = ""
+    """Of all images of the plan, if they were asked for; see `tarflow_scale.shards.duplicates`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Packing:
         codec, quality: how images are encoded.
         skip_bad: leave images out that cannot be used, instead of failing.
         plan: digest of everything that the bytes depend on.
+        fingerprints: keep what tells near copies in the notes.
     """
 
     source: ImageSource
@@ -88,6 +99,7 @@ class Packing:
     quality: int
     skip_bad: bool
     plan: str
+    fingerprints: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -107,7 +119,7 @@ class Packing:
             note = PackNote.model_validate_json(storage.read_bytes(location))
         except ValidationError:
             return None
-        if note.plan != self.plan:
+        if note.plan != self.plan or (self.fingerprints and not note.fingerprints):
             return None
         if note.record is None:
             return note
@@ -127,22 +139,27 @@ class Packing:
             BadImage: an image cannot be used, and none may be skipped.
         """
         skipped: list[SkippedImage] = []
-        samples = self._samples(number, skipped)
+        fingerprints: list[bytes] = []
+        samples = self._samples(number, skipped, fingerprints)
         first = next(samples, None)
         record = None
         if first is not None:
             packed = PackedShard.of(self.tar_name(number), chain([first], samples), self.codec, self.quality)
             record = packed.write(self.path)
-        note = PackNote(plan=self.plan, record=record, skipped=tuple(skipped))
+        note = PackNote(
+            plan=self.plan, record=record, skipped=tuple(skipped), fingerprints=duplicates.text_of(fingerprints)
+        )
         storage.write_bytes(storage.join(self.path, _note_name(self.tar_name(number))), note.to_json())
         return note
 
-    def _samples(self, number: int, skipped: list[SkippedImage]) -> Iterator[Sample]:
+    def _samples(self, number: int, skipped: list[SkippedImage], fingerprints: list[bytes]) -> Iterator[Sample]:
         first = number * self.samples_per_shard
         labelled = bool(self.source.class_names)
         members = self.order[first : first + self.samples_per_shard].tolist()
         for place, (image, pixels) in enumerate(zip(members, self._images(members), strict=True)):
             origin = self.source.origin(image)
+            if self.fingerprints:
+                fingerprints.append(_fingerprint(pixels))
             if isinstance(pixels, BadImage):
                 if not self.skip_bad:
                     raise pixels
@@ -172,6 +189,55 @@ class Packing:
             return error
 
 
+def _fingerprint(image: NDArray[np.uint8] | BadImage) -> bytes:
+    return duplicates.NO_FINGERPRINT if isinstance(image, BadImage) else duplicates.fingerprint(image)
+
+
+@dataclass(frozen=True)
+class Fingerprinting:
+    """A pass over all images of a source before they are packed, in units of work.
+
+    Args:
+        source: where the images are.
+        skip_bad: images that cannot be used have no fingerprint, instead of failing.
+    """
+
+    source: ImageSource
+    skip_bad: bool
+
+    def read(self, unit: int) -> str:
+        """Fingerprints of one unit.
+
+        Raises:
+            BadImage: an image cannot be used, and none may be skipped.
+        """
+        found: list[bytes] = []
+        for number in range(unit * _UNIT, min((unit + 1) * _UNIT, len(self.source))):
+            try:
+                found.append(duplicates.fingerprint(self.source.image(number)))
+            except BadImage:
+                if not self.skip_bad:
+                    raise
+                found.append(duplicates.NO_FINGERPRINT)
+        return duplicates.text_of(found)
+
+
+def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> NDArray[np.uint64]:
+    """Fingerprints ``(n, 2)`` of all images of a source, by number; every image is decoded for it.
+
+    Raises:
+        BadImage: an image cannot be used, and none may be skipped.
+        UserError: a worker was killed.
+    """
+    units = list(range(-(-len(source) // _UNIT)))
+    texts: dict[int, str] = {}
+    with telemetry.progress_bar(len(source), "look for copies") as bar:
+        for unit, text in _run(Fingerprinting(source, skip_bad).read, units, num_workers):
+            texts[unit] = text
+            bar.update(min(_UNIT, len(source) - unit * _UNIT))
+    return duplicates.read_fingerprints([texts[unit] for unit in units])
+
+
 def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     """Pack all shards that are not packed yet; the notes of all, in order.
 
@@ -187,21 +253,22 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     with telemetry.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
         size = packing.samples_per_shard
         bar.update(sum(min(size, len(packing.order) - number * size) for number in notes))
-        for number, note in _run(packing, missing, num_workers):
+        for number, note in _run(packing.pack, missing, num_workers):
             notes[number] = note
             bar.update(min(size, len(packing.order) - number * size))
     return [notes[number] for number in range(packing.num_shards)]
 
 
-def _run(packing: Packing, missing: list[int], num_workers: int) -> Iterator[tuple[int, PackNote]]:
-    if num_workers <= 1 or len(missing) <= 1:
-        yield from ((number, packing.pack(number)) for number in missing)
+def _run(work: Callable[[int], Result], units: list[int], num_workers: int) -> Iterator[tuple[int, Result]]:
+    """Units of work with their results, in any order, by this process or several."""
+    if num_workers <= 1 or len(units) <= 1:
+        yield from ((unit, work(unit)) for unit in units)
         return
     context = multiprocessing.get_context("spawn")  # a fork would share open files and the threads of stores
-    workers = min(num_workers, len(missing))
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(packing,))
+    workers = min(num_workers, len(units))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,))
     try:
-        futures = {pool.submit(_pack_in_worker, number): number for number in missing}
+        futures = {pool.submit(_work_in_worker, unit): unit for unit in units}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -212,16 +279,16 @@ def _run(packing: Packing, missing: list[int], num_workers: int) -> Iterator[tup
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_packing_of_worker: list[Packing] = []
+_work_of_worker: list[Callable[[int], Any]] = []
 
 
-def _start_worker(packing: Packing) -> None:
+def _start_worker(work: Callable[[int], Any]) -> None:
     die_with_parent()
-    _packing_of_worker[:] = [packing]
+    _work_of_worker[:] = [work]
 
 
-def _pack_in_worker(number: int) -> PackNote:
-    return _packing_of_worker[0].pack(number)
+def _work_in_worker(unit: int) -> Any:
+    return _work_of_worker[0](unit)
 
 
 def _note_name(tar_name: str) -> str:
@@ -256,6 +323,15 @@ def list_skipped(packing: Packing, notes: list[PackNote]) -> None:
     if skipped:
         lines = "".join(json.dumps(one.model_dump()) + "\n" for one in skipped)
         storage.write_bytes(storage.join(packing.path, "skipped.jsonl"), lines.encode())
+
+
+def list_dropped(packing: Packing, copies: list[duplicates.Copy]) -> None:
+    """List images that were dropped, and which ones they are like, in ``dropped.jsonl``, if there are any."""
+    if copies:
+        origin = packing.source.origin
+        rows = [{"origin": origin(one.image), "like": origin(one.like), "is_equal": one.is_equal} for one in copies]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        storage.write_bytes(storage.join(packing.path, "dropped.jsonl"), lines.encode())
 
 
 def remove_notes(packing: Packing) -> None:

@@ -21,7 +21,7 @@ from tarflow_scale import storage
 from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.shards.images import decode_image, image_extension
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
-from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name, read_manifest
+from tarflow_scale.shards.manifest import AS_FOUND, Manifest, ShardRecord, index_name, read_manifest
 from tarflow_scale.shards.vectors import decode_vector
 
 __all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "check_member", "members_of"]
@@ -148,6 +148,7 @@ class ShardSet:
         self._first = np.concatenate([[0], np.cumsum([shard.samples for shard in self.manifest.shards])])
         self._indexes: dict[int, ShardIndex] = {}
         self._shape, self._num_classes = self.manifest.stored_shape, self.manifest.num_classes
+        self._reading = self.manifest.reading if self.manifest.codec == AS_FOUND else None  # what we wrote is plain
         sizes = storage.list_sizes(path)
         for shard in self.manifest.shards:
             self._check_shard(shard, sizes, full=verify == "full")
@@ -200,7 +201,7 @@ class ShardSet:
         if extension is None:
             raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")
         try:
-            image = decode_image(members[extension], f"its .{extension}", self._shape)
+            image = decode_image(members[extension], f"its .{extension}", self._shape, self._reading)
         except DataError as error:
             raise CorruptSample(stored, f"is unusable: {str(error).partition(';')[0]}") from error
         return image, self._label(stored, members)

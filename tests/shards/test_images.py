@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from PIL import Image
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.shards.images import (
+    Reading,
     contact_sheet,
     decode_image,
     encode_png,
     image_size,
+    reads_alike,
     reduce_depth,
     resize_center_crop,
 )
@@ -40,6 +43,186 @@ def test_what_is_no_image_is_named(content: bytes) -> None:
         decode_image(content, "some/file.png")
 
 
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+CORNERS = np.kron(np.array([[250, 10, 90], [60, 170, 130]], np.uint8), np.ones((16, 16), np.uint8))
+"""A grey image whose eight orientations all differ."""
+LOSSLESS = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}, "AVIF": {"quality": 100}}
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: lambda a: np.rot90(a, 1),
+}
+"""What CIPA DC-008 says of the tag's values: 6 is to be turned by 90 degrees clockwise, 8 counter-clockwise, ..."""
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_orientation_tags_are_applied_or_ignored_in_size_and_pixels(format: str, tag: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    content = saved(Image.fromarray(CORNERS), format, exif=exif, **LOSSLESS.get(format, {}))
+    for reading, expected in (
+        (Reading(), UPRIGHT[tag](CORNERS)),
+        (Reading(orientation="ignore"), CORNERS),
+    ):
+        image = decode_image(content, "x", reading=reading)
+        assert image.shape == image_size(content, "x", reading)
+        assert image.shape[1:] == expected.shape
+        assert abs(image[0].astype(int) - expected).max() <= 8
+    assert reads_alike(content, "x", Reading()) == (tag == 1 or format == "TIFF")  # Pillow turns a TIFF anyway
+
+
+def test_a_damaged_exif_block_is_no_orientation() -> None:
+    content = saved(Image.fromarray(CORNERS), "PNG", exif=b"Exif\0\0II*\0" + b"\xff" * 20)
+    assert np.array_equal(decode_image(content, "x", reading=Reading())[0], CORNERS)
+
+
+COLOUR, HALF = (200, 100, 50), {"white": (227, 177, 152), "black": (100, 50, 25)}
+
+
+def rgba(*alpha: int) -> Image.Image:
+    pixels = np.empty((1, len(alpha), 4), np.uint8)
+    pixels[:] = (*COLOUR, 255)
+    pixels[0, :, 3] = alpha
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("ground", ["white", "black"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_transparency_lies_over_what_the_setting_says(format: str, ground: Literal["white", "black"]) -> None:
+    content = saved(rgba(0, 128, 255), format, **LOSSLESS.get(format, {}))
+    pixels = decode_image(content, "x", reading=Reading(transparency=ground))[:, 0].T
+    assert pixels[0].tolist() == [255 if ground == "white" else 0] * 3
+    assert abs(pixels[1] - np.array(HALF[ground])).max() <= 1
+    assert pixels[2].tolist() == list(COLOUR)
+    assert not reads_alike(content, "x", Reading())
+
+
+TRANSPARENT = {
+    "grey with alpha": saved(Image.fromarray(np.array([[[90, 0], [90, 255]]], np.uint8), "LA"), "PNG"),
+    "palette": saved(rgba(255, 255).convert("RGB").quantize(2), "PNG", transparency=bytes([0])),
+    "a grey level": saved(Image.fromarray(np.array([[7, 90]], np.uint8)), "PNG", transparency=7),
+    "a colour": saved(rgba(255, 255).convert("RGB"), "PNG", transparency=COLOUR),
+    "GIF": saved(rgba(0, 255), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_every_kind_of_transparency_is_seen(kind: str) -> None:
+    content = TRANSPARENT[kind]
+    white, black = (decode_image(content, "x", reading=Reading(transparency=over)) for over in ("white", "black"))
+    assert set(white[:, 0, 0].tolist()) == {255}
+    assert set(black[:, 0, 0].tolist()) == {0}
+    assert white.shape == image_size(content, "x", Reading())
+    with pytest.raises(DataError, match=r"some/file.png is transparent \(got source.transparency=refuse\); set"):
+        decode_image(content, "some/file.png", reading=Reading(transparency="refuse"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(rgba(255, 255), "PNG"),
+        saved(rgba(255, 255), "WEBP", lossless=True),
+        saved(rgba(255, 255).convert("RGB").quantize(2), "PNG", transparency=bytes([255, 255])),
+        saved(rgba(255, 255).convert("RGB"), "PNG", transparency=(1, 2, 3)),
+    ],
+    ids=["RGBA", "WebP", "palette", "a colour that does not occur"],
+)
+def test_an_opaque_alpha_channel_is_no_transparency(content: bytes) -> None:
+    reading = Reading(transparency="refuse")
+    assert np.array_equal(decode_image(content, "x", reading=reading), decode_image(content, "x"))
+    assert decode_image(content, "x", reading=reading)[:, 0, 0].tolist() == list(COLOUR)
+    assert reads_alike(content, "x", reading)
+
+
+def deep_png(key: bytes | None) -> bytes:
+    """Two colours of 16 bits a channel, of which one may be declared transparent."""
+    colours = struct.pack(">6H", 0x1234, 0x2345, 0x3456, 0xFFFF, 0xFFFE, 0)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + colours))]
+    return png_of([parts[0], *([(b"tRNS", key)] if key else []), parts[1], (b"IEND", b"")])
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+GREY = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+DEEP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 40
+UNREADABLE = {
+    "16-bit grey TIFF": (saved(Image.fromarray(DEEP), "TIFF"), "more than 8 bits"),
+    "16-bit RGB TIFF": (saved(GREY.convert("RGB"), "TIFF"), "more than 8 bits"),  # its tag is changed below
+    "float TIFF": (saved(Image.fromarray(DEEP.astype(np.float32)), "TIFF"), "more than 8 bits"),
+    "16-bit PGM": (b"P5 2 2 65535 " + bytes(8), "more than 8 bits"),
+    "float PFM": (b"Pf\n2 2\n-1.0\n" + bytes(16), "more than 8 bits"),
+    "16-bit PNG with a transparent colour": (deep_png(struct.pack(">3H", 0x12, 0x23, 0x34)), "more than 8 bits"),
+    "pages of a TIFF": (saved(GREY, "TIFF", save_all=True, append_images=[GREY]), "has 2 frames or pages"),
+    "animated GIF": (saved(GREY, "GIF", save_all=True, append_images=[Image.new("L", (8, 8))]), "has 2 frames"),
+    "animated PNG": (saved(GREY, "PNG", save_all=True, append_images=[Image.new("L", (8, 8))]), "has 2 frames"),
+    "animated WebP": (saved(GREY, "WEBP", save_all=True, append_images=[Image.new("L", (8, 8))]), "has 2 frames"),
+    "animated AVIF": (saved(GREY, "AVIF", save_all=True, append_images=[Image.new("L", (8, 8))]), "has 2 frames"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_would_be_read_wrong_is_refused_by_its_header(kind: str) -> None:
+    content, reason = UNREADABLE[kind]
+    if kind == "16-bit RGB TIFF":
+        content = rgb_tiff_of_16_bits()
+        assert decode_image(content, "x").max() <= 1  # the high bytes: black, without a word
+    for look in (image_size, lambda content, origin, reading: decode_image(content, origin, reading=reading)):
+        with pytest.raises(DataError, match=f"some/file {reason}" if reason.startswith("has") else reason):
+            look(content, "some/file", Reading())
+
+
+def rgb_tiff_of_16_bits() -> bytes:
+    """Uncompressed, little-endian, 2x1 pixels whose values fill 9 of 16 bits."""
+    pixels = struct.pack("<6H", 500, 400, 300, 200, 100, 0)
+    tags = [
+        (256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 8 + len(pixels)), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8),
+        (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, len(pixels)),
+    ]  # fmt: skip
+    bits = struct.pack("<3H", 16, 16, 16)
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(bits)) + pixels + bits + directory
+
+
+RIGHT = {
+    "CMYK": (saved(Image.new("CMYK", (2, 2), (255, 0, 0, 0)), "TIFF"), [0, 255, 255]),
+    "CMYK JPEG": (saved(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=100), [0, 255, 255]),
+    "palette": (saved(Image.new("RGB", (2, 2), COLOUR).quantize(2), "PNG"), [*COLOUR]),
+    "bilevel": (saved(Image.new("1", (2, 2), 1), "TIFF"), [255]),
+    "grey TIFF": (saved(Image.new("L", (2, 2), 77), "TIFF"), [77]),
+    "LZW TIFF": (saved(Image.new("RGB", (2, 2), COLOUR), "TIFF", compression="tiff_lzw"), [*COLOUR]),
+    "16-bit PNG": (deep_png(None), [0x12, 0x23, 0x34]),
+    "PPM with another maximum": (b"P6 1 1 100 \x64\x32\x00", [255, 128, 0]),
+    "a phone's two pictures": (
+        saved(Image.new("RGB", (8, 8), COLOUR), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]),
+        [*COLOUR],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_less_common_files_are_decoded_right(kind: str) -> None:
+    content, expected = RIGHT[kind]
+    image = decode_image(content, "x", reading=Reading())
+    assert image.shape == image_size(content, "x", Reading())
+    assert abs(image[:, 0, 0].astype(int) - expected).max() <= 2
+    assert reads_alike(content, "x", Reading())
+
+
 def npy_that_declares(shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -58,11 +241,7 @@ def test_arrays_that_are_none_are_named(content: bytes) -> None:
 
 def png_that_declares(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
-    parts = [
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return png_of([(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")])
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

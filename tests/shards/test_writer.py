@@ -91,6 +91,16 @@ def test_a_shard_is_what_webdataset_writes(codec: Literal["png", "raw"]) -> None
     assert content == buffer.getvalue()
 
 
+def test_the_bytes_are_those_of_the_writer_of_webdataset_1_0_2() -> None:
+    """The digest is of this very shard as `pack_shard` wrote it at commit b8a8d6a, through webdataset's TarWriter."""
+    image = np.arange(192, dtype=np.uint8).reshape(3, 8, 8)
+    keys = ["00000000", "00000001", "k" * 95, "k" * 96, "k" * 120, "schlüssel", "a/b", "d/" * 60 + "e"]
+    some = [Sample(key, np.roll(image, n), n if n % 3 else None, {"origin": f"x{n}"}) for n, key in enumerate(keys)]
+    some.append(Sample("00000009", {"x.npy": b"\1" * 513, "given.npy": b""}, 7))
+    content, _ = pack_shard(some, "raw")
+    assert storage.digest(content) == "550d6ccd01f5a5b805b74c01b9c985211a04ebabc3cb8f69ee87ead410bb0d92"
+
+
 def test_long_and_foreign_keys_keep_their_names() -> None:
     keys = ["k" * 120, "schlüssel"]
     content, _ = pack_shard([Sample(key, np.zeros((1, 8, 8), np.uint8), None) for key in keys])

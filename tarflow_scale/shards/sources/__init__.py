@@ -1,6 +1,7 @@
 """Where images come from. `open_source` opens what a configuration names."""
 
 from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSource, Shaping
 
 __all__ = ["BadImage", "ImageSource", "open_source"]
@@ -16,7 +17,8 @@ def open_source(config: SourceConfig, split: SplitConfig | None = None) -> Image
 
 def _whole_source(config: SourceConfig, split: SplitConfig) -> ImageSource:
     """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
-    shaping = Shaping(config.size_pixels, config.resize, config.resample, skip_bad=config.bad_images == "skip")
+    reading = Reading(orientation=config.orientation, transparency=config.transparency)
+    shaping = Shaping(config.size_pixels, config.resize, config.resample, config.bad_images == "skip", reading)
     path = config.path or ""
     match config.kind:
         case "digits":

@@ -1,18 +1,23 @@
 """What every source of images offers, and the rules that turn encoded images of any size into images of one shape."""
 
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import IO, Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
-from tarflow_scale.shards.images import decode_image, image_size, reduce_depth, resize_center_crop
+from tarflow_scale.shards.images import (
+    Reading,
+    decode_image,
+    image_size,
+    reads_alike,
+    reduce_depth,
+    resize_center_crop,
+)
 
 __all__ = [
     "BadImage",
@@ -20,7 +25,6 @@ __all__ = [
     "ImageSource",
     "ReducedSource",
     "Shaping",
-    "Spool",
 ]
 
 _LOOKED_AT = 64
@@ -79,6 +83,8 @@ class ImageSource(ABC):
 
     vectors: VectorFacts | None = None
     """Of a source of vectors, whose ``image`` gives their bytes; see `tarflow_scale.shards.vectors`."""
+    reading: Reading | None = None
+    """Of a source of image files: how they become pixels."""
     is_remote = False
     """Whether every image is read from a store, so that reading some at once pays."""
 
@@ -103,6 +109,10 @@ class ImageSource(ABC):
         """What image ``number`` was called at its source."""
         return f"{self.name}/{number}"
 
+    def reads_alike(self, number: int) -> bool:
+        """Whether image ``number`` has the same pixels with its `Reading` as without one."""
+        return True
+
     def _check_labels(self) -> None:
         if not len(self.labels):
             raise DataError(f"no images in {self.name} ({self.description}); check source.path")
@@ -116,13 +126,14 @@ class ImageSource(ABC):
 
 
 class Shaping:
-    """How an image of any size becomes one of the data set's shape.
+    """How an image file of any size becomes an image of the data set's shape.
 
     Args:
         size_pixels: side of the square result; None takes the size of the first image.
         resize: ``refuse`` images of another size, or ``center_crop``: short side to the size, then the centre.
         resample: filter of the resizing.
         skip_bad: images that cannot be used are left out, so that the first one may be one of them.
+        reading: what orientation tags and transparency mean.
     """
 
     def __init__(
@@ -131,8 +142,10 @@ class Shaping:
         resize: Literal["refuse", "center_crop"],
         resample: Literal["lanczos", "box", "bicubic"],
         skip_bad: bool = False,
+        reading: Reading | None = None,
     ) -> None:
         self.skip_bad = skip_bad
+        self.reading = reading or Reading()
         self.size_pixels = size_pixels
         self.resize = resize
         self.resample: Literal["lanczos", "box", "bicubic"] = resample
@@ -140,10 +153,13 @@ class Shaping:
 
     @property
     def words(self) -> str:
-        """For the manifest."""
-        if self.resize == "refuse":
-            return "as they are"
-        return f"short side to {self.size_pixels} pixels ({self.resample}), then centre crop"
+        """For the plan and the manifest."""
+        turned = "turned upright" if self.reading.orientation == "apply" else "orientation tags ignored"
+        over = "refused" if self.reading.transparency == "refuse" else f"over {self.reading.transparency}"
+        size = "in their size"
+        if self.resize == "center_crop":
+            size = f"short side to {self.size_pixels} pixels ({self.resample}), then centre crop"
+        return f"{turned}, transparency {over}, {size}"
 
     def settle(self, first: NDArray[np.uint8], origin: str, channels: int) -> None:
         """Let the first usable image decide the size that is left open; ``channels`` is 3 if any image has colours."""
@@ -181,7 +197,7 @@ class Shaping:
 
 
 class EncodedSource(ImageSource):
-    """Images that lie somewhere as PNG, JPEG, WebP or BMP files.
+    """Images that lie somewhere as files of a format that `decode_image` reads.
 
     Args:
         shaping: what is done to sizes.
@@ -201,6 +217,7 @@ class EncodedSource(ImageSource):
     ) -> None:
         super().__init__(name, f"{description}, {shaping.words}", class_names, 8, labels, digest, official, version)
         self._shaping = shaping
+        self.reading = shaping.reading
         self._settle()
 
     @abstractmethod
@@ -221,13 +238,17 @@ class EncodedSource(ImageSource):
         """Image ``number``, in the one shape of the data set."""
         return self._shaping.apply(self._decoded(number), self.place(number))
 
+    def reads_alike(self, number: int) -> bool:
+        """See `tarflow_scale.shards.images.reads_alike`."""
+        return reads_alike(self.encoded(number), self.place(number), self._shaping.reading)
+
     def _settle(self) -> None:
         """Look at images that lie spread over the source: are there colours, and how large is the first usable one."""
         channels, first_fault = 1, None
         usable: list[int] = []
         for number in np.unique(np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int)).tolist():
             try:
-                channels = max(channels, image_size(self.encoded(number), self.place(number))[0])
+                channels = max(channels, image_size(self.encoded(number), self.place(number), self.reading)[0])
                 usable.append(number)
             except DataError as error:
                 first_fault = first_fault or error
@@ -245,7 +266,7 @@ class EncodedSource(ImageSource):
 
     def _decoded(self, number: int) -> NDArray[np.uint8]:
         try:
-            return decode_image(self.encoded(number), self.place(number))
+            return decode_image(self.encoded(number), self.place(number), reading=self.reading)
         except DataError as error:
             raise BadImage(str(error)) from error
 
@@ -281,6 +302,7 @@ class ReducedSource(ImageSource):
         self.is_remote = source.is_remote
         self.ignored = source.ignored
         self.lines = source.lines
+        self.reading = source.reading
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -295,38 +317,6 @@ class ReducedSource(ImageSource):
         """As the source says."""
         return self._source.origin(number)
 
-
-class Spool:
-    """A temporary file without a name, which worker processes read too; nothing is left of it, however all end."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="tarflow-scale-")  # noqa: SIM115
-        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-
-    def write(self, content: bytes) -> None:
-        """Append.
-
-        Raises:
-            DataError: there is no room.
-        """
-        assert self._file is not None
-        try:
-            self._file.write(content)
-        except OSError as error:
-            raise DataError(
-                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
-            ) from error
-
-    def flush(self) -> None:
-        """Make it readable."""
-        self.write(b"")
-        assert self._file is not None
-        try:
-            self._file.flush()
-        except OSError as error:
-            raise DataError(
-                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}
+    def reads_alike(self, number: int) -> bool:
+        """As the source says."""
+        return self._source.reads_alike(number)

@@ -223,7 +223,9 @@ def class_warnings(
         for other, there in seen.items():
             alone = sorted(here - there)
             if code != other and alone:
-                shown = ", ".join(str(class_names[int(label)]) for label in alone[:5]) + (", .." if len(alone) > 5 else "")
+                shown = ", ".join(str(class_names[int(label)]) for label in alone[:5]) + (
+                    ", .." if len(alone) > 5 else ""
+                )
                 lines.append(
                     f"warning: {len(alone)} of {len(class_names)} classes are in {packed[code]} and not in "
                     f"{packed[other]}: {shown}"

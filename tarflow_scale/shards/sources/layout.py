@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import FILE_EXTENSIONS
 from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.splits import (
     Group,
@@ -33,7 +34,7 @@ from tarflow_scale.shards.sources.tables import LabelTables
 
 __all__ = ["ImageFiles", "is_junk", "lay_out"]
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
 """Files and folders of operating systems, beside all whose names start with a dot."""
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool
+from tarflow_scale.shards.sources.base import EncodedSource, Shaping
 from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.splits import Group, Role, roles_of_files, settle
+from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
 

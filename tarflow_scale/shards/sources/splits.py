@@ -57,7 +57,7 @@ def words_of(name: str) -> list[str]:
 
 
 def role_of(name: str, strong: bool = False) -> Role | None:
-    """The split that a name means, if it means one; ``several`` if it means more; ``strong``: only by words that are hardly ever a class."""
+    """The split that a name means, or ``several``; ``strong``: by words that are hardly ever a class."""
     roles = {_WORDS[word] for word in words_of(name) if word in _WORDS and (not strong or word in _STRONG)}
     return None if not roles else roles.pop() if len(roles) == 1 else "several"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import image_extension, image_size
+from tarflow_scale.shards.images import Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import check_member, members_of
@@ -210,8 +210,12 @@ class IndexedTars:
     labelled: bool
 
 
-def index_tars(path: str) -> IndexedTars:
+def index_tars(path: str, reading: Reading) -> IndexedTars:
     """Index tars where they lie; holds one sample at a time and writes nothing.
+
+    Args:
+        path: folder or URL of the tars.
+        reading: how their images will be read.
 
     Raises:
         DataError: tars that cannot be a data set as they are: damaged, other sizes or channels, labels not in .cls.
@@ -234,7 +238,7 @@ def index_tars(path: str) -> IndexedTars:
             sums.append(checksum(part))
             what = f"{location}:{sample.key}"
             members = _members_of(part, what)
-            shapes.setdefault(_shape_of(members, what), what)
+            shapes.setdefault(_shape_of(members, what, reading), what)
             labels.append(label_of(members, what))
             if labels[-1] is not None and "cls" not in members:
                 raise DataError(f"labels must be in .cls (got one in the .json of {what}); leave out source.in_place")
@@ -266,8 +270,8 @@ def _digest_of(location: str) -> str:
         return storage.digest(copy)
 
 
-def _shape_of(members: dict[str, bytes], what: str) -> tuple[int, int, int]:
+def _shape_of(members: dict[str, bytes], what: str, reading: Reading) -> tuple[int, int, int]:
     extension = image_extension(members)
     if extension is None:
         raise DataError(f"{what} has no image (members: {', '.join(sorted(members))}); remove it")
-    return image_size(members[extension], what)
+    return image_size(members[extension], what, reading)

@@ -1,0 +1,74 @@
+"""Near copies in the splits of a source: reported when they are packed, or dropped before."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards import duplicates, packing
+from tarflow_scale.shards.sources import ImageSource
+
+__all__ = ["report", "without_copies"]
+
+
+def without_copies(
+    source: ImageSource, splits: Mapping[str, NDArray[np.int64]], skip_bad: bool, num_workers: int
+) -> tuple[dict[str, NDArray[np.int64]], list[duplicates.Copy]]:
+    """The splits, the first of which is for training and loses the images that are like others; and which those are.
+
+    Args:
+        source: the source, all images of which are decoded.
+        splits: numbers of the images of each.
+        skip_bad: whether images may be unusable.
+        num_workers: processes that look; they do not change the outcome.
+
+    Raises:
+        DataError: these are no images, one of them is unusable, or none is left for training.
+    """
+    if source.vectors is not None:
+        raise DataError("split.near_duplicates=drop is for images (got vectors); remove it")
+    fingerprints = packing.read_fingerprints(source, skip_bad, num_workers)
+    copies = duplicates.find_copies(fingerprints, source.image)
+    split = _split_of(source, splits)
+    dropped = duplicates.superfluous(copies, split)
+    split[[copy.image for copy in dropped]] = -1
+    kept = {name: members[split[members] >= 0] for name, members in splits.items()}
+    first = next(iter(splits))
+    if not len(kept[first]):
+        raise DataError(
+            f"no image is left for training (got {len(dropped):,} that are all like held-out ones); "
+            f"set split.near_duplicates=report to keep them"
+        )
+    print(f"{first}: {len(dropped):,} of {len(splits[first]):,} images are dropped, because they are like others")
+    _print(source, copies, split, list(splits))
+    return kept, dropped
+
+
+def report(
+    source: ImageSource, plans: Mapping[str, packing.Packing], notes: Mapping[str, Sequence[packing.PackNote]]
+) -> None:
+    """Say which images of splits that were packed are like others.
+
+    Args:
+        source: where the images came from.
+        plans: of the splits.
+        notes: that packing them left, with fingerprints.
+    """
+    fingerprints = np.zeros((len(source), 2), dtype=np.uint64)
+    for name, plan in plans.items():
+        fingerprints[plan.order] = duplicates.read_fingerprints([note.fingerprints for note in notes[name]])
+    split = _split_of(source, {name: plan.order for name, plan in plans.items()})
+    _print(source, duplicates.find_copies(fingerprints, source.image), split, list(plans))
+
+
+def _split_of(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Number of the split of every image; -1 for those in none."""
+    split = np.full(len(source), -1, dtype=np.int64)
+    for number, members in enumerate(splits.values()):
+        split[members] = number
+    return split
+
+
+def _print(source: ImageSource, copies: duplicates.Copies, split: NDArray[np.int64], names: list[str]) -> None:
+    print("\n".join(duplicates.described(copies, split, names, source.origin, source.shape[1])))

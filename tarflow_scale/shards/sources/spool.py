@@ -1,0 +1,45 @@
+"""A temporary copy of images that cannot be read one by one where they lie."""
+
+import os
+import tempfile
+from typing import IO, Any
+
+from tarflow_scale.errors import DataError
+
+__all__ = ["Spool"]
+
+
+class Spool:
+    """A temporary file without a name, which worker processes read too; nothing is left of it, however all end."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="tarflow-scale-")  # noqa: SIM115
+        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def write(self, content: bytes) -> None:
+        """Append.
+
+        Raises:
+            DataError: there is no room.
+        """
+        assert self._file is not None
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise DataError(
+                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
+            ) from error
+
+    def flush(self) -> None:
+        """Make it readable."""
+        self.write(b"")
+        assert self._file is not None
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
