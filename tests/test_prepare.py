@@ -448,10 +448,10 @@ def test_check_finds_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = write_classes(tmp_path)
-    for name in ("notes.txt", "a/scan.TIFF", "b/scan.tiff", ".DS_Store"):
+    for name in ("notes.txt", "a/scan.PSD", "b/scan.psd", ".DS_Store"):
         (tmp_path / "images" / name).write_bytes(b"no image")
     assert cli.main([*arguments, f"shards.path={tmp_path}/out", "--dry-run"]) == 0
-    assert "passed over: 2 *.tiff, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
+    assert "passed over: 2 *.psd, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
 
 
 def write_tree(path: Path, *names: str) -> None:

@@ -4,5 +4,5 @@ A data set is a folder (or URL): ``<name>.tar``, beside each ``<name>.index.npz`
 of each), and ``manifest.json``, written last: without it there is no data set. Writing: `sources` gives images,
 `packing` plans and packs them, `writer` makes one tar. Reading: `order` says which samples come when, `reader` reads
 ranges and checks every sample, `loader` feeds training and replaces what is corrupt, `mix` joins several sets.
-`inspection` looks at a packed set.
+`inspection` looks at a packed set; `duplicates` finds near copies, and `copies` keeps them out of training.
 """
