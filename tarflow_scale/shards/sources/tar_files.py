@@ -28,7 +28,7 @@ _JUNK = re.compile(
 
 
 def junk_kind(name: str) -> str | None:
-    """What computers leave beside files, by kind: ``._*``, ``.DS_Store``, ``__MACOSX``, ``Thumbs.db``; None for others."""
+    """What computers leave beside files, by kind (``._*``, ``.DS_Store``, ``__MACOSX``); None for other names."""
     found = _JUNK.search(name)
     if found is None:
         return None
@@ -69,16 +69,18 @@ def find_tars(path: str) -> FoundTars:
     return _of_names([one for pattern in _expanded(path) for one in _matches(pattern, path)])
 
 
-def tars_of_folder(path: str) -> list[str]:
-    """Names of the tars in a folder, sorted, without what is below it.
+def tars_of_folder(path: str) -> FoundTars:
+    """The tars that lie in a folder itself; those below it are counted among the other files.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is compressed.
     """
-    names = [name for name in storage.list_names(path) if name.lower().endswith(".tar") and junk_kind(name) is None]
+    found = _of_folder(path)
+    names = [name for name in found.names if "/" not in name]
+    below = [name for name in found.names if "/" in name]
     if not names:
-        raise DataError(f"no .tar in {path}; check source.path")
-    return names
+        raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder by itself")
+    return FoundTars(path, names, found.ignored + Counter({"tar in a folder below": len(below)}))
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
@@ -94,7 +96,9 @@ def refuse_compressed(name: str, first: bytes = b"") -> None:
     command = next((tool for end, tool in _COMPRESSED.items() if name.lower().endswith(end)), None)
     command = command or next((tool for magic, tool in _MAGIC.items() if first.startswith(magic)), None)
     if command is not None:
-        raise DataError(f"a tar must not be compressed, because its samples are read at random (got {name}); {command} it")
+        raise DataError(
+            f"a tar must not be compressed, because its samples are read at random (got {name}); {command} it"
+        )
 
 
 def _of_folder(path: str) -> FoundTars:
@@ -164,7 +168,8 @@ def _expanded(path: str) -> list[str]:
         return [str(one) for one in expand_urls(path)]
     except (ValueError, AssertionError) as error:
         raise DataError(
-            f"source.path must be a folder, a tar or a pattern such as tars/{{00..31}}.tar (got {path}: {error}); correct it"
+            f"source.path must be a folder, a tar or a pattern such as tars/{{00..31}}.tar (got {path}: {error}); "
+            f"correct it"
         ) from error
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import image_extension, image_size
+from tarflow_scale.shards.images import IMAGE_EXTENSIONS, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
@@ -27,7 +27,8 @@ from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.splits import Group, Role, Settled, counted, role_of, roles_of_files, settle
 from tarflow_scale.shards.sources.tar_files import find_tars, tars_of_folder
-from tarflow_scale.shards.sources.tar_scan import Rules, ScannedTar, scan_tar
+from tarflow_scale.shards.sources.tar_rules import Rules
+from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
 from tarflow_scale.shards.workers import in_workers
 
 __all__ = ["IndexedTars", "TarSource", "index_tars"]
@@ -67,7 +68,7 @@ class TarSource(EncodedSource):
         class_names, labels = _classes([tar for tar, _ in tars], config)
         self._set_places([tar for tar, _ in tars])
         self.ignored = sum((tar.ignored for tar in scanned), found.ignored)
-        self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped))
+        self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped), *_unlabelled(scanned, class_names))
         name = storage.base_name(config.path or "" if len(used) == 1 and found.root != config.path else found.root)
         super().__init__(
             shaping,
@@ -188,6 +189,15 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
     return lines
 
 
+def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
+    """A line about members that may hold labels, where none were found."""
+    found = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
+    others = [one for one in found if one != "cls" and one.rpartition(".")[2] not in IMAGE_EXTENSIONS]
+    if class_names or not others:
+        return []
+    return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+
+
 @dataclass(frozen=True)
 class IndexedTars:
     """What indexing found.
@@ -227,7 +237,8 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> IndexedTars:
     path = config.path or ""
     if storage.exists(path) and not storage.is_folder(path):
         raise DataError(f"source.in_place needs a folder of tars (got {path}); give the folder")
-    names = tars_of_folder(path)
+    found = tars_of_folder(path)
+    names = found.names
     _check_names(names, path)
     index = partial(_index_tar, root=path, rules=Rules.of(config))
     with telemetry.progress_bar(len(names), "index", unit="tar") as bar:
@@ -241,15 +252,15 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> IndexedTars:
     shapes = {shape: what for tar in reversed(tars) for shape, what in tar.shapes.items()}
     sizes = {shape[1:] for shape in shapes}
     if len(sizes) > 1 or any(height != width for height, width in sizes):
-        found = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
-        raise DataError(f"images must be squares of one size (got {found}); leave out source.in_place to pack again")
+        got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
+        raise DataError(f"images must be squares of one size (got {got}); leave out source.in_place to pack again")
     return IndexedTars(
         records=tuple(tar.record for tar in tars),
         indexes=tuple(tar.index for tar in tars),
         size_pixels=next(iter(sizes))[0],
         num_channels=max(shape[0] for shape in shapes),
         class_names=class_names,
-        ignored=sum((tar.ignored for tar in scanned), Counter[str]()),
+        ignored=sum((tar.ignored for tar in scanned), found.ignored),
     )
 
 
