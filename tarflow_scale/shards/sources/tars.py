@@ -69,7 +69,8 @@ class TarSource(EncodedSource):
         self._set_places([tar for tar, _ in tars])
         self.ignored = sum((tar.ignored for tar in scanned), found.ignored)
         self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped), *_unlabelled(scanned, class_names))
-        name = storage.base_name(config.path or "" if len(used) == 1 and found.root != config.path else found.root)
+        is_file = len(found.names) == 1 and found.root != config.path
+        name = storage.base_name(found.names[0] if is_file else found.root)
         super().__init__(
             shaping,
             name=name.removesuffix(".tar"),

@@ -365,6 +365,22 @@ def test_braces_mean_what_they_mean_to_webdataset(tmp_path: Path, pattern: str) 
     assert [f"{found.root}/{name}" for name in found.names] == expanded
 
 
+def test_tars_of_a_store_are_a_folder_a_tar_or_a_pattern(tmp_path: Path) -> None:
+    for name in ("train-0", "val-0"):
+        shard(tmp_path / f"{name}.tar", 0 if name == "train-0" else 2)
+        storage.write_bytes(f"memory://tars/in/{name}.tar", (tmp_path / f"{name}.tar").read_bytes())
+    for path in ("memory://tars/in", "memory://tars/in/{train,val}-0.tar", "memory://tars/*/*-0.tar"):
+        assert sorted(split_of(opened(path)).values()) == [0, 0, 2, 2]
+    assert opened("memory://tars/in/val-0.tar").origin(0) == "val-0.tar:002"
+
+
+def test_a_pattern_that_is_ignored_altogether_is_named(tmp_path: Path) -> None:
+    shard(tmp_path / "train-0.tar", 0)
+    shard(tmp_path / "val-0.tar", 2)
+    with pytest.raises(DataError, match=r"split.test must match images that are not left out"):
+        opened(tmp_path, {"test": ["val-*"], "ignore": ["val-0*"]})
+
+
 def test_paths_that_mean_no_tars_are_named(tmp_path: Path) -> None:
     shard(tmp_path / "a/s-00.tar", 0)
     cases = {
