@@ -11,7 +11,7 @@ packing writes. Looking at a packed set: ``--check``, ``--stats``, ``--npz``.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     if config.source.in_place:
         _index_in_place(config, dry_run)
         return
-    source = open_source(config.source, config.split)
+    source = open_source(config.source, config.split, config.shards.num_workers)
     recipe = _Recipe(source, config)
     splits = _split(source, config.split)
     _print_plan(source, splits, config)
@@ -262,15 +262,19 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     print(source.description)
     for line in source.lines:
         print(line)
-    if source.ignored:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(source.ignored.items()))
-        print(f"not images that are read, and passed over: {kinds}")
+    _print_ignored(source.ignored)
     if source.class_names:
         print(f"classes: {_classes(source)}")
     official = source.official if config.split.kind != "stratified" else None
     for line in class_warnings(source.class_names, source.labels, official, PACKED):
         print(line)
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
+
+
+def _print_ignored(ignored: Mapping[str, int]) -> None:
+    if ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+        print(f"not images that are read, and passed over: {kinds}")
 
 
 def _classes(source: ImageSource) -> str:
@@ -350,13 +354,13 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         print(f"{path}: nothing to do, this is a data set")
         return
     reading = Reading(orientation=config.source.orientation, transparency=config.source.transparency)
-    found = index_tars(path, reading)
+    found = index_tars(config.source, reading, config.shards.num_workers)
     manifest = Manifest(
         name=storage.base_name(path),
         split="train",
         image_size_pixels=found.size_pixels,
         num_channels=found.num_channels,
-        class_names=tuple(str(label) for label in range(int(found.labels.max()) + 1)) if found.labelled else (),
+        class_names=found.class_names,
         bit_depth=8,
         codec=AS_FOUND,
         source="WebDataset tars, indexed in place",
@@ -365,6 +369,7 @@ def _index_in_place(config: PrepareConfig, dry_run: bool) -> None:
         reading=reading,
     )
     print(f"{path}: {manifest.num_images} images {manifest.event_shape} in {len(manifest.shards)} tars")
+    _print_ignored(found.ignored)
     if dry_run:
         return
     for record, index in zip(found.records, found.indexes, strict=True):

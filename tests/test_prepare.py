@@ -204,7 +204,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "shards.num_workers=2"]
     monkeypatch.setattr("tarflow_scale.shards.packing._work_in_worker", die_at_the_fourth)
     assert cli.main(arguments) == 2
-    assert "a packing process died" in capsys.readouterr().err
+    assert "a worker process died" in capsys.readouterr().err
     assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
     monkeypatch.undo()
     assert cli.main(arguments) == 0

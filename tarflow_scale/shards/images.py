@@ -274,7 +274,7 @@ def _is_deep(image: Image.Image) -> bool:
     unless one of them is transparent, which Pillow compares with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return "transparency" in image.info and any(";16" in str(tile) for tile in image.tile)
+        return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     signs = image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
     return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 not said

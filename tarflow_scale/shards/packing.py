@@ -10,28 +10,25 @@ folder without a marker or a manifest belongs to somebody else, whatever it is c
 """
 
 import json
-import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.errors import DataError, UserError
-from tarflow_scale.processes import die_with_parent
+from tarflow_scale.errors import DataError
 from tarflow_scale.records import Record
 from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
 from tarflow_scale.shards.vectors import vector_members
+from tarflow_scale.shards.workers import in_workers
 from tarflow_scale.shards.writer import PackedShard, Sample
 
 __all__ = [
@@ -53,8 +50,6 @@ _REMOTE_READS = 16
 """Images of a store that are read at once by a process; local ones are read as they are needed."""
 _UNIT = 1000
 """Images of a unit of work that only looks at them."""
-
-Result = TypeVar("Result")
 
 
 class SkippedImage(Record):
@@ -230,12 +225,12 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
         UserError: a worker was killed.
     """
     units = list(range(-(-len(source) // _UNIT)))
-    texts: dict[int, str] = {}
+    texts: list[str] = []
     with telemetry.progress_bar(len(source), "look for copies") as bar:
-        for unit, text in _run(Fingerprinting(source, skip_bad).read, units, num_workers):
-            texts[unit] = text
+        for unit, text in enumerate(in_workers(Fingerprinting(source, skip_bad).read, units, num_workers)):
+            texts.append(text)
             bar.update(min(_UNIT, len(source) - unit * _UNIT))
-    return duplicates.read_fingerprints([texts[unit] for unit in units])
+    return duplicates.read_fingerprints(texts)
 
 
 def pack(packing: Packing, num_workers: int) -> list[PackNote]:
@@ -253,42 +248,10 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     with telemetry.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
         size = packing.samples_per_shard
         bar.update(sum(min(size, len(packing.order) - number * size) for number in notes))
-        for number, note in _run(packing.pack, missing, num_workers):
+        for number, note in zip(missing, in_workers(packing.pack, missing, num_workers), strict=True):
             notes[number] = note
             bar.update(min(size, len(packing.order) - number * size))
     return [notes[number] for number in range(packing.num_shards)]
-
-
-def _run(work: Callable[[int], Result], units: list[int], num_workers: int) -> Iterator[tuple[int, Result]]:
-    """Units of work with their results, in any order, by this process or several."""
-    if num_workers <= 1 or len(units) <= 1:
-        yield from ((unit, work(unit)) for unit in units)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would share open files and the threads of stores
-    workers = min(num_workers, len(units))
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(work,))
-    try:
-        futures = {pool.submit(_work_in_worker, unit): unit for unit in units}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(  # not DataError: what is packed stays, to go on from
-            f"a packing process died ({error}); is memory short? lower shards.num_workers and run it again to go on"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_work_of_worker: list[Callable[[int], Any]] = []
-
-
-def _start_worker(work: Callable[[int], Any]) -> None:
-    die_with_parent()
-    _work_of_worker[:] = [work]
-
-
-def _work_in_worker(unit: int) -> Any:
-    return _work_of_worker[0](unit)
 
 
 def _note_name(tar_name: str) -> str:

@@ -7,15 +7,21 @@ from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSour
 __all__ = ["BadImage", "ImageSource", "open_source"]
 
 
-def open_source(config: SourceConfig, split: SplitConfig | None = None) -> ImageSource:
-    """The source that a configuration names; ``split`` says which of its parts is which split."""
-    source = _whole_source(config, split or SplitConfig())
+def open_source(config: SourceConfig, split: SplitConfig | None = None, num_workers: int = 1) -> ImageSource:
+    """The source that a configuration names.
+
+    Args:
+        config: the configuration.
+        split: which of its parts is which split.
+        num_workers: processes that look through it, where it is large.
+    """
+    source = _whole_source(config, split or SplitConfig(), num_workers)
     if config.bit_depth is None or config.bit_depth == source.bit_depth:
         return source
     return ReducedSource(source, config.bit_depth)
 
 
-def _whole_source(config: SourceConfig, split: SplitConfig) -> ImageSource:
+def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) -> ImageSource:
     """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
     reading = Reading(orientation=config.orientation, transparency=config.transparency)
     shaping = Shaping(config.size_pixels, config.resize, config.resample, config.bad_images == "skip", reading)
@@ -56,4 +62,4 @@ def _whole_source(config: SourceConfig, split: SplitConfig) -> ImageSource:
         case "webdataset":
             from tarflow_scale.shards.sources.tars import TarSource
 
-            return TarSource(config, split, shaping)
+            return TarSource(config, split, shaping, num_workers)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.headers import check_member
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.reader import check_member
 from tarflow_scale.shards.sources.base import ImageSource
 from tarflow_scale.shards.sources.labels import numbered_classes
 from tarflow_scale.shards.sources.splits import train_then_test

@@ -46,6 +46,10 @@ def as_label(value: Any, what: str) -> int | str | None:
         text = text.lstrip("\ufeff").strip()
         if re.fullmatch(r"-?\d{1,9}", text):
             text = int(text)
+        elif re.fullmatch(r"-?\d+", text):
+            raise DataError(
+                f"a label must be a whole number up to {_MAX_LABEL} (got {text:.40} for {what}); correct it"
+            )
     if isinstance(text, bool) or not isinstance(text, int | str) or text == "":
         raise DataError(
             f"a label must be one whole number or text (got {str(value)[:40]!r} for {what}); correct it, or name what "

@@ -227,6 +227,12 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     named = [role for role in held_out if split.patterns[role]]
     if not groups:
         return Settled({}, official=False, lines=(), words="")
+    missing = next((role for role in named if role not in groups), None)
+    if missing is not None:
+        raise DataError(
+            f"split.{missing} must match images that are not left out (got none: split.ignore matches them too, or "
+            f"there are no images in what it matches); correct it"
+        )
     if len(groups) == 1:
         role, group = next(iter(groups.items()))
         line = f"{group.words}: the only split ({role}); it is divided like images without a split"

@@ -1,277 +1,343 @@
 """WebDataset tars that others wrote: packed again, or made a data set as they are by indexing them.
 
-A sample is a run of members that share a key, the path up to the first dot of the base name. Its image is a member
-that ends in png, jpg, jpeg, webp, bmp or npy; its label a ``.cls`` member, or ``label`` in its ``.json``.
+The image of a sample is its only member that is one (``jpg``, ``input.jpg``), or the one that ``source.image_member``
+names. Its label is ``cls`` (or ``target.cls``, if it is the only one), or ``label`` of its ``json``, or what
+``source.label_column`` names. Tars with names of splits, or in folders with such names, are these splits
+(`tarflow_scale.shards.sources.splits`).
 """
 
-import hashlib
-import json
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
+from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.images import Reading, image_extension, image_size
+from tarflow_scale.shards.images import IMAGE_EXTENSIONS, Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
-from tarflow_scale.shards.reader import check_member, members_of
-from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping, as_label, numbered_classes
+from tarflow_scale.shards.reader import members_of
+from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
+from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.splits import Group, Role, Settled, counted, role_of, roles_of_files, settle
+from tarflow_scale.shards.sources.tar_files import find_tars, tars_of_folder
+from tarflow_scale.shards.sources.tar_rules import Rules
+from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
+from tarflow_scale.shards.workers import in_workers
 
-__all__ = ["TarSource", "index_tars", "scan_tar"]
+__all__ = ["IndexedTars", "TarSource", "index_tars"]
 
-
-_TAR_BLOCK = 512
-_END_BYTES = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 """What a manifest takes as the name of a shard."""
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """Key and byte range ``[start, stop)`` of a sample in its tar."""
-
-    key: str
-    start: int
-    stop: int
-
-
-def scan_tar(location: str) -> list[TarSample]:
-    """The samples of a tar, in order.
-
-    Raises:
-        DataError: it is no whole tar, or a key occurs twice.
-    """
-    samples: list[TarSample] = []
-    end = 0
-    try:
-        with storage.open_seekable(location) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                check_member(member)
-                end = member.offset_data + (-(-member.size // _TAR_BLOCK) * _TAR_BLOCK if member.isreg() else 0)
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                key = f"{folder}/{base.partition('.')[0]}".lstrip("/")
-                if samples and samples[-1].key == key:
-                    samples[-1] = TarSample(key, samples[-1].start, end)
-                else:
-                    samples.append(TarSample(key, member.offset, end))
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise DataError(f"{location} is not a whole tar ({error}); replace or remove it") from error
-    if not samples:
-        raise DataError(f"no samples in {location}; replace or remove it")
-    _check_end(location, end)
-    double, times = Counter(sample.key for sample in samples).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"keys of a tar must differ (got {double} twice in {location}); sort its members by key")
-    return samples
-
-
-def _check_end(location: str, end: int) -> None:
-    """After its last member a tar has two blocks of zeros or more, and nothing else.
-
-    Otherwise it was cut, or a header is damaged; ``tarfile`` takes either for the end.
-    """
-    size = storage.size_bytes(location)
-    if size < end:
-        raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
-    rest = storage.read_range(location, end, min(size, end + _END_BYTES))
-    if len(rest) < 2 * _TAR_BLOCK or any(rest):
-        raise DataError(
-            f"{location} is not a whole tar (no end after byte {end:,} of {size:,}: cut, or a damaged header); replace "
-            f"or remove it"
-        )
-
-
-def tar_names(path: str) -> list[str]:
-    """Names of the tars in a folder, sorted.
-
-    Raises:
-        DataError: there are none.
-    """
-    names = [name for name in storage.list_names(path) if name.endswith(".tar")]
-    if not names:
-        raise DataError(f"no .tar in {path}; check source.path")
-    return names
-
-
-def label_of(members: dict[str, bytes], what: str) -> int | None:
-    """The label of a sample, None without.
-
-    Raises:
-        DataError: what stands for a label is none.
-    """
-    if "cls" in members:
-        return as_label(members["cls"], what)
-    try:
-        label = json.loads(members["json"]).get("label") if "json" in members else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return None if label is None else as_label(label, what)
 
 
 class TarSource(EncodedSource):
     """Images of foreign WebDataset tars, to be packed again.
 
+    It holds about a hundred bytes for each image. Its digest is that of the digests of all tars, in their order.
+
     Args:
-        path: folder or URL of the tars.
+        config: path, and what of a sample is the image and the label.
+        split: which tars are which split.
         shaping: what is done to sizes.
+        num_workers: processes that scan the tars.
 
     Raises:
         DataError: no tars, a damaged one, or labels for some samples only.
     """
 
-    def __init__(self, path: str, shaping: Shaping) -> None:
-        self._path = path
-        self.is_remote = storage.is_remote(path)
-        self._samples: list[tuple[str, TarSample]] = []
-        labels: list[int | None] = []
-        content = hashlib.sha256()
-        names = tar_names(path)
-        with telemetry.progress_bar(len(names), "scan", unit="tar") as bar:
-            for name in names:
-                location = storage.join(path, name)
-                samples = scan_tar(location)
-                # One read of the tar, since its samples lie in a row; packing then reads them in another order.
-                with storage.open_seekable(location) as stream:
-                    for sample in samples:
-                        stream.seek(sample.start)
-                        part = stream.read(sample.stop - sample.start)
-                        content.update(part)
-                        self._samples.append((name, sample))
-                        labels.append(label_of(_members_of(part, f"{name}:{sample.key}"), f"{name}:{sample.key}"))
-                bar.update(1)
-        given = check_labels(labels, [f"{name}:{sample.key}" for name, sample in self._samples])
+    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping, num_workers: int = 1) -> None:
+        found = find_tars(config.path or "")
+        self._root = found.root
+        self.is_remote = storage.is_remote(found.root)
+        roles = roles_of_files(found.names, split, "tars")
+        skipped = [name for name, role in zip(found.names, roles, strict=True) if role == "ignore"]
+        used = [(name, role) for name, role in zip(found.names, roles, strict=True) if role != "ignore"]
+        if not used:
+            raise DataError(f"split.ignore must leave some tars of {config.path} (got all {len(skipped)}); narrow it")
+        scan = partial(scan_tar, root=found.root, rules=Rules.of(config))
+        scanned = list(_scanned(scan, [name for name, _ in used], num_workers))
+        _check_images(scanned, config)
+        settled, tars = _settled([(tar, role) for tar, (_, role) in zip(scanned, used, strict=True)], split)
+        class_names, labels = _classes([tar for tar, _ in tars], config)
+        self._set_places([tar for tar, _ in tars])
+        self.ignored = sum((tar.ignored for tar in scanned), found.ignored)
+        self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped), *_unlabelled(scanned, class_names))
+        is_file = len(found.names) == 1 and found.root != config.path
+        name = storage.base_name(found.names[0] if is_file else found.root)
         super().__init__(
             shaping,
-            name=storage.base_name(path),
-            description="WebDataset tars",
-            class_names=numbered_classes(given) if labels[0] is not None else (),
-            labels=given,
-            digest=content.hexdigest(),
+            name=name.removesuffix(".tar"),
+            description="WebDataset tars" + (f", {settled.words}" if settled.words else ""),
+            class_names=class_names,
+            labels=labels,
+            digest=storage.digest(f"{[(tar.name, tar.sha256) for tar, _ in tars]} {class_names}".encode()),
+            official=settled.codes([role for tar, role in tars for _ in range(len(tar)) if role is not None]),
         )
 
     def encoded(self, number: int) -> bytes:
         """The image member."""
-        members = self._members(number)
-        extension = image_extension(members)
-        if extension is None:
-            raise BadImage(f"{self.place(number)} has no image (members: {', '.join(sorted(members))}); remove it")
-        return members[extension]
+        start, size = self._images[number].tolist()
+        content = storage.read_range(storage.join(self._root, self._tar_of(number)), start, start + size)
+        if len(content) < size:
+            raise BadImage(f"{self.place(number)} ends early ({len(content)} of {size} bytes); replace the tar")
+        return content
 
     def origin(self, number: int) -> str:
         """Tar and key."""
-        name, sample = self._samples[number]
-        return f"{name}:{sample.key}"
+        key = self._keys[self._key_ends[number] : self._key_ends[number + 1]]
+        return f"{self._tar_of(number)}:{key.decode(errors='surrogateescape')}"
 
     def place(self, number: int) -> str:
         """Where the tar is, and the key."""
-        return f"{self._path.rstrip('/')}/{self.origin(number)}"
+        return f"{self._root.rstrip('/')}/{self.origin(number)}"
 
-    def _members(self, number: int) -> dict[str, bytes]:
-        name, sample = self._samples[number]
-        content = storage.read_range(storage.join(self._path, name), sample.start, sample.stop)
-        return _members_of(content, self.place(number))
+    def _tar_of(self, number: int) -> str:
+        return self._names[int(np.searchsorted(self._ends, number, side="right"))]
+
+    def _set_places(self, tars: Sequence[ScannedTar]) -> None:
+        """Where images are, in arrays: objects for every sample would cost a worker gigabytes."""
+        self._names = [tar.name for tar in tars]
+        self._ends = np.cumsum([len(tar) for tar in tars])
+        self._images = np.concatenate([tar.places[:, 2:] for tar in tars])
+        keys = [key.encode(errors="surrogateescape") for tar in tars for key in tar.keys]
+        self._keys = b"".join(keys)
+        self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
 
 
-def _members_of(content: bytes, what: str) -> dict[str, bytes]:
-    try:
-        return members_of(content)
-    except (tarfile.TarError, ValueError, KeyError) as error:
-        raise BadImage(f"{what} cannot be read ({' '.join(str(error).split())}); replace the tar") from error
+def _scanned(scan: "partial[ScannedTar]", names: Sequence[str], num_workers: int) -> Iterator[ScannedTar]:
+    with telemetry.progress_bar(len(names), "scan", unit="tar") as bar:
+        for tar in in_workers(scan, names, num_workers):
+            yield tar
+            bar.update(1)
 
 
-def check_labels(labels: list[int | None], names: list[str]) -> NDArray[np.int64]:
-    """Labels as an array; zeros where no sample has any.
+def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
+    if not any(map(len, tars)):
+        raise DataError(
+            f"no sample of {config.path} has an image (for one, {tars[0].without.example or tars[0].name}); check "
+            f"source.path and source.image_member"
+        )
+    if config.label_column is not None and all(label is None for tar in tars for label in tar.labels):
+        found = list(dict.fromkeys(extension for tar in tars for extension in tar.extensions))
+        raise DataError(
+            f"source.label_column must name a member or a field of the json (got {config.label_column!r}, which holds "
+            f"no label in {config.path}; members: {', '.join(found[:10])}); correct it"
+        )
+
+
+def _settled(
+    tars: list[tuple[ScannedTar, Role | None]], split: SplitConfig
+) -> tuple[Settled, list[tuple[ScannedTar, Role | None]]]:
+    """What is packed of the splits that were found, and its tars."""
+    groups: dict[Role, Group] = {}
+    for tar, role in tars:
+        if role is not None and len(tar):
+            group = groups.setdefault(role, Group())
+            group.names.append(tar.name)
+            group.num_images += len(tar)
+            group.labelled = group.labelled or any(label is not None for label in tar.labels)
+    for role in groups or (None,):
+        _check_all_labelled([tar for tar, its_role in tars if its_role == role])
+    settled = settle(groups, split)
+    return settled, [(tar, role) for tar, role in tars if len(tar) and (not groups or role in settled.packed)]
+
+
+def _check_all_labelled(tars: Sequence[ScannedTar]) -> None:
+    """See that all samples of a split have labels, or none.
 
     Raises:
-        DataError: some samples have labels, others none.
+        DataError: some have.
     """
-    missing = [name for name, label in zip(names, labels, strict=True) if label is None]
-    if missing and len(missing) < len(labels):
-        raise DataError(f"all samples must have labels, or none (got none for {missing[0]}); label or remove it")
-    return np.array([label or 0 for label in labels], dtype=np.int64)
+    labels = {label for tar in tars for label in tar.labels}
+    if None not in labels or len(labels) == 1:
+        return
+    tar = next(tar for tar in tars if None in tar.labels)
+    key = tar.keys[int(np.flatnonzero(tar.codes == tar.labels.index(None))[0])]
+    raise DataError(
+        f"all samples must have labels, or none (got none for {tar.name}:{key}); label or remove it, or leave its tar "
+        f"out with split.ignore"
+    )
+
+
+def _classes(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and labels of all samples; no names and zeros without labels."""
+    labels = [tar.labels[code] for tar in tars for code in tar.codes.tolist()]
+    given = [label for label in labels if label is not None]
+    if not given and config.label_names is not None:
+        raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")
+    if not given:
+        return (), np.zeros(len(labels), dtype=np.int64)
+    names = read_label_names(config.label_names) if config.label_names is not None else None
+    return classes_of_labels(given, names, config.path or "")
+
+
+def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
+    """Lines about what is in a source and not packed, whatever its split."""
+    lines: list[str] = []
+    if skipped:
+        lines.append(f"left out: {Group(list(skipped)).words} (split.ignore)")
+    number = sum(tar.without.number for tar in tars)
+    if number:
+        example = next(tar.without.example for tar in tars if tar.without.number)
+        lines.append(f"warning: left out: {counted(number, 'sample')} without an image, for one, {example}")
+    return lines
+
+
+def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
+    """A line about members that may hold labels, where none were found."""
+    found = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
+    others = [one for one in found if one != "cls" and one.rpartition(".")[2] not in IMAGE_EXTENSIONS]
+    if class_names or not others:
+        return []
+    return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
 
 
 @dataclass(frozen=True)
 class IndexedTars:
-    """What indexing found: the records of the tars, the side of their images, their channels and their labels."""
+    """What indexing found.
+
+    Args:
+        records: of the tars.
+        indexes: bytes of their indexes.
+        size_pixels: side of the images.
+        num_channels: of the images.
+        class_names: empty without labels.
+        ignored: members that belong to no sample, by kind.
+    """
 
     records: tuple[ShardRecord, ...]
     indexes: tuple[bytes, ...]
     size_pixels: int
     num_channels: int
-    labels: NDArray[np.int64]
-    labelled: bool
+    class_names: tuple[str, ...]
+    ignored: Counter[str]
 
 
-def index_tars(path: str, reading: Reading) -> IndexedTars:
-    """Index tars where they lie; holds one sample at a time and writes nothing.
+@dataclass(frozen=True)
+class _IndexedTar:
+    scanned: ScannedTar
+    record: ShardRecord
+    index: bytes
+    shapes: dict[tuple[int, int, int], str]
 
-    Args:
-        path: folder or URL of the tars.
-        reading: how their images will be read.
+
+def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> IndexedTars:
+    """Index the tars of a folder where they lie; a worker holds one sample at a time, and nothing is written.
 
     Raises:
-        DataError: tars that cannot be a data set as they are: damaged, other sizes or channels, labels not in .cls.
+        DataError: tars that cannot be a data set as they are: damaged, of several splits, of other sizes or channels,
+            or with images or labels that training would not find.
     """
-    records: list[ShardRecord] = []
-    indexes: list[bytes] = []
-    labels: list[int | None] = []
-    names: list[str] = []
-    shapes: dict[tuple[int, int, int], str] = {}
-    for name in tar_names(path):
-        location = storage.join(path, name)
-        if not _FILE_NAME.fullmatch(name):
-            raise DataError(f"a shard needs a plain name of letters, digits and ._- (got {name!r}); rename it")
-        samples = scan_tar(location)
-        # What lies between two samples, say a folder, belongs to the one before, so that samples stay contiguous.
-        offsets = [*(sample.start for sample in samples), samples[-1].stop]
-        sums: list[int] = []
-        for number, sample in enumerate(samples):
-            part = storage.read_range(location, offsets[number], offsets[number + 1])
-            sums.append(checksum(part))
-            what = f"{location}:{sample.key}"
-            members = _members_of(part, what)
-            shapes.setdefault(_shape_of(members, what, reading), what)
-            labels.append(label_of(members, what))
-            if labels[-1] is not None and "cls" not in members:
-                raise DataError(f"labels must be in .cls (got one in the .json of {what}); leave out source.in_place")
-            names.append(what)
-        index = ShardIndex(np.array(offsets, np.int64), np.array(sums, np.uint64)).to_bytes()
-        records.append(
-            ShardRecord(
-                file=name,
-                samples=len(samples),
-                bytes=storage.size_bytes(location),
-                sha256=_digest_of(location),
-                index_sha256=storage.digest(index),
-            )
-        )
-        indexes.append(index)
-    given = check_labels(labels, names)
+    path = config.path or ""
+    if storage.exists(path) and not storage.is_folder(path):
+        raise DataError(f"source.in_place needs a folder of tars (got {path}); give the folder")
+    found = tars_of_folder(path)
+    names = found.names
+    _check_names(names, path)
+    index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
+    with telemetry.progress_bar(len(names), "index", unit="tar") as bar:
+        tars: list[_IndexedTar] = []
+        for tar in in_workers(index, names, num_workers):
+            tars.append(tar)
+            bar.update(1)
+    scanned = [tar.scanned for tar in tars]
+    _check_all_labelled(scanned)
+    class_names, _ = _classes(scanned, config)
+    shapes = {shape: what for tar in reversed(tars) for shape, what in tar.shapes.items()}
     sizes = {shape[1:] for shape in shapes}
-    channels = max(shape[0] for shape in shapes)
     if len(sizes) > 1 or any(height != width for height, width in sizes):
-        found = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
-        raise DataError(f"images must be squares of one size (got {found}); leave out source.in_place to pack again")
+        got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
+        raise DataError(f"images must be squares of one size (got {got}); leave out source.in_place to pack again")
     return IndexedTars(
-        tuple(records), tuple(indexes), next(iter(sizes))[0], channels, given, labelled=labels[0] is not None
+        records=tuple(tar.record for tar in tars),
+        indexes=tuple(tar.index for tar in tars),
+        size_pixels=next(iter(sizes))[0],
+        num_channels=max(shape[0] for shape in shapes),
+        class_names=class_names,
+        ignored=sum((tar.ignored for tar in scanned), found.ignored),
     )
 
 
-def _digest_of(location: str) -> str:
-    with storage.local_copy(location) as copy:
-        return storage.digest(copy)
+def _check_names(names: Sequence[str], path: str) -> None:
+    """See that a manifest can name the tars, and that they are of one split."""
+    roles = {role_of(name.removesuffix(".tar")): name for name in reversed(names)}
+    if len(roles) > 1:
+        found = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())
+        raise DataError(
+            f"a data set in place has one split (got {found} of {path}); move each split to a folder of its own, or "
+            f"leave out source.in_place to pack them again"
+        )
+    for name in names:
+        if not _FILE_NAME.fullmatch(name):
+            raise DataError(f"a shard needs a plain name of letters, digits and ._- (got {name!r}); rename it")
 
 
-def _shape_of(members: dict[str, bytes], what: str, reading: Reading) -> tuple[int, int, int]:
+def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _IndexedTar:
+    location = storage.join(root, name)
+    scanned = scan_tar(name, root, rules)
+    again = "leave out source.in_place to pack them again"
+    if scanned.linked:
+        raise DataError(f"links cannot be read in place (got one in the sample {scanned.linked} of {root}); {again}")
+    if scanned.without.number or not len(scanned):
+        raise DataError(f"every sample must have an image ({scanned.without.example}); remove it, or {again}")
+    # What lies between two samples, say a folder, belongs to the one before, so that samples stay contiguous.
+    offsets = [*scanned.places[:, 0].tolist(), int(scanned.places[-1, 1])]
+    sums: list[int] = []
+    shapes: dict[tuple[int, int, int], str] = {}
+    for number, key in enumerate(scanned.keys):
+        part = storage.read_range(location, offsets[number], offsets[number + 1])
+        first = int(scanned.places[number, 2]) - offsets[number]
+        image = part[first : first + int(scanned.places[number, 3])]
+        what = f"{location}:{key}"
+        _check_as_read(_members_of(part, what), image, scanned.labels[int(scanned.codes[number])], what)
+        sums.append(checksum(part))
+        shapes.setdefault(image_size(image, what, reading), what)
+    index = ShardIndex(np.array(offsets, np.int64), np.array(sums, np.uint64)).to_bytes()
+    record = ShardRecord(
+        file=name,
+        samples=len(scanned),
+        bytes=storage.size_bytes(location),
+        sha256=scanned.sha256,
+        index_sha256=storage.digest(index),
+    )
+    return _IndexedTar(scanned, record, index, shapes)
+
+
+def _members_of(content: bytes, what: str) -> dict[str, bytes]:
+    try:
+        return members_of(content)
+    except (tarfile.TarError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{what} cannot be read in place ({reason}); leave out source.in_place to pack them again"
+        ) from error
+
+
+def _check_as_read(members: dict[str, bytes], image: bytes, label: int | str | None, what: str) -> None:
+    """See that training will read from a sample what was found in it.
+
+    Raises:
+        DataError: it would take another member for the image, or another label.
+    """
+    again = "leave out source.in_place to pack them again"
     extension = image_extension(members)
-    if extension is None:
-        raise DataError(f"{what} has no image (members: {', '.join(sorted(members))}); remove it")
-    return image_size(members[extension], what, reading)
+    if extension is None or members[extension] != image:
+        raise DataError(
+            f"the image of a sample in place must be the member that training reads first (got "
+            f"{', '.join(sorted(members))} for {what}, of which it reads {extension or 'none'}); {again}"
+        )
+    if label is None:
+        return
+    if "cls" not in members:
+        where = "the .json" if "json" in members else "another member"
+        raise DataError(f"labels must be in .cls (got one in {where} of {what}); {again}")
+    text = members["cls"].strip()
+    if not text.isdigit() or int(text) != label:
+        raise DataError(f"labels in place must be whole numbers in .cls (got {text[:20]!r} for {what}); {again}")

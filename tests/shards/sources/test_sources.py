@@ -112,7 +112,8 @@ def test_a_folder_in_a_store(tmp_path: Path) -> None:
 def test_the_filter_is_named_in_the_description(tmp_path: Path, resample: str) -> None:
     write(tmp_path / "a/1.png", (3, 8, 12))
     source = open_source(folder(tmp_path, resize="center_crop", size_pixels=4, resample=resample))
-    assert source.description == f"image folder, turned upright, transparency over white, short side to 4 pixels ({resample}), then centre crop"
+    read = "turned upright, transparency over white"
+    assert source.description == f"image folder, {read}, short side to 4 pixels ({resample}), then centre crop"
     assert source.image(0).shape == (3, 4, 4)
 
 

@@ -1,0 +1,199 @@
+"""Which tars a path means: those in a folder and below it, one tar, or the tars of a pattern."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.manifest import MANIFEST_NAME
+
+__all__ = ["FoundTars", "find_tars", "junk_kind", "refuse_compressed", "tars_of_folder"]
+
+_COMPRESSED = {
+    **dict.fromkeys((".tar.gz", ".tgz"), "gunzip"),
+    **dict.fromkeys((".tar.zst", ".tzst"), "zstd -d"),
+    **dict.fromkeys((".tar.xz", ".txz"), "unxz"),
+    **dict.fromkeys((".tar.bz2", ".tbz", ".tbz2"), "bunzip2"),
+    ".tar.lz4": "lz4 -d",
+}
+_MAGIC = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zXZ": "unxz", b"BZh": "bunzip2"}
+_WILD = re.compile(r"[*?\[]")
+_JUNK = re.compile(
+    r"(?:^|/)(?:(?P<fork>\._[^/]*)|(?P<hidden>\.(?!\.?(?:/|$))[^/]*)|(?P<mac>__MACOSX)(?:/.*|)"
+    r"|(?P<windows>(?i:thumbs\.db|desktop\.ini)))(?:/|$)"
+)
+
+
+def junk_kind(name: str) -> str | None:
+    """What computers leave beside files, by kind (``._*``, ``.DS_Store``, ``__MACOSX``); None for other names."""
+    found = _JUNK.search(name)
+    if found is None:
+        return None
+    return "._*" if found["fork"] else found["hidden"] or found["mac"] or found["windows"]
+
+
+@dataclass(frozen=True)
+class FoundTars:
+    """Tars of a source.
+
+    Args:
+        root: folder or URL that all of them are below.
+        names: their paths below it.
+        ignored: other files there, by kind.
+        lines: what a user must know of them, for the plan.
+    """
+
+    root: str
+    names: list[str]
+    ignored: Counter[str]
+    lines: tuple[str, ...] = ()
+
+
+def find_tars(path: str) -> FoundTars:
+    """The tars that ``source.path`` means.
+
+    Args:
+        path: a folder, a tar, or a pattern of tars: ``{000..031}`` and ``{a,b}`` as webdataset expands them, several
+            patterns with ``::`` between them, and ``*``, ``?``, ``[ab]`` for any text and ``**`` for any folders.
+
+    Raises:
+        DataError: there are none, one is missing, or one is compressed.
+    """
+    if storage.exists(path):
+        return _of_folder(path) if storage.is_folder(path) else _of_names([path])
+    if not _WILD.search(path) and not re.search(r"[{]|::", path):
+        raise DataError(f"there is no {path}; check source.path")
+    return _of_names([one for pattern in _expanded(path) for one in _matches(pattern, path)])
+
+
+def tars_of_folder(path: str) -> FoundTars:
+    """The tars that lie in a folder itself; those below it are counted among the other files.
+
+    Raises:
+        DataError: there are none, or one is compressed.
+    """
+    found = _of_folder(path)
+    names = [name for name in found.names if "/" not in name]
+    below = [name for name in found.names if "/" in name]
+    if not names:
+        raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder by itself")
+    return FoundTars(path, names, found.ignored + Counter({"tar in a folder below": len(below)}))
+
+
+def refuse_compressed(name: str, first: bytes = b"") -> None:
+    """See that a tar can be read at random.
+
+    Args:
+        name: of the tar.
+        first: its first bytes; by default the name alone counts.
+
+    Raises:
+        DataError: it is compressed.
+    """
+    command = next((tool for end, tool in _COMPRESSED.items() if name.lower().endswith(end)), None)
+    command = command or next((tool for magic, tool in _MAGIC.items() if first.startswith(magic)), None)
+    if command is not None:
+        raise DataError(
+            f"a tar must not be compressed, because its samples are read at random (got {name}); {command} it"
+        )
+
+
+def _of_folder(path: str) -> FoundTars:
+    files = [file.name for file in storage.walk(path)]
+    ignored: Counter[str] = Counter()
+    names: list[str] = []
+    for name in files:
+        junk = junk_kind(name)
+        if junk is None:
+            refuse_compressed(name)
+        if junk is None and name.lower().endswith(".tar"):
+            names.append(name)
+        else:
+            ignored[junk or _kind(name)] += 1
+    if not names:
+        raise DataError(f"no .tar in {path}; check source.path")
+    return _without_packed(FoundTars(path, names, ignored), files)
+
+
+def _without_packed(found: FoundTars, files: Sequence[str]) -> FoundTars:
+    """Without the data sets that were packed below the folder of a source, unless there is nothing else."""
+    packed = {name.rpartition("/")[0] for name in files if name.endswith(f"/{MANIFEST_NAME}")}
+    others = [name for name in found.names if name.rpartition("/")[0] not in packed]
+    if not packed or not others or len(others) == len(found.names):
+        return found
+    left = sorted(packed & {name.rpartition("/")[0] for name in found.names})
+    line = f"left out: {', '.join(left)} (packed data set); give it as source.path to pack it again"
+    return FoundTars(found.root, others, found.ignored, (line,))
+
+
+def _kind(name: str) -> str:
+    base = name.rpartition("/")[2]
+    return f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base
+
+
+def _of_names(paths: list[str]) -> FoundTars:
+    for path in paths:
+        refuse_compressed(path)
+    double, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"source.path must name every tar once (got {double} {times} times); correct the pattern")
+    folders = [path.rpartition("/")[0] for path in paths]
+    root = folders[0] if len(set(folders)) == 1 else _common(folders)
+    below = len(root) + 1 if root else 0
+    return FoundTars(root or ("/" if paths[0].startswith("/") else "."), [path[below:] for path in paths], Counter())
+
+
+def _common(folders: list[str]) -> str:
+    """The folder that all are below."""
+    parts = [folder.split("/") for folder in folders]
+    same = 0
+    while same < min(map(len, parts)) and len({part[same] for part in parts}) == 1:
+        same += 1
+    root = "/".join(parts[0][:same])
+    if "://" in folders[0] and not root.partition("://")[2]:
+        raise DataError(f"tars must be in one store (got {folders[0]} and {folders[-1]}); copy them to one")
+    return root
+
+
+def _expanded(path: str) -> list[str]:
+    """Patterns without braces."""
+    if not re.search(r"[{]|::", path):
+        return [path]
+    from webdataset.shardlists import expand_urls  # here, because it takes seconds and imports torch
+
+    try:
+        return [str(one) for one in expand_urls(path)]
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"source.path must be a folder, a tar or a pattern such as tars/{{00..31}}.tar (got {path}: {error}); "
+            f"correct it"
+        ) from error
+
+
+def _matches(pattern: str, path: str) -> list[str]:
+    """Tars that a pattern without braces means, sorted."""
+    if not _WILD.search(pattern):
+        if not storage.exists(pattern):
+            raise DataError(f"there is no {pattern} (of source.path={path}); check the pattern")
+        return [pattern]
+    parts = pattern.split("/")
+    fixed = next(number for number, part in enumerate(parts) if _WILD.search(part))
+    root = "/".join(parts[:fixed]) or ("/" if pattern.startswith("/") else ".")
+    files = storage.walk(root) if storage.is_folder(root) else []
+    names = [file.name for file in files if junk_kind(file.name) is None]
+    names = [name for name in names if _fits(name.split("/"), parts[fixed:])]
+    if not names:
+        raise DataError(f"source.path must match tars (got {pattern}, which matches nothing); correct it")
+    return [name if root == "." else f"{root.rstrip('/')}/{name}" for name in names]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, folder by folder; ``**`` is any number of folders."""
+    if not pattern or not parts:
+        return not pattern and not parts
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])

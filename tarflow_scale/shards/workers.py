@@ -1,0 +1,54 @@
+"""A function over many inputs, in this process or in several."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from tarflow_scale.errors import UserError
+from tarflow_scale.processes import die_with_parent
+
+__all__ = ["in_workers"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+_function_of_worker: list[Callable[[Any], Any]] = []
+
+
+def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int) -> Iterator[R]:
+    """Results in the order of the inputs, and errors too, whichever worker is faster.
+
+    Args:
+        function: of a module, or a `functools.partial` of one, or a method of an object that can be pickled; every
+            worker gets it once.
+        inputs: what it is applied to.
+        num_workers: processes; with one, or one input, everything happens here.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if num_workers <= 1 or len(inputs) <= 1:
+        yield from map(function, inputs)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would share open files and the threads of stores
+    pool = ProcessPoolExecutor(min(num_workers, len(inputs)), context, initializer=_start, initargs=(function,))
+    try:
+        yield from pool.map(_apply, inputs)
+    except BrokenProcessPool as error:
+        raise UserError(  # not DataError: what is packed stays, to go on from
+            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to go on"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    die_with_parent()
+    _function_of_worker[:] = [function]
+
+
+def _apply(one: Any) -> Any:
+    return _function_of_worker[0](one)
