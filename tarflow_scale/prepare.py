@@ -12,7 +12,6 @@ at a packed set: ``--check``, ``--stats``, ``--npz``.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +66,7 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     if not _missing(config, splits, recipe):  # and refuse what is not ours before anything is touched
         print(f"{path}: nothing to do, this data set is packed")
         return
-    with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
+    with nullcontext() if storage.is_remote(path) else exclusive(storage.local(path)):
         _pack(source, {split: splits[split] for split in _missing(config, splits, recipe)}, recipe, config)
 
 
