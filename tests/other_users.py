@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,11 @@ def run_as(user: int, *arguments: str, work: Callable[[], object] | None = None)
 
     def run() -> tuple[int, str]:
         said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with (
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            warnings.catch_warnings(record=True) as warned,
+        ):
             try:
                 os.umask(0o077)
                 os.setgroups([] if user == CAROL else [TEAM])
@@ -34,6 +39,8 @@ def run_as(user: int, *arguments: str, work: Callable[[], object] | None = None)
                 code = cli.main(arguments) if work is None else work()
             except BaseException as error:
                 return -1, f"{said.getvalue()}{error!r}"
+        for one in warned:  # pytest keeps them from standard error
+            said.write(warnings.formatwarning(one.message, one.category, one.filename, one.lineno))
         return code if isinstance(code, int) else 0, said.getvalue()
 
     return answer_within(_HANG_SECONDS, run)

@@ -17,20 +17,19 @@ from tests.registry.test_registry import FACTS
 BENCHMARKS = TOP / "evals" / "benchmarks"
 RACE = (
     "import os, sys, registry_faults\n"
-    "if __name__ == '__main__':\n"
-    "    try: os.link(__file__, sys.argv[1])\n"
-    "    except OSError as error: print(error.strerror)\n"
-    "    print(registry_faults.race(sys.argv[1], 50))\n"
+    "try: os.link('LICENSE', sys.argv[1])\n"
+    "except OSError as error: print(error.strerror)\n"
+    "print(registry_faults.race(sys.argv[1], 50, 'fork'))\n"
 )
 
 
 @needs_compiler
 def test_sixteen_processes_race_without_hard_links_and_one_wins_each_of_50_rounds(tmp_path: Path) -> None:
     pytest.importorskip("moto")
-    path, script = tmp_path / "registry", tmp_path / "race.py"
-    script.write_text(RACE)
+    path = tmp_path / "registry"
     result = subprocess.run(
-        [sys.executable, str(script), str(path)],
+        [sys.executable, "-c", RACE, str(path)],
+        cwd=TOP,
         env=os.environ | without_links("EPERM") | {"PYTHONPATH": f"{TOP}:{BENCHMARKS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -126,8 +126,7 @@ def test_one_unreadable_model_does_not_hide_the_others(team: Path) -> None:
     here = f"registry.path={path}"
     code, said = run_as(BOB, "models", "list", here)
     assert code == 0
-    table, lines = said.splitlines()[:4], said.splitlines()[4:]
-    assert sorted(line.split()[0] for line in [*table, *lines] if "@1" in line) == ["a@1", "c@1"]
+    assert [line.split()[0] for line in said.splitlines() if "@1 " in line] == ["a@1", "c@1"]
     (line,) = [line for line in said.splitlines() if "left out" in line]
     assert line.startswith(f"tarflow-scale: warning: a model is left out: cannot read {path}/b/")
     assert f"(Permission denied: {path}/b is drwx------ of root:root)" in line
