@@ -11,7 +11,7 @@ Events are added, never changed, so a command that was killed did all or nothing
 import json
 from typing import Any
 
-from tarflow_scale import telemetry
+from tarflow_scale import storage, telemetry
 from tarflow_scale.config import ModelsConfig
 from tarflow_scale.errors import ConfigError, RegistryError, StorageError
 from tarflow_scale.records import MetricsReport, ModelVersion
@@ -163,8 +163,10 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
         return
     marker = Store(config.registry.path).init(config.command.single_writer, config.command.shared)
     how = "one process alone may write" if marker.single_writer else marker.checked or "a local file system"
-    also = {"umask": "", "group": "; its group may write", "all": "; its group may write, all may read"}
-    print(f"{config.registry.path} is a registry ({how}{also[marker.shared]})")
+    if marker.shared != "umask":
+        group = storage.group_of(storage.local(config.registry.path))
+        how += f"; group {group} may read and write{', all may read' if marker.shared == 'all' else ''}"
+    print(f"{config.registry.path} is a registry ({how})")
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:

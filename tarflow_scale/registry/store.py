@@ -5,9 +5,11 @@ claimed: by create-if-absent where the store was seen to have it, or by check-th
 It also says for whom every writer sets the modes of files and folders, as git's ``core.sharedRepository`` does.
 """
 
+import stat
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -118,11 +120,24 @@ class Store:
         root = storage.local(self.path)
         with storage.explained(self.path, "write"):
             storage.make_folder(root, bits)
-            storage.share(root, bits)
-            if root.stat().st_mode & bits != bits:
+            try:
+                storage.share(root, bits)
+            except PermissionError as error:
+                raise RegistryError(
+                    f"{self.path} must let its group write and hand its group on (got {storage.described(root)}); have "
+                    f"its owner run this command, or chmod g+rwxs"
+                ) from error
+            mode = root.stat().st_mode
+            if mode & bits != bits:
                 raise RegistryError(
                     f"{self.path} must be on a file system that keeps modes (got {storage.described(root)} after "
                     f"chmod); leave out command.shared and set the modes when it is mounted"
+                )
+            if not mode & stat.S_ISGID:
+                warnings.warn(
+                    f"{self.path} does not hand its group on ({storage.described(root)} after chmod g+s); what others "
+                    f"write may have their own group",
+                    stacklevel=3,
                 )
 
     def _share_all(self, bits: int) -> None:

@@ -33,7 +33,7 @@ from tarflow_scale.storage.folders import (
     share,
     walk,
 )
-from tarflow_scale.storage.paths import PARTIAL, base_name, described, explained, is_remote, join, local
+from tarflow_scale.storage.paths import PARTIAL, base_name, described, explained, group_of, is_remote, join, local
 
 __all__ = [
     "PARTIAL",
@@ -45,6 +45,7 @@ __all__ = [
     "digest",
     "exists",
     "explained",
+    "group_of",
     "is_folder",
     "is_remote",
     "join",

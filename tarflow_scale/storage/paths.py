@@ -1,7 +1,6 @@
 """Where things are: local paths and URLs, the file system behind a URL, and errors that name the location."""
 
 import errno
-import grp
 import os
 import pwd
 import re
@@ -13,7 +12,18 @@ from typing import Any
 
 from tarflow_scale.errors import StorageError, UserError
 
-__all__ = ["PARTIAL", "base_name", "described", "explained", "filesystem", "is_remote", "join", "local", "local_name"]
+__all__ = [
+    "PARTIAL",
+    "base_name",
+    "described",
+    "explained",
+    "filesystem",
+    "group_of",
+    "is_remote",
+    "join",
+    "local",
+    "local_name",
+]
 
 PARTIAL = ".partial"
 """End of the name of a local file that is being written."""
@@ -123,11 +133,15 @@ def described(path: Path) -> str:
         owner = pwd.getpwuid(facts.st_uid).pw_name
     except KeyError:  # as in a container that has no name for it
         owner = str(facts.st_uid)
+    return f"{stat.filemode(facts.st_mode)} of {owner}:{group_of(path)}"
+
+
+def group_of(path: Path) -> str:
+    """Name of the group of a local file or folder, or its number where it has none."""
     try:
-        group = grp.getgrgid(facts.st_gid).gr_name
+        return path.group()
     except KeyError:
-        group = str(facts.st_gid)
-    return f"{stat.filemode(facts.st_mode)} of {owner}:{group}"
+        return str(path.stat().st_gid)
 
 
 def _words(error: Exception) -> str:

@@ -44,7 +44,7 @@ def test_a_group_reads_and_writes_what_a_writer_with_umask_077_left(team: Path) 
     path = team / "new" / "registry"
     here = f"registry.path={path}"
     code, said = run_as(ALICE, "models", "init", here, "command.shared=group")
-    assert (code, said.endswith("; its group may write)\n")) == (0, True), said
+    assert (code, said.endswith(f"; group {TEAM} may read and write)\n")) == (0, True), said
     assert run_as(ALICE, work=lambda: register(path, "m", 0))[0] == 0
 
     assert run_as(BOB, "models", "list", here)[0] == 0
@@ -73,6 +73,20 @@ def test_a_group_reads_and_writes_what_a_writer_with_umask_077_left(team: Path) 
     code, said = run_as(CAROL, "models", "list", here)
     assert code == 2
     assert f"(Permission denied: {team} is drwxrws--- of root:{TEAM})" in said
+
+
+@needs_root
+def test_a_folder_of_somebody_else_must_be_ready_to_be_shared(team: Path) -> None:
+    team.chmod(0o770)
+    assert run_as(ALICE, "models", "init", f"registry.path={team}", "command.shared=group") == (
+        2,
+        f"tarflow-scale: error: {team} must let its group write and hand its group on (got drwxrwx--- of root:{TEAM}); "
+        f"have its owner run this command, or chmod g+rwxs\n",
+    )
+    assert list(team.iterdir()) == []
+    team.chmod(0o2770)
+    assert run_as(ALICE, "models", "init", f"registry.path={team}", "command.shared=group")[0] == 0
+    assert modes(team) == {".": 0o2770, "registry.json": 0o660}
 
 
 @needs_root
