@@ -72,7 +72,7 @@ class Store:
         Raises:
             RegistryError: of a later version of this package.
         """
-        if self._marker is None:
+        if self._marker is None or not storage.is_remote(self.path):  # `init` may set another mode at any time
             location = storage.join(self.path, _MARKER)
             content = storage.read_if_there(location)
             if content is not None:
@@ -181,8 +181,8 @@ class Store:
 
     def replace(self, location: str, content: bytes) -> None:
         """Write or replace a file, with the mode of this registry."""
-        marker = self.marker() or self._first_write()
-        storage.write_bytes(location, content, _BITS[marker.shared])
+        marker = self.marker()
+        storage.write_bytes(location, content, _BITS[marker.shared] if marker else 0)
 
     def _create(self, location: str, content: bytes, marker: Marker) -> bool:
         bits = _BITS[marker.shared]
@@ -242,6 +242,8 @@ class Store:
 
     def keep(self, content: bytes) -> FileRecord:
         """Keep content under its digest; an event may name it from here on."""
+        if self.marker() is None:
+            self._first_write()  # before any file, because it may refuse the store
         record = FileRecord(sha256=storage.digest(content), bytes=len(content))
         location = self.blob(record.sha256)
         written = storage.modified_seconds(location)

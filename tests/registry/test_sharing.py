@@ -200,6 +200,27 @@ def test_without_a_mode_the_umask_decides_as_before(tmp_path: Path) -> None:
     assert Registry(registry.path, "m").register({"w": b"2"}, FACTS, "").version == 2
 
 
+def test_a_writer_follows_when_a_registry_is_shared_meanwhile(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        store = Store(str(tmp_path / "r"))
+        early = store.keep(b"early")
+        Store(store.path).init(shared="group")
+        late = store.keep(b"late")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(Path(store.blob(one.sha256)).stat().st_mode) for one in (early, late)} == {0o660}
+
+
+def test_reading_a_registry_without_a_marker_makes_none(tmp_path: Path) -> None:
+    registry = registry_with(tmp_path, 51)
+    for name in ("registry.json", "m/_snapshot"):
+        (tmp_path / name).unlink()
+    assert len(Registry(registry.path, "m").state().versions) == 51
+    assert (tmp_path / "m/_snapshot").exists()
+    assert not (tmp_path / "registry.json").exists()
+
+
 def test_a_mode_is_for_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     where = f"registry.path=memory://{tmp_path.name}"
     assert cli.main(["models", "init", where, "command.shared=group"]) == 2
