@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Interrupted",
+    "NotExclusive",
     "NumericsError",
     "PlanError",
     "PromotionRefused",
@@ -40,6 +41,10 @@ class DataError(UserError):
 
 class StorageError(UserError):
     """A path or URL cannot be read or written."""
+
+
+class NotExclusive(StorageError):
+    """A file system has no way to create a file that only one of several writers gets."""
 
 
 class Interrupted(UserError):

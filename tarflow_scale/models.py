@@ -1,7 +1,8 @@
 """Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model.
 
 A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
-``init`` tries whether the store gives one winner of many writers; ``list``, ``show`` and ``diff`` look; ``verify``
+``init`` tries whether the store gives one winner of many writers, and ``command.shared=group`` lets a group use it,
+whatever the umask of each writer; ``list``, ``show`` and ``diff`` look; ``verify``
 reads every event and file; ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each; ``collect`` lists
 what nothing needs, and removes it with ``command.delete=true``. `tarflow_scale.exchange` has ``export`` and ``import``.
 Events are added, never changed, so a command that was killed did all or nothing; ``collect`` is run again.
@@ -10,11 +11,11 @@ Events are added, never changed, so a command that was killed did all or nothing
 import json
 from typing import Any
 
-from tarflow_scale import telemetry
+from tarflow_scale import storage, telemetry
 from tarflow_scale.config import ModelsConfig
-from tarflow_scale.errors import ConfigError, RegistryError
+from tarflow_scale.errors import ConfigError, RegistryError, StorageError
 from tarflow_scale.records import MetricsReport, ModelVersion
-from tarflow_scale.registry import Registry, Store, collection, resolve
+from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
 
 __all__ = [
     "alias",
@@ -36,12 +37,16 @@ _MIB = 1024**2
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
-    """Print every version of every model of the registry (or of the one named), newest first, with its numbers."""
+    """Print every version of every model of the registry (or of the one named), newest first, with its numbers.
+
+    A model that cannot be read is left out, with a warning.
+    """
     del dry_run  # there is nothing to change
     rows: list[tuple[str, ...]] = []
     wanted = config.registry.model
-    for model in [wanted] if wanted else Registry.models(config.registry.path):
-        state = Registry(config.registry.path, model).state()
+    path = config.registry.path
+    states = {wanted: Registry(path, wanted).state()} if wanted else readable_models(path)
+    for model, state in states.items():
         for number in sorted(state.versions, reverse=True):
             version = state.versions[number]
             held = ", ".join(sorted(alias for alias, holder in state.aliases.items() if holder == number))
@@ -127,7 +132,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
         registry = Registry(path, model)
         try:
             state = registry.replayed()
-        except RegistryError as error:
+        except (RegistryError, StorageError) as error:
             problems.append(str(error))
             continue
         events += state.number
@@ -148,16 +153,19 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: try whether the store gives one winner of many writers.
+    """Make a registry: try whether the store gives one winner of many writers, and set for whom modes are set.
 
     Raises:
-        RegistryError: it does not, and no single writer was promised.
+        RegistryError: it does not, and no single writer was promised; it has no modes, or files of other users.
     """
     if dry_run:
         print(f"dry run: would try create-if-absent below {config.registry.path}")
         return
-    marker = Store(config.registry.path).init(config.command.single_writer)
+    marker = Store(config.registry.path).init(config.command.single_writer, config.command.shared)
     how = "one process alone may write" if marker.single_writer else marker.checked or "a local file system"
+    if marker.shared != "umask":
+        group = storage.group_of(storage.local(config.registry.path))
+        how += f"; group {group} may read and write{', all may read' if marker.shared == 'all' else ''}"
     print(f"{config.registry.path} is a registry ({how})")
 
 

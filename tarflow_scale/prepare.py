@@ -13,7 +13,6 @@ packing writes. Looking at a packed set: ``--check``, ``--stats``, ``--npz``.
 import functools
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +73,7 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     if not _missing(config, splits, recipe):  # and refuse what is not ours before anything is touched
         print(f"{path}: nothing to do, this data set is packed")
         return
-    with nullcontext() if storage.is_remote(path) else exclusive(Path(path)):
+    with nullcontext() if storage.is_remote(path) else exclusive(storage.local(path)):
         missing = _missing(config, splits, recipe)
         dropped = None
         if config.split.near_duplicates == "drop":

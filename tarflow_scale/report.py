@@ -20,7 +20,7 @@ from tarflow_scale.pages.charts import Points
 from tarflow_scale.pages.html import Page, html_page
 from tarflow_scale.pages.markdown import markdown
 from tarflow_scale.pages.ranking import Entry, Ranking, rank
-from tarflow_scale.registry import Registry
+from tarflow_scale.registry import Registry, readable_models
 
 __all__ = ["run"]
 
@@ -33,9 +33,9 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     """
     report = config.report
     entries = [
-        Entry(registry, model, Registry(registry, model).state())
+        Entry(registry, model, state)
         for registry in report.registries
-        for model in Registry.models(registry)
+        for model, state in readable_models(registry).items()
     ]
     rankings: list[Ranking] = []
     for path in report.leaderboards:

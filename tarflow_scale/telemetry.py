@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import unicodedata
+import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata, util
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
+_WANDB_ID = "wandb-id.json"
 
 
 class JsonLog:
@@ -118,13 +120,52 @@ def open_log(
         if wandb_project is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            name = folder.resolve().name
             run = wandb.init(
-                project=wandb_project, name=name, id=name, resume="allow", dir=str(folder), config=dict(facts)
+                project=wandb_project,
+                name=folder.resolve().name,
+                id=_wandb_id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=dict(facts),
             )
             stack.callback(run.finish)
             sinks.append(lambda record: run.log(dict(record), step=record["images"]))
         yield Log(sinks)
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of this folder's run of Weights & Biases: random, made once, and kept in ``wandb-id.json``.
+
+    A folder that was moved, restored or mounted elsewhere has the path or the inode that the file names, and goes on
+    with its run. A copy has neither and becomes a run of its own; otherwise two runs would write to one.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    kept, inode = folder / _WANDB_ID, folder.stat().st_ino
+    path = str(folder.resolve())
+    if kept.exists():
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+            identity, is_copy = str(before["id"]), path != before["path"] and inode != before["inode"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{kept} must name a run of Weights & Biases (got {type(error).__name__}); remove it to start another"
+            ) from error
+        if is_copy:
+            print(f"{folder} is a copy of {before['path']}: a new run of Weights & Biases", file=sys.stderr, flush=True)
+            identity = uuid.uuid4().hex
+    elif (folder / "wandb").is_dir():  # of an earlier version of this package, which took the name
+        identity = folder.resolve().name
+    else:
+        identity = uuid.uuid4().hex
+    staged = kept.with_name(f".{kept.name}.partial")
+    with staged.open("w", encoding="utf-8") as file:
+        json.dump({"id": identity, "path": path, "inode": inode}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(kept)
+    return identity
 
 
 def _each_number(record: Mapping[str, Any], write: Callable[[str, float, int], None]) -> None:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     device = start_process_group(config.training.threads)
     check_shared(config.logging.path, device)
     with ExitStack() as held:
-        distributed.from_main(lambda: held.enter_context(exclusive(Path(config.logging.path), STOP_SECONDS)))
+        distributed.from_main(lambda: held.enter_context(exclusive(storage.local(config.logging.path), STOP_SECONDS)))
         _train(config, mix, manifest, validation, device, num_parameters)
     distributed.barrier()
     distributed.shut_down()
@@ -117,7 +116,7 @@ def _train(
         slots=_own_slots(mix.num_slots),
         config=config.data,
         seed=config.training.seed,
-        quarantine_path=f"{config.logging.path}/quarantine-{distributed.rank():05d}.jsonl",
+        quarantine_path=str(storage.local(config.logging.path) / f"quarantine-{distributed.rank():05d}.jsonl"),
         pin_memory=device.type == "cuda",
     )
     _initialize(flow.to(device), reader, config)
@@ -173,7 +172,7 @@ def _recorded(config: TrainConfig, progress: Progress, total_images: int) -> Gen
     status("running")
     try:
         with telemetry.open_log(
-            Path(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
+            storage.local(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
         ) as log:
             yield log
     except Interrupted as error:

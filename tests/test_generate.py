@@ -21,6 +21,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import Trained, command
+from tests.linkless import needs_compiler, without_links
 
 
 def arguments(trained: Trained, path: Path, *more: str) -> list[str]:
@@ -65,6 +66,24 @@ def test_the_result_is_a_data_set_that_can_be_read_and_trained_on(generated: Pat
     assert batch.images.shape == (150, 1, 8, 8)
     assert (batch.images % 17 == 0).all()
     assert shards.manifest.split == "generated"
+
+
+@needs_compiler
+def test_prepare_and_generate_without_hard_links(
+    trained: Trained, digits: Path, generated: Path, tmp_path: Path
+) -> None:
+    environment = without_links("EPERM")
+    packing = ["prepare", "source.kind=digits", f"shards.path={tmp_path}/packed", "shards.samples_per_shard=200"]
+    packed = command(*packing, environment=environment)
+    assert (packed.returncode, packed.stderr) == (0, "")
+    assert content(tmp_path / "packed") == content(digits)
+    made = command(*arguments(trained, tmp_path / "made"), environment=environment)
+    assert made.returncode == 0, made.stderr
+    assert content(tmp_path / "made") == content(generated)
+    refused = command(*arguments(trained, tmp_path / "no"), environment=without_links("EPERM", "EINVAL"))
+    assert refused.returncode == 2
+    assert f"{tmp_path}/no must be on a file system with hard links or RENAME_NOREPLACE" in refused.stderr
+    assert list((tmp_path / "no").iterdir()) == []
 
 
 def test_running_it_again_does_nothing(trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -313,6 +313,23 @@ def test_a_second_prepare_into_the_same_folder_is_refused(tmp_path: Path, capsys
     assert cli.main(arguments) == 0
 
 
+@pytest.mark.parametrize("spelling", ["~", "file"])
+def test_the_lock_is_where_the_shards_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spelling: str
+) -> None:
+    arguments = write_classes(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = "~/out" if spelling == "~" else f"file://{tmp_path}/out"
+    with exclusive(tmp_path / "out"):
+        assert cli.main([*arguments, f"shards.path={path}"]) == 2
+    assert "takes one writer at a time" in capsys.readouterr().err
+    assert cli.main([*arguments, f"shards.path={path}"]) == 0
+    assert ShardSet(f"{tmp_path}/out/train").manifest.num_images
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_a_killed_prepare_leaves_no_process_and_no_temporary_file(tmp_path: Path) -> None:
     """Of its workers nothing may go on to write; of the copy of a table's images nothing may stay."""
     some = np.random.default_rng(0).integers(0, 256, (60, 3, 64, 64), np.uint8)

@@ -1,13 +1,15 @@
 """Storage: local paths and URLs behave alike; what can be read is whole."""
 
+import errno
 import multiprocessing
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from tarflow_scale import storage
-from tarflow_scale.errors import StorageError
+from tarflow_scale.errors import NotExclusive, StorageError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -49,6 +51,66 @@ def test_only_old_temporary_files_are_abandoned(tmp_path: Path) -> None:
     storage.remove_abandoned(str(tmp_path))
     assert storage.list_names(str(tmp_path)) == [".old", ".young.partial", "old.tar"]
     storage.remove_abandoned(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_create_has_one_winner_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    assert storage.create(str(tmp_path / "once"), b"first")
+    assert not storage.create(str(tmp_path / "once"), b"second")
+    assert (tmp_path / "once").read_bytes() == b"first"
+    test_create_has_one_winner_among_processes(tmp_path / "race")
+    monkeypatch.setattr("tarflow_scale.storage.files._rename_unless_there", refused)
+    with pytest.raises(NotExclusive, match="must be on a file system with hard links or RENAME_NOREPLACE"):
+        storage.create(str(tmp_path / "other"), b"first")
+    assert storage.list_names(str(tmp_path)) == ["once", "race"]
+
+
+def test_only_what_a_file_system_lacks_is_done_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        storage.create(str(tmp_path / "file"), b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_files_and_folders_have_their_mode_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        storage.write_bytes(str(tmp_path / "a/b/written"), b"x", shared=0o060)
+        assert storage.create(str(tmp_path / "a/c/created"), b"x", shared=0o064)
+        storage.write_bytes(str(tmp_path / "a/own"), b"x")
+    finally:
+        os.umask(before)
+    modes = {str(one.relative_to(tmp_path)): stat.S_IMODE(one.stat().st_mode) for one in tmp_path.rglob("*")}
+    assert modes == {
+        "a": 0o2770,
+        "a/b": 0o2770,
+        "a/b/written": 0o660,
+        "a/c": 0o2775,
+        "a/c/created": 0o664,
+        "a/own": 0o600,
+    }
+
+
+def test_a_shared_folder_has_one_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.mkdir
+
+    def another_is_faster(self: Path, *arguments: int, **more: bool) -> None:
+        real(self, *arguments, **more)
+        if self.name.endswith(storage.PARTIAL):
+            real(tmp_path / "shared")
+            (tmp_path / "shared/file").write_bytes(b"there")
+
+    monkeypatch.setattr(Path, "mkdir", another_is_faster)
+    storage.make_folder(tmp_path / "shared", 0o060)
+    assert (tmp_path / "shared/file").read_bytes() == b"there"
+    assert storage.list_names(str(tmp_path)) == ["shared"]
 
 
 def _race(folder: str, key: int, writer: int, barrier: object) -> bool:

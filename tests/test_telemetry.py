@@ -1,11 +1,16 @@
 """Logs, tables, versions."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tarflow_scale import telemetry
+from tarflow_scale.errors import ConfigError
 
 
 def test_reopening_a_log_drops_a_torn_line_and_what_will_be_written_again(tmp_path: Path) -> None:
@@ -17,6 +22,67 @@ def test_reopening_a_log_drops_a_torn_line_and_what_will_be_written_again(tmp_pa
     with telemetry.JsonLog(path, keep_until_images=20) as log:
         log.write({"images": 21})
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [10, 20, 21]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Weights & Biases, which needs an account, is told of each run that is opened."""
+    calls: list[dict[str, Any]] = []
+
+    class Wandb(ModuleType):
+        @staticmethod
+        def init(**facts: Any) -> Any:
+            calls.append(facts)
+            return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    return calls
+
+
+def open_run(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with telemetry.open_log(folder, 0, False, "flows", {}):
+        pass
+
+
+def test_runs_of_two_folders_of_one_name_are_two_in_weights_and_biases(
+    tmp_path: Path, told: list[dict[str, Any]]
+) -> None:
+    for folder in ("a/run", "b/run", "a/run"):
+        open_run(tmp_path / folder)
+    assert [one["name"] for one in told] == ["run"] * 3
+    first, second, again = (one["id"] for one in told)
+    assert first == again != second
+    assert all(one["resume"] == "allow" for one in told)
+
+
+def test_a_run_folder_keeps_its_id_where_it_is_moved_or_restored_and_a_copy_gets_another(
+    tmp_path: Path, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    open_run(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    (tmp_path / "moved").rename(tmp_path / "backup")
+    shutil.copytree(tmp_path / "backup", tmp_path / "moved")  # restored where it was
+    open_run(tmp_path / "moved")
+    assert len({one["id"] for one in told}) == 1
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        open_run(tmp_path / "copy")
+    assert told[-1]["id"] == told[-2]["id"] != told[0]["id"]
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/copy is a copy of {tmp_path}/moved: a new run of ")
+
+
+def test_a_run_that_an_earlier_version_logged_goes_on_under_its_name(
+    tmp_path: Path, told: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "run/wandb").mkdir(parents=True)
+    open_run(tmp_path / "run")
+    assert told[0]["id"] == "run"
+    (tmp_path / "run/wandb-id.json").write_text('{"id": ')
+    with pytest.raises(ConfigError, match="wandb-id.json must name a run of Weights & Biases .*; remove it"):
+        open_run(tmp_path / "run")
 
 
 def test_a_table_is_as_wide_as_its_cells() -> None:

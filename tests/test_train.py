@@ -496,11 +496,13 @@ def test_tensorboard_and_weights_and_biases(trained: Trained, tmp_path: Path) ->
         "def init(**facts): return Run(facts)\n"
     )
     more = ["logging.tensorboard=true", "logging.wandb_project=flows", "logging.peak_flops=1e12"]
-    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", *more)
+    (tmp_path / "work").mkdir()
+    home = {"HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}/site:{TOP}", "OMP_NUM_THREADS": "1"}
+    arguments = train_arguments(trained.data, Path("~/run"), tmp_path / "registry", *more)
     result = subprocess.run(
         [sys.executable, "-m", "tarflow_scale", *arguments],
-        cwd=TOP,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path / "work",
+        env=os.environ | home,
         capture_output=True,
         text=True,
         check=False,
@@ -515,8 +517,10 @@ def test_tensorboard_and_weights_and_biases(trained: Trained, tmp_path: Path) ->
     told = json.loads((tmp_path / "run/told.json").read_text())
     assert (told[0]["project"], told[0]["name"], told[0]["resume"]) == ("flows", "run", "allow")
     assert told[0]["config"]["training"]["total_images"] == 1280
+    assert told[0]["id"] == json.loads((tmp_path / "run/wandb-id.json").read_text())["id"]
     assert told[1:] == [[line["images"], line["bits_per_dim"]] for line in log]
     flops = training_flops(TarFlowConfig(patch_size=2, width=32, head_width=16, layers_per_block=(1, 1)), (1, 8, 8))
+    assert list((tmp_path / "work").iterdir()) == []  # everything of the run is below the home folder
     assert log[-1]["mfu"] == pytest.approx(log[-1]["images_per_second"] * flops / 1e12)
 
 

@@ -84,11 +84,14 @@ def _race(path: str, racer: int, rounds: int, barrier: Barrier, wins: Any) -> No
         barrier.wait()
 
 
-def race(path: str, rounds: int) -> int:
-    """Rounds of promotions, and what must hold after them; returns their number."""
+def race(path: str, rounds: int, start: str = "spawn") -> int:
+    """Rounds of promotions, and what must hold after them; returns their number.
+
+    ``fork`` starts the racers faster, from a process that has no threads yet and of a local path alone.
+    """
     for number in range(2 * RACERS):
         register(path, number)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     barrier, wins = context.Barrier(RACERS), context.Array("i", RACERS * rounds)
     racers = [context.Process(target=_race, args=(path, racer, rounds, barrier, wins)) for racer in range(RACERS)]
     for one in racers:

@@ -85,6 +85,10 @@ class CommandConfig(Section):
     """``collect``: what was retired, or written without ever being named, is kept so long."""
     single_writer: bool = False
     """``init``: promise that one process alone writes, for stores without create-if-absent."""
+    shared: Literal["umask", "group", "all"] = "umask"
+    """``init``: who may use the files of a local registry, whatever the umask of their writer, as git's
+    ``core.sharedRepository``. ``umask``: the umask decides. ``group``: the group of the folder may read and write.
+    ``all``: that, and all others may read. Set on a registry that is there, it also adds the modes that are missing."""
 
 
 class Guidance(Section):

@@ -257,7 +257,8 @@ class LoggingConfig(Section):
     tensorboard: bool = False
     """Also write TensorBoard's event files to ``tensorboard/``; needs the extra ``tensorboard``."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases; needs the package ``wandb``."""
+    """Also log to this project of Weights & Biases; needs the package ``wandb``. The folder keeps the id of its run in
+    ``wandb-id.json``; a copied folder becomes another run."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Operations a second that one rank's device can do, for the model FLOPs utilisation (MFU) in the log; None knows
     the dense bf16 peak of common GPUs, and logs no utilisation for others."""

@@ -70,7 +70,7 @@ class Registry:
         Raises:
             RegistryError: when there is none at ``path``.
         """
-        names = [name for name in storage.list_names(path) if storage.exists(storage.join(path, name, "_log"))]
+        names = [name for name in storage.list_names(path) if _NAME.fullmatch(name) and _has_log(path, name)]
         if not names:
             raise RegistryError(f"no registry at {path}; train a model into it first, or check registry.path")
         return names
@@ -380,8 +380,16 @@ class Registry:
 
     def _save_snapshot(self) -> None:
         self._saved = self._state.number
-        with suppress(StorageError):  # a cache: who may only read goes without
-            storage.write_bytes(self._snapshot, self._state.to_snapshot())
+        with suppress(RegistryError, StorageError):  # a cache: who may only read goes without
+            self.store.replace(self._snapshot, self._state.to_snapshot())
+
+
+def _has_log(path: str, name: str) -> bool:
+    """Whether there is a model of this name; a folder that this user may not enter may be one."""
+    try:
+        return storage.exists(storage.join(path, name, "_log"))
+    except StorageError:
+        return True
 
 
 def _checked(name: str, what: str) -> str:

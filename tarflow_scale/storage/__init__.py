@@ -27,11 +27,13 @@ from tarflow_scale.storage.folders import (
     is_folder,
     list_names,
     list_sizes,
+    make_folder,
     remove_abandoned,
     remove_tree,
+    share,
     walk,
 )
-from tarflow_scale.storage.paths import PARTIAL, base_name, is_remote, join
+from tarflow_scale.storage.paths import PARTIAL, base_name, described, explained, group_of, is_remote, join, local
 
 __all__ = [
     "PARTIAL",
@@ -39,14 +41,19 @@ __all__ = [
     "base_name",
     "copy_file",
     "create",
+    "described",
     "digest",
     "exists",
+    "explained",
+    "group_of",
     "is_folder",
     "is_remote",
     "join",
     "list_names",
     "list_sizes",
+    "local",
     "local_copy",
+    "make_folder",
     "modified_seconds",
     "open_seekable",
     "read_bytes",
@@ -56,6 +63,7 @@ __all__ = [
     "remove",
     "remove_abandoned",
     "remove_tree",
+    "share",
     "size_bytes",
     "walk",
     "write_bytes",

@@ -1,5 +1,7 @@
 """Files: read whole or in part, write at once, create unless there."""
 
+import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -10,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-from tarflow_scale.errors import StorageError
+from tarflow_scale.errors import NotExclusive, StorageError
+from tarflow_scale.storage.folders import make_folder, share
 from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local, local_name
 
 __all__ = [
@@ -31,6 +34,9 @@ __all__ = [
 ]
 
 _COPY_BYTES = 1 << 22
+_UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems answer to a hard link, or to a flag of rename, that they do not have."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
 def read_bytes(location: str) -> bytes:
@@ -139,12 +145,17 @@ def local_copy(location: str) -> Generator[Path]:
 
 
 @contextmanager
-def writing(location: str) -> Generator[IO[bytes]]:
-    """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises."""
+def writing(location: str, shared: int = 0) -> Generator[IO[bytes]]:
+    """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises.
+
+    Args:
+        location: local path or URL.
+        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. Stores have no modes.
+    """
     with explained(location, "write", of_store=False):  # what the caller's block raises is its own
         target = local(location) if not is_remote(location) else None
         folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, shared)
         staged = folder / f".{uuid.uuid4().hex}{PARTIAL}"
         try:
             with staged.open("wb") as file:
@@ -152,6 +163,7 @@ def writing(location: str) -> Generator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
             if target:
+                share(staged, shared)
                 staged.replace(target)
                 sync_folder(folder)
             else:
@@ -164,9 +176,9 @@ def writing(location: str) -> Generator[IO[bytes]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_bytes(location: str, content: bytes) -> None:
-    """Write or replace a file atomically."""
-    with writing(location) as file:
+def write_bytes(location: str, content: bytes, shared: int = 0) -> None:
+    """Write or replace a file atomically; ``shared`` as in `writing`."""
+    with writing(location, shared) as file:
         file.write(content)
 
 
@@ -181,11 +193,20 @@ def copy_file(source: str, target: str) -> None:
         shutil.copyfileobj(file, copy, _COPY_BYTES)
 
 
-def create(location: str, content: bytes) -> bool:
+def create(location: str, content: bytes, shared: int = 0) -> bool:
     """Create a file unless it exists; of any number of concurrent writers exactly one gets True.
 
-    Local: a flushed temporary file is hard-linked to the final name, which fails if that exists. Object stores:
-    a conditional put. The content must not be empty, because some stores make an empty put unconditional.
+    Local: a flushed temporary file gets the final name, by a system call that fails if that is taken. So a reader never
+    sees part of a file, and a writer that is killed leaves the name free or the file whole. Object stores: a
+    conditional put. The content must not be empty, because some stores make an empty put unconditional.
+
+    Args:
+        location: local path or URL.
+        content: what to write.
+        shared: as in `writing`.
+
+    Raises:
+        NotExclusive: the file system has no such call.
     """
     assert content, "create() needs content"
     with explained(location, "write"):
@@ -197,20 +218,64 @@ def create(location: str, content: bytes) -> bool:
                 return False
             return True
         target = local(location)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent, shared)
         staged = target.parent / f".{uuid.uuid4().hex}{PARTIAL}"
         try:
             with staged.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(staged, target)
+            share(staged, shared)
+            _name(staged, target)
         except FileExistsError:
             return False
         finally:
             staged.unlink(missing_ok=True)
         sync_folder(target.parent)
         return True
+
+
+def _name(staged: Path, target: Path) -> None:
+    """Give a file its final name unless that is taken; the temporary name may stay.
+
+    By a hard link, or where the file system has none (FAT, CIFS, many of FUSE) by a rename that replaces nothing. Other
+    ways are not tried: a file that is created empty and filled later is torn where its writer is killed, and a lock
+    remains.
+
+    Raises:
+        FileExistsError: the name is taken.
+        NotExclusive: the file system can do neither.
+    """
+    try:
+        os.link(staged, target)
+        return
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    try:
+        _rename_unless_there(staged, target)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        raise NotExclusive(
+            f"{target.parent} must be on a file system with hard links or RENAME_NOREPLACE, so that one of several "
+            f"writers wins (got neither: {error.strerror}); use another file system"
+        ) from error
+
+
+def _rename_unless_there(source: Path, target: Path) -> None:
+    """Linux's ``renameat2`` with RENAME_NOREPLACE, which Python does not offer.
+
+    Raises:
+        OSError: as the system call; ENOSYS where the C library does not have it.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(target))
+    old, new = os.fsencode(source), os.fsencode(target)
+    if call(_AT_FDCWD, old, _AT_FDCWD, new, ctypes.c_uint(_RENAME_NOREPLACE)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def remove(location: str) -> None:

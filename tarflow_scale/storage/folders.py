@@ -1,8 +1,11 @@
-"""What is in a folder."""
+"""What is in a folder, and how a folder is made that others may write to."""
 
+import errno
 import os
 import shutil
+import stat
 import time
+import uuid
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +13,18 @@ from typing import Any, NamedTuple
 
 from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local
 
-__all__ = ["FoundFile", "exists", "is_folder", "list_names", "list_sizes", "remove_abandoned", "remove_tree", "walk"]
+__all__ = [
+    "FoundFile",
+    "exists",
+    "is_folder",
+    "list_names",
+    "list_sizes",
+    "make_folder",
+    "remove_abandoned",
+    "remove_tree",
+    "share",
+    "walk",
+]
 
 _ABANDONED_SECONDS = 3600.0
 
@@ -108,6 +122,53 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Gene
         elif entry.is_file():
             found = entry.stat()
             yield FoundFile(f"{prefix}{entry.name}", found.st_size, str(found.st_mtime_ns))
+
+
+def make_folder(folder: Path, shared: int = 0) -> None:
+    """Make a local folder and the missing ones above it.
+
+    A shared folder is renamed to its name when it has its mode, so a writer that is killed leaves none that locks
+    others out.
+
+    Args:
+        folder: the folder; one that is there stays as it is.
+        shared: permission bits for other users, see `share`; 0 leaves the modes to the umask.
+    """
+    if not shared:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    if folder.is_dir():
+        return
+    make_folder(folder.parent, shared)
+    staged = folder.parent / f".{uuid.uuid4().hex}{PARTIAL}"
+    staged.mkdir()
+    try:
+        share(staged, shared)
+        staged.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these mean that another writer was faster
+            raise
+    finally:
+        with suppress(FileNotFoundError):  # it was renamed
+            staged.rmdir()
+
+
+def share(path: Path, bits: int) -> None:
+    """Add permission bits to a local file or folder, whatever the umask of this process is.
+
+    Args:
+        path: the file or folder.
+        bits: ``0o060`` lets its group read and write. A folder can then also be entered, and hands its group on to
+            what is made in it (set-group-ID).
+    """
+    if not bits:
+        return
+    mode = path.stat().st_mode
+    wanted = mode | bits
+    if stat.S_ISDIR(mode):
+        wanted |= stat.S_ISGID | (bits & 0o444) >> 2
+    if wanted != mode:
+        path.chmod(stat.S_IMODE(wanted))
 
 
 def remove_abandoned(location: str) -> None:

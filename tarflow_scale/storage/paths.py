@@ -1,7 +1,10 @@
 """Where things are: local paths and URLs, the file system behind a URL, and errors that name the location."""
 
+import errno
 import os
+import pwd
 import re
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +12,18 @@ from typing import Any
 
 from tarflow_scale.errors import StorageError, UserError
 
-__all__ = ["PARTIAL", "base_name", "explained", "filesystem", "is_remote", "join", "local", "local_name"]
+__all__ = [
+    "PARTIAL",
+    "base_name",
+    "described",
+    "explained",
+    "filesystem",
+    "group_of",
+    "is_remote",
+    "join",
+    "local",
+    "local_name",
+]
 
 PARTIAL = ".partial"
 """End of the name of a local file that is being written."""
@@ -90,11 +104,44 @@ def explained(location: str, verb: str, of_store: bool = True) -> Generator[None
         raise StorageError(f"cannot {verb} {location} (no such file); check the path") from error
     except OSError as error:
         reason = error.strerror or _words(error)
+        if isinstance(error, PermissionError) and not is_remote(location):
+            reason += _denied_by(error, local(location), verb)
         raise StorageError(f"cannot {verb} {location} ({reason}); check the path, permissions and space") from error
     except Exception as error:
         if not (of_store and is_remote(location)):
             raise
         raise StorageError(f"cannot {verb} {location} ({_words(error)}); check the URL and credentials") from error
+
+
+def _denied_by(error: PermissionError, place: Path, verb: str) -> str:
+    """Mode and owner of what denied an access, to add to the error: the file, or the folder it is in or would be in."""
+    place = (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place).absolute()
+    if verb in ("write", "delete") and error.errno == errno.EACCES:  # which the folder decides
+        place = place.parent
+    for one in (place, *place.parents):
+        try:
+            return f": {one} is {described(one)}"
+        except OSError:  # it is in a folder that cannot be entered, or not there yet
+            continue
+    return ""
+
+
+def described(path: Path) -> str:
+    """Mode and owner of a local file or folder, as in ``drwxr-x--- of alice:team``."""
+    facts = path.stat()
+    try:
+        owner = pwd.getpwuid(facts.st_uid).pw_name
+    except KeyError:  # as in a container that has no name for it
+        owner = str(facts.st_uid)
+    return f"{stat.filemode(facts.st_mode)} of {owner}:{group_of(path)}"
+
+
+def group_of(path: Path) -> str:
+    """Name of the group of a local file or folder, or its number where it has none."""
+    try:
+        return path.group()
+    except KeyError:
+        return str(path.stat().st_gid)
 
 
 def _words(error: Exception) -> str:

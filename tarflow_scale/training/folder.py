@@ -6,7 +6,6 @@ A launcher that is killed leaves its ranks behind, which would train on beside t
 import os
 import signal
 import uuid
-from pathlib import Path
 
 import torch
 import yaml
@@ -65,7 +64,7 @@ def describe_run(config: TrainConfig, images_seen: int) -> None:
 
     Where a run goes on with other settings, say which, and keep the earlier ones as ``config-until-IMAGES.yaml``.
     """
-    folder = Path(config.logging.path)
+    folder = storage.local(config.logging.path)
     folder.mkdir(parents=True, exist_ok=True)
     current, resolved = folder / "config.yaml", config.model_dump(mode="json")
     if images_seen and current.exists():

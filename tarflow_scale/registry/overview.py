@@ -1,0 +1,31 @@
+"""All models of a registry at once, where one that cannot be read does not hide the others."""
+
+import warnings
+
+from tarflow_scale.errors import UserError
+from tarflow_scale.registry.registry import Registry
+from tarflow_scale.registry.state import ModelState
+
+__all__ = ["readable_models"]
+
+
+def readable_models(path: str) -> dict[str, ModelState]:
+    """The state of each model that can be read, by name; of each that cannot, a warning.
+
+    Args:
+        path: folder or URL of the registry.
+
+    Raises:
+        UserError: there is no model, or none can be read.
+    """
+    states, failures = dict[str, ModelState](), list[UserError]()
+    for model in Registry.models(path):
+        try:
+            states[model] = Registry(path, model).state()
+        except UserError as error:
+            failures.append(error)
+    if not states:
+        raise failures[0]
+    for error in failures:
+        warnings.warn(f"a model is left out: {error}", stacklevel=2)
+    return states
