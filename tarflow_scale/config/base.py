@@ -38,7 +38,8 @@ class _OneLine(type(BaseModel)):
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            lines = [_one_line(problem, cls, in_python=True) for problem in error.errors(include_url=False)]
+            kind = cast(type[BaseModel], cls)
+            lines = [_one_line(problem, kind, in_python=True) for problem in error.errors(include_url=False)]
             raise ConfigError("; ".join(f"{cls.__name__}: {line}" for line in lines)) from error
 
 

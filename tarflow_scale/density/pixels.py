@@ -35,8 +35,8 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
     if flow.pixels is None or flow.pixels.noise != "uniform":
         what = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
         raise ValueError(f"bits/dim need a flow of uniformly dequantised images (got {what}); load another model")
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        kind = f"{getattr(images, 'dtype', type(images).__name__)}"
+    kind = getattr(images, "dtype", type(images).__name__)
+    if kind != np.uint8:
         raise ValueError(f"stored pixels must be a NumPy array of uint8, 0 to 255 (got {kind}); convert them")
     flow.check_shape(torch.from_numpy(images))
     x = dequantized(torch.from_numpy(images), flow.pixels.bit_depth, seed, range(len(images)), draw)

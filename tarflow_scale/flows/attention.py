@@ -112,5 +112,5 @@ def _attended(
 ) -> Float[Tensor, "B N T H"]:
     """Causal attention by its definition: PyTorch's fused kernels have a first derivative alone."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    later = torch.ones(q.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

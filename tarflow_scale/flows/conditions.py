@@ -39,7 +39,7 @@ def is_transformed() -> bool:
     """Whether `torch.vmap` or another transformation of torch.func runs this code."""
     if torch.compiler.is_compiling():  # which cannot look at the state of torch.func
         return False
-    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportPrivateUsage]
+    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
 
 
 def hides_values() -> bool:

@@ -158,7 +158,7 @@ class Flow(Bijection):
         reference = next(self.parameters())
         labels = self._labels(y, num, reference.device)
         self.check_labels(labels, num)
-        guidance = Guidance(scale=guidance) if isinstance(guidance, int | float) else guidance
+        way = Guidance(scale=guidance) if isinstance(guidance, int | float) else guidance
         if seed is None:
             z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
         else:
@@ -170,7 +170,7 @@ class Flow(Bijection):
                 part = z[low : low + size]
                 of_part = None if labels is None else labels[low : low + size].to(reference.device)
                 decode = None if self.decoder is None else self.decoder(partial(_advance, bar, len(part)))
-                parts.append(self.inverse(temperature * part, of_part, guidance, decode))
+                parts.append(self.inverse(temperature * part, of_part, way, decode))
                 if decode is None:
                     bar.update(len(part))
         return torch.cat(parts) if parts else z.new_empty(0, *self.event_shape)

@@ -105,7 +105,7 @@ class BlockNetwork:
         Whoever writes to ``parameter.data`` leaves no other trace.
         """
         bytes_of = (tensor.contiguous().view(torch.uint8).numpy() for one in self._linears for tensor in one.copied)
-        return [zlib.crc32(content) for content in bytes_of]
+        return [zlib.crc32(memoryview(content)) for content in bytes_of]
 
     def cast_again(self) -> None:
         """See `_Linear`; on a GPU, where weights are never packed, this costs less than to compare them."""

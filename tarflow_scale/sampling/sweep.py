@@ -48,16 +48,17 @@ def sweep(
     Raises:
         ConfigError: settings or labels that do not fit this flow.
     """
-    base, rule = base or SamplingConfig(), numbered(labels, flow.class_names)
+    settings = base or SamplingConfig()
+    rule = numbered(labels, flow.class_names)
     rows: list[SamplingConfig] = []
     for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):
         guidance = Guidance(scale=scale, attention_temperature=attention) if scale else Guidance()
-        raw = base.model_dump() | {"guidance": guidance.model_dump(), "temperature": temperature}
-        settings = validated(SamplingConfig, raw)
-        if settings not in rows:
-            rows.append(settings)
+        raw = settings.model_dump() | {"guidance": guidance.model_dump(), "temperature": temperature}
+        row = validated(SamplingConfig, raw)
+        if row not in rows:
+            rows.append(row)
     images = range(num_images)
-    return [(settings, Sampler(flow, seed, settings, labels=rule).images(images)) for settings in rows]
+    return [(row, Sampler(flow, seed, row, labels=rule).images(images)) for row in rows]
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:

@@ -259,10 +259,11 @@ def test_log_prob_has_second_derivatives(case: FlowCase) -> None:
     expected = (ends[0] - ends[1]) / (2 * step)
     at = x.clone().requires_grad_()
     (twice,) = torch.autograd.grad((score(at, create_graph=True) * direction).sum(), at)
-    assert (twice - expected).abs().max() < 1e-5
+    size = float(expected.abs().max())
+    assert size > 1e-2
+    assert (twice - expected).abs().max() < 1e-3 * size  # differences are no more exact near the ends of a logit
     gradient = torch.func.grad(lambda v: flow.log_prob(v, y).sum())
-    assert (torch.func.jvp(gradient, (x,), (direction,))[1] - expected).abs().max() < 1e-5
-    assert expected.abs().max() > 1e-2
+    assert (torch.func.jvp(gradient, (x,), (direction,))[1] - twice).abs().max() < 1e-9 * size
 
 
 def test_second_derivatives_by_parameters_need_images_that_require_gradients() -> None:
