@@ -29,7 +29,7 @@ def sweep(
     temperatures: Sequence[float] = (1.0,),
     attention_temperatures: Sequence[float] = (1.0,),
     base: SamplingConfig | None = None,
-    labels: NamedLabels = "balanced",
+    labels: NamedLabels | Sequence[int | str] | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
     """Images ``(num_images, C, H, W)`` uint8 of the first indices of ``seed`` under every combination of settings.
 
@@ -43,12 +43,14 @@ def sweep(
         temperatures: standard deviations of the latent.
         attention_temperatures: see `tarflow_scale.config.Guidance`.
         base: the other settings.
-        labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``.
+        labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
 
     Raises:
         ConfigError: settings or labels that do not fit this flow.
     """
     settings = base or SamplingConfig()
+    if labels != "balanced" and not isinstance(labels, dict):
+        labels = (labels,) if isinstance(labels, int | str) else tuple(labels)
     rule = numbered(labels, flow.class_names)
     rows: list[SamplingConfig] = []
     for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):

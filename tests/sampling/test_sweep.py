@@ -40,6 +40,10 @@ def test_labels_by_name_and_settings_that_cannot_be(flow: Flow) -> None:
     ((settings, images),) = sweep(flow, 3, 4, labels=["roses", "tulips"])
     assert torch.equal(images, Sampler(flow, 3, settings, labels=(1, 2)).images(range(4)))
     assert not torch.equal(images, sweep(flow, 3, 4)[0][1])
+    for one in ("roses", 1):
+        assert torch.equal(
+            sweep(flow, 3, 4, labels=one)[0][1], Sampler(flow, 3, settings, labels=(1,)).images(range(4))
+        )
     with pytest.raises(ConfigError, match=r"sampling.labels must be classes \(got rose, did you mean roses\?"):
         sweep(flow, 3, 4, labels=["rose"])
     with pytest.raises(ConfigError, match=r"sampling.labels must be in 0..2 \(got \[3\]\)"):
