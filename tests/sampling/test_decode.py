@@ -13,7 +13,7 @@ from torch import Tensor
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
-from tarflow_scale.sampling.network import BlockNetwork
+from tarflow_scale.sampling.network import BlockNetwork, _checksum
 from tarflow_scale.sampling.windows import OneQuery
 
 GUIDANCES = [
@@ -232,8 +232,26 @@ def test_weights_written_through_data_are_seen(dtype: torch.dtype | None) -> Non
     assert torch.equal(decoder(z, y)[0], expected)
     assert not torch.equal(before, expected)
     one = flow.blocks[0].layers[0].qkv.bias  # type: ignore[union-attr, index]
-    one.data[0] += 0.5  # a single number
-    assert torch.equal(decoder(z, y)[0], TarFlowDecoder(flow, dtype)(z, y)[0])
+    rows = flow.blocks[1].layers[0].mlp_in.weight  # type: ignore[union-attr, index]
+    for changed, write in ((one, lambda: one.data[0].add_(0.5)), (rows, lambda: rows.data.copy_(rows.data.flip(0)))):
+        kept = changed.clone()
+        write()  # a single number; rows that trade places
+        assert not torch.equal(changed, kept)
+        assert torch.equal(decoder(z, y)[0], TarFlowDecoder(flow, dtype)(z, y)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (96, 384), (1024, 256)])
+def test_a_checksum_sees_any_change_of_a_number_and_any_order(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = _checksum(weight)
+    assert _checksum(weight.clone()) == before
+    for place in (0, weight.numel() // 2, weight.numel() - 1):
+        other = weight.clone()
+        other.view(-1)[place] *= 1.01
+        assert _checksum(other) != before
+    for other in (weight.flip(0), weight.flip(1), weight.roll(1, 0), weight.roll(1, 1), -weight):
+        assert _checksum(other) != before
 
 
 def test_a_flow_that_has_sampled_can_be_copied_and_pickled() -> None:
