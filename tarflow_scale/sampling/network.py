@@ -218,15 +218,15 @@ class _Graph:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bytes of a tensor on a CPU, 2.5 times faster than CRC-32, by which only sums go.
+    """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of its words, 2.5 times faster than of all of them.
 
-    The sums are of every `_LANES`-th word, exact modulo 2^64: a change of any one word changes them, and so do rows or
-    columns that trade places, as the prime `_LANES` divides no size of a layer.
+    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum. So does an exchange
+    of rows or columns, because `_LANES` is a prime that divides no size of a layer.
     """
     content = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
     summed = content[: content.size // (8 * _LANES) * 8 * _LANES]
     sums = np.add.reduce(summed.view(np.uint64).reshape(-1, _LANES), axis=0)
-    return zlib.crc32(memoryview(content[summed.size :]), zlib.crc32(memoryview(sums)))
+    return zlib.crc32(content[summed.size :].tobytes(), zlib.crc32(sums.tobytes()))
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:

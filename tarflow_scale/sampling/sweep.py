@@ -49,9 +49,10 @@ def sweep(
         ConfigError: settings or labels that do not fit this flow.
     """
     settings = base or SamplingConfig()
-    if labels != "balanced" and not isinstance(labels, dict):
-        labels = (labels,) if isinstance(labels, int | str) else tuple(labels)
-    rule = numbered(labels, flow.class_names)
+    if isinstance(labels, int | str) and labels != "balanced":
+        labels = (labels,)
+    named: NamedLabels = labels if isinstance(labels, dict) else "balanced" if labels == "balanced" else tuple(labels)
+    rule = numbered(named, flow.class_names)
     rows: list[SamplingConfig] = []
     for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):
         guidance = Guidance(scale=scale, attention_temperature=attention) if scale else Guidance()
