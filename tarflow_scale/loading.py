@@ -1,7 +1,10 @@
 """A flow from a registry or a folder: what a notebook user types, and what workers do."""
 
+import os
+
 import torch
 
+from tarflow_scale import storage
 from tarflow_scale.config import SamplingConfig
 from tarflow_scale.errors import ConfigError, RegistryError
 from tarflow_scale.flows import Flow, TarFlow, load_flow
@@ -14,23 +17,26 @@ from tarflow_scale.sampling.plan import measured_with
 __all__ = ["decoding_plan", "load", "load_version", "worker_device"]
 
 
-def load(source: str, registry: str | None = None) -> Flow:
+def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
     """Load a flow, in evaluation mode on the CPU.
 
     Args:
         source: a folder or URL that `save_flow` wrote; or, with ``registry``, ``model@version`` where the version is
-            a number, an alias or ``latest``.
+            a number, an alias or ``latest``. Such a flow knows the names of its classes.
         registry: folder or URL of a registry.
 
     Raises:
         UserError: there is no such flow.
     """
-    if registry is None:
-        return _fast(load_flow(source))
-    model, separator, reference = source.partition("@")
-    if not separator or not reference:
-        raise RegistryError(f"a version is model@version (got {source!r}); for example digits@champion")
-    return _fast(load_version(registry, model, reference))
+    name = os.fspath(source)
+    model, separator, reference = name.partition("@")
+    if registry is not None:
+        if not separator or not reference:
+            raise RegistryError(f"a version is model@version (got {name!r}); for example digits@champion")
+        return _fast(load_version(os.fspath(registry), model, reference))
+    if model and reference and "/" not in name and not storage.list_names(name):
+        raise RegistryError(f"a version needs its registry (got {name!r} alone); load({name!r}, registry=PATH)")
+    return _fast(load_flow(name))
 
 
 def _fast(flow: Flow) -> Flow:
@@ -66,4 +72,6 @@ def load_version(registry: str, model: str, reference: int | str) -> Flow:
     """Load a registered version; every file is verified against its digest."""
     store = Registry(registry, model)
     version = store.resolve(reference)
-    return flow_from_files(store.read_files(version), f"{model}@{version.version}")
+    flow = flow_from_files(store.read_files(version), f"{model}@{version.version}")
+    flow.class_names = version.data.class_names if flow.num_classes else ()
+    return flow

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import tarflow_scale
 from tarflow_scale.errors import UserError
+from tarflow_scale.flows import save_flow
 from tests.conftest import Trained
 
 
@@ -24,6 +26,38 @@ def test_what_is_not_there(trained: Trained, tmp_path: object) -> None:
         tarflow_scale.load("small", registry=str(trained.registry))
     with pytest.raises(UserError, match="is not a saved flow"):
         tarflow_scale.load(str(tmp_path))
+
+
+def test_paths_are_taken_as_strings_are(trained: Trained) -> None:
+    flow = tarflow_scale.load("small@1", registry=trained.registry)
+    assert torch.equal(tarflow_scale.load(trained.run / "model").sample(1, 0, seed=0), flow.sample(1, 0, seed=0))
+
+
+def test_a_version_without_a_registry_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\(got 'digits@1' alone\); load\('digits@1', registry=PATH\)$"):
+        tarflow_scale.load("digits@1")
+
+
+def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) -> None:
+    flow = tarflow_scale.load("small@1", registry=trained.registry)
+    assert flow.class_names == tuple("0123456789")
+    assert torch.equal(flow.sample(2, y=["3", "7"], seed=0), flow.sample(2, torch.tensor([3, 7]), seed=0))
+    with pytest.raises(ValueError, match=r"labels must be classes \(got seven; there are 0, 1, "):
+        flow.sample(2, y="seven")
+    save_flow(flow, str(tmp_path))
+    assert tarflow_scale.load(tmp_path).class_names == flow.class_names
+    by_path = tarflow_scale.load(trained.run / "model")
+    with pytest.raises(ValueError, match="labels must be numbers where no names of classes are known"):
+        by_path.sample(2, y="7")
+
+
+def test_what_is_loaded_in_inference_mode_works_outside(trained: Trained) -> None:
+    with torch.inference_mode():
+        flow = tarflow_scale.load("small@1", registry=trained.registry)
+        expected = flow.sample(2, 1, seed=0)
+    assert torch.equal(flow.sample(2, 1, seed=0), expected)
+    flow.log_prob(expected.clone(), 1).sum().backward()
+    assert all(bool((one.grad != 0).any()) for one in flow.parameters() if one.grad is not None)
 
 
 def test_importing_the_package_is_light() -> None:

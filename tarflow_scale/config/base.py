@@ -31,7 +31,19 @@ _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous"
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
 
 
-class Section(BaseModel):
+class _OneLine(type(BaseModel)):
+    """A section that Python code makes, ``GlowConfig(levels=0)``, fails in one line as one from a file does."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            kind = cast(type[BaseModel], cls)
+            lines = [_one_line(problem, kind, in_python=True) for problem in error.errors(include_url=False)]
+            raise ConfigError("; ".join(f"{cls.__name__}: {line}" for line in lines)) from error
+
+
+class Section(BaseModel, metaclass=_OneLine):
     """Base of every section: frozen, unknown keys refused, NaN and infinity refused, defaults checked."""
 
     model_config = ConfigDict(
@@ -183,7 +195,7 @@ def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
             waiting += get_args(one)
 
 
-def _one_line(problem: Any, kind: type[BaseModel]) -> str:
+def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
     """``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     path = ".".join(str(part) for part in problem["loc"] if part not in _MODEL_KINDS)
     match problem["type"]:
@@ -200,6 +212,8 @@ def _one_line(problem: Any, kind: type[BaseModel]) -> str:
             key = problem["ctx"]["discriminator"].strip("'")
             missing = f"{path}.{key}".lstrip(".")
             return f"{missing}: required key is missing; set it in the YAML or as {missing}=VALUE"
+        case "missing" if in_python:
+            return f"{path}: required argument is missing; pass {path}=VALUE"
         case "missing":
             return f"{path}: required key is missing; set it in the YAML or as {path}=VALUE"
         case _:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflow_scale.flows import Flow
-from tarflow_scale.flows.conditions import Condition
+from tarflow_scale.flows.conditions import GivenCondition
 
 __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_prob_of_labels", "marginal_log_prob"]
 
@@ -62,7 +62,7 @@ def interpolated(
     start: Tensor,
     end: Tensor,
     num: int,
-    y: Condition = None,
+    y: GivenCondition = None,
     path: Literal["arc", "line"] = "arc",
 ) -> Tensor:
     """Images ``(num, *event)`` on the way from one image to another, both included.
@@ -72,11 +72,12 @@ def interpolated(
         start: an image ``(*event)``.
         end: another.
         num: images, at least 2.
-        y: label ``(1,)`` of all of them, or None.
+        y: the label of all of them, ``(1,)`` or as in `Flow.log_prob`.
         path: ``arc`` also interpolates the length of the latent, so that what is between is as typical as the ends;
             ``line`` is the straight one.
     """
-    a, b = flow(torch.stack([start, end]), None if y is None else y.expand(2))[0]
+    ends = torch.stack([start, end])
+    a, b = flow(ends, flow.check_data(ends, _of_all(y, 2)))[0]
     share = torch.linspace(0, 1, num, dtype=a.dtype, device=a.device)[:, None]
     if path == "line":
         z = (1 - share) * a + share * b
@@ -89,18 +90,25 @@ def interpolated(
             parts = torch.sin((1 - share) * angle) * a / a.norm() + torch.sin(share * angle) * b / b.norm()
             direction = parts / torch.sin(angle)
         z = direction * ((1 - share) * a.norm() + share * b.norm())
-    return flow.inverse(z, None if y is None else y.expand(num))
+    return flow.inverse(z, _of_all(y, num))
 
 
 @torch.no_grad()
 def attribute_direction(
-    flow: Flow, with_it: Tensor, without_it: Tensor, y_with: Condition = None, y_without: Condition = None
+    flow: Flow, with_it: Tensor, without_it: Tensor, y_with: GivenCondition = None, y_without: GivenCondition = None
 ) -> Float[Tensor, " D"]:
     """Mean latent of images ``(B, *event)`` with an attribute, less that of images without it."""
-    return flow(with_it, y_with)[0].mean(dim=0) - flow(without_it, y_without)[0].mean(dim=0)
+    ways = ((with_it, flow.check_data(with_it, y_with)), (without_it, flow.check_data(without_it, y_without)))
+    means = [flow(x, y)[0].mean(dim=0) for x, y in ways]
+    return means[0] - means[1]
 
 
 @torch.no_grad()
-def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: Condition = None) -> Tensor:
+def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: GivenCondition = None) -> Tensor:
     """Images moved along a direction in latent space; at strength 0 they come back as they were."""
-    return flow.inverse(flow(x, y)[0] + strength * direction, y)
+    labels = flow.check_data(x, y)
+    return flow.inverse(flow(x, labels)[0] + strength * direction, labels)
+
+
+def _of_all(y: GivenCondition, num: int) -> GivenCondition:
+    return y.expand(num) if torch.is_tensor(y) else y

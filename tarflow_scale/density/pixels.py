@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tarflow_scale.flows import Flow
-from tarflow_scale.flows.conditions import Condition
+from tarflow_scale.flows.conditions import GivenCondition
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 
 __all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
@@ -30,11 +30,14 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
         draw: which of several draws of it.
 
     Raises:
-        ValueError: a flow that was trained on noisy images or on vectors, or images that do not fit it.
+        ValueError: a flow that was trained on noisy images or on vectors, images that do not fit it, or no bytes.
     """
     if flow.pixels is None or flow.pixels.noise != "uniform":
         what = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
         raise ValueError(f"bits/dim need a flow of uniformly dequantised images (got {what}); load another model")
+    kind = getattr(images, "dtype", type(images).__name__)
+    if kind != np.uint8:
+        raise ValueError(f"stored pixels must be a NumPy array of uint8, 0 to 255 (got {kind}); convert them")
     flow.check_shape(torch.from_numpy(images))
     x = dequantized(torch.from_numpy(images), flow.pixels.bit_depth, seed, range(len(images)), draw)
     return x.to(next(flow.parameters()))
@@ -44,7 +47,7 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
 def image_bits_per_dim(
     flow: Flow,
     images: UInt8[np.ndarray, "B C H W"],
-    y: Condition = None,
+    y: GivenCondition = None,
     num_draws: int = 1,
     seed: int = 0,
     estimate: Literal["mean", "importance"] = "mean",
@@ -54,7 +57,7 @@ def image_bits_per_dim(
     Args:
         flow: a flow of images.
         images: stored pixels, 0 to 255.
-        y: labels ``(B,)``, or None, which drops them.
+        y: as in `Flow.log_prob`.
         num_draws: noise draws for each image.
         seed: of the noise.
         estimate: how draws are combined.
@@ -69,7 +72,7 @@ def image_bits_per_dim(
 
 @torch.no_grad()
 def image_nats(
-    flow: Flow, images: UInt8[np.ndarray, "B C H W"], y: Condition = None, num_draws: int = 1, seed: int = 0
+    flow: Flow, images: UInt8[np.ndarray, "B C H W"], y: GivenCondition = None, num_draws: int = 1, seed: int = 0
 ) -> Float[np.ndarray, "B C H W"]:
     """What each value of each image adds to its nats, the mean over draws; see `Flow.nats_of_values`.
 

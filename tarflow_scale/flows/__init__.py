@@ -1,4 +1,4 @@
-"""Normalizing flows in plain torch; see `tarflow_scale.flows.flow` for the contract that all keep.
+"""Normalizing flows in plain torch; see `tarflow_scale.flows.bijection` for the contract that all keep.
 
 `build` makes a flow of a section ``model``; `save_flow` and `load_flow` keep it as ``model.safetensors`` and
 ``config.json``, from which nothing runs. Each module is the page of its model: paper, equations, shapes, what differs

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, C width, N heads, H = C / N head width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -58,10 +60,11 @@ class TransformerLayer(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
         self.dropout = dropout
 
-    def forward(self, h: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        """All tokens at once; token t sees tokens <= t."""
+    def forward(self, h: Float[Tensor, "B T C"], twice: bool = False) -> Float[Tensor, "B T C"]:
+        """All tokens at once; token t sees tokens <= t. ``twice``: by operations that have second derivatives."""
         q, k, v = self._heads(h)
-        h = h + self._dropped(self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        attended = _attended(q, k, v) if twice else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self._dropped(self._merge(attended))
         return h + self._dropped(self._mlp(h))
 
     def step(
@@ -102,3 +105,12 @@ class TransformerLayer(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float() if h.dtype in (torch.bfloat16, torch.float16) else h
             return F.layer_norm(wide, norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(h)
+
+
+def _attended(
+    q: Float[Tensor, "B N T H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
+) -> Float[Tensor, "B N T H"]:
+    """Causal attention by its definition: PyTorch's fused kernels have a first derivative alone."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

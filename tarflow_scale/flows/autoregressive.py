@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.conditions import Condition, GivenCondition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import from_logits, logit_log_dets
 from tarflow_scale.flows.memory import checkpoint
@@ -120,13 +120,13 @@ class Autoregressive(Flow):
             return way(z, self._context(y, len(z)))[0].unflatten(1, self.event_shape)
 
     def inverse_and_log_det(
-        self, z: Float[Tensor, "B D"], y: Condition = None
+        self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
         """As `Flow.inverse_and_log_det`; an IAF has both from one pass."""
         if not self.inverse_autoregressive:
             return super().inverse_and_log_det(z, y)
         with torch.autocast(z.device.type, enabled=False):
-            h, log_det = self._do_all(z, self._context(y, len(z)))
+            h, log_det = self._do_all(z, self._context(self._labels(y, len(z), z.device), len(z)))
             x = h.unflatten(1, self.event_shape)
             if self.logit_alpha is not None:
                 log_det = log_det - logit_log_dets(h, self.logit_alpha).sum(dim=1)

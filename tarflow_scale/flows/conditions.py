@@ -4,15 +4,84 @@ A label is a row of a learned table. A vector of K numbers is a sum of K rows, w
 special case of a vector with a single one.
 """
 
+import difflib
+from collections.abc import Sequence
+from numbers import Integral
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Condition", "check_condition", "check_count", "embed"]
+__all__ = [
+    "Condition",
+    "GivenCondition",
+    "as_condition",
+    "check_condition",
+    "check_count",
+    "class_number",
+    "embed",
+    "hides_values",
+    "is_transformed",
+]
 
 Condition = Tensor | None
 """Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped, or None, which drops all of them; floats
 ``(B, K)`` for a flow that is conditioned on vectors."""
+GivenCondition = Condition | int | str | Sequence[int | str]
+"""What a user may write for a `Condition`: also one class for all samples, by number or name, or a list of classes."""
+
+_SHOWN_CLASSES = 10
+_ALIKE = 0.6
+"""How similar a name must be to be suggested."""
+
+
+def is_transformed() -> bool:
+    """Whether `torch.vmap` or another transformation of torch.func runs this code."""
+    if torch.compiler.is_compiling():  # which cannot look at the state of torch.func
+        return False
+    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+
+
+def hides_values() -> bool:
+    """Whether a transformation, a compiler or a tracer runs this code, so that values of tensors cannot be read."""
+    return is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def class_number(name: str, class_names: Sequence[str]) -> int:
+    """Label of a class.
+
+    Raises:
+        ValueError: no class has this name; the message suggests a similar one.
+    """
+    if name in class_names:
+        return class_names.index(name)
+    if not class_names:
+        raise ValueError(f"must be numbers where no names of classes are known (got {name}); a registry knows them")
+    alike = difflib.get_close_matches(name, class_names, 1, _ALIKE)
+    meant = f", did you mean {alike[0]}?" if alike else ""
+    there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")
+    raise ValueError(f"must be classes (got {name}{meant}; there are {there}); correct it")
+
+
+def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
+    """The condition of ``num`` samples from what a user wrote; a tensor stays as it is.
+
+    Raises:
+        ValueError: something else than classes.
+    """
+    if y is None or torch.is_tensor(y):
+        return y
+    classes = [y] if isinstance(y, str | Integral) else y
+    if not isinstance(classes, Sequence) or not all(isinstance(one, str | Integral) for one in classes):
+        raise ValueError(
+            f"labels must be a tensor, a number or name of a class for all, or a list of them (got {y!r}); correct them"
+        )
+    try:
+        numbers = [class_number(one, class_names) if isinstance(one, str) else int(one) for one in classes]
+    except ValueError as error:
+        raise ValueError(f"labels {error}") from error
+    labels = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return labels.expand(num) if isinstance(y, str | Integral) else labels
 
 
 def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]:
@@ -34,8 +103,6 @@ def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> No
 
     Vectors cannot be dropped, as nothing says what stands in their place.
     """
-    if y is not None and not torch.is_tensor(y):
-        raise ValueError(f"labels must be a tensor, or one number for all (got {y!r})")
     if num_conditions is not None:
         if y is None or tuple(y.shape) != (batch_size, num_conditions):
             got = None if y is None else tuple(y.shape)
@@ -49,7 +116,7 @@ def check_condition(y: Condition, batch_size: int, num_classes: int | None, num_
     if num_conditions is not None:
         check_count(y, batch_size, num_conditions)
         assert y is not None
-        if not y.is_floating_point() or not bool(torch.isfinite(y).all()):
+        if not y.is_floating_point() or not (hides_values() or bool(torch.isfinite(y).all())):
             raise ValueError(f"conditions must be finite floats (got {y.dtype}); check how they were made")
         return
     if y is None:
@@ -59,7 +126,7 @@ def check_condition(y: Condition, batch_size: int, num_classes: int | None, num_
     check_count(y, batch_size, None)
     if y.is_floating_point():
         raise ValueError(f"labels must be integers (got {y.dtype}); convert them to int64")
-    if batch_size == 0:
+    if batch_size == 0 or hides_values():
         return
     low, high = int(y.min()), int(y.max())
     if low < -1 or high >= num_classes:

@@ -19,7 +19,13 @@ importance-weighted figures and sums over labels are no bounds where the trace i
 Solvers and the adjoint are torchdiffeq's. Few fixed steps are cheap to train with, but what they compute is neither
 inverted by as many steps back nor a density that integrates to one; so likelihoods and samples of a model in evaluation
 are always those of an adaptive solver, ``dopri5`` where the solver of training is none. It chooses one step for a whole
-batch, by its mean error, so that samples see each other within ``tolerance``; and the inverse is exact to about that.
+batch, by its mean error, so that samples see each other within ``tolerance``. Its first step is the whole way, which
+smooth dynamics accept, and its last one ends where the integral does: torchdiffeq would step past the end and
+interpolate back, without an error estimate.
+
+Accuracy at the tolerance of 1e-5, against a solver of 1e-12 and in 4 to 64 dimensions: seven evaluations give log
+densities within 1e-5 nats, inverses within 2e-6 and gradients within 3e-6 of the largest; fp32 adds 5e-5 nats. Errors
+of a step grow where dynamics stretch: with weights twice as large (25 evaluations) 1e-3 of 64 nats; inverses 3e-4.
 Every layer of the dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a
 label is added to the first.
 
@@ -39,7 +45,7 @@ from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
 from tarflow_scale.errors import ConfigError, NumericsError
-from tarflow_scale.flows.conditions import Condition, embed
+from tarflow_scale.flows.conditions import Condition, embed, is_transformed
 from tarflow_scale.flows.flow import Activations, Flow
 
 __all__ = ["Continuous", "Dynamics"]
@@ -191,11 +197,12 @@ class Continuous(Flow):
         self.dynamics = Dynamics(event_shape, width, hidden_layers, num_classes)
         self.tolerance = tolerance
         self.exact_trace_dims = exact_trace_dims
-        self._solver: Any = torchdiffeq.odeint_adjoint if gradients == "adjoint" else torchdiffeq.odeint
+        self.gradients: Literal["adjoint", "direct"] = gradients
+        """How the backward pass is solved; may be changed. Second derivatives need ``direct``."""
+        self._solvers: dict[str, Any] = {"adjoint": torchdiffeq.odeint_adjoint, "direct": torchdiffeq.odeint}
         self._method = solver
         self._step_size = 1 / num_steps
-        self._gradients = gradients
-        self._max_evaluations = max_evaluations
+        self.max_evaluations = max_evaluations
         self._evaluations = {"forward": 0, "backward": 0}
 
     def diagnostics(self) -> dict[str, float]:
@@ -207,6 +214,7 @@ class Continuous(Flow):
 
         Raises:
             NumericsError: the solver is stuck, or needs too many evaluations.
+            ValueError: weights of half precision, or a transformation of torch.func.
         """
         with torch.autocast(h.device.type, enabled=False):
             z, log_det = self._solved(self._field(h, y), (h, h.new_zeros(len(h))), (0.0, 1.0))
@@ -267,37 +275,29 @@ class Continuous(Flow):
         return torch.stack([_signs_of(sample) for sample in h.detach().cpu()]).to(h)
 
     def _solved(self, field: "_Field", start: tuple[Tensor, ...], times: tuple[float, float]) -> tuple[Tensor, ...]:
+        _check_solvable(start[0])
         at = torch.tensor(times, dtype=start[0].dtype, device=start[0].device)
-        self._evaluations.update(forward=0, backward=0)
+        gradients, self._evaluations = self.gradients, field.evaluations
         options: dict[str, Any] = {"rtol": self.tolerance, "atol": self.tolerance, "method": self._method}
-        if self._gradients == "adjoint":
+        if gradients == "adjoint":
             options["adjoint_params"] = tuple(self.dynamics.parameters())
         if self._method not in _ADAPTIVE and self.training:
             options["options"] = {"step_size": self._step_size}
         else:
             options["method"] = self._method if self._method in _ADAPTIVE else "dopri5"
-            options["options"] = {"norm": _mean_error}
-            if self._gradients == "adjoint":
-                options["adjoint_options"] = {"norm": "seminorm"}  # arXiv 2009.09457
+            options["options"] = {"norm": _mean_error, "first_step": 1.0, "step_t": at[1:]}
+            if gradients == "adjoint":  # the seminorm: arXiv 2009.09457
+                begin = at[:1] if times[0] < times[1] else -at[:1]  # torchdiffeq's own time only ever rises
+                options["adjoint_options"] = {"norm": "seminorm", "first_step": 1.0, "step_t": begin}
         try:
-            found = self._solver(field, start, at, **options)
+            found = self._solvers[gradients](field, start, at, **options)
         except AssertionError as error:  # so torchdiffeq says that a step is too small, or a state not finite
             raise self.stuck(str(error)) from error
         field.forward_is_over = True
         ends = tuple(path[-1] for path in found)
-        if self._gradients == "direct" or not torch.is_grad_enabled():
+        if gradients == "direct" or not torch.is_grad_enabled():
             return ends
         return _FiniteGradients.apply(len(ends), *ends, *self.dynamics.parameters())  # pyright: ignore[reportReturnType]
-
-    def count(self, way: Literal["forward", "backward"]) -> None:
-        """Count an evaluation of the dynamics.
-
-        Raises:
-            NumericsError: there were too many.
-        """
-        self._evaluations[way] += 1
-        if self._evaluations[way] > self._max_evaluations:
-            raise self.stuck(f"more than model.max_evaluations={self._max_evaluations} evaluations")
 
     @staticmethod
     def stuck(why: str) -> NumericsError:
@@ -309,17 +309,24 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side for one solve: rates of its states, of which the first is ``h``."""
+    """The right-hand side for one solve: rates of its states, of which the first is ``h``.
+
+    It counts its evaluations itself, because solves of several threads may share a flow.
+    """
 
     def __init__(self, flow: Continuous, rates: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
         self._flow = flow
         self._rates = rates
         self.forward_is_over = False
+        self.evaluations = {"forward": 0, "backward": 0}
         self._latest_time = math.nan
         self._stalled = 0
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._flow.count("backward" if self.forward_is_over else "forward")
+        way = "backward" if self.forward_is_over else "forward"
+        self.evaluations[way] += 1
+        if self.evaluations[way] > self._flow.max_evaluations:
+            raise self._flow.stuck(f"more than model.max_evaluations={self._flow.max_evaluations} evaluations")
         self._watch(float(t.detach()))
         return self._rates(t, state[0])
 
@@ -344,10 +351,25 @@ class _FiniteGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # with create_graph=True; what the adjoint's solver computes has no derivatives
+            raise ValueError(
+                "second derivatives of a continuous flow need the solver's own operations (got model.gradients="
+                "adjoint); set flow.gradients = 'direct'"
+            )
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             return (None, *gradients, *[None] * len(ctx.parameters))
         nans = [torch.full_like(parameter, math.nan) for parameter in ctx.parameters]
         return (None, *[torch.zeros_like(gradient) for gradient in gradients], *nans)
+
+
+def _check_solvable(h: Tensor) -> None:
+    if h.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the solver of a continuous flow needs fp32 or fp64 (got {h.dtype}); use flow.float()")
+    if is_transformed():
+        raise ValueError(
+            "the solver of a continuous flow chooses steps by values, which vmap and torch.func hide (got one of "
+            "them); give it the whole batch, and use torch.autograd for derivatives"
+        )
 
 
 def _signs_of(sample: Tensor) -> Tensor:

@@ -94,20 +94,23 @@ class TarFlowBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
+        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
-        """Data to noise: tokens ``z`` and the log-determinant in nats; ``recompute`` checkpoints every layer."""
-        z, log_scale = self.encode_values(x, y, recompute)
+        """Data to noise: tokens ``z`` and the log-determinant in nats.
+
+        ``recompute`` checkpoints every layer; ``twice`` is `TransformerLayer`'s.
+        """
+        z, log_scale = self.encode_values(x, y, recompute, twice)
         return z, x.new_zeros(len(x)) if log_scale is None else -log_scale.sum(dim=(1, 2))
 
     def encode_values(
-        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False
+        self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"] | None]:
         """As `forward`, with the log-scale of every value; None where volume is preserved."""
         x = self.order(x)
         h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
         for layer in self.layers:
-            h = checkpoint(layer, h) if recompute else layer(h)
+            h = checkpoint(layer, h, twice) if recompute else layer(h, twice)
         log_scale, mean = self._shifted_parameters(h, x)
         with torch.autocast(x.device.type, enabled=False):
             if log_scale is None:
@@ -247,11 +250,18 @@ class TarFlow(Flow):
 
     def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Data to noise: ``z (B, D)`` in token order and ``log_det (B,)`` in nats."""
+        return self._encode(h, y, twice=False)
+
+    def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
+        """As `Flow.encode_twice`: attention by its definition, in memory that grows with the square of tokens."""
+        return self._encode(h, y, twice=True)
+
+    def _encode(self, h: Tensor, y: Condition, twice: bool) -> tuple[Tensor, Tensor]:
         tokens = patchify(h, self.patch_size)
         log_det = tokens.new_zeros(len(tokens))
         recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
         for block in self.blocks:
-            tokens, block_log_det = block(tokens, y, recompute)
+            tokens, block_log_det = block(tokens, y, recompute, twice)
             log_det = log_det + block_log_det
         if self.log_std is not None:
             tokens = tokens * torch.exp(-self.log_std)

@@ -35,6 +35,7 @@ def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str
         "event_shape": list(flow.event_shape),
         "num_classes": flow.num_classes,
         **({} if flow.num_conditions is None else {"num_conditions": flow.num_conditions}),
+        **({"class_names": list(flow.class_names)} if flow.class_names else {}),
         "pixels": flow.pixels.model_dump(mode="json") if flow.pixels else None,
     }
     return {
@@ -53,10 +54,13 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
         facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
         config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
         # No memory and no random numbers: every tensor comes from the file. zuko's networks are made all the same.
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
-        flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
+        # Tensors of inference mode could never be trained, nor written to outside of it.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
+            flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
+        flow.class_names = tuple(map(str, facts.get("class_names", ())))
         _check_finite(flow)
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())

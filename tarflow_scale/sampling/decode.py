@@ -13,8 +13,10 @@ which there is one for every `_BUCKET` tokens of attention. Scale and mean act i
 Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +68,9 @@ class BlockReport:
 class TarFlowDecoder:
     """Decodes latents of a TarFlow; token by token unless schedules say otherwise.
 
-    The flow may be moved or trained on between calls: weights are laid out again when they have changed.
+    The flow may be moved, trained on or written to between calls: weights are laid out again when they have changed.
+    Threads may share a decoder; they decode one after the other, because the cache and a GPU's graphs are its own. A
+    copied or pickled decoder starts without either.
 
     Args:
         flow: the flow.
@@ -76,10 +80,21 @@ class TarFlowDecoder:
     def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:
         self._flow = flow
         self._dtype = dtype
-        self._layers = max(len(block.layers) for block in flow.blocks)  # type: ignore[arg-type]
-        self._laid_out: list[tuple[int, int]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
+        self._pointers: list[int] = []
+        self._checksums: list[list[int]] = []
         self._networks: list[BlockNetwork] = []
         self._cache: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_flow": self._flow, "_dtype": self._dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,29 +112,46 @@ class TarFlowDecoder:
         return len(self._flow.blocks) * (self.num_tokens - 1)
 
     def networks(self) -> list[BlockNetwork]:
-        """The blocks in the order of decoding, with the flow's present weights."""
-        state = [(parameter.data_ptr(), parameter._version) for parameter in self._flow.parameters()]
-        if state != self._laid_out:
-            self._cache = None
-            self._networks = [BlockNetwork(block, self.dtype) for block in reversed(self._flow.blocks)]  # type: ignore[arg-type]
-            self._laid_out = state
-        return self._networks
+        """The blocks in the order of decoding, with the flow's present weights.
+
+        Weights in the flow's own memory are read where they are. Of what was cast or packed, a CPU compares checksums,
+        as writing to ``parameter.data`` moves no version counter, and a GPU casts again.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            on_cpu = self._device.type == "cpu"
+            pointers = [parameter.data_ptr() for parameter in self._flow.parameters()]
+            if pointers == self._pointers and not on_cpu:
+                for network in self._networks:
+                    network.cast_again()
+            checksums = [network.checksums() for network in self._networks] if on_cpu else []
+            if (pointers, checksums) != (self._pointers, self._checksums):
+                self._cache = None
+                self._networks = [BlockNetwork(block, self.dtype) for block in reversed(self._flow.blocks)]  # type: ignore[arg-type]
+                self._checksums = [network.checksums() for network in self._networks] if on_cpu else []
+                self._pointers = pointers
+            return self._networks
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._flow.parameters()).device
 
     def bytes_per_row(self, chunk: int = 1) -> int:
         """Memory that a row takes: its part of the cache, and the activations of a chunk."""
         width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
-        cache = self._layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
+        cache = self._num_layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
         return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
 
     def cache(self, rows: int) -> Tensor:
         """Keys and values ``(L, 2, R, N, T, H)`` of one block; kept for the next, and for the next call."""
-        network = self.networks()[0]
         if self._cache is None or self._cache.shape[2] != rows:
             self._cache = None  # let go of the old one first
-            self._cache = network.new_cache(self._layers, rows)
+            self._cache = (self._networks or self.networks())[0].new_cache(self._num_layers, rows)
         return self._cache
 
-    @torch.no_grad()
+    @property
+    def _num_layers(self) -> int:
+        return max(len(block.layers) for block in self._flow.blocks)  # type: ignore[arg-type]
+
     def __call__(
         self,
         z: Tensor,
@@ -137,20 +169,23 @@ class TarFlowDecoder:
             schedules: of each block, in the order of decoding; None decodes all token by token.
             progress: called with the tokens that became final.
         """
-        tokens = self.tokens_of(z)
         reports: list[BlockReport] = []
-        for number in range(len(self.networks())):
-            schedule = schedules[number] if schedules is not None else Schedule()
-            tokens, report = self.decode_block(number, tokens, y, guidance, schedule, progress)
-            reports.append(report)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            tokens = self.tokens_of(z)
+            for number, network in enumerate(self.networks()):
+                schedule = schedules[number] if schedules is not None else Schedule()
+                of_block = None if number > 0 and guidance is not None and guidance.blocks == "first" else guidance
+                tokens, report = self._decode(network, tokens, y, of_block, schedule, progress)
+                reports.append(report)
         return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), reports
 
     def as_decode(self, progress: Callable[[float], object]) -> Decode:
         """What `Flow.inverse` takes; ``progress`` is told the share of the batch that is done since the last time."""
 
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
-            x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
-            self._cache = None  # nobody should wonder, between two calls, who holds gigabytes
+            with self._lock:
+                x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
+                self._cache = None  # nobody should wonder, between two calls, who holds gigabytes
             return x
 
         return decode
@@ -161,7 +196,6 @@ class TarFlowDecoder:
         tokens = z.to(exact).view(len(z), self.num_tokens, -1)
         return tokens if self._flow.log_std is None else tokens * torch.exp(self._flow.log_std.detach())
 
-    @torch.no_grad()
     def decode_block(
         self,
         number: int,
@@ -172,9 +206,19 @@ class TarFlowDecoder:
         progress: Progress | None = None,
     ) -> tuple[Tensor, BlockReport]:
         """The inverse of block ``number``, in the order of decoding, of ``z (B, T, D)`` in image order."""
-        network = self.networks()[number]
-        if guidance is not None and guidance.blocks == "first" and number > 0:
-            guidance = None
+        of_block = None if number > 0 and guidance is not None and guidance.blocks == "first" else guidance
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            return self._decode(self.networks()[number], z, y, of_block, schedule, progress)
+
+    def _decode(
+        self,
+        network: BlockNetwork,
+        z: Tensor,
+        y: Condition,
+        guidance: Guidance | None,
+        schedule: Schedule,
+        progress: Progress | None,
+    ) -> tuple[Tensor, BlockReport]:
         batch, num_tokens, _ = z.shape
         z = network.block.order(z).contiguous()
         offsets, sharpness = network.offsets(y, batch), None

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from tarflow_scale.config import Labels, NamedLabels
 from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows.conditions import class_number
 from tarflow_scale.randomness import Purpose, raw_words
 
 __all__ = ["balanced_labels", "check_labels", "labels_of", "numbered"]
-
-_SHOWN_CLASSES = 10
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
@@ -28,16 +27,13 @@ def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
     """
     if isinstance(rule, str):
         return "balanced"
-    unknown = [one for one in rule if isinstance(one, str) and one not in class_names]
-    if unknown:
-        there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")
-        raise ConfigError(
-            f"sampling.labels must be classes (got {unknown[0]}; there are {there or 'none'}); correct it"
-        )
-    number = {name: label for label, name in enumerate(class_names)}
+    try:
+        number = {one: class_number(one, class_names) if isinstance(one, str) else one for one in rule}
+    except ValueError as error:
+        raise ConfigError(f"sampling.labels {error}") from error
     if isinstance(rule, dict):
-        return {number[one] if isinstance(one, str) else one: weight for one, weight in rule.items()}
-    return tuple(number[one] if isinstance(one, str) else one for one in rule)
+        return {number[one]: weight for one, weight in rule.items()}
+    return tuple(number[one] for one in rule)
 
 
 def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int) -> Tensor:

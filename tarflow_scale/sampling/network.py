@@ -5,7 +5,9 @@ width, L layers.
 """
 
 import functools
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
 """A CUDA graph serves this many positions: its attention covers the cache up to the last of them."""
+_LANES = 509
 
 
 class _Linear:
@@ -29,9 +32,17 @@ class _Linear:
     """
 
     def __init__(self, module: torch.nn.Linear, dtype: torch.dtype) -> None:
-        self.weight, self.bias = module.weight.detach().to(dtype), module.bias.detach().to(dtype)
-        self._packed: Tensor | None = None
-        self._rows = 0
+        own = module.weight.detach(), module.bias.detach()
+        self.weight, self.bias = (tensor.to(dtype) for tensor in own)
+        packs = module.weight.device.type == "cpu" and _can_pack(dtype)
+        self.copied = [tensor for tensor in own if tensor.dtype != dtype or (packs and tensor.ndim == 2)]
+        """The module's tensors that this object has copies of, which must be made again when those change."""
+        self._packed: tuple[int, Tensor] | None = None
+
+    def cast_again(self) -> None:
+        """Bring copies of another precision up to date, in place, so that a captured graph reads them."""
+        for copy, own in zip((self.weight, self.bias), self.copied, strict=False):
+            copy.copy_(own)
 
     def __call__(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, through an exact GELU or plus another if asked for.
@@ -48,11 +59,9 @@ class _Linear:
         return y if add is None else add + y
 
     def _pack(self, rows: int) -> Tensor:
-        if self._packed is not None and self._rows == rows:
-            return self._packed
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-        self._packed, self._rows = packed, rows
-        return packed
+        if self._packed is None or self._packed[0] != rows:
+            self._packed = rows, torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        return self._packed[1]
 
 
 class _Layer:
@@ -86,8 +95,23 @@ class BlockNetwork:
         self.dtype = dtype
         self._proj_in, self._proj_out = _Linear(block.proj_in, dtype), _Linear(block.proj_out, dtype)
         self._layers = [_Layer(layer, dtype) for layer in block.layers]  # type: ignore[arg-type]
+        self._linears = [self._proj_in, self._proj_out]
+        for layer in self._layers:
+            self._linears += [layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out]
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._on_cpu = self._proj_in.weight.device.type == "cpu"
+
+    def checksums(self) -> list[int]:
+        """Of the block's weights that this object has copies of, on a CPU: 0.4 ms for 4 MB.
+
+        Whoever writes to ``parameter.data`` leaves no other trace.
+        """
+        return [_checksum(tensor) for one in self._linears for tensor in one.copied]
+
+    def cast_again(self) -> None:
+        """See `_Linear`; on a GPU, where weights are never packed, this costs less than to compare them."""
+        for one in self._linears:
+            one.cast_again()
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -191,6 +215,18 @@ class _Graph:
             self._sharpness.copy_(sharpness)
         self._graph.replay()
         return self._out
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of its words, 2.5 times faster than of all of them.
+
+    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum. So does an exchange
+    of rows or columns, because `_LANES` is a prime that divides no size of a layer.
+    """
+    content = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    summed = content[: content.size // (8 * _LANES) * 8 * _LANES]
+    sums = np.add.reduce(summed.view(np.uint64).reshape(-1, _LANES), axis=0)
+    return zlib.crc32(content[summed.size :].tobytes(), zlib.crc32(sums.tobytes()))
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:

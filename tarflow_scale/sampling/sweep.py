@@ -8,8 +8,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tarflow_scale.config import Guidance, SamplingConfig
+from tarflow_scale.config import Guidance, NamedLabels, SamplingConfig
+from tarflow_scale.config.base import validated
 from tarflow_scale.flows import Flow
+from tarflow_scale.sampling.labels import numbered
 from tarflow_scale.sampling.sampler import Sampler
 from tarflow_scale.shards.images import contact_sheet
 
@@ -27,22 +29,39 @@ def sweep(
     temperatures: Sequence[float] = (1.0,),
     attention_temperatures: Sequence[float] = (1.0,),
     base: SamplingConfig | None = None,
+    labels: NamedLabels | Sequence[int | str] | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
     """Images ``(num_images, C, H, W)`` uint8 of the first indices of ``seed`` under every combination of settings.
 
     Attention temperatures count with guidance alone; without it one row stands for all of them.
 
+    Args:
+        flow: in evaluation mode.
+        seed: of the latents.
+        num_images: in each row.
+        guidances: scales of guidance.
+        temperatures: standard deviations of the latent.
+        attention_temperatures: see `tarflow_scale.config.Guidance`.
+        base: the other settings.
+        labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
+
     Raises:
-        ConfigError: settings that cannot have an effect on this flow.
+        ConfigError: settings or labels that do not fit this flow.
     """
-    base = base or SamplingConfig()
+    settings = base or SamplingConfig()
+    if isinstance(labels, int | str) and labels != "balanced":
+        labels = (labels,)
+    named: NamedLabels = labels if isinstance(labels, dict) else "balanced" if labels == "balanced" else tuple(labels)
+    rule = numbered(named, flow.class_names)
     rows: list[SamplingConfig] = []
     for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):
         guidance = Guidance(scale=scale, attention_temperature=attention) if scale else Guidance()
-        settings = base.model_copy(update={"guidance": guidance, "temperature": temperature})
-        if settings not in rows:
-            rows.append(settings)
-    return [(settings, Sampler(flow, seed, settings).images(range(num_images))) for settings in rows]
+        raw = settings.model_dump() | {"guidance": guidance.model_dump(), "temperature": temperature}
+        row = validated(SamplingConfig, raw)
+        if row not in rows:
+            rows.append(row)
+    images = range(num_images)
+    return [(row, Sampler(flow, seed, row, labels=rule).images(images)) for row in rows]
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:

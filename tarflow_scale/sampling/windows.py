@@ -92,11 +92,11 @@ class OneQuery(Window):
     def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
         """See `Window.attend`."""
         _, rows, heads, capacity, head_width = cache.shape
-        function = self.function(head_width, cache.dtype)
-        if function is None:
+        function = self.function(head_width, cache.dtype) if qkv.dtype == cache.dtype else None
+        if function is None:  # also fp16, and bf16 heads of odd width, whose cache is in fp32
             return WindowOfTokens(self.position, self.position + 1).attend(qkv[:, None], cache, sharpness)[:, 0]
-        if not (qkv.is_contiguous() and cache.is_contiguous() and qkv.dtype == cache.dtype):
-            raise ValueError(f"got {qkv.dtype} and {cache.dtype}, strides {qkv.stride()} and {cache.stride()}")
+        if not (qkv.is_contiguous() and cache.is_contiguous()):
+            raise ValueError(f"got strides {qkv.stride()} and {cache.stride()}")
         out = qkv.new_empty(rows, heads * head_width)
         factors = None if sharpness is None else sharpness.float().contiguous()
         function(

@@ -14,6 +14,7 @@ from tarflow_scale.density import (
     marginal_log_prob,
 )
 from tarflow_scale.flows import Flow
+from tarflow_scale.records import PixelFormat
 from tests.flows.catalogue import FLOWS
 
 
@@ -77,3 +78,23 @@ def test_an_attribute_moves_latents_by_the_difference_of_means() -> None:
     assert (edited(made, x[8:], direction, 0.0) - x[8:]).abs().max() < 1e-8
     moved = edited(made, x[8:], direction, 0.3)
     assert torch.allclose(made(moved)[0] - made(x[8:])[0], 0.3 * direction)
+
+
+def test_moves_of_images_on_another_scale_are_refused_and_labels_may_be_names() -> None:
+    made = flow()
+    made.pixels = PixelFormat(bit_depth=8, noise="uniform")
+    made.class_names = ("daisies", "roses", "tulips")
+    x = images(2, made)
+    stored = 255 * torch.rand(2, *made.event_shape, dtype=torch.float64)
+    direction = torch.ones(made.num_dims, dtype=torch.float64)
+    for move in (
+        lambda of: interpolated(made, of[0], of[1], 3),
+        lambda of: edited(made, of, direction, 0.5),
+        lambda of: attribute_direction(made, of, x),
+    ):
+        move(x)
+        with pytest.raises(ValueError, match=r"images must be on \[-1, 1\]"):
+            move(stored)
+    y = torch.tensor([1, 1])
+    assert torch.equal(edited(made, x, direction, 0.5, "roses"), edited(made, x, direction, 0.5, y))
+    assert torch.equal(interpolated(made, x[0], x[1], 3, "roses"), interpolated(made, x[0], x[1], 3, y[:1]))

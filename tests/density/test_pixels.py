@@ -43,5 +43,8 @@ def test_what_has_no_bits_per_dim_is_refused(trained: Trained) -> None:
     flow = load("small@1", registry=str(trained.registry))
     with pytest.raises(ValueError, match="images must have shape"):
         image_bits_per_dim(flow, np.zeros((2, 1, 9, 9), np.uint8))
+    for images in (np.zeros((2, 1, 8, 8)), np.zeros((2, 1, 8, 8), np.int64)):
+        with pytest.raises(ValueError, match=r"must be a NumPy array of uint8, 0 to 255 \(got (float|int)64\)"):
+            image_bits_per_dim(flow, images)
     with pytest.raises(ValueError, match=r"bits/dim need a flow of uniformly dequantised images \(got an unknown"):
         image_tensor(build(MAFConfig(class_conditional=False), (1, 8, 8)), np.zeros((2, 1, 8, 8), np.uint8))

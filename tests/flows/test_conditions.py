@@ -87,3 +87,37 @@ def test_guidance_needs_labels_to_drop() -> None:
     flow = build(TarFlowConfig.model_validate({"kind": "tarflow", **sizes}), (1, 4, 4), None, 2)
     with pytest.raises(ValueError, match="flow without classes"):
         flow.sample(2, torch.zeros(2, 2), guidance=0.5)
+
+
+def test_labels_by_number_name_or_list() -> None:
+    flow = build(TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1,)), (1, 4, 4), 3).eval()
+    moved(flow, ("proj_out",))
+    flow.class_names = ("daisies", "roses", "tulips")
+    x, y = torch.randn(4, 1, 4, 4), torch.tensor([2, 2, 2, 2])
+    assert torch.equal(flow.log_prob(x, 2), flow.log_prob(x, y))
+    assert torch.equal(flow.log_prob(x, "tulips"), flow.log_prob(x, y))
+    assert not torch.equal(flow.log_prob(x, 1), flow.log_prob(x, y))
+    assert torch.equal(flow(x, 2)[0], flow(x, y)[0])
+    assert torch.equal(flow.inverse(x.flatten(1), 2), flow.inverse(x.flatten(1), y))
+    assert torch.equal(flow.nats_of_values(x, "tulips"), flow.nats_of_values(x, y))
+    mixed = torch.tensor([1, 0])
+    assert torch.equal(flow.sample(2, y=["roses", "daisies"], seed=0), flow.sample(2, mixed, seed=0))
+    assert torch.equal(flow.sample(2, y=[1, "daisies"], seed=0), flow.sample(2, mixed, seed=0))
+    assert torch.equal(flow.sample(2, y="roses", seed=0), flow.sample(2, 1, seed=0))
+
+
+def test_labels_that_are_no_classes_are_one_line() -> None:
+    flow = build(TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1,)), (1, 4, 4), 3).eval()
+    with pytest.raises(ValueError, match=r"^labels must be numbers where no names of classes are known \(got roses\)"):
+        flow.sample(2, y="roses")
+    flow.class_names = ("daisies", "roses", "tulips")
+    with pytest.raises(
+        ValueError, match=r"^labels must be classes \(got rose, did you mean roses\?; there are daisies"
+    ):
+        flow.sample(2, y="rose")
+    with pytest.raises(ValueError, match=r"^labels must be classes \(got cars; there are daisies, roses, tulips\)"):
+        flow.log_prob(torch.zeros(2, 1, 4, 4), ["roses", "cars"])
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\) \(got \(2,\)\)"):
+        flow.sample(3, y=["roses", "tulips"])
+    with pytest.raises(ValueError, match=r"in \[0, 3\) or -1 for dropped \(got 3\)"):
+        flow.log_prob(torch.zeros(2, 1, 4, 4), 3)

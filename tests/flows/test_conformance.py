@@ -1,5 +1,8 @@
 """Every flow of the catalogue keeps the contract. Tolerances are those of float64 unless a test says otherwise."""
 
+import copy
+import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -225,6 +228,80 @@ def test_shapes_and_values_that_do_not_fit_are_named(case: FlowCase) -> None:
         broken[1, 0, 0, 0] = bad
         with pytest.raises(ValueError, match=r"images must be finite \(got 1 values that are not\)"):
             flow.log_prob(broken, y)
+
+
+SOLVED = [case for case in FLOWS if case.config.kind == "continuous"]
+CLOSED = [case for case in FLOWS if case.config.kind != "continuous"]
+
+
+@pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.name)
+def test_log_prob_goes_through_vmap(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(3)
+    expected = flow.log_prob(x, y)
+    if y is None:
+        found = torch.vmap(lambda v: flow.log_prob(v[None])[0])(x)
+    else:
+        found = torch.vmap(lambda v, label: flow.log_prob(v[None], label[None])[0])(x, y)
+    assert (found - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.name)
+def test_log_prob_has_second_derivatives(case: FlowCase) -> None:
+    """By autograd twice and, forward over reverse, by torch.func; against differences of first derivatives."""
+    flow, (x, y) = case.flow(), case.data(1)
+    direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+
+    def score(at: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+        return torch.autograd.grad(flow.log_prob(at, y).sum(), at, create_graph=create_graph)[0]
+
+    step = 1e-5
+    ends = [score((x + side * step * direction).requires_grad_()) for side in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    at = x.clone().requires_grad_()
+    (twice,) = torch.autograd.grad((score(at, create_graph=True) * direction).sum(), at)
+    size = float(expected.abs().max())
+    assert size > 1e-2
+    assert (twice - expected).abs().max() < 1e-3 * size  # differences are no more exact near the ends of a logit
+    gradient = torch.func.grad(lambda v: flow.log_prob(v, y).sum())
+    assert (torch.func.jvp(gradient, (x,), (direction,))[1] - twice).abs().max() < 1e-9 * size
+
+
+def test_second_derivatives_by_parameters_need_images_that_require_gradients() -> None:
+    case = next(case for case in FLOWS if case.name == "tarflow_conditional")
+    flow, (x, y) = case.flow(), case.data(2)
+    weight = flow.blocks[0].proj_in.weight  # type: ignore[union-attr, index]
+    with pytest.raises(ValueError, match=r"^second derivatives of log_prob need images .*; call x.requires_grad_\(\)"):
+        torch.autograd.grad(flow.log_prob(x, y).sum(), weight, create_graph=True)
+    (slope,) = torch.autograd.grad(flow.log_prob(x.requires_grad_(), y).sum(), weight, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), weight)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("case", SOLVED, ids=lambda case: case.name)
+def test_a_solver_says_what_it_does_not_go_through(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(2)
+    with pytest.raises(ValueError, match="chooses steps by values, which vmap and torch.func hide"):
+        torch.vmap(lambda v: flow.log_prob(v[None])[0])(x)
+    with pytest.raises(ValueError, match="chooses steps by values"):
+        torch.func.grad(lambda v: flow.log_prob(v, y).sum())(x)
+    with pytest.raises(ValueError, match=r"needs? fp32 or fp64 \(got torch.float16\); use flow.float\(\)"):
+        flow.half().log_prob(x.half(), y)
+
+
+@every_flow
+def test_a_copied_or_pickled_flow_is_the_same_to_the_bit(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(torch.float32), case.data(3, dtype=torch.float32)
+    with torch.no_grad():
+        expected = flow.log_prob(x, y)  # what a flow keeps from a first use must not be in the way
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(flow),
+        pickle.loads(pickle.dumps(flow)),
+        torch.load(file, weights_only=False),
+    ):
+        with torch.no_grad():
+            assert torch.equal(again.log_prob(x, y), expected)
 
 
 @pytest.mark.gpu

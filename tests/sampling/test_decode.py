@@ -1,6 +1,10 @@
 """Decoding: the fast way is the plain one, chunks are exact when they must be, and errors stay where they should."""
 
+import copy
+import io
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
-from tarflow_scale.sampling.network import BlockNetwork
+from tarflow_scale.sampling.network import BlockNetwork, _checksum
 from tarflow_scale.sampling.windows import OneQuery
 
 GUIDANCES = [
@@ -193,6 +197,100 @@ def test_trained_or_moved_weights_are_laid_out_again() -> None:
     after = decoder(z, y)[0]
     assert (after - before).abs().max() > 1e-3
     assert torch.equal(after, TarFlowDecoder(flow, torch.bfloat16)(z, y)[0])
+
+
+def loaded(**options: object) -> TarFlow:
+    """As `tarflow_scale.load` gives it."""
+    flow = flow_of(**options)  # type: ignore[arg-type]
+    flow.decoder = TarFlowDecoder(flow).as_decode
+    return flow
+
+
+def test_eight_threads_draw_what_one_draws() -> None:
+    """They shared the decoder's cache, and most images were wrong."""
+    flow = loaded(depth=(1, 1))
+
+    def draw(number: int) -> Tensor:  # other numbers of rows, so that packed weights differ too
+        return flow.sample(100, number % 5, seed=number, batch_size=20 + number)
+
+    expected = [draw(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(draw, range(8)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_written_through_data_are_seen(dtype: torch.dtype | None) -> None:
+    """``parameter.data.copy_``, as averages of weights are swapped in, moves no version counter."""
+    flow, other = flow_of(seed=6), flow_of(seed=7)
+    z, y = latents_of(flow)
+    decoder = TarFlowDecoder(flow, dtype)
+    before = decoder(z, y)[0]
+    for parameter, source in zip(flow.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(source.data)
+    expected = TarFlowDecoder(other, dtype)(z, y)[0]
+    assert torch.equal(decoder(z, y)[0], expected)
+    assert not torch.equal(before, expected)
+    one = flow.blocks[0].layers[0].qkv.bias  # type: ignore[union-attr, index]
+    rows = flow.blocks[1].layers[0].mlp_in.weight  # type: ignore[union-attr, index]
+    for changed, write in ((one, lambda: one.data[0].add_(0.5)), (rows, lambda: rows.data.copy_(rows.data.flip(0)))):
+        kept = changed.clone()
+        write()  # a single number; rows that trade places
+        assert not torch.equal(changed, kept)
+        assert torch.equal(decoder(z, y)[0], TarFlowDecoder(flow, dtype)(z, y)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5), (96, 384), (1024, 256)])
+def test_a_checksum_sees_any_change_of_a_number_and_any_order(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = _checksum(weight)
+    assert _checksum(weight.clone()) == before
+    for place in (0, weight.numel() // 2, weight.numel() - 1):
+        other = weight.clone()
+        other.view(-1)[place] *= 1.01
+        assert _checksum(other) != before
+    for other in (weight.flip(0), weight.flip(1), weight.roll(1, 0), weight.roll(1, 1), -weight):
+        assert _checksum(other) != before
+
+
+def test_a_flow_that_has_sampled_can_be_copied_and_pickled() -> None:
+    """Packed weights are opaque tensors, which are neither."""
+    flow = loaded(seed=8)
+    expected = flow.sample(3, 1, seed=0)
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    for again in (
+        copy.deepcopy(flow),
+        pickle.loads(pickle.dumps(flow)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(again.sample(3, 1, seed=0), expected)
+        with torch.no_grad():
+            again.blocks[0].proj_out.bias.add_(0.1)  # the copy's decoder reads the copy
+        assert not torch.equal(again.sample(3, 1, seed=0), expected)
+        assert torch.equal(flow.sample(3, 1, seed=0), expected)
+
+
+def test_a_flow_of_inference_mode_samples_inside_and_outside() -> None:
+    with torch.inference_mode():
+        flow = loaded(seed=9)
+        expected = flow.sample(3, 1, seed=0)
+    assert torch.equal(flow.sample(3, 1, seed=0), expected)
+    with torch.inference_mode():
+        assert torch.equal(flow.sample(3, 1, seed=0), expected)
+    normal = loaded(seed=9)
+    assert torch.equal(normal.sample(3, 1, seed=0), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_flow_in_half_precision_samples_on_a_cpu(dtype: torch.dtype) -> None:
+    flow = loaded(seed=10)
+    exact = flow.sample(4, 1, seed=0)
+    found = flow.to(dtype).sample(4, 1, seed=0)
+    assert found.isfinite().all()
+    assert (found.float() - exact).abs().max() < 0.1
 
 
 def test_progress_reaches_the_whole() -> None:

@@ -198,7 +198,7 @@ def test_tolerance_and_decoder_are_checked() -> None:
     for decoder in ({"tolerance": 0}, {"tolerance": -1}, {"kind": "jacobi"}):
         with pytest.raises(ValidationError):
             SamplingConfig.model_validate({"decoder": decoder})
-    with pytest.raises(ValidationError, match="no effect at scale=0"):
+    with pytest.raises(ConfigError, match="no effect at scale=0"):
         Guidance(blocks="first")
 
 

@@ -3,11 +3,13 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from tarflow_scale.config import SamplingConfig, TarFlowConfig
-from tarflow_scale.flows import build
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.sampling.sweep import sweep, sweep_picture
@@ -31,3 +33,20 @@ def test_a_row_for_every_setting_and_a_picture_of_them() -> None:
     for number in range(6):  # a label in front of every row
         middle = int((number + 0.5) * picture.shape[0] / 6)
         assert (picture[middle - 5 : middle + 5, :190] < 128).any()
+
+
+def test_labels_by_name_and_settings_that_cannot_be(flow: Flow) -> None:
+    flow.class_names = ("daisies", "roses", "tulips")
+    ((settings, images),) = sweep(flow, 3, 4, labels=["roses", "tulips"])
+    assert torch.equal(images, Sampler(flow, 3, settings, labels=(1, 2)).images(range(4)))
+    assert not torch.equal(images, sweep(flow, 3, 4)[0][1])
+    for one in ("roses", 1):
+        assert torch.equal(
+            sweep(flow, 3, 4, labels=one)[0][1], Sampler(flow, 3, settings, labels=(1,)).images(range(4))
+        )
+    with pytest.raises(ConfigError, match=r"sampling.labels must be classes \(got rose, did you mean roses\?"):
+        sweep(flow, 3, 4, labels=["rose"])
+    with pytest.raises(ConfigError, match=r"sampling.labels must be in 0..2 \(got \[3\]\)"):
+        sweep(flow, 3, 4, labels=[3])
+    with pytest.raises(ConfigError, match=r"temperature: .* \(got -1.0\)"):
+        sweep(flow, 3, 4, temperatures=(-1.0,))

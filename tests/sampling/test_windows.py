@@ -76,8 +76,15 @@ def test_a_layout_that_the_code_does_not_know_is_refused() -> None:
     qkv, cache = inputs(4, 2, 16, torch.float32)
     with pytest.raises(ValueError, match="strides"):
         OneQuery(0).attend(qkv.T.contiguous().T, cache, None)
-    with pytest.raises(ValueError, match="bfloat16"):
-        OneQuery(0).attend(qkv.bfloat16(), cache, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_narrower_than_the_cache_are_left_to_pytorch(dtype: torch.dtype) -> None:
+    """As of a flow in half precision, or bf16 heads of odd width, whose cache is in fp32."""
+    qkv, cache = inputs(4, 2, 16, torch.float32)
+    qkv = qkv.to(dtype)
+    expected = WindowOfTokens(9, 10).attend(qkv[:, None], cache.clone(), None)[:, 0]
+    assert torch.equal(OneQuery(9).attend(qkv, cache, None), expected)
 
 
 def test_fp64_is_left_to_pytorch() -> None:

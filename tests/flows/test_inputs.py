@@ -1,0 +1,164 @@
+"""What users give: each mistake is one line, and nothing right is refused or warned about."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tarflow_scale.config import GlowConfig, Guidance, TarFlowConfig
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.flows import Flow, build
+from tarflow_scale.flows.inputs import check_values
+from tarflow_scale.flows.likelihood import add_noise
+from tarflow_scale.records import PixelFormat
+
+SHAPE = (3, 8, 8)
+
+
+def flow_of(logit_alpha: float | None = None) -> Flow:
+    torch.manual_seed(0)
+    config = TarFlowConfig(
+        patch_size=4, width=8, head_width=8, layers_per_block=(1,), logit_alpha=logit_alpha, class_conditional=False
+    )
+    flow = build(config, SHAPE).eval()
+    flow.pixels = PixelFormat(bit_depth=8, noise="uniform")
+    return flow
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (4, *SHAPE), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_images_on_0_to_255_are_refused(images: Tensor) -> None:
+    for flow in (flow_of(), flow_of(logit_alpha=0.05)):
+        for density in (flow.log_prob, flow.log_prob_of_images, flow.nats_of_values):
+            with pytest.raises(ValueError, match=r"^images .* \(got 0 to 255\); scale them: x / 127.5 - 1 .*$"):
+                density(images.float())
+    dark = torch.zeros(1, *SHAPE)
+    dark[..., :2] = 200.0  # most of a digit is black
+    with pytest.raises(ValueError, match=r"must be on \[-1, 1\] \(got 0 to 200\)"):
+        flow_of().log_prob(dark)
+
+
+def test_images_on_0_to_1_are_warned_about(images: Tensor) -> None:
+    with pytest.warns(UserWarning, match=r"seem to be on \[0, 1\].*use 2 \* x - 1"):
+        flow_of().log_prob(images.float() / 255)
+    with pytest.warns(UserWarning, match="seem to be on"):
+        flow_of().log_prob((images > 127).float())
+
+
+def test_what_is_right_raises_no_warning(images: Tensor) -> None:
+    flow = flow_of()
+    noisy = add_noise(images, torch.rand(images.shape), PixelFormat(bit_depth=8, noise="uniform"))
+    bright = noisy.clamp(min=0.2)
+    unknown = flow_of()
+    unknown.pixels = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (noisy, bright, torch.zeros_like(noisy), noisy[:0], flow.sample(64, seed=0), 0.3 + 0.1 * noisy):
+            assert flow.log_prob(x).shape == (len(x),)
+        unknown.log_prob(images.float())  # nothing says that these are pixels
+        flow_of(logit_alpha=0.05).log_prob(flow_of(logit_alpha=0.05).sample(64, seed=0))
+
+
+def test_values_without_density_under_logits_are_refused() -> None:
+    x = torch.zeros(2, *SHAPE)
+    x[1, 0, 0, 0] = 1.2  # the data end at 1 / 0.9
+    with pytest.raises(ValueError, match=r"model.logit_alpha=0.05 must lie inside \+-1.11111.*\(got 0 to 1.2\)"):
+        flow_of(logit_alpha=0.05).log_prob(x)
+
+
+def test_integers_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^images must be floats on \[-1, 1\] \(got torch.uint8\); .*image_tensor"):
+        flow_of().log_prob(images)
+
+
+def test_another_precision_is_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"weights, torch.float32 \(got torch.float64\); use x.to\(torch.float32\)"):
+        flow_of().log_prob(images.double() / 127.5 - 1)
+
+
+def test_channels_last_and_single_images_are_told_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"\(batch, 3, 8, 8\) \(got \(2, 8, 8, 3\)\); .*x.permute\(0, 3, 1, 2\)"):
+        flow_of().log_prob(torch.zeros(2, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"\(got \(3, 8, 8\)\); .*x\[None\]"):
+        flow_of().log_prob(torch.zeros(3, 8, 8))
+
+
+def test_arrays_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^images must be a tensor \(got numpy.ndarray\); torch.as_tensor"):
+        check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.float32, None, None)
+
+
+def test_numbers_that_no_sampling_can_have_are_refused() -> None:
+    flow = flow_of()
+    for temperature in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^temperature must be a finite number from 0 \(got .*\); 1 is the model"):
+            flow.sample(1, temperature=temperature)
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=rf"^batch_size must be at least 1 \(got {size}\)"):
+            flow.sample(1, batch_size=size)
+    with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
+        flow.sample(-1)
+    with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
+        flow.rsample_and_log_prob(-1)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"^seed must be in 0..2\^64-1 \(got {seed}\)"):
+            flow.sample(1, seed=seed)
+    with pytest.raises(ConfigError, match=r"^Guidance: scale: .* \(got -1.0\)$"):
+        flow.sample(1, guidance=-1.0)
+
+
+def test_a_section_without_its_sizes_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^GlowConfig: levels: required argument is missing; pass levels=VALUE; .*$"):
+        GlowConfig()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ConfigError, match=r"^TarFlowConfig: width must be a multiple of head_width .*$"):
+        TarFlowConfig(patch_size=2, width=10, head_width=8, layers_per_block=(1,))
+    with pytest.raises(ConfigError, match=r"^Guidance: scales: unknown key \(did you mean scale\?\)"):
+        Guidance(scales=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_skip_the_look_at_values() -> None:
+    """In a process without the checks of annotations that run beside these tests."""
+    code = """
+import warnings
+import numpy as np, torch
+from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.flows import build
+flow = build(TarFlowConfig(patch_size=4, width=8, head_width=8, layers_per_block=(1,)), (1, 4, 4), 3).eval()
+x = torch.zeros(2, 1, 4, 4)
+for use in (
+    lambda: flow.log_prob(np.zeros((2, 1, 4, 4))),
+    lambda: flow.log_prob([[0.0]]),
+    lambda: flow.sample(2.5),
+    lambda: flow.log_prob(x, 1.5),
+    lambda: flow.sample(2, y={1}),
+):
+    try:
+        use()
+    except ValueError as error:
+        print(error)
+warnings.simplefilter("ignore")
+flow.requires_grad_(False)
+other = torch.rand(2, 1, 4, 4) - 0.5
+for seen in (
+    torch.jit.trace(lambda v: flow.log_prob(v), x, check_trace=False),
+    torch.compile(flow.log_prob, backend="eager", fullgraph=True),
+):
+    print(torch.allclose(seen(other), flow.log_prob(other), atol=1e-4))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines() == [
+        "images must be a tensor (got numpy.ndarray); torch.as_tensor(x) of an array makes one",
+        "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",
+        "the number of samples must be a whole number from 0 (got 2.5); correct it",
+        "labels must be a tensor, a number or name of a class for all, or a list of them (got 1.5); correct them",
+        "labels must be a tensor, a number or name of a class for all, or a list of them (got {1}); correct them",
+        "True",
+        "True",
+    ], found.stderr
