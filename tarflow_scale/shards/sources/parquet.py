@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tarflow_scale import storage, telemetry
-from tarflow_scale.errors import DataError
+from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.shards.sources.base import EncodedSource, Shaping, Spool, as_label, numbered_classes, split_layout
 
 __all__ = ["ParquetSource"]
@@ -129,7 +129,7 @@ def _open(location: str) -> Any:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError("source.kind=parquet needs pyarrow (got none); pip install 'tarflow-scale[parquet]'") from error
+        raise DataError(needs_package("source.kind=parquet", "pyarrow", "parquet")) from error
     try:
         return parquet.ParquetFile(storage.open_seekable(location))
     except (arrow.ArrowException, OSError) as error:
