@@ -53,7 +53,8 @@ class VersionConfig(RegistryConfig):
     """One version of a model."""
 
     version: int | str = "latest"
-    """A number, an alias such as ``champion``, or ``latest``."""
+    """A number, an alias such as ``champion``, or ``latest``: the newest that is not retired, and for ``promote`` the
+    newest of these that has the numbers that the gate asks for."""
 
 
 class BrowseConfig(Section):
