@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, str, Callable[[], object]]] = {
     "model.kind=maf": ("zuko", "flows", lambda: build(MAFConfig(class_conditional=False), (3,))),
     "model.kind=iaf": ("zuko", "flows", lambda: build(IAFConfig(class_conditional=False), (3,))),
     "model.kind=continuous": ("torchdiffeq", "flows", lambda: build(ContinuousConfig(class_conditional=False), (3,))),
-    "extractor dinov2-vitl14": ("timm", "dinov2", lambda: DINOv2Extractor("dinov2-vitl14", ["pool"], "none.pth")),
+    "extractor dinov2-vitl14": ("timm", "dinov2", lambda: DINOv2Extractor("dinov2-vitl14", ["dinov2"], "none.pth")),
     "scoring.format=parquet": ("pyarrow", "parquet", score._pyarrow),
     "source.kind=parquet": ("pyarrow", "parquet", lambda: _open("none.parquet")),
 }
