@@ -7,6 +7,7 @@ Exit codes of the command line: 0, done. 1, ``doctor`` found what would stop the
 interrupted from the keyboard.
 """
 
+from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "StorageError",
     "Unfit",
     "UserError",
+    "install_extra",
+    "needs_package",
 ]
 
 
@@ -77,3 +80,20 @@ class PlanError(UserError):
 
 class PromotionRefused(UserError):
     """The gate's decision was no."""
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs the packages of an extra of ``pyproject.toml``.
+
+    From a checkout, which an editable install points to, it names the folder of the checkout: no package index needs to
+    know this package. Elsewhere pip completes the installed package.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e '{checkout}[{extra}]'"
+    return f"pip install 'tarflow-scale[{extra}]'"
+
+
+def needs_package(what: str, package: str, extra: str) -> str:
+    """The error message where ``what`` (a setting, with its value) needs a package that is not installed."""
+    return f"{what} needs {package} (got none installed); run: {install_extra(extra)}"

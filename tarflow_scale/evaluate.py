@@ -54,7 +54,9 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
     """
     started = time.monotonic()
     registry = Registry(config.registry.path, config.registry.model)
-    version = registry.resolve(config.registry.version)
+    version = registry.resolve(config.registry.version)  # once: what another run registers meanwhile is not measured
+    if str(config.registry.version) != str(version.version):
+        print(f"{config.registry.version} is {registry.model}@{version.version}", flush=True)
     job = Job(config, registry, version)
     _check(version, job)
     units = job.units()

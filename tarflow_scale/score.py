@@ -28,7 +28,7 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.config import ScoreConfig, VersionConfig
 from tarflow_scale.density.anomaly import SCORES, Separation, codecs, scores_of, separate, threshold
 from tarflow_scale.density.surprise import overlaid
-from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.errors import ConfigError, DataError, needs_package
 from tarflow_scale.flows import Flow
 from tarflow_scale.loading import load_version
 from tarflow_scale.metrics.bits import dequantised
@@ -240,7 +240,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ConfigError("scoring.format=parquet needs pyarrow; pip install 'tarflow-scale[parquet]'") from error
+        raise ConfigError(needs_package("scoring.format=parquet", "pyarrow", "parquet")) from error
     return arrow, parquet
 
 

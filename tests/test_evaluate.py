@@ -16,6 +16,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import cli, scoring
+from tarflow_scale.evaluation import Job
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
@@ -311,6 +312,33 @@ def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path)
     assert [watcher.returncode for watcher in watchers] == [130, 130]
     assert scores(registry) == [1, 3]
     assert all("small@2 is left: " in error for error in errors)
+
+
+def test_latest_is_resolved_once_and_promoted_with_its_report(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another run registers a version while one is evaluated."""
+    shutil.copytree(trained.registry, tmp_path / "registry")
+    own = Trained(trained.data, trained.run, tmp_path / "registry")
+    registry = Registry(str(own.registry), "small")
+    first, make = registry.resolve(1), Job.make
+
+    def register_and_make(job: Job, *arguments: Any) -> None:
+        facts = first.model_dump(mode="json", exclude={"version", "files", "configuration"})
+        registry.register(registry.read_files(first), facts | {"config_digest": "f" * 64}, "by another run")
+        make(job, *arguments)
+
+    monkeypatch.setattr(Job, "make", register_and_make)
+    protocols = [path for path in PROTOCOLS if "bits" in path.stem]
+    assert cli.main(evaluate_arguments(own, "cluster.executor=local", protocols=protocols)) == 0
+    assert "latest is small@1\n" in capsys.readouterr().out
+    state = registry.state()
+    assert sorted(state.versions) == [1, 2]
+    assert sorted(state.reports) == [1]
+    gate = gate_file(tmp_path / "gate.yaml", protocols[0], 9.0)
+    assert cli.main(promote_arguments(own, gate)) == 0
+    assert "latest is small@1, the newest with the numbers" in capsys.readouterr().out
+    assert registry.state().aliases["champion"] == 1
 
 
 # -- what a protocol is bound to ---------------------------------------------------------------------------------------

@@ -86,13 +86,14 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
 SMALLER = {
     "prepare": ["shards.samples_per_shard=20"],
     "train": [
-        "model.width=64",
-        "model.layers_per_block=[1, 1]",
+        "model.width=16",
+        "model.steps_per_level=2",
         "training.total_images=2560",
         "training.global_batch_size=32",
         "training.micro_batch_size=16",
         "validation.every_images=1280",
         "schedule.warmup_images=640",
+        "schedule.decay_images=640",
     ],
     "evaluate": ["cluster.executor=local"],
     "promote": [],

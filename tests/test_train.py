@@ -548,3 +548,46 @@ def test_bf16_and_gaussian_noise_on_the_cpu(digits: Path, tmp_path: Path) -> Non
     log = curve(tmp_path / "run")
     assert log[-1]["nats_per_dim"] < log[0]["nats_per_dim"] - 0.2
     assert log[-1]["bits_per_dim"] is None
+
+
+def longer(trained: Trained, tmp_path: Path, *more: str) -> tuple[list[str], str]:
+    """Arguments of a run of 640 images that is finished, and the line of it when it is extended to 1280."""
+    arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry", *more)
+    result = command(*arguments, "training.total_images=640")
+    assert result.returncode == 0, result.stderr
+    assert "another schedule" not in result.stdout
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "another schedule" in line]
+    return arguments, "\n".join(lines)
+
+
+def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained, tmp_path: Path) -> None:
+    arguments, told = longer(trained, tmp_path)
+    # cosine to 1% of 5e-3 at 640 images; of 1280 images, 640 are half way: 0.01 + 0.99 / 2 of it
+    assert told == (
+        "going on with another schedule: the learning rate at 640 images was 5e-05, now 0.00252; a higher rate makes "
+        "the model worse at first (schedule.kind=wsd is for runs that are extended)"
+    )
+    result = command(*arguments, "training.total_images=1600", "optimizer.peak_lr=1e-5")
+    assert result.returncode == 0, result.stderr
+    (told,) = [line for line in result.stdout.splitlines() if "another schedule" in line]
+    assert told == "going on with another schedule: the learning rate at 1,280 images was 5e-05, now 1.05e-06"
+
+
+def test_a_wsd_run_extended_from_before_its_decay_equals_a_longer_one(trained: Trained, tmp_path: Path) -> None:
+    arguments, told = longer(trained, tmp_path, "schedule={kind: wsd, decay_images: 320}")
+    assert told.endswith(
+        "at 640 images was 5e-05, now 0.005; a higher rate makes the model worse at first (delete the checkpoints "
+        "after images-000000000320 to go on without the jump)"
+    )
+    for images in range(640, 1281, 320):
+        shutil.rmtree(tmp_path / f"run/checkpoints/images-{images:012d}")
+    result = command(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "another schedule" not in result.stdout
+    planned = [part.replace(f"{tmp_path}/run", f"{tmp_path}/planned") for part in arguments]
+    result = command(*planned)
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "run") == curve(tmp_path / "planned")
+    assert weights(tmp_path / "run") == weights(tmp_path / "planned")

@@ -4,9 +4,10 @@ A verb's root (`tarflow_scale.config.roots`) is composed of these. Functions get
 Defaults live here and nowhere else; the text under a field is its documentation, printed by ``--help``.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.training import NoiseConfig
@@ -52,7 +53,8 @@ class VersionConfig(RegistryConfig):
     """One version of a model."""
 
     version: int | str = "latest"
-    """A number, an alias such as ``champion``, or ``latest``."""
+    """A number, an alias such as ``champion``, or ``latest``: the newest that is not retired, and for ``promote`` the
+    newest of these that has the numbers that the gate asks for."""
 
 
 class BrowseConfig(Section):
@@ -266,11 +268,22 @@ class GateRef(Section):
     """Gate file; see ``evals/gates/``."""
     alias: Name = "champion"
     """The alias that moves when the gate opens."""
+    against: str | None = None
+    """A version of another model of the registry, such as ``other-model@champion``, that must be beaten as well in each
+    requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the same
+    protocol ids. The alias of the other model must exist, and does not move."""
     reason: str = ""
-    """Why, in the words of whoever promotes; stored."""
+    """Why, in the words of the person who promotes; stored."""
     override: str | None = None
     """Promote although the gate says no, for this reason; decision and reason are recorded for ever. The flag
     ``--override`` sets it."""
+
+    @field_validator("against")
+    @classmethod
+    def _names_a_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}@[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(f"against must be MODEL@VERSION (got {value!r}); for example other-model@champion")
+        return value
 
     @model_validator(mode="after")
     def _alias_is_no_number(self) -> "GateRef":

@@ -64,7 +64,12 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
     """``cosine``: down to ``final_lr_fraction`` at the end of training. ``constant``: the peak. ``wsd`` (warm-up,
-    stable, decay): the peak, and linearly down to ``final_lr_fraction`` over the last ``decay_images``."""
+    stable, decay): the peak, and linearly down to ``final_lr_fraction`` over the last ``decay_images``.
+
+    A finished run goes on where ``training.total_images`` is raised. ``cosine`` then rises to the rate that the longer
+    schedule has there, which makes the model worse at first. ``wsd`` is for runs that may be extended: with a
+    checkpoint that is kept from before its decay (``checkpoint.keep_every_images``), delete the later ones, and the run
+    goes on at the peak, with the same weights as if it had been planned that long."""
     warmup_images: int = Field(default=0, ge=0)
     """Images over which the rate rises from 0 to its peak."""
     decay_images: int | None = Field(default=None, ge=1)

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
-from tarflow_scale.errors import ConfigError
+from tarflow_scale.errors import ConfigError, needs_package
 from tarflow_scale.flows.conditions import Condition, GivenCondition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import from_logits, logit_log_dets
@@ -78,7 +78,8 @@ class Autoregressive(Flow):
             with torch.device("cpu"):
                 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
         except ImportError as error:
-            raise ConfigError("model.kind=maf and iaf need zuko; pip install 'tarflow-scale[flows]'") from error
+            kind = "iaf" if inverse else "maf"
+            raise ConfigError(needs_package(f"model.kind={kind}", "zuko", "flows")) from error
         self.inverse_autoregressive = inverse
         orders = (torch.arange(self.num_dims, device="cpu"), torch.arange(self.num_dims, device="cpu").flip(0))
         with torch.device("cpu"):  # masks are computed, which the meta device cannot

@@ -44,7 +44,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance
-from tarflow_scale.errors import ConfigError, NumericsError
+from tarflow_scale.errors import ConfigError, NumericsError, needs_package
 from tarflow_scale.flows.conditions import Condition, embed, is_transformed
 from tarflow_scale.flows.flow import Activations, Flow
 
@@ -193,7 +193,7 @@ class Continuous(Flow):
             with torch.device("cpu"):  # a flow is loaded on the meta device, where its tables would be lost
                 import torchdiffeq
         except ImportError as error:
-            raise ConfigError("model.kind=continuous needs torchdiffeq; pip install 'tarflow-scale[flows]'") from error
+            raise ConfigError(needs_package("model.kind=continuous", "torchdiffeq", "flows")) from error
         self.dynamics = Dynamics(event_shape, width, hidden_layers, num_classes)
         self.tolerance = tolerance
         self.exact_trace_dims = exact_trace_dims

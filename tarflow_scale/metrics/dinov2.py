@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.errors import ConfigError, DataError, needs_package
 
 __all__ = ["DINOv2Extractor"]
 
@@ -47,7 +47,7 @@ class DINOv2Extractor(FeatureExtractorBase):
         try:
             timm: Any = importlib.import_module("timm")
         except ImportError as error:
-            raise ConfigError(f"extractor {name} needs timm; install tarflow-scale[dinov2]") from error
+            raise ConfigError(needs_package(f"extractor {name}", "timm", "dinov2")) from error
         self.model = timm.create_model(self.model_name, pretrained=False, img_size=_SIZE, num_classes=0)
         try:
             state = torch.load(feature_extractor_weights_path, map_location="cpu", weights_only=True)

@@ -3,7 +3,8 @@
 A champion is beaten only by more than chance. Numbers of bits/dim are compared image by image: the standard error is
 that of the mean difference over images, which is much smaller than that of either mean. Numbers of samples (FID and
 others) are compared as independent, each with its jackknife. A version wins if the one-sided confidence limit of the
-difference exceeds the margin.
+difference exceeds the margin. A version of another model may be named that must be beaten in the same way, so that
+models of one family compete; both must be trained on the same data set.
 """
 
 import math
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, stdev
 
 from tarflow_scale.config import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
-from tarflow_scale.records import MetricsReport, MetricValue, Record
+from tarflow_scale.records import DataSetFacts, MetricsReport, MetricValue, Record
 
-__all__ = ["Contender", "Decision", "Reason", "decide"]
+__all__ = ["Contender", "Decision", "Reason", "Rival", "decide"]
 
 Protocol = LikelihoodProtocol | SampledProtocol
 
@@ -27,12 +28,21 @@ class Reason(Record):
     holds: bool
 
 
+class Rival(Record):
+    """A version of another model that a decision compared with."""
+
+    name: str
+    """``model@version``."""
+    weights_digest: str
+
+
 class Decision(Record):
     """The outcome of a gate."""
 
     gate: str
     promoted: bool
     reasons: tuple[Reason, ...]
+    against: Rival | None = None
 
 
 @dataclass(frozen=True)
@@ -40,13 +50,16 @@ class Contender:
     """A version with what is known of it.
 
     name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: by the SHA-256 under
-    which a report names them, numbers of each image as ``(digest of the image, number)``, sorted.
+    which a report names them, numbers of each image as ``(digest of the image, number)``, sorted. data: what it was
+    trained on. weights_digest: of its files.
     """
 
     name: str
     reports: list[MetricsReport]
     approvals: tuple[str, ...] = ()
     per_image: Mapping[str, Sequence[tuple[bytes, float]]] = field(default_factory=dict)
+    data: DataSetFacts | None = None
+    weights_digest: str = ""
 
     def value(self, protocol: Protocol, protocol_id: str | None = None) -> MetricValue | None:
         """The newest number by this protocol, and with this id if one is given."""
@@ -64,30 +77,59 @@ class Contender:
 
 
 def decide(
-    gate: GateConfig, protocols: dict[str, Protocol], candidate: Contender, champion: Contender | None
+    gate: GateConfig,
+    protocols: dict[str, Protocol],
+    candidate: Contender,
+    champion: Contender | None,
+    rival: Contender | None = None,
 ) -> Decision:
-    """Compare a candidate with a gate and with the champion.
+    """Compare a candidate with a gate, with the champion, and with a version of another model.
 
     Args:
         gate: the requirements.
         protocols: protocol files of the requirements, by path.
         candidate: who wants the alias.
         champion: who has it, or None.
+        rival: whom the candidate must beat as well, or None.
     """
-    reasons: list[Reason] = []
+    reasons = [] if rival is None else [_same_data(candidate, rival)]
+    comparable = rival if reasons and reasons[0].holds else None
     for requirement in gate.requirements:
         protocol = protocols[requirement.protocol]
         value = candidate.value(protocol, requirement.protocol_id)
         if value is None:
             wanted = f"a number by protocol {protocol.name}"
             reasons.append(Reason(requirement=wanted, found=_nothing_by_it(candidate), holds=False))
-        else:
-            reasons.extend(_judge(requirement, protocol, value, candidate, champion))
+            continue
+        reasons.extend(_bounds(requirement, protocol, value))
+        if requirement.must_beat_champion:
+            reasons.append(_against_champion(requirement, protocol, value, candidate, champion))
+            if comparable is not None:
+                reasons.append(_against(requirement, protocol, value, candidate, comparable, f"{comparable.name}'s"))
     for name in gate.approvals:
         found = ", ".join(candidate.approvals) or "nobody"
         wanted = f"approved by {name}"
         reasons.append(Reason(requirement=wanted, found=f"by {found}", holds=name in candidate.approvals))
-    return Decision(gate=gate.name, promoted=all(reason.holds for reason in reasons), reasons=tuple(reasons))
+    return Decision(
+        gate=gate.name,
+        promoted=all(reason.holds for reason in reasons),
+        reasons=tuple(reasons),
+        against=None if rival is None else Rival(name=rival.name, weights_digest=rival.weights_digest),
+    )
+
+
+def _same_data(candidate: Contender, rival: Contender) -> Reason:
+    """Numbers of models that were trained on other data are not compared."""
+    ours, theirs = (_in_words(one.data) for one in (candidate, rival))
+    same = candidate.data is not None and rival.data is not None and candidate.data.digest == rival.data.digest
+    found = ours if same else f"{ours}, not {theirs}"
+    return Reason(requirement=f"trained on the data set of {rival.name}", found=found, holds=same)
+
+
+def _in_words(data: DataSetFacts | None) -> str:
+    if data is None:
+        return "an unknown data set"
+    return f"{data.name}/{data.split} {data.digest[:12]} with {data.num_classes} classes"
 
 
 def _nothing_by_it(candidate: Contender) -> str:
@@ -97,13 +139,7 @@ def _nothing_by_it(candidate: Contender) -> str:
     return f"reports by {', '.join(others)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
 
 
-def _judge(
-    requirement: Requirement,
-    protocol: Protocol,
-    value: MetricValue,
-    candidate: Contender,
-    champion: Contender | None,
-) -> list[Reason]:
+def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) -> list[Reason]:
     name, unit, reasons = protocol.name, value.unit, list[Reason]()
     if requirement.minimum_images is not None:
         wanted = f"{name} on at least {requirement.minimum_images} images"
@@ -117,8 +153,6 @@ def _judge(
         holds = value.value >= requirement.minimum
         wanted = f"{name} >= {requirement.minimum:g} {unit}"
         reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
-    if requirement.must_beat_champion:
-        reasons.append(_against_champion(requirement, protocol, value, candidate, champion))
     return reasons
 
 
@@ -129,25 +163,34 @@ def _against_champion(
     candidate: Contender,
     champion: Contender | None,
 ) -> Reason:
+    wanted = _wanted(requirement, protocol, "the champion's")
+    if champion is None:
+        return Reason(requirement=wanted, found="there is no champion yet", holds=True)
+    if champion.name == candidate.name:
+        return Reason(requirement=wanted, found="it is the champion", holds=True)
+    return _against(requirement, protocol, value, candidate, champion, "the champion's")
+
+
+def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
     better = "above" if protocol.higher_is_better else "below"
     by = f" by more than {requirement.margin:g}" if requirement.margin else ""
-    wanted = f"{protocol.name} {better} the champion's{by}, with {requirement.confidence:.0%} confidence"
+    return f"{protocol.name} {better} {whose}{by}, with {requirement.confidence:.0%} confidence"
+
+
+def _against(
+    requirement: Requirement, protocol: Protocol, value: MetricValue, candidate: Contender, other: Contender, whose: str
+) -> Reason:
+    """Whether the candidate's number is better than that of another version, which reports call ``whose``."""
 
     def reason(found: str, holds: bool) -> Reason:
-        return Reason(requirement=wanted, found=found, holds=holds)
+        return Reason(requirement=_wanted(requirement, protocol, whose), found=found, holds=holds)
 
-    if champion is None:
-        return reason("there is no champion yet", True)
-    if champion.name == candidate.name:
-        return reason("it is the champion", True)
-    best = champion.value(protocol, value.protocol_id)
+    best = other.value(protocol, value.protocol_id)
     if best is None:
-        return reason(
-            f"{champion.name} has no number with the same protocol id; evaluate it on the same reference", False
-        )
-    gain, error, how = _gain(candidate, value, champion, best)
+        return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
+    gain, error, how = _gain(candidate, value, other, best)
     gain = -gain if protocol.higher_is_better else gain
-    found = f"{value.value:.4f} against {best.value:.4f} of {champion.name}"
+    found = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
     if error is None:
         return reason(f"{found}, but without standard errors; evaluate both again", False)
     limit = gain - NormalDist().inv_cdf(requirement.confidence) * error

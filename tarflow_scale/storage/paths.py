@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tarflow_scale.errors import StorageError, UserError
+from tarflow_scale.errors import StorageError, UserError, install_extra
 
 __all__ = [
     "PARTIAL",
@@ -69,8 +69,12 @@ def filesystem(location: str) -> tuple[Any, str]:
 
     try:
         return fsspec.core.url_to_fs(location, **_patience(location))
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"no file system for {location} ({error}); install the extra for it, e.g. [s3]") from error
+    except ValueError as error:
+        raise StorageError(f"no file system for {location} ({error}); use a path, or a URL of fsspec") from error
+    except ImportError as error:
+        raise StorageError(
+            f"no file system for {location} ({error}); install that package, for S3 by {install_extra('s3')}"
+        ) from error
 
 
 def _patience(location: str) -> dict[str, Any]:

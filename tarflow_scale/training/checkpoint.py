@@ -11,6 +11,7 @@ Tensor names: ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` or
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,18 @@ from tarflow_scale.records import FileRecord, Record
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import MOMENTS, MOMENTUM, Engine
 
-__all__ = ["MANIFEST", "CheckpointManifest", "TrainState", "complete", "find_latest", "load", "newest", "prune", "save"]
+__all__ = [
+    "MANIFEST",
+    "CheckpointManifest",
+    "TrainState",
+    "complete",
+    "find_latest",
+    "load",
+    "newest",
+    "newest_at_rate",
+    "prune",
+    "save",
+]
 
 MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
@@ -54,6 +66,8 @@ class TrainState(Record):
     recent_losses: tuple[float, ...] = ()
     """What the rule against jumps of the loss compares with."""
     roll_backs: int = Field(default=0, ge=0)
+    learning_rate: float | None = None
+    """AdamW's, in the step that would have come next; not known of early checkpoints."""
     run: dict[str, Any]
     """What must not change between a run and its continuation."""
 
@@ -118,6 +132,15 @@ def find_latest(*paths: str) -> tuple[str, TrainState] | None:
             return folder, _verified(folder).state
         except DataError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def newest_at_rate(path: str, rate: Callable[[int], float]) -> str | None:
+    """Name of the newest complete checkpoint whose learning rate is what ``rate`` gives for its images, or None."""
+    for folder in reversed(complete(path)):
+        state = _manifest(folder).state
+        if state.learning_rate is not None and math.isclose(state.learning_rate, rate(state.images_seen), rel_tol=1e-6):
+            return folder.rsplit("/", 1)[-1]
     return None
 
 

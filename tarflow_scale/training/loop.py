@@ -31,7 +31,7 @@ from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import conditions, model_input
-from tarflow_scale.training.schedule import learning_rate_fraction
+from tarflow_scale.training.schedule import learning_rate_fraction, rate_change
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
@@ -296,6 +296,7 @@ class Loop:
                 seconds=progress.elapsed,
                 recent_losses=progress.losses.losses,
                 roll_backs=progress.roll_backs,
+                learning_rate=self._rate_at(progress.images_seen),
                 run=self.run,
             )
             uploads.wait()
@@ -336,7 +337,17 @@ class Loop:
                 f"{state.images_seen}); raise it or choose another logging.path"
             )
         checkpoint.load(folder, self.engine, self.averages, self._prime)
+        self._print_rate_change(state, state.learning_rate, self._rate_at(state.images_seen))
         return Progress.of(state, self.training)
+
+    def _print_rate_change(self, state: TrainState, before: float | None, now: float) -> None:
+        ended = state.images_seen == self.total_images
+        if distributed.is_main() and not (ended or before is None or math.isclose(before, now, rel_tol=1e-6)):
+            earlier = checkpoint.newest_at_rate(self._checkpoint_paths[0], self._rate_at)
+            print(rate_change(state.images_seen, before, now, self.schedule, earlier), flush=True)
+
+    def _rate_at(self, images_seen: int) -> float:
+        return self.peak_lr * learning_rate_fraction(images_seen, self.total_images, self.schedule)
 
     def _prime(self) -> StepResult:
         """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""

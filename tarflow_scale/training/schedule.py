@@ -4,7 +4,7 @@ import math
 
 from tarflow_scale.config import ScheduleConfig
 
-__all__ = ["average_decay", "learning_rate_fraction"]
+__all__ = ["average_decay", "learning_rate_fraction", "rate_change"]
 
 _RAMP = 0.05
 """The half-life of an average is at most this fraction of the images seen, as in EDM (arXiv 2206.00364)."""
@@ -29,6 +29,27 @@ def learning_rate_fraction(images_seen: int, total_images: int, schedule: Schedu
         case "cosine":
             progress = (images_seen - schedule.warmup_images) / max(1, total_images - schedule.warmup_images)
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, earlier: str | None) -> str:
+    """What to tell where a run goes on at another learning rate than it would have had without the change.
+
+    Args:
+        images_seen: where it goes on.
+        before: learning rate that the next step would have had when the checkpoint was saved.
+        now: the one that it has.
+        schedule: the present one.
+        earlier: a checkpoint at which both schedules give the same rate, or None.
+    """
+    rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"
+    line = f"going on with another schedule: {rates}"
+    if now < before:
+        return line
+    if schedule.kind == "wsd" and earlier is not None:
+        advice = f"delete the checkpoints after {earlier} to go on without the jump"
+    else:
+        advice = "schedule.kind=wsd is for runs that are extended"
+    return f"{line}; a higher rate makes the model worse at first ({advice})"
 
 
 def average_decay(images_seen: int, step_images: int, half_life_images: int) -> float:

@@ -1,6 +1,7 @@
 """Every training recipe: its plan for the data it names, and a real step at 512 pixels."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,69 @@ def test_every_recipe_says_what_to_expect(recipe: Path) -> None:
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     for word in ("Command:", "Hardware:", "Cost:", "Expected:"):
         assert any(line.startswith(f"# {word}") for line in header), word
+
+
+OWN = ("folder", "folder-gpu")
+"""Recipes for a newcomer's own images."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_recipe_for_own_images_can_be_extended_without_a_jump(name: str) -> None:
+    """A checkpoint is made where the learning rate begins to fall, and is kept."""
+    config = TrainConfig.load(TOP / f"configs/train/{name}.yaml", [])
+    assert config.schedule.kind == "wsd"
+    assert config.schedule.decay_images is not None
+    start = config.training.total_images - config.schedule.decay_images
+    assert config.checkpoint.keep_every_images is not None
+    for count in (
+        config.training.global_batch_size,
+        config.checkpoint.every_images,
+        config.checkpoint.keep_every_images,
+    ):
+        assert start % count == 0
+    assert config.checkpoint.every_images % config.training.global_batch_size == 0
+
+
+def header(name: str) -> str:
+    lines = (TOP / f"configs/train/{name}.yaml").read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def test_the_recipe_for_two_cores_says_the_result_that_was_measured() -> None:
+    results = json.loads((TOP / "evals/results/champion-mine-kodak.json").read_text())
+    config = TrainConfig.load(TOP / "configs/train/folder.yaml", [])
+    number, version = results["report"]["metrics"]["bits_per_dim"], results["version"]
+    said = header("folder")
+    assert version["images_seen"] == config.training.total_images
+    assert f"{number['value']:.2f} bits/dim on {number['num_images']} tiles" in said
+    assert f"trained on {version['data']['num_images']:,} others" in said
+    assert f"seed {config.training.seed}" in said
+    assert f"{version['images_seen']:,} images" in said
+
+
+def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(tmp_path / "train", "mine-64")
+    stand_in(tmp_path / "test", "mine-64")
+    paths = [f"data.path={tmp_path}/train", f"validation.path={tmp_path}/test"]
+    said = header("folder-gpu")
+    for card, pattern in (("h100", r"([\d.]+) hours of an H100"), ("rtx-4090", r"([\d.]+) of an RTX 4090")):
+        (hours,) = re.findall(pattern, said)
+        arguments = [
+            "train",
+            str(TOP / "configs/train/folder-gpu.yaml"),
+            *paths,
+            "--plan",
+            "--gpus",
+            "1",
+            "--gpu",
+            card,
+        ]
+        assert cli.main(arguments) == 0
+        plan = capsys.readouterr().out
+        assert f"{hours} hours = " in plan
+        (operations,) = re.findall(r"([\d.e+]+) FLOP the run", plan)
+        assert f"{float(operations):.1e}".replace("+", "") in said
+    assert "not measured" in said
 
 
 def test_one_step_at_512_pixels(tmp_path: Path) -> None:

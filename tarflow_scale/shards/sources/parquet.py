@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage, telemetry
 from tarflow_scale.config import SourceConfig, SplitConfig
-from tarflow_scale.errors import DataError
+from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.shards.sources.base import EncodedSource, Shaping
 from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.splits import Group, Role, roles_of_files, settle
@@ -196,7 +196,7 @@ def _open(location: str) -> Any:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError("source.kind=parquet needs pyarrow (got none); pip install 'tarflow-scale[parquet]'") from error
+        raise DataError(needs_package("source.kind=parquet", "pyarrow", "parquet")) from error
     try:
         return parquet.ParquetFile(storage.open_seekable(location))
     except (arrow.ArrowException, OSError) as error:
