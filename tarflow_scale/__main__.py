@@ -1,5 +1,7 @@
 """``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process."""
 
+import io
+import sys
 from typing import NoReturn
 
 from tarflow_scale import cli
@@ -8,6 +10,8 @@ from tarflow_scale.processes import leave
 
 def main() -> NoReturn:
     """Run a verb and end the process with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too, where Python would show the first line at the end
     leave(cli.main())
 
 

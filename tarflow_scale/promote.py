@@ -11,7 +11,7 @@ is nothing to resume: the event is there or is not.
 from tarflow_scale import telemetry
 from tarflow_scale.config import GateConfig, PromoteConfig, load_config, load_protocol
 from tarflow_scale.errors import PromotionRefused
-from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, resolve
+from tarflow_scale.registry import Decision, Registry, decide, read_contender, resolve
 
 __all__ = ["run"]
 
@@ -31,8 +31,8 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     version = resolve(state, config.registry.version, model).version
     registry.check_usable(version)
     holder = state.aliases.get(alias)
-    champion = _contender(registry, state, holder) if holder is not None else None
-    decision = decide(gate, protocols, _contender(registry, state, version), champion)
+    champion = read_contender(registry, state, holder) if holder is not None else None
+    decision = decide(gate, protocols, read_contender(registry, state, version), champion)
     _print_decision(decision)
     if not decision.promoted and override is None:
         failed = "; ".join(f"{r.requirement} (got {r.found})" for r in decision.reasons if not r.holds)
@@ -49,27 +49,6 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         print(f"{model}@{version} is now {alias}" + (f" (was {model}@{holder})" if holder else ""))
         if not decision.promoted:
             print(f"the gate said no; overridden, and recorded, for this reason: {override}")
-
-
-def _contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    reports = state.reports.get(version, [])
-    kept = {
-        metric.per_image.sha256: metric.per_image
-        for report in reports
-        for metric in report.metrics.values()
-        if metric.per_image is not None
-    }
-    per_image: dict[str, list[tuple[bytes, float]]] = {}
-    for digest, record in kept.items():
-        from safetensors.numpy import load as load_arrays  # here, because a look at most versions does without NumPy
-
-        arrays = load_arrays(registry.read("numbers of each image", record))
-        if "image_sha256" in arrays:  # early reports did not say which image is which
-            costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
-            pairs = zip(arrays["image_sha256"], costs, strict=True)
-            per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
-    approvals = tuple(approval.user for approval in state.approvals.get(version, []))
-    return Contender(f"{registry.model}@{version}", reports, approvals, per_image)
 
 
 def _print_decision(decision: Decision) -> None:

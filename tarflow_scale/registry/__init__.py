@@ -7,10 +7,22 @@ next number and one wins; readers need no lock. A missing, damaged or changed ev
 """
 
 from tarflow_scale.registry import collection
-from tarflow_scale.registry.gate import Contender, Decision, decide
+from tarflow_scale.registry.gate import Contender, Decision, decide, lead, read_contender
 from tarflow_scale.registry.lease import Lease
 from tarflow_scale.registry.registry import Registry
 from tarflow_scale.registry.state import ModelState, resolve
 from tarflow_scale.registry.store import Store
 
-__all__ = ["Contender", "Decision", "Lease", "ModelState", "Registry", "Store", "collection", "decide", "resolve"]
+__all__ = [
+    "Contender",
+    "Decision",
+    "Lease",
+    "ModelState",
+    "Registry",
+    "Store",
+    "collection",
+    "decide",
+    "lead",
+    "read_contender",
+    "resolve",
+]

@@ -52,7 +52,7 @@ class ParquetSource(EncodedSource):
         labelled: set[bool] = set()
         class_names: tuple[str, ...] = ()
         content = hashlib.sha256()
-        with telemetry.progress_bar(len(kept), "unpack", unit="table") as bar:
+        with telemetry.progress_bar(len(kept), "unpack", unit="tables") as bar:
             for number, test in zip(kept, tests, strict=True):
                 name, location = files[number]
                 table = _open(location)

@@ -133,7 +133,7 @@ class TarSource(EncodedSource):
         labels: list[int | None] = []
         content = hashlib.sha256()
         names = tar_names(path)
-        with telemetry.progress_bar(len(names), "scan", unit="tar") as bar:
+        with telemetry.progress_bar(len(names), "scan", unit="tars") as bar:
             for name in names:
                 location = storage.join(path, name)
                 samples = scan_tar(location)
