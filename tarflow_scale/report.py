@@ -10,6 +10,7 @@ board are an error, not a footnote. Nothing is kept between reports.
 """
 
 import warnings
+from typing import Any
 
 from tarflow_scale import storage
 from tarflow_scale.config import GateConfig, LeaderboardConfig, ReportConfig, load_config, load_protocol
@@ -113,8 +114,8 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
     for fact in reversed(state.facts):
         if fact.kind == "promote" and fact.version == best.version.version:
             payload = registry.log.read(fact.number).payload
-            recorded = {"gate": "of promote", "promoted": True, "reasons": (), **payload["decision"]}
-            override = recorded.pop("override", "")
+            recorded: dict[str, Any] = {"gate": "", "promoted": True, "reasons": (), **payload["decision"]}
+            override = str(recorded.pop("override", ""))
             if payload["alias"] in best.aliases:  # else it was taken from it since
                 return Word(Decision.model_validate(recorded), payload["alias"], override)
     if gate_path is None:

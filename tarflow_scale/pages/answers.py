@@ -112,13 +112,14 @@ def gate_said(model: str, word: Word | None) -> str:
     if word is None:
         return f"no gate has decided on {model}"
     decision = word.decision
-    failed = [f"{one.requirement} (got {one.found})" for one in decision.reasons if not one.holds]
+    gate = f"gate {decision.gate}" if decision.gate else "a gate"
+    failed = ", ".join(f"{one.requirement} (got {one.found})" for one in decision.reasons if not one.holds)
     if decision.promoted:
         held = ", ".join(one.requirement for one in decision.reasons)
-        said = f"gate {decision.gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}: {held}"
+        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
     else:
         overridden = f"; it became {word.alias} all the same: {word.override}" if word.alias else ""
-        said = f"gate {decision.gate} says no: {', '.join(failed)}{overridden}"
+        said = f"{gate} says no: {failed}{overridden}"
     return readable(said)
 
 

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from tarflow_scale.pages.ranking import Ranking, Row
 from tarflow_scale.telemetry import printable
 
-__all__ = ["markdown"]
+__all__ = ["cell", "markdown"]
 
 
 def markdown(title: str, answers: Sequence[str], rankings: Sequence[Ranking]) -> str:
     """The whole document; ``answers`` are the sentences that come first."""
-    lines = [f"# {_cell(title)}", ""]
+    lines = [f"# {cell(title)}", ""]
     for sentence in answers:
-        lines += [_cell(sentence), ""]
+        lines += [cell(sentence), ""]
     for ranking in rankings:
-        lines += [f"## {_cell(ranking.board.title)}", ""]
+        lines += [f"## {cell(ranking.board.title)}", ""]
         if ranking.protocol_id:
             lines += [f"Protocol `{ranking.protocol.name}`, id `{ranking.protocol_id[:12]}`, {ranking.unit}.", ""]
         lines += [
@@ -43,9 +43,9 @@ def _line(row: Row, ranking: Ranking) -> str:
         parameters,
         source,
     ]
-    return "| " + " | ".join(map(_cell, cells)) + " |"
+    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text that no table, heading or terminal breaks on."""
     return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")
