@@ -30,23 +30,23 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     """Rank, print, and write both files.
 
     Raises:
-        UserError: no such registry, run or generated data set; rows of one leaderboard carry several protocol ids.
+        UserError: no such registry or run; rows of one leaderboard carry several protocol ids.
     """
     report = config.report
     entries = [entry for registry in report.registries for entry in _entries(registry)]
     rankings = [_ranking(path, entries) for path in report.leaderboards]
     words = {ranking.board.name: word for ranking in rankings if (word := _word(ranking, report.gate)) is not None}
     runs = [_run(path) for path in report.runs]
-    pictures = [_generated(path) for path in report.generated]
+    pictures = [picture for path in report.generated if (picture := _generated(path)) is not None]
     answers = [*_answers(rankings, words), *answer_of_runs(runs)]
     text = markdown(report.title, answers, rankings)
-    print(text)
     if dry_run:
+        print(text)
         return
     page = Page(report.title, answers, rankings, words, entries, _grids(rankings), runs, pictures)
     storage.write_bytes(storage.join(report.path, "leaderboard.md"), text.encode())
     storage.write_bytes(storage.join(report.path, "index.html"), html_page(page).encode())
-    print(f"look at {report.path}/index.html")
+    print(f"{text}\nlook at {report.path}/index.html")
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
@@ -147,20 +147,21 @@ def _run(path: str) -> Run:
     return found
 
 
-def _generated(path: str) -> Picture:
-    """The first samples of a data set that ``generate`` wrote.
+def _generated(path: str) -> Picture | None:
+    """The first samples of a data set that ``generate`` wrote; None where it has not yet, which is said.
 
     Raises:
-        DataError: it is none, or is not finished.
+        DataError: the plan is damaged.
     """
     print(f"reading generated images {path}")
     location = storage.join(path, "plan.json")
     content, grid = storage.read_if_there(location), storage.read_if_there(storage.join(path, "grid.png"))
     if content is None or grid is None:
         missing = "plan.json" if content is None else "grid.png"
-        raise DataError(
-            f"{path} is not what generate wrote (no {missing}); finish it, or remove it from report.generated"
+        warnings.warn(
+            f"{path} has no samples to show (no {missing}); generate them, or correct report.generated", stacklevel=2
         )
+        return None
     plan = GenerationPlan.from_json(content, location, DataError)
     caption = f"{path}: the first of {plan.num_images:,} images of {plan.model}@{plan.version}, seed {plan.seed}"
     return Picture(grid, caption, plan.sampling)

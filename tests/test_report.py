@@ -241,7 +241,8 @@ def test_an_interval_has_a_scale(browser: Any) -> None:
         return [...document.querySelectorAll('tr.ours')].filter(r => r.querySelector('.scale')).map(r => ({
             value: Number(r.cells[2].dataset.value),
             mark: parseFloat(r.querySelector('.bar b').style.left),
-            ticks: [...r.querySelectorAll('.scale span')].map(s => [parseFloat(s.style.left), Number(s.textContent)])}))
+            ticks: [...r.querySelectorAll('.scale span')].map(
+                s => [parseFloat(s.style.left), Number(s.textContent.replace(',', ''))])}))
     """)
     assert len(intervals) >= 2
     for one in intervals:
@@ -270,7 +271,6 @@ def test_runs_alone_need_neither_leaderboard_nor_registry(
     [
         ([], "a report needs runs, registries or generated (got none); set report.runs, for example"),
         (["report.leaderboards=[a.yaml]", "report.runs=[b]"], "leaderboards need registries (got none)"),
-        (["report.generated=[nowhere]"], "nowhere is not what generate wrote (no plan.json)"),
     ],
 )
 def test_a_report_of_nothing_is_refused(
@@ -279,6 +279,13 @@ def test_a_report_of_nothing_is_refused(
     assert cli.main(["report", f"report.path={tmp_path}/out", *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_generated_yet_are_left_out_with_a_word(trained: Trained, tmp_path: Path) -> None:
+    arguments = [f"report.path={tmp_path}/out", f"report.runs=[{trained.run}]", f"report.generated=[{tmp_path}/none]"]
+    with pytest.warns(UserWarning, match=r"none has no samples to show \(no plan.json\); generate them"):
+        assert cli.main(["report", *arguments]) == 0
+    assert "Generated images" not in (tmp_path / "out/index.html").read_text()
 
 
 def test_a_gate_is_asked_where_none_has_decided(

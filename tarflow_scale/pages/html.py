@@ -131,7 +131,10 @@ def _row(row: Row, ranking: Ranking) -> str:
     cells = {
         "rank": (str(row.rank or ""), str(row.rank or "")),
         "model": (row.model, f"<span>{_text(row.model)}{aliases}</span>"),
-        "value": (repr(row.value), ranking.shown(row)),
+        "value": (
+            repr(row.value),
+            f'<span>{ranking.shown(row)}<span class="unit"> {_text(ranking.unit)}</span></span>',
+        ),
         "95 % interval": ("" if row.low is None else repr(row.low), _interval(row, ranking)),
         "images": _count(row.metric.num_images if row.metric else None),
         "parameters": _count(row.version.parameters if row.version else None),

@@ -49,8 +49,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 """What Pillow may take bytes for; most likely first."""
 _MAX_PIXELS = 89_478_485
 """Larger images, 9,459 pixels squared, are refused before they are decoded; Pillow warns of them too."""
-_NAME_PIXELS, _NAME_LETTERS = 12, 20
-"""Of class names on a sheet: height, and letters that are shown."""
+_NAME_PIXELS, _NAME_PART, _NAME_LETTERS = 12, 30, 20
+"""Of class names on a sheet: their height, at least a part of its width, so that they stay readable where a wide sheet
+is shown small; and letters that are shown."""
 _FAULTS = (OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError)
 """What Pillow raises on damaged files."""
 NPY_FAULTS = (
@@ -223,16 +224,17 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
 
 def _strips(rows: Sequence[Sequence[str]], cell: int, width: int) -> list[NDArray[np.uint8]]:
     """For each row a strip ``(1, h, width)``, names above cells of ``cell`` pixels; upright where one does not fit."""
-    font = ImageFont.load_default(_NAME_PIXELS)
+    size = max(_NAME_PIXELS, width // _NAME_PART)
+    font = ImageFont.load_default(size)
     short = [[name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 2]}.." for name in row] for row in rows]
     longest = max(font.getlength(name) for row in short for name in row)
     upright = longest > cell - 2
-    height = math.ceil(longest) + 6 if upright else _NAME_PIXELS + 6
+    height = math.ceil(longest) + 6 if upright else size + 6
     strips: list[NDArray[np.uint8]] = []
     for row in short:
         strip = Image.new("L", (width, height), 255)
         for column, name in enumerate(row):
-            text = Image.new("L", (math.ceil(font.getlength(name)) + 2, _NAME_PIXELS + 5), 255)
+            text = Image.new("L", (math.ceil(font.getlength(name)) + 2, size + 5), 255)
             ImageDraw.Draw(text).text((1, 0), name, fill=0, font=font)
             text = text.rotate(90, expand=True, fillcolor=255) if upright else text
             strip.paste(text, (column * cell + (cell - text.width) // 2 + 1, height - text.height))
