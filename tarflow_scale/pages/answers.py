@@ -48,9 +48,9 @@ class Word:
 
 
 def champion_of(ranking: Ranking) -> Row | None:
-    """The best row whose version holds an alias that a gate guards."""
+    """The best row whose version is ``champion``, or holds another alias that a gate guards."""
     for row in ranking.ours:
-        if row.entry is not None and set(row.aliases) & set(row.entry.state.guarded):
+        if row.entry is not None and {*row.aliases} & {"champion", *row.entry.state.guarded}:
             return row
     return None
 
@@ -89,6 +89,8 @@ def _gained(ranking: Ranking, other: float) -> str:
 def _against(ranking: Ranking, lead: Lead) -> str:
     champion = champion_of(ranking)
     role = "the champion" if champion is lead.other else "the next best"
+    if lead.gain == 0:
+        return f"exactly as good as {role}, {lead.other.model}"
     if not lead.error:
         return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, how certainly is not known"
     certainty = NormalDist().cdf(lead.gain / lead.error)

@@ -41,6 +41,13 @@ def test_how_certain_it_is(error: float | None, words: str) -> None:
     assert words in said
 
 
+def test_equal_numbers_are_said_to_be_equal() -> None:
+    found = ranking(1.25, 1.25)
+    assert answer(found, Lead(found.ours[1], 0.0, 0.0, "image by image")).endswith(
+        " and exactly as good as the next best, a@2"
+    )
+
+
 def test_a_model_that_is_worse_than_the_baseline_and_alone() -> None:
     assert answer(ranking(3.0), None) == (
         "It: a@1 is best with 3.000 u (95 % interval 2.804 to 3.196; lower is better), 0.500 worse than the "
