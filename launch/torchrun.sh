@@ -28,6 +28,8 @@ nodes=${NNODES:-1}
 # shellcheck source=launch/env.sh
 . "$here/launch/env.sh"
 
+# Each of these steps imports PyTorch, which takes seconds on a quiet machine and minutes on a slow file system.
+echo "checking the configuration ($1)"
 RANK=${NODE_RANK:-0} WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks \
     python -m tarflow_scale train "$@" --dry-run >/dev/null
 
@@ -41,5 +43,6 @@ else
     rendezvous+=(--rdzv-id "${RDZV_ID:-tarflow-scale}")
 fi
 
+echo "starting $ranks rank$([ "$ranks" = 1 ] || echo s)$([ "$nodes" = 1 ] || echo " on this machine, of $nodes machines")"
 trap '' TERM USR1 INT HUP QUIT # until the launcher listens
 exec python "$here/launch/ranks.py" "${rendezvous[@]}" --nproc-per-node "$ranks" -m tarflow_scale train "$@"

@@ -215,6 +215,8 @@ def _run(arguments: argparse.Namespace) -> int:
         config = verb.config.load(path, overrides)
         if _plan(arguments, config):
             return 0
+        if verb.module == "train" and distributed.is_main():
+            print("importing PyTorch")  # seconds, in which nothing else would show that anything happens
         module = importlib.import_module(f"tarflow_scale.{verb.module}")
         function = next(
             (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function

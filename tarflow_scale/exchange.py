@@ -1,8 +1,9 @@
 """Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
 
-The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` where a report
-has one, and last ``version.json``, everything else that the registry knows. What is imported is checked before it is
-stored: safetensors of the promised digest, no pickle, no name that leaves the folder.
+The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (images: what a
+report has, else what is drawn for the card) and last ``version.json``, everything else that the registry knows.
+What is imported is checked before it is stored: safetensors of the promised digest, no pickle, no name that leaves the
+folder.
 
 Both read and write a folder or URL, ``command.path``: ``export`` an empty or absent one, ``import`` what export wrote,
 to register it as ``registry.model``. What was imported before becomes no second version, and an import that was killed
@@ -10,22 +11,30 @@ is run again.
 """
 
 import json
+import warnings
 from typing import Any
 
 from pydantic import Field
 
 from tarflow_scale import storage
-from tarflow_scale.config import ModelsConfig
-from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.config import ModelsConfig, SamplingConfig
+from tarflow_scale.distributed import own_device
+from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.weights import CONFIG_NAME, WEIGHTS_NAME, flow_from_files
+from tarflow_scale.pages.markdown import cell
+from tarflow_scale.pages.numbers import decimals_of, fixed
 from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion, Record
 from tarflow_scale.registry import ModelState, Registry, resolve
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
 
 __all__ = ["export_version", "import_version"]
 
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = "version.json", "README.md", "samples.png", "training.json"
 _CONFIG = "config.json"
 _FORMAT = 1
+_COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
+"""Of samples that are drawn for a card: images side by side, the same where each column holds a class, and in all."""
 _MOST_HEADER_BYTES = 100 * 1024**2
 """What the safetensors library reads at the most."""
 
@@ -61,12 +70,15 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         return
     files = registry.read_files(version)
     grid = next((report.grid for report in reversed(reports) if report.grid is not None), None)
-    if grid is not None:
-        files[_SAMPLES] = registry.read("samples", grid)
+    drawn = registry.read("samples", grid) if grid is not None else None
+    if drawn is None and config.command.samples and version.data.vectors is None:
+        drawn = _drawn_samples(files, version)
+    if drawn is not None:
+        files[_SAMPLES] = drawn
     if version.configuration is not None:
         files[_CONFIGURATION] = registry.read("configuration", version.configuration)
     given: int = json.loads(files[_CONFIG]).get("num_conditions", 0)
-    files[_CARD] = _card(model, version, state, config.command.licence, grid is not None, given).encode()
+    files[_CARD] = _card(model, version, state, config.command.licence, drawn is not None, given).encode()
     known = tuple(_portable(report) for report in reports)
     files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
     for name, content in files.items():  # the version last, so that half a folder is none
@@ -112,6 +124,22 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         if own not in present:
             registry.attach_report(own, origin)
     print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(found.reports)} reports")
+
+
+def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
+    """The first samples of seed 0 with their classes; of few classes a column shows one. None where they fail."""
+    names = version.data.class_names
+    columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
+    num = max(1, _MOST_SAMPLES // columns) * columns
+    print(f"no report has samples, drawing {num} (seed 0) for the model card; command.samples=false leaves them out")
+    flow = flow_from_files(files, "the version").to(own_device()).eval()
+    try:
+        images = Sampler(flow, 0, SamplingConfig(batch_size=None)).images(range(num)).numpy()
+    except (ConfigError, NumericsError) as error:  # no reason to keep a model from being shared
+        warnings.warn(f"the model card has no samples: {error}", stacklevel=2)
+        return None
+    labels = [names[i % len(names)] for i in range(num)] if flow.num_classes == len(names) else None
+    return contact_sheet(images, columns, max(1, 256 // (_COLUMNS * images.shape[-1])), labels)
 
 
 def _path(config: ModelsConfig) -> str:
@@ -195,13 +223,18 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         "",
     ]
     if has_samples:
-        lines += [f"![Samples]({_SAMPLES})", ""]
+        named = ", with their classes" if data.class_names else ""
+        lines += [f"![Samples{named}]({_SAMPLES})", ""]
+    if data.class_names:
+        classes = ", ".join(f"{label} {cell(name)}" for label, name in enumerate(data.class_names))
+        lines += [f"Labels and what they stand for: {classes}.", ""]
     if newest:
         lines += [f"| number | value | standard error | unit | {noun} | protocol id |", "|---|---|---|---|---|---|"]
         for metric in newest.values():
-            error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
+            numbers = (metric.value, metric.standard_error)
+            value, error = ("" if one is None else fixed(one, decimals_of(metric.value)) for one in numbers)
             lines.append(
-                f"| {metric.protocol} | {metric.value:.4f} | {error} | {metric.unit} | {metric.num_images:,} | "
+                f"| {metric.protocol} | {value} | {error} | {metric.unit} | {metric.num_images:,} | "
                 f"`{metric.protocol_id[:12]}` |"
             )
         lines += ["", "Numbers of different protocol ids are not comparable.", ""]

@@ -88,7 +88,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
             errors += [] if error is None else [error]
             quality = quality.plus(found)
             if quality.redrawn:
-                bar.set_postfix(redrawn=quality.redrawn)
+                bar.tell(f"{quality.redrawn:,} drawn again")
             _check_redrawn(quality, plan)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
     for folder in UNIT_FOLDERS:
@@ -296,7 +296,9 @@ def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
     columns = classes * max(1, _GRID_COLUMNS // classes) if 0 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
     zoom = max(1, min(_GRID_ZOOM, _GRID_PIXELS // (columns * (plan.image_size_pixels + 1))))
     batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
-    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom))
+    labelled = plan.labels != "none" and plan.class_names
+    names = [plan.class_names[label] for label in batch.labels] if labelled else None
+    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom, names))
 
 
 def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: str) -> None:

@@ -140,7 +140,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
             if number not in state.collected:
                 for name, record in collection.named_by(state, number):
                     needed.setdefault(record.sha256, f"{name} of {model}@{number}")
-    with telemetry.progress_bar(len(needed), "verify", unit="file") as bar:
+    with telemetry.progress_bar(len(needed), "verify", unit="files") as bar:
         problems += Store(path).problems(needed, lambda _: bar.update(1))
     for problem in problems:
         print(telemetry.printable(problem))

@@ -22,7 +22,7 @@ from tarflow_scale.config import (
     load_protocol,
 )
 from tarflow_scale.errors import ConfigError, PromotionRefused, RegistryError
-from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, resolve
+from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, read_contender, resolve
 
 __all__ = ["run"]
 
@@ -45,8 +45,8 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     holder = state.aliases.get(alias)
     version = _chosen(registry, state, config.registry.version, gate, protocols, holder)
     registry.check_usable(version)
-    candidate = _contender(registry, state, version)
-    champion = _contender(registry, state, holder) if holder is not None else None
+    candidate = read_contender(registry, state, version)
+    champion = read_contender(registry, state, holder) if holder is not None else None
     rival = None if config.gate.against is None else _rival(config, config.gate.against, gate, protocols, candidate)
     decision = decide(gate, dict(protocols), candidate, champion, rival)
     _print_decision(decision)
@@ -115,34 +115,12 @@ def _rival(
         state = registry.state()
         version = _chosen(registry, state, reference, gate, protocols, None)
         registry.check_usable(version)
-        rival = _contender(registry, state, version)
+        rival = read_contender(registry, state, version)
     except RegistryError as error:
         raise RegistryError(f"gate.against={against} cannot be compared with: {error}") from error
     if rival.name == candidate.name:
         raise ConfigError(f"gate.against must be another version than the promoted one (got {against}); name another")
     return rival
-
-
-def _contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    reports = state.reports.get(version, [])
-    kept = {
-        metric.per_image.sha256: metric.per_image
-        for report in reports
-        for metric in report.metrics.values()
-        if metric.per_image is not None
-    }
-    per_image: dict[str, list[tuple[bytes, float]]] = {}
-    for digest, record in kept.items():
-        from safetensors.numpy import load as load_arrays  # here, because a look at most versions does without NumPy
-
-        arrays = load_arrays(registry.read("numbers of each image", record))
-        if "image_sha256" in arrays:  # early reports did not say which image is which
-            costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
-            pairs = zip(arrays["image_sha256"], costs, strict=True)
-            per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
-    approvals = tuple(approval.user for approval in state.approvals.get(version, []))
-    data, weights = state.versions[version].data, state.versions[version].weights_digest
-    return Contender(f"{registry.model}@{version}", reports, approvals, per_image, data, weights)
 
 
 def _print_decision(decision: Decision) -> None:

@@ -1,26 +1,27 @@
-"""Verb ``report``: leaderboards of what registries hold, as Markdown and as a page that people look at.
+"""Verb ``report``: what registries, training runs and generated data sets hold, as Markdown and as a page.
 
-Read leaderboards and their protocols, fold the logs of all models, rank the numbers that share a protocol id, gather
-the pictures and curves that go with them, and write ``leaderboard.md`` and one self-contained ``index.html``.
+Read leaderboards and their protocols, fold the logs of all models, rank the numbers that share a protocol id, compare
+the best with the champion, gather the pictures and curves that go with them, and write ``leaderboard.md`` and one
+self-contained ``index.html``. A sentence for each leaderboard comes first.
 
-Reads ``report.leaderboards``, ``report.registries`` and the logs of ``report.runs``; writes into ``report.path``.
-Numbers of several protocol ids on one board are an error, not a footnote. Nothing is kept between runs: it is all made
-anew.
+Reads ``report.leaderboards``, ``report.registries``, ``report.gate``, and the folders ``report.runs`` and
+``report.generated``, each of which may be left out; writes into ``report.path``. Numbers of several protocol ids on one
+board are an error, not a footnote. Nothing is kept between reports.
 """
 
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 from tarflow_scale import storage
-from tarflow_scale.config import LeaderboardConfig, ReportConfig, load_config, load_protocol
+from tarflow_scale.config import GateConfig, LeaderboardConfig, ReportConfig, load_config, load_protocol
 from tarflow_scale.errors import DataError
-from tarflow_scale.pages.charts import Points
-from tarflow_scale.pages.html import Page, html_page
+from tarflow_scale.pages.answers import Lead, Word, answer, answer_of_runs, champion_of, gate_said
+from tarflow_scale.pages.html import Page, Picture, html_page
 from tarflow_scale.pages.markdown import markdown
-from tarflow_scale.pages.ranking import Entry, Ranking, rank
-from tarflow_scale.registry import Registry, readable_models
+from tarflow_scale.pages.ranking import Entry, Ranking, Row, rank
+from tarflow_scale.pages.runs import Run, read_run
+from tarflow_scale.records import GenerationPlan
+from tarflow_scale.registry import Contender, Decision, Registry, decide, lead, read_contender, readable_models
 
 __all__ = ["run"]
 
@@ -32,26 +33,48 @@ def run(config: ReportConfig, dry_run: bool) -> None:
         UserError: no such registry or run; rows of one leaderboard carry several protocol ids.
     """
     report = config.report
-    entries = [
-        Entry(registry, model, state)
-        for registry in report.registries
-        for model, state in readable_models(registry).items()
-    ]
-    rankings: list[Ranking] = []
-    for path in report.leaderboards:
-        board = load_config(LeaderboardConfig, path, [])
-        rankings.append(rank(board, load_protocol(board.protocol), entries))
-        if not rankings[-1].ours:
-            _say_why_empty(board, entries)
-    text = markdown(report.title, rankings)
-    print(text)
+    entries = [entry for registry in report.registries for entry in _entries(registry)]
+    rankings = [_ranking(path, entries) for path in report.leaderboards]
+    words = {ranking.board.name: word for ranking in rankings if (word := _word(ranking, report.gate)) is not None}
+    runs = [_run(path) for path in report.runs]
+    pictures = [picture for path in report.generated if (picture := _generated(path)) is not None]
+    answers = [*_answers(rankings, words), *answer_of_runs(runs)]
+    text = markdown(report.title, answers, rankings)
     if dry_run:
+        print(text)
         return
-    curves = {name: points for run in report.runs for name, points in _curves(run).items()}
-    page = Page(report.title, rankings, entries, _pictures(rankings), curves)
+    page = Page(report.title, answers, rankings, words, entries, _grids(rankings), runs, pictures)
     storage.write_bytes(storage.join(report.path, "leaderboard.md"), text.encode())
     storage.write_bytes(storage.join(report.path, "index.html"), html_page(page).encode())
-    print(f"look at {report.path}/index.html")
+    print(f"{text}\nlook at {report.path}/index.html")
+
+
+def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
+    """A sentence for each leaderboard; what a gate said of a version stands where that is best first."""
+    sentences: list[str] = []
+    told: set[str] = set()
+    for ranking in rankings:
+        sentence = answer(ranking, _lead(ranking))
+        for row in ranking.ours[:1]:
+            if row.model not in told:
+                told.add(row.model)
+                sentence += f"; {gate_said(row.model, words.get(ranking.board.name))}"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
+def _entries(registry: str) -> list[Entry]:
+    models = readable_models(registry)
+    print(f"reading registry {registry}: {', '.join(models)}")
+    return [Entry(registry, model, state) for model, state in models.items()]
+
+
+def _ranking(path: str, entries: list[Entry]) -> Ranking:
+    board = load_config(LeaderboardConfig, path, [])
+    ranking = rank(board, load_protocol(board.protocol), entries)
+    if not ranking.ours:
+        _say_why_empty(board, entries)
+    return ranking
 
 
 def _say_why_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
@@ -65,7 +88,47 @@ def _say_why_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
     )
 
 
-def _pictures(rankings: list[Ranking]) -> dict[str, bytes]:
+def _contender(row: Row) -> Contender:
+    assert row.entry is not None
+    assert row.version is not None
+    return read_contender(Registry(row.entry.registry, row.entry.model), row.entry.state, row.version.version)
+
+
+def _lead(ranking: Ranking) -> Lead | None:
+    """How far the best is ahead of the champion, or of the next best where it is the champion itself."""
+    best, *others = ranking.ours or [None]
+    champion = champion_of(ranking)
+    other = champion if champion is not None and champion is not best else next(iter(others), None)
+    if best is None or other is None or best.metric is None or other.metric is None:
+        return None
+    found = lead(ranking.protocol, _contender(best), best.metric, _contender(other), other.metric)
+    return Lead(other, *found)
+
+
+def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
+    """What a gate said of the best: the decision that the registry holds, else what the gate of the report says now."""
+    best = next(iter(ranking.ours), None)
+    if best is None or best.entry is None or best.version is None:
+        return None
+    registry, state = Registry(best.entry.registry, best.entry.model), best.entry.state
+    for fact in reversed(state.facts):
+        if fact.kind == "promote" and fact.version == best.version.version:
+            payload = registry.log.read(fact.number).payload
+            recorded: dict[str, Any] = {"gate": "", "promoted": True, "reasons": (), **payload["decision"]}
+            override = str(recorded.pop("override", ""))
+            if payload["alias"] in best.aliases:  # else it was taken from it since
+                return Word(Decision.model_validate(recorded), payload["alias"], override)
+    if gate_path is None:
+        return None
+    gate = load_config(GateConfig, gate_path, [])
+    protocols = {path: load_protocol(path) for path in (one.protocol for one in gate.requirements)}
+    alias = next((name for name, guard in state.guarded.items() if guard == gate.name), None)
+    holder = state.aliases.get(alias) if alias else None
+    champion = read_contender(registry, state, holder) if holder is not None else None
+    return Word(decide(gate, protocols, _contender(best), champion))
+
+
+def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
     """The grids of all rows, by digest; verified as they are read."""
     found: dict[str, bytes] = {}
     for ranking in rankings:
@@ -76,22 +139,29 @@ def _pictures(rankings: list[Ranking]) -> dict[str, bytes]:
     return found
 
 
-def _curves(run: str) -> dict[str, Points]:
-    """Bits/dim over images seen, of training and of validation where that was logged.
+def _run(path: str) -> Run:
+    print(f"reading run {path}")
+    found = read_run(path)
+    if not any(found.loss.series):
+        print(f"{path} has no curve yet: its log holds no loss")
+    return found
+
+
+def _generated(path: str) -> Picture | None:
+    """The first samples of a data set that ``generate`` wrote; None where it has not yet, which is said.
 
     Raises:
-        DataError: the log holds something else.
+        DataError: the plan is damaged.
     """
-    location, name = storage.join(run, "log.jsonl"), Path(run).name
-    lines = storage.read_bytes(location).decode().splitlines()
-    try:
-        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        series = {
-            label: [(float(one["images"]), float(one[key])) for one in records if one.get(key) is not None]
-            for label, key in ((name, "bits_per_dim"), (f"{name}, validation", "validation_bits_per_dim"))
-        }
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{location} is not the log of a training run ({error}); remove it from report.runs") from error
-    if not any(series.values()):
-        print(f"{run} has no curve: a run on noisy images or on vectors has no bits/dim")
-    return {label: points for label, points in series.items() if points}
+    print(f"reading generated images {path}")
+    location = storage.join(path, "plan.json")
+    content, grid = storage.read_if_there(location), storage.read_if_there(storage.join(path, "grid.png"))
+    if content is None or grid is None:
+        missing = "plan.json" if content is None else "grid.png"
+        warnings.warn(
+            f"{path} has no samples to show (no {missing}); generate them, or correct report.generated", stacklevel=2
+        )
+        return None
+    plan = GenerationPlan.from_json(content, location, DataError)
+    caption = f"{path}: the first of {plan.num_images:,} images of {plan.model}@{plan.version}, seed {plan.seed}"
+    return Picture(grid, caption, plan.sampling)

@@ -39,7 +39,7 @@ __all__ = ["GRID_NAME", "Scorer", "Unit"]
 
 GRID_NAME = "grid.png"
 """A picture of the first samples, beside the parts of their features."""
-_GRID_IMAGES = 64
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
 _IMAGES_AT_ONCE = 128
 """Scored or read, where the section ``sampling`` leaves the number open."""
 
@@ -135,8 +135,7 @@ class Scorer:
         if features.images.kind == "sample":
             images = self._sampled(part, features.images)
             if part.start == 0:
-                sheet = contact_sheet(images[:_GRID_IMAGES].numpy(), 8, max(1, 256 // (8 * images.shape[-1])))
-                storage.write_bytes(storage.join(part.folder, GRID_NAME), sheet)
+                storage.write_bytes(storage.join(part.folder, GRID_NAME), self._grid(images))
         else:
             batch = self._real(part, features.images)
             images = torch.from_numpy(batch.images)
@@ -161,6 +160,15 @@ class Scorer:
             self._samplers[images.seed] = Sampler(self._flow, images.seed, self._sampling, self._decoding)
         found = self._samplers[images.seed].floats(range(part.start, part.stop))
         return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in found])
+
+    def _grid(self, images: Tensor) -> bytes:
+        """The first samples as one picture, with their classes; of up to 16 classes, a column shows one."""
+        names, classes = self._reference.manifest.class_names, self._flow.num_classes or 0
+        columns = classes if 1 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
+        shown = images[: max(1, min(_GRID_IMAGES, len(images)) // columns) * columns].numpy()
+        labels = [names[i % classes] for i in range(len(shown))] if classes and len(names) == classes else None
+        zoom = max(1, 256 // (_GRID_COLUMNS * images.shape[-1]))
+        return contact_sheet(shown, columns, zoom, labels)
 
     def _real(self, part: Part, images: Images) -> Batch:
         if images.seed is None:

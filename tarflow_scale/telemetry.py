@@ -1,10 +1,11 @@
-"""What a person and a script see of a run: a log, a progress bar, package versions, git commit, peak memory."""
+"""What a person and a script see of a run: a log, its progress, package versions, git commit, peak memory."""
 
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -18,6 +19,7 @@ from tarflow_scale.errors import ConfigError
 __all__ = [
     "JsonLog",
     "Log",
+    "ProgressBar",
     "check_log_packages",
     "git_commit",
     "open_log",
@@ -28,6 +30,7 @@ __all__ = [
     "table",
 ]
 
+_FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 60.0
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
 _WANDB_ID = "wandb-id.json"
 
@@ -174,36 +177,104 @@ def _each_number(record: Mapping[str, Any], write: Callable[[str, float, int], N
             write(name, value, record["images"])
 
 
-def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, enabled: bool = True) -> Any:
-    """A tqdm bar on a terminal; elsewhere a plain line every ten seconds or so, and none for shorter work."""
-    from tqdm import tqdm
-
-    on_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        initial=initial,
-        disable=not enabled,
-        file=sys.stderr if on_terminal else _PlainLines(),
-        delay=0.0 if on_terminal else 2.0,
-        mininterval=0.2 if on_terminal else 10.0,
-        maxinterval=1.0 if on_terminal else 15.0,
-        ncols=None if on_terminal else 110,
-        ascii=not on_terminal,
-        dynamic_ncols=on_terminal,
-    )
+def progress_bar(
+    total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
+) -> "ProgressBar":
+    """The progress of some work, see `ProgressBar`; nothing is shown unless ``enabled``."""
+    return ProgressBar(total, description, unit, initial, enabled)
 
 
-class _PlainLines:
-    """Standard error for a log file: every state of a bar is a line of its own."""
+class ProgressBar:
+    """A bar on a terminal, and lines that stay: at most one a minute, more often in the first minute.
 
-    def write(self, text: str) -> int:
-        line = text.strip()
-        return sys.stderr.write(f"{line}\n") if line else 0
+    In a file, such as the log of a scheduler, there are lines alone; work that is done within two seconds has none.
+    On a terminal there are lines only for work that has facts to tell, above the bar.
 
-    def flush(self) -> None:
-        sys.stderr.flush()
+    Args:
+        total: of what `update` counts.
+        description: of the work, a word or two.
+        unit: what is counted, in the plural.
+        initial: how much is done already.
+        enabled: whether to show anything.
+    """
+
+    def __init__(self, total: int, description: str, unit: str, initial: int, enabled: bool) -> None:
+        self._total, self._description, self._unit, self._done = total, description, unit, initial
+        self._enabled = enabled
+        self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None
+        self._facts = ""
+        self._started = self._latest = time.monotonic()
+        self._latest_done = initial
+        self._pause = _FIRST_LINE_SECONDS
+
+    def _on_terminal(self) -> Any:
+        from tqdm import tqdm  # here, because a tenth of a second is much for verbs that show no bar
+
+        return tqdm(
+            total=self._total,
+            desc=self._description,
+            unit=f" {self._unit}",
+            initial=self._done,
+            file=sys.stderr,
+            mininterval=0.2,
+            maxinterval=1.0,
+            dynamic_ncols=True,
+        )
+
+    def tell(self, facts: str, brief: str | None = None) -> None:
+        """What the next line says beside the counts; ``brief`` is for the bar, which has less room."""
+        self._facts = facts
+        if self._bar is not None:
+            self._bar.set_postfix_str(facts if brief is None else brief, refresh=False)
+
+    def update(self, number: int) -> None:
+        """Count what was done since the last call."""
+        self._done += number
+        if self._bar is not None:
+            self._bar.update(number)
+        if self._enabled and time.monotonic() >= self._latest + self._pause and (self._facts or self._bar is None):
+            self._write_line()
+
+    def close(self) -> None:
+        """Show the end: the last line, unless there was none or it is there."""
+        if self._enabled and self._latest > self._started and self._done > self._latest_done:
+            self._write_line()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_line(self) -> None:
+        now = time.monotonic()
+        rate = (self._done - self._latest_done) / max(now - self._latest, 1e-9)
+        left = f", {_clock((self._total - self._done) / rate)} left" if rate > 0 and self._done < self._total else ""
+        line = (
+            f"{self._description}: {self._done:,} of {self._total:,} {self._unit} "
+            f"({self._done / max(self._total, 1):.0%}), {rate:,.{0 if rate >= 10 else 2}f} a second, "
+            f"{_clock(now - self._started)} passed{left}{self._facts and '; '}{self._facts}"
+        )
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self._pause = min(2 * self._pause, _LINE_SECONDS)
+        self._latest, self._latest_done = now, self._done
+
+
+def _clock(seconds: float) -> str:
+    """``12 s``, ``3 min 20 s``, ``5 h 07 min``, ``3 d 4 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole // 60 % 60:02d} min"
+    return f"{whole // 86400} d {whole // 3600 % 24} h"
 
 
 def package_versions() -> dict[str, str]:

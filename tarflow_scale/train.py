@@ -6,10 +6,11 @@ Start it on several ranks with torchrun; see ``launch/``.
 
 Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml`` (where a run goes on
 with other settings, the earlier ones are ``config-until-IMAGES.yaml``), ``environment.json``, ``status.json``,
-``log.jsonl``, ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and at the end ``model/``,
-which is also registered as ``registry.model``. Refused are a folder of another run or of one that goes on, and counts
-that do not divide. A run that is told to stop saves a checkpoint and ends with exit code 75; one that was killed loses
-what came after its latest whole checkpoint, and trains it again, on as many ranks to the same weights.
+``log.jsonl``, ``curve.png`` (the loss), ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and
+at the end ``model/``, which is also registered as ``registry.model``. A folder of another run, or of one that is still
+running, and counts that do not divide are errors. A run that is told to stop saves a checkpoint and ends with exit code
+75; one that was killed loses what came after its latest whole checkpoint, and trains it again, on as many ranks to the
+same weights.
 """
 
 import warnings
@@ -35,6 +36,7 @@ from tarflow_scale.errors import ConfigError, Interrupted, NumericsError, UserEr
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
 from tarflow_scale.flows.weights import flow_files
+from tarflow_scale.pages.runs import CURVE_NAME, CurveFile
 from tarflow_scale.processes import exclusive
 from tarflow_scale.records import PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
@@ -53,10 +55,11 @@ from tarflow_scale.training.folder import (
     describe_run,
     follow_launcher,
 )
-from tarflow_scale.training.loop import Loop, Progress
+from tarflow_scale.training.loop import Loop
 from tarflow_scale.training.meter import Meter, peak_flops_of
 from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.plan import flow_of, print_plan, seen_by_model
+from tarflow_scale.training.progress import Progress
 from tarflow_scale.training.validation import Validation
 from tarflow_scale.training.zero import deepspeed_config, model_size
 
@@ -90,6 +93,8 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         return
 
     follow_launcher()
+    if ranks > 1:
+        _say(f"waiting for all {ranks} ranks")
     device = start_process_group(config.training.threads)
     check_shared(config.logging.path, device)
     with ExitStack() as held:
@@ -119,7 +124,9 @@ def _train(
         quarantine_path=str(storage.local(config.logging.path) / f"quarantine-{distributed.rank():05d}.jsonl"),
         pin_memory=device.type == "cuda",
     )
+    _say("initialising the flow on the first images")
     _initialize(flow.to(device), reader, config)
+    _say("starting DeepSpeed")
     engine = Engine(flow, device, config.optimizer, config.training, config.parallelism)
     loop = Loop(
         engine=engine,
@@ -144,14 +151,30 @@ def _train(
         preview=_preview(config, manifest, flow.pixels, device),
     )
     progress = loop.resume()
-    if progress.images_seen >= loop.total_images and distributed.is_main():
-        print(f"nothing to train, {config.logging.path} has seen all {progress.images_seen:,} images")
+    _say(_what_follows(config, progress.images_seen, loop.total_images))
     with _recorded(config, progress, loop.total_images) as log:
         loop.fit(progress, log)
     for half_life in reversed(config.training.ema_half_life_images):
         weights = loop.averaged_weights(half_life)
         if distributed.is_main():
             _publish(config, mix, flow, weights, half_life, progress.images_seen, num_parameters)
+
+
+def _say(text: str) -> None:
+    """A line about the run, once."""
+    if distributed.is_main():
+        print(text)
+
+
+def _what_follows(config: TrainConfig, images_seen: int, total_images: int) -> str:
+    path, seen = config.logging.path, f"{images_seen:,} images"
+    if images_seen >= total_images:
+        return f"nothing to train, {path} has seen all {seen}"
+    begins = f"going on after {seen}" if images_seen else "training begins"
+    return (
+        f"{begins}: up to {total_images:,}; figures every {config.logging.every_images:,} images in {path}/log.jsonl, "
+        f"{path}/{CURVE_NAME} shows the loss; Ctrl-C saves and stops"
+    )
 
 
 @contextmanager
@@ -171,10 +194,13 @@ def _recorded(config: TrainConfig, progress: Progress, total_images: int) -> Gen
 
     status("running")
     try:
-        with telemetry.open_log(
-            storage.local(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
-        ) as log:
-            yield log
+        with (
+            telemetry.open_log(
+                storage.local(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
+            ) as log,
+            CurveFile(logging.path) as curve,
+        ):
+            yield telemetry.Log([log.write, curve.take])
     except Interrupted as error:
         status("stopped", str(error))
         raise
@@ -287,7 +313,7 @@ def _changed(sections: dict[str, Section]) -> dict[str, Any]:
 def _preview(
     config: TrainConfig, manifest: Manifest, pixels: PixelFormat, device: torch.device
 ) -> Callable[[dict[str, Tensor], int], None]:
-    """A function that draws a grid from an unwrapped copy of the averaged weights; column c holds class c."""
+    """A function that draws samples of an unwrapped copy of the averaged weights; a column shows one class."""
 
     def draw(weights: dict[str, Tensor], images_seen: int) -> None:
         with torch.device("meta"):
@@ -303,10 +329,11 @@ def _preview(
         try:
             sampler = Sampler(flow.eval(), 0, SamplingConfig(batch_size=None, guidance=guidance))
             images = sampler.images(range(_PREVIEW_IMAGES // columns * columns)).numpy()
+            names = [manifest.class_names[i % columns] for i in range(len(images))] if flow.num_classes else None
         except (NumericsError, ConfigError) as error:  # no reason to stop a run whose loss is finite
             warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
             return
-        storage.write_bytes(path, contact_sheet(images, columns, _PREVIEW_ZOOM))
+        storage.write_bytes(path, contact_sheet(images, columns, _PREVIEW_ZOOM, names))
 
     return draw
 

@@ -1,5 +1,6 @@
 """The command line: light where it can be, one line and exit code 2 where the user erred."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_scale import cli
-from tests.conftest import TOP
+from tests.conftest import TOP, Trained
 
 LIGHT = """
 import sys
@@ -104,3 +105,19 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("tarflow-scale: error: registry: required key is missing")
+
+
+def test_a_reader_that_goes_away_ends_it_without_a_traceback(trained: Trained) -> None:
+    """As ``| head`` does; lines are written as they are printed, so it is noticed in the middle of a verb."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tarflow_scale", "models", "list", f"registry.path={trained.registry}"],
+        cwd=TOP,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tarflow_scale import cli, load
 from tarflow_scale.registry import Registry
@@ -49,6 +50,8 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
     assert metadata["license"] == "apache-2.0"
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.0
     assert own.resolve(1).weights_digest in card
+    assert "Labels and what they stand for: 0 0, 1 1, 2 2," in card
+    assert "![Samples, with their classes](samples.png)" in card
     flow = load(str(folder))  # as a hub's user would
     assert torch.equal(flow.sample(2, seed=3), load("small@1", registry=own.path).sample(2, seed=3))
     assert imported(other, folder, "--dry-run") == 0
@@ -65,6 +68,21 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
     where = [f"registry.path={own.path}", "registry.model=small", f"command.path={folder}"]
     assert cli.main(["models", "import", *where]) == 0  # back to where it came from
     assert Registry(own.path, "small").state().number == before_it
+
+
+def test_a_card_has_samples_and_class_names_though_no_report_has_a_grid(
+    own: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No report has a grid, so the card's is drawn, ten columns for ten classes, unless it is left out."""
+    assert exported(own, tmp_path / "without", "command.samples=false") == 0
+    assert not (tmp_path / "without/samples.png").exists()
+    assert "samples.png" not in (tmp_path / "without/README.md").read_text()
+    assert "drawing" not in capsys.readouterr().out
+    assert exported(own, tmp_path / "with") == 0
+    assert "no report has samples, drawing 40 (seed 0) for the model card" in capsys.readouterr().out
+    width, height = Image.open(tmp_path / "with/samples.png").size
+    assert width == 4 * (10 * 9 + 1)
+    assert height > 4 * (4 * 9 + 1)  # the names of the classes are above
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Logs, tables, versions."""
 
 import json
+import re
 import shutil
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -109,3 +112,64 @@ def test_the_commit_is_the_checkouts_or_what_an_image_says(tmp_path: Path, monke
     assert telemetry.git_commit() == "0123abc"
     monkeypatch.delenv("TARFLOW_SCALE_COMMIT")
     assert telemetry.git_commit() == "unknown"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def work(clock: list[float], seconds: int) -> None:
+    """Five images a second, with a fact to tell."""
+    with telemetry.progress_bar(5 * seconds, "train", initial=0) as bar:
+        for second in range(seconds):
+            clock[0] += 1.0
+            bar.tell(f"loss {second}", "loss")
+            bar.update(5)
+
+
+def test_progress_in_a_log_file_is_a_line_a_minute_and_more_at_first(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work(clock, 3600)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 10 of 18,000 images (0%), 5.00 a second, 2 s passed, 59 min 58 s left; loss 1"
+    assert lines[-1].startswith("train: 18,000 of 18,000 images (100%), 5.00 a second, 1 h 00 min passed; loss 3599")
+    counts = [int(re.findall(r"[\d,]+", line)[0].replace(",", "")) for line in lines]
+    gaps = [(after - before) / 5 for before, after in pairwise(counts)]
+    assert gaps[:4] == [4, 8, 16, 32]
+    assert set(gaps[4:-1]) == {60}
+    assert all(line.isprintable() for line in lines)
+
+
+def test_short_work_and_ranks_that_do_not_report_leave_no_line(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work(clock, 1)
+    with telemetry.progress_bar(100, "train", enabled=False) as bar:
+        clock[0] += 100.0
+        bar.update(50)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar_and_the_same_lines_above_it(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    work(clock, 100)
+    shown = capsys.readouterr().err
+    assert "train: 10 of 500 images (2%), 5.00 a second, 2 s passed, 1 min 38 s left; loss 1\n" in shown
+    assert "train: 100%|" in shown
+    with telemetry.progress_bar(100, "verify", unit="files") as bar:  # nothing to tell, so the bar is all
+        clock[0] += 100.0
+        bar.update(100)
+    assert "100 of 100 files" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(12.4, "12 s"), (200, "3 min 20 s"), (18420, "5 h 07 min"), (277200, "3 d 5 h")]
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert telemetry._clock(seconds) == words

@@ -55,7 +55,7 @@ def test_a_run_explains_itself_and_learns(trained: Trained) -> None:
     assert log[-1]["bits_per_dim"] < log[0]["bits_per_dim"] - 0.3
     names = {path.name for path in trained.run.iterdir()}
     assert names == {
-        "checkpoints", "config.yaml", "environment.json", "log.jsonl", "model", "previews", "status.json",
+        "checkpoints", "config.yaml", "curve.png", "environment.json", "log.jsonl", "model", "previews", "status.json",
     }  # fmt: skip
     status = json.loads((trained.run / "status.json").read_text())
     assert (status["state"], status["images_seen"], status["total_images"]) == ("finished", 1280, 1280)
@@ -67,11 +67,59 @@ def test_a_run_explains_itself_and_learns(trained: Trained) -> None:
     environment = json.loads((trained.run / "environment.json").read_text())
     assert environment["packages"]["torch"] != "not installed"
     previews = sorted(path.name for path in (trained.run / "previews").iterdir())
-    assert previews == ["images-000000000640.png", "images-000000001280.png"]
+    assert previews == ["curve.png", "images-000000000640.png", "images-000000001280.png"]
     version = Registry(str(trained.registry), "small").resolve("latest")
     assert version.images_seen == 1280
     assert version.config_digest == environment["config_digest"]
     assert load_flow(str(trained.run / "model")).pixels == version.pixels
+
+
+def test_a_first_run_can_be_watched(digits: Path, tmp_path: Path) -> None:
+    """It says what it is doing before its first step, and from the first step on how it goes; the loss is a picture."""
+    arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "training.total_images=96")
+    at_every_step = "from tarflow_scale import cli, telemetry as t; t._FIRST_LINE_SECONDS = 0.0; cli.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", at_every_step, *arguments],
+        cwd=TOP,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [
+        "importing PyTorch",
+        "initialising the flow",
+        "starting DeepSpeed",
+        "training begins: up to 96; figures every",
+    ]
+    places = [result.stdout.index(text) for text in said]
+    assert places == sorted(places)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train: ")]
+    assert [line.split(" (")[0] for line in lines] == [f"train: {images} of 96 images" for images in (32, 64, 96)]
+    for line in lines:
+        assert re.search(
+            r"; \d\.\d{3} bits/dim, learning rate [\de.-]+, gradient norm [\d.]+, waiting for data \d+%, "
+            r"\d\.\d\d GiB a rank$",
+            line,
+        )
+    curves = [tmp_path / "run/curve.png", tmp_path / "run/previews/curve.png"]
+    assert len({path.read_bytes() for path in curves}) == 1
+    assert curves[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_reach_a_log_file_as_they_are_printed(digits: Path, tmp_path: Path) -> None:
+    """Python would keep them until the end where standard output is no terminal."""
+    arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "training.total_images=100000")
+    process = start(arguments)
+    assert process.stdout is not None
+    for line in process.stdout:  # ends, and fails below, if nothing comes before the process ends
+        if line.startswith("training begins"):
+            break
+    else:
+        pytest.fail("nothing was printed before the end")
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def start(arguments: list[str], ranks: int = 0) -> "subprocess.Popen[str]":
@@ -307,6 +355,8 @@ def test_torchrun_sh_passes_a_signal_on_and_two_ranks_save(
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
+    assert re.search(r"checking the configuration \(.*empty\.yaml\)\nstarting 2 ranks\n", output)
+    assert "waiting for all 2 ranks" in output
     assert not re.search("SignalException|ChildFailedError|closing signal|Traceback|Warning", output), output
     said = rf"^tarflow-scale: stopped by {number.name} after \d+ images \(checkpoint saved\); run it"
     assert re.search(said, output, re.M)

@@ -103,8 +103,8 @@ def test_a_notebook_gets_densities_and_samples(trained: Path) -> None:
 
 
 def test_previews_and_logs_of_vectors(trained: Path) -> None:
-    assert list((trained / "labelled" / "previews").glob("*.png"))
-    assert not list((trained / "given" / "previews").glob("*.png"))  # there is no density without a condition
+    assert list((trained / "labelled" / "previews").glob("images-*.png"))
+    assert not list((trained / "given" / "previews").glob("images-*.png"))  # there is no density without a condition
     lines = [json.loads(line) for line in (trained / "given" / "log.jsonl").read_text().splitlines()]
     assert all(line["bits_per_dim"] is None for line in lines)
     assert lines[-1]["nats_per_dim"] < lines[0]["nats_per_dim"]

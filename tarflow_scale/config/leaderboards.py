@@ -1,6 +1,8 @@
 """Leaderboards: the files in ``evals/leaderboards/`` that set published numbers beside those of registries."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.sections import Name
@@ -38,10 +40,22 @@ class ReportOutputConfig(Section):
 
     path: str
     """Folder or URL for ``index.html`` and ``leaderboard.md``."""
-    leaderboards: tuple[str, ...] = Field(min_length=1)
-    """Leaderboard files, in the order of the page."""
-    registries: tuple[str, ...] = Field(min_length=1)
-    """Registries whose models are rows."""
+    leaderboards: tuple[str, ...] = ()
+    """Leaderboard files, in the order of the page; they need ``registries``."""
+    registries: tuple[str, ...] = ()
+    """Registries whose models are rows, and whose history is shown."""
+    gate: str | None = None
+    """Gate file, whose word on the best version the page gives where that was not promoted; see ``evals/gates/``."""
     runs: tuple[str, ...] = ()
-    """Folders of training runs whose curves are drawn."""
-    title: str = "Leaderboards"
+    """Folders of training runs, finished or not, whose loss and newest samples are shown."""
+    generated: tuple[str, ...] = ()
+    """Folders that ``generate`` wrote, whose first samples are shown."""
+    title: str = "Report"
+
+    @model_validator(mode="after")
+    def _has_something_to_show(self) -> Self:
+        if self.leaderboards and not self.registries:
+            raise ValueError("leaderboards need registries (got none); set report.registries")
+        if not (self.registries or self.runs or self.generated):
+            raise ValueError("a report needs runs, registries or generated (got none); set report.runs, for example")
+        return self

@@ -81,6 +81,8 @@ class CommandConfig(Section):
     """``export``: folder or URL to write; ``import``: to read."""
     licence: str = "other"
     """``export``: SPDX identifier for the model card."""
+    samples: bool = True
+    """``export``: draw samples for the model card where no report has any; a large model without a GPU takes long."""
     delete: bool = False
     """``collect``: remove what is listed; without it, it is only listed."""
     grace_days: float = Field(default=7.0, ge=0.125)

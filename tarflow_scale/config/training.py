@@ -252,7 +252,8 @@ class LoggingConfig(Section):
     """The run folder and what is written to it."""
 
     path: str
-    """Folder of the run: ``config.yaml environment.json status.json log.jsonl checkpoints/ previews/ model/``."""
+    """Folder of the run: ``config.yaml environment.json status.json log.jsonl curve.png checkpoints/
+    previews/ model/``."""
     every_images: int = Field(default=2_000, ge=1)
     """Images between lines of ``log.jsonl``."""
     preview_every_images: int = Field(default=50_000, ge=1)

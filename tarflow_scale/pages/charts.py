@@ -1,60 +1,204 @@
-"""Curves as inline SVG: no script, no request, colours of the page."""
+"""Curves over one pair of axes: placed once, then written as inline SVG for a page or drawn as a PNG.
 
+The SVG needs no script and no request. A page gets it in two shapes, of which its style shows the one that fits the
+screen, so that letters are as large as those of the text on a phone too. Every run has a colour of its own.
+"""
+
+import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-__all__ = ["Points", "line_chart", "short_number"]
+from PIL import Image, ImageDraw
 
-_WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 36
-_TICKS = 4
+from tarflow_scale.pages.numbers import round_ticks, short_number, tick_labels
+
+__all__ = ["Points", "Series", "line_chart", "line_chart_png", "run_colour"]
+
+_WIDE, _NARROW, _PNG = (960, 340), (360, 280), (960, 480)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 14, 46
 _MOST_POINTS = 400
+_INK, _FAINT, _PAPER = (28, 33, 40), (213, 219, 225), (255, 255, 255)
+_DASH = 6
+_KEY_HEIGHT = 22
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """A chart of one line a series; points that are not finite are left out.
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart.
 
     Args:
-        series: ``(x, y)`` by name, in order of x.
-        x_label: under the axis.
-        y_label: of the values, and of the picture to those who hear it.
+        points: ``(x, y)`` in order of x; those that are not finite are left out.
+        run: number of the run it is of, which decides its colour.
+        dashed: whether it is the second line of its run.
     """
-    finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
-    shown = {name: _thinned(points) for name, points in finite.items() if points}
-    if not shown:
-        return ""
-    xs = [x for points in shown.values() for x, _ in points]
-    ys = [y for points in shown.values() for _, y in points]
-    (x0, x1), (y0, y1) = _span(xs), _span(ys)
+
+    points: Points
+    run: int = 0
+    dashed: bool = False
+
+
+def run_colour(run: int, dark: bool = False) -> str:
+    """Colour of a run, ``#rrggbb``, for light or dark paper.
+
+    Hues are a golden angle apart in OKLCH (https://bottosson.github.io/posts/oklab), so that no two runs have the same.
+    """
+    hue = math.radians((255 + 137.508 * run) % 360)
+    lightness, chroma = (0.78 if dark else 0.52) + 0.05 * (run % 2), 0.14
+    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
+    cones = (
+        (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3,
+        (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3,
+        (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3,
+    )
+    matrix = (
+        (4.0767416621, -3.3077115913, 0.2309699292),
+        (-1.2684380046, 2.6097574011, -0.3413193965),
+        (-0.0041960863, -0.7034186147, 1.7076147010),
+    )
+    linear = (min(max(sum(m * c for m, c in zip(row, cones, strict=True)), 0.0), 1.0) for row in matrix)
+    return "#" + "".join(f"{round(255 * _gamma(one)):02x}" for one in linear)
+
+
+def _gamma(linear: float) -> float:
+    return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A chart with everything at its place, in pixels."""
+
+    size: tuple[int, int]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[tuple[Series, list[tuple[float, float]]]]
+
+
+def _finite(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Those with something to draw, and of them no more than can be seen."""
+    kept = {name: [p for p in one.points if all(map(math.isfinite, p))] for name, one in series.items()}
+    return {
+        name: Series(_thinned(points), series[name].run, series[name].dashed) for name, points in kept.items() if points
+    }
+
+
+def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
+    (width, height), xs = size, [x for one in series for x, _ in one.points]
+    (x0, x1), (low, high) = _span(xs), _span([y for one in series for _, y in one.points])
+    y_ticks = round_ticks(low, high, max(3, height // 60))
+    y0, y1 = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
-        return across, _HEIGHT - _BOTTOM - (y - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
+        across = _LEFT + (x - x0) / (x1 - x0) * (width - _LEFT - _RIGHT)
+        return across, height - _BOTTOM - (y - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(f"{y_label} over {x_label}: {_in_words(shown)}", quote=True)}">'
-    ]
-    for step in range(_TICKS + 1):
-        x, y = x0 + (x1 - x0) * step / _TICKS, y0 + (y1 - y0) * step / _TICKS
-        (left, down), (right, _) = place(x0, y), place(x1, y)
-        parts.append(f'<line class="rule" x1="{left:.1f}" y1="{down:.1f}" x2="{right:.1f}" y2="{down:.1f}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{down + 4:.1f}" text-anchor="end">{short_number(y)}</text>')
-        anchor = "start" if step == 0 else "end" if step == _TICKS else "middle"
-        across, _ = place(x, y0)
-        parts.append(f'<text x="{across:.1f}" y="{_HEIGHT - 18}" text-anchor="{anchor}">{short_number(x)}</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
-    for number, points in enumerate(shown.values()):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        parts.append(f'<polyline class="series s{number % 4}" points="{path}"/>')
-    parts.append("</svg>")
-    keys = "".join(
-        f'<li><span class="key s{number % 4}"></span>{escape(name)}</li>' for number, name in enumerate(shown)
+    inside = round_ticks(x0, x1, max(5, width // 100), outside=False)
+    return _Placed(
+        size,
+        [(place(tick, y0)[0], short_number(tick)) for tick in inside],
+        [(place(x0, tick)[1], text) for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True)],
+        [(one, [place(*point) for point in one.points]) for one in series],
     )
-    return "".join(parts) + f'<ul class="keys">{keys}</ul>'
+
+
+def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
+    """A chart as SVG with a key; empty where nothing is finite.
+
+    Args:
+        series: by name.
+        x_label: under the axis.
+        y_label: of the values.
+    """
+    shown = _finite(series)
+    if not shown:
+        return ""
+    words = "; ".join(
+        f"{name} from {short_number(one.points[0][1])} to {short_number(one.points[-1][1])}"
+        for name, one in shown.items()
+    )
+    label = escape(f"{y_label} over {x_label}: {words}", quote=True)
+    pictures = "".join(
+        _svg(_place(list(shown.values()), size), kind, label, x_label, y_label)
+        for kind, size in (("wide", _WIDE), ("narrow", _NARROW))
+    )
+    keys = "".join(
+        f'<li><span class="key{" dashed" * one.dashed}"{_colours(one.run)}></span>{escape(name)}</li>'
+        for name, one in shown.items()
+    )
+    return f'<div class="charts">{pictures}</div><ul class="keys">{keys}</ul>'
+
+
+def _svg(placed: _Placed, kind: str, label: str, x_label: str, y_label: str) -> str:
+    width, height = placed.size
+    parts = [f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
+    for down, text in placed.y_ticks:
+        parts.append(f'<line class="rule" x1="{_LEFT}" y1="{down:.1f}" x2="{width - _RIGHT}" y2="{down:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{text}</text>')
+    for across, text in placed.x_ticks:
+        parts.append(f'<text x="{across:.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{text}</text>')
+    parts.append(f'<text x="{width - _RIGHT}" y="{height - 6}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text x="4" y="{height - 6}">{escape(y_label)}</text>')
+    for one, spots in placed.lines:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline class="series{" dashed" * one.dashed}"{_colours(one.run)} points="{path}"/>')
+        if len(spots) == 1:
+            parts.append(
+                f'<circle class="series"{_colours(one.run)} cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3"/>'
+            )
+    return "".join(parts) + "</svg>"
+
+
+def _colours(run: int) -> str:
+    return f' style="--light:{run_colour(run)};--dark:{run_colour(run, dark=True)}"'
+
+
+def line_chart_png(series: Mapping[str, Series], x_label: str, y_label: str) -> bytes:
+    """The same chart as a PNG, with its key inside; without a line where nothing is finite."""
+    shown = _finite(series)
+    canvas = Image.new("RGB", (_PNG[0], _PNG[1] + _KEY_HEIGHT * len(shown) + 8), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if shown:
+        _draw(draw, _place(list(shown.values()), _PNG), x_label, y_label)
+    for number, (name, one) in enumerate(shown.items()):
+        down = _PNG[1] + _KEY_HEIGHT * number + 10
+        _line(draw, [(_LEFT, down), (_LEFT + 30, down)], one)
+        draw.text((_LEFT + 40, down), name, fill=_INK, font_size=14, anchor="lm")
+    stream = io.BytesIO()
+    canvas.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _draw(draw: ImageDraw.ImageDraw, placed: _Placed, x_label: str, y_label: str) -> None:
+    width, height = placed.size
+    for down, text in placed.y_ticks:
+        draw.line((_LEFT, down, width - _RIGHT, down), fill=_FAINT)
+        draw.text((_LEFT - 6, down), text, fill=_INK, font_size=14, anchor="rm")
+    for across, text in placed.x_ticks:
+        draw.text((across, height - _BOTTOM + 6), text, fill=_INK, font_size=14, anchor="ma")
+    draw.text((width - _RIGHT, height - 4), x_label, fill=_INK, font_size=14, anchor="rd")
+    draw.text((4, height - 4), y_label, fill=_INK, font_size=14, anchor="ld")
+    for one, spots in placed.lines:
+        _line(draw, spots, one)
+
+
+def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], one: Series) -> None:
+    """A line, or a dot where there is one point alone; the distance along the line decides where a dashed one is."""
+    colour, along = run_colour(one.run), 0.0
+    if len(spots) == 1:
+        (x, y), *_ = spots
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    for (x0, y0), (x1, y1) in pairwise(spots):
+        length = max(math.hypot(x1 - x0, y1 - y0), 1e-9)
+        ends = [k * _DASH - along for k in range(math.floor(along / _DASH) + 1, math.ceil((along + length) / _DASH))]
+        for start, end in pairwise([0.0, *ends, length]):
+            if not one.dashed or int((along + (start + end) / 2) / _DASH) % 2 == 0:
+                cut = [(x0 + (x1 - x0) * at / length, y0 + (y1 - y0) * at / length) for at in (start, end)]
+                draw.line(cut, fill=colour, width=2)
+        along += length
 
 
 def _thinned(points: Points) -> Points:
@@ -65,15 +209,3 @@ def _thinned(points: Points) -> Points:
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _in_words(series: Mapping[str, Points]) -> str:
-    return "; ".join(f"{name} from {short_number(p[0][1])} to {short_number(p[-1][1])}" for name, p in series.items())
-
-
-def short_number(value: float) -> str:
-    """Three digits and a suffix: ``12.3 k``."""
-    for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"

@@ -1,7 +1,7 @@
-"""Rankings, pictures, curves and history as one HTML file that asks nothing of a network.
+"""Answers, rankings, pictures, curves and history as one HTML file that asks nothing of a network.
 
-Styles, script and pictures are in the file. It sorts and folds by keyboard, follows the reader's light or dark setting,
-fits a phone, and shows its numbers without a script too.
+Styles, script and pictures are in the file. It answers first, sorts and folds by keyboard, follows the reader's light
+or dark setting, and shows every number on a phone without scrolling aside, and without a script too.
 """
 
 import base64
@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 
-from tarflow_scale.pages.charts import Points, line_chart
+from tarflow_scale.pages.answers import Word, readable
+from tarflow_scale.pages.charts import line_chart
+from tarflow_scale.pages.numbers import decimals_of, fixed, tick_labels
 from tarflow_scale.pages.ranking import Entry, Ranking, Row
+from tarflow_scale.pages.runs import Run, curves_of
 
-__all__ = ["Page", "html_page"]
+__all__ = ["Page", "Picture", "html_page"]
 
 _COLUMNS = ("rank", "model", "value", "95 % interval", "images", "parameters", "images seen", "source")
 _NUMBERS = frozenset(("rank", "value", "images", "parameters", "images seen"))
@@ -22,34 +25,60 @@ _EVENTS = 200
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A PNG with what it shows.
+
+    Args:
+        content: the PNG.
+        caption: a line about it.
+        facts: more, shown on demand.
+    """
+
+    content: bytes
+    caption: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Page:
     """What is shown.
 
-    pictures: PNG by sha256. curves: bits/dim (or nats/dim) over images seen, by name of the run.
+    Args:
+        title: of the page.
+        answers: sentences that come first.
+        rankings: the leaderboards.
+        words: what a gate said of the best of a leaderboard, by its name.
+        entries: models whose history is shown.
+        grids: PNGs of first samples by sha256, as reports name them.
+        runs: of training.
+        generated: pictures of generated data sets.
     """
 
     title: str
-    rankings: Sequence[Ranking]
-    entries: Sequence[Entry]
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    curves: Mapping[str, Points] = field(default_factory=dict)
-    curves_unit: str = "bits/dim"
+    answers: Sequence[str]
+    rankings: Sequence[Ranking] = ()
+    words: Mapping[str, Word] = field(default_factory=dict)
+    entries: Sequence[Entry] = ()
+    grids: Mapping[str, bytes] = field(default_factory=dict)
+    runs: Sequence[Run] = ()
+    generated: Sequence[Picture] = ()
 
 
 def html_page(page: Page) -> str:
     """The whole file."""
-    names = [ranking.board.name for ranking in page.rankings]
-    links = [(name, ranking.board.title) for name, ranking in zip(names, page.rankings, strict=True)]
-    links += [("training", "Training")] if page.curves else []
-    links += [("history", "Registry history")]
-    navigation = "".join(f'<li><a href="#{_text(name)}">{_text(title)}</a></li>' for name, title in links)
-    pictures = dict(page.pictures)
-    body = [_board(ranking, pictures) for ranking in page.rankings]
-    if page.curves:
-        chart = line_chart(page.curves, "images seen", page.curves_unit)
-        body.append(f'<section id="training"><h2>Training</h2><p>{_text(page.curves_unit)} of the training batches, a '
-                    f"bound by one noise draw each.</p>{chart}</section>")  # fmt: skip
-    body.append(_history(page.entries))
+    grids = dict(page.grids)
+    sections = [
+        (ranking.board.name, ranking.board.title, _board(ranking, page.words.get(ranking.board.name), grids))
+        for ranking in page.rankings
+    ]
+    sections += [("training", "Training", _training(page.runs))] if page.runs else []
+    sections += [("generated", "Generated images", _figures(page.generated))] if page.generated else []
+    sections += [("history", "Registry history", _history(page.entries))] if page.entries else []
+    navigation = "".join(f'<li><a href="#{_text(name)}">{_text(title)}</a></li>' for name, title, _ in sections)
+    body = "".join(
+        f'<section id="{_text(n)}"><h2>{_text(title)}</h2>{inside}</section>' for n, title, inside in sections
+    )
+    answers = "".join(f"<p>{_text(sentence)}</p>" for sentence in page.answers)
     script = _asset("sort.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script runs on the page
     return (
@@ -58,15 +87,15 @@ def html_page(page: Page) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'\">"
         f'<link rel="icon" href="data:,"><title>{_text(page.title)}</title><style>{_asset("style.css")}</style></head>'
-        f'<body><header><h1>{_text(page.title)}</h1><nav aria-label="Sections"><ul>{navigation}</ul></nav></header>'
-        f"<main>{''.join(body)}</main><script>{script}</script></body></html>\n"
+        f'<body><header><h1>{_text(page.title)}</h1><div class="answer">{answers}</div>'
+        f'<nav aria-label="Sections"><ul>{navigation}</ul></nav></header>'
+        f"<main>{body}</main><script>{script}</script></body></html>\n"
     )
 
 
-def _board(ranking: Ranking, pictures: dict[str, bytes]) -> str:
+def _board(ranking: Ranking, word: Word | None, grids: dict[str, bytes]) -> str:
     """A section; pictures that it shows are taken out, so that each is on the page once."""
-    board = ranking.board
-    parts = [f'<section id="{_text(board.name)}"><h2>{_text(board.title)}</h2>']
+    parts: list[str] = []
     if not ranking.ours:
         parts.append('<p class="note">No registered version has a number by this protocol yet.</p>')
     if ranking.has_published:
@@ -74,55 +103,137 @@ def _board(ranking: Ranking, pictures: dict[str, bytes]) -> str:
             '<p class="note">Published rows were measured on protocols of their own: other sample counts, references, '
             "rounding or noise. They stand in their place and carry no rank.</p>"
         )
-    parts += [_table(ranking), _protocol(ranking)]
-    shown = [row for row in ranking.ours if row.grid is not None and row.grid.sha256 in pictures]
-    if shown:
-        figures = "".join(_figure(row, pictures) for row in shown)
-        for row in shown:
-            pictures.pop(row.grid.sha256 if row.grid else "", None)
-        parts.append(f'<h3>First samples</h3><div class="grids">{figures}</div>')
-    return "".join(parts) + "</section>"
+    parts += [_table(ranking), _gate(word), _protocol(ranking)]
+    pictures: list[Picture] = []
+    for row in ranking.ours:
+        if row.grid is not None and row.report is not None and row.grid.sha256 in grids:
+            caption = f"{row.model}: {ranking.number(row.value)} {ranking.unit}"
+            pictures.append(Picture(grids.pop(row.grid.sha256), caption, row.report.sampling | _decoding(row)))
+    return "".join(parts) + (f"<h3>First samples</h3>{_figures(pictures)}" if pictures else "")
 
 
 def _table(ranking: Ranking) -> str:
-    heads = "".join(f'<th scope="col"{_numeric(name)}><button type="button">{name}</button></th>' for name in _COLUMNS)
-    low = min((row.low for row in ranking.ours if row.low is not None), default=0.0)
-    high = max((row.high for row in ranking.ours if row.high is not None), default=0.0)
-    rows = "".join(_row(row, low, high, ranking.unit) for row in ranking.rows)
+    heads = "".join(
+        f'<th scope="col"{_numeric(name)}><button type="button">'
+        f"{name}{f'<small>{_text(ranking.unit)}</small>' if name == 'value' else ''}</button></th>"
+        for name in _COLUMNS
+    )
+    rows = "".join(_row(row, ranking) for row in ranking.rows)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{_text(ranking.board.title)}">'
         f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
-def _row(row: Row, low: float, high: float, unit: str) -> str:
+def _row(row: Row, ranking: Ranking) -> str:
     aliases = f" <strong>{_text(', '.join(row.aliases))}</strong>" if row.aliases else ""
     ours = row.rank is not None
-    value = f"{row.value:.4f}" if ours else f"{row.value:.6g}"
     cells = {
         "rank": (str(row.rank or ""), str(row.rank or "")),
-        "model": (row.model, _text(row.model) + aliases),
-        "value": (repr(row.value), f"{value}<span hidden> {_text(unit)}</span>"),
-        "95 % interval": ("" if row.low is None else repr(row.low), _interval(row, low, high)),
+        "model": (row.model, f"<span>{_text(row.model)}{aliases}</span>"),
+        "value": (
+            repr(row.value),
+            f'<span>{ranking.shown(row)}<span class="unit"> {_text(ranking.unit)}</span></span>',
+        ),
+        "95 % interval": ("" if row.low is None else repr(row.low), _interval(row, ranking)),
         "images": _count(row.metric.num_images if row.metric else None),
         "parameters": _count(row.version.parameters if row.version else None),
         "images seen": _count(row.version.images_seen if row.version else None),
         "source": (row.source, _text("; ".join(filter(None, [row.source or "this registry", row.note])))),
     }
     inside = "".join(
-        f'<td{_numeric(name)} data-value="{_text(key)}">{shown}</td>' for name, (key, shown) in cells.items()
+        f'<td{_numeric(name)} data-label="{name}" data-value="{_text(key)}">{shown}</td>'
+        for name, (key, shown) in cells.items()
     )
-    kind = "ours" if ours else "other"
-    return f'<tr class="{kind}">{inside}</tr>'
+    return f'<tr class="{"ours" if ours else "other"}">{inside}</tr>'
 
 
-def _interval(row: Row, low: float, high: float) -> str:
+def _interval(row: Row, ranking: Ranking) -> str:
+    """The interval in words, and as a bar over the scale that all rows share, with a mark at the value."""
     if row.low is None or row.high is None:
         return ""
-    width = (high - low) or 1.0
-    left, right = (row.low - low) / width * 100, (row.high - low) / width * 100
-    bar = f'<div class="bar" aria-hidden="true"><i style="left:{left:.1f}%;width:{right - left:.1f}%"></i></div>'
-    return f'<span class="whole">{row.low:.4f} to {row.high:.4f}</span>{bar}'
+    words = f'<span class="whole">{ranking.number(row.low)} to {ranking.number(row.high)}</span>'
+    ticks = ranking.scale
+    if not ticks:
+        return words
+
+    def place(value: float) -> float:
+        return 100 * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    left, right = place(row.low), place(row.high)
+    marks = "".join(
+        f'<span style="left:{place(tick):.1f}%">{text}</span>'
+        for tick, text in zip(ticks, tick_labels(ticks), strict=True)
+    )
+    return (
+        f'<div>{words}<div class="interval" aria-hidden="true"><div class="bar"><i style="left:{left:.1f}%;'
+        f'width:{right - left:.1f}%"></i><b style="left:{place(row.value):.1f}%"></b></div>'
+        f'<div class="scale">{marks}</div></div></div>'
+    )
+
+
+def _gate(word: Word | None) -> str:
+    """Every requirement of a gate with what was found."""
+    if word is None:
+        return ""
+    rows = "".join(
+        f'<tr><td data-label="holds">{"yes" if one.holds else "no"}</td>'
+        f'<td data-label="requirement">{_text(readable(one.requirement))}</td>'
+        f'<td data-label="found">{_text(readable(one.found))}</td></tr>'
+        for one in word.decision.reasons
+    )
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("holds", "requirement", "found"))
+    return (
+        f"<details><summary>{_text(f'What gate {word.decision.gate} found')}</summary><table><thead><tr>{heads}</tr>"
+        f"</thead><tbody>{rows}</tbody></table></details>"
+    )
+
+
+def _training(runs: Sequence[Run]) -> str:
+    """The losses of all runs on the same axes, one chart a unit; then each run with its newest samples."""
+    parts: list[str] = []
+    for unit in dict.fromkeys(run.loss.unit for run in runs):
+        chart = line_chart(curves_of(runs, unit), "images seen", unit)
+        note = ", a bound by one noise draw each" if unit == "bits/dim" else ""
+        parts.append(
+            f"<p>{unit} of the training batches{note}; dashed: of held-out images.</p>{chart}" if chart else ""
+        )
+    rows = "".join(_run(run) for run in runs)
+    heads = "".join(
+        f'<th scope="col">{name}</th>' for name in ("run", "model", "state", "images seen", "loss", "held out")
+    )
+    parts.append(
+        f'<div class="wide" tabindex="0" role="region" aria-label="Runs"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+    previews = [
+        Picture(run.preview[1], f"{run.name}, after {int(run.preview[0][7:-4]):,} images")
+        for run in runs
+        if run.preview
+    ]
+    return "".join(parts) + (f"<h3>Newest previews</h3>{_figures(previews)}" if previews else "")
+
+
+def _run(run: Run) -> str:
+    last = [points[-1][1] if points else None for points in run.loss.series]
+    seen = f"{run.images_seen:,}" + (f" of {run.total_images:,}" if run.total_images else "")
+    losses = ["" if one is None else f"{fixed(one, decimals_of(one))} {run.loss.unit}" for one in last]
+    cells = dict(
+        zip(("run", "model", "state", "images seen", "loss", "held out"),
+            (run.path, run.kind, run.state, seen, *losses), strict=True)
+    )  # fmt: skip
+    return "<tr>" + "".join(f'<td data-label="{name}">{_text(text)}</td>' for name, text in cells.items()) + "</tr>"
+
+
+def _figures(pictures: Iterable[Picture]) -> str:
+    figures = "".join(
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(one.content).decode()}" '
+        f'alt="{_text(one.caption)}"><figcaption>{_text(one.caption)}'
+        + (f"<details><summary>Sampling</summary>{_definitions(one.facts.items())}</details>" if one.facts else "")
+        + "</figcaption></figure>"
+        for one in pictures
+    )
+    return f'<div class="grids">{figures}</div>'
 
 
 def _count(number: int | None) -> tuple[str, str]:
@@ -139,32 +250,20 @@ def _protocol(ranking: Ranking) -> str:
     return f"<details><summary>How the number is measured</summary>{_definitions(facts.items())}</details>"
 
 
-def _figure(row: Row, pictures: Mapping[str, bytes]) -> str:
-    assert row.grid is not None
-    assert row.report is not None
-    data = base64.b64encode(pictures[row.grid.sha256]).decode()
-    settings = f"<details><summary>Sampling</summary>{_definitions(row.report.sampling.items())}</details>"
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="First samples of {_text(row.model)}">'
-        f"<figcaption>{_text(row.model)}: {row.value:.4f}{settings}{_decoding(row)}</figcaption></figure>"
-    )
-
-
-def _decoding(row: Row) -> str:
+def _decoding(row: Row) -> dict[str, str]:
     """Iterations of each block, if the version was calibrated."""
     if row.entry is None or row.version is None:
-        return ""
+        return {}
     plans = row.entry.state.plans.get(row.version.version, [])
     if not plans:
-        return ""
+        return {}
     plan = plans[-1]
-    facts = [
-        (f"block {number}", f"{mean:.1f} iterations for {block.chunk} tokens" if block.chunk > 1 else "token by token")
+    return {
+        f"block {number} on {plan.device}": f"{mean:.1f} iterations for {block.chunk} tokens"
+        if block.chunk > 1
+        else "token by token"
         for number, (block, mean) in enumerate(zip(plan.blocks, plan.iterations, strict=True), start=1)
-    ]
-    return (
-        f"<details><summary>Iterations of each block on {_text(plan.device)}</summary>{_definitions(facts)}</details>"
-    )
+    }
 
 
 def _history(entries: Sequence[Entry]) -> str:
@@ -173,20 +272,23 @@ def _history(entries: Sequence[Entry]) -> str:
         key=lambda item: item[:2],
         reverse=True,
     )
+    names = ("time, UTC", "model", "event", "who", "why")
     rows = "".join(
-        f"<tr><td>{_text(time)}</td><td>{_text(model)}</td><td>{_text(event.kind)}</td><td>{_text(event.actor)}</td>"
-        f"<td>{_text(event.reason)}</td></tr>"
+        "<tr>"
+        + "".join(
+            f'<td data-label="{name}">{_text(text)}</td>'
+            for name, text in zip(
+                names, (time[:19].replace("T", " "), model, event.kind, event.actor, event.reason), strict=True
+            )
+        )
+        + "</tr>"
         for time, model, event in events[:_EVENTS]
     )
-    heads = "".join(
-        f'<th scope="col"><button type="button">{name}</button></th>'
-        for name in ("time", "model", "event", "who", "why")
-    )
+    heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     left = f"<p>The newest {_EVENTS} of {len(events)}.</p>" if len(events) > _EVENTS else ""
     return (
-        f'<section id="history"><h2>Registry history</h2>{left}<div class="wide" tabindex="0" role="region" '
-        f'aria-label="Registry history"><table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>'
-        f"</table></div></section>"
+        f'{left}<div class="wide" tabindex="0" role="region" aria-label="Registry history">'
+        f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

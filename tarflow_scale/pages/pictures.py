@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from tarflow_scale.pages.charts import Points, short_number
+from tarflow_scale.pages.charts import Points
+from tarflow_scale.pages.numbers import short_number
 
 __all__ = ["HEIGHT", "WIDTH", "Panel", "panels_png"]
 

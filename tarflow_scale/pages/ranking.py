@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 
 from tarflow_scale.config import LeaderboardConfig, LikelihoodProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError
+from tarflow_scale.pages.numbers import decimals_of, fixed, round_ticks
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion
 from tarflow_scale.registry import ModelState
 
 __all__ = ["Entry", "Ranking", "Row", "rank"]
 
 _STANDARD_NORMAL_95 = 1.96
+_MOST_TICKS = 5
+_BASELINE = "baseline, same protocol"
 _BASELINES = {"gaussian": "full-covariance Gaussian", "real": "real training images"}
 
 
@@ -65,6 +68,34 @@ class Ranking:
         return [row for row in self.rows if row.rank is not None]
 
     @property
+    def to_beat(self) -> list[Row]:
+        """Baselines that a model should be better than; real images, which none is, are not among them."""
+        return [row for row in self.rows if row.source == _BASELINE and row.model != _BASELINES["real"]]
+
+    @property
+    def decimals(self) -> int:
+        """Of all numbers of the board: four digits of the best."""
+        first = next(iter([*self.ours, *self.rows]), None)
+        return 3 if first is None else decimals_of(first.value)
+
+    def number(self, value: float) -> str:
+        """A number of ours."""
+        return fixed(value, self.decimals)
+
+    def shown(self, row: Row) -> str:
+        """The number of a row; of a published one no digits that were not printed."""
+        text = self.number(row.value)
+        return (
+            text if row.rank is not None or row.source == _BASELINE or "." not in text else text.rstrip("0").rstrip(".")
+        )
+
+    @property
+    def scale(self) -> list[float]:
+        """Round numbers that enclose the intervals of all rows of ours; empty where there is none."""
+        ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
+        return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
+
+    @property
     def has_published(self) -> bool:
         """Whether some rows were measured elsewhere."""
         return bool(self.board.published)
@@ -110,7 +141,7 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
         for kind in _BASELINES
         if row.report is not None and f"{kind}_{protocol.name}" in row.report.baselines
     }
-    return [Row(_BASELINES[kind], value, source="baseline, same protocol") for kind, value in found.items()]
+    return [Row(_BASELINES[kind], value, source=_BASELINE) for kind, value in found.items()]
 
 
 def _rows(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry) -> list[Row]:

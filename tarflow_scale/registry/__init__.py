@@ -7,7 +7,7 @@ next number and one wins; readers need no lock. A missing, damaged or changed ev
 """
 
 from tarflow_scale.registry import collection
-from tarflow_scale.registry.gate import Contender, Decision, decide
+from tarflow_scale.registry.gate import Contender, Decision, decide, lead, read_contender
 from tarflow_scale.registry.lease import Lease
 from tarflow_scale.registry.overview import readable_models
 from tarflow_scale.registry.registry import Registry
@@ -23,6 +23,8 @@ __all__ = [
     "Store",
     "collection",
     "decide",
+    "lead",
+    "read_contender",
     "readable_models",
     "resolve",
 ]

@@ -1,4 +1,4 @@
-"""Whether a version may become champion: a pure function of a gate and of reports, with every reason spelt out.
+"""Whether a version may become champion: a pure function of a gate and of reports, with every reason spelled out.
 
 A champion is beaten only by more than chance. Numbers of bits/dim are compared image by image: the standard error is
 that of the mean difference over images, which is much smaller than that of either mean. Numbers of samples (FID and
@@ -14,8 +14,10 @@ from statistics import NormalDist, fmean, stdev
 
 from tarflow_scale.config import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
 from tarflow_scale.records import DataSetFacts, MetricsReport, MetricValue, Record
+from tarflow_scale.registry.registry import Registry
+from tarflow_scale.registry.state import ModelState
 
-__all__ = ["Contender", "Decision", "Reason", "Rival", "decide"]
+__all__ = ["Contender", "Decision", "Reason", "Rival", "decide", "lead", "read_contender"]
 
 Protocol = LikelihoodProtocol | SampledProtocol
 
@@ -74,6 +76,33 @@ class Contender:
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
         """What the number is the mean of; nothing if that was not kept."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
+
+
+def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
+    """What a registry knows of a version, with the numbers of each image.
+
+    Raises:
+        RegistryError: a file is missing or damaged.
+    """
+    reports = state.reports.get(version, [])
+    kept = {
+        metric.per_image.sha256: metric.per_image
+        for report in reports
+        for metric in report.metrics.values()
+        if metric.per_image is not None
+    }
+    per_image: dict[str, list[tuple[bytes, float]]] = {}
+    for digest, record in kept.items():
+        from safetensors.numpy import load as load_arrays  # here, because a look at most versions does without NumPy
+
+        arrays = load_arrays(registry.read("numbers of each image", record))
+        if "image_sha256" in arrays:  # early reports did not say which image is which
+            costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
+            pairs = zip(arrays["image_sha256"], costs, strict=True)
+            per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
+    approvals = tuple(approval.user for approval in state.approvals.get(version, []))
+    data, weights = state.versions[version].data, state.versions[version].weights_digest
+    return Contender(f"{registry.model}@{version}", reports, approvals, per_image, data, weights)
 
 
 def decide(
@@ -188,8 +217,7 @@ def _against(
     best = other.value(protocol, value.protocol_id)
     if best is None:
         return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
-    gain, error, how = _gain(candidate, value, other, best)
-    gain = -gain if protocol.higher_is_better else gain
+    gain, error, how = lead(protocol, candidate, value, other, best)
     found = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
     if error is None:
         return reason(f"{found}, but without standard errors; evaluate both again", False)
@@ -197,7 +225,23 @@ def _against(
     return reason(f"{found}: better by {gain:.4f} ± {error:.4f} {how}", limit > requirement.margin)
 
 
-def _gain(
+def lead(
+    protocol: Protocol, candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
+) -> tuple[float, float | None, str]:
+    """How much better the candidate is, the standard error of that (None: not known), and how it was found.
+
+    Args:
+        protocol: of both numbers, which says what is better.
+        candidate: the version that is compared.
+        value: its number.
+        champion: the version it is compared with.
+        best: the number of that, of the same protocol id.
+    """
+    gain, error, how = _difference(candidate, value, champion, best)
+    return -gain if protocol.higher_is_better else gain, error, how
+
+
+def _difference(
     candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
     """How much lower the candidate is, the standard error of that, and how it was found."""

@@ -1,16 +1,17 @@
 """Images to bytes and back, losslessly; bytes of tar members to samples."""
 
 import io
+import math
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin, UnidentifiedImageError
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import Record
@@ -72,6 +73,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF")
 """What Pillow may take bytes for; most likely first."""
 _MAX_PIXELS = 89_478_485
 """Larger images, 9,459 pixels squared, are refused before they are decoded; Pillow warns of them too."""
+_NAME_PIXELS, _NAME_PART, _NAME_LETTERS = 12, 30, 20
+"""Of class names on a sheet: their height, at least a part of its width, so that they stay readable where a wide sheet
+is shown small; and letters that are shown."""
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError),
     *(KeyError, IndexError, TypeError, RuntimeError, struct.error),  # damaged tags of TIFF and EXIF, damaged AVIF
@@ -312,12 +316,49 @@ def reduce_depth(image: NDArray[np.uint8], bit_depth: int) -> NDArray[np.uint8]:
     return np.round(levels * (255 / (2**bit_depth - 1))).astype(np.uint8)
 
 
-def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1) -> bytes:
-    """A PNG of images ``(B, C, H, W)`` uint8 in rows of ``columns``, each pixel ``zoom`` wide, on a white border."""
+def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names: Sequence[str] | None = None) -> bytes:
+    """A PNG of images ``(B, C, H, W)`` uint8 in rows of ``columns``, each pixel ``zoom`` wide, on a white border.
+
+    Args:
+        images: what is shown.
+        columns: images side by side.
+        zoom: pixels of the sheet a pixel of an image.
+        names: class of each image. Where every column holds one class, its name is above the column; else each image
+            has its own above it.
+    """
     num, channels, height, width = images.shape
     rows = -(-num // columns)
     sheet = np.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 255, dtype=np.uint8)
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
         sheet[:, top : top + height, left : left + width] = image
-    return encode_png(sheet.repeat(zoom, axis=1).repeat(zoom, axis=2))
+    sheet = sheet.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    if names is None or not num:
+        return encode_png(sheet)
+    bands = [sheet]
+    if any(name != names[i % columns] for i, name in enumerate(names)):
+        bands = np.split(sheet[:, zoom:], rows, axis=1)
+    shown = [names[row * columns : (row + 1) * columns] for row in range(len(bands))]
+    strips = _strips(shown, (width + 1) * zoom, sheet.shape[2])
+    parts = [part for strip, band in zip(strips, bands, strict=True) for part in (strip.repeat(channels, axis=0), band)]
+    return encode_png(np.concatenate(parts, axis=1))
+
+
+def _strips(rows: Sequence[Sequence[str]], cell: int, width: int) -> list[NDArray[np.uint8]]:
+    """For each row a strip ``(1, h, width)``, names above cells of ``cell`` pixels; upright where one does not fit."""
+    size = max(_NAME_PIXELS, width // _NAME_PART)
+    font = ImageFont.load_default(size)
+    short = [[name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 2]}.." for name in row] for row in rows]
+    longest = max(font.getlength(name) for row in short for name in row)
+    upright = longest > cell - 2
+    height = math.ceil(longest) + 6 if upright else size + 6
+    strips: list[NDArray[np.uint8]] = []
+    for row in short:
+        strip = Image.new("L", (width, height), 255)
+        for column, name in enumerate(row):
+            text = Image.new("L", (math.ceil(font.getlength(name)) + 2, size + 5), 255)
+            ImageDraw.Draw(text).text((1, 0), name, fill=0, font=font)
+            text = text.rotate(90, expand=True, fillcolor=255) if upright else text
+            strip.paste(text, (column * cell + (cell - text.width) // 2 + 1, height - text.height))
+        strips.append(np.asarray(strip)[None])
+    return strips

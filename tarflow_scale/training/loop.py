@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,55 +31,18 @@ from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import conditions, model_input
+from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
 from tarflow_scale.training.schedule import learning_rate_fraction, rate_change
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
 
-__all__ = ["Loop", "Preview", "Progress"]
+__all__ = ["Loop", "Preview"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
 """Called on rank 0 with the averaged weights by name and the images seen."""
 _SAME_CTRL_C_SECONDS = 1.0
 """Within which a rank may be told of one Ctrl-C twice."""
-
-
-@dataclass
-class Progress:
-    """How far a run is; the mutable counterpart of `TrainState`."""
-
-    losses: LossHistory
-    images_seen: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    num_replaced: int = 0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
-    roll_backs: int = 0
-    seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    held_out: float | None = None
-    """The last validation since this start, as the loss is shown."""
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training so far, over all its parts."""
-        return self.seconds + time.monotonic() - self.started
-
-    @classmethod
-    def of(cls, state: TrainState, training: TrainingConfig) -> "Progress":
-        """Where a checkpoint left off."""
-        return cls(
-            losses=LossHistory(training.spike, state.recent_losses),
-            images_seen=state.images_seen,
-            skipped_steps=state.skipped_steps,
-            skipped_in_a_row=state.skipped_in_a_row,
-            num_replaced=state.num_replaced,
-            loss_sum=state.loss_sum,
-            loss_steps=state.loss_steps,
-            roll_backs=state.roll_backs,
-            seconds=state.seconds,
-        )
 
 
 @dataclass(frozen=True)
@@ -150,11 +113,12 @@ class Loop:
                 stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
                 self.meter.stepped(now - before)
-                bar.update(now - before)
                 done = now >= self.total_images
-                validated = self._validate(before, now, done)
+                validated = self._validate(before, now, done, progress)
+                self._show(bar, result, progress)
+                bar.update(now - before)
                 if done or validated is not None or _crossed(before, now, self.logging.every_images):
-                    self._log(log, bar, result, progress, validated, diagnostics)
+                    self._log(log, result, progress, validated, diagnostics)
                 if done or stopping or _crossed(before, now, self.checkpoints.every_images):
                     self._save(progress, uploads)
                 if done or _crossed(before, now, self.logging.preview_every_images):
@@ -205,10 +169,7 @@ class Loop:
                     f"optimizer.peak_lr, or resume from an older checkpoint"
                 )
         else:
-            progress.skipped_in_a_row = 0
-            progress.loss_sum += loss / distributed.world_size()
-            progress.loss_steps += 1
-            progress.losses.add(loss / distributed.world_size())
+            progress.take(loss / distributed.world_size())
         return (reason or "another rank") if stops > 0 else ""
 
     def _after_spike(self, loss: float, progress: Progress) -> None:
@@ -232,10 +193,14 @@ class Loop:
             checkpoint.load(found[0], self.engine, self.averages, self._prime)
             progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
 
+    def _show(self, bar: telemetry.ProgressBar, result: StepResult, progress: Progress) -> None:
+        memory = telemetry.peak_memory_bytes(self.engine.device.type)
+        rate = self._learning_rate(progress)
+        bar.tell(*progress_line(progress, self.pixels, rate, result.gradient_norm, self.meter.figures(), memory))
+
     def _log(
         self,
         log: telemetry.Log,
-        bar: Any,
         result: StepResult,
         progress: Progress,
         validated: float | None,
@@ -243,45 +208,35 @@ class Loop:
     ) -> None:
         loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
         progress.loss_sum, progress.loss_steps = 0.0, 0
-        images = progress.images_seen
-        rate = learning_rate_fraction(images, self.total_images, self.schedule)
-        speed = self.meter.report()
         record: dict[str, Any] = {
-            "images": images,
+            "images": progress.images_seen,
             "nats_per_dim": loss,
-            "bits_per_dim": self._bits(loss),
-            "learning_rate": self.peak_lr * rate,
+            "bits_per_dim": bits_per_dim(loss, self.pixels),
+            "learning_rate": self._learning_rate(progress),
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
             "roll_backs": progress.roll_backs,
             "replaced_samples": progress.num_replaced,
             "peak_memory_bytes": telemetry.peak_memory_bytes(self.engine.device.type),
             "seconds": progress.elapsed,
-            **speed,
+            **self.meter.report(),
             **diagnostics,
         }
         if validated is not None:
-            record |= {"validation_nats_per_dim": validated, "validation_bits_per_dim": self._bits(validated)}
-            progress.held_out = record["validation_bits_per_dim"] or validated
+            held_out = {"nats": validated, "bits": bits_per_dim(validated, self.pixels)}
+            record |= {f"validation_{unit}_per_dim": value for unit, value in held_out.items()}
         log.write(record)
-        if loss is not None:
-            name, value = ("nats/dim", loss) if record["bits_per_dim"] is None else ("bits/dim", record["bits_per_dim"])
-            used = "" if speed["mfu"] is None else f", MFU {speed['mfu']:.0%}"
-            held_out = "" if progress.held_out is None else f", held out {progress.held_out:.3f}"
-            bar.set_postfix_str(f"{name} {value:.3f}{held_out}{used}", refresh=False)
 
-    def _bits(self, nats_per_dim: float | None) -> float | None:
-        """Loss in bits/dim; only uniform dequantisation has any."""
-        if nats_per_dim is None or self.pixels.noise != "uniform":
-            return None
-        return nats_per_dim / math.log(2) + self.pixels.bit_depth - 1
+    def _learning_rate(self, progress: Progress) -> float:
+        return self.peak_lr * learning_rate_fraction(progress.images_seen, self.total_images, self.schedule)
 
-    def _validate(self, before: int, now: int, done: bool) -> float | None:
+    def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
         """Nats per dimension of held-out images, when it is time."""
         if self.validation is None or not (done or _crossed(before, now, self.validation[1])):
             return None
         with self.meter.spending("validation"):
-            return self.validation[0].nats_per_dim(self.engine, self.averages)
+            progress.held_out = self.validation[0].nats_per_dim(self.engine, self.averages)
+        return progress.held_out
 
     def _save(self, progress: Progress, uploads: Uploader) -> None:
         with self.meter.spending("checkpoint"):

@@ -62,18 +62,25 @@ class Meter:
         """Count the images of a step."""
         self._images += images
 
+    def figures(self) -> dict[str, float | None]:
+        """Figures since the last report, of steps and waiting for data alone."""
+        return self._figures(time.perf_counter())
+
     def report(self) -> dict[str, float | None]:
-        """Figures since the last report, of steps and waiting for data alone; then start anew."""
+        """The same; the next report begins here."""
         now = time.perf_counter()
+        figures = self._figures(now)
+        self._started, self._images, self._spent = now, 0, {}
+        return figures
+
+    def _figures(self, now: float) -> dict[str, float | None]:
         aside = {part: seconds for part, seconds in self._spent.items() if part != "data"}
         seconds = max(now - self._started - sum(aside.values()), 1e-9)
         rate = self._images / seconds
         utilisation = rate / self.ranks * self.flops_per_image / self.peak_flops if self.peak_flops else None
-        figures: dict[str, float | None] = {
+        return {
             "images_per_second": rate,
             "tokens_per_second": rate * self.tokens_per_image if self.tokens_per_image else None,
             "mfu": utilisation,
             "data_wait_fraction": self._spent.get("data", 0.0) / seconds,
         } | {f"{part}_seconds": aside.get(part, 0.0) for part in ("checkpoint", "validation", "preview")}
-        self._started, self._images, self._spent = now, 0, {}
-        return figures

@@ -84,8 +84,23 @@ def test_baselines_stand_among_the_rows_once() -> None:
 
 
 def test_markdown_survives_what_names_may_hold() -> None:
-    text = markdown("T", [rank(board(published=PUBLISHED), BITS, [entry("a", 2.0)])])
+    text = markdown("T", ["a<b is best."], [rank(board(published=PUBLISHED), BITS, [entry("a", 2.0)])])
     lines = text.splitlines()
-    assert "| 1 | a@1 (champion) | 2.0000 | 1.8040 to 2.1960 | 10 | 7 |  |" in lines
+    assert "| 1 | a@1 (champion) | 2.000 | 1.804 to 2.196 | 10 | 7 |  |" in lines
+    assert lines[2] == "a&lt;b is best."
     assert "|  | Other &lt;b>\\|x | 1.5 |  |  |  | a paper |" in lines
     assert "Published numbers are on protocols of their own, so they carry no rank." in lines
+
+
+def test_all_numbers_of_a_board_have_one_format() -> None:
+    """As many decimals as four digits of the best need; a published number gets no digit that was not printed."""
+    published = ({"model": "o", "value": 30.5, "source": "s"}, {"model": "p", "value": 41.23456, "source": "s"})
+    found = rank(board(published=published), BITS, [entry("a", 18.8412, 472.31234, baselines={"gaussian_bits": 53.0})])
+    assert [found.shown(row) for row in found.rows] == ["18.84", "30.5", "41.23", "53.00", "472.31"]
+    assert found.number(found.ours[0].low or 0) == "18.65"
+
+
+def test_intervals_share_a_scale_of_round_numbers() -> None:
+    found = rank(board(), BITS, [entry("a", 1.9, 2.3)])
+    assert found.scale == pytest.approx([1.5, 2.0, 2.5])
+    assert rank(board(), BITS, []).scale == []

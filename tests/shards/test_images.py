@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -285,6 +286,33 @@ def test_fewer_bits_are_the_high_ones_spread_over_the_range(bits: int) -> None:
     assert (reduced.min(), reduced.max()) == (0, 255)
     stored = quantize(torch.from_numpy(image >> (8 - bits))[None] * (2 / (2**bits - 1)) - 1, bits, "nearest")
     assert (stored[0].numpy() == reduced).all()  # what generated images look like
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "strips"),
+    [
+        ("0123456789" * 2, 10, 1),  # a column holds one class, so one line of names says it
+        (["a name that is longer than a cell", *"bcd"] * 2, 4, 1),
+        ("abcabcab", 4, 2),  # else every image has its own
+    ],
+)
+def test_samples_are_labelled_by_class(names: Sequence[str], columns: int, strips: int) -> None:
+    images = np.full((len(names), 3, 8, 8), 128, np.uint8)
+    bare = decode_image(contact_sheet(images, columns, 4), "bare")
+    named = decode_image(contact_sheet(images, columns, 4, list(names)), "named")
+    assert named.shape[2] == bare.shape[2]
+    grey = (named == 128).all(axis=(0, 2)) | (named == 128).any(axis=(0, 2))
+    above = ~grey & (named < 100).any(axis=(0, 2))  # rows of pixels with letters
+    runs = int((np.diff(above.astype(int), prepend=0) == 1).sum())
+    starts = int((np.diff(grey.astype(int), prepend=0) == 1).sum())
+    assert runs >= strips
+    assert starts == len(names) // columns
+    first_image = int(np.argmax(grey))
+    assert above[:first_image].any()
+    letters = named[:, :first_image] < 100
+    cell = 9 * 4
+    assert all(letters[:, :, column * cell : (column + 1) * cell].any() for column in range(columns))
+    assert (named == 128).sum() == (bare == 128).sum()  # no letter covers an image
 
 
 def test_contact_sheet_places_images_row_by_row() -> None:

@@ -265,7 +265,7 @@ class DownsampledImageNetSource(ImageSource):
         test = [name for name in names if name == "val_data.npz"]
         if not train:
             raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
-        with telemetry.progress_bar(len(train) + len(test), "unpack", unit="file") as bar:
+        with telemetry.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
                 self._files.append(_Mapped(storage.join(path, name)))

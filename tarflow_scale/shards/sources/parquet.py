@@ -73,7 +73,7 @@ class ParquetSource(EncodedSource):
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
         content = hashlib.sha256()
-        with telemetry.progress_bar(len(kept), "unpack", unit="table") as bar:
+        with telemetry.progress_bar(len(kept), "unpack", unit="tables") as bar:
             for table in kept:
                 for row, record in enumerate(_records(table.location, [table.image_column])):
                     image = _bytes_of(record[table.image_column], f"row {row} of {table.location}")

@@ -112,7 +112,7 @@ class TarSource(EncodedSource):
 
 
 def _scanned(scan: "partial[ScannedTar]", names: Sequence[str], num_workers: int) -> Iterator[ScannedTar]:
-    with telemetry.progress_bar(len(names), "scan", unit="tar") as bar:
+    with telemetry.progress_bar(len(names), "scan", unit="tars") as bar:
         for tar in in_workers(scan, names, num_workers):
             yield tar
             bar.update(1)
@@ -242,7 +242,7 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     names = found.names
     _check_names(names, path)
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
-    with telemetry.progress_bar(len(names), "index", unit="tar") as bar:
+    with telemetry.progress_bar(len(names), "index", unit="tars") as bar:
         tars: list[_IndexedTar] = []
         for tar in in_workers(index, names, num_workers):
             tars.append(tar)

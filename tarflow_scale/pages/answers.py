@@ -1,0 +1,151 @@
+"""What a report is opened for, in a sentence: which model is best, by how much, how certainly, and what a gate said."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from tarflow_scale.pages.numbers import decimals_of, fixed
+from tarflow_scale.pages.ranking import Ranking, Row
+from tarflow_scale.pages.runs import Run
+from tarflow_scale.registry import Decision
+
+__all__ = ["Lead", "Word", "answer", "answer_of_runs", "champion_of", "gate_said", "readable"]
+
+_CERTAIN, _PROBABLE = 0.999, 0.95
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How much better the best version is than another one.
+
+    Args:
+        other: the row of the other.
+        gain: how much better.
+        error: its standard error; None where it is not known.
+        how: what that is from, in words: ``image by image``.
+    """
+
+    other: Row
+    gain: float
+    error: float | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a gate said of the best version.
+
+    Args:
+        decision: with its reasons.
+        alias: that it took by this decision; None where the gate was asked for the report alone.
+        override: why the alias was moved against the gate; empty where it was not.
+    """
+
+    decision: Decision
+    alias: str | None = None
+    override: str = ""
+
+
+def champion_of(ranking: Ranking) -> Row | None:
+    """The best row whose version is ``champion``, or holds another alias that a gate guards."""
+    for row in ranking.ours:
+        if row.entry is not None and {*row.aliases} & {"champion", *row.entry.state.guarded}:
+            return row
+    return None
+
+
+def answer(ranking: Ranking, lead: Lead | None) -> str:
+    """What a leaderboard says, without a full stop.
+
+    Args:
+        ranking: its rows.
+        lead: over the champion, or over the next best where the best is the champion.
+    """
+    title = ranking.board.title
+    if not ranking.ours:
+        return f"{title}: no registered version has a number by protocol {ranking.protocol.name} yet"
+    best, *others = ranking.ours
+    equal = [row.model for row in others if row.rank == best.rank]
+    better = "higher" if ranking.protocol.higher_is_better else "lower"
+    interval = ""
+    if best.low is not None and best.high is not None:
+        interval = f"95 % interval {ranking.number(best.low)} to {ranking.number(best.high)}; "
+    parts = [
+        f"{title}: {' and '.join([best.model, *equal])} {'are' if equal else 'is'} best with "
+        f"{ranking.number(best.value)} {ranking.unit} ({interval}{better} is better)"
+    ]
+    parts += [f"{_gained(ranking, row.value)} {row.model} ({ranking.number(row.value)})" for row in ranking.to_beat]
+    parts += [_against(ranking, lead)] if lead is not None else [] if others else ["no other version was measured"]
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _gained(ranking: Ranking, other: float) -> str:
+    gain = (ranking.ours[0].value - other) * (1 if ranking.protocol.higher_is_better else -1)
+    return f"{ranking.number(abs(gain))} {'better' if gain >= 0 else 'worse'} than the"
+
+
+def _against(ranking: Ranking, lead: Lead) -> str:
+    champion = champion_of(ranking)
+    role = "the champion" if champion is lead.other else "the next best"
+    if lead.gain == 0:
+        return f"exactly as good as {role}, {lead.other.model}"
+    if not lead.error:
+        return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, how certainly is not known"
+    certainty = NormalDist().cdf(lead.gain / lead.error)
+    if certainty >= _CERTAIN:
+        words = "more than 99.9 % certain"
+    else:
+        words = f"{'only ' if certainty < _PROBABLE else ''}{100 * certainty:.1f} % certain"
+    return (
+        f"{ranking.number(lead.gain)} ± {ranking.number(lead.error)} better than {role}, {lead.other.model} "
+        f"({lead.how}: {words})"
+    )
+
+
+def gate_said(model: str, word: Word | None) -> str:
+    """Why a gate promoted a version or did not, without a full stop.
+
+    Args:
+        model: ``model@version``.
+        word: what it said; None where no gate has decided.
+    """
+    if word is None:
+        return f"no gate has decided on {model}"
+    decision = word.decision
+    gate = f"gate {decision.gate}" if decision.gate else "a gate"
+    failed = ", ".join(f"{one.requirement} (got {one.found})" for one in decision.reasons if not one.holds)
+    if decision.promoted:
+        held = ", ".join(one.requirement for one in decision.reasons)
+        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
+    else:
+        overridden = f"; it became {word.alias} all the same: {word.override}" if word.alias else ""
+        said = f"{gate} says no: {failed}{overridden}"
+    return readable(said)
+
+
+def readable(text: str) -> str:
+    """Words of a gate in the format of the page: numbers of four digits in place of four decimals."""
+    shorter = re.sub(r"\d+\.\d{4}\b", lambda found: fixed(float(found[0]), decimals_of(float(found[0]))), text)
+    return shorter.replace("<=", "≤").replace(">=", "≥")
+
+
+def answer_of_runs(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each unit of loss: which run is lowest, on held-out images where there are any."""
+    sentences: list[str] = []
+    for unit in dict.fromkeys(run.loss.unit for run in runs):
+        for kind, place in (("held-out", 1), ("training", 0)):
+            lasts = [
+                (run.loss.series[place][-1], run) for run in runs if run.loss.unit == unit and run.loss.series[place]
+            ]
+            if lasts:
+                (images, value), run = min(lasts, key=lambda item: item[0][1])
+                total = f" of {run.total_images:,}" if run.total_images else ""
+                among = f", of {len(lasts)} runs" if len(lasts) > 1 else ""
+                sentences.append(
+                    f"{run.name} has the lowest {kind} loss{among}: {fixed(value, decimals_of(value))} {unit} after "
+                    f"{images:,.0f}{total} images{f'; it is {run.state}' if run.state else ''}."
+                )
+                break
+    return sentences

@@ -1,0 +1,166 @@
+"""Training runs as pages show them: what kind of model, how far, its loss, its newest preview.
+
+A run folder is read as it stands, so that a run can be looked at while it trains; `CurveFile` keeps its curve as a
+picture beside its log.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import yaml
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError, StorageError
+from tarflow_scale.pages.charts import Points, Series, line_chart_png
+
+__all__ = ["CURVE_NAME", "CurveFile", "Loss", "Run", "curves_of", "read_run"]
+
+CURVE_NAME = "curve.png"
+_PREVIEWS = "previews"
+_REDRAWN_SECONDS = 60.0
+
+
+@dataclass
+class Loss:
+    """The loss of a run over images seen, taken from the records of its log.
+
+    ``training`` is the mean over the batches since the record before, ``held_out`` of validation; ``unit`` is bits/dim
+    where the log has any, else nats/dim.
+    """
+
+    training: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {"bits": [], "nats": []})
+    held_out: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {"bits": [], "nats": []})
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Add a record.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not one of a training run.
+        """
+        for points, prefix in ((self.training, ""), (self.held_out, "validation_")):
+            for unit, line in points.items():
+                value = record.get(f"{prefix}{unit}_per_dim")
+                if value is not None:
+                    line.append((float(record["images"]), float(value)))
+
+    @property
+    def _key(self) -> str:
+        return "bits" if self.training["bits"] or self.held_out["bits"] else "nats"
+
+    @property
+    def unit(self) -> str:
+        """``bits/dim`` or ``nats/dim``."""
+        return f"{self._key}/dim"
+
+    @property
+    def series(self) -> tuple[Points, Points]:
+        """Of training and of held-out images; either may be empty."""
+        return self.training[self._key], self.held_out[self._key]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Args:
+        path: as it was given.
+        kind: of the model, ``tarflow``; empty where the folder does not say.
+        state: ``running``, ``finished``, ``stopped`` or ``failed``; empty where the folder does not say.
+        images_seen, total_images: how far it is; 0 where the folder does not say.
+        loss: over images seen.
+        previews: the newest sample grid, if there is one, as ``(file name, PNG)``.
+    """
+
+    path: str
+    kind: str
+    state: str
+    images_seen: int
+    total_images: int
+    loss: Loss
+    preview: tuple[str, bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        """The path with the kind of model."""
+        return f"{self.path} ({self.kind})" if self.kind else self.path
+
+
+def read_run(path: str) -> Run:
+    """A run folder, finished or not.
+
+    Raises:
+        DataError: it holds something else.
+        StorageError: there is no log.
+    """
+    location = storage.join(path, "log.jsonl")
+    whole, _, _ = storage.read_bytes(location).decode(errors="replace").rpartition("\n")  # a torn line is being written
+    loss = Loss()
+    try:
+        for line in whole.splitlines():
+            loss.take(json.loads(line))
+        config = yaml.safe_load(storage.read_if_there(storage.join(path, "config.yaml")) or b"{}")
+        status = json.loads(storage.read_if_there(storage.join(path, "status.json")) or b"{}")
+        kind, state = str(config.get("model", {}).get("kind", "")), str(status.get("state", ""))
+        seen, total = int(status.get("images_seen", 0)), int(status.get("total_images", 0))
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not the folder of a training run ({reason}); remove it from report.runs") from error
+    last = max((points[-1][0] for points in loss.series if points), default=0)  # a running run's status is its start's
+    return Run(path, kind, state, max(seen, int(last)), total, loss, _newest_preview(path))
+
+
+def _newest_preview(path: str) -> tuple[str, bytes] | None:
+    folder = storage.join(path, _PREVIEWS)
+    names = [name for name in storage.list_names(folder) if name.startswith("images-") and name.endswith(".png")]
+    return (max(names), storage.read_bytes(storage.join(folder, max(names)))) if names else None
+
+
+def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
+    """The lines of all runs whose loss has this unit, by name; the colour is that of the run's place in ``runs``."""
+    found: dict[str, Series] = {}
+    for number, run in enumerate(runs):
+        if run.loss.unit == unit:
+            training, held_out = run.loss.series
+            found |= {run.name: Series(training, number)} if training else {}
+            found |= {f"{run.name}, held out": Series(held_out, number, dashed=True)} if held_out else {}
+    return found
+
+
+class CurveFile:
+    """``curve.png`` of a run folder, and a copy beside its previews: redrawn at most once a minute, and at the end.
+
+    Args:
+        path: the run folder; what its log holds already is part of the curve.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._run = read_run(path)
+        self._next = 0.0
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Add a record of the log."""
+        self._run.loss.take(record)
+        if time.monotonic() >= self._next:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._next = time.monotonic() + _REDRAWN_SECONDS
+        unit = self._run.loss.unit
+        content = line_chart_png(curves_of([self._run], unit), "images seen", unit)
+        try:
+            for folder in (self._path, storage.join(self._path, _PREVIEWS)):
+                storage.write_bytes(storage.join(folder, CURVE_NAME), content)
+        except StorageError as error:  # no reason to stop a run
+            warnings.warn(f"no curve is drawn: {error}", stacklevel=2)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if any(self._run.loss.series):
+            self._draw()

@@ -1,0 +1,115 @@
+"""How far a run is, and what its progress line says.
+
+The line shows numbers that each step has on the host anyway, so that showing them makes no step wait for a device.
+"""
+
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from tarflow_scale.config import TrainingConfig
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.training.checkpoint import TrainState
+from tarflow_scale.training.spikes import LossHistory
+
+__all__ = ["Progress", "bits_per_dim", "progress_line"]
+
+_SHOWN_STEPS = 20
+"""The loss in the progress line is the mean of so many steps."""
+_GIB = 1024**3
+
+
+@dataclass
+class Progress:
+    """How far a run is; the mutable counterpart of `TrainState`."""
+
+    losses: LossHistory
+    images_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    num_replaced: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    roll_backs: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
+    """Losses of the last steps since this start, in nats per dimension; for the progress line alone."""
+    held_out: float | None = None
+    """The last validation since this start, in nats per dimension."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all its parts."""
+        return self.seconds + time.monotonic() - self.started
+
+    @classmethod
+    def of(cls, state: TrainState, training: TrainingConfig) -> "Progress":
+        """Where a checkpoint left off."""
+        return cls(
+            losses=LossHistory(training.spike, state.recent_losses),
+            images_seen=state.images_seen,
+            skipped_steps=state.skipped_steps,
+            skipped_in_a_row=state.skipped_in_a_row,
+            num_replaced=state.num_replaced,
+            loss_sum=state.loss_sum,
+            loss_steps=state.loss_steps,
+            roll_backs=state.roll_backs,
+            seconds=state.seconds,
+        )
+
+    def take(self, loss: float) -> None:
+        """Count the loss of a step that was made, the mean of all ranks in nats per dimension."""
+        self.skipped_in_a_row = 0
+        self.loss_sum += loss
+        self.loss_steps += 1
+        self.losses.add(loss)
+        self.recent.append(loss)
+
+
+def bits_per_dim(nats_per_dim: float | None, pixels: PixelFormat) -> float | None:
+    """A loss in bits/dim; only uniform dequantisation has any."""
+    if nats_per_dim is None or pixels.noise != "uniform":
+        return None
+    return nats_per_dim / math.log(2) + pixels.bit_depth - 1
+
+
+def progress_line(
+    progress: Progress,
+    pixels: PixelFormat,
+    learning_rate: float,
+    gradient_norm: float,
+    speed: dict[str, float | None],
+    memory_bytes: int,
+) -> tuple[str, str]:
+    """What a line says of a run, and the beginning of it, for a bar with less room.
+
+    Args:
+        progress: of the run.
+        pixels: how stored pixels become floats, which decides the unit of the loss.
+        learning_rate: of the last step.
+        gradient_norm: of the last step, before clipping.
+        speed: what `tarflow_scale.training.meter.Meter.figures` says.
+        memory_bytes: peak of this rank.
+    """
+
+    def loss(nats: float) -> str:
+        bits = bits_per_dim(nats, pixels)
+        return f"{nats:.3f} nats/dim" if bits is None else f"{bits:.3f} bits/dim"
+
+    brief: list[str] = []
+    if progress.recent:
+        brief.append(loss(sum(progress.recent) / len(progress.recent)))
+    if progress.held_out is not None:
+        brief.append(f"held out {loss(progress.held_out)}")
+    mfu, waiting = speed["mfu"], speed["data_wait_fraction"]
+    facts = [
+        *([] if mfu is None else [f"MFU {mfu:.0%}"]),
+        f"learning rate {learning_rate:.2g}",
+        f"gradient norm {gradient_norm:.3g}" if math.isfinite(gradient_norm) else "gradient not finite",
+        f"waiting for data {waiting or 0.0:.0%}",
+        f"{memory_bytes / _GIB:.2f} GiB a rank",
+        *([f"{progress.skipped_steps} steps skipped"] if progress.skipped_steps else []),
+    ]
+    return ", ".join([*brief, *facts]), ", ".join(brief)
