@@ -1,13 +1,18 @@
-"""``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process."""
+"""``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process.
+
+`tarflow_scale.console` says what happens, and what the exit code is, where standard output is closed or full.
+"""
 
 from typing import NoReturn
 
-from tarflow_scale import cli
+from tarflow_scale import cli, console, cores
 from tarflow_scale.processes import leave
 
 
 def main() -> NoReturn:
     """Run a verb and end the process with its exit code."""
+    console.guard()
+    cores.sleep_while_waiting()
     leave(cli.main())
 
 

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tarflow_scale import config as configuration
-from tarflow_scale import distributed
+from tarflow_scale import console, distributed
 from tarflow_scale.config.base import Root
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.telemetry import printable
@@ -175,7 +175,11 @@ _PLAN_FLAGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     warnings.formatwarning = _warning_line
-    code = _run(_parsed(argv))
+    try:
+        arguments = _parsed(argv)
+    except SystemExit as end:  # argparse has printed the manual, or what is wrong with a flag
+        raise SystemExit(console.exit_code(int(end.code or 0))) from None
+    code = console.exit_code(_run(arguments))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")

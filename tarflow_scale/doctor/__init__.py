@@ -27,6 +27,7 @@ from tarflow_scale.config.doctor import CHECKS
 from tarflow_scale.doctor import cluster, installed, launch, machine, places, ranks
 from tarflow_scale.doctor.finding import Finding, failed, from_message, skipped
 from tarflow_scale.errors import Unfit, UserError
+from tarflow_scale.pool import temporary_folder
 from tarflow_scale.processes import answer_within
 
 __all__ = ["run"]
@@ -96,11 +97,11 @@ def _checks(config: DoctorConfig) -> list[_Check]:
             check("packages", installed.packages),
             check("torch", installed.torch_and_devices, config.parallelism, config.cluster),
             check("compiler", installed.compiler),
-            check("threads", machine.threads),
+            check("threads", machine.threads, config.training.threads if config.training else 0),
             check("memory", machine.shared_memory),
             check("limits", machine.limits),
             check("home", machine.home),
-            check("temporary", machine.temporary),
+            check("temporary", machine.temporary, temporary_folder()),
             check("disk", places.disk, config),
             *(check("data", places.data_set, *item) for item in config.data_sets.items()),
             *(_store_check(key, path, seconds) for key, path in config.written.items()),
