@@ -12,7 +12,7 @@ from tarflow_scale.processes import leave
 def main() -> NoReturn:
     """Run a verb and end the process with its exit code."""
     console.guard()
-    cores.sleep_while_waiting()
+    cores.spin_briefly()
     leave(cli.main())
 
 

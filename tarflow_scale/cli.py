@@ -10,9 +10,10 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -24,7 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from tarflow_scale import config as configuration
 from tarflow_scale import console, distributed
-from tarflow_scale.config.base import Root
+from tarflow_scale.config.base import Root, absent_here
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.telemetry import printable
 
@@ -209,7 +210,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    verb = _VERBS[arguments.verb]
+    verb, config = _VERBS[arguments.verb], None
     try:
         if _look(arguments):
             return 0
@@ -225,16 +226,37 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         getattr(module, function)(config, arguments.dry_run)
     except UserError as error:
+        message = printable(str(error) + _relative(str(error), config))
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
-            print(f"{prefix}: {printable(str(error))}", file=sys.stderr)
+            print(f"{prefix}: {message}", file=sys.stderr)
         elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
-            print(f"tarflow-scale: error on rank {distributed.rank()}: {printable(str(error))}", file=sys.stderr)
+            print(f"tarflow-scale: error on rank {distributed.rank()}: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _relative(message: str, config: Root | None) -> str:
+    """Says which folder a path of the configuration starts from, where a message names one that is not there."""
+    if config is None or str(Path.cwd()) in message:
+        return ""
+    for path in _paths(config.model_dump()):
+        named = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
+        if named and not Path(path).expanduser().is_absolute() and not Path(path).exists():
+            return f"; {path} is relative to {Path.cwd()}"
+    return ""
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Values of a configuration that can only be local paths: names of models and protocols have no slash."""
+    if isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _paths(one)
+    elif isinstance(value, str) and "/" in value and "://" not in value:
+        yield value
 
 
 def _look(arguments: argparse.Namespace) -> bool:
@@ -260,9 +282,13 @@ def _plan(arguments: argparse.Namespace, config: Root) -> bool:
     return True
 
 
+_OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
+"""How an override begins; the path of a file may have ``=`` in it too, as folders of sweeps do."""
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """The YAML file, if the first argument is one, and the overrides."""
-    if arguments and "=" not in arguments[0]:
+    if arguments and (not _OVERRIDE.match(arguments[0]) or Path(arguments[0]).is_file()):
         return Path(arguments[0]), arguments[1:]
     return None, arguments
 
@@ -318,7 +344,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _manual(verb: _Verb) -> str:
     """Example and every key with its default and meaning."""
-    lines = ["example:", f"  {verb.example}", "", "keys (default) and what they mean:"]
+    lines = ["example:", f"  {verb.example}", ""]
+    if absent := absent_here(verb.example):
+        lines += [f"  {absent}", ""]
+    lines += ["keys (default) and what they mean:"]
     for name, field in verb.config.model_fields.items():
         lines += ["", *_describe(name, field)]
     return "\n".join(lines).replace("%", "%%")

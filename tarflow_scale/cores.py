@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["num_cores", "num_threads", "sleep_while_waiting"]
+__all__ = ["num_cores", "num_threads", "spin_briefly"]
 
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Each says how threads of OpenMP wait: the standard, GNU's runtime, Intel's and LLVM's."""
+_SPINS = "5000"
+"""Iterations of GNU's OpenMP runtime, tenths of a millisecond; its default is 300,000."""
 
 
 def num_cores(system: Path = Path("/")) -> int:
@@ -64,12 +64,13 @@ def num_threads(asked: int, num_ranks: int) -> int:
     return max(1, num_cores() // num_ranks)
 
 
-def sleep_while_waiting() -> None:
-    """Set how threads of OpenMP wait for each other, unless the user has; before torch is imported, which reads it.
+def spin_briefly() -> None:
+    """Let threads of OpenMP that wait for each other sleep soon, unless the user has said how they wait.
 
-    GNU's runtime, which torch's CPU wheels link, lets a thread that has finished its part spin for milliseconds. Where
-    another program holds one of the cores, that time is taken from the thread that is waited for: two threads were
-    several times slower than one. ``evals/results/busy-cores-cpu.json`` has the measurements.
+    Must run before torch is imported, whose GNU runtime reads it when it is loaded. By default a thread that has
+    finished its part spins for milliseconds. Where another program holds one of the cores, the spinning takes that time
+    from the very thread that is waited for, and two threads are slower than one. Without any spinning each region waits
+    for a thread to wake up, which slows training on a quiet machine. ``evals/results/busy-cores-cpu.json`` has both.
     """
-    if not any(name in os.environ for name in _WAITING):
-        os.environ["OMP_WAIT_POLICY"] = "passive"
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -117,7 +117,7 @@ class _Host:
 
     def __init__(self, pickled: bytes) -> None:
         console.guard()
-        cores.sleep_while_waiting()
+        cores.spin_briefly()
         self._pickled = pickled
         self._worker: Worker | None = None
 
