@@ -1,12 +1,14 @@
 """The command line: light where it can be, one line and exit code 2 where the user erred."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tarflow_scale import cli
+from tarflow_scale import __version__, cli
 from tests.conftest import TOP
 
 LIGHT = """
@@ -63,9 +65,75 @@ def test_an_expected_failure_is_one_line_and_exit_code_2(capsys: pytest.CaptureF
     assert cli.main(["train", "no/such.yaml"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "tarflow-scale: error: cannot read the configuration no/such.yaml (No such file or directory); check the path\n"
+        "tarflow-scale: error: cannot read the configuration no/such.yaml (No such file or directory); check the path, "
+        f"which is relative to {Path.cwd()}\n"
     )
     assert captured.out == ""
+
+
+def test_the_path_of_a_configuration_may_have_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As folders and files of sweeps have; it is no override then, whether it is there or not."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/lr=3e-4/config.yaml", "lr=3e-4.yaml"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("registry: {path: nowhere, model: small}")
+        assert cli.main(["models", "list", path, "registry.model=other"]) == 2
+        assert "no registry at nowhere" in capsys.readouterr().err
+    assert cli.main(["models", "list", "runs/lr=3e-5/config.yaml"]) == 2
+    assert "cannot read the configuration runs/lr=3e-5/config.yaml (No such file" in capsys.readouterr().err
+    assert cli.main(["models", "list", "registry={path: a/b=c, model: small}"]) == 2
+    assert "no registry at a/b=c" in capsys.readouterr().err
+
+
+def test_a_relative_path_from_another_working_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = str(TOP / "configs/train/digits.yaml")
+    where = f"relative to {tmp_path}\n"
+    for arguments, path in (
+        (["train", "configs/train/digits.yaml"], "configs/train/digits.yaml"),
+        (["train", digits], "runs/demo/data/train"),
+        (["models", "list", "registry.path=runs/registry", "registry.model=a"], "runs/registry"),
+    ):
+        assert cli.main([*arguments, "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert path in error
+        assert error.endswith(where), error
+        assert error.count("relative to") == 1
+    for data in (f"{tmp_path}/absent", "file:///absent", "."):
+        assert cli.main(["train", digits, f"data.path={data}", "--dry-run"]) == 2
+        assert "relative to" not in capsys.readouterr().err
+
+
+def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path: Path) -> None:
+    """The package alone, as a wheel has it, run from an empty folder."""
+    shutil.copytree(TOP / "tarflow_scale", tmp_path / "site/tarflow_scale")
+    source = f"the source of tarflow-scale {__version__}"
+
+    def run(*arguments: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "tarflow_scale", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.stdout + result.stderr
+
+    without = f"an installed package comes without configs/: take them from {source}"
+    assert without in run("train", "configs/train/digits.yaml")
+    assert without in run("promote", "--help")
+    assert f"as those of configs/ in {source}" in run("promote", "a=b")
+    manual = run("train", "--help")
+    assert f"comes without configs/ and launch/: take them from {source}" in manual
+    here = subprocess.run(
+        [sys.executable, "-m", "tarflow_scale", "promote", "a=b"], capture_output=True, text=True, check=False, cwd=TOP
+    )
+    assert f"as those of {TOP}/configs" in here.stderr
 
 
 def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if num_cores() < 2:
         raise SystemExit("threads that wait for each other need two cores (got 1); run it on a larger machine")
     if shielded():
-        os.setsid()  # a scheduling group of its own
+        if os.getsid(0) != os.getpid():
+            os.setsid()  # a scheduling group of its own
         Path("/proc/self/autogroup").write_text("-20", encoding="utf-8")
     settings = waiting_of_ranks()
     variants = {
