@@ -25,7 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from tarflow_scale import config as configuration
 from tarflow_scale import console, distributed
-from tarflow_scale.config.base import Root, absent_here
+from tarflow_scale.config.base import Root, absent_here, working_folder
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.telemetry import printable
 
@@ -241,13 +241,20 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _relative(message: str, config: Root | None) -> str:
     """Says which folder a path of the configuration starts from, where a message names one that is not there."""
-    if config is None or str(Path.cwd()) in message:
+    if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):
         named = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
-        if named and not Path(path).expanduser().is_absolute() and not Path(path).exists():
-            return f"; {path} is relative to {Path.cwd()}"
+        if named and not path.startswith(("/", "~")) and not _is_there(path):
+            return f"; {path} is relative to {working_folder()}"
     return ""
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # an override that is longer than a name may be
+        return False
 
 
 def _paths(value: Any) -> Iterator[str]:
@@ -288,7 +295,7 @@ _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """The YAML file, if the first argument is one, and the overrides."""
-    if arguments and (not _OVERRIDE.match(arguments[0]) or Path(arguments[0]).is_file()):
+    if arguments and (not _OVERRIDE.match(arguments[0]) or _is_there(arguments[0])):
         return Path(arguments[0]), arguments[1:]
     return None, arguments
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_scale import __version__, cli
+from tarflow_scale import cli
 from tests.conftest import TOP
 
 LIGHT = """
@@ -85,6 +85,19 @@ def test_the_path_of_a_configuration_may_have_an_equals_sign(
     assert "cannot read the configuration runs/lr=3e-5/config.yaml (No such file" in capsys.readouterr().err
     assert cli.main(["models", "list", "registry={path: a/b=c, model: small}"]) == 2
     assert "no registry at a/b=c" in capsys.readouterr().err
+    long = "x" * 5000  # longer than a file's name may be
+    assert cli.main(["models", "list", f"registry={{path: nowhere/{long}, model: small}}"]) == 2
+    assert "nowhere/x" in capsys.readouterr().err
+
+
+def test_a_working_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["train", "config.yaml"]) == 2
+    assert "which is relative to a folder that was removed" in capsys.readouterr().err
 
 
 def test_a_relative_path_from_another_working_folder_is_told(
@@ -111,7 +124,7 @@ def test_a_relative_path_from_another_working_folder_is_told(
 def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path: Path) -> None:
     """The package alone, as a wheel has it, run from an empty folder."""
     shutil.copytree(TOP / "tarflow_scale", tmp_path / "site/tarflow_scale")
-    source = f"the source of tarflow-scale {__version__}"
+    source = "the source of tarflow-scale"
 
     def run(*arguments: str) -> str:
         result = subprocess.run(

@@ -14,10 +14,9 @@ from typing import Any, Self, TypeVar, cast, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tarflow_scale import __version__
 from tarflow_scale.errors import ConfigError
 
-__all__ = ["Root", "Section", "absent_here", "load_config", "validated"]
+__all__ = ["Root", "Section", "absent_here", "load_config", "validated", "working_folder"]
 
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
@@ -30,7 +29,7 @@ _MOST_SHOWN = 300
 _TOP = Path(__file__).parents[2]
 """Of the checkout; where the package was installed as a wheel there is nothing of it."""
 _REPOSITORY = ("configs", "evals", "launch")
-_SOURCE = f"the source of tarflow-scale {__version__}"
+_SOURCE = "the source of tarflow-scale"
 _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
@@ -102,6 +101,14 @@ def absent_here(text: str) -> str:
     return f"an installed package comes without {folders}: take them from {_SOURCE}"
 
 
+def working_folder() -> str:
+    """From which relative paths start."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "a folder that was removed"
+
+
 def _examples() -> str:
     """Where configurations to start from are."""
     return str(_TOP / "configs") if (_TOP / "configs").is_dir() else f"configs/ in {_SOURCE}"
@@ -111,7 +118,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
-        cure = "check the path" if path.is_absolute() else f"check the path, which is relative to {Path.cwd()}"
+        cure = "check the path" if path.is_absolute() else f"check the path, which is relative to {working_folder()}"
         absent = absent_here(str(path))
         raise ConfigError(
             f"cannot read the configuration {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"

@@ -124,7 +124,8 @@ class _Host:
     def run(self, unit: Any) -> Any:
         if self._worker is None:
             worker_class, arguments = pickle.loads(self._pickled)  # noqa: S301 - from our own driver, as units are
-            self._worker = worker_class(**arguments)
+            worker: Worker = worker_class(**arguments)
+            self._worker = worker
         return self._worker.run(unit)
 
 
