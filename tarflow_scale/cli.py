@@ -294,10 +294,12 @@ _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The YAML file, if the first argument is one, and the overrides."""
-    if arguments and (not _OVERRIDE.match(arguments[0]) or _is_there(arguments[0])):
-        return Path(arguments[0]), arguments[1:]
-    return None, arguments
+    """The YAML file, if there is one, and the overrides."""
+    files = [word for word in arguments if not _OVERRIDE.match(word) or _is_there(word)]
+    if len(files) > 1:
+        got = " and ".join(files)
+        raise ConfigError(f"a verb reads one file (got {got}); an override is section.key=value, as training.seed=1")
+    return Path(files[0]) if files else None, [word for word in arguments if word not in files]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,6 +90,14 @@ def test_the_path_of_a_configuration_may_have_an_equals_sign(
     assert "nowhere/x" in capsys.readouterr().err
 
 
+def test_the_configuration_may_come_after_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(TOP / "configs/models/digits.yaml")
+    assert cli.main(["models", "list", "registry.path=nowhere", file]) == 2
+    assert "no registry at nowhere" in capsys.readouterr().err
+    assert cli.main(["models", "list", file, "registry.path"]) == 2
+    assert f"a verb reads one file (got {file} and registry.path); an override is" in capsys.readouterr().err
+
+
 def test_a_working_folder_that_was_removed_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
