@@ -1,4 +1,4 @@
-"""torchrun with the exit codes of tarflow-scale, and no traceback where ranks ended as they were told.
+"""torchrun with the exit codes of tarflow-scale, and with no error of its own where ranks ended as they were told.
 
     python launch/ranks.py OPTIONS-OF-TORCHRUN -m tarflow_scale train ...
 
@@ -31,6 +31,11 @@ def leave(number: int, frame: FrameType | None) -> None:
     os._exit(code_of(number))
 
 
+def says_more(record: logging.LogRecord) -> bool:
+    """Whether a line of torchrun is kept. That a rank ended is in the page about a bug too, and else no error."""
+    return not str(record.msg).startswith("failed (exitcode")
+
+
 def main() -> int:
     """Run torchrun with the arguments of this process; returns the exit code."""
     for number in SIGNALS:
@@ -39,7 +44,10 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)  # each signal, each rank
+    for module in ("multiprocessing.api", "agent.server.api"):  # by whose loggers they write
+        logger = logging.getLogger(f"torch.distributed.elastic.{module}")
+        logger.setLevel(logging.ERROR)  # not of each signal to each rank
+        logger.addFilter(says_more)
     with tempfile.TemporaryFile("r+") as codes:  # without a name, so that nothing is left of it however this ends
         os.environ["TARFLOW_SCALE_EXIT_CODES"] = f"/proc/{os.getpid()}/fd/{codes.fileno()}"
         try:

@@ -13,9 +13,12 @@
 #
 # The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
 # SIGTERM, SIGUSR1 (what schedulers send before they take the machine) and training.max_seconds make the ranks save and
-# stop, with exit code 75: start it again to go on.
+# stop, with exit code 75: start it again to go on. After 75, 2 and Ctrl-C torchrun adds no errors of its own.
 set -euo pipefail
 trap 'exit 75' TERM USR1 # there is nothing to save yet
+[ -e /dev/fd/0 ] || exec </dev/null # files that are opened later would get the numbers of closed streams
+[ -e /dev/fd/1 ] || exec >/dev/null
+[ -e /dev/fd/2 ] || exec 2>/dev/null
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$here/.venv/bin:$PATH"
 if [ $# -lt 2 ]; then

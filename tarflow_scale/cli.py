@@ -10,9 +10,10 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -23,8 +24,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tarflow_scale import config as configuration
-from tarflow_scale import distributed
-from tarflow_scale.config.base import Root
+from tarflow_scale import console, distributed
+from tarflow_scale.config.base import Root, absent_here, working_folder
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.telemetry import printable
 
@@ -175,7 +176,11 @@ _PLAN_FLAGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
     warnings.formatwarning = _warning_line
-    code = _run(_parsed(argv))
+    try:
+        arguments = _parsed(argv)
+    except SystemExit as end:  # argparse has printed the manual, or what is wrong with a flag
+        raise SystemExit(console.exit_code(int(end.code or 0))) from None
+    code = console.exit_code(_run(arguments))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")
@@ -205,7 +210,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    verb = _VERBS[arguments.verb]
+    verb, config = _VERBS[arguments.verb], None
     try:
         if _look(arguments):
             return 0
@@ -223,16 +228,44 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         getattr(module, function)(config, arguments.dry_run)
     except UserError as error:
+        message = printable(str(error) + _relative(str(error), config))
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
-            print(f"{prefix}: {printable(str(error))}", file=sys.stderr)
+            print(f"{prefix}: {message}", file=sys.stderr)
         elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
-            print(f"tarflow-scale: error on rank {distributed.rank()}: {printable(str(error))}", file=sys.stderr)
+            print(f"tarflow-scale: error on rank {distributed.rank()}: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _relative(message: str, config: Root | None) -> str:
+    """Says which folder a path of the configuration starts from, where a message names one that is not there."""
+    if config is None or "relative to" in message:
+        return ""
+    for path in _paths(config.model_dump()):
+        named = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
+        if named and not path.startswith(("/", "~")) and not _is_there(path):
+            return f"; {path} is relative to {working_folder()}"
+    return ""
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # an override that is longer than a name may be
+        return False
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Values of a configuration that can only be local paths: names of models and protocols have no slash."""
+    if isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _paths(one)
+    elif isinstance(value, str) and "/" in value and "://" not in value:
+        yield value
 
 
 def _look(arguments: argparse.Namespace) -> bool:
@@ -258,11 +291,17 @@ def _plan(arguments: argparse.Namespace, config: Root) -> bool:
     return True
 
 
+_OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
+"""How an override begins; the path of a file may have ``=`` in it too, as folders of sweeps do."""
+
+
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The YAML file, if the first argument is one, and the overrides."""
-    if arguments and "=" not in arguments[0]:
-        return Path(arguments[0]), arguments[1:]
-    return None, arguments
+    """The YAML file, if there is one, and the overrides."""
+    files = [word for word in arguments if not _OVERRIDE.match(word) or _is_there(word)]
+    if len(files) > 1:
+        got = " and ".join(files)
+        raise ConfigError(f"a verb reads one file (got {got}); an override is section.key=value, as training.seed=1")
+    return Path(files[0]) if files else None, [word for word in arguments if word not in files]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -316,7 +355,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _manual(verb: _Verb) -> str:
     """Example and every key with its default and meaning."""
-    lines = ["example:", f"  {verb.example}", "", "keys (default) and what they mean:"]
+    lines = ["example:", f"  {verb.example}", ""]
+    if absent := absent_here(verb.example):
+        lines += [f"  {absent}", ""]
+    lines += ["keys (default) and what they mean:"]
     for name, field in verb.config.model_fields.items():
         lines += ["", *_describe(name, field)]
     return "\n".join(lines).replace("%", "%%")

@@ -1,6 +1,7 @@
 """The command line: light where it can be, one line and exit code 2 where the user erred."""
 
-import signal
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_scale import cli
-from tests.conftest import TOP, Trained
+from tests.conftest import TOP
 
 LIGHT = """
 import sys
@@ -64,9 +65,96 @@ def test_an_expected_failure_is_one_line_and_exit_code_2(capsys: pytest.CaptureF
     assert cli.main(["train", "no/such.yaml"]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
-        "tarflow-scale: error: cannot read the configuration no/such.yaml (No such file or directory); check the path\n"
+        "tarflow-scale: error: cannot read the configuration no/such.yaml (No such file or directory); check the path, "
+        f"which is relative to {Path.cwd()}\n"
     )
     assert captured.out == ""
+
+
+def test_the_path_of_a_configuration_may_have_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As folders and files of sweeps have; it is no override then, whether it is there or not."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/lr=3e-4/config.yaml", "lr=3e-4.yaml"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("registry: {path: nowhere, model: small}")
+        assert cli.main(["models", "list", path, "registry.model=other"]) == 2
+        assert "no registry at nowhere" in capsys.readouterr().err
+    assert cli.main(["models", "list", "runs/lr=3e-5/config.yaml"]) == 2
+    assert "cannot read the configuration runs/lr=3e-5/config.yaml (No such file" in capsys.readouterr().err
+    assert cli.main(["models", "list", "registry={path: a/b=c, model: small}"]) == 2
+    assert "no registry at a/b=c" in capsys.readouterr().err
+    long = "x" * 5000  # longer than a file's name may be
+    assert cli.main(["models", "list", f"registry={{path: nowhere/{long}, model: small}}"]) == 2
+    assert "nowhere/x" in capsys.readouterr().err
+
+
+def test_the_configuration_may_come_after_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(TOP / "configs/models/digits.yaml")
+    assert cli.main(["models", "list", "registry.path=nowhere", file]) == 2
+    assert "no registry at nowhere" in capsys.readouterr().err
+    assert cli.main(["models", "list", file, "registry.path"]) == 2
+    assert f"a verb reads one file (got {file} and registry.path); an override is" in capsys.readouterr().err
+
+
+def test_a_working_folder_that_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["train", "config.yaml"]) == 2
+    assert "which is relative to a folder that was removed" in capsys.readouterr().err
+
+
+def test_a_relative_path_from_another_working_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = str(TOP / "configs/train/digits.yaml")
+    where = f"relative to {tmp_path}\n"
+    for arguments, path in (
+        (["train", "configs/train/digits.yaml"], "configs/train/digits.yaml"),
+        (["train", digits], "runs/demo/data/train"),
+        (["models", "list", "registry.path=runs/registry", "registry.model=a"], "runs/registry"),
+    ):
+        assert cli.main([*arguments, "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert path in error
+        assert error.endswith(where), error
+        assert error.count("relative to") == 1
+    for data in (f"{tmp_path}/absent", "file:///absent", "."):
+        assert cli.main(["train", digits, f"data.path={data}", "--dry-run"]) == 2
+        assert "relative to" not in capsys.readouterr().err
+
+
+def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path: Path) -> None:
+    """The package alone, as a wheel has it, run from an empty folder."""
+    shutil.copytree(TOP / "tarflow_scale", tmp_path / "site/tarflow_scale")
+    source = "the source of tarflow-scale"
+
+    def run(*arguments: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "tarflow_scale", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.stdout + result.stderr
+
+    without = f"an installed package comes without configs/: take them from {source}"
+    assert without in run("train", "configs/train/digits.yaml")
+    assert without in run("promote", "--help")
+    assert f"as those of configs/ in {source}" in run("promote", "a=b")
+    manual = run("train", "--help")
+    assert f"comes without configs/ and launch/: take them from {source}" in manual
+    here = subprocess.run(
+        [sys.executable, "-m", "tarflow_scale", "promote", "a=b"], capture_output=True, text=True, check=False, cwd=TOP
+    )
+    assert f"as those of {TOP}/configs" in here.stderr
 
 
 def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,19 +193,3 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("tarflow-scale: error: registry: required key is missing")
-
-
-def test_a_reader_that_goes_away_ends_it_without_a_traceback(trained: Trained) -> None:
-    """As ``| head`` does; lines are written as they are printed, so it is noticed in the middle of a verb."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tarflow_scale", "models", "list", f"registry.path={trained.registry}"],
-        cwd=TOP,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 128 + signal.SIGPIPE

@@ -86,6 +86,7 @@ class Machine:
         environment = kept | {
             "HOME": f"{self.tmp}/home",
             "TMPDIR": f"{self.tmp}/tmp",
+            "RAY_TMPDIR": tempfile.gettempdir(),  # sockets below the folder of a test would have too long a path
             "PYTHONPATH": os.pathsep.join([*self.python_path, str(TOP)]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "EXAMINED": marker,
@@ -242,6 +243,14 @@ def no_compiler(m: Machine) -> None:
     m.environment["PATH"] = str(Path(sys.executable).parent)
 
 
+def unparsable_compiler(m: Machine) -> None:
+    m.environment["CC"] = "'gcc"
+
+
+def absent_compiler(m: Machine) -> None:
+    m.environment["CXX"] = "no-such-compiler -O2"
+
+
 def many_threads(m: Machine) -> None:
     m.environment["OMP_NUM_THREADS"] = "4096"
 
@@ -273,6 +282,18 @@ def few_files(m: Machine) -> None:
 
 def home_of_nobody(m: Machine) -> None:
     m.environment["HOME"] = "/proc/nonexistent"
+
+
+def no_home(m: Machine) -> None:
+    """Of a user whom the system does not know, as in many containers."""
+    m.module("sitecustomize", "import os, pwd\ndel os.environ['HOME']\npwd.getpwuid = {}.__getitem__\n")
+
+
+def temporary_of_another_user(m: Machine) -> None:
+    place = m.tmp / "shared"
+    place.mkdir()
+    m.environment["RAY_TMPDIR"] = str(place)
+    m.mounts = f"mount -t tmpfs tmpfs {place}; mkdir {place}/ray; mount -t tmpfs -o ro tmpfs {place}/ray"
 
 
 def long_sockets(m: Machine) -> None:
@@ -386,6 +407,8 @@ FAULTS = [
     Fault(old_torchvision, "torch", "does not work with torch", "pip install --force-reinstall", "torchvision"),
     Fault(torch_that_crashes, "torch", "the check crashed, ended by SIGABRT", "installing it again"),
     Fault(no_compiler, "compiler", "no gcc and no g++ on the PATH", "install them"),
+    Fault(unparsable_compiler, "compiler", "CC='gcc is no command (No closing quotation)", "correct its quotes"),
+    Fault(absent_compiler, "compiler", "CXX=no-such-compiler -O2 names no command on the PATH", "unset it"),
     Fault(many_threads, "threads", "OMP_NUM_THREADS=4096 on", "set it to"),
     Fault(no_interface, "launch", "NCCL_SOCKET_IFNAME=ib77 is no network interface", "name one of lo"),
     Fault(no_master, "launch", "MASTER_ADDR=256.0.0.1 has no address", "give the address of rank 0's host"),
@@ -394,6 +417,8 @@ FAULTS = [
     Fault(small_shared_memory, "memory", "/dev/shm has 64 MiB free of 64 MiB", "--shm-size"),
     Fault(few_files, "limits", "a process may have 200 files open", "ulimit -n"),
     Fault(home_of_nobody, "home", "cannot write /proc/nonexistent/.cache/torch_extensions", "set HOME"),
+    Fault(no_home, "home", f"HOME is not set and user {os.getuid()} has no home folder", "set HOME"),
+    Fault(temporary_of_another_user, "temporary", "/shared/ray (Read-only file system)", "a folder of your own"),
     Fault(long_sockets, "temporary", "Linux takes 107", "set RAY_TMPDIR to a shorter path"),
     Fault(full_disk, "disk", "0.0 GiB free at", "make room"),
     Fault(full_disk_of_checkpoints, "disk", "1.1 GiB free at", "keep fewer checkpoints"),
@@ -409,7 +434,7 @@ FAULTS = [
     Fault(small_cluster, "cluster", "has 2 CPUs for 5 workers of 1", "lower cluster.num_workers"),
     Fault(other_ray, "cluster", "runs Ray 2.", "install the same on both"),
 ]  # fmt: skip
-MOUNTS = (small_shared_memory, full_disk, full_disk_of_checkpoints, read_only_store)
+MOUNTS = (temporary_of_another_user, small_shared_memory, full_disk, full_disk_of_checkpoints, read_only_store)
 RAY = (wrong_token, no_token, small_cluster, other_ray)
 
 
@@ -468,6 +493,64 @@ def test_a_check_that_is_cut_off_leaves_nothing_in_the_store(machine: Machine) -
     assert report.having("failed") == ["store"]
     assert "no answer within 5 s" in report.stdout
     assert [*(machine.tmp / "store").iterdir()] == []
+
+
+def test_a_compiler_may_have_arguments(machine: Machine) -> None:
+    machine.environment |= {"CC": "gcc -O1", "CXX": "env g++ -O1"}
+    machine.arguments["checks.only"] = "[compiler]"
+    report = machine.examine()
+    assert report.having("failed") == []
+    assert "env g++ -O1 " in report.stdout
+
+
+@pytest.mark.parametrize(
+    ("sections", "status", "words"),
+    [
+        ({"shards.path": "{tmp}/store/shards", "sampling.num_images": "8"}, "ok", "1 model can be read"),
+        ({}, "warning", "1 model can be read, and not written"),
+        ({"metrics.extractor_weights": "{{}}"}, "failed", "Read-only file system"),
+    ],
+    ids=["generate", "alone", "evaluate"],
+)
+def test_a_registry_that_is_only_read_may_be_read_only(
+    sections: dict[str, str], status: str, words: str, machine: Machine, trained: Trained
+) -> None:
+    if reason := needs_mounts():
+        pytest.skip(reason)
+    del machine.arguments["store.path"]
+    machine.arguments |= {"checks.only": "[store]", "registry.path": str(trained.registry), "registry.model": "small"}
+    machine.arguments |= {key: value.format(tmp=machine.tmp) for key, value in sections.items()}
+    machine.mounts = f"mount --bind {trained.registry} {trained.registry}; mount -o remount,bind,ro {trained.registry}"
+    report = machine.examine()
+    (finding,) = (one for one in report.findings if one["found"].startswith(("registry.path=", "cannot write")))
+    assert (finding["name"], finding["status"]) == ("store", status)
+    assert words in finding["found"]
+    assert report.code == (1 if status == "failed" else 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "words"),
+    [
+        ({}, {}, "an equal share"),
+        ({"OMP_NUM_THREADS": "1,1"}, {}, "1 thread for training (OMP_NUM_THREADS=1,1)"),
+        (
+            {"OMP_NUM_THREADS": "4096"},
+            {"training": "{total_images: 8, global_batch_size: 8, micro_batch_size: 8, threads: 1}"},
+            "1 thread for training (training.threads=1)",
+        ),
+    ],
+)
+def test_the_threads_are_those_that_training_will_use(
+    environment: dict[str, str], arguments: dict[str, str], words: str, machine: Machine
+) -> None:
+    first = min(os.sched_getaffinity(0))
+    machine.prepare = lambda: os.sched_setaffinity(0, {first})
+    machine.environment |= environment
+    machine.arguments |= {"checks.only": "[threads]"} | arguments
+    report = machine.examine()
+    assert report.having("failed", "warning") == [], report.stdout
+    assert "1 core, 1 thread for training (" in report.stdout
+    assert words in report.stdout
 
 
 def test_what_nobody_asked_for_is_skipped(machine: Machine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tarflow_scale.errors import ConfigError, PlanError, UserError
-from tarflow_scale.pool import Pool, work
+from tarflow_scale.pool import Pool, temporary_folder, work
 
 
 class Squarer:
@@ -88,6 +88,63 @@ def test_on_ray_with_a_worker_that_dies(tmp_path: Path) -> None:
     assert found == {unit: unit * unit + 1 for unit in range(8)}
     assert again == {0: 2, 1: 3, 2: 6}
     assert (tmp_path / "died").exists()
+
+
+@pytest.mark.parametrize("trouble", ["long_path", "a_file", "of_another_user", "not_there"])
+def test_ray_that_cannot_use_its_temporary_folder_is_one_line(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = {"long_path": tmp_path / ("long-" * 20), "not_there": Path("/proc/absent")}.get(trouble, tmp_path / "x")
+    if trouble == "a_file":
+        folder.touch()
+    elif trouble == "of_another_user":  # whom not even root may disturb
+        monkeypatch.setattr(os, "makedirs", refused(os.makedirs, str(folder)))
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    with pytest.raises(UserError) as caught:
+        run({"offset": 0}, [0], executor="ray")
+    message = str(caught.value)
+    assert message.startswith(f"Ray must be able to keep its sockets and files below {folder}/ray (got: ")
+    assert message.endswith("set RAY_TMPDIR to a folder of your own with a short path and free space")
+    assert "\n" not in message
+
+
+def refused(make: Any, below: str) -> Any:
+    def made(name: Any, *arguments: Any, **options: Any) -> None:
+        if str(name).startswith(below):
+            raise PermissionError(13, "Permission denied", str(name))
+        make(name, *arguments, **options)
+
+    return made
+
+
+def test_rays_temporary_folder_is_the_one_that_ray_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._common.utils import get_default_ray_temp_dir
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    assert str(temporary_folder() / "ray") == get_default_ray_temp_dir() == "/tmp/ray"
+    for variable in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.setenv(variable, f"/{variable}")
+        assert str(temporary_folder() / "ray") == get_default_ray_temp_dir() == f"/{variable}/ray"
+
+
+class Printer:
+    """Prints to a full disk, and tells how threads of its process wait for each other."""
+
+    def run(self, unit: int) -> str:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        print("x" * 100_000, flush=True)
+        return os.environ.get("GOMP_SPINCOUNT", "")
+
+
+@pytest.mark.ray
+def test_on_ray_what_a_worker_prints_cannot_stop_it_and_its_threads_spin_briefly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    with Pool("ray") as pool:
+        assert list(pool.run(Printer, {}, [0])) == [(0, "5000")]
 
 
 class Sleeper:

@@ -417,6 +417,26 @@ def torchrun_sh(folder: Path, arguments: list[str]) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(("end", "code"), [("limit", 75), ("ctrl_c", 75), ("mistake", 2)])
+def test_torchrun_sh_adds_no_errors_of_torchrun(end: str, code: int, trained: Trained, tmp_path: Path) -> None:
+    more = {"limit": ["training.max_seconds=0.001"], "mistake": []}.get(end, ["training.total_images=1000000"])
+    data = trained.data
+    if end == "mistake":  # that the ranks alone can see, because the check before them reads no images
+        data = tmp_path / "data"
+        shutil.copytree(trained.data, data)
+        for shard in (data / "train").glob("*.tar"):
+            shard.write_bytes(bytes(shard.stat().st_size))
+    process = torchrun_sh(tmp_path, train_arguments(data, tmp_path / "run", tmp_path / "registry", *more)[1:])
+    if end == "ctrl_c":
+        wait_for_checkpoint(tmp_path / "run", 320, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    assert output.count("tarflow-scale: ") == 1
+    assert not re.search(r"Traceback|torch/distributed|ChildFailedError|exitcode|death signal", output), output
+
+
 def test_a_time_limit_saves_and_the_run_goes_on(trained: Trained, tmp_path: Path) -> None:
     arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
     result = command(*arguments, "training.max_seconds=0.001")

@@ -5,7 +5,6 @@ python evals/benchmarks/demo_summary.py runs/demo [--record]
 
 import argparse
 import json
-import os
 import platform
 import shutil
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow_scale import telemetry
+from tarflow_scale.cores import num_cores
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.manifest import read_manifest
 
@@ -87,7 +87,7 @@ def record(summary: dict[str, Any], grid: Path) -> None:
         "command": "rm -rf runs/demo && launch/quickstart.sh --record",
         "git_commit": telemetry.git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "device": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "device": f"{num_cores()} CPU cores, {platform.machine()}",
         "versions": telemetry.package_versions(),
         "seeds": {"training": 0, "protocols": 0, "generation": 1},
         "counts": {"test_images": 359, "generated_for_the_distance": 1000, "generated_for_agreement": 1000},

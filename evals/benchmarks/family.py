@@ -9,7 +9,6 @@ With ``--only`` the rows of the others stay as they are in the file; each says w
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from measuring import Figure, device_name, write_results
 
 from tarflow_scale import telemetry
 from tarflow_scale.config import SamplingConfig
+from tarflow_scale.cores import num_cores
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
@@ -63,7 +63,7 @@ def newest_report(name: str) -> MetricsReport:
 def sampled_per_second(name: str) -> float:
     """Images a second, on all cores, after a batch that is not timed."""
     flow = load_version(REGISTRY, name, Registry(REGISTRY, name).resolve("latest").version)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(num_cores())
     sampler = Sampler(flow, 0, SamplingConfig(batch_size=BATCH))
     seconds: list[float] = []
     for number in range(TIMED_ROUNDS + 1):

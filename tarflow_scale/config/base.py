@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow_scale.errors import ConfigError
 
-__all__ = ["Root", "Section", "load_config", "validated"]
+__all__ = ["Root", "Section", "absent_here", "load_config", "validated", "working_folder"]
 
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
@@ -26,6 +26,10 @@ _ALIKE = 0.75
 """How alike a key must be to be what was meant."""
 _MOST_SHOWN = 300
 """Characters of a value in an error."""
+_TOP = Path(__file__).parents[2]
+"""Of the checkout; where the package was installed as a wheel there is nothing of it."""
+_REPOSITORY = ("configs", "evals", "launch")
+_SOURCE = "the source of tarflow-scale"
 _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
@@ -83,7 +87,8 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
             raise ConfigError(f"{error}; {cure}") from error
         if raw:
             raise
-        raise ConfigError(f"{error}; or give a file of configs/ as the first argument") from error
+        cure = f"give a file as the first argument, as those of {_examples()}"
+        raise ConfigError(f"{error}; or {cure}") from error
 
 
 def validated(kind: type[R], raw: dict[str, Any]) -> R:
@@ -99,16 +104,42 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
         raise ConfigError("; ".join(lines)) from error
 
 
+def absent_here(text: str) -> str:
+    """What to do about files of the repository that a text names, where the package was installed without them."""
+    named = sorted({folder for folder in _REPOSITORY if re.search(rf"(?<![\w.-]){folder}/", text)})
+    if not named or (_TOP / "configs").is_dir():
+        return ""
+    folders = " and ".join(f"{folder}/" for folder in named)
+    return f"an installed package comes without {folders}: take them from {_SOURCE}"
+
+
+def working_folder() -> str:
+    """From which relative paths start."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "a folder that was removed"
+
+
+def _examples() -> str:
+    """Where configurations to start from are."""
+    return str(_TOP / "configs") if (_TOP / "configs").is_dir() else f"configs/ in {_SOURCE}"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path} ({error.strerror}); check the path") from error
+        cure = "check the path" if path.is_absolute() else f"check the path, which is relative to {working_folder()}"
+        absent = absent_here(str(path))
+        raise ConfigError(
+            f"cannot read the configuration {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML ({reason}); correct it") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold sections (got {type(raw).__name__}); see configs/ for examples")
+        raise ConfigError(f"{path} must hold sections (got {type(raw).__name__}); see {_examples()} for examples")
     return cast(dict[str, Any], raw)
 
 

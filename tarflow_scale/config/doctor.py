@@ -115,12 +115,19 @@ class DoctorConfig(Root):
         return found | {f"data.mix.{i}.path": one.path for i, one in enumerate(self.data.mix if self.data else ())}
 
     @property
+    def writes_registry(self) -> bool | None:
+        """Whether the job writes to its registry: None where nothing but a registry is described."""
+        if self.training is not None or self.metrics is not None:
+            return True
+        return False if self.shards is not None or self.scoring is not None else None
+
+    @property
     def written(self) -> dict[str, str]:
         """Folders and URLs that jobs write to, but for the run folder: path by key."""
         found = {
             f"{name}.path": getattr(self, name).path
             for name in ("store", "registry", "shards", "scoring")
-            if getattr(self, name) is not None
+            if getattr(self, name) is not None and (name != "registry" or self.writes_registry is not False)
         }
         if self.reference is not None:
             found["reference.cache"] = self.reference.cache

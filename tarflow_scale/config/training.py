@@ -142,7 +142,7 @@ class TrainingConfig(Section):
     """The run saves and stops with exit code 75 after so many seconds of training since it was started, and goes on
     when it is started again; for schedulers with a time limit."""
     threads: int = Field(default=0, ge=0)
-    """Torch threads per rank; 0 shares the cores among the ranks of the machine."""
+    """Torch threads per rank on a CPU; 0: ``OMP_NUM_THREADS``, or an equal share of the cores that the job may use."""
 
     @field_validator("ema_half_life_images", mode="before")
     @classmethod

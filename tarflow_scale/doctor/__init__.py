@@ -27,6 +27,7 @@ from tarflow_scale.config.doctor import CHECKS
 from tarflow_scale.doctor import cluster, installed, launch, machine, places, ranks
 from tarflow_scale.doctor.finding import Finding, failed, from_message, skipped
 from tarflow_scale.errors import Unfit, UserError
+from tarflow_scale.pool import temporary_folder
 from tarflow_scale.processes import answer_within
 
 __all__ = ["run"]
@@ -96,21 +97,22 @@ def _checks(config: DoctorConfig) -> list[_Check]:
             check("packages", installed.packages),
             check("torch", installed.torch_and_devices, config.parallelism, config.cluster),
             check("compiler", installed.compiler),
-            check("threads", machine.threads),
+            check("threads", machine.threads, config.training.threads if config.training else 0),
             check("memory", machine.shared_memory),
             check("limits", machine.limits),
             check("home", machine.home),
-            check("temporary", machine.temporary),
+            check("temporary", machine.temporary, temporary_folder()),
             check("disk", places.disk, config),
             *(check("data", places.data_set, *item) for item in config.data_sets.items()),
-            *(_store_check(key, path, seconds) for key, path in config.written.items()),
+            *(_store_check(key, path, seconds, config) for key, path in config.written.items()),
+            *_registry_read(config, seconds),
             check("weights", places.weights, config.metrics),
         ]
         found += [
             check(name, _nothing_named, name, key)
             for name, key, there in (
                 ("data", "data.path", config.data_sets),
-                ("store", "store.path", config.written),
+                ("store", "store.path", config.written or config.registry),
             )
             if not there
         ]
@@ -120,9 +122,18 @@ def _checks(config: DoctorConfig) -> list[_Check]:
     return sorted(asked, key=lambda check: [*CHECKS].index(check.name))
 
 
-def _store_check(key: str, path: str, seconds: float) -> _Check:
+def _store_check(key: str, path: str, seconds: float, config: DoctorConfig) -> _Check:
     folder = places.trial_folder(path)
-    return _Check("store", partial(places.store, key, path, folder), seconds, undo=partial(storage.remove_tree, folder))
+    answer = partial(places.store, key, path, folder)
+    if key == "registry.path" and config.writes_registry is None:
+        answer = partial(places.writable_registry, path, answer)
+    return _Check("store", answer, seconds, undo=partial(storage.remove_tree, folder))
+
+
+def _registry_read(config: DoctorConfig, seconds: float) -> list[_Check]:
+    if config.registry is None or config.writes_registry is not False:
+        return []
+    return [_Check("store", partial(places.registry, config.registry.path), seconds)]
 
 
 def _nothing_named(name: str, key: str) -> list[Finding]:

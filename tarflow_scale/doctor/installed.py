@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -119,28 +120,42 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 def compiler() -> list[Finding]:
     """Whether C++ compiles here, with Python's headers: DeepSpeed builds operators, torch.compile kernels."""
-    found = {name: shutil.which(os.environ.get(variable, name)) for name, variable in (("gcc", "CC"), ("g++", "CXX"))}
+    found: dict[str, list[str]] = {}
+    for name, variable in (("gcc", "CC"), ("g++", "CXX")):
+        try:
+            found[name] = shlex.split(os.environ.get(variable) or name)
+        except ValueError as error:
+            words = f"{variable}={os.environ[variable]} is no command ({error})"
+            return [failed("compiler", words, f"correct its quotes, or unset {variable}")]
     advice = "install them, e.g. apt-get install gcc g++"
-    if missing := [name for name, path in found.items() if path is None]:
+    for name, variable in (("gcc", "CC"), ("g++", "CXX")):
+        if variable in os.environ and found[name] != [name] and (not found[name] or not shutil.which(found[name][0])):
+            words = f"{variable}={os.environ[variable]} names no command on the PATH"
+            return [failed("compiler", words, f"correct {variable} or unset it")]
+    if missing := [name for name, command in found.items() if shutil.which(command[0]) is None]:
         return [failed("compiler", f"no {' and no '.join(missing)} on the PATH", advice)]
-    if error := _compile(str(found["g++"]), "#include <vector>\n"):
-        return [failed("compiler", f"{found['g++']} does not compile ({error})", advice)]
-    if error := _compile(str(found["g++"]), "#include <Python.h>\n"):
+    command = found["g++"]
+    if error := _compile(command, "#include <vector>\n"):
+        return [failed("compiler", f"{shlex.join(command)} does not compile ({error})", advice)]
+    if error := _compile(command, "#include <Python.h>\n"):
         return [warning("compiler", f"no headers of Python ({error})", "torch.compile needs them: install python3-dev")]
-    said = subprocess.run([str(found["g++"]), "-dumpfullversion"], capture_output=True, text=True, check=False).stdout
-    return [ok("compiler", f"g++ {said.strip()}, with Python's headers")]
+    said = subprocess.run(
+        [*command, "-dumpfullversion"], capture_output=True, text=True, errors="replace", check=False
+    ).stdout
+    return [ok("compiler", f"{shlex.join(command)} {said.strip()}, with Python's headers")]
 
 
-def _compile(command: str, source: str) -> str:
+def _compile(command: list[str], source: str) -> str:
     """The first line of what the compiler says against it; empty if nothing."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")
         include = sysconfig.get_paths()["include"]
         result = subprocess.run(
-            [command, "-fsyntax-only", f"-I{include}", str(file)],
+            [*command, "-fsyntax-only", f"-I{include}", str(file)],
             capture_output=True,
             text=True,
+            errors="replace",  # a compiler speaks the language and the encoding of its user
             check=False,
             timeout=_COMPILE_SECONDS,
         )

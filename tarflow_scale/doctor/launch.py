@@ -5,6 +5,7 @@ import os
 import socket
 
 from tarflow_scale import distributed
+from tarflow_scale.config.base import absent_here
 from tarflow_scale.doctor.finding import Finding, failed, ok, warning
 
 __all__ = ["environment"]
@@ -65,7 +66,10 @@ def _rendezvous() -> Finding | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if "RANK" in os.environ and not (host and port):
         missing = " and ".join(name for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if not value)
-        return failed("launch", f"RANK is set and {missing} is not", "set it on every rank, or use launch/torchrun.sh")
+        advice = "set it on every rank, or start them by launch/torchrun.sh"
+        if absent := absent_here(advice):
+            advice = f"{advice}; {absent}"
+        return failed("launch", f"RANK is set and {missing} is not", advice)
     if host:
         try:
             socket.getaddrinfo(host, None)

@@ -1,18 +1,22 @@
 """What the operating system gives: cores, shared memory, limits, a home that can be written, temporary space."""
 
 import os
+import re
 import resource
 import shutil
 import tempfile
 from pathlib import Path
 
 from tarflow_scale import distributed
+from tarflow_scale.cores import num_cores, num_threads
 from tarflow_scale.doctor.finding import Finding, failed, ok, warning
 from tarflow_scale.pool import OBJECT_STORE_BYTES
 
 __all__ = ["home", "limits", "nearest", "shared_memory", "temporary", "threads"]
 
 _GIB, _MIB = 1024**3, 1024**2
+_THREAD_COUNTS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")
+"""OpenMP takes a number for each level of nested regions."""
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux's own place
 _ROOMY_SHARED_BYTES = _GIB
 _FEW_FILES, _FEWEST_FILES = 1024, 256
@@ -25,32 +29,26 @@ _FULL_SHARE = 0.95
 _LEAST_BYTES = _GIB
 
 
-def threads() -> list[Finding]:
-    """Threads that numerical libraries start, against cores."""
-    cores, ranks = _cores(), distributed.local_world_size()
-    asked = os.environ.get("OMP_NUM_THREADS")
-    share = -(-cores // ranks)
-    if asked is None:
-        return [ok("threads", f"{cores} cores, OMP_NUM_THREADS not set")]
-    advice = f"set it to {share}" if ranks > 1 else f"set it to {cores}, or unset it"
-    if not asked.isdigit() or asked == "0":
-        return [failed("threads", f"OMP_NUM_THREADS is no number of threads ({asked!r})", advice)]
-    if int(asked) > cores:
-        return [failed("threads", f"OMP_NUM_THREADS={asked} on {cores} cores, which wait for each other", advice)]
-    if int(asked) > share:
-        return [warning("threads", f"OMP_NUM_THREADS={asked} for each of {ranks} ranks on {cores} cores", advice)]
-    return [ok("threads", f"{cores} cores, OMP_NUM_THREADS={asked}, {ranks} rank{'s' if ranks > 1 else ''} here")]
+def threads(asked: int) -> list[Finding]:
+    """Threads with which training computes, against cores.
 
-
-def _cores() -> int:
-    """Cores that this process may use, of a container too."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text(encoding="utf-8").split()
-        if limit != "max":
-            cores = min(cores, max(1, -(-int(limit) // int(period))))
-    return cores
+    Args:
+        asked: ``training.threads``; 0 where the configuration leaves it open.
+    """
+    cores, ranks = num_cores(), distributed.local_world_size()
+    given = os.environ.get("OMP_NUM_THREADS")
+    share = max(1, cores // ranks)
+    advice = f"set it to {share}" if asked or ranks > 1 else f"set it to {share}, or unset it"
+    if given is not None and not _THREAD_COUNTS.fullmatch(given):
+        return [failed("threads", f"OMP_NUM_THREADS is no number of threads ({given!r})", advice)]
+    used = num_threads(asked, ranks)
+    source = f"training.threads={asked}" if asked else f"OMP_NUM_THREADS={given}" if given else "an equal share"
+    if used > cores:
+        return [failed("threads", f"{source} on {cores} cores, which wait for each other", advice)]
+    if used > share:
+        return [warning("threads", f"{source} for each of {ranks} ranks on {cores} cores", advice)]
+    each = f"each of {ranks} ranks" if ranks > 1 else "training"
+    return [ok("threads", f"{cores} core{'s' * (cores > 1)}, {used} thread{'s' * (used > 1)} for {each} ({source})")]
 
 
 def shared_memory() -> list[Finding]:
@@ -80,19 +78,26 @@ def limits() -> list[Finding]:
 
 def home() -> list[Finding]:
     """Whether caches can be written: operators that DeepSpeed builds, kernels that Triton does."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
-    triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
+    triton = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton")
+    advice = "set HOME to a folder that can be written, or TORCH_EXTENSIONS_DIR and TRITON_CACHE_DIR"
     for place in (extensions, triton):
-        if error := _unwritable(place):
-            advice = "set HOME to a folder that can be written, or TORCH_EXTENSIONS_DIR and TRITON_CACHE_DIR"
-            return [failed("home", f"cannot write {place} ({error})", advice)]
-    return [ok("home", f"{extensions} and {triton} can be written")]
+        try:
+            error = _unwritable(place)
+        except RuntimeError:  # no HOME, and no entry for this user in the list of users, as in many containers
+            return [failed("home", f"HOME is not set and user {os.getuid()} has no home folder", advice)]
+        if error:
+            return [failed("home", f"cannot write {place.expanduser()} ({error})", advice)]
+    return [ok("home", f"{extensions.expanduser()} and {triton.expanduser()} can be written")]
 
 
-def temporary() -> list[Finding]:
-    """Where Ray keeps its sockets and spills objects: paths that are too long, or a disk that is full."""
-    place = Path(os.environ.get("RAY_TMPDIR") or "/tmp")  # noqa: S108 - Ray's own place
+def temporary(place: Path) -> list[Finding]:
+    """Where Ray keeps its sockets and spills objects: paths that are too long, or a disk that is full.
+
+    Args:
+        place: `tarflow_scale.pool.temporary_folder`.
+    """
     length = len(os.fsencode(place / _RAY_SOCKET))
     if length > _SOCKET_PATH_BYTES:
         return [
@@ -102,10 +107,10 @@ def temporary() -> list[Finding]:
                 "set RAY_TMPDIR to a shorter path",
             )
         ]
-    if error := _unwritable(place):
-        return [
-            failed("temporary", f"cannot write {place} ({error})", "set RAY_TMPDIR to a folder that can be written")
-        ]
+    for folder in (place, place / "ray"):  # the second may be of another user
+        if error := _unwritable(folder):
+            found = f"cannot write {folder} ({error})"
+            return [failed("temporary", found, "set RAY_TMPDIR to a folder of your own that can be written")]
     facts = shutil.disk_usage(nearest(place))
     found = f"{place} has {_in_words(facts.free)} free"
     if facts.free < (1 - _FULL_SHARE) * facts.total or facts.free < _LEAST_BYTES:

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from tarflow_scale import storage
@@ -12,9 +13,9 @@ from tarflow_scale.config.doctor import CheckedMetricsConfig
 from tarflow_scale.doctor.finding import Finding, failed, from_message, ok, skipped, warning
 from tarflow_scale.doctor.machine import nearest
 from tarflow_scale.errors import RegistryError, StorageError, UserError
-from tarflow_scale.registry import Store
+from tarflow_scale.registry import Registry, Store
 
-__all__ = ["data_set", "disk", "store", "trial_folder", "weights"]
+__all__ = ["data_set", "disk", "registry", "store", "trial_folder", "weights", "writable_registry"]
 
 _GIB, _MB = 1024**3, 1e6
 _LEAST_BYTES = _GIB
@@ -110,6 +111,31 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
     if abs(skew) > _SKEW_SECONDS:
         return [warning("store", f"{found}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
     return [ok("store", found)]
+
+
+def registry(path: str) -> list[Finding]:
+    """Whether a registry that a job only reads can be read."""
+    models = Registry.models(path)
+    return [ok("store", f"registry.path={path}: {len(models)} model{'s' * (len(models) != 1)} can be read")]
+
+
+def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """What ``look`` finds; where a registry can be read alone, a warning, because some jobs ask for no more.
+
+    Args:
+        path: of the registry.
+        look: `store` of it.
+    """
+    try:
+        return look()
+    except StorageError as error:
+        try:
+            found = registry(path)[0].found
+        except UserError:
+            raise error from None
+        reason = from_message("store", str(error)).found
+        advice = "generate, score and models list need no more; for other verbs get permission to write there"
+        return [warning("store", f"{found}, and not written ({reason})", advice)]
 
 
 def _speeds(folder: str) -> tuple[float, float]:

@@ -8,7 +8,8 @@ A cluster elsewhere is reached by its address (``host:port``, or ``ray://host:po
 authentication switched on here and there: whoever may submit work to a cluster may run code on it.
 """
 
+from tarflow_scale.pool.address import temporary_folder
 from tarflow_scale.pool.look import ClusterFacts, look_at
 from tarflow_scale.pool.work import OBJECT_STORE_BYTES, Pool, Worker
 
-__all__ = ["OBJECT_STORE_BYTES", "ClusterFacts", "Pool", "Worker", "look_at"]
+__all__ = ["OBJECT_STORE_BYTES", "ClusterFacts", "Pool", "Worker", "look_at", "temporary_folder"]

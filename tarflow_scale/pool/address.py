@@ -8,7 +8,15 @@ from pathlib import Path
 
 from tarflow_scale.errors import ConfigError, UserError
 
-__all__ = ["CONNECT_SECONDS", "check_token", "found_by_ray", "is_own_address", "on_loopback_alone", "token_in_words"]
+__all__ = [
+    "CONNECT_SECONDS",
+    "check_token",
+    "found_by_ray",
+    "is_own_address",
+    "on_loopback_alone",
+    "temporary_folder",
+    "token_in_words",
+]
 
 CONNECT_SECONDS = 10.0
 
@@ -26,9 +34,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def temporary_folder() -> Path:
+    """Below which Ray keeps its sockets and files, in a folder ``ray``."""
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108 - Ray's own place
+
+
 def found_by_ray() -> str | None:
     """The cluster that ``auto`` means: what ``RAY_ADDRESS`` says, or the one that was started on this machine last."""
-    known = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108 - Ray's own place
+    known = temporary_folder() / "ray" / "ray_current_cluster"
     return os.environ.get("RAY_ADDRESS") or (known.read_text(encoding="utf-8").strip() if known.is_file() else None)
 
 
@@ -40,7 +53,7 @@ def check_token(address: str) -> None:
         here = _host_and_port(address)[0] == _own_address()  # it was started on this machine
     here = here or _is_loopback(_host_and_port(address)[0])
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    has_token = bool(named) or (Path.home() / ".ray" / "auth_token").is_file()
+    has_token = bool(named) or Path("~/.ray/auth_token").expanduser().is_file()
     if here or (os.environ.get("RAY_AUTH_MODE") == "token" and has_token):
         return
     raise ConfigError(

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -12,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar
 
+from tarflow_scale import console, cores
 from tarflow_scale.errors import ConfigError, UserError
-from tarflow_scale.pool.address import check_token, on_loopback_alone
+from tarflow_scale.pool.address import check_token, on_loopback_alone, temporary_folder
 from tarflow_scale.pool.look import look_at
 
 __all__ = ["OBJECT_STORE_BYTES", "Pool", "Worker"]
@@ -106,16 +108,24 @@ class Pool:
 
 
 class _Host:
-    """An actor: builds its worker with the first unit, so that a mistake in building it comes back as an answer."""
+    """An actor: builds its worker with the first unit, so that a mistake in building it comes back as an answer.
 
-    def __init__(self, worker_class: type[Worker], arguments: dict[str, Any]) -> None:
-        self._worker_class = worker_class
-        self._arguments = arguments
+    Args:
+        pickled: class and arguments of the worker. They are unpickled by the first unit, because that imports torch,
+            which reads the environment when it is loaded.
+    """
+
+    def __init__(self, pickled: bytes) -> None:
+        console.guard()
+        cores.spin_briefly()
+        self._pickled = pickled
         self._worker: Worker | None = None
 
     def run(self, unit: Any) -> Any:
         if self._worker is None:
-            self._worker = self._worker_class(**self._arguments)
+            worker_class, arguments = pickle.loads(self._pickled)  # noqa: S301 - from our own driver, as units are
+            worker: Worker = worker_class(**arguments)
+            self._worker = worker
         return self._worker.run(unit)
 
 
@@ -128,9 +138,11 @@ def _run_on_ray(
     gpus: int,
 ) -> Iterator[tuple[Any, Any]]:
     import ray
+    from ray import cloudpickle
 
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
-    actors = [host.remote(worker_class, arguments) for _ in range(num_workers)]
+    pickled = cloudpickle.dumps((worker_class, arguments))
+    actors = [host.remote(pickled) for _ in range(num_workers)]
     starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # one without a place holds up nothing
     idle: list[Any] = []
     waiting = list(reversed(range(len(units))))
@@ -188,30 +200,45 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
 
     constants: Any = importlib.import_module("ray._private.ray_constants")
     constants.ENABLE_RAY_CLUSTER = not alone  # what the variable says, where Ray had been imported before
-    if address is not None:
-        try:
-            with _without_greeting():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"the Ray cluster at {address} must let this process in (got: {str(error).splitlines()[0]}); use the "
-                f"versions of Ray and Python that it has"
-            ) from error
-    else:
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {
+            "address": "local",  # never somebody else's cluster that happens to run here
+            "num_cpus": max(num_workers * cpus, 1),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
         with _without_greeting():
-            ray.init(
-                address="local",  # never somebody else's cluster that happens to run here
-                num_cpus=max(num_workers * cpus, 1),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:
+        ray.shutdown()  # of a cluster of our own, what had started
+        raise _refusal(error, address) from error
     try:
         _patiently(deadline, lambda: _check_size(ray.cluster_resources(), num_workers, cpus, gpus))
     except UserError:
         ray.shutdown()
         raise
+
+
+def _refusal(error: Exception, address: str | None) -> UserError:
+    """What a user can do about an error of `ray.init`."""
+    got = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        place = temporary_folder() / "ray"
+        return UserError(
+            f"Ray must be able to keep its sockets and files below {place} (got: {got}); set RAY_TMPDIR to a folder of "
+            f"your own with a short path and free space"
+        )
+    if address is None:
+        return UserError(
+            f"Ray must start on this machine (got: {got}); look into {temporary_folder()}/ray/session_latest/logs, or "
+            f"set cluster.executor=local"
+        )
+    return UserError(
+        f"the Ray cluster at {address} must let this process in (got: {got}); use the versions of Ray and Python that "
+        f"it has"
+    )
 
 
 @contextmanager
@@ -230,7 +257,7 @@ def _without_greeting() -> Generator[None]:
             said.seek(0)
             for line in said:
                 if _GREETING not in line:
-                    os.write(2, line)
+                    sys.stderr.write(line.decode(errors="replace"))
 
 
 def _reached(address: str | None) -> bool:

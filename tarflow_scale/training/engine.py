@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.cores import num_threads
 from tarflow_scale.distributed import (
     all_reduce_sum,
     backend_of,
@@ -80,13 +81,13 @@ def start_process_group(threads: int) -> torch.device:
     """Join the other ranks (or found a group of one) and return this rank's device.
 
     Args:
-        threads: torch threads of this rank; 0 shares the machine's cores among its ranks.
+        threads: torch threads of this rank on a CPU, see `num_threads`.
     """
     device = own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
+        torch.set_num_threads(num_threads(threads, local_world_size()))
     if not dist.is_initialized():
         backend = backend_of(device)
         if "RANK" in os.environ:

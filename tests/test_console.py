@@ -1,0 +1,95 @@
+"""What is printed cannot stop the work, and the exit code says what became of it."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOP, train_arguments
+
+FULL = "tarflow-scale: error: standard output must take what is printed (got: No space left on device); "
+PREPARE = '"$PYTHON" -m tarflow_scale prepare source.kind=digits shards.path="$DATA"'
+
+
+def shell(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=TOP,
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("at_once", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (f"{PREPARE} >/dev/full", 2, FULL),
+        (f"{PREPARE} >&-", 0, ""),
+        (f"{PREPARE} 2>/dev/full", 0, ""),
+        (f"{PREPARE} 2>&-", 0, ""),
+        (f"{PREPARE} >&- 2>&-", 0, ""),
+        (f"{PREPARE} | true; exit ${{PIPESTATUS[0]}}", 0, ""),
+    ],
+    ids=["full", "closed", "errors_full", "errors_closed", "both_closed", "reader_gone"],
+)
+def test_a_data_set_is_packed_wherever_its_output_goes(
+    redirected: str, code: int, said: str, at_once: str, tmp_path: Path
+) -> None:
+    result = shell(redirected, PYTHONUNBUFFERED=at_once, DATA=str(tmp_path / "digits"))
+    assert result.returncode == code, result.stderr
+    assert result.stderr.startswith(said)
+    assert result.stderr.count("\n") == bool(said)
+    for split in ("train", "test"):
+        assert (tmp_path / "digits" / split / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--help", "prepare --help", "train --plan"])
+def test_output_that_was_lost_is_an_error_for_what_only_prints(arguments: str) -> None:
+    if "--plan" in arguments:
+        arguments += " configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000"
+    result = shell(f'"$PYTHON" -m tarflow_scale {arguments} >/dev/full')
+    assert result.returncode == 2
+    assert result.stderr.startswith(FULL)
+    assert result.stderr.count("\n") == 1
+    assert shell(f'"$PYTHON" -m tarflow_scale {arguments} | true; exit ${{PIPESTATUS[0]}}').returncode == 0
+
+
+def test_an_error_keeps_its_code_and_is_the_only_line() -> None:
+    command = '"$PYTHON" -m tarflow_scale train no/such.yaml'
+    for redirected in (f"{command} >/dev/full", f"{command} >&-", f"{command} 2>/dev/full", f"{command} 2>&-"):
+        result = shell(redirected)
+        assert result.returncode == 2
+        assert result.stdout == ""  # Python prints there what is for a closed standard error
+        assert result.stderr.count("\n") == (0 if "2>" in redirected else 1)
+
+
+def test_a_c_locale_prints_names_that_it_cannot_encode(tmp_path: Path) -> None:
+    result = shell(PREPARE, DATA=str(tmp_path / "größe"), LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "größe/test/manifest.json").exists()
+    assert "gr\\xf6\\xdfe" in result.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("redirected", "code"), [(">/dev/full", 2), (">&- 2>&-", 0), ("| true; exit ${PIPESTATUS[0]}", 0)]
+)
+def test_ranks_finish_and_register_wherever_their_output_goes(
+    redirected: str, code: int, digits: Path, tmp_path: Path
+) -> None:
+    more = ["training.total_images=64", "checkpoint.every_images=32"]
+    _, *arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", *more)
+    words = shlex.join(arguments)
+    (tmp_path / "empty.yaml").write_text("{}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = shell(f"launch/torchrun.sh 2 {tmp_path}/empty.yaml {words} {redirected}", PATH=path)
+    assert result.returncode == code, result.stderr
+    assert (FULL in result.stderr) == (code == 2)
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "registry").exists()
