@@ -49,10 +49,7 @@ def sweep(
         ConfigError: settings or labels that do not fit this flow.
     """
     settings = base or SamplingConfig()
-    if isinstance(labels, int | str) and labels != "balanced":
-        labels = (labels,)
-    named: NamedLabels = labels if isinstance(labels, dict) else "balanced" if labels == "balanced" else tuple(labels)
-    rule = numbered(named, flow.class_names)
+    rule = numbered(_rule(labels), flow.class_names)
     rows: list[SamplingConfig] = []
     for scale, temperature, attention in product(guidances, temperatures, attention_temperatures):
         guidance = Guidance(scale=scale, attention_temperature=attention) if scale else Guidance()
@@ -62,6 +59,16 @@ def sweep(
             rows.append(row)
     images = range(num_images)
     return [(row, Sampler(flow, seed, row, labels=rule).images(images)) for row in rows]
+
+
+def _rule(labels: NamedLabels | Sequence[int | str] | int) -> NamedLabels:
+    if isinstance(labels, dict):
+        return labels
+    if isinstance(labels, int):
+        return (labels,)
+    if isinstance(labels, str):
+        return "balanced" if labels == "balanced" else (labels,)
+    return tuple(labels)
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:
