@@ -84,7 +84,7 @@ def _race(path: str, racer: int, rounds: int, barrier: Barrier, wins: Any) -> No
         barrier.wait()
 
 
-def race(path: str, rounds: int, start: str = "spawn") -> int:
+def race(path: str, rounds: int, start: Literal["spawn", "fork"] = "spawn") -> int:
     """Rounds of promotions, and what must hold after them; returns their number.
 
     ``fork`` starts the racers faster, from a process that has no threads yet and of a local path alone.

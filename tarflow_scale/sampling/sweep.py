@@ -62,13 +62,9 @@ def sweep(
 
 
 def _rule(labels: NamedLabels | Sequence[int | str] | int) -> NamedLabels:
-    if isinstance(labels, dict):
+    if isinstance(labels, dict) or labels == "balanced":
         return labels
-    if isinstance(labels, int):
-        return (labels,)
-    if isinstance(labels, str):
-        return "balanced" if labels == "balanced" else (labels,)
-    return tuple(labels)
+    return (labels,) if isinstance(labels, int | str) else tuple(labels)
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFile, ImageFont, TiffImagePlugin, UnidentifiedImageError
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import Record
@@ -271,7 +271,7 @@ def _frames(image: Image.Image) -> int:
     return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether channels of a TIFF have more than 8 bits or a sign, of which Pillow would take the high byte.
 
     In scientific files that is often empty. A PNG's colours of 16 bits span the whole range, so there it is right,

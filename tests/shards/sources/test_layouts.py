@@ -219,7 +219,7 @@ def test_patterns_go_before_names_and_reach_files() -> None:
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ({"train": ["alpah"], "test": ["beta"]}, r"split\.train must match something .*'alpah'"),
+        ({"train": ["alphas"], "test": ["beta"]}, r"split\.train must match something .*'alphas'"),
         ({"train": ["alpha"]}, r"got beta/a/0\.png beside the splits"),
         ({"train": ["alpha"], "test": ["alpha", "beta"]}, r"must not overlap .*alpha"),
         ({"ignore": ["*"]}, r"split\.ignore must leave images"),
@@ -280,8 +280,8 @@ def test_a_table_and_its_column_can_be_named() -> None:
     assert found.class_names == ("cat", "dog")
     with pytest.raises(DataError, match=r"must have columns of images and genus"):
         laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "genus"})
-    with pytest.raises(DataError, match=r"label_table must be a file below x \(got abuot\.csv\)"):
-        laid_out(["0.png"], {"about.csv": table}, {"label_table": "abuot.csv"})
+    with pytest.raises(DataError, match=r"label_table must be a file below x \(got other\.csv\)"):
+        laid_out(["0.png"], {"about.csv": table}, {"label_table": "other.csv"})
 
 
 @pytest.mark.parametrize(
