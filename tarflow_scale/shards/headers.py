@@ -247,7 +247,7 @@ def members_by_tarfile(stream: IO[bytes]) -> Iterator[Member]:
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             check_member(member)
-            what = _KINDS.get(member.type, "file" if member.isreg() else "special")
+            what: Kind = _KINDS.get(member.type, "special")
             if member.isdir():
                 what = "folder"
             size = member.size if what == "file" else 0
