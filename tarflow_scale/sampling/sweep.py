@@ -62,8 +62,10 @@ def sweep(
 
 
 def _rule(labels: NamedLabels | Sequence[int | str] | int) -> NamedLabels:
-    if isinstance(labels, dict) or labels == "balanced":
+    if isinstance(labels, dict):
         return labels
+    if labels == "balanced":
+        return "balanced"
     return (labels,) if isinstance(labels, int | str) else tuple(labels)
 
 
