@@ -91,7 +91,7 @@ def race(path: str, rounds: int, start: Literal["spawn", "fork"] = "spawn") -> i
     """
     for number in range(2 * RACERS):
         register(path, number)
-    context = multiprocessing.get_context(start)
+    context = multiprocessing.get_context("fork") if start == "fork" else multiprocessing.get_context("spawn")
     barrier, wins = context.Barrier(RACERS), context.Array("i", RACERS * rounds)
     racers = [context.Process(target=_race, args=(path, racer, rounds, barrier, wins)) for racer in range(RACERS)]
     for one in racers:
