@@ -416,7 +416,7 @@ FAULTS = [
     Fault(few_files, "limits", "a process may have 200 files open", "ulimit -n"),
     Fault(home_of_nobody, "home", "cannot write /proc/nonexistent/.cache/torch_extensions", "set HOME"),
     Fault(no_home, "home", f"HOME is not set and user {os.getuid()} has no home folder", "set HOME"),
-    Fault(temporary_of_another_user, "temporary", "cannot write /mnt/ray (Read-only file system)", "a folder of your own"),
+    Fault(temporary_of_another_user, "temporary", "cannot write /mnt/ray (Read-only file system)", "of your own"),
     Fault(long_sockets, "temporary", "Linux takes 107", "set RAY_TMPDIR to a shorter path"),
     Fault(full_disk, "disk", "0.0 GiB free at", "make room"),
     Fault(full_disk_of_checkpoints, "disk", "1.1 GiB free at", "keep fewer checkpoints"),
