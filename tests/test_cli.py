@@ -148,11 +148,11 @@ def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path:
     without = f"an installed package comes without configs/: take them from {source}"
     assert without in run("train", "configs/train/digits.yaml")
     assert without in run("promote", "--help")
-    assert f"as those of configs/ in {source}" in run("promote", "a=b")
+    assert f"as those of configs/ in {source}" in run("promote")
     manual = run("train", "--help")
     assert f"comes without configs/ and launch/: take them from {source}" in manual
     here = subprocess.run(
-        [sys.executable, "-m", "tarflow_scale", "promote", "a=b"], capture_output=True, text=True, check=False, cwd=TOP
+        [sys.executable, "-m", "tarflow_scale", "promote"], capture_output=True, text=True, check=False, cwd=TOP
     )
     assert f"as those of {TOP}/configs" in here.stderr
 

@@ -290,10 +290,8 @@ def no_home(m: Machine) -> None:
 
 
 def temporary_of_another_user(m: Machine) -> None:
-    place = m.tmp / "shared"
-    place.mkdir()
-    m.environment["RAY_TMPDIR"] = str(place)
-    m.mounts = f"mount -t tmpfs tmpfs {place}; mkdir {place}/ray; mount -t tmpfs -o ro tmpfs {place}/ray"
+    m.environment["RAY_TMPDIR"] = "/mnt"  # a short path
+    m.mounts = "mount -t tmpfs tmpfs /mnt; mkdir /mnt/ray; mount -t tmpfs -o ro tmpfs /mnt/ray"
 
 
 def long_sockets(m: Machine) -> None:
@@ -418,7 +416,7 @@ FAULTS = [
     Fault(few_files, "limits", "a process may have 200 files open", "ulimit -n"),
     Fault(home_of_nobody, "home", "cannot write /proc/nonexistent/.cache/torch_extensions", "set HOME"),
     Fault(no_home, "home", f"HOME is not set and user {os.getuid()} has no home folder", "set HOME"),
-    Fault(temporary_of_another_user, "temporary", "/shared/ray (Read-only file system)", "a folder of your own"),
+    Fault(temporary_of_another_user, "temporary", "cannot write /mnt/ray (Read-only file system)", "of your own"),
     Fault(long_sockets, "temporary", "Linux takes 107", "set RAY_TMPDIR to a shorter path"),
     Fault(full_disk, "disk", "0.0 GiB free at", "make room"),
     Fault(full_disk_of_checkpoints, "disk", "1.1 GiB free at", "keep fewer checkpoints"),

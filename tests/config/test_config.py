@@ -190,7 +190,7 @@ def test_another_kind_of_model_needs_a_section_of_its_own(base: Path) -> None:
 
 
 def test_no_configuration_at_all_says_where_there_are_some() -> None:
-    with pytest.raises(ConfigError, match="or give a file of configs/ as the first argument$"):
+    with pytest.raises(ConfigError, match="or give a file as the first argument, as those of .*/configs$"):
         load_config(TrainConfig, None, [])
 
 
