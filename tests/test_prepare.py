@@ -510,6 +510,16 @@ def test_classes_whose_names_differ_by_unicode_form_are_reported(
     assert "differ only by case or Unicode form" in capsys.readouterr().out
 
 
+def test_classes_without_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where labels start at 1."""
+    write_tree(tmp_path, "in/0.png", "in/1.png")
+    (tmp_path / "in/labels.csv").write_text("0.png,1\n1.png,3\n")
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "classes: 0 0, 1 1, 2 0, 3 1" in said
+    assert "warning: 2 of 4 classes have no image: 0, 2" in said
+
+
 def test_of_many_classes_the_plan_shows_the_first_and_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path, *(f"in/c{number:02d}/{i}.png" for number in range(20) for i in range(2)))
     assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0

@@ -33,7 +33,7 @@ from tarflow_scale.config import TrainConfig
 from tarflow_scale.cores import num_cores, spin_briefly
 from tarflow_scale.flows import build, standard_normal_log_prob
 
-RECIPES = {"digits": ((1, 8, 8), 10), "folder-64": ((3, 64, 64), 2)}
+RECIPES = {"digits": ((1, 8, 8), 10), "folder": ((3, 32, 32), 2)}
 """Shape of images, and number of classes, by name of a recipe in ``configs/train``."""
 WARM_UP = 2
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")

@@ -220,6 +220,10 @@ def class_warnings(
             lines.append(
                 f"warning: classes {shown} differ only by case or Unicode form; rename one if they are the same"
             )
+    empty = sorted(set(range(len(class_names))) - set(np.unique(labels).tolist()))
+    if empty:
+        shown = ", ".join(class_names[label] for label in empty[:5]) + (", .." if len(empty) > 5 else "")
+        lines.append(f"warning: {len(empty)} of {len(class_names)} classes have no image: {shown}")
     if official is None or not class_names:
         return lines
     seen = {code: set(np.unique(labels[official == code]).tolist()) for code in np.unique(official).tolist()}
