@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
+from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.splits import (
     Group,
@@ -32,11 +33,9 @@ from tarflow_scale.shards.sources.splits import (
 )
 from tarflow_scale.shards.sources.tables import LabelTables
 
-__all__ = ["ImageFiles", "is_junk", "lay_out"]
+__all__ = ["ImageFiles", "lay_out"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
-_JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini")
-"""Files and folders of operating systems, beside all whose names start with a dot."""
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
 """Folders that hold the images of a split or class and nothing else."""
 _PARTS = (
@@ -89,11 +88,6 @@ class ImageFiles:
     by_table: bool
 
 
-def is_junk(path: str) -> bool:
-    """Whether a path is hidden, or belongs to an operating system."""
-    return any(part.startswith(".") or part in _JUNK for part in path.split("/"))
-
-
 def lay_out(
     files: Sequence[str], read: Callable[[str], bytes], config: SourceConfig, split: SplitConfig, where: str
 ) -> ImageFiles:
@@ -109,8 +103,8 @@ def lay_out(
     Raises:
         DataError: no images, a layout that could be read in two ways, or labels that do not cover the images.
     """
-    found = [name for name in files if name.lower().endswith(_EXTENSIONS) and not is_junk(name)]
-    ignored = Counter(_kind(name) for name in set(files).difference(found))
+    found = [name for name in files if name.lower().endswith(_EXTENSIONS) and junk_kind(name) is None]
+    ignored = Counter(kind_of(name) for name in set(files).difference(found))
     if not found:
         raise DataError(f"no images in {where} (looked for class/*.png, jpg and so on, or images without classes)")
     lines: list[str] = []
@@ -134,14 +128,6 @@ def lay_out(
             groups[role].labelled = found_here[0] is not None
     settled = settle(groups, split)
     return _packed(images, labels, groups, settled, tables, config, split, lines, ignored, where)
-
-
-def _kind(name: str) -> str:
-    base = name.rpartition("/")[2]
-    if is_junk(name):
-        junk = next(part for part in name.split("/") if is_junk(part))
-        return "._*" if junk.startswith("._") else junk
-    return f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base
 
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> tuple[list[_Image], int]:

@@ -10,7 +10,6 @@
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -306,11 +305,6 @@ def _list(groups: dict[Role, Group]) -> str:
 def counted(number: int, noun: str) -> str:
     """``1 image``, ``2,000 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def count_kinds(kinds: Sequence[str]) -> str:
-    """``3 .DS_Store, 2 *.txt``, the most frequent first."""
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:

@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.manifest import MANIFEST_NAME
+from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 
-__all__ = ["FoundTars", "find_tars", "junk_kind", "refuse_compressed", "tars_of_folder"]
+__all__ = ["FoundTars", "find_tars", "refuse_compressed", "tars_of_folder"]
 
 _COMPRESSED = {
     **dict.fromkeys((".tar.gz", ".tgz"), "gunzip"),
@@ -21,18 +22,6 @@ _COMPRESSED = {
 }
 _MAGIC = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zXZ": "unxz", b"BZh": "bunzip2"}
 _WILD = re.compile(r"[*?\[]")
-_JUNK = re.compile(
-    r"(?:^|/)(?:(?P<fork>\._[^/]*)|(?P<hidden>\.(?!\.?(?:/|$))[^/]*)|(?P<mac>__MACOSX)(?:/.*|)"
-    r"|(?P<windows>(?i:thumbs\.db|desktop\.ini)))(?:/|$)"
-)
-
-
-def junk_kind(name: str) -> str | None:
-    """What computers leave beside files, by kind (``._*``, ``.DS_Store``, ``__MACOSX``); None for other names."""
-    found = _JUNK.search(name)
-    if found is None:
-        return None
-    return "._*" if found["fork"] else found["hidden"] or found["mac"] or found["windows"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +101,7 @@ def _of_folder(path: str) -> FoundTars:
         if junk is None and name.lower().endswith(".tar"):
             names.append(name)
         else:
-            ignored[junk or _kind(name)] += 1
+            ignored[kind_of(name)] += 1
     if not names:
         raise DataError(f"no .tar in {path}; check source.path")
     return _without_packed(FoundTars(path, names, ignored), files)
@@ -127,11 +116,6 @@ def _without_packed(found: FoundTars, files: Sequence[str]) -> FoundTars:
     left = sorted(packed & {name.rpartition("/")[0] for name in found.names})
     line = f"left out: {', '.join(left)} (packed data set); give it as source.path to pack it again"
     return FoundTars(found.root, others, found.ignored, (line,))
-
-
-def _kind(name: str) -> str:
-    base = name.rpartition("/")[2]
-    return f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base
 
 
 def _of_names(paths: list[str]) -> FoundTars:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.headers import HashedStream, Member, UnusualHeader, members_by_tarfile, plain_members
-from tarflow_scale.shards.sources.tar_files import junk_kind, refuse_compressed
+from tarflow_scale.shards.sources.junk import junk_kind
+from tarflow_scale.shards.sources.tar_files import refuse_compressed
 from tarflow_scale.shards.sources.tar_rules import Rules, key_and_extension
 
 __all__ = ["ScannedTar", "Without", "scan_tar"]
