@@ -144,7 +144,7 @@ def figures_of(found: dict[str, list[list[float]]], name: str) -> dict[str, Figu
     """Ratios, and the speeds that they come from."""
     figures: dict[str, Figure] = {
         f"{name}_busy_default_over_one_thread": ("", ratio(found, True, "default", "one thread"), "times"),
-        f"{name}_busy_ours_over_default": ("> 1.2", ratio(found, True, "ours", "default"), "times"),
+        f"{name}_busy_ours_over_default": ("> 2", ratio(found, True, "ours", "default"), "times"),
         f"{name}_busy_ours_over_one_thread": (">= 1", ratio(found, True, "ours", "one thread"), "times"),
         f"{name}_quiet_ours_over_default": (">= 0.95", ratio(found, False, "ours", "default"), "times"),
         f"{name}_quiet_ours_over_one_thread": ("", ratio(found, False, "ours", "one thread"), "times"),
