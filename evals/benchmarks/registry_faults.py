@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import s3_server
 from fault_running import Failed, run_scenarios
@@ -84,7 +84,7 @@ def _race(path: str, racer: int, rounds: int, barrier: Barrier, wins: Any) -> No
         barrier.wait()
 
 
-def race(path: str, rounds: int, start: str = "spawn") -> int:
+def race(path: str, rounds: int, start: Literal["spawn", "fork"] = "spawn") -> int:
     """Rounds of promotions, and what must hold after them; returns their number.
 
     ``fork`` starts the racers faster, from a process that has no threads yet and of a local path alone.
