@@ -195,7 +195,7 @@ class Loop:
 
     def _show(self, bar: telemetry.ProgressBar, result: StepResult, progress: Progress) -> None:
         memory = telemetry.peak_memory_bytes(self.engine.device.type)
-        rate = self._learning_rate(progress)
+        rate = self._rate_at(progress.images_seen)
         bar.tell(*progress_line(progress, self.pixels, rate, result.gradient_norm, self.meter.figures(), memory))
 
     def _log(
@@ -212,7 +212,7 @@ class Loop:
             "images": progress.images_seen,
             "nats_per_dim": loss,
             "bits_per_dim": bits_per_dim(loss, self.pixels),
-            "learning_rate": self._learning_rate(progress),
+            "learning_rate": self._rate_at(progress.images_seen),
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
             "roll_backs": progress.roll_backs,
@@ -226,9 +226,6 @@ class Loop:
             held_out = {"nats": validated, "bits": bits_per_dim(validated, self.pixels)}
             record |= {f"validation_{unit}_per_dim": value for unit, value in held_out.items()}
         log.write(record)
-
-    def _learning_rate(self, progress: Progress) -> float:
-        return self.peak_lr * learning_rate_fraction(progress.images_seen, self.total_images, self.schedule)
 
     def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
         """Nats per dimension of held-out images, when it is time."""
