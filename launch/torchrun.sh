@@ -19,6 +19,8 @@ trap 'exit 75' TERM USR1 # there is nothing to save yet
 [ -e /dev/fd/0 ] || exec </dev/null # files that are opened later would get the numbers of closed streams
 [ -e /dev/fd/1 ] || exec >/dev/null
 [ -e /dev/fd/2 ] || exec 2>/dev/null
+trap '' PIPE
+say() { echo "$1" 2>/dev/null || true; } # a full disk or a reader that has left stops no training
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$here/.venv/bin:$PATH"
 if [ $# -lt 2 ]; then
@@ -32,7 +34,7 @@ nodes=${NNODES:-1}
 . "$here/launch/env.sh"
 
 # Each of these steps imports PyTorch, which takes seconds on a quiet machine and minutes on a slow file system.
-echo "checking the configuration ($1)"
+say "checking the configuration ($1)"
 RANK=${NODE_RANK:-0} WORLD_SIZE=$((ranks * nodes)) LOCAL_WORLD_SIZE=$ranks \
     python -m tarflow_scale train "$@" --dry-run >/dev/null
 
@@ -46,6 +48,6 @@ else
     rendezvous+=(--rdzv-id "${RDZV_ID:-tarflow-scale}")
 fi
 
-echo "starting $ranks rank$([ "$ranks" = 1 ] || echo s)$([ "$nodes" = 1 ] || echo " on this machine, of $nodes machines")"
+say "starting $ranks rank$([ "$ranks" = 1 ] || echo s)$([ "$nodes" = 1 ] || echo " on this machine, of $nodes machines")"
 trap '' TERM USR1 INT HUP QUIT # until the launcher listens
 exec python "$here/launch/ranks.py" "${rendezvous[@]}" --nproc-per-node "$ranks" -m tarflow_scale train "$@"

@@ -15,7 +15,7 @@ from tarflow_scale import cli
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.registry import Registry
-from tarflow_scale.shards.images import encode_png
+from tarflow_scale.shards.images import FILE_EXTENSIONS, encode_png
 from tests.conftest import TOP, Trained, train_arguments
 
 
@@ -144,8 +144,8 @@ def changed_shard(w: World) -> tuple[list[str], str]:
 
 def empty_folder(w: World) -> tuple[list[str], str]:
     return w.folder_source(), (
-        f"no images in {w.tmp}/images (looked for class/*.png, jpg, jpeg, webp, bmp, or the same "
-        f"without classes); check source.path"
+        f"no images in {w.tmp}/images (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or "
+        f"without); check source.path"
     )
 
 

@@ -106,7 +106,10 @@ def lay_out(
     found = [name for name in files if name.lower().endswith(_EXTENSIONS) and junk_kind(name) is None]
     ignored = Counter(kind_of(name) for name in set(files).difference(found))
     if not found:
-        raise DataError(f"no images in {where} (looked for class/*.png, jpg and so on, or images without classes)")
+        raise DataError(
+            f"no images in {where} (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or without); check "
+            f"source.path"
+        )
     lines: list[str] = []
     images, num_ignored = _decide(found, split, where)
     if num_ignored:
