@@ -20,7 +20,7 @@ from tarflow_scale.config import SourceConfig
 from tarflow_scale.prepare import _stratified
 from tarflow_scale.processes import exclusive
 from tarflow_scale.randomness import Purpose, permutation
-from tarflow_scale.shards import packing
+from tarflow_scale.shards import packing, workers
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
@@ -202,7 +202,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out", "shards.num_workers=2"]
-    monkeypatch.setattr("tarflow_scale.shards.packing._work_in_worker", die_at_the_fourth)
+    monkeypatch.setattr("tarflow_scale.shards.workers._apply", die_at_the_fourth)
     assert cli.main(arguments) == 2
     assert "a worker process died" in capsys.readouterr().err
     assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
@@ -215,7 +215,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
 
 def die_at_the_fourth(number: int) -> packing.PackNote:
     """In a worker process: the first three shards, then a kill once they are there."""
-    plan = packing._work_of_worker[0].__self__
+    plan = getattr(workers._function_of_worker[0], "__self__", None)
     assert isinstance(plan, packing.Packing)
     if number < 3:
         return plan.pack(number)
