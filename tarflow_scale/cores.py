@@ -34,18 +34,23 @@ def _quotas(system: Path) -> Iterator[tuple[int, int]]:
         top = system / "sys/fs/cgroup" / ("cpu" if controllers else "")
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            try:
-                if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-            except OSError:  # the root group has no quota, and a container does not see all groups
-                pass
-            else:
-                if quota != "max" and int(quota) > 0:  # version 1 says -1 where there is none
-                    yield int(quota), int(period)
+            found = _quota(folder, is_first_version=bool(controllers))
+            if found is not None:
+                yield found
             if folder == top:
                 break
+
+
+def _quota(folder: Path, is_first_version: bool) -> tuple[int, int] | None:
+    """Quota and period of one control group; None where it has none, as the root, or is not seen in a container."""
+    try:
+        if is_first_version:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+    except OSError:
+        return None
+    return (int(quota), int(period)) if quota != "max" and int(quota) > 0 else None  # version 1 says -1 for none
 
 
 def num_threads(asked: int, num_ranks: int) -> int:
