@@ -88,16 +88,28 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
     num_bytes = storage.size_bytes(location)
     refuse_compressed(location, storage.read_range(location, 0, 8))
     try:
-        with storage.open_seekable(location) as stream:
-            hashed = HashedStream(stream)
-            scan = _Scan(name, location, rules)
-            for member in plain_members(hashed, num_bytes):
-                scan.add(member, hashed.read)
-            _check_end(location, scan.end, num_bytes)
-            hashed.seek(num_bytes)
-            return scan.result(lambda: _plain(location, num_bytes), hashed.sha256.hexdigest())
+        return _scan_plain(name, location, num_bytes, rules)
     except UnusualHeader:
-        pass
+        return _scan_by_tarfile(name, location, num_bytes, rules)
+
+
+def _scan_plain(name: str, location: str, num_bytes: int, rules: Rules) -> ScannedTar:
+    """By the quick parser of headers.
+
+    Raises:
+        UnusualHeader: it leaves a header to `tarfile`.
+    """
+    scan = _Scan(name, location, rules)
+    with storage.open_seekable(location) as stream:
+        hashed = HashedStream(stream)
+        for member in plain_members(hashed, num_bytes):
+            scan.add(member, hashed.read)
+        _check_end(location, scan.end, num_bytes)
+        hashed.seek(num_bytes)
+        return scan.result(lambda: _plain(location, num_bytes), hashed.sha256.hexdigest())
+
+
+def _scan_by_tarfile(name: str, location: str, num_bytes: int, rules: Rules) -> ScannedTar:
     scan = _Scan(name, location, rules)
     with storage.open_seekable(location) as stream:
         for member in _by_tarfile(location):
