@@ -7,8 +7,8 @@ from pathlib import Path
 
 __all__ = ["num_cores", "num_threads", "spin_briefly"]
 
-_SPINS = "5000"
-"""Iterations of GNU's OpenMP runtime, a few tenths of a millisecond; its default is 300,000."""
+_SPINS = "1000"
+"""Iterations of GNU's OpenMP runtime, some tens of microseconds; its default is 300,000."""
 
 
 def num_cores(system: Path = Path("/")) -> int:

@@ -129,5 +129,5 @@ def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> No
         "cli.main = lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or 0\n"
         "__main__.main()"
     )
-    assert python(script, {}) == "5000 False"
+    assert python(script, {}) == "1000 False"
     assert python(script, {"GOMP_SPINCOUNT": "9"}) == "9 False"

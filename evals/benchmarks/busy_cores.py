@@ -55,8 +55,9 @@ def work(threads: int, recipe: str) -> None:
     shape, classes = RECIPES[recipe]
     batch = config.training.micro_batch_size
     flow = build(config.model, shape, classes).train()
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-4)
     x, y = torch.rand(batch, *shape) * 2 - 1, torch.arange(batch) % classes
+    flow.initialize(x, y)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-4)
 
     def step() -> None:
         z, log_det = flow(x, y)
