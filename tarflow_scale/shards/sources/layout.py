@@ -28,8 +28,10 @@ from tarflow_scale.shards.sources.splits import (
     counted,
     looks_split,
     other_words,
+    paired,
     role_of,
     settle,
+    unread_lists,
 )
 from tarflow_scale.shards.sources.tables import LabelTables
 
@@ -119,7 +121,9 @@ def lay_out(
         lines += _recognise(images, where)
     groups = _groups(images, where)
     lines += _look_through_splits(images)
-    tables = LabelTables(files, read, config, where)
+    if split.by_name and not groups:
+        lines += unread_lists([name for name in files if junk_kind(name) is None])
+    tables = LabelTables(files, read, config, split, where)
     by_role = {role: [image for image in images if image.role == role] for role in groups or [None]}
     labels: dict[str, int | str | None] = {}
     for role, members in by_role.items():
@@ -129,6 +133,7 @@ def lay_out(
         labels |= dict(zip((image.path for image in members), found_here, strict=True))
         if role is not None:
             groups[role].labelled = found_here[0] is not None
+    tables.check()
     settled = settle(groups, split)
     return _packed(images, labels, groups, settled, tables, config, split, lines, ignored, where)
 
@@ -192,18 +197,19 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[
     exact = [name for name in meant if looks_split(name)]
     both = {"train", "several"} & set(meant.values()) and {"test", "validation"} & set(meant.values())
     strong = exact or both
-    if not strong:
+    pair = paired(folders)
+    if not strong and not pair:
         odd = next((name for name in meant if len(folders) > 1), None)
         return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
     times = Counter(meant.values())
     same_rest = len({other_words(name) for name in meant}) == 1
-    if len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
+    if meant and len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
         return meant, []
     shown = ", ".join(folders[:6]) + (", .." if len(folders) > 6 else "")
     raise DataError(
         f"folders must all be splits, or all be classes (got {shown} in {where}, where "
-        f"{' and '.join(exact[:2] or list(meant)[:2])} may be splits); say which is which with split.train, split.test "
-        f"and split.ignore, or set split.by_name=false if they are classes"
+        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
+        f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
 
 
@@ -314,7 +320,21 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
         )
     if split.by_name:
         _refuse_splits_among_classes(images, where)
+        _refuse_classes_below(images, where)
     return folders
+
+
+def _refuse_classes_below(images: list[_Image], where: str) -> None:
+    """Refuse folders below which the same folders lie: they may be splits or domains, with the classes below them."""
+    above: dict[str, str] = {}
+    for image in images:
+        below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
+        if below is not None and above.setdefault(below, image.parts[0]) != image.parts[0]:
+            raise DataError(
+                f"class folders must not hold the same folders (got {below} in {above[below]} and in {image.parts[0]} "
+                f"of {where}, which may be splits or domains above the classes); name splits with split.train and "
+                f"split.test, set source.path to one domain, or set split.by_name=false if they are the classes"
+            )
 
 
 def _refuse_twins(images: list[_Image], where: str) -> None:
