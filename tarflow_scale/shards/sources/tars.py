@@ -25,7 +25,16 @@ from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
 from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
-from tarflow_scale.shards.sources.splits import Group, Role, Settled, counted, role_of, roles_of_files, settle
+from tarflow_scale.shards.sources.splits import (
+    Group,
+    Role,
+    Settled,
+    counted,
+    looks_split,
+    role_of,
+    roles_of_files,
+    settle,
+)
 from tarflow_scale.shards.sources.tar_files import find_tars, tars_of_folder
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
@@ -68,6 +77,8 @@ class TarSource(EncodedSource):
         class_names, labels = _classes([tar for tar, _ in tars], config)
         self._set_places([tar for tar, _ in tars])
         self.ignored = sum((tar.ignored for tar in scanned), found.ignored)
+        if split.by_name:
+            _check_folders(scanned, [role for _, role in used], config)
         self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped), *_unlabelled(scanned, class_names))
         is_file = len(found.names) == 1 and found.root != config.path
         name = storage.base_name(found.names[0] if is_file else found.root)
@@ -149,6 +160,30 @@ def _settled(
     return settled, [(tar, role) for tar, role in tars if len(tar) and (not groups or role in settled.packed)]
 
 
+def _folders(tar: ScannedTar) -> set[str]:
+    return {key.rpartition("/")[0] for key in tar.keys}
+
+
+def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[Role | None], config: SourceConfig) -> None:
+    """See that folders within tars are no splits, of which a tar is one as a whole.
+
+    Raises:
+        DataError: they are.
+    """
+    found: dict[Role | None, str] = {}
+    for tar, role in zip(tars, roles, strict=True):
+        within = {}
+        for folder in sorted(_folders(tar)):
+            part = next((part for part in folder.split("/") if looks_split(part)), None)
+            within[role if part is None else role_of(part)] = f"{tar.name}:{folder}"
+        found = within if role is not None else found | within
+        if len(found) > 1:
+            raise DataError(
+                f"folders in tars must not be splits (got {' and '.join(sorted(found.values())[-2:])} of "
+                f"{config.path}); unpack the tars and set source.kind=folder, or set split.by_name=false to pool them"
+            )
+
+
 def _check_all_labelled(tars: Sequence[ScannedTar]) -> None:
     """See that all samples of a split have labels, or none.
 
@@ -191,12 +226,20 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
 
 
 def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
-    """A line about members that may hold labels, where none were found."""
+    """A line about what may hold labels, where none were found."""
     found = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
     others = [one for one in found if one != "cls" and one.rpartition(".")[2] not in IMAGE_EXTENSIONS]
-    if class_names or not others:
+    if class_names:
         return []
-    return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+    if others:
+        return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+    folders = sorted({folder for tar in tars for folder in _folders(tar)})
+    if len(folders) < 2:
+        return ["no labels (the tars hold images alone)"]
+    return [
+        f"warning: no labels: folders in tars are no classes (got {', '.join(folders[-2:])}); unpack the tars and set "
+        f"source.kind=folder if they are"
+    ]
 
 
 @dataclass(frozen=True)
