@@ -265,6 +265,14 @@ class DownsampledImageNetSource(ImageSource):
         test = [name for name in names if name == "val_data.npz"]
         if not train:
             raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
+        other = next((name for name in names if name.endswith(".npz") and name not in (*train, *test)), None)
+        if other is not None:
+            raise DataError(f"files of {path} must be train_data_batch_*.npz and val_data.npz (got {other}); rename it")
+        missing = sorted(set(range(1, _batch_number(train[-1]) + 1)) - set(map(_batch_number, train)))
+        if missing:
+            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
+        if not test:
+            self.lines = [*self.lines, "no val_data.npz: split.test_fraction of each class is held out of train"]
         with telemetry.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
@@ -280,7 +288,8 @@ class DownsampledImageNetSource(ImageSource):
         digests = "\n".join(file.digest for file in self._files)
         super().__init__(
             name=f"imagenet{side}",
-            description=f"downsampled ImageNet {side}x{side}, official split (test is its validation set)",
+            description=f"downsampled ImageNet {side}x{side}"
+            + (", official split (test is its validation set)" if test else ""),
             class_names=numbered_classes(labels),
             bit_depth=8,
             labels=labels,

@@ -48,7 +48,8 @@ class MnistSource(ImageSource):
     """
 
     def __init__(self, path: str) -> None:
-        arrays = _read_npz(path) if path.endswith(".npz") else _read_idx_folder(path)
+        arrays, others = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
+        self.lines = (f"left out: arrays {', '.join(others)}, which are neither train nor test",) if others else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
@@ -132,18 +133,20 @@ def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
     return read_idx(unpacked, location)
 
 
-def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
+def _read_npz(path: str) -> tuple[dict[tuple[str, str], NDArray[np.uint8]], list[str]]:
+    """The arrays, and the names of others."""
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.path")
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            return {
-                (split, part): file[_npz_key(set(file.files), split, part, path)]
+            keys = {
+                (split, part): _npz_key(set(file.files), split, part, path)
                 for split in ("train", "test")
                 for part in ("x", "y")
             }
+            return {of: file[key] for of, key in keys.items()}, sorted(set(file.files) - set(keys.values()))
     except NPY_FAULTS as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
 
