@@ -329,7 +329,6 @@ class _Mapped:
                     while block := source.read(1 << 22):
                         content.update(block)
                         self._spool.write(block)
-            self._spool.flush()
             self.digest = content.hexdigest()
             self.shape = self.rows().shape
         except NPY_FAULTS as error:

@@ -136,8 +136,8 @@ def _named_classes(
     return tuple(names.values()), np.array([number_of[label] for label in labels], dtype=np.int64)
 
 
-def read_label_names(path: str) -> dict[int | str, str]:
-    """Names of classes by label, in the order of the file.
+def read_label_names(path: str | None) -> dict[int | str, str] | None:
+    """Names of classes by label, in the order of the file; None without a file.
 
     A JSON list names the labels 0, 1, ..; a JSON mapping is ``{label: name}`` or ``{name: number}``. Any other file has
     a row ``label,name`` for each class (a header such as ``label,name`` may stand first), or one name a line.
@@ -145,6 +145,8 @@ def read_label_names(path: str) -> dict[int | str, str]:
     Raises:
         DataError: it is no such file, or names a label twice.
     """
+    if path is None:
+        return None
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.label_names")
     content = storage.read_bytes(path)

@@ -87,7 +87,6 @@ class ParquetSource(EncodedSource):
                     sizes.append(len(image))
                     self._rows.append((table.name, row))
                 bar.update(1)
-        self._spool.flush()
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         super().__init__(
             shaping,
@@ -189,7 +188,7 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
     given = [label for label in labels if label is not None]
     if not given:
         return (), np.zeros(len(labels), np.int64)
-    names = read_label_names(config.label_names) if config.label_names else None
+    names = read_label_names(config.label_names)
     if first.class_names and names is None and not any(isinstance(label, str) for label in given):
         return first.class_names, np.array(given, dtype=np.int64)
     return classes_of_labels(given, names, path)

@@ -53,7 +53,10 @@ _WORDS: dict[str, Role] = {
 _STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
 """Words that are hardly ever a class; the others mean a split only beside one of these."""
 _LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".mat", ".npy")
-SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage", "phase", "fold", "dataset")
+_SPLITS = {"split", "splits", "partition", "partitions", "folds"}
+"""Words of lists that hold several splits."""
+_FLAGS = ("is_train", "is_valid", "is_val", "is_test")
+SPLIT_COLUMNS = (*_FLAGS, "split", "set", "subset", "partition", "usage", "phase", "fold", "dataset")
 
 
 def words_of(name: str) -> list[str]:
@@ -91,8 +94,12 @@ def paired(names: Sequence[str]) -> tuple[str, str] | None:
 
 def unread_lists(files: Iterable[str]) -> list[str]:
     """A line about lists such as ``meta/train.txt`` and ``meta/test.txt``, which may say a split and are not read."""
-    roles = {file: role_of(file.rpartition("/")[2].rpartition(".")[0], strong=True) for file in files}
-    found = [file for file, role in roles.items() if role is not None and file.lower().endswith(_LISTS)]
+    stems = {file: file.rpartition("/")[2].rpartition(".")[0] for file in files if file.lower().endswith(_LISTS)}
+    roles = {
+        file: role_of(stem, strong=True) if _SPLITS.isdisjoint(words_of(stem)) else "several"
+        for file, stem in stems.items()
+    }
+    found = [file for file, role in roles.items() if role is not None]
     meant = {roles[file] for file in found}
     if "several" not in meant and not {"train"} < meant:
         return []
@@ -111,8 +118,9 @@ def refuse_split_column(column: str, values: Iterable[object], what: str) -> Non
     """
     if column.lower() not in SPLIT_COLUMNS:
         return
-    roles = {role_of(value) for value in values if isinstance(value, str)}
-    if "train" in roles and roles & {"test", "validation"}:
+    different = set(values)
+    roles = {role_of(value) for value in different if isinstance(value, str)}
+    if ("train" in roles and roles & {"test", "validation"}) or (column.lower() in _FLAGS and len(different) > 1):
         raise DataError(
             f"splits must be files or folders, or patterns of their names (got the column {column} of {what}); divide "
             f"the images by it, or set split.by_name=false to pool them"

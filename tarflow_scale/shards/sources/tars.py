@@ -9,9 +9,10 @@ names. Its label is ``cls`` (or ``target.cls``, if it is the only one), or ``lab
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ from tarflow_scale.shards.workers import in_workers
 
 __all__ = ["IndexedTars", "TarSource", "index_tars"]
 
+T = TypeVar("T")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 """What a manifest takes as the name of a shard."""
 
@@ -71,7 +73,7 @@ class TarSource(EncodedSource):
         if not used:
             raise DataError(f"split.ignore must leave some tars of {config.path} (got all {len(skipped)}); narrow it")
         scan = partial(scan_tar, root=found.root, rules=Rules.of(config))
-        scanned = list(_scanned(scan, [name for name, _ in used], num_workers))
+        scanned = _of_each(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
         settled, tars = _settled([(tar, role) for tar, (_, role) in zip(scanned, used, strict=True)], split)
         class_names, labels = _classes([tar for tar, _ in tars], config)
@@ -122,11 +124,13 @@ class TarSource(EncodedSource):
         self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
 
 
-def _scanned(scan: "partial[ScannedTar]", names: Sequence[str], num_workers: int) -> Iterator[ScannedTar]:
-    with telemetry.progress_bar(len(names), "scan", unit="tars") as bar:
-        for tar in in_workers(scan, names, num_workers):
-            yield tar
+def _of_each(function: Callable[[str], T], names: Sequence[str], verb: str, num_workers: int) -> list[T]:
+    found: list[T] = []
+    with telemetry.progress_bar(len(names), verb, unit="tars") as bar:
+        for one in in_workers(function, names, num_workers):
+            found.append(one)
             bar.update(1)
+    return found
 
 
 def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
@@ -209,8 +213,7 @@ def _classes(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[st
         raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")
     if not given:
         return (), np.zeros(len(labels), dtype=np.int64)
-    names = read_label_names(config.label_names) if config.label_names is not None else None
-    return classes_of_labels(given, names, config.path or "")
+    return classes_of_labels(given, read_label_names(config.label_names), config.path or "")
 
 
 def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
@@ -285,11 +288,7 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     names = found.names
     _check_names(names, path)
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
-    with telemetry.progress_bar(len(names), "index", unit="tars") as bar:
-        tars: list[_IndexedTar] = []
-        for tar in in_workers(index, names, num_workers):
-            tars.append(tar)
-            bar.update(1)
+    tars = _of_each(index, names, "index", num_workers)
     scanned = [tar.scanned for tar in tars]
     _check_all_labelled(scanned)
     class_names, _ = _classes(scanned, config)

@@ -184,6 +184,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         [f"fold{fold}/{split}/{c}/0.png" for fold in (1, 2) for split in ("train", "test") for c in "ab"],
         r"must not hold the same folders .*split\.by_name=false",
     ),
+    "a split in an unusual word beside the classes": (
+        [*spread("", ("cat", "dog")), *spread("holdout/", ("cat", "dog"))],
+        r"got cat itself and in holdout of x.*split\.test",
+    ),
     "domains with a folder of images": (
         [f"{domain}/images/{c}/0.png" for domain in ("amazon", "webcam") for c in "ab"],
         r"must not hold the same folders .*amazon.*webcam",
@@ -211,9 +215,11 @@ def test_folders_below_the_classes_are_accepted_where_names_mean_no_split() -> N
     assert found.class_names == ("cat", "dog")
 
 
-@pytest.mark.parametrize("lists", [("meta/train.txt", "meta/test.txt"), ("train_test_split.txt",)])
+@pytest.mark.parametrize(
+    "lists", [("meta/train.txt", "meta/test.txt"), ("train_test_split.txt",), ("list_eval_partition.txt",)]
+)
 def test_lists_that_may_say_the_split_are_reported(lists: tuple[str, ...]) -> None:
-    """As Food-101 and CUB-200 have them."""
+    """As Food-101, CUB-200 and CelebA have them."""
     found = laid_out(spread("images/", "ab"), dict.fromkeys(lists, "a/0\n"))
     assert found.official is None
     assert any(line.startswith("warning: files that may say the split") and lists[0] in line for line in found.lines)
@@ -316,9 +322,12 @@ def test_texts_about_images_are_no_classes(text: str) -> None:
     assert laid_out([f"{i}.png" for i in range(4)], {"labels.csv": breeds}).class_names == ("corgi", "pug")
 
 
-def test_a_column_of_splits_is_no_pool() -> None:
-    table = "filename,label,split\n0.png,cat,train\n1.png,dog,train\n2.png,cat,test\n"
-    with pytest.raises(DataError, match=r"got the column split of labels\.csv of x\).*split\.by_name=false"):
+@pytest.mark.parametrize(
+    ("column", "train", "test"), [("split", "train", "test"), ("Usage", "Training", "PublicTest"), ("is_valid", 0, 1)]
+)
+def test_a_column_of_splits_is_no_pool(column: str, train: object, test: object) -> None:
+    table = f"filename,label,{column}\n0.png,cat,{train}\n1.png,dog,{train}\n2.png,cat,{test}\n"
+    with pytest.raises(DataError, match=rf"got the column {column} of labels\.csv of x\).*split\.by_name=false"):
         laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table})
     assert laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table}, by_name=False).class_names == ("cat", "dog")
 
