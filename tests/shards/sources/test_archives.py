@@ -104,22 +104,6 @@ def test_a_zip_member_that_is_too_large_is_not_unpacked(tmp_path: Path, monkeypa
         opened("zip", path)
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_folders_for_training_and_testing_are_an_official_split(tmp_path: Path, kind: str) -> None:
-    """As in AFHQ and ImageNet."""
-    names = [f"{split}/{c}/{i}.png" for split in ("train", "val", "test") for c in ("cat", "dog") for i in range(3)]
-    members = {f"{name}": encode_png(images(1)[0]) for name in names}
-    for name, content in members.items():
-        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "x" / name).write_bytes(content)
-    source = opened(kind, tmp_path / "x" if kind == "folder" else write_zip(tmp_path / "x.zip", members))
-    assert source.class_names == ("cat", "dog")
-    assert source.official is not None
-    assert "official split (train, test; validation left out)" in source.description
-    found = {(source.origin(i), int(source.labels[i]), bool(source.official[i] == 2)) for i in range(len(source))}
-    assert found == {(n, int("dog" in n), n.startswith("test")) for n in names if not n.startswith("val")}
-
-
 # --- CIFAR
 
 
@@ -319,16 +303,6 @@ def test_parquet_in_the_layout_of_hugging_face(tmp_path: Path) -> None:
     assert source.official.tolist() == [0] * 5 + [2] * 2
     assert all(np.array_equal(source.image(i), some[i]) for i in range(7))
     assert source.origin(4) == "data/train-00001-of-00002.parquet/1"
-
-
-def test_parquet_splits_may_be_folders(tmp_path: Path) -> None:
-    for split in ("train", "test", "validation"):
-        (tmp_path / "default" / split).mkdir(parents=True)
-        write_parquet(tmp_path / "default" / split / "0000.parquet", images(3), [0, 1, 0], None)
-    source = opened("parquet", tmp_path)
-    assert source.official is not None
-    assert source.official.tolist() == [2] * 3 + [0] * 3
-    assert source.description.startswith("parquet tables, official split (train, test; validation left out)")
 
 
 def test_a_table_that_was_written_again_is_another_source(tmp_path: Path) -> None:
