@@ -148,7 +148,8 @@ class SplitConfig(Section):
     official where the source has a split, stratified elsewhere."""
     by_name: bool = True
     """Folders, tables and tars with a usual name (train, val, test and their like, in any case) are splits. False: no
-    name means a split, for instance where ``train`` is a class beside ``bus``."""
+    name means a split, for instance where ``train`` is a class beside ``bus``, nor do columns or equal folders below
+    the classes."""
     train: tuple[str, ...] = ()
     """Patterns of the paths below the source that are for training, such as ``[seg_train]`` or ``["part-0*.tar"]``; a
     folder stands for all below it. A pattern goes before what a name means."""

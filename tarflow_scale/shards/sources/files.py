@@ -82,16 +82,7 @@ class FolderSource(EncodedSource):
 
 
 class ZipSource(EncodedSource):
-    """Images in a zip.
-
-    Args:
-        config: names the zip, local or URL (then read by ranges).
-        split: which parts of it are which split.
-        shaping: what is done to sizes.
-
-    Raises:
-        DataError: no zip, no images in it, or a layout that could be read in two ways.
-    """
+    """Images in a zip, by the rules of `FolderSource`; of a zip at a URL, ranges are read."""
 
     def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
         self._path = config.path or ""

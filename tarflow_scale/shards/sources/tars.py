@@ -236,7 +236,7 @@ def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> lis
         return []
     if others:
         return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
-    folders = sorted({folder for tar in tars for folder in _folders(tar)})
+    folders = sorted({one for tar in tars for one in _folders(tar) if not looks_split(one.rpartition("/")[2])})
     if len(folders) < 2:
         return ["no labels (the tars hold images alone)"]
     return [

@@ -324,7 +324,9 @@ def test_folders_in_tars_are_neither_splits_nor_classes_without_a_word(tmp_path:
         opened(tmp_path / "b")
     write_tar(tmp_path / "c/train-0.tar", ["train/0.png"])
     write_tar(tmp_path / "c/val-0.tar", ["val/0.png"])
-    assert opened(tmp_path / "c").official is not None
+    source = opened(tmp_path / "c")
+    assert source.official is not None
+    assert source.lines[-1] == "no labels (the tars hold images alone)"
     write_tar(tmp_path / "d/x.tar", ["cat/0.png", "dog/0.png"])
     (line,) = opened(tmp_path / "d").lines
     assert "folders in tars are no classes (got cat, dog); unpack the tars and set source.kind=folder" in line
