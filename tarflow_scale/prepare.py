@@ -267,6 +267,9 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     official = source.official if config.split.kind != "stratified" else None
     for line in class_warnings(source.class_names, source.labels, official, PACKED):
         print(line)
+    if len(splits) == 1 and official is None and config.split.test_fraction:
+        share = f"split.test_fraction={config.split.test_fraction:g}"
+        print(f"warning: no test split: {share} of a class is less than one image")
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
 
 

@@ -379,6 +379,16 @@ def test_nothing_left_for_training_is_an_error(tmp_path: Path, capsys: pytest.Ca
     assert "no image is left for training (got 2 and split.test_fraction=0.9); lower it" in capsys.readouterr().err
 
 
+def test_a_test_split_that_is_empty_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "in", "a/0.png", "a/1.png", "b/0.png")
+    assert prepare_folder(tmp_path / "in", tmp_path / "out") == 0
+    assert (
+        "warning: no test split: split.test_fraction=0.2 of a class is less than one image" in capsys.readouterr().out
+    )
+    assert prepare_folder(tmp_path / "in", tmp_path / "other", "split.test_fraction=0") == 0
+    assert "no test split" not in capsys.readouterr().out
+
+
 def test_cifar_binaries_from_the_command_line(tmp_path: Path) -> None:
     rows, labels = write_cifar10(tmp_path / "cifar", binary=True)
     arguments = ["prepare", "source.kind=cifar", f"source.path={tmp_path}/cifar", f"shards.path={tmp_path}/out"]

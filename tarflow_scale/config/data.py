@@ -22,7 +22,12 @@ __all__ = [
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
 """Sources whose splits and classes are found by names."""
+_IMAGE_KINDS = ("digits", "mnist", "cifar", "imagenet_npz", *LAYOUT_KINDS)
 _KINDS_OF_SETTINGS = {
+    **dict.fromkeys(("size_pixels", "resize", "orientation", "transparency"), LAYOUT_KINDS),
+    **dict.fromkeys(("bit_depth", "bad_images"), _IMAGE_KINDS),
+    "condition_columns": ("vectors",),
+    "in_place": ("webdataset",),
     "label_column": (*LAYOUT_KINDS, "vectors"),
     "label_table": ("folder", "zip"),
     "label_names": LAYOUT_KINDS,
@@ -91,27 +96,11 @@ class SourceConfig(Section):
     def _complete(self) -> "SourceConfig":
         if self.kind != "digits" and not self.path:
             raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
-        if self.kind not in LAYOUT_KINDS and (self.size_pixels is not None or self.resize != "refuse"):
-            raise ValueError(
-                f"source.size_pixels and source.resize need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); remove "
-                f"them"
-            )
-        if self.kind not in LAYOUT_KINDS and (self.orientation != "apply" or self.transparency != "white"):
-            raise ValueError(
-                f"source.orientation and transparency need kind={', '.join(LAYOUT_KINDS)} (got {self.kind}); "
-                f"remove them"
-            )
-        if self.kind == "vectors" and (self.bit_depth is not None or self.bad_images != "refuse"):
-            raise ValueError("source.bit_depth and source.bad_images are for images (got kind=vectors); remove them")
-        if self.kind != "vectors" and self.condition_columns:
-            raise ValueError(f"source.condition_columns needs kind=vectors (got {self.kind}); remove it")
         for name, kinds in _KINDS_OF_SETTINGS.items():
-            if getattr(self, name) is not None and self.kind not in kinds:
+            if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
                 raise ValueError(f"source.{name} needs kind={' or '.join(kinds)} (got {self.kind}); remove it")
         if self.resize == "center_crop" and self.size_pixels is None:
             raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
-        if self.in_place and self.kind != "webdataset":
-            raise ValueError(f"source.in_place needs kind=webdataset (got {self.kind}); remove it")
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
         if self.in_place and (shaped or self.transparency == "refuse"):
             raise ValueError("source.in_place leaves images as they are (got settings that change them); remove them")
@@ -159,7 +148,8 @@ class SplitConfig(Section):
     official where the source has a split, stratified elsewhere."""
     by_name: bool = True
     """Folders, tables and tars with a usual name (train, val, test and their like, in any case) are splits. False: no
-    name means a split, for instance where ``train`` is a class beside ``bus``."""
+    name means a split, for instance where ``train`` is a class beside ``bus``, nor do columns or equal folders below
+    the classes."""
     train: tuple[str, ...] = ()
     """Patterns of the paths below the source that are for training, such as ``[seg_train]`` or ``["part-0*.tar"]``; a
     folder stands for all below it. A pattern goes before what a name means."""

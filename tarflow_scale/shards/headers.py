@@ -12,7 +12,7 @@ import hashlib
 import struct
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Literal, NamedTuple, Protocol
+from typing import IO, Literal, NamedTuple
 
 __all__ = [
     "HashedStream",
@@ -72,18 +72,6 @@ class Member(NamedTuple):
         return self.data + padded(self.size)
 
 
-class Stream(Protocol):
-    """What members are read from."""
-
-    def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes."""
-        ...
-
-    def seek(self, position: int, /) -> int:
-        """Go to a byte."""
-        ...
-
-
 class HashedStream:
     """A stream that is read forwards, once, while all of it goes through SHA-256.
 
@@ -116,7 +104,7 @@ def padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def plain_members(stream: Stream, num_bytes: int) -> Iterator[Member]:
+def plain_members(stream: IO[bytes] | HashedStream, num_bytes: int) -> Iterator[Member]:
     """Members of a tar up to the first block of zeros. When one is yielded, the stream is at its content.
 
     Args:
@@ -132,7 +120,7 @@ def plain_members(stream: Stream, num_bytes: int) -> Iterator[Member]:
         position = member.stop
 
 
-def _next_member(stream: Stream, start: int, num_bytes: int) -> Member | None:
+def _next_member(stream: IO[bytes] | HashedStream, start: int, num_bytes: int) -> Member | None:
     long: dict[str, str] = {}
     pax: dict[str, str] = {}
     position = start

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 
 import numpy as np
@@ -188,33 +189,17 @@ def _fingerprint(image: NDArray[np.uint8] | BadImage) -> bytes:
     return duplicates.NO_FINGERPRINT if isinstance(image, BadImage) else duplicates.fingerprint(image)
 
 
-@dataclass(frozen=True)
-class Fingerprinting:
-    """A pass over all images of a source before they are packed, in units of work.
-
-    Args:
-        source: where the images are.
-        skip_bad: images that cannot be used have no fingerprint, instead of failing.
-    """
-
-    source: ImageSource
-    skip_bad: bool
-
-    def read(self, unit: int) -> str:
-        """Fingerprints of one unit.
-
-        Raises:
-            BadImage: an image cannot be used, and none may be skipped.
-        """
-        found: list[bytes] = []
-        for number in range(unit * _UNIT, min((unit + 1) * _UNIT, len(self.source))):
-            try:
-                found.append(duplicates.fingerprint(self.source.image(number)))
-            except BadImage:
-                if not self.skip_bad:
-                    raise
-                found.append(duplicates.NO_FINGERPRINT)
-        return duplicates.text_of(found)
+def _fingerprints(unit: int, source: ImageSource, skip_bad: bool) -> str:
+    """Fingerprints of the images of one unit of work."""
+    found: list[bytes] = []
+    for number in range(unit * _UNIT, min((unit + 1) * _UNIT, len(source))):
+        try:
+            found.append(duplicates.fingerprint(source.image(number)))
+        except BadImage:
+            if not skip_bad:
+                raise
+            found.append(duplicates.NO_FINGERPRINT)
+    return duplicates.text_of(found)
 
 
 def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> NDArray[np.uint64]:
@@ -227,7 +212,8 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
     units = list(range(-(-len(source) // _UNIT)))
     texts: list[str] = []
     with telemetry.progress_bar(len(source), "look for copies") as bar:
-        for unit, text in enumerate(in_workers(Fingerprinting(source, skip_bad).read, units, num_workers)):
+        read = partial(_fingerprints, source=source, skip_bad=skip_bad)
+        for unit, text in enumerate(in_workers(read, units, num_workers)):
             texts.append(text)
             bar.update(min(_UNIT, len(source) - unit * _UNIT))
     return duplicates.read_fingerprints(texts)

@@ -28,13 +28,13 @@ from tarflow_scale.shards.sources.labels import numbered_classes
 from tarflow_scale.shards.sources.splits import train_then_test
 from tarflow_scale.shards.sources.spool import Spool
 
-__all__ = ["CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
+__all__ = ["ArraySource", "CifarSource", "DownsampledImageNetSource", "restricted_unpickle"]
 
 _SIDE = 32
 _CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 _MAX_ARCHIVE_BYTES = 1 << 29
 """CIFAR has 186 MB."""
-_Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
+ImagesAndLabels = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class _PlainType:
@@ -99,7 +99,43 @@ def restricted_unpickle(content: bytes, what: str) -> Any:
         raise DataError(f"{what} is not a pickle of plain arrays ({error}); download it again") from error
 
 
-class CifarSource(ImageSource):
+class ArraySource(ImageSource):
+    """Images ``(n, C, H, W)`` uint8 and labels in memory, first those for training, then those for testing.
+
+    Args:
+        name: of the data set.
+        description: for the manifest.
+        class_names: numbers where it is empty.
+        train: images and labels.
+        test: images and labels.
+    """
+
+    def __init__(
+        self, name: str, description: str, class_names: tuple[str, ...], train: ImagesAndLabels, test: ImagesAndLabels
+    ) -> None:
+        self._images = np.concatenate([train[0], test[0]])
+        self._num_train = len(train[0])
+        labels = np.concatenate([train[1], test[1]])
+        super().__init__(
+            name=name,
+            description=description,
+            class_names=class_names or numbered_classes(labels),
+            bit_depth=8,
+            labels=labels,
+            digest=storage.digest(self._images.tobytes() + labels.tobytes()),
+            official=train_then_test(self._num_train, len(labels)),
+        )
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Image ``number`` as ``(C, H, W)`` uint8."""
+        return self._images[number]
+
+    def origin(self, number: int) -> str:
+        """``train/17`` or ``test/3``."""
+        return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"
+
+
+class CifarSource(ArraySource):
     """CIFAR-10 or -100 with the official split, from pickles or binaries, unpacked or as ``.tar.gz``.
 
     Args:
@@ -111,31 +147,13 @@ class CifarSource(ImageSource):
 
     def __init__(self, path: str) -> None:
         files = _read_files(path)
-        parts, classes, name = self._parts(files, path)
-        (train_x, train_y), (test_x, test_y) = parts
-        labels = np.concatenate([train_y, test_y])
-        self._images = np.concatenate([train_x, test_x])
-        super().__init__(
-            name=name,
-            description=f"{name}, official split",
-            class_names=classes,
-            bit_depth=8,
-            labels=labels,
-            digest=storage.digest(self._images.tobytes() + labels.tobytes()),
-            official=train_then_test(len(train_y), len(labels)),
-        )
-        self._num_train = len(train_y)
-
-    def image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(3, 32, 32)`` uint8; the training images come first."""
-        return self._images[number]
-
-    def origin(self, number: int) -> str:
-        """``train/17`` or ``test/3``."""
-        return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"
+        (train, test), classes, name = self._parts(files, path)
+        super().__init__(name, f"{name}, official split", classes, train, test)
 
     @staticmethod
-    def _parts(files: dict[str, bytes], path: str) -> tuple[tuple[_Part, _Part], tuple[str, ...], str]:
+    def _parts(
+        files: dict[str, bytes], path: str
+    ) -> tuple[tuple[ImagesAndLabels, ImagesAndLabels], tuple[str, ...], str]:
         if "data_batch_1" in files:
             return *_pickled(
                 files, _CIFAR10_TRAIN, "test_batch", b"labels", ("batches.meta", b"label_names")
@@ -186,8 +204,8 @@ def _batch(files: dict[str, bytes], name: str) -> bytes:
 
 def _pickled(
     files: dict[str, bytes], train: tuple[str, ...], test: str, key: bytes, meta: tuple[str, bytes]
-) -> tuple[tuple[_Part, _Part], tuple[str, ...]]:
-    def read(name: str) -> _Part:
+) -> tuple[tuple[ImagesAndLabels, ImagesAndLabels], tuple[str, ...]]:
+    def read(name: str) -> ImagesAndLabels:
         batch = restricted_unpickle(_batch(files, name), name)
         data = batch.get(b"data", batch.get("data")) if isinstance(batch, dict) else None
         labels = batch.get(key, batch.get(key.decode())) if isinstance(batch, dict) else None
@@ -204,15 +222,15 @@ def _pickled(
         texts = found.get(meta[1], found.get(meta[1].decode(), [])) if isinstance(found, dict) else []
         names = [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
     parts = (_joined([read(name) for name in train]), read(test))
-    return parts, _class_names(names, parts)
+    return parts, tuple(names)
 
 
 def _binary(
     files: dict[str, bytes], train: list[str], test: str, label_bytes: int, names_file: str, classes: int
-) -> tuple[tuple[_Part, _Part], tuple[str, ...]]:
+) -> tuple[tuple[ImagesAndLabels, ImagesAndLabels], tuple[str, ...]]:
     row = label_bytes + 3 * _SIDE * _SIDE
 
-    def read(name: str) -> _Part:
+    def read(name: str) -> ImagesAndLabels:
         content = _batch(files, name)
         if not content or len(content) % row:
             raise DataError(f"{name} must hold rows of {row} bytes (got {len(content)} bytes); download it again")
@@ -224,10 +242,10 @@ def _binary(
 
     names = files.get(names_file, b"").decode(errors="replace").split()
     parts = (_joined([read(name) for name in train]), read(test))
-    return parts, _class_names(names, parts)
+    return parts, tuple(names)
 
 
-def _checked(data: NDArray[np.uint8], labels: NDArray[Any], name: str) -> _Part:
+def _checked(data: NDArray[np.uint8], labels: NDArray[Any], name: str) -> ImagesAndLabels:
     if data.ndim != 2 or data.shape[1] != 3 * _SIDE * _SIDE or labels.shape != (len(data),) or labels.dtype.kind != "i":
         raise DataError(
             f"{name} must hold one label for each image of {3 * _SIDE * _SIDE} values (got {labels.shape} and "
@@ -236,13 +254,8 @@ def _checked(data: NDArray[np.uint8], labels: NDArray[Any], name: str) -> _Part:
     return data.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
 
 
-def _joined(parts: list[_Part]) -> _Part:
+def _joined(parts: list[ImagesAndLabels]) -> ImagesAndLabels:
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
-
-
-def _class_names(names: list[str], parts: tuple[_Part, _Part]) -> tuple[str, ...]:
-    """The names that the files give, or numbers."""
-    return tuple(names) or numbered_classes(np.concatenate([y for _, y in parts]))
 
 
 class DownsampledImageNetSource(ImageSource):
@@ -265,6 +278,14 @@ class DownsampledImageNetSource(ImageSource):
         test = [name for name in names if name == "val_data.npz"]
         if not train:
             raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
+        other = next((name for name in names if name.endswith(".npz") and name not in (*train, *test)), None)
+        if other is not None:
+            raise DataError(f"files of {path} must be train_data_batch_*.npz and val_data.npz (got {other}); rename it")
+        missing = sorted(set(range(1, _batch_number(train[-1]) + 1)) - set(map(_batch_number, train)))
+        if missing:
+            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
+        if not test:
+            self.lines = [*self.lines, "no val_data.npz: split.test_fraction of each class is held out of train"]
         with telemetry.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
@@ -280,7 +301,8 @@ class DownsampledImageNetSource(ImageSource):
         digests = "\n".join(file.digest for file in self._files)
         super().__init__(
             name=f"imagenet{side}",
-            description=f"downsampled ImageNet {side}x{side}, official split (test is its validation set)",
+            description=f"downsampled ImageNet {side}x{side}"
+            + (", official split (test is its validation set)" if test else ""),
             class_names=numbered_classes(labels),
             bit_depth=8,
             labels=labels,
@@ -320,7 +342,6 @@ class _Mapped:
                     while block := source.read(1 << 22):
                         content.update(block)
                         self._spool.write(block)
-            self._spool.flush()
             self.digest = content.hexdigest()
             self.shape = self.rows().shape
         except NPY_FAULTS as error:

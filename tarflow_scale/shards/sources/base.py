@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -125,6 +126,7 @@ class ImageSource(ABC):
             )
 
 
+@dataclass
 class Shaping:
     """How an image file of any size becomes an image of the data set's shape.
 
@@ -134,22 +136,15 @@ class Shaping:
         resample: filter of the resizing.
         skip_bad: images that cannot be used are left out, so that the first one may be one of them.
         reading: what orientation tags and transparency mean.
+        shape: of all images, once `settle` knows it.
     """
 
-    def __init__(
-        self,
-        size_pixels: int | None,
-        resize: Literal["refuse", "center_crop"],
-        resample: Literal["lanczos", "box", "bicubic"],
-        skip_bad: bool = False,
-        reading: Reading | None = None,
-    ) -> None:
-        self.skip_bad = skip_bad
-        self.reading = reading or Reading()
-        self.size_pixels = size_pixels
-        self.resize = resize
-        self.resample: Literal["lanczos", "box", "bicubic"] = resample
-        self.shape: tuple[int, int, int] | None = None
+    size_pixels: int | None
+    resize: Literal["refuse", "center_crop"]
+    resample: Literal["lanczos", "box", "bicubic"]
+    skip_bad: bool
+    reading: Reading
+    shape: tuple[int, int, int] | None = None
 
     @property
     def words(self) -> str:

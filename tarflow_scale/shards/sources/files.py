@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,11 @@ _MAX_MEMBER_BYTES = 1 << 30
 
 def _digest(lines: Iterable[str]) -> str:
     return storage.digest("\n".join(lines).encode(errors="surrogateescape"))
+
+
+def _plain_name(name: str) -> str:
+    """The path of a member; some programs on Windows write backslashes, others begin with ``/`` or ``./``."""
+    return name.replace("\\", "/").removeprefix("./").lstrip("/")
 
 
 class FolderSource(EncodedSource):
@@ -47,14 +53,14 @@ class FolderSource(EncodedSource):
         self.ignored, self.lines = found.ignored, found.lines
         labels = found.labels[order]
         sizes = [f"{name} {facts[name].num_bytes}" for name in self._names]
-        by_table = [str(labels.tolist()), *found.class_names] if found.by_table else []
+        naming = [str(labels.tolist()), *found.class_names] if found.by_table or config.label_names else []
         super().__init__(
             shaping,
             name=storage.base_name(path),
             description=f"image folder, {found.words}" if found.words else "image folder",
             class_names=found.class_names,
             labels=labels,
-            digest=_digest([*sizes, *by_table]),
+            digest=_digest([*sizes, *naming]),
             official=None if found.official is None else found.official[order],
             version=_digest(f"{line} {facts[name].version}" for line, name in zip(sizes, self._names, strict=True)),
         )
@@ -76,24 +82,17 @@ class FolderSource(EncodedSource):
 
 
 class ZipSource(EncodedSource):
-    """Images in a zip.
-
-    Args:
-        config: names the zip, local or URL (then read by ranges).
-        split: which parts of it are which split.
-        shaping: what is done to sizes.
-
-    Raises:
-        DataError: no zip, no images in it, or a layout that could be read in two ways.
-    """
+    """Images in a zip, by the rules of `FolderSource`; of a zip at a URL, ranges are read."""
 
     def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
         self._path = config.path or ""
         self._zip: zipfile.ZipFile | None = None
-        infos = {info.filename: info for info in self._open().infolist() if not info.is_dir()}
+        infos = {name: info for name, info in self._open().NameToInfo.items() if not name.endswith("/")}
         found = lay_out(sorted(infos), self._member, config, split, self._path)
         self._names = found.names
         self.ignored, self.lines = found.ignored, found.lines
+        is_numbered = found.class_names == tuple(map(str, range(len(found.class_names))))
+        naming = found.class_names if (found.by_table or config.label_names) and not is_numbered else ()
         facts = [f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names]
         super().__init__(
             shaping,
@@ -101,7 +100,7 @@ class ZipSource(EncodedSource):
             description=f"zip of images, {found.words}" if found.words else "zip of images",
             class_names=found.class_names,
             labels=found.labels,
-            digest=_digest([*facts, str(found.labels.tolist())]),
+            digest=_digest([*facts, str(found.labels.tolist()), *naming]),
             official=found.official,
         )
 
@@ -135,6 +134,12 @@ class ZipSource(EncodedSource):
                 self._zip = zipfile.ZipFile(storage.open_seekable(self._path))
             except (zipfile.BadZipFile, EOFError, ValueError) as error:
                 raise DataError(f"{self._path} is not a zip ({error}); check source.path") from error
+            infos = self._zip.infolist()
+            names = [_plain_name(info.filename) for info in infos]
+            double, times = Counter(names).most_common(1)[0] if names else ("", 0)
+            if times > 1:
+                raise DataError(f"names in a zip must differ (got {double} {times} times in {self._path}); remove one")
+            self._zip.NameToInfo = dict(zip(names, infos, strict=True))
         return self._zip
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,6 +28,9 @@ __all__ = [
 _MAX_LABEL = 2**20
 """More classes than any data set has; a larger label is a mistake, and would be as many class names."""
 
+_KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
+"""What the first column of a table of class names is called, where it has a header."""
+
 
 def as_label(value: Any, what: str) -> int | str | None:
     """A label: a number that is not negative, text, or None for -1, which is the usual sign of no label.
@@ -133,15 +136,17 @@ def _named_classes(
     return tuple(names.values()), np.array([number_of[label] for label in labels], dtype=np.int64)
 
 
-def read_label_names(path: str) -> dict[int | str, str]:
-    """Names of classes by label, in the order of the file.
+def read_label_names(path: str | None) -> dict[int | str, str] | None:
+    """Names of classes by label, in the order of the file; None without a file.
 
     A JSON list names the labels 0, 1, ..; a JSON mapping is ``{label: name}`` or ``{name: number}``. Any other file has
-    a row ``label,name`` for each class (a header ``label,name`` may stand first), or one name a line.
+    a row ``label,name`` for each class (a header such as ``label,name`` may stand first), or one name a line.
 
     Raises:
         DataError: it is no such file, or names a label twice.
     """
+    if path is None:
+        return None
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.label_names")
     content = storage.read_bytes(path)
@@ -157,7 +162,7 @@ def read_label_names(path: str) -> dict[int | str, str]:
             raise DataError(f"{path} must hold a list or mapping of names (got {type(found).__name__}); correct it")
     else:
         rows = rows_of(content, path)
-        if rows and [cell.lower() for cell in rows[0]] in (["label", "name"], ["id", "name"], ["class", "name"]):
+        if rows and len(rows[0]) > 1 and rows[0][0].lower() in _KEY_COLUMNS:
             rows = rows[1:]
         if all(len(row) == 1 for row in rows):
             pairs = [(number, row[0]) for number, row in enumerate(rows)]
@@ -182,7 +187,7 @@ def parse_json(content: bytes, what: str) -> Any:
 
 
 def rows_of(content: bytes, what: str) -> list[list[str]]:
-    """Rows of a table of text: separated by tabs, commas, semicolons or blanks, whichever all rows have.
+    """Rows of a table of text: separated by tabs, commas, semicolons, bars or blanks, whichever all rows have.
 
     Raises:
         DataError: it is no text.
@@ -192,7 +197,7 @@ def rows_of(content: bytes, what: str) -> list[list[str]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{what} must be UTF-8 text (got byte {error.start}); save it as UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip()]
-    for separator in ("\t", ",", ";"):
+    for separator in ("\t", ",", ";", "|"):
         if lines and all(separator in line for line in lines):
             rows = csv.reader(io.StringIO("\n".join(lines)), delimiter=separator)
             return [[cell.strip() for cell in row] for row in rows]

@@ -24,12 +24,13 @@ from tarflow_scale.shards.sources.splits import (
     Group,
     Patterns,
     Role,
-    Settled,
     counted,
     looks_split,
     other_words,
+    paired,
     role_of,
     settle,
+    unread_lists,
 )
 from tarflow_scale.shards.sources.tables import LabelTables
 
@@ -119,7 +120,9 @@ def lay_out(
         lines += _recognise(images, where)
     groups = _groups(images, where)
     lines += _look_through_splits(images)
-    tables = LabelTables(files, read, config, where)
+    if split.by_name and not groups:
+        lines += unread_lists([name for name in files if junk_kind(name) is None])
+    tables = LabelTables(files, read, config, split, where)
     by_role = {role: [image for image in images if image.role == role] for role in groups or [None]}
     labels: dict[str, int | str | None] = {}
     for role, members in by_role.items():
@@ -129,8 +132,27 @@ def lay_out(
         labels |= dict(zip((image.path for image in members), found_here, strict=True))
         if role is not None:
             groups[role].labelled = found_here[0] is not None
+    tables.check()
     settled = settle(groups, split)
-    return _packed(images, labels, groups, settled, tables, config, split, lines, ignored, where)
+    kept = [image for image in images if not groups or image.role in settled.packed]
+    class_names, numbers = _numbered({image.path: labels[image.path] for image in kept}, config, where)
+    lines = [*lines, *tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
+    if len(class_names) < 2:
+        lines.append(
+            f"warning: one class, {class_names[0]}; set source.path to its folder if it is none"
+            if class_names
+            else "no classes: no class folders and no label table"
+        )
+    return ImageFiles(
+        names=[image.path for image in kept],
+        labels=numbers,
+        class_names=class_names,
+        official=settled.codes([image.role for image in kept]),
+        lines=tuple(lines),
+        words=settled.words,
+        ignored=ignored,
+        by_table=tables.used,
+    )
 
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> tuple[list[_Image], int]:
@@ -192,18 +214,19 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[
     exact = [name for name in meant if looks_split(name)]
     both = {"train", "several"} & set(meant.values()) and {"test", "validation"} & set(meant.values())
     strong = exact or both
-    if not strong:
+    pair = paired(folders)
+    if not strong and not pair:
         odd = next((name for name in meant if len(folders) > 1), None)
         return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
     times = Counter(meant.values())
     same_rest = len({other_words(name) for name in meant}) == 1
-    if len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
+    if meant and len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
         return meant, []
     shown = ", ".join(folders[:6]) + (", .." if len(folders) > 6 else "")
     raise DataError(
         f"folders must all be splits, or all be classes (got {shown} in {where}, where "
-        f"{' and '.join(exact[:2] or list(meant)[:2])} may be splits); say which is which with split.train, split.test "
-        f"and split.ignore, or set split.by_name=false if they are classes"
+        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
+        f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
 
 
@@ -251,19 +274,10 @@ def _groups(images: list[_Image], where: str) -> dict[Role, Group]:
             f"images must all belong to a split, or none (got {left.path} beside the splits of {where}); name it with "
             f"split.train, split.validation, split.test or split.ignore"
         )
-    folders: dict[Role, set[str]] = {}
-    for image in images:
-        folders.setdefault(image.role or "", set()).add(_split_folder(image))
     for role, group in groups.items():
-        group.names = sorted(folders[role])
+        dropped = {i.path.removesuffix("/".join(i.parts)).rstrip("/") or i.path for i in images if i.role == role}
+        group.names = sorted(dropped)  # the folders of the split, and those above
     return groups
-
-
-def _split_folder(image: _Image) -> str:
-    """The folders that were dropped from the path of an image, its split among them."""
-    rest = "/".join(image.parts)
-    above = image.path.removesuffix(rest).rstrip("/")
-    return above or image.path
 
 
 def _look_through_splits(images: list[_Image]) -> list[str]:
@@ -314,7 +328,22 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
         )
     if split.by_name:
         _refuse_splits_among_classes(images, where)
+        _refuse_classes_below(images, where)
     return folders
+
+
+def _refuse_classes_below(images: list[_Image], where: str) -> None:
+    """Refuse folders below which the same folders lie: they may be splits or domains, with the classes below them."""
+    above = {image.parts[0]: "" for image in images}
+    for image in images:
+        below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
+        if below not in (None, image.parts[0]) and above.setdefault(below, image.parts[0]) != image.parts[0]:
+            other = f"in {above[below]}" if above[below] else "itself"
+            raise DataError(
+                f"class folders must not hold the same folders (got {below} {other} and in {image.parts[0]} of "
+                f"{where}, which may be splits or domains above the classes); name splits with split.train and "
+                f"split.test, set source.path to one domain, or set split.by_name=false if they are the classes"
+            )
 
 
 def _refuse_twins(images: list[_Image], where: str) -> None:
@@ -331,48 +360,22 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
     )
 
 
-def _packed(
-    images: list[_Image],
-    labels: dict[str, int | str | None],
-    groups: dict[Role, Group],
-    settled: Settled,
-    tables: LabelTables,
-    config: SourceConfig,
-    split: SplitConfig,
-    lines: list[str],
-    ignored: Counter[str],
-    where: str,
-) -> ImageFiles:
-    """The images that are packed, with the numbers of their classes."""
-    kept = [image for image in images if not groups or image.role in settled.packed]
-    given = [labels[image.path] for image in kept]
-    text = [label for label in given if label is not None]
-    if text and len(text) < len(given):
-        missing = kept[given.index(None)].path
+def _numbered(
+    labels: dict[str, int | str | None], config: SourceConfig, where: str
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names, and their numbers for images by path, whose labels come from folders or tables."""
+    given = [label for label in labels.values() if label is not None]
+    if not given:
+        return (), np.zeros(len(labels), np.int64)
+    if len(given) < len(labels):
+        missing = next(path for path, label in labels.items() if label is None)
         raise DataError(f"all images must have labels, or none (got none for {missing} of {where}); label or remove it")
-    if any(isinstance(label, str) for label in text):
-        text = [str(label) for label in text]
-    names = read_label_names(config.label_names) if config.label_names else None
-    if names is not None and all(str(label).isdigit() for label in text):
-        text = [int(label) for label in text]
-    class_names, numbers = classes_of_labels(text, names, where) if text else ((), np.zeros(len(kept), np.int64))
-    lines = [*lines, *tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
-    if len(class_names) < 2:
-        lines.append(
-            f"warning: one class, {class_names[0]}; set source.path to its folder if it is none"
-            if class_names
-            else "no classes: no class folders and no label table"
-        )
-    return ImageFiles(
-        names=[image.path for image in kept],
-        labels=numbers,
-        class_names=class_names,
-        official=settled.codes([image.role for image in kept]),
-        lines=tuple(lines),
-        words=settled.words,
-        ignored=ignored,
-        by_table=tables.used,
-    )
+    if any(isinstance(label, str) for label in given):
+        given = [str(label) for label in given]
+    names = read_label_names(config.label_names)
+    if names is not None and all(str(label).isdigit() for label in given):
+        given = [int(label) for label in given]
+    return classes_of_labels(given, names, where)
 
 
 def _deeper_folders(images: list[_Image], by_table: bool) -> list[str]:

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.sources.base import ImageSource
-from tarflow_scale.shards.sources.labels import numbered_classes
-from tarflow_scale.shards.sources.splits import train_then_test
+from tarflow_scale.shards.sources.arrays import ArraySource
 
 __all__ = ["MnistSource", "read_idx"]
 
@@ -36,7 +34,7 @@ _MAX_FILE_BYTES = 1 << 30
 """The largest file in this format that is known, of EMNIST, has 550 MB."""
 
 
-class MnistSource(ImageSource):
+class MnistSource(ArraySource):
     """Grey images with integer labels and an official split; 8 bits.
 
     Args:
@@ -48,7 +46,8 @@ class MnistSource(ImageSource):
     """
 
     def __init__(self, path: str) -> None:
-        arrays = _read_npz(path) if path.endswith(".npz") else _read_idx_folder(path)
+        arrays, others = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
+        self.lines = (f"left out: arrays {', '.join(others)}, which are neither train nor test",) if others else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
@@ -56,27 +55,9 @@ class MnistSource(ImageSource):
                 f"both splits must have images of one size (got {arrays['train', 'x'].shape[1:]} and "
                 f"{arrays['test', 'x'].shape[1:]} in {path}); check the files"
             )
-        self._images = np.concatenate([arrays["train", "x"], arrays["test", "x"]])
-        labels = np.concatenate([arrays["train", "y"], arrays["test", "y"]]).astype(np.int64)
-        num_train = len(arrays["train", "x"])
-        super().__init__(
-            name=path.rstrip("/").rpartition("/")[2].removesuffix(".npz"),
-            description="MNIST format, official split",
-            class_names=numbered_classes(labels),
-            bit_depth=8,
-            labels=labels,
-            digest=storage.digest(self._images.tobytes() + labels.tobytes()),
-            official=train_then_test(num_train, len(labels)),
-        )
-        self._num_train = num_train
-
-    def image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(1, H, W)`` uint8; the training images come first."""
-        return self._images[number][None]
-
-    def origin(self, number: int) -> str:
-        """``train/17`` or ``test/3``."""
-        return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"
+        name = path.rstrip("/").rpartition("/")[2].removesuffix(".npz")
+        train, test = ((arrays[of, "x"][:, None], arrays[of, "y"].astype(np.int64)) for of in ("train", "test"))
+        super().__init__(name, "MNIST format, official split", (), train, test)
 
 
 def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
@@ -132,18 +113,20 @@ def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
     return read_idx(unpacked, location)
 
 
-def _read_npz(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
+def _read_npz(path: str) -> tuple[dict[tuple[str, str], NDArray[np.uint8]], list[str]]:
+    """The arrays, and the names of others."""
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.path")
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            return {
-                (split, part): file[_npz_key(set(file.files), split, part, path)]
+            keys = {
+                (split, part): _npz_key(set(file.files), split, part, path)
                 for split in ("train", "test")
                 for part in ("x", "y")
             }
+            return {of: file[key] for of, key in keys.items()}, sorted(set(file.files) - set(keys.values()))
     except NPY_FAULTS as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
 

@@ -8,6 +8,7 @@ images, gone when the process ends).
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from tarflow_scale import storage, telemetry
 from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.shards.sources.base import EncodedSource, Shaping
+from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
-from tarflow_scale.shards.sources.splits import Group, Role, roles_of_files, settle
+from tarflow_scale.shards.sources.splits import SPLIT_COLUMNS, Group, Role, refuse_split_column, roles_of_files, settle
 from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
@@ -38,6 +40,8 @@ class _Table:
     location: str
     role: Role | None
     image_column: str
+    label_column: str | None
+    others: tuple[str, ...]
     labels: list[int | str | None]
     class_names: tuple[str, ...]
 
@@ -56,19 +60,20 @@ class ParquetSource(EncodedSource):
 
     def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
         path = config.path or ""
-        files = _tables(path)
+        files, self.ignored = _tables(path)
         roles = roles_of_files([name for name, _ in files], split, "tables")
         tables = [
-            _read_table(name, location, role, config)
+            _read_table(name, location, role, config, split)
             for (name, location), role in zip(files, roles, strict=True)
             if role != "ignore"
         ]
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
         settled = settle(_groups(tables), split)
-        self.lines = settled.lines
+        self.lines = (*settled.lines, *dict.fromkeys(map(_said, tables)))
         kept = [table for table in tables if table.role is None or table.role in settled.packed]
         class_names, labels = _labels_of(kept, config, path)
+        naming = f" {class_names}" if config.label_names else ""
         self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
@@ -82,7 +87,6 @@ class ParquetSource(EncodedSource):
                     sizes.append(len(image))
                     self._rows.append((table.name, row))
                 bar.update(1)
-        self._spool.flush()
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         super().__init__(
             shaping,
@@ -90,7 +94,7 @@ class ParquetSource(EncodedSource):
             description=f"parquet tables, {settled.words}" if settled.words else "parquet tables",
             class_names=class_names,
             labels=labels,
-            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels.tolist()}".encode()),
+            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels.tolist()}{naming}".encode()),
             official=settled.codes([table.role for table in kept for _ in table.labels]),
         )
 
@@ -104,18 +108,20 @@ class ParquetSource(EncodedSource):
         return f"{name}/{row}"
 
 
-def _tables(path: str) -> list[tuple[str, str]]:
+def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """Names and places of the tables, and the other files by kind."""
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.path")
     if not storage.is_folder(path):
-        return [(storage.base_name(path), path)]
-    names = [file.name for file in storage.walk(path) if file.name.endswith(".parquet")]
+        return [(storage.base_name(path), path)], Counter()
+    files = [file.name for file in storage.walk(path)]
+    names = [name for name in files if name.lower().endswith(".parquet") and junk_kind(name) is None]
     if not names:
         raise DataError(f"no .parquet in {path}; check source.path")
-    return [(name, storage.join(path, name)) for name in names]
+    return [(name, storage.join(path, name)) for name in names], Counter(map(kind_of, set(files).difference(names)))
 
 
-def _read_table(name: str, location: str, role: Role | None, config: SourceConfig) -> _Table:
+def _read_table(name: str, location: str, role: Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
     """The columns of a table, and its labels; no image is read."""
     table = _open(location)
     image_column, label_column = _columns(table, config, location)
@@ -123,7 +129,20 @@ def _read_table(name: str, location: str, role: Role | None, config: SourceConfi
     if label_column is not None:
         cells = [record[label_column] for record in _records(location, [label_column])]
         labels = [as_label(cell, f"row {row} of {location}") for row, cell in enumerate(cells)]
-    return _Table(name, location, role, image_column, labels, _class_names(table, label_column))
+    columns = table.schema_arrow.names
+    for column in columns if split.by_name else ():
+        if column.lower() in SPLIT_COLUMNS and column != label_column:
+            refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
+    others = tuple(column for column in columns if column not in (image_column, label_column))
+    return _Table(name, location, role, image_column, label_column, others, labels, _class_names(table, label_column))
+
+
+def _said(table: _Table) -> str:
+    """Which columns of a table were taken."""
+    others = f" (other columns: {', '.join(table.others[:10])})" if table.others else ""
+    if table.label_column is None:
+        return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
+    return f"labels: column {table.label_column}{others}"
 
 
 def _groups(tables: Sequence[_Table]) -> dict[Role, Group]:
@@ -169,7 +188,7 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
     given = [label for label in labels if label is not None]
     if not given:
         return (), np.zeros(len(labels), np.int64)
-    names = read_label_names(config.label_names) if config.label_names else None
+    names = read_label_names(config.label_names)
     if first.class_names and names is None and not any(isinstance(label, str) for label in given):
         return first.class_names, np.array(given, dtype=np.int64)
     return classes_of_labels(given, names, path)
@@ -226,7 +245,8 @@ def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str 
             f"{location} must have a column of images, struct<bytes, path> or binary (got {', '.join(names)}); name it "
             f"with source.image_member"
         )
-    labels = [name for name in _LABEL_COLUMNS if name in names]
+    by_lower = {name.lower(): name for name in names}
+    labels = [by_lower[name] for name in _LABEL_COLUMNS if name in by_lower]
     return image, config.label_column or next(iter(labels), None)
 
 

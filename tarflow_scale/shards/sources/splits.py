@@ -10,7 +10,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,7 @@ from tarflow_scale.errors import DataError
 
 __all__ = [
     "PACKED",
+    "SPLIT_COLUMNS",
     "Group",
     "Patterns",
     "Role",
@@ -29,10 +30,13 @@ __all__ = [
     "counted",
     "looks_split",
     "other_words",
+    "paired",
+    "refuse_split_column",
     "role_of",
     "roles_of_files",
     "settle",
     "train_then_test",
+    "unread_lists",
 ]
 
 Role = str
@@ -48,6 +52,11 @@ _WORDS: dict[str, Role] = {
 }
 _STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
 """Words that are hardly ever a class; the others mean a split only beside one of these."""
+_LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".mat", ".npy")
+_SPLITS = {"split", "splits", "partition", "partitions", "folds"}
+"""Words of lists that hold several splits."""
+_FLAGS = ("is_train", "is_valid", "is_val", "is_test")
+SPLIT_COLUMNS = (*_FLAGS, "split", "set", "subset", "partition", "usage", "phase", "fold", "dataset")
 
 
 def words_of(name: str) -> list[str]:
@@ -70,6 +79,52 @@ def looks_split(name: str) -> bool:
     """Whether a name as a whole is a usual name of a split: ``Train``, ``val2017``."""
     words = words_of(name)
     return len(words) == 1 and words[0] in _STRONG
+
+
+def paired(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two names that differ in ``train`` and a word for held-out images alone, as ``mytrain0`` and ``mytest0`` do."""
+    by_lower = {name.lower(): name for name in names}
+    for lower, name in by_lower.items():
+        for word in ("test", "validation", "valid", "val", "dev", "eval"):
+            other = by_lower.get(lower.replace("train", word))
+            if "train" in lower and other is not None:
+                return name, other
+    return None
+
+
+def unread_lists(files: Iterable[str]) -> list[str]:
+    """A line about lists such as ``meta/train.txt`` and ``meta/test.txt``, which may say a split and are not read."""
+    stems = {file: file.rpartition("/")[2].rpartition(".")[0] for file in files if file.lower().endswith(_LISTS)}
+    roles = {
+        file: role_of(stem, strong=True) if _SPLITS.isdisjoint(words_of(stem)) else "several"
+        for file, stem in stems.items()
+    }
+    found = [file for file, role in roles.items() if role is not None]
+    meant = {roles[file] for file in found}
+    if "several" not in meant and not {"train"} < meant:
+        return []
+    shown = ", ".join(found[:4]) + (", .." if len(found) > 4 else "")
+    return [
+        f"warning: files that may say the split are not read ({shown}); divide the images by them, or name the splits "
+        f"with split.train and split.test"
+    ]
+
+
+def refuse_split_column(column: str, values: Iterable[object], what: str) -> None:
+    """See that a column of a table is not that of splits, which is not read.
+
+    Raises:
+        DataError: it is, by its name and values.
+    """
+    if column.lower() not in SPLIT_COLUMNS:
+        return
+    different = set(values)
+    roles = {role_of(value) for value in different if isinstance(value, str)}
+    if ("train" in roles and roles & {"test", "validation"}) or (column.lower() in _FLAGS and len(different) > 1):
+        raise DataError(
+            f"splits must be files or folders, or patterns of their names (got the column {column} of {what}); divide "
+            f"the images by it, or set split.by_name=false to pool them"
+        )
 
 
 class Patterns:
@@ -147,6 +202,12 @@ def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[
         else:
             roles.append(_role_of_path(name) if split.by_name else None)
     if not any(role in ("train", "validation", "test") for role in roles):
+        pair = paired(names) if split.by_name else None
+        if pair is not None:
+            raise DataError(
+                f"{what} whose names may mean splits must be said to be some (got {pair[0]} and {pair[1]}); name them "
+                f"with split.train and split.test, or set split.by_name=false"
+            )
         return [role if role == "ignore" else None for role in roles]
     unknown = next((name for name, role in zip(names, roles, strict=True) if role is None), None)
     if unknown is not None:

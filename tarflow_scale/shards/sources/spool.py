@@ -17,7 +17,7 @@ class Spool:
         self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def write(self, content: bytes) -> None:
-        """Append.
+        """Append; it can be read at once.
 
         Raises:
             DataError: there is no room.
@@ -25,16 +25,6 @@ class Spool:
         assert self._file is not None
         try:
             self._file.write(content)
-        except OSError as error:
-            raise DataError(
-                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
-            ) from error
-
-    def flush(self) -> None:
-        """Make it readable."""
-        self.write(b"")
-        assert self._file is not None
-        try:
             self._file.flush()
         except OSError as error:
             raise DataError(

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources.labels import as_label, parse_json, refuse_mixture, rows_of
+from tarflow_scale.shards.sources.splits import refuse_split_column
 
 __all__ = ["LabelTables"]
 
@@ -28,6 +29,7 @@ class LabelTables:
         files: paths of all files of the source.
         read: the content of one of them.
         config: names a table or a column, or neither.
+        split: whether names may mean splits.
         where: the source, for messages.
 
     Attributes:
@@ -38,8 +40,16 @@ class LabelTables:
         DataError: there is no file of the name that the configuration gives.
     """
 
-    def __init__(self, files: Sequence[str], read: Callable[[str], bytes], config: SourceConfig, where: str) -> None:
-        self._read, self._config, self._where = read, config, where
+    def __init__(
+        self,
+        files: Sequence[str],
+        read: Callable[[str], bytes],
+        config: SourceConfig,
+        split: SplitConfig,
+        where: str,
+    ) -> None:
+        self._read, self._config, self._split, self._where = read, config, split, where
+        self._matched = False
         self._asked = config.label_table is not None
         self.lines: list[str] = []
         self.used = False
@@ -77,6 +87,7 @@ class LabelTables:
             below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
             if table is None and below == list(paths) and name.endswith("dataset.json"):
                 self._say(f"no labels: {name} says so")
+                self._matched = True
                 found.append((name, [None] * len(paths)))
             if not table:
                 continue
@@ -87,10 +98,10 @@ class LabelTables:
             keys = [_key_of(path, folder, table) for path in paths]
             missing = [path for path, key in zip(paths, keys, strict=True) if key is None]
             if len(missing) == len(paths):
-                if self._asked:
-                    raise DataError(f"{name} of {self._where} must name its images (got none of them); correct it")
-                self._say(f"not used: {name}, which names no image here")
+                if f"labels: {name}" not in self.lines:
+                    self._say(f"not used: {name}, which names no image here")
                 continue
+            self._matched = True
             if missing:
                 raise DataError(
                     f"{name} of {self._where} must label every image (got none for {missing[0]}"
@@ -111,10 +122,20 @@ class LabelTables:
         if unlabelled and unlabelled < len(labels):
             raise DataError(f"{name} of {self._where} must label every image (got -1 for {unlabelled}); complete it")
         refuse_mixture(labels, f"{name} of {self._where}")
-        self.used = unlabelled == 0
-        if self.used:
+        if not unlabelled:
+            self.used = True
+            self.lines = [line for line in self.lines if not line.startswith(f"not used: {name},")]
             self._say(f"labels: {name}")
         return labels
+
+    def check(self) -> None:
+        """See that the table of the configuration named some images.
+
+        Raises:
+            DataError: it did not.
+        """
+        if self._asked and not self._matched:
+            raise DataError(f"{self._names[0]} of {self._where} must name its images (got none of them); correct it")
 
     def _say(self, line: str) -> None:
         if line not in self.lines:
@@ -146,18 +167,35 @@ class LabelTables:
         what, asked = f"{name} of {self._where}", self._config.label_column
         if not rows:
             return None
+        if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # the index of pandas
+            rows = [row[1:] for row in rows]
         header = [cell.lower() for cell in rows[0]]
         image = next((header.index(column) for column in _IMAGE_COLUMNS if column in header), None)
         wanted = _LABEL_COLUMNS if asked is None else (asked.lower(),)
         label = next((header.index(column) for column in wanted if column in header), None)
+        if image is not None and self._split.by_name:
+            for column, cell in enumerate(rows[0]):
+                refuse_split_column(cell, (row[column] for row in rows[1:] if len(row) > column), what)
+        if image is not None and label is None and asked is None and len(header) == 2:
+            values = [row[1 - image] for row in rows[1:] if len(row) == 2]
+            label = 1 - image if 2 * len(set(values)) <= len(values) else None  # texts about images differ
         if image is not None and label is not None and image != label:
             rows = rows[1:]
         elif asked is not None:
             raise DataError(f"{what} must have columns of images and {asked} (got {', '.join(rows[0])}); correct it")
-        elif image is not None and len(rows[0]) > 2:
-            self._say(f"not used: {name}, which has no column {' or '.join(_LABEL_COLUMNS[:3])}; source.label_column")
+        elif image is not None and self._asked:
+            raise DataError(
+                f"{what} must have a column {' or '.join(_LABEL_COLUMNS[:3])} (got {', '.join(rows[0])}); name it with "
+                f"source.label_column"
+            )
+        elif image is not None:
+            self._say(
+                f"not used: {name}, which has no column {' or '.join(_LABEL_COLUMNS[:3])}; name one of "
+                f"{', '.join(rows[0])} with source.label_column"
+            )
             return None
         elif min(map(len, rows)) < 2:
+            self._say(f"not used: {name}, which has rows of one column")
             return None
         else:
             image, label = 0, 1

@@ -9,9 +9,10 @@ names. Its label is ``cls`` (or ``target.cls``, if it is the only one), or ``lab
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,16 @@ from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
 from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
-from tarflow_scale.shards.sources.splits import Group, Role, Settled, counted, role_of, roles_of_files, settle
+from tarflow_scale.shards.sources.splits import (
+    Group,
+    Role,
+    Settled,
+    counted,
+    looks_split,
+    role_of,
+    roles_of_files,
+    settle,
+)
 from tarflow_scale.shards.sources.tar_files import find_tars, tars_of_folder
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
@@ -33,6 +43,7 @@ from tarflow_scale.shards.workers import in_workers
 
 __all__ = ["IndexedTars", "TarSource", "index_tars"]
 
+T = TypeVar("T")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 """What a manifest takes as the name of a shard."""
 
@@ -62,12 +73,14 @@ class TarSource(EncodedSource):
         if not used:
             raise DataError(f"split.ignore must leave some tars of {config.path} (got all {len(skipped)}); narrow it")
         scan = partial(scan_tar, root=found.root, rules=Rules.of(config))
-        scanned = list(_scanned(scan, [name for name, _ in used], num_workers))
+        scanned = _of_each(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
         settled, tars = _settled([(tar, role) for tar, (_, role) in zip(scanned, used, strict=True)], split)
         class_names, labels = _classes([tar for tar, _ in tars], config)
         self._set_places([tar for tar, _ in tars])
         self.ignored = sum((tar.ignored for tar in scanned), found.ignored)
+        if split.by_name:
+            _check_folders(scanned, [role for _, role in used], config)
         self.lines = (*found.lines, *settled.lines, *_left_out(scanned, skipped), *_unlabelled(scanned, class_names))
         is_file = len(found.names) == 1 and found.root != config.path
         name = storage.base_name(found.names[0] if is_file else found.root)
@@ -111,11 +124,13 @@ class TarSource(EncodedSource):
         self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
 
 
-def _scanned(scan: "partial[ScannedTar]", names: Sequence[str], num_workers: int) -> Iterator[ScannedTar]:
-    with telemetry.progress_bar(len(names), "scan", unit="tars") as bar:
-        for tar in in_workers(scan, names, num_workers):
-            yield tar
+def _of_each(function: Callable[[str], T], names: Sequence[str], verb: str, num_workers: int) -> list[T]:
+    found: list[T] = []
+    with telemetry.progress_bar(len(names), verb, unit="tars") as bar:
+        for one in in_workers(function, names, num_workers):
+            found.append(one)
             bar.update(1)
+    return found
 
 
 def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
@@ -149,6 +164,30 @@ def _settled(
     return settled, [(tar, role) for tar, role in tars if len(tar) and (not groups or role in settled.packed)]
 
 
+def _folders(tar: ScannedTar) -> set[str]:
+    return {key.rpartition("/")[0] for key in tar.keys}
+
+
+def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[Role | None], config: SourceConfig) -> None:
+    """See that folders within tars are no splits, of which a tar is one as a whole.
+
+    Raises:
+        DataError: they are.
+    """
+    found: dict[Role | None, str] = {}
+    for tar, role in zip(tars, roles, strict=True):
+        within = {}
+        for folder in sorted(_folders(tar)):
+            part = next((part for part in folder.split("/") if looks_split(part)), None)
+            within[role if part is None else role_of(part)] = f"{tar.name}:{folder}"
+        found = within if role is not None else found | within
+        if len(found) > 1:
+            raise DataError(
+                f"folders in tars must not be splits (got {' and '.join(sorted(found.values())[-2:])} of "
+                f"{config.path}); unpack the tars and set source.kind=folder, or set split.by_name=false to pool them"
+            )
+
+
 def _check_all_labelled(tars: Sequence[ScannedTar]) -> None:
     """See that all samples of a split have labels, or none.
 
@@ -174,8 +213,7 @@ def _classes(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[st
         raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")
     if not given:
         return (), np.zeros(len(labels), dtype=np.int64)
-    names = read_label_names(config.label_names) if config.label_names is not None else None
-    return classes_of_labels(given, names, config.path or "")
+    return classes_of_labels(given, read_label_names(config.label_names), config.path or "")
 
 
 def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
@@ -191,12 +229,20 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
 
 
 def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
-    """A line about members that may hold labels, where none were found."""
+    """A line about what may hold labels, where none were found."""
     found = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
     others = [one for one in found if one != "cls" and one.rpartition(".")[2] not in IMAGE_EXTENSIONS]
-    if class_names or not others:
+    if class_names:
         return []
-    return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+    if others:
+        return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+    folders = sorted({one for tar in tars for one in _folders(tar) if not looks_split(one.rpartition("/")[2])})
+    if len(folders) < 2:
+        return ["no labels (the tars hold images alone)"]
+    return [
+        f"warning: no labels: folders in tars are no classes (got {', '.join(folders[-2:])}); unpack the tars and set "
+        f"source.kind=folder if they are"
+    ]
 
 
 @dataclass(frozen=True)
@@ -242,11 +288,7 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     names = found.names
     _check_names(names, path)
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
-    with telemetry.progress_bar(len(names), "index", unit="tars") as bar:
-        tars: list[_IndexedTar] = []
-        for tar in in_workers(index, names, num_workers):
-            tars.append(tar)
-            bar.update(1)
+    tars = _of_each(index, names, "index", num_workers)
     scanned = [tar.scanned for tar in tars]
     _check_all_labelled(scanned)
     class_names, _ = _classes(scanned, config)

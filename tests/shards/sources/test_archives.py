@@ -104,22 +104,6 @@ def test_a_zip_member_that_is_too_large_is_not_unpacked(tmp_path: Path, monkeypa
         opened("zip", path)
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_folders_for_training_and_testing_are_an_official_split(tmp_path: Path, kind: str) -> None:
-    """As in AFHQ and ImageNet."""
-    names = [f"{split}/{c}/{i}.png" for split in ("train", "val", "test") for c in ("cat", "dog") for i in range(3)]
-    members = {f"{name}": encode_png(images(1)[0]) for name in names}
-    for name, content in members.items():
-        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "x" / name).write_bytes(content)
-    source = opened(kind, tmp_path / "x" if kind == "folder" else write_zip(tmp_path / "x.zip", members))
-    assert source.class_names == ("cat", "dog")
-    assert source.official is not None
-    assert "official split (train, test; validation left out)" in source.description
-    found = {(source.origin(i), int(source.labels[i]), bool(source.official[i] == 2)) for i in range(len(source))}
-    assert found == {(n, int("dog" in n), n.startswith("test")) for n in names if not n.startswith("val")}
-
-
 # --- CIFAR
 
 
@@ -274,6 +258,14 @@ def test_downsampled_imagenet(tmp_path: Path, save: Callable[..., None]) -> None
     assert (source.official == 2).sum() == 3
     assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(12))
     assert source.origin(6) == "train_data_batch_10.npz/0"
+    assert source.lines == ["warning: train_data_batch_3.npz is missing (7 in all)"]
+    (tmp_path / "val_data.npz").rename(tmp_path / "val_data_1.npz")
+    with pytest.raises(DataError, match=r"must be train_data_batch_\*\.npz and val_data\.npz \(got val_data_1\.npz\)"):
+        opened("imagenet_npz", tmp_path)
+    (tmp_path / "val_data_1.npz").unlink()
+    source = opened("imagenet_npz", tmp_path)
+    assert source.description == "downsampled ImageNet 8x8"
+    assert source.lines[-1].startswith("no val_data.npz: split.test_fraction of each class is held out")
     (tmp_path / "train_data_batch_2.npz").write_bytes(b"no npz")
     with pytest.raises(DataError, match="train_data_batch_2.npz must hold data and labels"):
         opened("imagenet_npz", tmp_path)
@@ -311,16 +303,6 @@ def test_parquet_in_the_layout_of_hugging_face(tmp_path: Path) -> None:
     assert source.official.tolist() == [0] * 5 + [2] * 2
     assert all(np.array_equal(source.image(i), some[i]) for i in range(7))
     assert source.origin(4) == "data/train-00001-of-00002.parquet/1"
-
-
-def test_parquet_splits_may_be_folders(tmp_path: Path) -> None:
-    for split in ("train", "test", "validation"):
-        (tmp_path / "default" / split).mkdir(parents=True)
-        write_parquet(tmp_path / "default" / split / "0000.parquet", images(3), [0, 1, 0], None)
-    source = opened("parquet", tmp_path)
-    assert source.official is not None
-    assert source.official.tolist() == [2] * 3 + [0] * 3
-    assert source.description.startswith("parquet tables, official split (train, test; validation left out)")
 
 
 def test_a_table_that_was_written_again_is_another_source(tmp_path: Path) -> None:
@@ -426,6 +408,44 @@ def test_tables_that_name_their_classes_differently_are_refused(tmp_path: Path) 
         DataError, match=r"must name the same classes .*dog, cat in test-0.parquet, cat, dog in train-0"
     ):
         opened("parquet", tmp_path)
+
+
+def test_the_plan_says_which_column_has_the_labels_and_junk_is_no_table(tmp_path: Path) -> None:
+    write_columns(tmp_path / "a/train.PARQUET", Label=["b", "a", "b"], species=["x", "x", "y"])
+    (tmp_path / "a/._train.parquet").write_bytes(b"x")
+    source = opened("parquet", tmp_path / "a")
+    assert source.class_names == ("a", "b")
+    assert source.lines[-1] == "labels: column Label (other columns: species)"
+    assert source.ignored == {"._*": 1}
+    write_columns(tmp_path / "b.parquet", species=["x", "x", "y"])
+    assert opened("parquet", tmp_path / "b.parquet").lines == (
+        "no labels (other columns: species); name the column that holds them with source.label_column",
+    )
+
+
+def test_a_column_of_splits_is_no_pool_of_a_table(tmp_path: Path) -> None:
+    write_columns(tmp_path / "x.parquet", label=[0, 1, 0], split=["train", "train", "test"])
+    with pytest.raises(DataError, match=r"got the column split of .*x\.parquet\).*split\.by_name=false"):
+        opened("parquet", tmp_path / "x.parquet")
+    config = SourceConfig(kind="parquet", path=str(tmp_path / "x.parquet"))
+    assert len(open_source(config, SplitConfig(by_name=False))) == 3
+
+
+def test_other_names_of_the_same_classes_make_another_table(tmp_path: Path) -> None:
+    write_columns(tmp_path / "x.parquet", label=[0, 1, 0])
+    digests = set()
+    for name in ("cat", "tomcat"):
+        (tmp_path / "names.json").write_text(json.dumps([name, "dog"]))
+        digests.add(opened("parquet", tmp_path / "x.parquet", label_names=str(tmp_path / "names.json")).digest)
+    assert len(digests) == 2
+
+
+def write_columns(path: Path, **columns: Any) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(arrow.table({"image": [encode_png(image) for image in images(3)], **columns}), path)
 
 
 def test_columns_of_images_and_labels_can_be_named(tmp_path: Path) -> None:

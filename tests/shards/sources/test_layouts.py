@@ -176,6 +176,26 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["train/0.png", "train/1.png", *spread("test/", "ab")],
         r"training images must have labels where the held-out ones have",
     ),
+    "splits in words of another language": (
+        spread("训练集/", ("cat", "dog")) + spread("测试集/", ("cat", "dog")),
+        r"got cat in 测试集 and in 训练集.*split\.train",
+    ),
+    "splits below folds": (
+        [f"fold{fold}/{split}/{c}/0.png" for fold in (1, 2) for split in ("train", "test") for c in "ab"],
+        r"must not hold the same folders .*split\.by_name=false",
+    ),
+    "a split in an unusual word beside the classes": (
+        [*spread("", ("cat", "dog")), *spread("holdout/", ("cat", "dog"))],
+        r"got cat itself and in holdout of x.*split\.test",
+    ),
+    "domains with a folder of images": (
+        [f"{domain}/images/{c}/0.png" for domain in ("amazon", "webcam") for c in "ab"],
+        r"must not hold the same folders .*amazon.*webcam",
+    ),
+    "splits within one word": (
+        spread("mytrain/", "ab") + spread("mytest/", "ab"),
+        r"mytrain and mytest may be splits\).*split\.train",
+    ),
     "file names that mean a split now and then": (
         ["train_0.png", "train_1.png", "test_0.png", "other.png"],
         r"1 test, 2 train of 4 .*split\.train",
@@ -188,6 +208,22 @@ def test_layouts_with_two_readings_are_refused_with_the_setting_that_decides(cas
     names, message = REFUSED[case]
     with pytest.raises(DataError, match=message):
         laid_out(names)
+
+
+def test_folders_below_the_classes_are_accepted_where_names_mean_no_split() -> None:
+    found = laid_out([f"{c}/{year}/0.png" for c in ("cat", "dog") for year in (2019, 2020)], by_name=False)
+    assert found.class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "lists", [("meta/train.txt", "meta/test.txt"), ("train_test_split.txt",), ("list_eval_partition.txt",)]
+)
+def test_lists_that_may_say_the_split_are_reported(lists: tuple[str, ...]) -> None:
+    """As Food-101, CUB-200 and CelebA have them."""
+    found = laid_out(spread("images/", "ab"), dict.fromkeys(lists, "a/0\n"))
+    assert found.official is None
+    assert any(line.startswith("warning: files that may say the split") and lists[0] in line for line in found.lines)
+    assert not any("may say the split" in line for line in laid_out(spread("images/", "ab"), {"test.txt": ""}).lines)
 
 
 def test_a_class_called_train_is_a_class_where_names_mean_no_split() -> None:
@@ -259,6 +295,8 @@ def test_an_annotation_table_labels_the_images_of_its_split(name: str) -> None:
     [
         ("labels.csv", "id,breed_id,label\n0,7,cat\n1,7,dog\n2,8,cat\n"),
         ("labels.csv", "0.png;cat\n1.png;dog\n2.png;cat\n"),
+        ("labels.csv", "0.png|cat\n1.png|dog\n2.png|cat\n"),
+        ("labels.csv", "0,0.png,cat\n1,1.png,dog\n2,2.png,cat\n"),
         ("metadata.csv", "\ufefffile_name,label\r\n0.png,cat\r\n1.png,dog\r\n2.png,cat\r\n"),
         (
             "metadata.jsonl",
@@ -272,6 +310,37 @@ def test_an_annotation_table_labels_the_images_of_its_split(name: str) -> None:
 def test_a_table_with_a_usual_name_labels_flat_images(name: str, table: str) -> None:
     found = laid_out(["0.png", "1.png", "2.png"], {name: table})
     assert [found.class_names[label] for label in found.labels] == ["cat", "dog", "cat"]
+
+
+@pytest.mark.parametrize("text", ["a cat", "label"])
+def test_texts_about_images_are_no_classes(text: str) -> None:
+    """As captions in ``metadata.csv`` of Hugging Face."""
+    found = laid_out(["0.png", "1.png"], {"metadata.csv": f"file_name,text\n0.png,{text}\n1.png,a dog\n"})
+    assert found.class_names == ()
+    assert any(line.startswith("not used: metadata.csv, which has no column label") for line in found.lines)
+    breeds = "id,breed\n0,pug\n1,pug\n2,corgi\n3,corgi\n"
+    assert laid_out([f"{i}.png" for i in range(4)], {"labels.csv": breeds}).class_names == ("corgi", "pug")
+
+
+@pytest.mark.parametrize(
+    ("column", "train", "test"), [("split", "train", "test"), ("Usage", "Training", "PublicTest"), ("is_valid", 0, 1)]
+)
+def test_a_column_of_splits_is_no_pool(column: str, train: object, test: object) -> None:
+    table = f"filename,label,{column}\n0.png,cat,{train}\n1.png,dog,{train}\n2.png,cat,{test}\n"
+    with pytest.raises(DataError, match=rf"got the column {column} of labels\.csv of x\).*split\.by_name=false"):
+        laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table})
+    assert laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table}, by_name=False).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("source", [{}, {"label_table": "labels.csv"}])
+def test_a_table_may_leave_the_test_split_unlabelled(source: dict[str, Any]) -> None:
+    """As tables of Kaggle do, also where the table of the test split says -1."""
+    tables: Tables = {"labels.csv": "id,label\n0,cat\n1,dog\n"}
+    found = laid_out(["train/0.png", "train/1.png", "test/9.png"], tables, source)
+    assert (found.class_names, found.by_table) == (("cat", "dog"), True)
+    assert not any("not used" in line for line in found.lines)
+    own: Tables = {"train/labels.csv": "0.png,0\n1.png,1\n", "test/labels.csv": "9.png,-1\n"}
+    assert laid_out(["train/0.png", "train/1.png", "test/9.png"], own).by_table
 
 
 def test_a_table_and_its_column_can_be_named() -> None:
@@ -347,6 +416,45 @@ def test_a_table_names_classes_of_text_and_gives_their_order(tmp_path: Path) -> 
     assert found.labels.tolist() == [1, 1, 0, 0]
     with pytest.raises(DataError, match=r"must name every label \(got none for 'n03'"):
         laid_out(spread("", ("n01", "n03")), source={"label_names": str(tmp_path / "synsets.txt")})
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_other_class_names_make_another_data_set(kind: str, tmp_path: Path) -> None:
+    path, names = tmp_path / "in", tmp_path / "names.csv"
+    files = {f"{c}/{i}.png": PNG for c in "ab" for i in range(2)}
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    digests = set()
+    for name in ("tabby", "tomcat"):
+        names.write_text(f"wnid,words\na,{name}\nb,dog\n")
+        source = open_source(SourceConfig.model_validate({"kind": kind, "path": str(path), "label_names": str(names)}))
+        assert source.class_names == (name, "dog")
+        digests.add(source.digest)
+    assert len(digests) == 2
+
+
+def test_names_of_a_zip_are_those_of_a_folder(tmp_path: Path) -> None:
+    """Programs on Windows write backslashes; a name that is there twice is no image less."""
+    path = tmp_path / "in.zip"
+    names = [f"{split}\\{c}\\0.png" for split in ("train", "test") for c in "ab"] + ["./train/a/1.png", "/test/a/1.png"]
+    for double in (False, True):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in [*names, *["train/a/0.png"] * double]:
+                archive.writestr(name, PNG)
+        if not double:
+            source = open_source(SourceConfig(kind="zip", path=str(path)))
+            assert source.class_names == ("a", "b")
+            assert source.official is not None
+            assert np.bincount(source.official).tolist() == [3, 0, 3]
+            assert source.image(5).shape == (3, 4, 4)
+    with pytest.raises(DataError, match=r"names in a zip must differ \(got train/a/0\.png 2 times"):
+        open_source(SourceConfig(kind="zip", path=str(path)))
 
 
 def test_junk_is_passed_over_and_counted() -> None:

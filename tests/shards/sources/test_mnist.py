@@ -211,3 +211,10 @@ def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("tarflow_scale.shards.sources.mnist._MAX_FILE_BYTES", 10_000)
     with pytest.raises(DataError, match=message):
         MnistSource(make(tmp_path))
+
+
+def test_arrays_that_are_neither_train_nor_test_are_reported(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **ARRAYS, val_x=ARRAYS["test_x"], val_y=ARRAYS["test_y"])
+    assert MnistSource(str(tmp_path / "a.npz")).lines == (
+        "left out: arrays val_x, val_y, which are neither train nor test",
+    )

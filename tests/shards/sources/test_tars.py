@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,43 @@ def test_tars_with_names_of_splits_are_these_splits_and_no_pool(tmp_path: Path, 
     assert all(code == (0 if "train" in origin else 2) for origin, code in split_of(source).items())
     assert "official split (train, validation as test)" in source.description
     assert any("val" in line and "validation split, 2 images" in line for line in source.lines)
+
+
+def write_tar(path: Path, names: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            content = encode_png(images(1)[0]) if name.endswith(".png") else b"1"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_folders_in_tars_are_neither_splits_nor_classes_without_a_word(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a/x.tar", ["train/0.png", "train/0.cls", "test/1.png", "test/1.cls"])
+    with pytest.raises(DataError, match=r"folders in tars must not be splits \(got x\.tar:test and x\.tar:train"):
+        opened(tmp_path / "a")
+    assert len(opened(tmp_path / "a", {"by_name": False})) == 2
+    write_tar(tmp_path / "b/0.tar", ["train/0.png"])
+    write_tar(tmp_path / "b/1.tar", ["val/0.png"])
+    with pytest.raises(DataError, match=r"folders in tars must not be splits"):
+        opened(tmp_path / "b")
+    write_tar(tmp_path / "c/train-0.tar", ["train/0.png"])
+    write_tar(tmp_path / "c/val-0.tar", ["val/0.png"])
+    source = opened(tmp_path / "c")
+    assert source.official is not None
+    assert source.lines[-1] == "no labels (the tars hold images alone)"
+    write_tar(tmp_path / "d/x.tar", ["cat/0.png", "dog/0.png"])
+    (line,) = opened(tmp_path / "d").lines
+    assert "folders in tars are no classes (got cat, dog); unpack the tars and set source.kind=folder" in line
+
+
+def test_tars_whose_names_hide_a_split_are_refused(tmp_path: Path) -> None:
+    for name in ("mytrain0", "mytrain1", "mytest0"):
+        write_tar(tmp_path / f"{name}.tar", ["0.png"])
+    with pytest.raises(DataError, match=r"got mytrain0\.tar and mytest0\.tar\); .*split\.train and split\.test"):
+        opened(tmp_path)
+    assert opened(tmp_path, {"train": ["mytrain*"], "test": ["mytest*"]}).official is not None
 
 
 def test_tars_of_which_some_names_mean_a_split_are_refused(tmp_path: Path) -> None:
