@@ -356,6 +356,12 @@ def null_character(w: World) -> tuple[list[str], str]:
     )
 
 
+def override_without_a_reason(w: World) -> tuple[list[str], str]:
+    return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
+        "gate: override must be a reason (got none); say why, it is recorded for ever"
+    )
+
+
 def unknown_format(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=lmdb", "source.path=a", f"shards.path={w.out}"], (
         "source.kind: Input should be 'digits', 'folder', 'zip', 'mnist', 'cifar', 'imagenet_npz', 'parquet', "
@@ -422,6 +428,7 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     mixed_channels,
     check_of_no_data_set,
     null_character,
+    override_without_a_reason,
 ]
 
 

@@ -1,5 +1,6 @@
 """What a report is opened for, in a sentence: which model is best, by how much, how certainly, and what a gate said."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def answer_of_runs(runs: Sequence[Run]) -> list[str]:
         of_group = [run for run in runs if (run.loss.unit, run.measured_on) == (unit, measured_on)]
         for kind, place in (("held-out", 1), ("training", 0)):
             lasts = [(run.loss.series[place][-1], run) for run in of_group if run.loss.series[place]]
+            lasts = [last for last in lasts if math.isfinite(last[0][1])]  # NaN is neither lower nor higher
             if lasts:
                 (images, value), run = min(lasts, key=lambda item: item[0][1])
                 total = f" of {run.total_images:,}" if run.total_images else ""

@@ -1,5 +1,7 @@
 """The sentence that comes first: who is best, by how much, how certainly, and what a gate said."""
 
+import math
+
 import pytest
 
 from tarflow_scale.pages.answers import Lead, Word, answer, answer_of_runs, champion_of, gate_said
@@ -104,3 +106,9 @@ def test_runs_on_other_data_are_not_compared() -> None:
         "b (glow) has the lowest training loss, of 2 runs on digits: 2.000 bits/dim after 100 images.",
         "c (glow) has the lowest training loss on mnist: 1.000 bits/dim after 100 images.",
     ]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_lowest() -> None:
+    runs = [run("a", math.nan, "digits"), run("b", 2.0, "digits")]
+    assert answer_of_runs(runs) == ["b (glow) has the lowest training loss: 2.000 bits/dim after 100 images."]
+    assert answer_of_runs(runs[:1]) == []
