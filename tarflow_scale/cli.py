@@ -44,6 +44,29 @@ class _Verb:
     example: str
 
 
+_OF_MODELS = {
+    "init": ("models", "init", "make a registry, and see whether its store gives one winner of many writers",
+        "registry.path=s3://bucket/registry"),
+    "list": ("models", "list_models", "list all versions of all models of a registry", ""),
+    "show": ("models", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
+    "diff": ("models", "diff", "compare settings and numbers of two versions",
+        "registry.version=latest command.other=champion"),
+    "verify": ("models", "verify", "check every event and every file of a registry against its digest", ""),
+    "alias": ("models", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
+    "approve": ("models", "approve", "say that a version may be promoted, for gates that ask for it",
+        "registry.version=3"),
+    "rollback": ("models", "rollback", "point an alias back to the version before", "registry.version=champion"),
+    "retire": ("models", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
+    "collect": ("models", "collect", "list what no version needs any more, or remove it",
+        "command.grace_days=30 command.delete=true"),
+    "export": ("exchange", "export_version",
+        "write a version as a folder in the Hugging Face layout, with a model card",
+        "command.path=exported command.licence=apache-2.0"),
+    "import": ("exchange", "import_version", "register a version from a folder that export wrote",
+        "registry.model=copy command.path=exported"),
+}  # fmt: skip
+"""Commands of ``models``: module, function, summary, overrides of the example."""
+
 _VERBS = {
     "prepare": _Verb(
         "prepare", "run", configuration.PrepareConfig,
@@ -90,30 +113,7 @@ _VERBS = {
         "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
         "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
     ),
-}  # fmt: skip
-_OF_MODELS = {
-    "init": ("models", "init", "make a registry, and see whether its store gives one winner of many writers",
-        "registry.path=s3://bucket/registry"),
-    "list": ("models", "list_models", "list all versions of all models of a registry", ""),
-    "show": ("models", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
-    "diff": ("models", "diff", "compare settings and numbers of two versions",
-        "registry.version=latest command.other=champion"),
-    "verify": ("models", "verify", "check every event and every file of a registry against its digest", ""),
-    "alias": ("models", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
-    "approve": ("models", "approve", "say that a version may be promoted, for gates that ask for it",
-        "registry.version=3"),
-    "rollback": ("models", "rollback", "point an alias back to the version before", "registry.version=champion"),
-    "retire": ("models", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
-    "collect": ("models", "collect", "list what no version needs any more, or remove it",
-        "command.grace_days=30 command.delete=true"),
-    "export": ("exchange", "export_version",
-        "write a version as a folder in the Hugging Face layout, with a model card",
-        "command.path=exported command.licence=apache-2.0"),
-    "import": ("exchange", "import_version", "register a version from a folder that export wrote",
-        "registry.model=copy command.path=exported"),
-}  # fmt: skip
-"""Commands of ``models``: module, function, summary, overrides of the example."""
-_VERBS |= {
+} | {
     f"models {name}": _Verb(
         module, function, configuration.ModelsConfig, summary,
         f"tarflow-scale models {name} configs/models/digits.yaml {overrides}".rstrip(),

@@ -120,7 +120,7 @@ def temporary(place: Path) -> list[Finding]:
 
 def nearest(place: Path) -> Path:
     """The folder itself, or the nearest above it that is there."""
-    place = place.expanduser().absolute()
+    place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
 

@@ -8,8 +8,6 @@ from tarflow_scale.training.capacity import (
     LATENCY_SECONDS,
     LINK_EFFICIENCY,
     Point,
-    Step,
-    Work,
     default_mfu,
     efficiency,
     step_of,
@@ -125,15 +123,11 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _own_step(answer: Answer) -> Step:
-    return answer.job.step(answer.job.config)
-
-
 def _speed(answer: Answer) -> str:
-    job, step, training = answer.job, _own_step(answer), answer.job.config.training
+    job, step, training = answer.job, answer.job.step(answer.job.config), answer.job.config.training
     hours = training.total_images / step.images_per_second / 3600
     given = "stated" if answer.mfu_stated else "assumed, see below"
-    alone = step_of(_work(answer), job.cluster, job.mfu, 1, training.micro_batch_size)
+    alone = step_of(job.work(job.config), job.cluster, job.mfu, 1, training.micro_batch_size)
     rows = [
         ("utilisation of a GPU", f"{job.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
@@ -145,10 +139,6 @@ def _speed(answer: Answer) -> str:
     if answer.price is not None:
         rows.append(("cost", f"${hours * job.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
     return telemetry.table(rows, ("speed, global batch fixed", ""))
-
-
-def _work(answer: Answer) -> Work:
-    return answer.job.work(answer.job.config)
 
 
 def _traffic(answer: Answer) -> str:
@@ -172,7 +162,7 @@ def _traffic(answer: Answer) -> str:
 
 def _data(answer: Answer) -> str:
     job, facts = answer.job, answer.facts
-    rate = _own_step(answer).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
+    rate = job.step(job.config).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
     packed = facts.packed_bytes or float(facts.decoded_bytes)
     bound = "" if facts.packed_bytes else " at most, as if nothing were compressed"
     codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
