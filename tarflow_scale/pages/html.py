@@ -41,17 +41,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown.
+    """What is shown, from top to bottom.
 
     Args:
-        title: of the page.
-        answers: sentences that come first.
-        rankings: the leaderboards.
         words: what a gate said of the best of a leaderboard, by its name.
         entries: models whose history is shown.
         grids: PNGs of first samples by sha256, as reports name them.
-        runs: of training.
-        generated: pictures of generated data sets.
     """
 
     title: str

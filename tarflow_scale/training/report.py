@@ -24,14 +24,12 @@ DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the data.
+    """What is known of the data and of the flow for it; None where no data set says.
 
     Args:
         event_shape: of what the model sees.
-        size: of the flow for it.
         decoded_bytes: of a stored sample.
-        packed_bytes: of a sample on disk; None where no data set says.
-        codec: how images are stored; None where no data set says.
+        packed_bytes: of a sample on disk.
         source: where this is from, in words.
     """
 
@@ -45,16 +43,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Answer:
-    """All that is printed.
-
-    Args:
-        job: the recipe and its GPUs.
-        facts: of the data.
-        stages: of ZeRO.
-        points: of the curve.
-        price: $ of a GPU and hour, or None.
-        mfu_stated: whether utilisation was given.
-    """
+    """All that is printed; ``price`` is $ of a GPU and hour."""
 
     job: Job
     facts: Facts
