@@ -5,8 +5,12 @@
 
 from typing import NoReturn
 
-from tarflow_scale import cli, console, cores
-from tarflow_scale.processes import leave
+from tarflow_scale import interrupts
+
+interrupts.end_process()  # before the imports that take time
+
+from tarflow_scale import cli, console, cores  # noqa: E402
+from tarflow_scale.processes import leave  # noqa: E402
 
 
 def main() -> NoReturn:

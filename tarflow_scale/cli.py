@@ -27,6 +27,7 @@ from tarflow_scale import config as configuration
 from tarflow_scale import console, distributed
 from tarflow_scale.config.base import Root, absent_here, working_folder
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
+from tarflow_scale.interrupts import INTERRUPTED, INTERRUPTED_CODE, raise_exceptions
 from tarflow_scale.telemetry import printable
 
 __all__ = ["main"]
@@ -42,6 +43,29 @@ class _Verb:
     summary: str
     example: str
 
+
+_OF_MODELS = {
+    "init": ("models", "init", "make a registry, and see whether its store gives one winner of many writers",
+        "registry.path=s3://bucket/registry"),
+    "list": ("models", "list_models", "list all versions of all models of a registry", ""),
+    "show": ("models", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
+    "diff": ("models", "diff", "compare settings and numbers of two versions",
+        "registry.version=latest command.other=champion"),
+    "verify": ("models", "verify", "check every event and every file of a registry against its digest", ""),
+    "alias": ("models", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
+    "approve": ("models", "approve", "say that a version may be promoted, for gates that ask for it",
+        "registry.version=3"),
+    "rollback": ("models", "rollback", "point an alias back to the version before", "registry.version=champion"),
+    "retire": ("models", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
+    "collect": ("models", "collect", "list what no version needs any more, or remove it",
+        "command.grace_days=30 command.delete=true"),
+    "export": ("exchange", "export_version",
+        "write a version as a folder in the Hugging Face layout, with a model card",
+        "command.path=exported command.licence=apache-2.0"),
+    "import": ("exchange", "import_version", "register a version from a folder that export wrote",
+        "registry.model=copy command.path=exported"),
+}  # fmt: skip
+"""Commands of ``models``: module, function, summary, overrides of the example."""
 
 _VERBS = {
     "prepare": _Verb(
@@ -89,66 +113,12 @@ _VERBS = {
         "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
         "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
     ),
-    "models init": _Verb(
-        "models", "init", configuration.ModelsConfig,
-        "make a registry, and see whether its store gives one winner of many writers",
-        "tarflow-scale models init configs/models/digits.yaml registry.path=s3://bucket/registry",
-    ),
-    "models list": _Verb(
-        "models", "list_models", configuration.ModelsConfig,
-        "list all versions of all models of a registry",
-        "tarflow-scale models list configs/models/digits.yaml",
-    ),
-    "models show": _Verb(
-        "models", "show", configuration.ModelsConfig,
-        "show where a version came from, its numbers and its history",
-        "tarflow-scale models show configs/models/digits.yaml registry.version=2",
-    ),
-    "models diff": _Verb(
-        "models", "diff", configuration.ModelsConfig,
-        "compare settings and numbers of two versions",
-        "tarflow-scale models diff configs/models/digits.yaml registry.version=latest command.other=champion",
-    ),
-    "models verify": _Verb(
-        "models", "verify", configuration.ModelsConfig,
-        "check every event and every file of a registry against its digest",
-        "tarflow-scale models verify configs/models/digits.yaml",
-    ),
-    "models alias": _Verb(
-        "models", "alias", configuration.ModelsConfig,
-        "point an alias that no gate guards to a version",
-        "tarflow-scale models alias configs/models/digits.yaml command.alias=candidate",
-    ),
-    "models approve": _Verb(
-        "models", "approve", configuration.ModelsConfig,
-        "say that a version may be promoted, for gates that ask for it",
-        "tarflow-scale models approve configs/models/digits.yaml registry.version=3",
-    ),
-    "models rollback": _Verb(
-        "models", "rollback", configuration.ModelsConfig,
-        "point an alias back to the version before",
-        "tarflow-scale models rollback configs/models/digits.yaml registry.version=champion",
-    ),
-    "models retire": _Verb(
-        "models", "retire", configuration.ModelsConfig,
-        "take a version out of use",
-        "tarflow-scale models retire configs/models/digits.yaml registry.version=1 command.reason=leak",
-    ),
-    "models collect": _Verb(
-        "models", "collect", configuration.ModelsConfig,
-        "list what no version needs any more, or remove it",
-        "tarflow-scale models collect configs/models/digits.yaml command.grace_days=30 command.delete=true",
-    ),
-    "models export": _Verb(
-        "exchange", "export_version", configuration.ModelsConfig,
-        "write a version as a folder in the Hugging Face layout, with a model card",
-        "tarflow-scale models export configs/models/digits.yaml command.path=exported command.licence=apache-2.0",
-    ),
-    "models import": _Verb(
-        "exchange", "import_version", configuration.ModelsConfig,
-        "register a version from a folder that export wrote",
-        "tarflow-scale models import configs/models/digits.yaml registry.model=copy command.path=exported",
-    ),
+} | {
+    f"models {name}": _Verb(
+        module, function, configuration.ModelsConfig, summary,
+        f"tarflow-scale models {name} configs/models/digits.yaml {overrides}".rstrip(),
+    )
+    for name, (module, function, summary, overrides) in _OF_MODELS.items()
 }  # fmt: skip
 
 
@@ -222,7 +192,7 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if verb.module == "train" and distributed.is_main():
             print("importing PyTorch")  # seconds, in which nothing else would show that anything happens
-        module = importlib.import_module(f"tarflow_scale.{verb.module}")
+        module = _module(verb.module)
         function = next(
             (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function
         )
@@ -236,9 +206,16 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"tarflow-scale: error on rank {distributed.rank()}: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("tarflow-scale: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        print(INTERRUPTED, file=sys.stderr)
+        return INTERRUPTED_CODE
     return 0
+
+
+def _module(name: str) -> Any:
+    """What does the work; an interrupt raises an exception from here on, because there may be something to undo."""
+    module = importlib.import_module(f"tarflow_scale.{name}")
+    raise_exceptions()
+    return module
 
 
 def _relative(message: str, config: Root | None) -> str:
@@ -275,7 +252,7 @@ def _look(arguments: argparse.Namespace) -> bool:
         if paths is not None:
             if arguments.config:
                 raise ConfigError(f"--{flag} takes no configuration (got {arguments.config[0]} too); remove it")
-            getattr(importlib.import_module("tarflow_scale.prepare"), function)(*paths)
+            getattr(_module("prepare"), function)(*paths)
             return True
     return False
 
@@ -287,7 +264,7 @@ def _plan(arguments: argparse.Namespace, config: Root) -> bool:
         if given:
             raise ConfigError(f"{next(iter(given))} goes with --plan (got it alone); add --plan")
         return False
-    importlib.import_module("tarflow_scale.planning").run(config, given)
+    _module("planning").run(config, given)
     return True
 
 
@@ -375,7 +352,8 @@ def _describe(path: str, field: FieldInfo) -> list[str]:
             for name, inner in section.model_fields.items():
                 lines += _describe(f"{path}.{name}", inner)
         return lines
-    default = "required" if field.is_required() else _default(field)
+    absent = field.default is None or field.default is PydanticUndefined
+    default = "required" if field.is_required() else "none" if absent else str(field.default)
     text = " ".join((field.description or "").split())
     return [f"  {path} ({default})", f"      {text}"] if text else [f"  {path} ({default})"]
 
@@ -387,10 +365,6 @@ def _paragraphs(text: str) -> list[str]:
         is_table = paragraph.startswith("=")
         found += [f"    {line}" for line in paragraph.splitlines()] if is_table else [" ".join(paragraph.split())]
     return found
-
-
-def _default(field: FieldInfo) -> str:
-    return "none" if field.default is None or field.default is PydanticUndefined else str(field.default)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

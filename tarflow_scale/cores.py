@@ -64,7 +64,7 @@ def num_threads(asked: int, num_ranks: int) -> int:
     if asked:
         return asked
     outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if outermost.isdigit() and int(outermost):
+    if outermost.isdecimal() and int(outermost):
         return int(outermost)
     return max(1, num_cores() // num_ranks)
 

@@ -29,30 +29,20 @@ _GB = 1e9
 
 
 class Question(Section):
-    """What the flags of ``--plan`` say."""
+    """What the flags of ``--plan`` say; the command line has their meaning."""
 
     model_config = ConfigDict(alias_generator=lambda name: f"--{name.replace('_', '-')}")
 
     gpus: int = Field(ge=1, le=65536)
-    """GPUs in all."""
     gpu: str
-    """Their kind: h200, h100, a100, b200, ..."""
     gpus_per_node: int = Field(default=8, ge=1)
-    """GPUs of a machine, which NVLink or PCIe joins."""
     network: float | None = Field(default=None, gt=0)
-    """GB/s of each GPU to other machines, one direction; the maker's own machine if it is not given."""
     mfu: float | None = Field(default=None, gt=0, le=1)
-    """Model FLOPs utilisation of one GPU."""
     price: float | None = Field(default=None, gt=0)
-    """$ of a GPU and hour."""
     curve: str | None = None
-    """PNG to write."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the images in pixels, in place of the data set's."""
     channels: int = Field(default=3, ge=1)
-    """Channels of the images, with --image-size."""
     classes: int | None = Field(default=None, ge=0)
-    """Classes of the images, with --image-size; 0 without."""
 
 
 def run(config: TrainConfig, flags: dict[str, str]) -> None:

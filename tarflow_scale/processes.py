@@ -134,12 +134,11 @@ def _end_in_words(exit_code: int | None, said: bytes) -> str:
 def exclusive(folder: Path, wait_seconds: float = 0.0) -> Generator[None]:
     """Hold a local folder against other processes, of this machine and where its file system has locks of all.
 
-    The kernel lets go of it when this process ends, however it ends. A leading ``~`` of ``folder`` is the home folder.
+    The kernel lets go of it when this process ends, however it ends.
 
     Raises:
         StorageError: it cannot be written, or another process holds it and does not let go for ``wait_seconds``.
     """
-    folder = folder.expanduser()
     lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)

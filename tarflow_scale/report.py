@@ -10,6 +10,7 @@ board are an error, not a footnote. Nothing is kept between reports.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from tarflow_scale import storage
@@ -33,11 +34,11 @@ def run(config: ReportConfig, dry_run: bool) -> None:
         UserError: no such registry or run; rows of one leaderboard carry several protocol ids.
     """
     report = config.report
-    entries = [entry for registry in report.registries for entry in _entries(registry)]
+    entries = [entry for registry in _each_once(report.registries) for entry in _entries(registry)]
     rankings = [_ranking(path, entries) for path in report.leaderboards]
     words = {ranking.board.name: word for ranking in rankings if (word := _word(ranking, report.gate)) is not None}
-    runs = [_run(path) for path in report.runs]
-    pictures = [picture for path in report.generated if (picture := _generated(path)) is not None]
+    runs = [_run(path) for path in _each_once(report.runs)]
+    pictures = [picture for path in _each_once(report.generated) if (picture := _generated(path)) is not None]
     answers = [*_answers(rankings, words), *answer_of_runs(runs)]
     text = markdown(report.title, answers, rankings)
     if dry_run:
@@ -47,6 +48,10 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     storage.write_bytes(storage.join(report.path, "leaderboard.md"), text.encode())
     storage.write_bytes(storage.join(report.path, "index.html"), html_page(page).encode())
     print(f"{text}\nlook at {report.path}/index.html")
+
+
+def _each_once(paths: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(path.rstrip("/") or "/" for path in paths))
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a person and a script see of a run: a log, its progress, package versions, git commit, peak memory."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -9,7 +10,7 @@ import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata, util
 from pathlib import Path
 from typing import IO, Any, Self
@@ -46,7 +47,7 @@ class JsonLog:
 
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if _within(line, keep_until_images)]
+        kept = _whole_lines(path, math.inf if keep_until_images is None else keep_until_images)
         staged = path.with_name(f".{path.name}.partial")
         staged.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         staged.replace(path)  # at once, so that a kill here loses nothing
@@ -331,21 +332,11 @@ def _git(folder: Path, *arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if _parsed(line) is not None]
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _within(line: str, keep_until_images: int | None) -> bool:
-    record = _parsed(line)
-    assert record is not None
-    return keep_until_images is None or record.get("images", 0) <= keep_until_images
+def _whole_lines(path: Path, until_images: float) -> list[str]:
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("images", 0) <= until_images:
+                kept.append(line)
+    return kept

@@ -86,7 +86,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     ranks = distributed.world_size()
     deepspeed_config(config.optimizer, config.training, config.parallelism, num_parameters, ranks)
     telemetry.check_log_packages(config.logging.tensorboard, config.logging.wandb_project)
-    validation = _open_validation(config, manifest)
+    validation = config.validation and Validation.open(
+        config.validation,
+        like=manifest,
+        batch_size=config.training.micro_batch_size,
+        pixels=_pixel_format(config, manifest),
+        conditional=config.model.class_conditional,
+    )
     if distributed.is_main():
         print_plan(config, mix, manifest, size)
     if dry_run:
@@ -208,18 +214,6 @@ def _recorded(config: TrainConfig, progress: Progress, total_images: int) -> Gen
         status("failed", str(error) if isinstance(error, UserError) else repr(error))
         raise
     status("finished")
-
-
-def _open_validation(config: TrainConfig, manifest: Manifest) -> Validation | None:
-    if config.validation is None:
-        return None
-    return Validation.open(
-        config.validation,
-        like=manifest,
-        batch_size=config.training.micro_batch_size,
-        pixels=_pixel_format(config, manifest),
-        conditional=config.model.class_conditional,
-    )
 
 
 def _initialize(flow: Flow, reader: Loader, config: TrainConfig) -> None:

@@ -349,6 +349,19 @@ def in_place_elsewhere(w: World) -> tuple[list[str], str]:
     )
 
 
+def null_character(w: World) -> tuple[list[str], str]:
+    """Which no path can hold."""
+    return ["report", f"report.path={w.out}", 'report.runs=["a\\0b"]'], (
+        "report.runs.0: a value must not hold a null character (got 'a\\x00b'); remove it"
+    )
+
+
+def override_without_a_reason(w: World) -> tuple[list[str], str]:
+    return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
+        "gate: override must be a reason (got none); say why, it is recorded for ever"
+    )
+
+
 def unknown_format(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=lmdb", "source.path=a", f"shards.path={w.out}"], (
         "source.kind: Input should be 'digits', 'folder', 'zip', 'mnist', 'cifar', 'imagenet_npz', 'parquet', "
@@ -414,6 +427,8 @@ CASES: list[Callable[[World], tuple[list[str], str]]] = [
     unknown_format,
     mixed_channels,
     check_of_no_data_set,
+    null_character,
+    override_without_a_reason,
 ]
 
 

@@ -193,3 +193,27 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
     )
     assert result.returncode == 2
     assert result.stderr.startswith("tarflow-scale: error: registry: required key is missing")
+
+
+@pytest.mark.parametrize("imported", ["tarflow_scale.config", "tarflow_scale.models"])
+def test_ctrl_c_during_an_import_ends_in_one_line(imported: str, tmp_path: Path) -> None:
+    """Even in the callback of a weak reference, where Python drops exceptions."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys, weakref\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == {imported!r}:\n"
+        "            weakref.finalize(Finder(), os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "tarflow_scale", "models", "list", "registry.path=absent"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (
+        130,
+        "tarflow-scale: interrupted; run the same command again to go on\n",
+    )

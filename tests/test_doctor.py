@@ -27,7 +27,9 @@ from tarflow_scale import storage
 from tarflow_scale.config import DoctorConfig
 from tarflow_scale.config.doctor import CHECKS
 from tarflow_scale.doctor.launch import environment
+from tarflow_scale.doctor.machine import home
 from tests.conftest import TOP, Trained
+from tests.other_users import ALICE, needs_root, run_as
 
 SLOW = ("ranks", "torch", "weights", "cluster")
 """Checks that import torch or Ray; a fault elsewhere is looked for without them."""
@@ -651,3 +653,11 @@ def test_checkpoints_are_as_large_as_is_said(machine: Machine, trained: Trained)
     sizes = [sum(file.stat().st_size for file in folder.rglob("*")) for folder in checkpoints]
     assert int(kept) == run["checkpoint"]["keep_last"] + 1
     assert max(sizes) == pytest.approx(16 * int(parameters.replace(",", "")), rel=0.1)
+
+
+@needs_root
+def test_the_home_of_another_user_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tmp_path.chmod(0o700)
+    _, said = run_as(ALICE, work=lambda: print(home()[0].line))
+    assert f"cannot write {tmp_path}/.cache/torch_extensions (Permission denied); set HOME" in said

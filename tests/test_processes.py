@@ -58,17 +58,6 @@ def test_waiting_for_a_writer_that_stops(tmp_path: Path) -> None:
     other.wait()
 
 
-def test_the_lock_of_a_folder_below_home_is_in_that_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with exclusive(Path("~/packed")):
-        assert (tmp_path / "home/packed/.lock").exists()
-        with pytest.raises(StorageError, match="takes one writer at a time"):
-            exclusive(tmp_path / "home/packed").__enter__()
-    assert list((tmp_path / "work").iterdir()) == []
-
-
 def take_turns(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         with exclusive(folder, wait_seconds=60):

@@ -255,9 +255,10 @@ def test_runs_alone_need_neither_leaderboard_nor_registry(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A page of the first training, before anything is evaluated; it says what it reads before it reads it."""
-    assert cli.main(["report", f"report.path={tmp_path}/out", f"report.runs=[{trained.run}]"]) == 0
+    assert cli.main(["report", f"report.path={tmp_path}/out", f"report.runs=[{trained.run}, {trained.run}/]"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"reading run {trained.run}\n")
+    assert printed.count("reading run ") == 1
     assert f"{trained.run} (tarflow) has the lowest training loss: " in printed
     page = (tmp_path / "out/index.html").read_text()
     assert page.count("data:image/png;base64,") == 1  # the newest preview

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,8 +102,8 @@ def test_shared_files_and_folders_have_their_mode_whatever_the_umask(tmp_path: P
 def test_a_shared_folder_has_one_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.mkdir
 
-    def another_is_faster(self: Path, *arguments: int, **more: bool) -> None:
-        real(self, *arguments, **more)
+    def another_is_faster(self: Path, **more: Any) -> None:
+        real(self, **more)
         if self.name.endswith(storage.PARTIAL):
             real(tmp_path / "shared")
             (tmp_path / "shared/file").write_bytes(b"there")
@@ -158,6 +159,27 @@ def test_a_missing_file_is_one_clear_line(root: str) -> None:
 def test_a_name_cannot_leave_its_folder(part: str) -> None:
     with pytest.raises(StorageError, match="may not leave its folder"):
         storage.join("folder", part)
+
+
+@pytest.mark.parametrize(
+    ("home", "user"), [("~/r", str(os.getuid())), ("~nobody-of-this-name/r", "nobody-of-this-name")]
+)
+def test_a_home_folder_that_is_not_known_makes_no_stray_folder(
+    home: str, user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(StorageError, match=f"^{home}.* must begin with a home folder .got none of user {user}"):
+        storage.write_bytes(f"{home}/file", b"content")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_name_that_the_locale_cannot_encode_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsencode", lambda name: name.encode("ascii"))
+    for look in (storage.list_names, storage.local, storage.read_bytes):
+        with pytest.raises(StorageError, match=r"^r\xe9g must have letters of the locale .*; set LC_ALL=C.UTF-8$"):
+            look("r\xe9g")
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def _parsed(text: str) -> Any:
 
 
 def _check(raw: dict[str, Any]) -> None:
-    """Refuse a tree that is too large when its references are followed, and passwords.
+    """Refuse a tree that is too large when its references are followed, passwords, and what no path can hold.
 
     Raises:
         ConfigError: it is, or there is one.
@@ -172,6 +172,8 @@ def _check(raw: dict[str, Any]) -> None:
                 f"{path}: a URL must not hold a password, which would be kept with the run (got one for "
                 f"{value.rpartition('@')[2]}); give it to the store's client, by its environment variables or file"
             )
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{path}: a value must not hold a null character (got {_shown(value)}); remove it")
         if not isinstance(value, dict | list | tuple):
             return 1
         if id(value) in open_ones:
@@ -204,7 +206,8 @@ def _merge(raw: dict[str, Any], override: str) -> None:
     try:
         value = _parsed(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: the value is not valid YAML (got {_shown(text)}); quote it") from error
+        cure = "quote it" if text.isprintable() else "quote it, and where letters are shown as codes set LC_ALL=C.UTF-8"
+        raise ConfigError(f"{path}: the value is not valid YAML (got {_shown(text)}); {cure}") from error
     node = raw
     for key in keys[:-1]:
         child = node.setdefault(key, {})

@@ -288,7 +288,9 @@ class GateRef(Section):
         return value
 
     @model_validator(mode="after")
-    def _alias_is_no_number(self) -> "GateRef":
+    def _says_what_it_must(self) -> "GateRef":
         if self.alias == "latest" or self.alias.isdigit():
             raise ValueError(f"alias must be a name other than latest (got {self.alias}); for example champion")
+        if self.override is not None and not self.override.strip():
+            raise ValueError("override must be a reason (got none); say why, it is recorded for ever")
         return self

@@ -120,15 +120,15 @@ def temporary(place: Path) -> list[Finding]:
 
 def nearest(place: Path) -> Path:
     """The folder itself, or the nearest above it that is there."""
-    place = place.expanduser().absolute()
+    place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
 
 def _unwritable(place: Path) -> str:
     """Why nothing can be written there, or below where it would be made; empty if something can."""
     place = place.expanduser().absolute()
-    there = next(one for one in (place, *place.parents) if one.exists())
     try:
+        there = next(one for one in (place, *place.parents) if one.exists())
         with tempfile.TemporaryDirectory(prefix=".tarflow-scale-", dir=there) as folder:
             Path(folder, "try").write_bytes(b"written")
     except OSError as error:

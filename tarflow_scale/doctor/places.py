@@ -5,7 +5,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from tarflow_scale import storage
 from tarflow_scale.config import DoctorConfig, load_protocol
@@ -30,7 +29,7 @@ _SKEW_SECONDS = 60.0
 
 def disk(config: DoctorConfig) -> list[Finding]:
     """Free space at the run folder, against the checkpoints of the run where one is described."""
-    place = nearest(Path(config.logging.path if config.logging else "."))
+    place = nearest(storage.local(config.logging.path if config.logging else "."))
     free = shutil.disk_usage(place).free
     needed, why = _needed_bytes(config)
     found = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {why}"
@@ -80,7 +79,7 @@ def data_set(key: str, path: str) -> list[Finding]:
 
 def trial_folder(path: str) -> str:
     """A check's own folder in a store; what a local path lacks would be made by the job, and is not made here."""
-    place = path if storage.is_remote(path) else str(nearest(Path(path.removeprefix("file://"))))
+    place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 
 

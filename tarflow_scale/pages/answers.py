@@ -1,5 +1,6 @@
 """What a report is opened for, in a sentence: which model is best, by how much, how certainly, and what a gate said."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,11 @@ def gate_said(model: str, word: Word | None) -> str:
     gate = f"gate {decision.gate}" if decision.gate else "a gate"
     failed = ", ".join(f"{one.requirement} (got {one.found})" for one in decision.reasons if not one.holds)
     if decision.promoted:
-        held = ", ".join(one.requirement for one in decision.reasons)
+        # A number that was found is on the page; what was found in words says how a requirement holds.
+        held = ", ".join(
+            one.requirement if one.found[:1].isdigit() else f"{one.requirement} ({one.found})"
+            for one in decision.reasons
+        )
         said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
     else:
         overridden = f"; it became {word.alias} all the same: {word.override}" if word.alias else ""
@@ -126,23 +131,25 @@ def gate_said(model: str, word: Word | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Words of a gate in the format of the page: numbers of four digits in place of four decimals."""
+    """Words of a gate in the format of the page: numbers of four digits in place of four decimals, and ``95 %``."""
     shorter = re.sub(r"\d+\.\d{4}\b", lambda found: fixed(float(found[0]), decimals_of(float(found[0]))), text)
-    return shorter.replace("<=", "≤").replace(">=", "≥")
+    return re.sub(r"(?<=\d)%", " %", shorter).replace("<=", "≤").replace(">=", "≥")
 
 
 def answer_of_runs(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each unit of loss: which run is lowest, on held-out images where there are any."""
+    """A sentence for all runs whose losses can be compared: which is lowest, on held-out images where there are any."""
     sentences: list[str] = []
-    for unit in dict.fromkeys(run.loss.unit for run in runs):
+    groups = list(dict.fromkeys((run.loss.unit, run.measured_on) for run in runs))
+    for unit, measured_on in groups:
+        of_group = [run for run in runs if (run.loss.unit, run.measured_on) == (unit, measured_on)]
         for kind, place in (("held-out", 1), ("training", 0)):
-            lasts = [
-                (run.loss.series[place][-1], run) for run in runs if run.loss.unit == unit and run.loss.series[place]
-            ]
+            lasts = [(run.loss.series[place][-1], run) for run in of_group if run.loss.series[place]]
+            lasts = [last for last in lasts if math.isfinite(last[0][1])]  # NaN is neither lower nor higher
             if lasts:
                 (images, value), run = min(lasts, key=lambda item: item[0][1])
                 total = f" of {run.total_images:,}" if run.total_images else ""
                 among = f", of {len(lasts)} runs" if len(lasts) > 1 else ""
+                among += f" on {measured_on}" if len(groups) > 1 and measured_on else ""
                 sentences.append(
                     f"{run.name} has the lowest {kind} loss{among}: {fixed(value, decimals_of(value))} {unit} after "
                     f"{images:,.0f}{total} images{f'; it is {run.state}' if run.state else ''}."

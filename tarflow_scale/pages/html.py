@@ -41,17 +41,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown.
+    """What is shown, from top to bottom.
 
     Args:
-        title: of the page.
-        answers: sentences that come first.
-        rankings: the leaderboards.
         words: what a gate said of the best of a leaderboard, by its name.
         entries: models whose history is shown.
         grids: PNGs of first samples by sha256, as reports name them.
-        runs: of training.
-        generated: pictures of generated data sets.
     """
 
     title: str
@@ -113,16 +108,30 @@ def _board(ranking: Ranking, word: Word | None, grids: dict[str, bytes]) -> str:
 
 
 def _table(ranking: Ranking) -> str:
+    unit = f"<small>{_text(ranking.unit)}</small>"
     heads = "".join(
-        f'<th scope="col"{_numeric(name)}><button type="button">'
-        f"{name}{f'<small>{_text(ranking.unit)}</small>' if name == 'value' else ''}</button></th>"
+        f'<th scope="col"{_numeric(name)}><button type="button">{name}{unit * (name == "value")}</button></th>'
         for name in _COLUMNS
     )
-    rows = "".join(_row(row, ranking) for row in ranking.rows)
+    return _wide(ranking.board.title, heads, (_row(row, ranking) for row in ranking.rows))
+
+
+def _wide(label: str, heads: str, rows: Iterable[str], is_sorted: bool = True) -> str:
+    """A table that may be wider than the screen."""
+    kind = ' class="sortable"' if is_sorted else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{_text(ranking.board.title)}">'
-        f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{_text(label)}">'
+        f"<table{kind}><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _line(cells: Mapping[str, str]) -> str:
+    """A row of a table; each cell has the name of its column, which a phone shows beside it."""
+    return "<tr>" + "".join(f'<td data-label="{name}">{_text(text)}</td>' for name, text in cells.items()) + "</tr>"
+
+
+def _heads(names: Sequence[str]) -> str:
+    return "".join(f'<th scope="col">{name}</th>' for name in names)
 
 
 def _row(row: Row, ranking: Ranking) -> str:
@@ -176,16 +185,12 @@ def _gate(word: Word | None) -> str:
     """Every requirement of a gate with what was found."""
     if word is None:
         return ""
-    rows = "".join(
-        f'<tr><td data-label="holds">{"yes" if one.holds else "no"}</td>'
-        f'<td data-label="requirement">{_text(readable(one.requirement))}</td>'
-        f'<td data-label="found">{_text(readable(one.found))}</td></tr>'
-        for one in word.decision.reasons
-    )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("holds", "requirement", "found"))
+    names = ("holds", "requirement", "found")
+    found = [("yes" if one.holds else "no", one.requirement, one.found) for one in word.decision.reasons]
+    rows = "".join(_line(dict(zip(names, map(readable, cells), strict=True))) for cells in found)
     return (
-        f"<details><summary>{_text(f'What gate {word.decision.gate} found')}</summary><table><thead><tr>{heads}</tr>"
-        f"</thead><tbody>{rows}</tbody></table></details>"
+        f"<details><summary>{_text(f'What gate {word.decision.gate} found')}</summary><table><thead>"
+        f"<tr>{_heads(names)}</tr></thead><tbody>{rows}</tbody></table></details>"
     )
 
 
@@ -198,14 +203,8 @@ def _training(runs: Sequence[Run]) -> str:
         parts.append(
             f"<p>{unit} of the training batches{note}; dashed: of held-out images.</p>{chart}" if chart else ""
         )
-    rows = "".join(_run(run) for run in runs)
-    heads = "".join(
-        f'<th scope="col">{name}</th>' for name in ("run", "model", "state", "images seen", "loss", "held out")
-    )
-    parts.append(
-        f'<div class="wide" tabindex="0" role="region" aria-label="Runs"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    cells = [_run(run) for run in runs]
+    parts.append(_wide("Runs", _heads(list(cells[0])), map(_line, cells), is_sorted=False))
     previews = [
         Picture(run.preview[1], f"{run.name}, after {int(run.preview[0][7:-4]):,} images")
         for run in runs
@@ -214,15 +213,12 @@ def _training(runs: Sequence[Run]) -> str:
     return "".join(parts) + (f"<h3>Newest previews</h3>{_figures(previews)}" if previews else "")
 
 
-def _run(run: Run) -> str:
+def _run(run: Run) -> dict[str, str]:
     last = [points[-1][1] if points else None for points in run.loss.series]
+    loss, held_out = ("" if one is None else f"{fixed(one, decimals_of(one))} {run.loss.unit}" for one in last)
     seen = f"{run.images_seen:,}" + (f" of {run.total_images:,}" if run.total_images else "")
-    losses = ["" if one is None else f"{fixed(one, decimals_of(one))} {run.loss.unit}" for one in last]
-    cells = dict(
-        zip(("run", "model", "state", "images seen", "loss", "held out"),
-            (run.path, run.kind, run.state, seen, *losses), strict=True)
-    )  # fmt: skip
-    return "<tr>" + "".join(f'<td data-label="{name}">{_text(text)}</td>' for name, text in cells.items()) + "</tr>"
+    facts = {"run": run.path, "model": run.kind, "state": run.state}
+    return facts | {"images seen": seen, "loss": loss, "held out": held_out}
 
 
 def _figures(pictures: Iterable[Picture]) -> str:
@@ -273,23 +269,14 @@ def _history(entries: Sequence[Entry]) -> str:
         reverse=True,
     )
     names = ("time, UTC", "model", "event", "who", "why")
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-label="{name}">{_text(text)}</td>'
-            for name, text in zip(
-                names, (time[:19].replace("T", " "), model, event.kind, event.actor, event.reason), strict=True
-            )
-        )
-        + "</tr>"
+    cells = [
+        (time[:19].replace("T", " "), model, event.kind, event.actor, event.reason)
         for time, model, event in events[:_EVENTS]
-    )
+    ]
     heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in names)
     left = f"<p>The newest {_EVENTS} of {len(events)}.</p>" if len(events) > _EVENTS else ""
-    return (
-        f'{left}<div class="wide" tabindex="0" role="region" aria-label="Registry history">'
-        f'<table class="sortable"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    rows = (_line(dict(zip(names, row, strict=True))) for row in cells)
+    return left + _wide("Registry history", heads, rows)
 
 
 def _definitions(facts: Iterable[tuple[str, object]]) -> str:

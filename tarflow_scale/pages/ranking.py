@@ -117,7 +117,8 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     Raises:
         ConfigError: rows of ours carry several protocol ids.
     """
-    found = [row for entry in entries for row in _rows(board, protocol, entry)]
+    names = [entry.model for entry in entries]
+    found = [row for entry in entries for row in _rows(board, protocol, entry, names.count(entry.model) > 1)]
     ids = {row.metric.protocol_id: row.model for row in found if row.metric}
     if len(ids) > 1:
         names = " and ".join(f"{model} ({identity[:12]})" for identity, model in sorted(ids.items()))
@@ -144,7 +145,10 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
     return [Row(_BASELINES[kind], value, source=_BASELINE) for kind, value in found.items()]
 
 
-def _rows(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry) -> list[Row]:
+def _rows(
+    board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
+) -> list[Row]:
+    """Rows of one model; that of another registry may have its name."""
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:
@@ -161,7 +165,7 @@ def _rows(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoc
         half = _STANDARD_NORMAL_95 * metric.standard_error if metric.standard_error is not None else None
         rows.append(
             Row(
-                model=f"{entry.model}@{number}",
+                model=f"{entry.model}@{number}" + (f" of {entry.registry}" if is_namesake else ""),
                 value=metric.value,
                 rank=0,
                 low=None if half is None else metric.value - half,

@@ -72,7 +72,8 @@ class Run:
         state: ``running``, ``finished``, ``stopped`` or ``failed``; empty where the folder does not say.
         images_seen, total_images: how far it is; 0 where the folder does not say.
         loss: over images seen.
-        previews: the newest sample grid, if there is one, as ``(file name, PNG)``.
+        measured_on: data and settings that decide what a loss means; those of others cannot be compared with it.
+        preview: the newest sample grid, if there is one, as ``(file name, PNG)``.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Run:
     images_seen: int
     total_images: int
     loss: Loss
+    measured_on: str = ""
     preview: tuple[str, bytes] | None = None
 
     @property
@@ -104,13 +106,26 @@ def read_run(path: str) -> Run:
             loss.take(json.loads(line))
         config = yaml.safe_load(storage.read_if_there(storage.join(path, "config.yaml")) or b"{}")
         status = json.loads(storage.read_if_there(storage.join(path, "status.json")) or b"{}")
+        measured_on = _measured_on(config)
         kind, state = str(config.get("model", {}).get("kind", "")), str(status.get("state", ""))
         seen, total = int(status.get("images_seen", 0)), int(status.get("total_images", 0))
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not the folder of a training run ({reason}); remove it from report.runs") from error
     last = max((points[-1][0] for points in loss.series if points), default=0)  # a running run's status is its start's
-    return Run(path, kind, state, max(seen, int(last)), total, loss, _newest_preview(path))
+    return Run(path, kind, state, max(seen, int(last)), total, loss, measured_on, _newest_preview(path))
+
+
+def _measured_on(config: Mapping[str, Any]) -> str:
+    data, validation = config.get("data") or {}, config.get("validation") or {}
+    crop = (data.get("augmentation") or {}).get("crop_pixels")
+    noise = (config.get("training") or {}).get("noise") or {}
+    facts = [
+        str(validation.get("path") or data.get("path") or ""),
+        f"crops of {crop} pixels" if crop else "",
+        f"noise of {noise['std']:g}" if noise.get("kind") == "gaussian" else "",
+    ]
+    return ", ".join(filter(None, facts))
 
 
 def _newest_preview(path: str) -> tuple[str, bytes] | None:

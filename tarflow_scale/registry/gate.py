@@ -10,6 +10,7 @@ models of one family compete; both must be trained on the same data set.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import ge, le
 from statistics import NormalDist, fmean, stdev
 
 from tarflow_scale.config import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
@@ -174,14 +175,10 @@ def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) ->
         wanted = f"{name} on at least {requirement.minimum_images} images"
         holds = value.num_images >= requirement.minimum_images
         reasons.append(Reason(requirement=wanted, found=f"{value.num_images}", holds=holds))
-    if requirement.maximum is not None:
-        holds = value.value <= requirement.maximum
-        wanted = f"{name} <= {requirement.maximum:g} {unit}"
-        reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
-    if requirement.minimum is not None:
-        holds = value.value >= requirement.minimum
-        wanted = f"{name} >= {requirement.minimum:g} {unit}"
-        reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
+    for bound, sign, holds_at in ((requirement.maximum, "<=", le), (requirement.minimum, ">=", ge)):
+        if bound is not None:
+            wanted, holds = f"{name} {sign} {bound:g} {unit}", holds_at(value.value, bound)
+            reasons.append(Reason(requirement=wanted, found=f"{value.value:.4f}", holds=holds))
     return reasons
 
 
@@ -203,7 +200,7 @@ def _against_champion(
 def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
     better = "above" if protocol.higher_is_better else "below"
     by = f" by more than {requirement.margin:g}" if requirement.margin else ""
-    return f"{protocol.name} {better} {whose}{by}, with {requirement.confidence:.0%} confidence"
+    return f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
 
 
 def _against(

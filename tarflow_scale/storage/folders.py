@@ -29,12 +29,18 @@ __all__ = [
 _ABANDONED_SECONDS = 3600.0
 
 
+def _looked_at_again(location: str) -> tuple[Any, str]:
+    """The file system of a URL, without what it remembers of listings, and the path in it."""
+    fs, path = filesystem(location)
+    fs.invalidate_cache()
+    return fs, path
+
+
 def exists(location: str) -> bool:
     """Whether a file or folder is there."""
     with explained(location, "read"):
         if is_remote(location):
-            fs, path = filesystem(location)
-            fs.invalidate_cache()
+            fs, path = _looked_at_again(location)
             return bool(fs.exists(path))
         return local(location).exists()
 
@@ -43,8 +49,7 @@ def list_names(location: str) -> list[str]:
     """Sorted names directly below a folder; empty when there is no such folder."""
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = filesystem(location)
-            fs.invalidate_cache()
+            fs, path = _looked_at_again(location)
             if not fs.exists(path):
                 return []
             return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
@@ -56,8 +61,7 @@ def list_sizes(location: str) -> dict[str, int]:
     """Sizes in bytes of the files directly below a folder, by name; one request where a store lists sizes."""
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = filesystem(location)
-            fs.invalidate_cache()
+            fs, path = _looked_at_again(location)
             entries = fs.ls(path, detail=True)
             return {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
         with os.scandir(local(location)) as entries:
@@ -73,8 +77,7 @@ def is_folder(location: str) -> bool:
     """Whether there is a folder; in an object store, whether there are names below."""
     with explained(location, "read"):
         if is_remote(location):
-            fs, path = filesystem(location)
-            fs.invalidate_cache()
+            fs, path = _looked_at_again(location)
             return bool(fs.isdir(path))
         return local(location).is_dir()
 
@@ -95,8 +98,7 @@ def walk(location: str) -> list[FoundFile]:
     """
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = filesystem(location)
-            fs.invalidate_cache()
+            fs, path = _looked_at_again(location)
             root = path.strip("/")
             found = fs.find(path, detail=True).values()
             return sorted(

@@ -59,8 +59,22 @@ def local(location: str) -> Path:
 
 
 def local_name(location: str) -> str:
-    """The same as a string."""
-    return os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
+    """The same as a string.
+
+    Raises:
+        StorageError: it begins with the home folder of a user who has none, as in many containers; the locale cannot
+            encode it.
+    """
+    name = os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
+    if name.startswith("~"):
+        user = name[1:].partition("/")[0] or os.getuid()
+        raise StorageError(f"{location} must begin with a home folder (got none of user {user}); write the whole path")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        letter = error.object[error.start]
+        raise StorageError(f"{location} must have letters of the locale (got {letter!r}); set LC_ALL=C.UTF-8") from None
+    return name
 
 
 def filesystem(location: str) -> tuple[Any, str]:

@@ -23,17 +23,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and the GPUs it is planned for.
-
-    Args:
-        config: the recipe.
-        event_shape: of what the model sees.
-        size: of the flow.
-        flops_per_image: of a training step.
-        cluster: the GPUs.
-        mfu: of one of them.
-        gpus: how many.
-    """
+    """A recipe and the GPUs it is planned for; ``mfu`` is of one GPU, ``flops_per_image`` of a training step."""
 
     config: TrainConfig
     event_shape: tuple[int, ...]

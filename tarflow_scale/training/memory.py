@@ -88,7 +88,7 @@ class Memory:
     @property
     def total(self) -> float:
         """On the device."""
-        return sum(getattr(self, one.name) for one in fields(self) if one.name not in ("moment", "in_main"))
+        return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:

@@ -8,8 +8,6 @@ from tarflow_scale.training.capacity import (
     LATENCY_SECONDS,
     LINK_EFFICIENCY,
     Point,
-    Step,
-    Work,
     default_mfu,
     efficiency,
     step_of,
@@ -26,14 +24,12 @@ DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the data.
+    """What is known of the data and of the flow for it; None where no data set says.
 
     Args:
         event_shape: of what the model sees.
-        size: of the flow for it.
         decoded_bytes: of a stored sample.
-        packed_bytes: of a sample on disk; None where no data set says.
-        codec: how images are stored; None where no data set says.
+        packed_bytes: of a sample on disk.
         source: where this is from, in words.
     """
 
@@ -47,16 +43,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Answer:
-    """All that is printed.
-
-    Args:
-        job: the recipe and its GPUs.
-        facts: of the data.
-        stages: of ZeRO.
-        points: of the curve.
-        price: $ of a GPU and hour, or None.
-        mfu_stated: whether utilisation was given.
-    """
+    """All that is printed; ``price`` is $ of a GPU and hour."""
 
     job: Job
     facts: Facts
@@ -125,15 +112,11 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _own_step(answer: Answer) -> Step:
-    return answer.job.step(answer.job.config)
-
-
 def _speed(answer: Answer) -> str:
-    job, step, training = answer.job, _own_step(answer), answer.job.config.training
+    job, step, training = answer.job, answer.job.step(answer.job.config), answer.job.config.training
     hours = training.total_images / step.images_per_second / 3600
     given = "stated" if answer.mfu_stated else "assumed, see below"
-    alone = step_of(_work(answer), job.cluster, job.mfu, 1, training.micro_batch_size)
+    alone = step_of(job.work(job.config), job.cluster, job.mfu, 1, training.micro_batch_size)
     rows = [
         ("utilisation of a GPU", f"{job.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
@@ -145,10 +128,6 @@ def _speed(answer: Answer) -> str:
     if answer.price is not None:
         rows.append(("cost", f"${hours * job.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
     return telemetry.table(rows, ("speed, global batch fixed", ""))
-
-
-def _work(answer: Answer) -> Work:
-    return answer.job.work(answer.job.config)
 
 
 def _traffic(answer: Answer) -> str:
@@ -172,7 +151,7 @@ def _traffic(answer: Answer) -> str:
 
 def _data(answer: Answer) -> str:
     job, facts = answer.job, answer.facts
-    rate = _own_step(answer).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
+    rate = job.step(job.config).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
     packed = facts.packed_bytes or float(facts.decoded_bytes)
     bound = "" if facts.packed_bytes else " at most, as if nothing were compressed"
     codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)

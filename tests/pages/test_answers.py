@@ -1,9 +1,12 @@
 """The sentence that comes first: who is best, by how much, how certainly, and what a gate said."""
 
+import math
+
 import pytest
 
-from tarflow_scale.pages.answers import Lead, Word, answer, champion_of, gate_said
+from tarflow_scale.pages.answers import Lead, Word, answer, answer_of_runs, champion_of, gate_said
 from tarflow_scale.pages.ranking import Entry, Ranking, rank
+from tarflow_scale.pages.runs import Loss, Run
 from tarflow_scale.registry.gate import Decision, Reason
 from tests.pages.test_ranking import BITS, RECALL, board, entry
 
@@ -79,3 +82,33 @@ def test_what_a_gate_said() -> None:
     no = "gate digits says no: fid ≤ 26.5 (got 281.9)"
     assert gate_said("a@1", Word(failed)) == no
     assert gate_said("a@1", Word(failed, "champion", "because")) == f"{no}; it became champion all the same: because"
+
+
+def test_a_gate_that_had_nothing_to_compare_with_says_so() -> None:
+    wanted = "bits below the champion's, with 95% confidence"
+    first = Reason(requirement=wanted, found="there is no champion yet", holds=True)
+    said = gate_said("a@1", Word(Decision(gate="digits", promoted=True, reasons=(first,)), "champion"))
+    assert said.endswith(": bits below the champion's, with 95 % confidence (there is no champion yet)")
+
+
+def run(path: str, loss: float, measured_on: str) -> Run:
+    losses = Loss()
+    losses.take({"images": 100, "bits_per_dim": loss})
+    return Run(path, "glow", "", 100, 0, losses, measured_on)
+
+
+def test_runs_on_other_data_are_not_compared() -> None:
+    same = [run("a", 3.0, "digits"), run("b", 2.0, "digits")]
+    assert answer_of_runs(same) == [
+        "b (glow) has the lowest training loss, of 2 runs: 2.000 bits/dim after 100 images."
+    ]
+    assert answer_of_runs([*same, run("c", 1.0, "mnist")]) == [
+        "b (glow) has the lowest training loss, of 2 runs on digits: 2.000 bits/dim after 100 images.",
+        "c (glow) has the lowest training loss on mnist: 1.000 bits/dim after 100 images.",
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_lowest() -> None:
+    runs = [run("a", math.nan, "digits"), run("b", 2.0, "digits")]
+    assert answer_of_runs(runs) == ["b (glow) has the lowest training loss: 2.000 bits/dim after 100 images."]
+    assert answer_of_runs(runs[:1]) == []

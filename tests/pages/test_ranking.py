@@ -1,5 +1,7 @@
 """Rankings: the newest number of every version, one protocol id, ties, directions, baselines and published rows."""
 
+from dataclasses import replace
+
 import pytest
 
 from tarflow_scale.config import BitsPerDimProtocol, LeaderboardConfig, ManifoldProtocol
@@ -63,6 +65,11 @@ def test_several_protocol_ids_are_refused_unless_one_is_asked_for() -> None:
         rank(board(), BITS, entries)
     for whole_or_first_digits in ("a" * 64, "a" * 12):  # as reports show them
         assert [row.model for row in rank(board(protocol_id=whole_or_first_digits), BITS, entries).rows] == ["a@1"]
+
+
+def test_models_of_one_name_in_two_registries_are_told_apart() -> None:
+    entries = [entry("a", 2.0), replace(entry("a", 1.0), registry="other"), entry("b", 3.0)]
+    assert [row.model for row in rank(board(), BITS, entries).rows] == ["a@1 of other", "a@1 of registry", "b@1"]
 
 
 def test_numbers_by_other_protocols_are_no_rows() -> None:

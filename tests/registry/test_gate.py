@@ -77,7 +77,9 @@ def test_the_champion_must_be_beaten_by_the_margin_and_more_than_chance() -> Non
     # 0.1 - 0.05 is 2 standard errors of the difference, hypot(0.015, 0.02)
     noisy = contender("m@2", 1.9, error=0.015), contender("m@1", 2.0, error=0.02)
     assert outcome(beat, *noisy)[0]
-    assert not outcome(gate(must_beat_champion=True, margin=0.05, confidence=0.99), *noisy)[0]
+    sure = decide(gate(must_beat_champion=True, margin=0.05, confidence=0.999), {"p.yaml": PROTOCOL}, *noisy)
+    assert not sure.promoted
+    assert sure.reasons[0].requirement == "bits below the champion's by more than 0.05, with 99.9% confidence"
 
 
 def test_point_values_alone_never_decide() -> None:
