@@ -69,14 +69,11 @@ def check_values(
         raise ValueError(f"{noun} must be floats{scale} (got {x.dtype}); convert them, {how}")
     check_shape(x, event_shape)
     if x.device != like.device:
+        cure = f"use x.to({str(like.device)!r})"
+        raise ValueError(f"{noun} must be on the device of the flow's weights, {like.device} (got {x.device}); {cure}")
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
-            f"{noun} must be on the device of the flow's weights, {like.device} (got {x.device}); use x.to("
-            f"{str(like.device)!r})"
-        )
-    dtype = like.dtype
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"{noun} must have the precision of the flow's weights, {dtype} (got {x.dtype}); use x.to({dtype})"
+            f"{noun} must have the precision of the flow's weights, {like.dtype} (got {x.dtype}); use x.to({like.dtype})"
         )
     if hides_values() or x.is_meta or x.numel() == 0:
         return
@@ -102,11 +99,7 @@ def check_values(
 
 
 def check_draws(
-    num: object,
-    temperature: object = 1.0,
-    batch_size: object = None,
-    seed: object = None,
-    generator: object = None,
+    num: object, temperature: object = 1.0, batch_size: object = None, seed: object = None, generator: object = None
 ) -> None:
     """Raise ValueError for what no sampling can have; a temperature of 0 gives the image of the mean latent."""
     if not _is_whole(num, 0):
