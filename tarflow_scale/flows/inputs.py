@@ -72,9 +72,8 @@ def check_values(
         cure = f"use x.to({str(like.device)!r})"
         raise ValueError(f"{noun} must be on the device of the flow's weights, {like.device} (got {x.device}); {cure}")
     if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"{noun} must have the precision of the flow's weights, {like.dtype} (got {x.dtype}); use x.to({like.dtype})"
-        )
+        cure = f"use x.to({like.dtype})"
+        raise ValueError(f"{noun} must have the precision of the flow's weights, {like.dtype} (got {x.dtype}); {cure}")
     if hides_values() or x.is_meta or x.numel() == 0:
         return
     values = x.detach()
