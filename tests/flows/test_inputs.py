@@ -182,7 +182,9 @@ import warnings
 import numpy as np, torch
 from tarflow_scale.config import TarFlowConfig
 from tarflow_scale.errors import ConfigError
+from tarflow_scale.density import interpolated
 from tarflow_scale.flows import build
+from tarflow_scale.flows.likelihood import combine_draws
 config = TarFlowConfig(patch_size=4, width=8, head_width=8, layers_per_block=(1,))
 flow = build(config, (1, 4, 4), 3).eval()
 x = torch.zeros(2, 1, 4, 4)
@@ -197,6 +199,8 @@ for use in (
     lambda: flow.sample(2, guidance={"scale": 1}),
     lambda: flow.log_prob(x, b"ab"),
     lambda: flow.inverse(torch.zeros(16)),
+    lambda: combine_draws(torch.zeros(1, 2), "Mean"),  # this was importance
+    lambda: interpolated(flow, x[0], x[1], 3, path="Line"),  # and this an arc
     lambda: build(config, (1, 4.0, 4), 3),
     lambda: flow.log_prob(x, 1.5),
     lambda: flow.sample(2, y={1}),
@@ -226,6 +230,8 @@ for seen in (
         "guidance must be a Guidance, or its scale (got {'scale': 1}); tarflow_scale.flows has it",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got b'ab'); correct them",
         "latents must have shape (batch, 16) (got torch.Size([16])); one a value of the data",
+        "draws are combined by mean or importance, one at least (got 1, 'Mean')",
+        "a path is an arc or a line of at least 2 images (got 'Line' of 3); correct it",
         "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got 1.5); correct them",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got {1}); correct them",
