@@ -223,9 +223,11 @@ def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
             found[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), reference)
     for protocol in job.protocols.values():
         if isinstance(protocol, BitsPerDimProtocol) and gaussian is not None:
-            found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(gaussian, protocol, ShardSet(job.data_path))
+            found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(
+                gaussian, protocol, ShardSet(job.config.data.path)
+            )
         elif isinstance(protocol, NatsProtocol):
-            nats = gaussian_nats(ShardSet(job.reference_path), ShardSet(job.data_path))
+            nats = gaussian_nats(ShardSet(job.config.reference.path), ShardSet(job.config.data.path))
             found |= {} if nats is None else {f"gaussian_{protocol.name}": nats}
     return found
 
@@ -234,7 +236,10 @@ def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
 
 
 def _print_plan(job: Job, units: list[Unit]) -> None:
-    print(f"{job.subject}: {len(units)} parts on {job.workers}")
+    what, version, cluster = "bind references", job.version, job.config.cluster
+    if version is not None:
+        what = f"evaluate {job.config.registry.model}@{version.version}: {version.parameters:,} parameters"
+    print(f"{what}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
     rows = [(one.name, one.metric, str(job.num_images(path)), one.digest[:12]) for path, one in job.protocols.items()]
     print(telemetry.table(rows, ("protocol", "metric", "images", "digest")))
 

@@ -53,7 +53,7 @@ class Job:
     """
 
     def __init__(self, config: EvaluateConfig, registry: Registry | None, version: ModelVersion | None) -> None:
-        self._config = config
+        self.config = config
         self.version = version
         self.protocols: dict[str, LikelihoodProtocol | SampledProtocol] = {
             path: load_protocol(path) for path in config.metrics.protocols
@@ -99,29 +99,6 @@ class Job:
             facts,
         )
 
-    @property
-    def subject(self) -> str:
-        """What is done, in words."""
-        if self.version is None:
-            return "bind references"
-        name = f"{self._config.registry.model}@{self.version.version}"
-        return f"evaluate {name}: {self.version.parameters:,} parameters"
-
-    @property
-    def workers(self) -> str:
-        """Who does it, in words."""
-        return f"{self._config.cluster.num_workers} x {self._config.cluster.executor}"
-
-    @property
-    def data_path(self) -> str:
-        """Location of the split whose likelihood is measured."""
-        return self._config.data.path
-
-    @property
-    def reference_path(self) -> str:
-        """Location of the reference."""
-        return self._config.reference.path
-
     def num_images(self, path: str) -> int:
         """Images that a protocol's number is about."""
         protocol = self.protocols[path]
@@ -151,7 +128,7 @@ class Job:
         there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
         missing = [unit for unit in units if unit.part.name not in there[unit.part.folder]]
         total, left = (sum(unit.num_images for unit in several) for several in (units, missing))
-        config = self._config
+        config = self.config
         arguments = {
             "registry": config.registry if self.version else None,
             "version": self.version.version if self.version else 0,
@@ -187,7 +164,7 @@ class Job:
     def measure(self, pool: Pool, bindings: Mapping[str, Binding]) -> dict[str, Measured]:
         """Numbers of all sampled protocols, by path."""
         measures = {path: self._measure(path, one, bindings.get(path)) for path, one in self.sampled().items()}
-        threads = {"threads": self._config.cluster.cpus_per_worker}
+        threads = {"threads": self.config.cluster.cpus_per_worker}
         return in_rounds(measures, lambda tasks: pool.run(Reducer, threads, tasks))
 
     def grid(self, registry: Registry) -> FileRecord | None:

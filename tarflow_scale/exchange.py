@@ -31,7 +31,6 @@ from tarflow_scale.shards.images import contact_sheet
 __all__ = ["export_version", "import_version"]
 
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = "version.json", "README.md", "samples.png", "training.json"
-_CONFIG = "config.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
 """Of samples that are drawn for a card: images side by side, the same where each column holds a class, and in all."""
@@ -56,9 +55,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         DataError: there is something there.
         RegistryError: no such version, or a file of it is damaged.
     """
-    path, model = _path(config), config.registry.model
-    if model is None:
-        raise ConfigError("export needs a model (got none); set registry.model")
+    path, model = _place(config)
     registry = Registry(config.registry.path, model)
     state = registry.state()
     version = resolve(state, config.registry.version, model)
@@ -77,7 +74,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         files[_SAMPLES] = drawn
     if version.configuration is not None:
         files[_CONFIGURATION] = registry.read("configuration", version.configuration)
-    given: int = json.loads(files[_CONFIG]).get("num_conditions", 0)
+    given: int = json.loads(files[CONFIG_NAME]).get("num_conditions", 0)
     files[_CARD] = _card(model, version, state, config.command.licence, drawn is not None, given).encode()
     known = tuple(_portable(report) for report in reports)
     files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
@@ -93,9 +90,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         ConfigError: no path or no model.
         DataError: no exported version, a damaged one, or anything else than safetensors and JSON.
     """
-    path, model = _path(config), config.registry.model
-    if model is None:
-        raise ConfigError("import needs a name for the model (got none); set registry.model")
+    path, model = _place(config)
     location = storage.join(path, _VERSION)
     content = storage.read_if_there(location)
     if content is None:
@@ -142,10 +137,13 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
     return contact_sheet(images, columns, max(1, 256 // (_COLUMNS * images.shape[-1])), labels)
 
 
-def _path(config: ModelsConfig) -> str:
+def _place(config: ModelsConfig) -> tuple[str, str]:
+    """The folder or URL, and the model."""
     if config.command.path is None:
         raise ConfigError("command.path must say where the exported version is (got none); set it")
-    return config.command.path
+    if config.registry.model is None:
+        raise ConfigError("export and import need the name of a model (got none); set registry.model")
+    return config.command.path, config.registry.model
 
 
 def _portable(report: MetricsReport) -> MetricsReport:

@@ -12,7 +12,6 @@ more bad samples than ``sampling.guard`` allows. ``--calibrate`` measures decodi
 
 import functools
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,10 +47,10 @@ _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
 """Its width, if that is possible."""
 _EXACT = 1e-3
+"""Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
 """Images that chance alone may have drawn again, however few are made."""
-"""Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
 
 
 def run(config: GenerateConfig, dry_run: bool) -> None:
@@ -69,14 +68,16 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     _print_plan(plan, len(units), len(missing), path)
     if dry_run:
         return
-    _freeze_plan(path, plan)
+    storage.create(storage.join(path, _PLAN), plan.to_json())
+    _check_plan(path, plan)  # another driver may have been faster
     last = (MANIFEST_NAME, _GRID) if plan.has_grid else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         _also(config)
         return
     total = plan.num_images
-    quality = _sum(read_quality(path, unit) for unit in units if unit not in missing)
+    made = [read_quality(path, unit) for unit in units if unit not in missing]
+    quality = functools.reduce(Quality.plus, made, Quality())
     _check_redrawn(quality, plan)
     errors: list[float] = []
     begin = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers do not meet
@@ -258,15 +259,6 @@ def _of(plan: GenerationPlan, name: str) -> Any:
     if name == "guard":
         return GuardConfig.model_validate(plan.guard).model_dump()
     return SamplingConfig.model_validate(plan.sampling).model_dump() if name == "sampling" else getattr(plan, name)
-
-
-def _freeze_plan(path: str, plan: GenerationPlan) -> None:
-    storage.create(storage.join(path, _PLAN), plan.to_json())
-    _check_plan(path, plan)  # another driver may have been faster
-
-
-def _sum(several: Iterator[Quality]) -> Quality:
-    return functools.reduce(Quality.plus, several, Quality())
 
 
 def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:

@@ -163,10 +163,10 @@ class Scorer:
 
     def _grid(self, images: Tensor) -> bytes:
         """The first samples as one picture, with their classes; of up to 16 classes, a column shows one."""
-        names, classes = self._reference.manifest.class_names, self._flow.num_classes or 0
+        names, classes = self._flow.class_names, self._flow.num_classes or 0
         columns = classes if 1 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
         shown = images[: max(1, min(_GRID_IMAGES, len(images)) // columns) * columns].numpy()
-        labels = [names[i % classes] for i in range(len(shown))] if classes and len(names) == classes else None
+        labels = [names[i % classes] for i in range(len(shown))] if names else None
         zoom = max(1, 256 // (_GRID_COLUMNS * images.shape[-1]))
         return contact_sheet(shown, columns, zoom, labels)
 

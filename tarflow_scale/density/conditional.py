@@ -75,7 +75,12 @@ def interpolated(
         y: the label of all of them, ``(1,)`` or as in `Flow.log_prob`.
         path: ``arc`` also interpolates the length of the latent, so that what is between is as typical as the ends;
             ``line`` is the straight one.
+
+    Raises:
+        ValueError: fewer images or another path than that, or images or a label that do not fit the flow.
     """
+    if num < 2 or path not in ("arc", "line"):
+        raise ValueError(f"a path is an arc or a line of at least 2 images (got {path!r} of {num}); correct it")
     ends = torch.stack([start, end])
     a, b = flow(ends, flow.check_data(ends, _of_all(y, 2)))[0]
     share = torch.linspace(0, 1, num, dtype=a.dtype, device=a.device)[:, None]

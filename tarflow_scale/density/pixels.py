@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.conditions import GivenCondition
+from tarflow_scale.flows.inputs import check_draws
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 
 __all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
@@ -38,8 +39,10 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
     kind = getattr(images, "dtype", type(images).__name__)
     if kind != np.uint8:
         raise ValueError(f"stored pixels must be a NumPy array of uint8, 0 to 255 (got {kind}); convert them")
-    flow.check_shape(torch.from_numpy(images))
-    x = dequantized(torch.from_numpy(images), flow.pixels.bit_depth, seed, range(len(images)), draw)
+    check_draws(draw, seed=seed)
+    stored = torch.from_numpy(np.ascontiguousarray(images))
+    flow.check_shape(stored)
+    x = dequantized(stored, flow.pixels.bit_depth, seed, range(len(images)), draw)
     return x.to(next(flow.parameters()))
 
 
@@ -65,7 +68,7 @@ def image_bits_per_dim(
     Raises:
         ValueError: as `image_tensor`, and for labels that do not fit the flow.
     """
-    draws = [flow.log_prob_of_images(image_tensor(flow, images, seed, draw), y).double() for draw in range(num_draws)]
+    draws = [flow.log_prob_of_images(image_tensor(flow, images, seed, k), y).double() for k in _draws(num_draws)]
     assert flow.pixels is not None
     return bits_per_dim(combine_draws(torch.stack(draws), estimate), flow.num_dims, flow.pixels.bit_depth).cpu().numpy()
 
@@ -79,5 +82,11 @@ def image_nats(
     Raises:
         ValueError: as `image_bits_per_dim`, and for a flow whose latents mix values.
     """
-    draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in range(num_draws)]
+    draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in _draws(num_draws)]
     return torch.stack(draws).mean(dim=0).cpu().numpy()
+
+
+def _draws(num: int) -> range:
+    if num < 1:
+        raise ValueError(f"num_draws must be at least 1 (got {num}); correct it")
+    return range(num)

@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.flows.conditions import is_transformed
+
 __all__ = ["KeyValueCache", "TransformerLayer"]
 
 
@@ -27,7 +29,7 @@ class KeyValueCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token ``(B, N, 1, H)`` of ``layer`` and return everything stored so far ``(B, N, t, H)``."""
-        if k.requires_grad:  # a graph may not be overwritten, so gradients through sampling cost a copy a token
+        if k.requires_grad or is_transformed():  # may not be overwritten, so gradients through sampling cost copies
             if layer in self._grown:
                 earlier_k, earlier_v = self._grown[layer]
                 k, v = torch.cat([earlier_k, k], dim=2), torch.cat([earlier_v, v], dim=2)
@@ -81,7 +83,7 @@ class TransformerLayer(nn.Module):
         q, k, v = self._heads(h)
         q = q if sharpness is None else q * sharpness
         k, v = cache.extend(layer, k, v)
-        h = h + self._merge(F.scaled_dot_product_attention(q, k, v))
+        h = h + self._merge(_attended(q, k, v) if is_transformed() else F.scaled_dot_product_attention(q, k, v))
         return h + self._mlp(h)
 
     def _heads(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,9 +110,9 @@ class TransformerLayer(nn.Module):
 
 
 def _attended(
-    q: Float[Tensor, "B N T H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
-) -> Float[Tensor, "B N T H"]:
-    """Causal attention by its definition: PyTorch's fused kernels have a first derivative alone."""
+    q: Float[Tensor, "B N t H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
+) -> Float[Tensor, "B N t H"]:
+    """Causal attention of the last tokens by its definition: PyTorch's fused kernels have a first derivative alone."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

@@ -18,7 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config import Guidance, ModelConfig
-from tarflow_scale.flows.conditions import Condition, GivenCondition, as_condition, check_condition, check_count
+from tarflow_scale.flows.conditions import (
+    Condition,
+    GivenCondition,
+    as_condition,
+    check_condition,
+    check_count,
+    is_transformed,
+)
 from tarflow_scale.flows.dequantization import Dequantizer
 from tarflow_scale.flows.inputs import check_shape
 from tarflow_scale.flows.logits import from_logits, to_logits
@@ -130,10 +137,9 @@ class Bijection(nn.Module, ABC):
         Raises:
             ValueError: latents or labels of another shape, or guidance that cannot have an effect.
         """
-        if z.shape[1] != self.num_dims:
-            raise ValueError(
-                f"latents must have {self.num_dims} dimensions (got {z.shape[1]}); one a pixel and channel"
-            )
+        if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
+            got = getattr(z, "shape", type(z).__name__)
+            raise ValueError(f"latents must have shape (batch, {self.num_dims}) (got {got}); one a value of the data")
         labels = self._labels(y, len(z), z.device)
         check_count(labels, len(z), self.num_conditions)
         h = (decode or self.decode)(z, labels, guidance if self.is_guided(labels, guidance) else None)
@@ -154,9 +160,9 @@ class Bijection(nn.Module, ABC):
     def activations(self) -> Activations:
         """How the backward pass gets its activations; changes memory and time, never a result.
 
-        Setting it raises ValueError where the model has no such way.
+        Setting it raises ValueError where the model has no such way. Transformations of torch.func keep them.
         """
-        return self._activations
+        return "keep" if is_transformed() else self._activations
 
     @activations.setter
     def activations(self, how: Activations) -> None:

@@ -1,5 +1,9 @@
 """From a configuration to a flow; and the networks inside it, which optimizers and compilers treat apart."""
 
+import operator
+from collections.abc import Sequence
+from numbers import Integral
+
 from torch import Tensor, nn
 
 from tarflow_scale.config import (
@@ -30,7 +34,7 @@ __all__ = ["build"]
 
 def build(
     config: ModelConfig,
-    event_shape: tuple[int, ...],
+    event_shape: Sequence[int],
     num_classes: int | None = None,
     num_conditions: int | None = None,
 ) -> Flow:
@@ -45,6 +49,10 @@ def build(
     Raises:
         ConfigError: when the model does not fit the data.
     """
+    event_shape = _checked_shape(event_shape)
+    for noun, number in (("num_classes", num_classes), ("num_conditions", num_conditions)):
+        if number is not None and (not isinstance(number, Integral) or number < 0):
+            raise ConfigError(f"{noun} must be a whole number from 1, or None (got {number!r}); correct it")
     if num_classes and num_conditions:
         raise ConfigError(
             f"a flow is conditioned on labels or on numbers (got {num_classes} classes and {num_conditions} numbers); "
@@ -90,6 +98,17 @@ def build(
     if config.class_conditional and num_conditions:
         flow.num_classes, flow.num_conditions = None, num_conditions
     return flow
+
+
+def _checked_shape(event_shape: Sequence[int]) -> tuple[int, ...]:
+    """A tuple of ints, so that it can be compared with shapes of tensors."""
+    try:
+        shape = tuple(operator.index(size) for size in event_shape)
+    except TypeError:
+        shape = ()
+    if len(shape) not in (1, 3) or min(shape) < 1:
+        raise ConfigError(f"events have shape (channels, height, width) or (values,) (got {event_shape}); correct it")
+    return shape
 
 
 Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ResidualLayers | ShiftNetwork

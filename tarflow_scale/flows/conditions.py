@@ -8,9 +8,11 @@ import difflib
 from collections.abc import Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "Condition",
@@ -27,8 +29,9 @@ __all__ = [
 Condition = Tensor | None
 """Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped, or None, which drops all of them; floats
 ``(B, K)`` for a flow that is conditioned on vectors."""
-GivenCondition = Condition | int | str | Sequence[int | str]
-"""What a user may write for a `Condition`: also one class for all samples, by number or name, or a list of classes."""
+GivenCondition = Condition | np.ndarray | int | str | Sequence[int | str]
+"""What a user may write for a `Condition`: also one class for all samples, by number or name, a list of classes, or an
+array of either."""
 
 _SHOWN_CLASSES = 10
 _ALIKE = 0.6
@@ -36,10 +39,10 @@ _ALIKE = 0.6
 
 
 def is_transformed() -> bool:
-    """Whether `torch.vmap` or another transformation of torch.func runs this code."""
+    """Whether `torch.vmap`, another transformation of torch.func or forward-mode differentiation runs this code."""
     if torch.compiler.is_compiling():  # which cannot look at the state of torch.func
         return False
-    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0  # pyright: ignore
 
 
 def hides_values() -> bool:
@@ -64,15 +67,21 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """The condition of ``num`` samples from what a user wrote; a tensor stays as it is.
+    """The condition of ``num`` samples from what a user wrote; integers become int64, as narrow ones index as masks.
 
     Raises:
         ValueError: something else than classes.
     """
-    if y is None or torch.is_tensor(y):
-        return y
+    if isinstance(y, np.ndarray):
+        y = torch.as_tensor(y) if y.dtype.kind in "biuf" else y.tolist()
+    if y is None:
+        return None
+    if torch.is_tensor(y):
+        return y.to(device) if y.is_floating_point() else y.to(device, torch.int64)
     classes = [y] if isinstance(y, str | Integral) else y
-    if not isinstance(classes, Sequence) or not all(isinstance(one, str | Integral) for one in classes):
+    if isinstance(classes, bytes) or not (
+        isinstance(classes, Sequence) and all(isinstance(one, str | Integral) for one in classes)
+    ):
         raise ValueError(
             f"labels must be a tensor, a number or name of a class for all, or a list of them (got {y!r}); correct them"
         )

@@ -5,6 +5,7 @@ may use a flow at once, as long as none of them changes it.
 """
 
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from tarflow_scale import telemetry
 from tarflow_scale.config import Guidance
 from tarflow_scale.flows.bijection import Activations, Bijection, Decode
 from tarflow_scale.flows.conditions import Condition, GivenCondition, is_transformed
-from tarflow_scale.flows.inputs import check_draws, check_values
+from tarflow_scale.flows.inputs import check_draws, check_stored, check_values
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.flows.logits import logit_log_dets, to_logits
@@ -38,10 +39,9 @@ class Flow(Bijection):
         Raises:
             ValueError: labels that do not fit this flow.
         """
-        check_draws(num, 1.0, None, None)
+        check_draws(num, generator=generator)
         reference = next(self.parameters())
-        labels = self._labels(y, num, reference.device)
-        self.check_labels(labels, num)
+        labels = self._checked_labels(y, num, reference.device)
         z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype).to(reference.device)
         x, log_det = self.inverse_and_log_det(z, labels)
         return x, standard_normal_log_prob(z) - log_det
@@ -88,9 +88,12 @@ class Flow(Bijection):
         Raises:
             ValueError: see `log_prob`.
         """
-        check_values(x, self.event_shape, next(self.parameters()).dtype, self.pixels, self.logit_alpha)
-        labels = self._labels(y, len(x), x.device)
-        self.check_labels(labels, len(x))
+        check_values(x, self.event_shape, next(self.parameters()), self.pixels, self.logit_alpha)
+        return self._checked_labels(y, len(x), x.device)
+
+    def _checked_labels(self, y: GivenCondition, num: int, device: torch.device) -> Condition:
+        labels = self._labels(y, num, device)
+        self.check_labels(labels, num)
         return labels
 
     @torch.no_grad()
@@ -152,23 +155,24 @@ class Flow(Bijection):
             ValueError: labels or guidance that do not fit this flow, numbers out of their range, or both a seed and a
                 generator.
         """
-        check_draws(num, temperature, batch_size, seed)
+        check_draws(num, temperature, batch_size, seed, generator)
         if seed is not None and generator is not None:
             raise ValueError("latents come from a seed or from a generator (got both); leave one out")
         reference = next(self.parameters())
-        labels = self._labels(y, num, reference.device)
-        self.check_labels(labels, num)
-        way = Guidance(scale=guidance) if isinstance(guidance, int | float) else guidance
+        labels = self._checked_labels(y, num, reference.device)
+        way = Guidance(scale=float(guidance)) if isinstance(guidance, Real) else guidance
+        if way is not None and not isinstance(way, Guidance):
+            raise ValueError(f"guidance must be a Guidance, or its scale (got {way!r}); tarflow_scale.flows has it")
         if seed is None:
             z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
         else:
-            z = latents(seed, range(num), self.num_dims).to(reference)
+            z = latents(int(seed), range(num), self.num_dims).to(reference)
         size = batch_size or max(1, num)
         parts: list[Tensor] = []
         with telemetry.progress_bar(num, "sample", enabled=progress) as bar:
             for low in range(0, num, size):
                 part = z[low : low + size]
-                of_part = None if labels is None else labels[low : low + size].to(reference.device)
+                of_part = None if labels is None else labels[low : low + size]
                 decode = None if self.decoder is None else self.decoder(partial(_advance, bar, len(part)))
                 parts.append(self.inverse(temperature * part, of_part, way, decode))
                 if decode is None:
@@ -179,8 +183,10 @@ class Flow(Bijection):
         """Images as stored pixels, quantised as the training noise asks.
 
         Raises:
-            ValueError: when the flow does not know its pixel format.
+            ValueError: when the flow does not know its pixel format; images of another shape, pixels, or values that
+                are not finite.
         """
+        check_stored(x, self.event_shape)
         if self.pixels is None or self.pixels.noise == "none":
             what = "does not know its pixel format; train or load it through the pipeline"
             raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else what}")
@@ -207,8 +213,9 @@ class Flow(Bijection):
         """
         how, self._activations = self._activations, "keep"  # rebuilding would add to the gradients of parameters
         try:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                y = None if y is None else y.clone()  # also out of inference mode, whose tensors have no gradients
+                x = x.detach().clone().requires_grad_()
                 z, log_det = self(x, y)
                 (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
         finally:

@@ -8,6 +8,7 @@ tracer or torch.func runs cannot look at values and skips these checks.
 import math
 import operator
 import warnings
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,19 +16,21 @@ from torch import Tensor
 from tarflow_scale.flows.conditions import hides_values
 from tarflow_scale.records import PixelFormat
 
-__all__ = ["check_draws", "check_shape", "check_values"]
+__all__ = ["check_draws", "check_shape", "check_stored", "check_values"]
 
 _FAR = 4.0
 """Images on [-1, 1], also with noise, and samples of a trained model have next to no values beyond."""
 _MOST_FAR_SHARE = 0.01
+_OUTSIDE, _MOST_OUTSIDE_SHARE = 1.5, 0.05
+"""Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond."""
 _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
 """A batch on [0, 1] begins about 0 and spans much of it; one on [-1, 1] without any value below 0 seldom does both."""
 _ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
 
 
 def check_shape(x: object, event_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``x`` is a batch of events of this shape; costs nothing."""
-    shape = tuple(getattr(x, "shape", ()))
+    """Raise ValueError unless ``x`` is a tensor, a batch of events of this shape; costs nothing."""
+    shape = tuple(_checked_tensor(x, event_shape).shape)
     if shape[1:] == event_shape:
         return
     cure = "use data of the shape this flow was built for"
@@ -41,42 +44,43 @@ def check_shape(x: object, event_shape: tuple[int, ...]) -> None:
 
 
 def check_values(
-    x: object, event_shape: tuple[int, ...], dtype: torch.dtype, pixels: PixelFormat | None, logit_alpha: float | None
+    x: object, event_shape: tuple[int, ...], like: Tensor, pixels: PixelFormat | None, logit_alpha: float | None
 ) -> None:
     """Look at the kind and the values of a batch.
 
-    A batch that seems to be on [0, 1] is a warning, because bright images on [-1, 1] look the same.
+    A batch that seems to be on [0, 1], or standardised, is a warning, because bright images on [-1, 1] and samples of
+    an untrained model look the same.
 
     Args:
         x: the batch ``(B, *event)``.
         event_shape: of this flow.
-        dtype: of its weights.
+        like: one of its weights.
         pixels: how its images were made; None where that is not known.
         logit_alpha: see `tarflow_scale.flows.logits.to_logits`; it is defined a little beyond [-1, 1] alone.
 
     Raises:
-        ValueError: no floats of this precision in a tensor, or values that cannot be images on [-1, 1].
+        ValueError: no floats of this precision and device in a tensor, or values that cannot be images on [-1, 1].
     """
-    noun = _noun(event_shape)
-    if not isinstance(x, Tensor):
-        kind = f"{type(x).__module__}.{type(x).__name__}"
-        raise ValueError(f"{noun} must be a tensor (got {kind}); torch.as_tensor(x) of an array makes one")
+    x, noun = _checked_tensor(x, event_shape), _noun(event_shape)
     is_image = pixels is not None and pixels.noise != "none"
     if not x.is_floating_point():
         how = _ADVICE if len(event_shape) == 3 else "x.float()"
         scale = " on [-1, 1]" if len(event_shape) == 3 else ""
         raise ValueError(f"{noun} must be floats{scale} (got {x.dtype}); convert them, {how}")
     check_shape(x, event_shape)
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"{noun} must have the precision of the flow's weights, {dtype} (got {x.dtype}); use x.to({dtype})"
-        )
+    if x.device != like.device:
+        cure = f"use x.to({str(like.device)!r})"
+        raise ValueError(f"{noun} must be on the device of the flow's weights, {like.device} (got {x.device}); {cure}")
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        cure = f"use x.to({like.dtype})"
+        raise ValueError(f"{noun} must have the precision of the flow's weights, {like.dtype} (got {x.dtype}); {cure}")
     if hides_values() or x.is_meta or x.numel() == 0:
         return
     values = x.detach()
     size = values.abs()
-    facts = [(~torch.isfinite(values)).sum(), values.amin(), values.amax(), (size > _FAR).double().mean()]
-    bad, low, high, far = torch.stack([one.double() for one in facts]).tolist()  # one wait for the device
+    shares = ((size > limit).double().mean() for limit in (_FAR, _OUTSIDE))
+    facts = [(~torch.isfinite(values)).sum(), values.amin(), values.amax(), *shares]
+    bad, low, high, far, outside = torch.stack([one.double() for one in facts]).tolist()  # one wait for the device
     if bad:
         raise ValueError(f"{noun} must be finite (got {bad:.0f} values that are not); check how they were made")
     if logit_alpha is not None and max(-low, high) >= 1 / (1 - 2 * logit_alpha):
@@ -87,27 +91,56 @@ def check_values(
     if is_image and far > _MOST_FAR_SHARE:
         raise ValueError(f"{noun} must be on [-1, 1] (got {low:g} to {high:g}); scale them: {_ADVICE}")
     if is_image and 0 <= low < _DARKEST and high <= 1 and high - low > _SMALLEST_RANGE:
-        warnings.warn(
-            f"these images seem to be on [0, 1], and this flow is for [-1, 1] (got {low:g} to {high:g}); if they are, "
-            f"use 2 * x - 1",
-            stacklevel=5,  # who called log_prob
-        )
+        _warn(f"these images seem to be on [0, 1] (got {low:g} to {high:g})", "if they are, use 2 * x - 1")
+    if is_image and outside > _MOST_OUTSIDE_SHARE:
+        what = f"{outside:.0%} of the values of these images are beyond +-{_OUTSIDE:g} (got {low:g} to {high:g})"
+        _warn(what, "if they were standardised, undo it")
 
 
-def check_draws(num: object, temperature: float, batch_size: int | None, seed: int | None) -> None:
-    """Raise ValueError for numbers that no sampling can have; a temperature of 0 gives the image of the mean latent."""
-    try:
-        fits = not isinstance(num, bool) and operator.index(num) >= 0  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        fits = False
-    if not fits:
+def check_draws(
+    num: object, temperature: object = 1.0, batch_size: object = None, seed: object = None, generator: object = None
+) -> None:
+    """Raise ValueError for what no sampling can have; a temperature of 0 gives the image of the mean latent."""
+    if not _is_whole(num, 0):
         raise ValueError(f"the number of samples must be a whole number from 0 (got {num!r}); correct it")
-    if not 0 <= temperature < math.inf:
+    if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
         raise ValueError(f"temperature must be a finite number from 0 (got {temperature!r}); 1 is the model's own")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 (got {batch_size!r}); None decodes all together")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in 0..2^64-1 (got {seed!r}); choose another")
+    if batch_size is not None and not _is_whole(batch_size, 1):
+        raise ValueError(f"batch_size must be a whole number from 1 (got {batch_size!r}); None decodes all together")
+    if seed is not None and not _is_whole(seed, 0, 2**64):
+        raise ValueError(f"seed must be a whole number in 0..2^64-1 (got {seed!r}); choose another")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator (got {generator!r}); a number is a seed")
+
+
+def check_stored(x: object, event_shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``x`` can become stored pixels."""
+    check_shape(x, event_shape)
+    x = _checked_tensor(x, event_shape)
+    if not x.is_floating_point():
+        raise ValueError(f"pixels are made of floats on [-1, 1] (got {x.dtype}); {_ADVICE} makes them")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("pixels are made of finite values (got some that are not); check the model")
+
+
+def _is_whole(value: object, low: int, beyond: float | int = math.inf) -> bool:
+    try:
+        return not isinstance(value, bool) and low <= operator.index(value) < beyond  # pyright: ignore
+    except TypeError:
+        return False
+
+
+def _checked_tensor(x: object, event_shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(x, Tensor):
+        kind = f"{type(x).__module__}.{type(x).__name__}"
+        raise ValueError(
+            f"{_noun(event_shape)} must be a tensor (got {kind}); torch.as_tensor(x) of an array makes one"
+        )
+    return x
+
+
+def _warn(what: str, cure: str) -> None:
+    warnings.warn(f"{what}, and this flow is for [-1, 1]; {cure}", stacklevel=6)  # who called log_prob
 
 
 def _noun(event_shape: tuple[int, ...]) -> str:

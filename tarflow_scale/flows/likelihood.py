@@ -82,8 +82,9 @@ def dequantized(
         samples: number of each image.
         draw: which of several draws.
     """
-    sources = [generator(Purpose.BITS_PER_DIM_NOISE, seed, sample, draw) for sample in samples]
-    noise = np.stack([source.random(tuple(images.shape[1:]), np.float32) for source in sources])
+    noise = np.empty(images.shape, np.float32)
+    for row, sample in zip(noise, samples, strict=True):
+        row[...] = generator(Purpose.BITS_PER_DIM_NOISE, seed, sample, draw).random(row.shape, np.float32)
     return add_noise(images, torch.from_numpy(noise), PixelFormat(bit_depth=bit_depth, noise="uniform"))
 
 
@@ -129,7 +130,12 @@ def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "im
 
     ``mean``: the average over draws, whose cost is an upper bound. ``importance``: the log of the mean density, a
     bound that is never looser.
+
+    Raises:
+        ValueError: no draws, or another estimate.
     """
+    if len(log_probs) == 0 or estimate not in ("mean", "importance"):
+        raise ValueError(f"draws are combined by mean or importance, one at least (got {len(log_probs)}, {estimate!r})")
     if estimate == "mean":
         return log_probs.mean(dim=0)
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))

@@ -105,24 +105,13 @@ class Level(nn.Module):
         self.passed_on = channels // 2 if split else 0
         self.prior = Prior(self.passed_on if prior_sees_rest else 0, channels - self.passed_on, num_classes)
         self._prior_sees_rest = prior_sees_rest
-        self._groups_before = [step.layers() for step in before]
-        self._groups = [step.layers() for step in steps]
-
-    def groups_before(self) -> Groups:
+        self.groups_before: Groups = [step.layers() for step in before]
         """Layers of each step before the squeeze."""
-        return self._groups_before
-
-    def groups(self) -> Groups:
-        """Layers of each step after the squeeze."""
-        return self._groups
+        self.groups: Groups = [step.layers() for step in steps]
+        """And after it."""
 
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Split ``h`` into what goes on (None at the last level) and standardised latents; and the log-determinant."""
-        context, z, log_std = self.take_latents_apart(h, y)
-        return context, z, -log_std.sum(dim=(1, 2, 3))
-
-    def take_latents_apart(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
-        """`take_latents`, with the log-deviation of each latent."""
+        """Split ``h`` into what goes on (None at the last level) and standardised latents; and their log-deviations."""
         context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
         mean, log_std = self.prior(self._seen(context), y)
         with torch.autocast(h.device.type, enabled=False):
@@ -183,11 +172,11 @@ class MultiScaleFlow(Flow):
         passed_on: Tensor | None = h
         for level in self._levels():
             assert passed_on is not None
-            mapped, log_det = self._run(level.groups_before(), passed_on, log_det)
-            mapped, log_det = self._run(level.groups(), squeeze(mapped) if level.squeezes else mapped, log_det)
-            passed_on, z, prior_log_det = level.take_latents(mapped, y)
+            mapped, log_det = self._run(level.groups_before, passed_on, log_det)
+            mapped, log_det = self._run(level.groups, squeeze(mapped) if level.squeezes else mapped, log_det)
+            passed_on, z, log_std = level.take_latents(mapped, y)
             latents.append(z.flatten(1))
-            log_det = log_det + prior_log_det
+            log_det = log_det - log_std.sum(dim=(1, 2, 3))
         return torch.cat(latents, dim=1), log_det
 
     def nats_of_encoded(self, h: Float[Tensor, "B c H W"], y: Condition) -> Float[Tensor, "B c H W"]:
@@ -196,10 +185,10 @@ class MultiScaleFlow(Flow):
         passed_on: Tensor | None = h
         for level in self._levels():
             assert passed_on is not None
-            mapped, log_dets = _map_places(level.groups_before(), passed_on)
+            mapped, log_dets = _map_places(level.groups_before, passed_on)
             nats = nats - _spread(log_dets, h)
-            mapped, log_dets = _map_places(level.groups(), squeeze(mapped) if level.squeezes else mapped)
-            passed_on, z, log_std = level.take_latents_apart(mapped, y)
+            mapped, log_dets = _map_places(level.groups, squeeze(mapped) if level.squeezes else mapped)
+            passed_on, z, log_std = level.take_latents(mapped, y)
             of_latents = standard_normal_nats(z) + log_std
             nats = nats + _spread(of_latents.sum(dim=1) - log_dets, h)
         return nats
@@ -216,8 +205,8 @@ class MultiScaleFlow(Flow):
             reversed(self._levels()), reversed(parts), reversed(self.latent_shapes), strict=True
         ):
             h = level.give_latents(part.unflatten(1, shape), h, y, guidance)
-            h = _undo(level.groups(), h)
-            h = _undo(level.groups_before(), unsqueeze(h) if level.squeezes else h)
+            h = _undo(level.groups, h)
+            h = _undo(level.groups_before, unsqueeze(h) if level.squeezes else h)
         assert h is not None
         return h
 

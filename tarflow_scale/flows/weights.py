@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from typing import Any
 
 import torch
@@ -84,19 +85,19 @@ def tensors_digest(flow: Flow) -> str:
     return digest.hexdigest()
 
 
-def save_flow(flow: Flow, path: str) -> None:
+def save_flow(flow: Flow, path: str | os.PathLike[str]) -> None:
     """Write a flow to a folder or URL; the configuration last, so that half a flow is none."""
     for name, content in flow_files(flow).items():
-        storage.write_bytes(storage.join(path, name), content)
+        storage.write_bytes(storage.join(os.fspath(path), name), content)
 
 
-def load_flow(path: str) -> Flow:
+def load_flow(path: str | os.PathLike[str]) -> Flow:
     """Read a flow from a folder or URL, in evaluation mode on the CPU.
 
     Raises:
         DataError: when it is not a flow.
     """
-    names = (CONFIG_NAME, WEIGHTS_NAME)
+    path, names = os.fspath(path), (CONFIG_NAME, WEIGHTS_NAME)
     for name in names:
         if not storage.exists(storage.join(path, name)):
             raise DataError(f"{path} is not a saved flow (no {name}); give the folder that save_flow wrote")

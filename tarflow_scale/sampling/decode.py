@@ -174,8 +174,7 @@ class TarFlowDecoder:
             tokens = self.tokens_of(z)
             for number, network in enumerate(self.networks()):
                 schedule = schedules[number] if schedules is not None else Schedule()
-                of_block = None if number > 0 and guidance is not None and guidance.blocks == "first" else guidance
-                tokens, report = self._decode(network, tokens, y, of_block, schedule, progress)
+                tokens, report = self._decode(number, network, tokens, y, guidance, schedule, progress)
                 reports.append(report)
         return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), reports
 
@@ -203,15 +202,14 @@ class TarFlowDecoder:
         y: Condition,
         guidance: Guidance | None,
         schedule: Schedule,
-        progress: Progress | None = None,
     ) -> tuple[Tensor, BlockReport]:
         """The inverse of block ``number``, in the order of decoding, of ``z (B, T, D)`` in image order."""
-        of_block = None if number > 0 and guidance is not None and guidance.blocks == "first" else guidance
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._decode(self.networks()[number], z, y, of_block, schedule, progress)
+            return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 
     def _decode(
         self,
+        number: int,
         network: BlockNetwork,
         z: Tensor,
         y: Condition,
@@ -219,6 +217,8 @@ class TarFlowDecoder:
         schedule: Schedule,
         progress: Progress | None,
     ) -> tuple[Tensor, BlockReport]:
+        if number and guidance is not None and guidance.blocks == "first":
+            guidance = None
         batch, num_tokens, _ = z.shape
         z = network.block.order(z).contiguous()
         offsets, sharpness = network.offsets(y, batch), None

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from itertools import product
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from tarflow_scale.config import Guidance, NamedLabels, SamplingConfig
 from tarflow_scale.config.base import validated
 from tarflow_scale.flows import Flow
+from tarflow_scale.flows.inputs import check_draws
 from tarflow_scale.sampling.labels import numbered
 from tarflow_scale.sampling.sampler import Sampler
 from tarflow_scale.shards.images import contact_sheet
@@ -29,7 +31,7 @@ def sweep(
     temperatures: Sequence[float] = (1.0,),
     attention_temperatures: Sequence[float] = (1.0,),
     base: SamplingConfig | None = None,
-    labels: NamedLabels | Sequence[int | str] | int = "balanced",
+    labels: NamedLabels | Sequence[int | str] | np.ndarray | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
     """Images ``(num_images, C, H, W)`` uint8 of the first indices of ``seed`` under every combination of settings.
 
@@ -47,7 +49,9 @@ def sweep(
 
     Raises:
         ConfigError: settings or labels that do not fit this flow.
+        ValueError: a number of images or a seed that is none.
     """
+    check_draws(num_images, seed=seed)
     settings = base or SamplingConfig()
     rule = numbered(_rule(labels), flow.class_names)
     rows: list[SamplingConfig] = []
@@ -61,7 +65,8 @@ def sweep(
     return [(row, Sampler(flow, seed, row, labels=rule).images(images)) for row in rows]
 
 
-def _rule(labels: NamedLabels | Sequence[int | str] | int) -> NamedLabels:
+def _rule(labels: NamedLabels | Sequence[int | str] | np.ndarray | int) -> NamedLabels:
+    labels = labels.tolist() if isinstance(labels, np.ndarray | np.generic) else labels
     if isinstance(labels, dict):
         return labels
     if labels == "balanced":

@@ -31,6 +31,20 @@ def test_bits_per_dim_are_those_of_evaluate_and_nats_add_up_to_them(trained: Tra
     assert not np.array_equal(image_bits_per_dim(flow, batch.images), image_bits_per_dim(flow, batch.images, y))
 
 
+def test_no_draws_and_seeds_that_are_none_are_refused(trained: Trained) -> None:
+    flow, images = load("small@1", registry=str(trained.registry)), np.zeros((2, 1, 8, 8), np.uint8)
+    with pytest.raises(ValueError, match=r"^draws are combined by mean or importance, .*\(got 0, 'mean'\)$"):
+        combine_draws(torch.zeros(0, 2), "mean")
+    for use in (image_bits_per_dim, image_nats):
+        with pytest.raises(ValueError, match=r"^num_draws must be at least 1 \(got 0\)"):
+            use(flow, images, num_draws=0)
+        with pytest.raises(ValueError, match=r"^seed must be a whole number in 0\..* \(got -1\)"):
+            use(flow, images, seed=-1)
+        assert use(flow, images[:0]).shape[0] == 0
+    mirrored = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), np.uint8)[..., ::-1]
+    assert np.array_equal(image_bits_per_dim(flow, mirrored), image_bits_per_dim(flow, mirrored.copy()))
+
+
 def test_stored_pixels_come_back(trained: Trained) -> None:
     flow = load("small@1", registry=str(trained.registry))
     images = ShardSet(f"{trained.data}/test").take(np.arange(5)).images

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -121,3 +122,20 @@ def test_labels_that_are_no_classes_are_one_line() -> None:
         flow.sample(3, y=["roses", "tulips"])
     with pytest.raises(ValueError, match=r"in \[0, 3\) or -1 for dropped \(got 3\)"):
         flow.log_prob(torch.zeros(2, 1, 4, 4), 3)
+
+
+@pytest.mark.parametrize("case", CONDITIONAL, ids=lambda case: case.name)
+def test_labels_of_any_integers_are_labels(case: FlowCase) -> None:
+    """A uint8 label once indexed as a mask: with as many images as classes its numbers were others, without a word."""
+    flow, (x, _) = case.flow(), case.data(NUM_CLASSES)
+    expected, drawn = flow.log_prob(x, 1), flow.sample(NUM_CLASSES, 1, seed=0)
+    integers = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool]
+    for labels in (
+        *(torch.ones(NUM_CLASSES, dtype=dtype) for dtype in integers),
+        np.ones(NUM_CLASSES, np.uint8),
+        np.array(["b"] * NUM_CLASSES),
+    ):
+        flow.class_names = ("a", "b", "c")
+        assert torch.equal(flow.log_prob(x, labels), expected)
+        assert torch.equal(flow(x, labels)[1], flow(x, 1)[1])
+        assert torch.equal(flow.sample(NUM_CLASSES, labels, seed=0), drawn)

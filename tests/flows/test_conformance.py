@@ -266,6 +266,43 @@ def test_log_prob_has_second_derivatives(case: FlowCase) -> None:
     assert (torch.func.jvp(gradient, (x,), (direction,))[1] - twice).abs().max() < 1e-9 * size
 
 
+@pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.name)
+def test_sampling_goes_through_vmap_and_forward_mode(case: FlowCase) -> None:
+    flow = case.flow()
+    z, direction = torch.randn(2, 3, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = flow.inverse(z)
+    assert (torch.vmap(lambda one: flow.inverse(one[None])[0])(z) - expected).abs().max() < 1e-10
+    step = 1e-5
+    slope = (flow.inverse(z + step * direction) - flow.inverse(z - step * direction)) / (2 * step)
+    assert (torch.func.jvp(flow.inverse, (z,), (direction,))[1] - slope).abs().max() < 1e-6 * slope.abs().max()
+
+
+@every_flow
+def test_torch_func_takes_gradients_whatever_is_kept(case: FlowCase) -> None:
+    if case in SOLVED or case.name == "realnvp_batch":
+        return
+    flow, (x, y) = case.flow(), case.data(2)
+    expected = torch.func.grad(lambda v: flow.log_prob(v, y).sum())(x)
+    for flow.activations in case.activations:
+        assert torch.equal(torch.func.grad(lambda v: flow.log_prob(v, y).sum())(x), expected)
+
+
+def test_second_derivatives_are_not_rebuilt() -> None:
+    case = next(case for case in FLOWS if case.config.kind == "glow")
+    flow, (x, y) = case.flow(), case.data(2)
+    flow.activations = "rebuild"
+    with pytest.raises(ValueError, match=r"need activations that are kept \(got rebuild\); set activations to keep"):
+        torch.autograd.grad(flow.log_prob(x.requires_grad_(), y).sum(), x, create_graph=True)
+
+
+@every_flow
+def test_denoising_works_in_inference_mode(case: FlowCase) -> None:
+    flow, (x, y) = case.flow(), case.data(2)
+    expected = flow.denoised(x, y, 0.1)
+    with torch.inference_mode():
+        assert torch.equal(flow.denoised(x.clone(), None if y is None else y.clone(), 0.1), expected)
+
+
 def test_second_derivatives_by_parameters_need_images_that_require_gradients() -> None:
     case = next(case for case in FLOWS if case.name == "tarflow_conditional")
     flow, (x, y) = case.flow(), case.data(2)

@@ -168,7 +168,7 @@ def test_guidance_moves_the_priors_by_the_rule(what: str) -> None:
     if what != "mean":
         log_std = 2.5 * log_std - 1.5 * weak_log_std
     h = z.reshape(3, *flow.latent_shapes[0]) * log_std.exp() + mean
-    for group in reversed(level.groups()):  # type: ignore[operator]
+    for group in reversed(level.groups):  # type: ignore[operator]
         for layer in reversed(group):
             h = layer.inverse(h)
     guided = flow.inverse(z, y, Guidance(scale=1.5, what=what))  # type: ignore[arg-type]

@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import GlowConfig, Guidance, TarFlowConfig
+from tarflow_scale.config import (
+    ContinuousConfig,
+    GlowConfig,
+    Guidance,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build
-from tarflow_scale.flows.inputs import check_values
+from tarflow_scale.flows.inputs import check_stored, check_values
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.records import PixelFormat
 
@@ -52,6 +60,14 @@ def test_images_on_0_to_1_are_warned_about(images: Tensor) -> None:
         flow_of().log_prob((images > 127).float())
 
 
+def test_standardised_images_are_warned_about(images: Tensor) -> None:
+    natural = images.float() / 255
+    digits = torch.where(images > 230, 1.0, 0.0)
+    for x in ((natural - 0.45) / 0.225, (digits - 0.1307) / 0.3081):
+        with pytest.warns(UserWarning, match=r"% of the values of these images are beyond \+-1.5 .* undo it"):
+            flow_of().log_prob(x)
+
+
 def test_what_is_right_raises_no_warning(images: Tensor) -> None:
     flow = flow_of()
     noisy = add_noise(images, torch.rand(images.shape), PixelFormat(bit_depth=8, noise="uniform"))
@@ -60,7 +76,8 @@ def test_what_is_right_raises_no_warning(images: Tensor) -> None:
     unknown.pixels = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for x in (noisy, bright, torch.zeros_like(noisy), noisy[:0], flow.sample(64, seed=0), 0.3 + 0.1 * noisy):
+        samples = flow.sample(64, temperature=0.5, seed=0)
+        for x in (noisy, bright, torch.zeros_like(noisy), noisy[:0], samples, 0.3 + 0.1 * noisy, 1.4 * noisy):
             assert flow.log_prob(x).shape == (len(x),)
         unknown.log_prob(images.float())  # nothing says that these are pixels
         flow_of(logit_alpha=0.05).log_prob(flow_of(logit_alpha=0.05).sample(64, seed=0))
@@ -78,6 +95,41 @@ def test_integers_are_refused(images: Tensor) -> None:
         flow_of().log_prob(images)
 
 
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"on the device of the flow's weights, cpu \(got meta\); use x.to\('cpu'\)"):
+        flow_of().log_prob(torch.zeros(2, *SHAPE, device="meta"))
+
+
+def test_pixels_are_made_of_finite_floats_on_a_scale(images: Tensor) -> None:
+    """Bytes were all white, and what is not a number was black."""
+    with pytest.raises(ValueError, match=r"^pixels are made of floats on \[-1, 1\] \(got torch.uint8\)"):
+        check_stored(images, SHAPE)
+    flow = flow_of()
+    with pytest.raises(ValueError, match="finite values"):
+        flow.pictures(torch.full((2, *SHAPE), float("nan")))
+    with pytest.raises(ValueError, match=r"x\[None\]"):
+        check_stored(torch.zeros(SHAPE), SHAPE)
+
+
+@pytest.mark.parametrize("kind", [TarFlowConfig, GlowConfig, NICEConfig, RealNVPConfig, ContinuousConfig])
+def test_shapes_and_counts_that_no_flow_has(kind: type[ModelConfig]) -> None:
+    sizes = {
+        TarFlowConfig: {"patch_size": 4, "width": 8, "head_width": 8, "layers_per_block": (1,)},
+        GlowConfig: {"levels": 1, "steps_per_level": 1, "width": 4},
+        RealNVPConfig: {"levels": 1, "width": 4, "residual_blocks": 1},
+    }
+    config = kind.model_validate({"class_conditional": True, **sizes.get(kind, {})})
+    flow = build(config, [3, 8, 8], 2)  # as JSON and notebooks have it
+    assert flow.event_shape == SHAPE
+    flow.check_shape(torch.zeros(2, *SHAPE))
+    shapes: list[list[int]] = [[8, 8], [], [0, 8, 8], [-3, 8, 8]]
+    for shape in shapes:
+        with pytest.raises(ConfigError, match=r"^events have shape \(channels, height, width\) or \(values,\) \(got"):
+            build(config, shape, 2)
+    with pytest.raises(ConfigError, match=r"^num_classes must be a whole number from 1, or None \(got -1\)"):
+        build(config, SHAPE, -1)
+
+
 def test_another_precision_is_refused(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"weights, torch.float32 \(got torch.float64\); use x.to\(torch.float32\)"):
         flow_of().log_prob(images.double() / 127.5 - 1)
@@ -92,7 +144,7 @@ def test_channels_last_and_single_images_are_told_what_to_do() -> None:
 
 def test_arrays_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^images must be a tensor \(got numpy.ndarray\); torch.as_tensor"):
-        check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.float32, None, None)
+        check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.zeros(()), None, None)
 
 
 def test_numbers_that_no_sampling_can_have_are_refused() -> None:
@@ -101,14 +153,14 @@ def test_numbers_that_no_sampling_can_have_are_refused() -> None:
         with pytest.raises(ValueError, match=r"^temperature must be a finite number from 0 \(got .*\); 1 is the model"):
             flow.sample(1, temperature=temperature)
     for size in (0, -3):
-        with pytest.raises(ValueError, match=rf"^batch_size must be at least 1 \(got {size}\)"):
+        with pytest.raises(ValueError, match=rf"^batch_size must be a whole number from 1 \(got {size}\)"):
             flow.sample(1, batch_size=size)
     with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
         flow.sample(-1)
     with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
         flow.rsample_and_log_prob(-1)
     for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"^seed must be in 0..2\^64-1 \(got {seed}\)"):
+        with pytest.raises(ValueError, match=rf"^seed must be a whole number in 0..2\^64-1 \(got {seed}\)"):
             flow.sample(1, seed=seed)
     with pytest.raises(ConfigError, match=r"^Guidance: scale: .* \(got -1.0\)$"):
         flow.sample(1, guidance=-1.0)
@@ -129,19 +181,33 @@ def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_
 import warnings
 import numpy as np, torch
 from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.density import interpolated
 from tarflow_scale.flows import build
-flow = build(TarFlowConfig(patch_size=4, width=8, head_width=8, layers_per_block=(1,)), (1, 4, 4), 3).eval()
+from tarflow_scale.flows.likelihood import combine_draws
+config = TarFlowConfig(patch_size=4, width=8, head_width=8, layers_per_block=(1,))
+flow = build(config, (1, 4, 4), 3).eval()
 x = torch.zeros(2, 1, 4, 4)
 for use in (
     lambda: flow.log_prob(np.zeros((2, 1, 4, 4))),
     lambda: flow.log_prob([[0.0]]),
     lambda: flow.sample(2.5),
+    lambda: flow.sample(2, seed=1.5),
+    lambda: flow.sample(2, batch_size=True),
+    lambda: flow.sample(2, temperature="1"),
+    lambda: flow.sample(2, generator=3),
+    lambda: flow.sample(2, guidance={"scale": 1}),
+    lambda: flow.log_prob(x, b"ab"),
+    lambda: flow.inverse(torch.zeros(16)),
+    lambda: combine_draws(torch.zeros(1, 2), "Mean"),  # this was importance
+    lambda: interpolated(flow, x[0], x[1], 3, path="Line"),  # and this an arc
+    lambda: build(config, (1, 4.0, 4), 3),
     lambda: flow.log_prob(x, 1.5),
     lambda: flow.sample(2, y={1}),
 ):
     try:
         use()
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         print(error)
 warnings.simplefilter("ignore")
 flow.requires_grad_(False)
@@ -157,6 +223,16 @@ for seen in (
         "images must be a tensor (got numpy.ndarray); torch.as_tensor(x) of an array makes one",
         "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",
         "the number of samples must be a whole number from 0 (got 2.5); correct it",
+        "seed must be a whole number in 0..2^64-1 (got 1.5); choose another",
+        "batch_size must be a whole number from 1 (got True); None decodes all together",
+        "temperature must be a finite number from 0 (got '1'); 1 is the model's own",
+        "generator must be a torch.Generator (got 3); a number is a seed",
+        "guidance must be a Guidance, or its scale (got {'scale': 1}); tarflow_scale.flows has it",
+        "labels must be a tensor, a number or name of a class for all, or a list of them (got b'ab'); correct them",
+        "latents must have shape (batch, 16) (got torch.Size([16])); one a value of the data",
+        "draws are combined by mean or importance, one at least (got 1, 'Mean')",
+        "a path is an arc or a line of at least 2 images (got 'Line' of 3); correct it",
+        "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got 1.5); correct them",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got {1}); correct them",
         "True",

@@ -40,6 +40,12 @@ def test_labels_by_name_and_settings_that_cannot_be(flow: Flow) -> None:
     ((settings, images),) = sweep(flow, 3, 4, labels=["roses", "tulips"])
     assert torch.equal(images, Sampler(flow, 3, settings, labels=(1, 2)).images(range(4)))
     assert not torch.equal(images, sweep(flow, 3, 4)[0][1])
+    named = sweep(flow, 3, 4, labels=np.array(["roses", "tulips"]))
+    assert torch.equal(named[0][1], images)
+    with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
+        sweep(flow, 3, -1)
+    with pytest.raises(ValueError, match=r"^seed must be a whole number in 0\..* \(got -3\)"):
+        sweep(flow, -3, 4)
     for one in ("roses", 1):
         assert torch.equal(
             sweep(flow, 3, 4, labels=one)[0][1], Sampler(flow, 3, settings, labels=(1,)).images(range(4))
