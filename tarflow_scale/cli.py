@@ -7,7 +7,6 @@ traceback. Launchers of ranks have exit codes of their own, so each process also
 
 import argparse
 import importlib
-import inspect
 import json
 import os
 import re
@@ -16,18 +15,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
+from tarflow_scale import __version__, console, distributed
 from tarflow_scale import config as configuration
-from tarflow_scale import console, distributed
 from tarflow_scale.config.base import Root, absent_here, working_folder
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.interrupts import INTERRUPTED, INTERRUPTED_CODE, raise_exceptions
+from tarflow_scale.manual import keys_of
 from tarflow_scale.telemetry import printable
 
 __all__ = ["main"]
@@ -42,6 +37,11 @@ class _Verb:
     config: type[Root]
     summary: str
     example: str
+
+    @property
+    def file(self) -> str:
+        """The configuration of the example."""
+        return next(word for word in self.example.split() if word.startswith("configs/"))
 
 
 _OF_MODELS = {
@@ -187,7 +187,7 @@ def _run(arguments: argparse.Namespace) -> int:
         path, overrides = _split_arguments(arguments.config)
         if getattr(arguments, "override", None) is not None:
             overrides.append(f"gate.override={json.dumps(arguments.override)}")
-        config = verb.config.load(path, overrides)
+        config = verb.config.load(path, overrides, verb.file)
         if _plan(arguments, config):
             return 0
         if verb.module == "train" and distributed.is_main():
@@ -287,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, evaluate, promote and sample image normalizing flows at scale.",
         epilog="Every verb reads one YAML file and section.key=value overrides; 'VERB --help' is its manual.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     groups: dict[str, Any] = {}
     for name, verb in _VERBS.items():
@@ -297,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         added = (groups[parent] if parent else verbs).add_parser(
             leaf,
             help=verb.summary,
-            description=f"{verb.summary[0].upper()}{verb.summary[1:]}. {(verb.config.__doc__ or '').strip()}",
+            description=_plain(f"{verb.summary[0].upper()}{verb.summary[1:]}. {(verb.config.__doc__ or '').strip()}"),
             epilog=_manual(verb),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -335,40 +336,10 @@ def _manual(verb: _Verb) -> str:
     lines = ["example:", f"  {verb.example}", ""]
     if absent := absent_here(verb.example):
         lines += [f"  {absent}", ""]
-    lines += ["keys (default) and what they mean:"]
-    for name, field in verb.config.model_fields.items():
-        lines += ["", *_describe(name, field)]
-    return "\n".join(lines).replace("%", "%%")
+    lines += ["keys (default) and what they mean:", *keys_of(verb.config)]
+    return _plain("\n".join(lines)).replace("%", "%%")
 
 
-def _describe(path: str, field: FieldInfo) -> list[str]:
-    sections = _sections(field.annotation)
-    if sections:
-        lines: list[str] = []
-        for section in sections:
-            first, *rest = _paragraphs(section.__doc__ or "")
-            lines.append(f"{path}:  {first}" if "." not in path else f"  {path}:  {first}")
-            lines += rest
-            for name, inner in section.model_fields.items():
-                lines += _describe(f"{path}.{name}", inner)
-        return lines
-    absent = field.default is None or field.default is PydanticUndefined
-    default = "required" if field.is_required() else "none" if absent else str(field.default)
-    text = " ".join((field.description or "").split())
-    return [f"  {path} ({default})", f"      {text}"] if text else [f"  {path} ({default})"]
-
-
-def _paragraphs(text: str) -> list[str]:
-    """Each on one line, but tables as they are."""
-    found: list[str] = []
-    for paragraph in inspect.cleandoc(text).split("\n\n"):
-        is_table = paragraph.startswith("=")
-        found += [f"    {line}" for line in paragraph.splitlines()] if is_table else [" ".join(paragraph.split())]
-    return found
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section that an annotation names; several where it is a union."""
-    if get_origin(annotation) in (Union, UnionType):
-        return [section for part in get_args(annotation) for section in _sections(part)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+def _plain(text: str) -> str:
+    """The text of a docstring, without the second of two backquotes."""
+    return text.replace("``", "`")

@@ -18,7 +18,7 @@ from tarflow_scale.config import (
     LikelihoodProtocol,
     PromoteConfig,
     SampledProtocol,
-    load_config,
+    load_named,
     load_protocol,
 )
 from tarflow_scale.errors import ConfigError, PromotionRefused, RegistryError
@@ -38,8 +38,8 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         PromotionRefused: the gate's decision is no, and nobody overrides it.
     """
     model, alias, override = config.registry.model, config.gate.alias, config.gate.override
-    gate = load_config(GateConfig, config.gate.path, [])
-    protocols = {path: load_protocol(path) for path in (r.protocol for r in gate.requirements)}
+    gate = load_named(GateConfig, config.gate.path, "gate", "gate.path")
+    protocols = {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}
     registry = Registry(config.registry.path, config.registry.model)
     state = registry.state()
     holder = state.aliases.get(alias)

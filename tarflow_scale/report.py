@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tarflow_scale import storage
-from tarflow_scale.config import GateConfig, LeaderboardConfig, ReportConfig, load_config, load_protocol
+from tarflow_scale.config import GateConfig, LeaderboardConfig, ReportConfig, load_named, load_protocol
 from tarflow_scale.errors import DataError
 from tarflow_scale.pages.answers import Lead, Word, answer, answer_of_runs, champion_of, gate_said
 from tarflow_scale.pages.html import Page, Picture, html_page
@@ -75,8 +75,8 @@ def _entries(registry: str) -> list[Entry]:
 
 
 def _ranking(path: str, entries: list[Entry]) -> Ranking:
-    board = load_config(LeaderboardConfig, path, [])
-    ranking = rank(board, load_protocol(board.protocol), entries)
+    board = load_named(LeaderboardConfig, path, "leaderboard", "report.leaderboards")
+    ranking = rank(board, load_protocol(board.protocol, f"protocol of leaderboard {board.name}"), entries)
     if not ranking.ours:
         _say_why_empty(board, entries)
     return ranking
@@ -125,8 +125,8 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
                 return Word(Decision.model_validate(recorded), payload["alias"], override)
     if gate_path is None:
         return None
-    gate = load_config(GateConfig, gate_path, [])
-    protocols = {path: load_protocol(path) for path in (one.protocol for one in gate.requirements)}
+    gate = load_named(GateConfig, gate_path, "gate", "report.gate")
+    protocols = {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}
     alias = next((name for name, guard in state.guarded.items() if guard == gate.name), None)
     holder = state.aliases.get(alias) if alias else None
     champion = read_contender(registry, state, holder) if holder is not None else None

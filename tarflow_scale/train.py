@@ -14,8 +14,8 @@ same weights.
 """
 
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +32,7 @@ from tarflow_scale.config import (
     TrainConfig,
 )
 from tarflow_scale.density.picture import density_picture
-from tarflow_scale.errors import ConfigError, Interrupted, NumericsError, UserError
+from tarflow_scale.errors import ConfigError, Interrupted, NumericsError, RegistryError, UserError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.cost import tokens_per_image, training_flops
 from tarflow_scale.flows.weights import flow_files
@@ -46,6 +46,7 @@ from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix
 from tarflow_scale.training.checkpoint import newest as newest_checkpoint
+from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.folder import (
@@ -89,13 +90,18 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     validation = config.validation and Validation.open(
         config.validation,
         like=manifest,
+        data_path=config.data.path,
         batch_size=config.training.micro_batch_size,
         pixels=_pixel_format(config, manifest),
         conditional=config.model.class_conditional,
     )
+    course = Course(config, _identity(config, mix))
+    found = course.latest(reads_files=False)
     if distributed.is_main():
-        print_plan(config, mix, manifest, size)
+        print_plan(config, mix, manifest, size, course.begins(found))
     if dry_run:
+        if found is not None and (line := course.rate_change(found[1])):
+            _say(line)
         return
 
     follow_launcher()
@@ -105,7 +111,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     check_shared(config.logging.path, device)
     with ExitStack() as held:
         distributed.from_main(lambda: held.enter_context(exclusive(storage.local(config.logging.path), STOP_SECONDS)))
-        _train(config, mix, manifest, validation, device, num_parameters)
+        _train(config, mix, manifest, validation, device, course, num_parameters)
     distributed.barrier()
     distributed.shut_down()
 
@@ -116,6 +122,7 @@ def _train(
     manifest: Manifest,
     validation: Validation | None,
     device: torch.device,
+    course: Course,
     num_parameters: int,
 ) -> None:
     torch.manual_seed(config.training.seed)
@@ -141,12 +148,10 @@ def _train(
         pixels=flow.pixels,
         vectors=manifest.vectors,
         conditional=config.model.class_conditional,
-        run=_identity(config, mix),
+        course=course,
         training=config.training,
-        schedule=config.schedule,
         checkpoints=config.checkpoint,
         logging=config.logging,
-        peak_lr=config.optimizer.peak_lr,
         validation=(validation, config.validation.every_images) if validation and config.validation else None,
         meter=Meter(
             flops_per_image=training_flops(config.model, manifest.event_shape),
@@ -157,8 +162,8 @@ def _train(
         preview=_preview(config, manifest, flow.pixels, device),
     )
     progress = loop.resume()
-    _say(_what_follows(config, progress.images_seen, loop.total_images))
-    with _recorded(config, progress, loop.total_images) as log:
+    _say(_what_follows(config, progress.images_seen, course.total_images))
+    with _recorded(config, progress, course.total_images) as log:
         loop.fit(progress, log)
     for half_life in reversed(config.training.ema_half_life_images):
         weights = loop.averaged_weights(half_life)
@@ -360,7 +365,11 @@ def _publish(
     for name, content in files.items():
         storage.write_bytes(f"{config.logging.path}/{folder}/{name}", content)
     assert flow.pixels is not None
-    version = Registry(config.registry.path, config.registry.model).register(
+    registry = Registry(config.registry.path, config.registry.model)
+    known: Container[int] = ()
+    with suppress(RegistryError):  # there is no such model yet
+        known = registry.state().versions
+    version = registry.register(
         files,
         {
             "pixels": flow.pixels.model_dump(mode="json"),
@@ -378,6 +387,9 @@ def _publish(
     )
     memory = telemetry.peak_memory_bytes(next(flow.parameters()).device.type) / _GIB
     name = f"{config.registry.model}@{version.version}"
+    if version.version in known:
+        print(f"the model is registered as {name} in {config.registry.path} already")
+        return
     print(
         f"registered {name} in {config.registry.path} (peak {memory:.2f} GiB a rank); samples are in "
         f"{config.logging.path}/previews, and 'tarflow-scale evaluate' comes next"

@@ -224,7 +224,8 @@ def protocol_of_nine_bits(w: World) -> tuple[list[str], str]:
     facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
     (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"bit_depth": 9}))
     return w.evaluate(f"metrics.protocols=[{w.tmp}/edition.yaml]"), (
-        "bits_per_dim.bit_depth: Input should be less than or equal to 8 (got 9)"
+        f"metrics.protocols: in the protocol file {w.tmp}/edition.yaml: bits_per_dim.bit_depth: Input should be less "
+        f"than or equal to 8 (got 9)"
     )
 
 
@@ -294,7 +295,8 @@ def gate_of_no_protocol(w: World) -> tuple[list[str], str]:
     facts = {"name": "g", "requirements": [{"protocol": f"{w.tmp}/absent.yaml", "maximum": 9}]}
     (w.tmp / "gate.yaml").write_text(yaml.safe_dump(facts))
     return w.registry("promote", f"gate.path={w.tmp}/gate.yaml"), (
-        f"cannot read the configuration {w.tmp}/absent.yaml (No such file or directory); check the path"
+        f"protocol of gate g: cannot read the protocol file {w.tmp}/absent.yaml (No such file or directory); check the "
+        f"path"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_scale import cli
+from tarflow_scale import __version__, cli
 from tests.conftest import TOP
 
 LIGHT = """
@@ -48,6 +48,24 @@ def test_the_manual_names_every_key_with_default_and_meaning(capsys: pytest.Capt
     assert "training.total_images (required)" in text
     assert "training.noise.std (0.0)" in text
     assert "launch/torchrun.sh 2 configs/train/digits.yaml" in text
+    assert "data.mix ([])" in text
+    assert "training.ema_half_life_images ([50000])" in text
+    assert "validation.path (required with validation)" in text  # nothing is missing without that section
+    assert text.count("\n  model.class_conditional (true)\n") == 1
+    assert text.count("\nmodel.kind=") == 7
+    assert "\n    0     12 + 4 E / N       12.5 " in text
+    for markup in ("``", "(())", "====="):
+        assert markup not in text
+
+
+def test_the_manual_tells_sections_of_a_kind_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("score", "doctor"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        text = capsys.readouterr().out
+        headings = [line.split(":  ", 1)[1] for line in text.splitlines() if ":  " in line]
+        assert len(headings) == len(set(headings))
+    assert "  model (none)\n      Of `train`, whose manual has its keys.\n" in text
 
 
 def test_models_and_promote_import_nothing_heavy(trained: object, tmp_path: Path) -> None:
@@ -124,6 +142,11 @@ def test_a_relative_path_from_another_working_folder_is_told(
         assert path in error
         assert error.endswith(where), error
         assert error.count("relative to") == 1
+    assert cli.main(["promote", str(TOP / "configs/promote/digits.yaml")]) == 2
+    assert capsys.readouterr().err == (
+        "tarflow-scale: error: gate.path: cannot read the gate file evals/gates/digits.yaml (No such file or "
+        f"directory); check the path, which is {where}"
+    )
     for data in (f"{tmp_path}/absent", "file:///absent", "."):
         assert cli.main(["train", digits, f"data.path={data}", "--dry-run"]) == 2
         assert "relative to" not in capsys.readouterr().err
@@ -148,13 +171,13 @@ def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path:
     without = f"an installed package comes without configs/: take them from {source}"
     assert without in run("train", "configs/train/digits.yaml")
     assert without in run("promote", "--help")
-    assert f"as those of configs/ in {source}" in run("promote")
+    assert f"was given, such as configs/promote/digits.yaml in {source}; registry: required" in run("promote")
     manual = run("train", "--help")
     assert f"comes without configs/ and launch/: take them from {source}" in manual
     here = subprocess.run(
         [sys.executable, "-m", "tarflow_scale", "promote"], capture_output=True, text=True, check=False, cwd=TOP
     )
-    assert f"as those of {TOP}/configs" in here.stderr
+    assert f"was given, such as {TOP}/configs/promote/digits.yaml; registry: required" in here.stderr
 
 
 def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +215,16 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
         [sys.executable, "-m", "tarflow_scale", "promote", "a=b"], capture_output=True, text=True, check=False, cwd=TOP
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("tarflow-scale: error: registry: required key is missing")
+    assert result.stderr.startswith("tarflow-scale: error: no configuration file was given, such as ")
+    assert (
+        "; registry: required section is missing; set its keys in the YAML or as registry.path=VALUE" in result.stderr
+    )
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"tarflow-scale {__version__}\n")
 
 
 @pytest.mark.parametrize("imported", ["tarflow_scale.config", "tarflow_scale.models"])

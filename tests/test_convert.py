@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
         (convert(world, output, "weights.num_channels=5"), "12 features a token are no square patch of 5 channels"),
         (convert(world, output, f"weights.path={tmp_path}/absent.pth"), "there is no"),
         (convert(world, output, f"weights.path={tmp_path}/bad.pth"), "cannot be read as plain weights"),
-        (["convert", f"weights.path={world}/model_0.05.pth", output], "weights.noise: required key is missing"),
+        (["convert", f"weights.path={world}/model_0.05.pth", output], "weights.noise: required section is missing"),
     ]
     for arguments, message in cases:
         assert cli.main(arguments) == 2

@@ -131,3 +131,11 @@ def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> No
     )
     assert python(script, {}) == "1000 False"
     assert python(script, {"GOMP_SPINCOUNT": "9"}) == "9 False"
+
+
+def test_loading_a_flow_in_python_sets_how_threads_wait_where_torch_is_not_there_yet() -> None:
+    script = "import os; {}; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert python(script.format("from tarflow_scale import load"), {}) == "1000"
+    assert python(script.format("from tarflow_scale import load"), {"GOMP_SPINCOUNT": "9"}) == "9"
+    assert python(script.format("import tarflow_scale"), {}) == "None"
+    assert python(script.format("import torch; from tarflow_scale import load"), {}) == "None"

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tarflow_scale import storage
+from tarflow_scale import cli, storage
 from tarflow_scale.config import DoctorConfig
 from tarflow_scale.config.doctor import CHECKS
 from tarflow_scale.doctor.launch import environment
@@ -639,6 +639,13 @@ def test_a_file_of_a_job_will_do_as_it_is(file: Path) -> None:
     for key, path in (config.written | config.data_sets).items():
         section, _, name = key.partition(".")
         assert section == "store" or raw[section][name] == path
+
+
+@pytest.mark.parametrize("verb", ["report", "promote", "convert"])
+def test_a_file_of_another_verb_is_refused_as_such(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", str(next((TOP / "configs" / verb).glob("*.yaml")))]) == 2
+    said = "doctor takes files of prepare, train, evaluate, generate and score (got section "
+    assert said in capsys.readouterr().err
 
 
 def test_checkpoints_are_as_large_as_is_said(machine: Machine, trained: Trained) -> None:

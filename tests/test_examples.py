@@ -83,6 +83,18 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
     assert re.search(r"\d+% of the normal images are less likely than the bar", said)
 
 
+@pytest.mark.parametrize("name", ["sampling", "anomaly"])
+def test_without_the_demo_there_is_one_line(name: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, f"{TOP}/launch/examples/{name}.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("no registry at runs/demo/registry; ")
+    assert result.stderr.endswith("; 'make demo' makes what this example takes by default\n")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 SMALLER = {
     "prepare": ["shards.samples_per_shard=20"],
     "train": [

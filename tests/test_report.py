@@ -335,7 +335,11 @@ def test_bad_input_is_one_line(
     for override, message in (
         ("report.registries=[nowhere]", "no registry at nowhere"),
         (f"report.runs=[{tmp_path}]", "is not the folder of a training run"),
-        ("report.leaderboards=[nothing.yaml]", "cannot read the configuration nothing.yaml"),
+        (
+            "report.leaderboards=[nothing.yaml]",
+            "report.leaderboards: cannot read the leaderboard file nothing.yaml (No such file or directory); check the "
+            "path, which is relative to ",
+        ),
     ):
         assert cli.main([*reported[0], override]) == 2
         error = capsys.readouterr().err

@@ -215,7 +215,8 @@ def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Traine
     result = command(*train_arguments(trained.data, trained.run, trained.registry))
     assert result.returncode == 0, result.stderr
     assert "nothing to train" in result.stdout
-    assert "registered small@1" in result.stdout
+    assert f"the model is registered as small@1 in {trained.registry} already" in result.stdout
+    assert "comes next" not in result.stdout
     assert curve(trained.run) == before
     assert len(Registry(str(trained.registry), "small").state().versions) == 1
 
@@ -282,9 +283,14 @@ def test_no_other_run_depends_on_how_a_batch_is_divided(monkeypatch: pytest.Monk
 
 
 def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:
-    result = command(*train_arguments(trained.data, trained.run, trained.registry, "training.total_images=640"))
-    assert result.returncode == 2
-    assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
+    """Before anything is started, so in a dry run too."""
+    arguments = train_arguments(trained.data, trained.run, trained.registry, "training.total_images=640")
+    for more in ([], ["--dry-run"]):
+        result = command(*arguments, *more)
+        assert result.returncode == 2
+        assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
+        assert "initialising" not in result.stdout
+        assert "operations" not in result.stdout
 
 
 def test_a_loss_that_stays_nan_stops_the_run(digits: Path, tmp_path: Path) -> None:
@@ -303,7 +309,24 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     assert "40 steps = 1,280 images" in plan
     assert "parameters" in plan
     assert "GiB a rank" in plan
+    assert "at the first image, the run folder has no checkpoint" in plan
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_on_other_images_names_both_data_sets(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the recipe was for another data set, and data.path alone was changed."""
+    manifest = json.loads((digits / "test/manifest.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(digits / "test", other)
+    (other / "manifest.json").write_text(json.dumps(manifest | {"bit_depth": 3}))
+    more = [f"validation={{path: {other}, every_images: 64}}", "--dry-run"]
+    assert cli.main([*train_arguments(digits, tmp_path / "run", tmp_path / "registry"), *more]) == 2
+    assert capsys.readouterr().err == (
+        f"tarflow-scale: error: validation.path and data.path must have one bit_depth (got 3 in {other}, and 4 in "
+        f"{digits}/train); name a held-out split of the same data set as validation.path\n"
+    )
 
 
 def test_dry_run_says_which_block_suits_a_store(
@@ -626,10 +649,14 @@ def longer(trained: Trained, tmp_path: Path, *more: str) -> tuple[list[str], str
     result = command(*arguments, "training.total_images=640")
     assert result.returncode == 0, result.stderr
     assert "another schedule" not in result.stdout
-    result = command(*arguments)
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if "another schedule" in line]
-    return arguments, "\n".join(lines)
+    told: list[str] = []
+    for flag in (["--dry-run"], []):
+        result = command(*arguments, *flag)
+        assert result.returncode == 0, result.stderr
+        assert f"after 640 images, from {tmp_path}/run/checkpoints/images-000000000640\n" in result.stdout
+        told += [line for line in result.stdout.splitlines() if "another schedule" in line]
+    assert told[0] == told[1]
+    return arguments, told[0]
 
 
 def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained, tmp_path: Path) -> None:
@@ -648,8 +675,8 @@ def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained
 def test_a_wsd_run_extended_from_before_its_decay_equals_a_longer_one(trained: Trained, tmp_path: Path) -> None:
     arguments, told = longer(trained, tmp_path, "schedule={kind: wsd, decay_images: 320}")
     assert told.endswith(
-        "at 640 images was 5e-05, now 0.005; a higher rate makes the model worse at first (delete the checkpoints "
-        "after images-000000000320 to go on without the jump)"
+        "at 640 images was 5e-05, now 0.005; a higher rate makes the model worse at first (delete all checkpoints "
+        f"newer than images-000000000320 in {tmp_path}/run/checkpoints to go on without the jump)"
     )
     for images in range(640, 1281, 320):
         shutil.rmtree(tmp_path / f"run/checkpoints/images-{images:012d}")

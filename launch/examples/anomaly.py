@@ -23,6 +23,7 @@ from tarflow_scale.config import SourceConfig
 from tarflow_scale.density import image_bits_per_dim, image_nats
 from tarflow_scale.density.anomaly import compressed_bits_per_dim, scores_of, threshold
 from tarflow_scale.density.surprise import overlaid
+from tarflow_scale.errors import UserError
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
@@ -35,12 +36,16 @@ parser.add_argument("--images", help="folder of your own images, to be scored to
 parser.add_argument("--rate", type=float, default=0.05, help="share of normal images that may be flagged")
 parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the picture")
 arguments = parser.parse_args([] if "ipykernel" in sys.modules else None)
+try:
+    flow = load(arguments.model, registry=arguments.registry)
+    held_out = ShardSet(arguments.data)
+except UserError as error:  # one line and exit code 2, as on the command line
+    print(f"{error}; 'make demo' makes what this example takes by default", file=sys.stderr)
+    raise SystemExit(2) from None
 arguments.output.mkdir(parents=True, exist_ok=True)
-flow = load(arguments.model, registry=arguments.registry)
 bit_depth = flow.pixels.bit_depth if flow.pixels else 8
 
 # %% Images (B, C, H, W) uint8: one half of the held-out ones sets the threshold, the other is what is normal
-held_out = ShardSet(arguments.data)
 images = held_out.take(np.arange(held_out.manifest.num_images)).images
 half = len(images) // 2
 shuffled = (

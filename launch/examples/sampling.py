@@ -18,6 +18,7 @@ import torch
 from tarflow_scale import load
 from tarflow_scale.config import SourceConfig
 from tarflow_scale.density import image_bits_per_dim, image_tensor, interpolated
+from tarflow_scale.errors import UserError
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
@@ -30,7 +31,6 @@ parser.add_argument("--images", help="folder of your own images; none for those 
 parser.add_argument("--guidance", type=float, default=1.0)
 parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the pictures")
 arguments = parser.parse_args([] if "ipykernel" in sys.modules else None)
-arguments.output.mkdir(parents=True, exist_ok=True)
 
 
 def save(x: torch.Tensor, columns: int, name: str) -> None:
@@ -39,22 +39,29 @@ def save(x: torch.Tensor, columns: int, name: str) -> None:
     print(f"{arguments.output / name}: {len(x)} images, {columns} in a row")
 
 
-# %% The model, in this process and on this device
-flow = load(arguments.model, registry=arguments.registry)
+# %% The model, in this process and on this device, and real images
+try:
+    flow = load(arguments.model, registry=arguments.registry)
+    test = ShardSet(arguments.data)
+except UserError as error:  # one line and exit code 2, as on the command line
+    print(f"{error}; 'make demo' makes what this example takes by default", file=sys.stderr)
+    raise SystemExit(2) from None
+arguments.output.mkdir(parents=True, exist_ok=True)
 if flow.num_classes is None or not flow.takes_guidance:
     raise SystemExit(f"this example is of guided classes (got {type(flow).__name__}); name such a model in --model")
 
 # %% By class: column c holds class c. Sample i depends on (weights, seed, i) and its label, not on how many there are
 labels = torch.arange(flow.num_classes).repeat(8)
-save(flow.sample(len(labels), labels, guidance=arguments.guidance, seed=0), flow.num_classes, "classes.png")
+x = flow.sample(len(labels), labels, guidance=arguments.guidance, seed=0, progress=True)
+save(x, flow.num_classes, "classes.png")
 
 # %% Temperature, the standard deviation of the latent: a row each, lower ones nearer to what is likeliest
 one_each = torch.arange(flow.num_classes)
-rows = [flow.sample(len(one_each), one_each, temperature=t, seed=0) for t in (0.5, 0.7, 0.85, 1.0, 1.1)]
+temperatures = (0.5, 0.7, 0.85, 1.0, 1.1)
+rows = [flow.sample(len(one_each), one_each, temperature=t, seed=0, progress=True) for t in temperatures]
 save(torch.cat(rows), flow.num_classes, "temperatures.png")
 
 # %% In between: rows go from one real image to another, on an arc in latent space, labels dropped
-test = ShardSet(arguments.data)
 batch = test.take(np.arange(min(200, test.manifest.num_images)))
 x = image_tensor(flow, batch.images[:10])
 save(torch.cat([interpolated(flow, x[2 * i], x[2 * i + 1], 11) for i in range(5)]), 11, "between.png")

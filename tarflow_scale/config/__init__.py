@@ -5,7 +5,7 @@ of, and `base` reads them. A mistake is one line with the path of its key, befor
 prints every key with its default and meaning, which are the docstrings of the sections.
 """
 
-from tarflow_scale.config.base import Section, load_config
+from tarflow_scale.config.base import Section, load_config, load_named
 from tarflow_scale.config.data import (
     AugmentationConfig,
     DataConfig,
@@ -149,5 +149,6 @@ __all__ = [
     "VersionConfig",
     "ZeroPlusPlusConfig",
     "load_config",
+    "load_named",
     "load_protocol",
 ]

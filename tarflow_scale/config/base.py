@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow_scale.errors import ConfigError
 
-__all__ = ["Root", "Section", "absent_here", "load_config", "validated", "working_folder"]
+__all__ = ["Root", "Section", "absent_here", "load_config", "load_named", "sections_of", "validated", "working_folder"]
 
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
@@ -30,6 +30,7 @@ _TOP = Path(__file__).parents[2]
 """Of the checkout; where the package was installed as a wheel there is nothing of it."""
 _REPOSITORY = ("configs", "evals", "launch")
 _SOURCE = "the source of tarflow-scale"
+_NO_SECTION = re.compile(r"(^|; )\w+: required section is missing")
 _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 _MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
 """Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
@@ -59,23 +60,24 @@ class Root(Section):
     """Base of every verb's configuration."""
 
     @classmethod
-    def load(cls, path: Path | None, overrides: list[str]) -> Self:
+    def load(cls, path: Path | None, overrides: list[str], example: str = "configs") -> Self:
         """Read ``path`` (None: start from nothing), merge the overrides, validate; see `load_config`."""
-        return load_config(cls, path, overrides)
+        return load_config(cls, path, overrides, example)
 
 
-def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) -> R:
+def load_config(kind: type[R], path: Path | str | None, overrides: list[str], example: str = "configs") -> R:
     """Read, merge and validate.
 
     Args:
         kind: the root section of the verb.
         path: the YAML file, or None.
         overrides: ``section.key=value``; the value is YAML. They are merged before validation.
+        example: file of the repository to name where one is missing.
 
     Raises:
         ConfigError: one line for every problem, each with the path of its key.
     """
-    raw = _read_yaml(Path(path)) if path else {}
+    raw = _read_yaml(Path(path), "the configuration") if path else {}
     for override in overrides:
         _merge(raw, override)
     _check(raw)
@@ -85,10 +87,32 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str]) ->
         if any(override.startswith("model.kind=") for override in overrides) and _OF_MODEL.search(str(error)):
             cure = "another kind takes a section of its own, 'model={kind: glow, levels: 3}'"
             raise ConfigError(f"{error}; {cure}") from error
-        if raw:
-            raise
-        cure = f"give a file as the first argument, as those of {_examples()}"
-        raise ConfigError(f"{error}; or {cure}") from error
+        if path is None and _NO_SECTION.search(str(error)):
+            raise ConfigError(f"no configuration file was given, such as {_in_source(example)}; {error}") from error
+        raise
+
+
+def load_named(kind: type[R], path: str, what: str, key: str) -> R:
+    """Read a file that a configuration names.
+
+    Args:
+        kind: what is in it.
+        path: relative to the working folder, as all paths are.
+        what: the kind of file, in words.
+        key: which names it.
+
+    Raises:
+        ConfigError: one line that begins with the key and names the file.
+    """
+    try:
+        raw = _read_yaml(Path(path), f"the {what} file")
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    try:
+        _check(raw)
+        return validated(kind, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: in the {what} file {path}: {error}") from error
 
 
 def validated(kind: type[R], raw: dict[str, Any]) -> R:
@@ -121,25 +145,26 @@ def working_folder() -> str:
         return "a folder that was removed"
 
 
-def _examples() -> str:
-    """Where configurations to start from are."""
-    return str(_TOP / "configs") if (_TOP / "configs").is_dir() else f"configs/ in {_SOURCE}"
+def _in_source(path: str) -> str:
+    """Where a file or folder of the repository is."""
+    return str(_TOP / path) if (_TOP / path).exists() else f"{path} in {_SOURCE}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         cure = "check the path" if path.is_absolute() else f"check the path, which is relative to {working_folder()}"
         absent = absent_here(str(path))
         raise ConfigError(
-            f"cannot read the configuration {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"
+            f"cannot read {what} {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML ({reason}); correct it") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold sections (got {type(raw).__name__}); see {_examples()} for examples")
+        examples = _in_source("configs")
+        raise ConfigError(f"{path} must hold sections (got {type(raw).__name__}); see {examples} for examples")
     return cast(dict[str, Any], raw)
 
 
@@ -221,12 +246,29 @@ def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
     """Names of all keys of a section and of those in it."""
     for name, field in kind.model_fields.items():
         yield name
-        waiting = [field.annotation]
-        while waiting:
-            one = waiting.pop()
-            if isinstance(one, type) and issubclass(one, BaseModel):
-                yield from _keys_below(one)
-            waiting += get_args(one)
+        for section in sections_of(field.annotation):
+            yield from _keys_below(section)
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation names: none of a value, several of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def _first_key(kind: type[BaseModel], loc: tuple[Any, ...]) -> str | None:
+    """The key to begin with of a section that is missing; None where a value is."""
+    sections = [kind]
+    for part in loc:
+        fields = [field for one in sections if (field := one.model_fields.get(str(part)))]
+        sections = sections_of(fields[0].annotation) if fields else sections
+    if sections == [kind] or not sections:
+        return None
+    if len(sections) > 1:
+        return "kind"
+    keys = sections[0].model_fields
+    return next((name for name, field in keys.items() if field.is_required()), next(iter(keys)))
 
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
@@ -248,8 +290,12 @@ def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> s
             return f"{missing}: required key is missing; set it in the YAML or as {missing}=VALUE"
         case "missing" if in_python:
             return f"{path}: required argument is missing; pass {path}=VALUE"
+        case "missing" if first := _first_key(kind, problem["loc"]):
+            return f"{path}: required section is missing; set its keys in the YAML or as {path}.{first}=VALUE"
         case "missing":
             return f"{path}: required key is missing; set it in the YAML or as {path}=VALUE"
+        case "tuple_type" if isinstance(problem["input"], str | int | float):
+            return f"{path}: must be a list (got {_shown(problem['input'])}); write {path}=[{problem['input']}]"
         case _:
             reason = problem["msg"].removeprefix("Value error, ")
             given = f" (got {_shown(problem['input'])})" if path and "(got" not in reason else ""

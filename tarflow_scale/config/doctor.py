@@ -88,13 +88,16 @@ class DoctorConfig(Root):
     data: DataConfig | None = None
     reference: ReferenceConfig | None = None
     calibration: DataSetConfig | None = None
+    """Of ``score``: held-out normal images."""
     anomalies: DataSetConfig | None = None
+    """Of ``score``: images that are known to be anomalous."""
     validation: ValidationConfig | None = None
     shards: WrittenShardsConfig | None = None
     scoring: ScoringConfig | None = None
     metrics: CheckedMetricsConfig | None = None
     cluster: ClusterConfig | None = None
     model: ModelConfig | None = None
+    """Of ``train``, whose manual has its keys."""
     training: TrainingConfig | None = None
     parallelism: ParallelismConfig = ParallelismConfig()
     checkpoint: CheckpointConfig | None = None
@@ -104,6 +107,11 @@ class DoctorConfig(Root):
     @classmethod
     def _of_a_job(cls, raw: Any) -> Any:
         jobs = (PrepareConfig, TrainConfig, EvaluateConfig, GenerateConfig, ScoreConfig)
+        if foreign := {"report", "gate", "weights", "command"} & set(raw):
+            raise ValueError(
+                f"doctor takes files of prepare, train, evaluate, generate and score (got section {min(foreign)}, "
+                f"which is of another verb); give one of these, or none for this machine alone"
+            )
         passed_over = {name for job in jobs for name in job.model_fields} - set(cls.model_fields)
         return {name: section for name, section in raw.items() if name not in passed_over}
 

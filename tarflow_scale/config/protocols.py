@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, RootModel, model_validator
 
-from tarflow_scale.config.base import Section, load_config
+from tarflow_scale.config.base import Section, load_named
 from tarflow_scale.config.sections import Name
 
 __all__ = [
@@ -201,13 +201,13 @@ class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(d
     """Any protocol file."""
 
 
-def load_protocol(path: str) -> LikelihoodProtocol | SampledProtocol:
-    """Read a protocol file.
+def load_protocol(path: str, key: str = "metrics.protocols") -> LikelihoodProtocol | SampledProtocol:
+    """Read a protocol file, which ``key`` names.
 
     Raises:
         ConfigError: when it cannot be read or a key is wrong.
     """
-    return load_config(Protocol, path, []).root
+    return load_named(Protocol, path, "protocol", key).root
 
 
 class Requirement(Section):

@@ -148,11 +148,14 @@ class TrainConfig(Root):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:
-        before_decay = self.schedule.warmup_images + (self.schedule.decay_images or 0)
-        if before_decay >= self.training.total_images:
+        warmup, decay, total = self.schedule.warmup_images, self.schedule.decay_images, self.training.total_images
+        if warmup + (decay or 0) >= total:
+            names, got = "schedule.warmup_images", str(warmup)
+            if decay:
+                names, got = f"{names} + schedule.decay_images", f"{warmup} + {decay} = {warmup + decay}"
             raise ValueError(
-                f"schedule.warmup_images (and decay_images) must be below training.total_images (got {before_decay} "
-                f"and {self.training.total_images}); shorten the warm-up"
+                f"{names} must be below training.total_images (got {got}, and {total}); lower the former or raise the "
+                f"latter"
             )
         if self.optimizer.kind == "muon" and self.parallelism.zero_stage not in (1, 2):
             raise ValueError(

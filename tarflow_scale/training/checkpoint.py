@@ -118,18 +118,18 @@ def save(
     return folder, tuple(files.records)
 
 
-def find_latest(*paths: str) -> tuple[str, TrainState] | None:
+def find_latest(*paths: str, reads_files: bool = True) -> tuple[str, TrainState] | None:
     """Folder and state of the newest complete checkpoint whose files are intact, or None.
 
     A damaged one is passed over with a warning, in favour of the one before it. Of equally new ones that of the first
-    path is taken.
+    path is taken. ``reads_files=False`` takes the files to be intact.
     """
     found = [
         (folder.rsplit("/", 1)[-1], -place, folder) for place, path in enumerate(paths) for folder in complete(path)
     ]
     for _, _, folder in sorted(found, reverse=True):
         try:
-            return folder, _verified(folder).state
+            return folder, (_verified if reads_files else _manifest)(folder).state
         except DataError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=2)
     return None

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from tarflow_scale import distributed, telemetry
-from tarflow_scale.config import CheckpointConfig, LoggingConfig, ScheduleConfig, TrainingConfig
+from tarflow_scale.config import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.records import PixelFormat, VectorFacts, changes
+from tarflow_scale.records import PixelFormat, VectorFacts
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
+from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
-from tarflow_scale.training.schedule import learning_rate_fraction, rate_change
+from tarflow_scale.training.schedule import learning_rate_fraction
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
@@ -56,9 +57,8 @@ class Loop:
         pixels: how stored pixels become floats.
         vectors: of a data set of vectors.
         conditional: whether the flow takes labels, or what vectors are given with.
-        run: what must not change between this run and its continuation.
-        training, schedule, checkpoints, logging: the sections.
-        peak_lr: the optimizer's, for the log.
+        course: where the run stands, and its learning rate.
+        training, checkpoints, logging: the sections.
         validation: held-out images, or None; and the images between looks at them.
         meter: measures speed.
         preview: draws a sample grid.
@@ -70,20 +70,13 @@ class Loop:
     pixels: PixelFormat
     vectors: VectorFacts | None
     conditional: bool
-    run: dict[str, Any]
+    course: Course
     training: TrainingConfig
-    schedule: ScheduleConfig
     checkpoints: CheckpointConfig
     logging: LoggingConfig
-    peak_lr: float
     validation: tuple[Validation, int] | None
     meter: Meter
     preview: Preview
-
-    @property
-    def total_images(self) -> int:
-        """Images of the run, rounded up to whole steps."""
-        return _whole_steps(self.training.total_images, self.training.global_batch_size)
 
     def fit(self, progress: Progress, log: telemetry.Log) -> None:
         """Train from ``progress``, which moves along, to ``training.total_images``.
@@ -99,12 +92,12 @@ class Loop:
         """
         stop = _StopSignal(self.training.max_seconds)
         bar = telemetry.progress_bar(
-            self.total_images, "train", initial=progress.images_seen, enabled=distributed.is_main()
+            self.course.total_images, "train", initial=progress.images_seen, enabled=distributed.is_main()
         )
         uploads = Uploader(self.checkpoints)
         batches = self.reader.batches(progress.images_seen)
         with bar, closing(batches):
-            while progress.images_seen < self.total_images:
+            while progress.images_seen < self.course.total_images:
                 before = progress.images_seen
                 with self.meter.spending("data"):
                     batch = next(batches)
@@ -113,7 +106,7 @@ class Loop:
                 stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
                 self.meter.stepped(now - before)
-                done = now >= self.total_images
+                done = now >= self.course.total_images
                 validated = self._validate(before, now, done, progress)
                 self._show(bar, result, progress)
                 bar.update(now - before)
@@ -133,7 +126,7 @@ class Loop:
     def _step(self, batch: Batch, progress: Progress) -> StepResult:
         seen = progress.images_seen
         torch.manual_seed(_dropout_seed(self.training.seed, seen, distributed.rank()))
-        rate = learning_rate_fraction(seen, self.total_images, self.schedule)
+        rate = learning_rate_fraction(seen, self.course.total_images, self.course.config.schedule)
         reject = None if self.training.spike.rule == "off" else progress.losses.is_spike
         result = self.engine.step(self._micro_batches(batch), rate, reject)
         progress.images_seen += self.training.global_batch_size
@@ -188,14 +181,14 @@ class Loop:
                 f"the loss jumped more often than it may (got {progress.roll_backs}, training.spike.max_roll_backs="
                 f"{self.training.spike.max_roll_backs}); lower optimizer.peak_lr"
             )
-        found = distributed.from_main(lambda: checkpoint.find_latest(*self._checkpoint_paths))
+        found = distributed.from_main(lambda: checkpoint.find_latest(*self.course.checkpoint_paths))
         if found is not None:  # else there is nothing before this step to go back to, and skipping it must do
             checkpoint.load(found[0], self.engine, self.averages, self._prime)
             progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
 
     def _show(self, bar: telemetry.ProgressBar, result: StepResult, progress: Progress) -> None:
         memory = telemetry.peak_memory_bytes(self.engine.device.type)
-        rate = self._rate_at(progress.images_seen)
+        rate = self.course.rate_at(progress.images_seen)
         bar.tell(*progress_line(progress, self.pixels, rate, result.gradient_norm, self.meter.figures(), memory))
 
     def _log(
@@ -212,7 +205,7 @@ class Loop:
             "images": progress.images_seen,
             "nats_per_dim": loss,
             "bits_per_dim": bits_per_dim(loss, self.pixels),
-            "learning_rate": self._rate_at(progress.images_seen),
+            "learning_rate": self.course.rate_at(progress.images_seen),
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
             "roll_backs": progress.roll_backs,
@@ -248,11 +241,11 @@ class Loop:
                 seconds=progress.elapsed,
                 recent_losses=progress.losses.losses,
                 roll_backs=progress.roll_backs,
-                learning_rate=self._rate_at(progress.images_seen),
-                run=self.run,
+                learning_rate=self.course.rate_at(progress.images_seen),
+                run=self.course.run,
             )
             uploads.wait()
-            path = self._checkpoint_paths[0]
+            path = self.course.checkpoint_paths[0]
             uploads.start(*checkpoint.save(path, self.engine, self.averages, state, self.checkpoints))
 
     def _preview(self, images_seen: int) -> None:
@@ -274,41 +267,18 @@ class Loop:
         Raises:
             UserError: the run folder holds another or a longer run.
         """
-        found = distributed.from_main(lambda: checkpoint.find_latest(*self._checkpoint_paths))
+        found = distributed.from_main(self.course.latest)
         if found is None:
             return Progress(LossHistory(self.training.spike))
         folder, state = found
-        if changed := changes(state.run, self.run):
-            raise UserError(
-                f"the run folder {self.logging.path} holds another run ({changed}); choose another logging.path or "
-                f"delete it"
-            )
-        if state.images_seen > self.total_images:
-            raise UserError(
-                f"training.total_images must not lie before the checkpoint (got {self.total_images} and "
-                f"{state.images_seen}); raise it or choose another logging.path"
-            )
         checkpoint.load(folder, self.engine, self.averages, self._prime)
-        self._print_rate_change(state, state.learning_rate, self._rate_at(state.images_seen))
+        if distributed.is_main() and (line := self.course.rate_change(state)):
+            print(line, flush=True)
         return Progress.of(state, self.training)
-
-    def _print_rate_change(self, state: TrainState, before: float | None, now: float) -> None:
-        ended = state.images_seen == self.total_images
-        if distributed.is_main() and not (ended or before is None or math.isclose(before, now, rel_tol=1e-6)):
-            earlier = checkpoint.newest_at_rate(self._checkpoint_paths[0], self._rate_at)
-            print(rate_change(state.images_seen, before, now, self.schedule, earlier), flush=True)
-
-    def _rate_at(self, images_seen: int) -> float:
-        return self.peak_lr * learning_rate_fraction(images_seen, self.total_images, self.schedule)
 
     def _prime(self) -> StepResult:
         """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
         return self.engine.step(self._micro_batches(self.reader.first()), rate=0.0)
-
-    @property
-    def _checkpoint_paths(self) -> tuple[str, ...]:
-        own = f"{self.logging.path}/checkpoints"
-        return (own,) if self.checkpoints.upload_path is None else (own, self.checkpoints.upload_path)
 
 
 class _StopSignal:
@@ -341,10 +311,6 @@ class _StopSignal:
 
 def _dropout_seed(seed: int, images_seen: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, images_seen, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _whole_steps(images: int, step_images: int) -> int:
-    return -(-images // step_images) * step_images
 
 
 def _crossed(before: int, now: int, every: int) -> bool:

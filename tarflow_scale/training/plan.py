@@ -64,8 +64,8 @@ def memory_per_rank(
     return memory_of(size, footprint, parallelism, averages, Ranks(ranks, accumulates, cuda))
 
 
-def print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, size: ModelSize) -> None:
-    """Print the table; ``manifest`` is of the images that the model sees."""
+def print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, size: ModelSize, begins: str) -> None:
+    """Print the table; ``manifest`` is of the images that the model sees, ``begins`` says in words where."""
     training, ranks = config.training, distributed.world_size()
     steps = -(-training.total_images // training.global_batch_size)
     memory = memory_per_rank(config, manifest.event_shape, size, ranks, torch.cuda.is_available())
@@ -78,6 +78,7 @@ def print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, size: ModelSiz
         ("ranks", f"{ranks}, ZeRO stage {config.parallelism.zero_stage}, {config.parallelism.precision}"),
         ("batch", _batch_arithmetic(config, ranks)),
         ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images"),
+        ("begins", begins),
         ("operations", _operations(config, manifest, steps * training.global_batch_size)),
         ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, averages, buckets){aside}"),
         ("activations", f"about {memory.activations / _GIB:.3f} GiB a rank ({config.parallelism.activations})"),

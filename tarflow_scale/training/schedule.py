@@ -31,7 +31,7 @@ def learning_rate_fraction(images_seen: int, total_images: int, schedule: Schedu
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, earlier: str | None) -> str:
+def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, newer: str | None) -> str:
     """What to tell where a run goes on at another learning rate than it would have had without the change.
 
     Args:
@@ -39,14 +39,15 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
         before: learning rate that the next step would have had when the checkpoint was saved.
         now: the one that it has.
         schedule: the present one.
-        earlier: a checkpoint at which both schedules give the same rate, or None.
+        newer: in words, the checkpoints after the newest at which both schedules give the same rate; None where there
+            is no such one.
     """
     rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"
     line = f"going on with another schedule: {rates}"
     if now < before:
         return line
-    if schedule.kind == "wsd" and earlier is not None:
-        advice = f"delete the checkpoints after {earlier} to go on without the jump"
+    if schedule.kind == "wsd" and newer is not None:
+        advice = f"delete {newer} to go on without the jump"
     else:
         advice = "schedule.kind=wsd is for runs that are extended"
     return f"{line}; a higher rate makes the model worse at first ({advice})"

@@ -45,19 +45,27 @@ class Validation:
 
     @classmethod
     def open(
-        cls, config: ValidationConfig, like: Manifest, batch_size: int, pixels: PixelFormat, conditional: bool
+        cls,
+        config: ValidationConfig,
+        like: Manifest,
+        data_path: str,
+        batch_size: int,
+        pixels: PixelFormat,
+        conditional: bool,
     ) -> "Validation":
         """Open the data set.
 
         Raises:
-            DataError: it cannot be read, or has other images or classes than the training data ``like``.
+            DataError: it cannot be read, or has other images or classes than the training data ``like``, which are at
+                ``data_path``.
         """
         shards = ShardSet(config.path, config.verify)
         for name in ("event_shape", "bit_depth", "class_names", "vectors"):
             wanted, got = getattr(like, name), getattr(shards.manifest, name)
             if wanted != got:
                 raise DataError(
-                    f"validation needs images like those of training: one {name} (got {got}, not {wanted}); pack alike"
+                    f"validation.path and data.path must have one {name} (got {got} in {config.path}, and {wanted} in "
+                    f"{data_path}); name a held-out split of the same data set as validation.path"
                 )
         available = shards.manifest.num_images
         num_images = min(available, config.num_images or available)

@@ -98,8 +98,13 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ),
         (
             "schedule={kind: wsd, warmup_images: 500, decay_images: 500}",
-            "schedule.warmup_images (and decay_images) must be below training.total_images (got 1000 and 1000); "
-            "shorten the warm-up",
+            "schedule.warmup_images + schedule.decay_images must be below training.total_images (got 500 + 500 = 1000, "
+            "and 1000); lower the former or raise the latter",
+        ),
+        (
+            "schedule.warmup_images=1200",
+            "schedule.warmup_images must be below training.total_images (got 1200, and 1000); lower the former or "
+            "raise the latter",
         ),
         (
             "training.ema_half_life_images=[100, 100]",
@@ -172,6 +177,7 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ("nonsense", "an override is section.key=value (got 'nonsense'); for example training.seed=1"),
         (".a=1", "an override is section.key=value (got '.a=1'); for example training.seed=1"),
         ("data.path=[", "data.path: the value is not valid YAML (got '['); quote it"),
+        ("optimizer.betas=0.9", "optimizer.betas: must be a list (got 0.9); write optimizer.betas=[0.9]"),
         (
             "registry.model=a/b",
             r"registry.model: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$' (got 'a/b')",
@@ -189,8 +195,23 @@ def test_another_kind_of_model_needs_a_section_of_its_own(base: Path) -> None:
         load_config(TrainConfig, base, ["model.kind=glow"])
 
 
+def test_a_mistake_in_a_file_that_is_named_names_the_key_and_the_file(tmp_path: Path) -> None:
+    absent = f"{tmp_path}/absent.yaml"
+    with pytest.raises(ConfigError) as error:
+        load_protocol(absent)
+    said = f"metrics.protocols: cannot read the protocol file {absent} (No such file or directory); check the path"
+    assert str(error.value) == said
+    (tmp_path / "fid.yaml").write_text("{metric: frechet, name: fid, extractor: pixels, num_images: 1, bit_depth: 4}")
+    with pytest.raises(ConfigError) as error:
+        load_protocol(f"{tmp_path}/fid.yaml")
+    assert str(error.value) == (
+        f"metrics.protocols: in the protocol file {tmp_path}/fid.yaml: frechet.num_images: Input should be greater than or "
+        f"equal to 2 (got 1)"
+    )
+
+
 def test_no_configuration_at_all_says_where_there_are_some() -> None:
-    with pytest.raises(ConfigError, match="or give a file as the first argument, as those of .*/configs$"):
+    with pytest.raises(ConfigError, match="^no configuration file was given, such as .*/configs; data: required sec"):
         load_config(TrainConfig, None, [])
 
 
