@@ -240,16 +240,17 @@ def _print_plan(job: Job, units: list[Unit]) -> None:
     if version is not None:
         what = f"evaluate {job.config.registry.model}@{version.version}: {version.parameters:,} parameters"
     print(f"{what}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
-    rows = [(one.name, one.metric, str(job.num_images(path)), one.digest[:12]) for path, one in job.protocols.items()]
-    print(telemetry.table(rows, ("protocol", "metric", "images", "digest")))
+    rows = [(one.name, one.metric, str(job.num_images(path))) for path, one in job.protocols.items()]
+    print(telemetry.table(rows, ("protocol", "metric", "images")))
 
 
 def _print_report(report: MetricsReport) -> None:
     rows: list[tuple[str, ...]] = []
     for name, metric in report.metrics.items():
         error = f"{metric.standard_error:.4f}" if metric.standard_error is not None else ""
-        rows.append((f"{report.model}@{report.version} {name}", f"{metric.value:.4f}", error, metric.unit))
+        cells = (f"{metric.value:.4f}", error, metric.unit, metric.protocol_id[:12])
+        rows.append((f"{report.model}@{report.version} {name}", *cells))
         for kind in ("gaussian", "real"):
             if f"{kind}_{name}" in report.baselines:
-                rows.append((f"{kind} {name}", f"{report.baselines[f'{kind}_{name}']:.4f}", "", metric.unit))
-    print(telemetry.table(rows, ("what", "value", "standard error", "unit")))
+                rows.append((f"{kind} {name}", f"{report.baselines[f'{kind}_{name}']:.4f}", "", metric.unit, ""))
+    print(telemetry.table(rows, ("what", "value", "standard error", "unit", "protocol id")))

@@ -21,6 +21,7 @@ from tarflow_scale.config import ModelsConfig, SamplingConfig
 from tarflow_scale.distributed import own_device
 from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.weights import CONFIG_NAME, WEIGHTS_NAME, flow_from_files
+from tarflow_scale.loading import EXPORTED
 from tarflow_scale.pages.markdown import cell
 from tarflow_scale.pages.numbers import decimals_of, fixed
 from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion, Record
@@ -30,7 +31,7 @@ from tarflow_scale.shards.images import contact_sheet
 
 __all__ = ["export_version", "import_version"]
 
-_VERSION, _CARD, _SAMPLES, _CONFIGURATION = "version.json", "README.md", "samples.png", "training.json"
+_VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
 """Of samples that are drawn for a card: images side by side, the same where each column holds a class, and in all."""

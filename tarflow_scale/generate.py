@@ -28,10 +28,10 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
 from tarflow_scale.sampling.labels import numbered
-from tarflow_scale.shards.files import write_folder
+from tarflow_scale.shards.files import check_folder, write_folder
 from tarflow_scale.shards.images import contact_sheet
-from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
-from tarflow_scale.shards.npz import write_npz
+from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
+from tarflow_scale.shards.npz import check_npz, write_npz
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
@@ -59,17 +59,19 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     Raises:
         RegistryError: no such version.
         PlanError: the folder holds another plan, or a shard that was made again has other bytes.
+        DataError: ``shards.folder`` or ``shards.npz`` holds another data set.
     """
     plan = resolved_plan(config)
     units = _units(plan)
     path = config.shards.path
-    _check_plan(path, plan)
+    _check_plan(config, plan)
+    _check_also(config)
     missing = [unit for unit in units if not is_done(path, unit)]
-    _print_plan(plan, len(units), len(missing), path)
+    _print_plan(plan, len(units), len(missing), config)
     if dry_run:
         return
     storage.create(storage.join(path, _PLAN), plan.to_json())
-    _check_plan(path, plan)  # another driver may have been faster
+    _check_plan(config, plan)  # another driver may have been faster
     last = (MANIFEST_NAME, _GRID) if plan.has_grid else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
@@ -126,6 +128,19 @@ def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
             f"{allowed:.0f} of {total}); lower {lower} in another shards.path, train longer or with "
             f"model.log_scale_bound, or allow more"
         )
+
+
+def _check_also(config: GenerateConfig) -> None:
+    """Refuse what `_also` would refuse, or write over, before any work."""
+    shards = config.shards
+    is_made = storage.exists(storage.join(shards.path, MANIFEST_NAME))
+    digest = read_manifest(shards.path).digest if is_made else None
+    if shards.folder is not None:
+        if shards.folder.rstrip("/") == shards.path.rstrip("/"):
+            raise ConfigError(f"shards.folder must not be shards.path (got {shards.folder}); choose another")
+        check_folder(shards.folder, digest)
+    if shards.npz is not None:
+        check_npz(shards.npz, digest)
 
 
 def _also(config: GenerateConfig) -> None:
@@ -239,17 +254,20 @@ def _images(units: list[Unit]) -> int:
     return sum(unit.stop - unit.start for unit in units)
 
 
-def _check_plan(path: str, plan: GenerationPlan) -> None:
+def _check_plan(config: GenerateConfig, plan: GenerationPlan) -> None:
     """Refuse a folder that holds another plan, or anything that is not a generation."""
+    path = config.shards.path
     location = storage.join(path, _PLAN)
     if storage.exists(location):
         frozen = GenerationPlan.from_json(storage.read_bytes(location), location)
         before, now = ({name: _of(one, name) for name in GenerationPlan.model_fields} for one in (frozen, plan))
         if changed := changes(before, now):
-            raise PlanError(f"{path} holds another plan ({changed}); choose another shards.path")
+            also = [f"shards.{name}" for name in ("folder", "npz") if getattr(config.shards, name) is not None]
+            others = " and ".join(["shards.path", *also])
+            raise PlanError(f"{path} holds another plan ({changed}); choose another {others}")
     elif any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
         if storage.exists(location):  # another driver was faster
-            _check_plan(path, plan)
+            _check_plan(config, plan)
             return
         raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
 
@@ -293,7 +311,7 @@ def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
     storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom, names))
 
 
-def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: str) -> None:
+def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, config: GenerateConfig) -> None:
     size = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
     shape = f"{plan.num_channels} numbers" if plan.is_of_vectors else size
     rows = [
@@ -301,8 +319,10 @@ def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, path: st
         ("samples", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
         ("sampling", _settings_line(SamplingConfig.model_validate(plan.sampling))),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
-        ("output", path),
+        ("output", config.shards.path),
     ]
+    also = {"files": config.shards.folder, "npz": config.shards.npz}
+    rows += [(name, place) for name, place in also.items() if place is not None]
     print(telemetry.table(rows, ("generate", "")))
 
 

@@ -1,12 +1,13 @@
 """A flow from a registry or a folder: what a notebook user types, and what workers do."""
 
+import json
 import os
 
 import torch
 
 from tarflow_scale import storage
 from tarflow_scale.config import SamplingConfig
-from tarflow_scale.errors import ConfigError, RegistryError
+from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, TarFlow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.records import DecodingPlan
@@ -14,15 +15,19 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.decode import TarFlowDecoder
 from tarflow_scale.sampling.plan import measured_with
 
-__all__ = ["decoding_plan", "load", "load_version", "worker_device"]
+__all__ = ["EXPORTED", "decoding_plan", "load", "load_version", "worker_device"]
+
+EXPORTED = "version.json"
+"""Beside the flow that was exported of a registry, with what else is known of the version."""
 
 
 def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
     """Load a flow, in evaluation mode on the CPU.
 
     Args:
-        source: a folder or URL that `save_flow` wrote; or, with ``registry``, ``model@version`` where the version is
-            a number, an alias or ``latest``. Such a flow knows the names of its classes.
+        source: a folder or URL that `save_flow`, a training or an export wrote; or, with ``registry``,
+            ``model@version`` where the version is a number, an alias or ``latest``. The flow knows the names of its
+            classes where they were known.
         registry: folder or URL of a registry.
 
     Raises:
@@ -36,7 +41,18 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
         return _fast(load_version(os.fspath(registry), model, reference))
     if model and reference and "/" not in name and not storage.list_names(name):
         raise RegistryError(f"a version needs its registry (got {name!r} alone); load({name!r}, registry=PATH)")
-    return _fast(load_flow(name))
+    flow = load_flow(name)
+    if flow.num_classes and not flow.class_names:
+        flow.class_names = _exported_names(storage.join(name, EXPORTED))
+    return _fast(flow)
+
+
+def _exported_names(location: str) -> tuple[str, ...]:
+    content = storage.read_if_there(location)
+    try:
+        return () if content is None else tuple(map(str, json.loads(content)["version"]["data"]["class_names"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{location} is not what export wrote ({type(error).__name__}); export it again") from error
 
 
 def _fast(flow: Flow) -> Flow:

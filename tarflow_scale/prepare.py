@@ -67,10 +67,11 @@ def _prepare(config: PrepareConfig, dry_run: bool) -> None:
     recipe = _Recipe(source, config)
     splits = _split(source, config.split)
     _print_plan(source, splits, config)
+    path = config.shards.path
+    missing = _missing(config, splits, recipe)  # and refuse what is not ours before anything is touched
     if dry_run:
         return
-    path = config.shards.path
-    if not _missing(config, splits, recipe):  # and refuse what is not ours before anything is touched
+    if not missing:
         print(f"{path}: nothing to do, this data set is packed")
         return
     with nullcontext() if storage.is_remote(path) else exclusive(storage.local(path)):
@@ -267,9 +268,12 @@ def _print_plan(source: ImageSource, splits: dict[str, NDArray[np.int64]], confi
     official = source.official if config.split.kind != "stratified" else None
     for line in class_warnings(source.class_names, source.labels, official, PACKED):
         print(line)
+    share = f"split.test_fraction={config.split.test_fraction:g}"
     if len(splits) == 1 and official is None and config.split.test_fraction:
-        share = f"split.test_fraction={config.split.test_fraction:g}"
         print(f"warning: no test split: {share} of a class is less than one image")
+    elif official is None and config.split.test_fraction:
+        of = "each class" if source.class_names else "the images"
+        print(f"{config.split.test_fraction * 100:g}% of {of} is held out at random: {share}")
     print(telemetry.table(rows, ("split", "samples", "shards", "a sample")))
 
 

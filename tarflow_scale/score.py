@@ -46,6 +46,8 @@ __all__ = ["run"]
 Scores = dict[str, NDArray[np.float64]]
 """Of each image, by score."""
 _PARTS, _MAPS = "parts", "maps.png"
+_SHOWN = 10
+"""Images of ``data`` that are named at the end."""
 _MAP_COLUMNS, _MAP_PIXELS = 4, 96
 """Pairs of pictures in a row, and the least side of each."""
 
@@ -72,7 +74,9 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
         )
     units = _units(config, versions, sets)
     flow = _flow_for_maps(versions[0]) if config.scoring.maps else None
-    _print_plan(config, sets)
+    table = storage.join(config.scoring.path, f"scores.{config.scoring.format}")
+    name = f"{config.registry.model}@{versions[0][1].version}"
+    _print_plan(name, sets, table)
     if dry_run:
         return
     _make(config, versions, [unit for several in units.values() for unit in several])
@@ -83,7 +87,6 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     found: dict[str, Separation] = {}
     if "anomalies" in scores:
         found = {score: separate(scores["data"][score], scores["anomalies"][score]) for score in thresholds}
-    table = storage.join(config.scoring.path, f"scores.{config.scoring.format}")
     rows = _rows({name: (units[name], scores[name]) for name in scores}, thresholds)
     _write_table(table, rows, list(thresholds), config.scoring.format)
     flagged = {
@@ -94,8 +97,9 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     storage.remove(storage.join(config.scoring.path, _MAPS))
     if flow is not None:
         _write_maps(config, flow, scores["data"]["likelihood"])
+    _print_scores(name, thresholds, flagged, found)
+    _print_least_likely(units["data"], scores["data"]["likelihood"], sets["data"][1].class_names)
     storage.remove_tree(storage.join(config.scoring.path, _PARTS))
-    _print_scores(thresholds, flagged, found)
     print(f"{table}: {sum(len(several['likelihood']) for several in scores.values())} images")
     if flow is not None:
         print(f"{storage.join(config.scoring.path, _MAPS)}: the least likely, each beside what surprises in it")
@@ -296,13 +300,13 @@ def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]
     storage.write_bytes(storage.join(config.scoring.path, _MAPS), sheet)
 
 
-def _print_plan(config: ScoreConfig, sets: dict[str, tuple[str, Manifest]]) -> None:
+def _print_plan(model: str, sets: dict[str, tuple[str, Manifest]], output: str) -> None:
     rows = [(name, f"{one.name}/{one.split}", f"{one.num_images:,} images") for name, (_, one) in sets.items()]
-    print(telemetry.table(rows, (f"score by {config.registry.model}", "set", "")))
+    print(telemetry.table([*rows, ("output", output, "")], (f"score by {model}", "set", "")))
 
 
 def _print_scores(
-    thresholds: dict[str, float], flagged: dict[str, dict[str, float]], found: dict[str, Separation]
+    model: str, thresholds: dict[str, float], flagged: dict[str, dict[str, float]], found: dict[str, Separation]
 ) -> None:
     rows: list[tuple[str, ...]] = []
     for score, limit in thresholds.items():
@@ -312,6 +316,18 @@ def _print_scores(
         rows.append((score, f"{limit:.4f}", *shares, *(f"{value:.3f}" for value in measures)))
     sets = tuple(f"flagged of {name}" for name in flagged["likelihood"])
     measured = ("AUROC", "AUPR", "false alarms at 95 %") if found else ()
-    print(telemetry.table(rows, ("score, higher is more anomalous", "threshold", *sets, *measured)))
+    header = (f"score by {model}, higher is more anomalous", "threshold", *sets, *measured)
+    print(telemetry.table(rows, header))
     for score in thresholds:
         print(f"{score}: {SCORES[score]}")
+
+
+def _print_least_likely(units: list[Unit], likelihood: NDArray[np.float64], class_names: tuple[str, ...]) -> None:
+    rows: list[tuple[str, ...]] = []
+    for number in np.argsort(-likelihood, kind="stable")[:_SHOWN].tolist():
+        part = next(part for part in _parts(units) if part.start <= number < part.stop)
+        facts = part.read("labels", "origins")
+        label = int(facts["labels"][number - part.start])
+        name = class_names[label] if 0 <= label < len(class_names) else ""
+        rows.append((str(facts["origins"][number - part.start]), name, f"{likelihood[number]:.4f}"))
+    print(telemetry.table(rows, ("the most anomalous of data", "class", "likelihood")))

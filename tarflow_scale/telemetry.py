@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 60.0
+_LEAST_RATED_SECONDS = 1.0
+"""Of work that says anything about its speed."""
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
 _WANDB_ID = "wandb-id.json"
 
@@ -205,7 +207,8 @@ class ProgressBar:
         self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None
         self._facts = ""
         self._started = self._latest = time.monotonic()
-        self._latest_done = initial
+        self._told = initial
+        self._rated: tuple[float, int] | None = None  # when, and how much was done: from there speed is measured
         self._pause = _FIRST_LINE_SECONDS
 
     def _on_terminal(self) -> Any:
@@ -231,14 +234,20 @@ class ProgressBar:
     def update(self, number: int) -> None:
         """Count what was done since the last call."""
         self._done += number
-        if self._bar is not None:
+        if self._rated is None:  # what went before was start-up: of workers, of a compiler
+            self._rated = time.monotonic(), self._done
+            if self._bar is not None:
+                self._bar.unpause()
+                self._bar.n = self._bar.initial = self._bar.last_print_n = self._done
+                self._bar.refresh()
+        elif self._bar is not None:
             self._bar.update(number)
         if self._enabled and time.monotonic() >= self._latest + self._pause and (self._facts or self._bar is None):
             self._write_line()
 
     def close(self) -> None:
         """Show the end: the last line, unless there was none or it is there."""
-        if self._enabled and self._latest > self._started and self._done > self._latest_done:
+        if self._enabled and self._latest > self._started and self._done > self._told:
             self._write_line()
         if self._bar is not None:
             self._bar.close()
@@ -251,11 +260,13 @@ class ProgressBar:
 
     def _write_line(self) -> None:
         now = time.monotonic()
-        rate = (self._done - self._latest_done) / max(now - self._latest, 1e-9)
+        since, before = self._rated or (now, self._done)
+        rate = (self._done - before) / (now - since) if now - since >= _LEAST_RATED_SECONDS else 0.0
+        speed = f", {rate:,.{0 if rate >= 10 else 2}f} a second" if rate > 0 else ""
         left = f", {_clock((self._total - self._done) / rate)} left" if rate > 0 and self._done < self._total else ""
         line = (
             f"{self._description}: {self._done:,} of {self._total:,} {self._unit} "
-            f"({self._done / max(self._total, 1):.0%}), {rate:,.{0 if rate >= 10 else 2}f} a second, "
+            f"({self._done / max(self._total, 1):.0%}){speed}, "
             f"{_clock(now - self._started)} passed{left}{self._facts and '; '}{self._facts}"
         )
         if self._bar is not None:
@@ -263,7 +274,8 @@ class ProgressBar:
         else:
             print(line, file=sys.stderr, flush=True)
         self._pause = min(2 * self._pause, _LINE_SECONDS)
-        self._latest, self._latest_done = now, self._done
+        self._latest, self._told = now, self._done
+        self._rated = now, self._done
 
 
 def _clock(seconds: float) -> str:

@@ -446,7 +446,7 @@ def test_bad_input(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     assert cli.main(arguments) == 2
-    errors = [line for line in capsys.readouterr().err.split("\n") if " a second, " not in line and line]
+    errors = [line for line in capsys.readouterr().err.split("\n") if " s passed" not in line and line]
     assert [line.partition(" object at 0x")[0] for line in errors] == [
         f"tarflow-scale: error: {message}".partition(" object>")[0]
     ]

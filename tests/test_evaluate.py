@@ -63,6 +63,10 @@ def test_ray_and_one_process_agree_to_the_last_bit(own: Trained, local: MetricsR
     report = newest_report(own)
     assert report.metrics == local.metrics
     assert report.baselines == local.baselines
+    lines = result.stdout.splitlines()  # where the ids are those of report, card and `models show`
+    for name, metric in report.metrics.items():
+        assert any(line.startswith(f"small@1 {name} ") and line.endswith(metric.protocol_id[:12]) for line in lines)
+    assert "digest" not in result.stdout
 
 
 def test_bits_per_dim_is_the_flows_own(own: Trained, local: MetricsReport) -> None:

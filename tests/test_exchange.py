@@ -54,6 +54,8 @@ def test_a_version_travels(own: Registry, tmp_path: Path, capsys: pytest.Capture
     assert "![Samples, with their classes](samples.png)" in card
     flow = load(str(folder))  # as a hub's user would
     assert torch.equal(flow.sample(2, seed=3), load("small@1", registry=own.path).sample(2, seed=3))
+    assert flow.class_names == tuple("0123456789")
+    assert torch.equal(flow.sample(2, "7", seed=3), flow.sample(2, 7, seed=3))
     assert imported(other, folder, "--dry-run") == 0
     assert not other.exists()
     assert imported(other, folder) == 0
@@ -131,6 +133,8 @@ def test_what_is_not_taken_in(
             else:
                 facts["version"]["files"]["../../evil"] = facts["version"]["files"].pop("config.json")
             version.write_text(json.dumps(facts))
+    if damage == "fields":  # as of a later version: the flow is read all the same
+        assert load(folder).class_names == tuple("0123456789")
     capsys.readouterr()
     assert imported(tmp_path / "other", folder) == 2
     import re

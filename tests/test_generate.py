@@ -214,7 +214,9 @@ def test_codecs(trained: Trained, generated: Path, tmp_path: Path, codec: str, e
         assert (found == expected).all()
 
 
-def test_single_files_and_an_npz_too(trained: Trained, generated: Path, tmp_path: Path) -> None:
+def test_single_files_and_an_npz_too(
+    trained: Trained, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files, npz = tmp_path / "files", tmp_path / "samples.npz"
     also = [f"shards.folder={files}", f"shards.npz={npz}"]
     assert cli.main(arguments(trained, generated, *also)) == 0
@@ -225,7 +227,8 @@ def test_single_files_and_an_npz_too(trained: Trained, generated: Path, tmp_path
     seventh = np.asarray(Image.open(files / "7/000000017.png"))
     assert (seventh == images[17, 0]).all()
     facts = json.loads((files / "7/000000017.json").read_text())
-    assert (facts["index"], facts["label"], facts["sampling"]["guidance"]["scale"]) == (17, 7, 0.0)
+    assert (facts["index"], facts["label"], facts["class"]) == (17, 7, "7")
+    assert facts["sampling"]["guidance"]["scale"] == 0.0
     with np.load(npz) as found:
         assert (found["arr_0"][:, :, :, 0] == images[:, 0]).all()
         assert found["arr_1"].tolist() == [i % 10 for i in range(150)]
@@ -238,6 +241,25 @@ def test_single_files_and_an_npz_too(trained: Trained, generated: Path, tmp_path
     (other / "mine.txt").write_text("x")
     assert cli.main(arguments(trained, generated, f"shards.folder={other}")) == 2
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
+    before = content(tmp_path)
+    for one, reason in (
+        (f"shards.folder={files}", f"shards.folder={files} holds another data set"),
+        (f"shards.npz={npz}", f"shards.npz={npz} holds another data set"),
+        (f"shards.npz={other}/mine.txt", f"shards.npz={other}/mine.txt holds another data set"),
+        (f"shards.npz={other}", f"shards.npz={other} is a folder"),
+        (f"shards.folder={npz}", "samples.npz"),
+        (f"shards.folder={tmp_path}/new/", "must not be shards.path"),
+    ):
+        for dry in ((), ("--dry-run",)):  # and nothing is sampled
+            capsys.readouterr()
+            assert cli.main(arguments(trained, tmp_path / "new", one, *dry)) == 2
+            said = capsys.readouterr()
+            assert (reason in said.err, said.out, said.err.count("\n")) == (True, "", 1)
+    assert content(tmp_path) == before
+    assert cli.main(arguments(trained, generated, "sampling.seed=5", *also)) == 2
+    assert "choose another shards.path and shards.folder and shards.npz\n" in capsys.readouterr().err
+    assert cli.main(arguments(trained, tmp_path / "new", f"shards.folder={tmp_path}/n", "--dry-run")) == 0
+    assert f"files     {tmp_path}/n\n" in capsys.readouterr().out
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, indices: set[int], attempts: int) -> None:

@@ -46,7 +46,13 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
         flow.sample(2, y="seven")
     save_flow(flow, str(tmp_path))
     assert tarflow_scale.load(tmp_path).class_names == flow.class_names
-    by_path = tarflow_scale.load(trained.run / "model")
+    flow.class_names = ()
+    save_flow(flow, tmp_path)
+    (tmp_path / "version.json").write_text("[]")
+    with pytest.raises(UserError, match=r"version.json is not what export wrote \(TypeError\); export it again$"):
+        tarflow_scale.load(tmp_path)
+    (tmp_path / "version.json").unlink()
+    by_path = tarflow_scale.load(tmp_path)
     with pytest.raises(ValueError, match="labels must be numbers where no names of classes are known"):
         by_path.sample(2, y="7")
 

@@ -81,11 +81,12 @@ def test_packing_is_reproducible_and_repeating_it_does_nothing(
 
 def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(tmp_path) == 0
-    capsys.readouterr()
-    assert pack(tmp_path, "split.seed=1") == 2
-    assert capsys.readouterr().err == (
-        f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path or delete it\n"
-    )
+    for dry in ((), ("--dry-run",)):
+        capsys.readouterr()
+        assert pack(tmp_path, "split.seed=1", *dry) == 2
+        assert capsys.readouterr().err == (
+            f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path or delete it\n"
+        )
 
 
 def test_an_interrupted_packing_is_no_data_set_and_can_be_repeated(digits: Path, tmp_path: Path) -> None:
@@ -103,7 +104,9 @@ def test_an_interrupted_packing_is_no_data_set_and_can_be_repeated(digits: Path,
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(tmp_path / "x", "--dry-run") == 0
     assert not (tmp_path / "x").exists()
-    assert "1x8x8, 4 bit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1x8x8, 4 bit" in said
+    assert "20% of each class is held out at random: split.test_fraction=0.2\n" in said
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
@@ -534,6 +537,10 @@ def test_of_many_classes_the_plan_shows_the_first_and_last(tmp_path: Path, capsy
     write_tree(tmp_path, *(f"in/c{number:02d}/{i}.png" for number in range(20) for i in range(2)))
     assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
     assert "classes: c00 2, c01 2, c02 2, c03 2, c04 2, .., c18 2, c19 2" in capsys.readouterr().out.splitlines()
+    assert prepare_folder(tmp_path / "in", tmp_path / "out", "split.test_fraction=0") == 0
+    capsys.readouterr()
+    assert cli.main(["prepare", "--stats", f"{tmp_path}/out/train"]) == 0
+    assert "20 of 2 samples each\n" in capsys.readouterr().out
 
 
 def test_three_splits_are_packed_where_patterns_name_them(tmp_path: Path) -> None:

@@ -198,12 +198,22 @@ def test_ray_and_parquet_hold_the_same_numbers(trained: Trained, shuffled: Path,
     assert [{key: str(value) for key, value in row.items()} for row in found] == rows_of(scored)
 
 
-def test_maps_show_the_least_likely_images(trained: Trained, shuffled: Path, tmp_path: Path) -> None:
+def test_maps_and_the_last_lines_show_the_least_likely_images(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments(trained, tmp_path / "out", None, "scoring.maps=5")) == 0
     picture = Image.open(tmp_path / "out/maps.png")
     assert picture.size == ((8 * 9 + 1) * 12, (2 * 9 + 1) * 12)  # five pairs in rows of four, 12 pixels a pixel
     pixels = np.asarray(picture.convert("RGB"))[6::12, 6::12]
-    likelihood = column(rows_of(tmp_path / "out"), "data", "likelihood")
+    said = capsys.readouterr().out
+    assert "score by small@1, higher is more anomalous" in said
+    rows = rows_of(tmp_path / "out")
+    found = said.partition("the most anomalous of data  class  likelihood\n")[2].splitlines()[1:11]
+    assert [line.split() for line in found] == [
+        [row["origin"], row["label"], f"{float(row['likelihood']):.4f}"]
+        for row in sorted(rows, key=lambda row: -float(row["likelihood"]))[:10]
+    ]
+    likelihood = column(rows, "data", "likelihood")
     worst = int(likelihood.argmax())
     stored = ShardSet(str(trained.data / "test")).take(np.array([worst])).images[0, 0]
     assert (pixels[1:9, 1:9] == stored[:, :, None]).all()
@@ -239,10 +249,15 @@ def test_images_that_the_model_cannot_score_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_committed_configuration_is_one(tmp_path: Path, trained: Trained) -> None:
+def test_the_committed_configuration_is_one(
+    tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = [
         f"registry.path={trained.registry}", "registry.model=small", "registry.version=1",
         f"data.path={trained.data}/test", f"calibration.path={trained.data}/test", f"scoring.path={tmp_path}/out",
     ]  # fmt: skip
     assert cli.main(["score", str(TOP / "configs/score/digits.yaml"), *paths, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "score by small@1" in said
+    assert f"output            {tmp_path}/out/scores.csv\n" in said
     assert not (tmp_path / "out").exists()

@@ -144,6 +144,18 @@ def test_progress_in_a_log_file_is_a_line_a_minute_and_more_at_first(
     assert all(line.isprintable() for line in lines)
 
 
+def test_the_start_of_workers_is_no_part_of_the_speed(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with telemetry.progress_bar(1000, "evaluate", initial=200) as bar:
+        for seconds in (50.0, 0.1, 4.9, 10.0):
+            clock[0] += seconds
+            bar.update(200)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate: 400 of 1,000 images (40%), 50 s passed",
+        "evaluate: 800 of 1,000 images (80%), 80 a second, 55 s passed, 2 s left",
+        "evaluate: 1,000 of 1,000 images (100%), 20 a second, 1 min 05 s passed",
+    ]
+
+
 def test_short_work_and_ranks_that_do_not_report_leave_no_line(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

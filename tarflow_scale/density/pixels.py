@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.conditions import GivenCondition
-from tarflow_scale.flows.inputs import check_draws
+from tarflow_scale.flows.inputs import check_draws, check_shape
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 
 __all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
@@ -41,7 +41,7 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
         raise ValueError(f"stored pixels must be a NumPy array of uint8, 0 to 255 (got {kind}); convert them")
     check_draws(draw, seed=seed)
     stored = torch.from_numpy(np.ascontiguousarray(images))
-    flow.check_shape(stored)
+    check_shape(stored, flow.event_shape, of_array=True)
     x = dequantized(stored, flow.pixels.bit_depth, seed, range(len(images)), draw)
     return x.to(next(flow.parameters()))
 

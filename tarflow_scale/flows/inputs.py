@@ -9,8 +9,11 @@ import math
 import operator
 import warnings
 from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow_scale.flows.conditions import hides_values
@@ -28,14 +31,20 @@ _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
 _ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
 
 
-def check_shape(x: object, event_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``x`` is a tensor, a batch of events of this shape; costs nothing."""
+def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False) -> None:
+    """Raise ValueError unless ``x`` is a tensor, a batch of events of this shape; costs nothing.
+
+    Args:
+        x: the batch.
+        event_shape: of the flow.
+        of_array: the user gave a NumPy array, and the advice is for that.
+    """
     shape = tuple(_checked_tensor(x, event_shape).shape)
     if shape[1:] == event_shape:
         return
     cure = "use data of the shape this flow was built for"
-    if len(event_shape) == 3 and shape[1:] == (*event_shape[1:], event_shape[0]):
-        cure = "channels come first: x.permute(0, 3, 1, 2)"
+    if _channels_last(shape, event_shape):
+        cure = f"channels come first: x.{'transpose' if of_array else 'permute'}(0, 3, 1, 2)"
     elif shape == event_shape:
         cure = "one sample is a batch of one: x[None]"
     raise ValueError(
@@ -64,9 +73,9 @@ def check_values(
     x, noun = _checked_tensor(x, event_shape), _noun(event_shape)
     is_image = pixels is not None and pixels.noise != "none"
     if not x.is_floating_point():
-        how = _ADVICE if len(event_shape) == 3 else "x.float()"
-        scale = " on [-1, 1]" if len(event_shape) == 3 else ""
-        raise ValueError(f"{noun} must be floats{scale} (got {x.dtype}); convert them, {how}")
+        if len(event_shape) == 3:
+            raise ValueError(_stored_refused(x, x.dtype, event_shape))
+        raise ValueError(f"{noun} must be floats (got {x.dtype}); convert them, x.float()")
     check_shape(x, event_shape)
     if x.device != like.device:
         cure = f"use x.to({str(like.device)!r})"
@@ -131,12 +140,36 @@ def _is_whole(value: object, low: int, beyond: float | int = math.inf) -> bool:
 
 
 def _checked_tensor(x: object, event_shape: tuple[int, ...]) -> Tensor:
+    if isinstance(x, np.ndarray):
+        if len(event_shape) == 3 and x.dtype.kind in "iu":
+            raise ValueError(_stored_refused(x, x.dtype, event_shape))
+        first = "x.transpose(0, 3, 1, 2)" if _channels_last(x.shape, event_shape) else "x"
+        raise ValueError(
+            f"{_noun(event_shape)} must be a tensor (got a NumPy array of {x.dtype}); "
+            f"torch.as_tensor({first}, dtype=torch.float32) makes one"
+        )
     if not isinstance(x, Tensor):
         kind = f"{type(x).__module__}.{type(x).__name__}"
         raise ValueError(
             f"{_noun(event_shape)} must be a tensor (got {kind}); torch.as_tensor(x) of an array makes one"
         )
     return x
+
+
+def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool:
+    return len(event_shape) == 3 and shape[1:] == (*event_shape[1:], event_shape[0]) != event_shape
+
+
+def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
+    """What to do with integers, which are stored pixels; the code that is advised is taken."""
+    is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
+    images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
+    images += ".cpu().numpy()" * is_tensor
+    images += "" if "uint8" in str(kind) else ".astype('uint8')"
+    return (
+        f"images must be floats on [-1, 1] (got {kind}); of stored pixels, 0 to 255, "
+        f"tarflow_scale.density.image_bits_per_dim(flow, {images}) gives bits/dim, and image_tensor the floats"
+    )
 
 
 def _warn(what: str, cure: str) -> None:

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,18 +184,18 @@ class _Places:
     Args:
         copies: see `find_copies`.
         split: ``(n,)`` number of the split of every image; -1 for images of none.
+        rank: by which one image comes before another.
     """
 
-    def __init__(self, copies: Copies, split: NDArray[np.int64]) -> None:
+    def __init__(self, copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int) -> None:
         firsts, times = np.unique(copies.first[copies.first >= 0], return_counts=True)
         involved = np.union1d(firsts[times > 1], np.array(sorted(copies.near), dtype=np.int64))
-        numbers = np.flatnonzero(np.isin(copies.first, involved) & (split >= 0))
+        numbers = sorted(np.flatnonzero(np.isin(copies.first, involved) & (split >= 0)).tolist(), key=rank)
+        self.order = {number: order for order, number in enumerate(numbers)}
         self.members: defaultdict[int, list[int]] = defaultdict(list)
         self._lowest: dict[tuple[int, int], int] = {}
         self._near = copies.near
-        for number, first, place in zip(
-            numbers.tolist(), copies.first[numbers].tolist(), split[numbers].tolist(), strict=True
-        ):
+        for number, first, place in zip(numbers, copies.first[numbers].tolist(), split[numbers].tolist(), strict=True):
             self.members[first].append(number)
             self._lowest.setdefault((first, place), number)
 
@@ -205,37 +206,40 @@ class _Places:
             number: the image.
             first: the first one with its pixels.
             splits: where to look.
-            below: only at smaller numbers.
+            below: only at images of a lower rank, as an index of `order`.
         """
         found = [
-            (near != first, like)
+            (near != first, self.order[like], like)
             for near in (first, *self._near.get(first, ()))
             for split in splits
-            if (like := self._lowest.get((near, split), number)) != number and like < below
+            if (like := self._lowest.get((near, split), number)) != number and self.order[like] < below
         ]
-        return Copy(number, min(found)[1], not min(found)[0]) if found else None
+        return Copy(number, min(found)[2], not min(found)[0]) if found else None
 
 
-def copies_between(copies: Copies, split: NDArray[np.int64]) -> dict[tuple[int, int], list[Copy]]:
+def copies_between(
+    copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int
+) -> dict[tuple[int, int], list[Copy]]:
     """Images of a split that are like an image of an earlier split, or like an earlier one of their own.
 
     Args:
         copies: see `find_copies`.
         split: ``(n,)`` number of the split of every image; -1 for images of none.
+        rank: by which one image comes before another.
 
     Returns:
         By the two splits, first that of the image, then that of the other; in order.
     """
-    places = _Places(copies, split)
+    places = _Places(copies, split, rank)
     found: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
     for first, members in places.members.items():
         for number in members:
             own = int(split[number])
             for other in range(own + 1):
-                copy = places.copy(number, first, [other], below=number if other == own else math.inf)
+                copy = places.copy(number, first, [other], below=places.order[number] if other == own else math.inf)
                 if copy is not None:
                     found[own, other].append(copy)
-    return {key: sorted(several, key=lambda copy: copy.image) for key, several in sorted(found.items())}
+    return {key: sorted(several, key=lambda copy: places.order[copy.image]) for key, several in sorted(found.items())}
 
 
 def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
@@ -264,7 +268,7 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """What was found, in lines for a person: numbers, and a few pairs.
+    """What was found, in lines for a person: numbers, and a few pairs, the same however images are numbered.
 
     Args:
         copies: see `find_copies`.
@@ -282,7 +286,7 @@ def described(
             f"or frames of films)"
         )
     lines: list[str] = []
-    for (own, other), several in copies_between(copies, split).items():
+    for (own, other), several in copies_between(copies, split, origin).items():
         num, equal = int((split == own).sum()), sum(copy.is_equal for copy in several)
         of = "an earlier one" if own == other else f"one in {names[other]}"
         shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in several[:_SHOWN])

@@ -1,6 +1,7 @@
 """A packed data set as single files, ``<class>/<key>.png`` and ``<key>.json``, as image folders are read elsewhere."""
 
 import io
+import json
 import tarfile
 
 from tarflow_scale import storage
@@ -8,10 +9,27 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import image_extension
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["write_folder"]
+__all__ = ["check_folder", "write_folder"]
 
 _UNLABELLED = "images"
 _BEGUN, _WHOLE = "begun", "complete"
+
+
+def check_folder(location: str, digest: str | None) -> None:
+    """Refuse a folder that `write_folder` would refuse.
+
+    Args:
+        location: folder or URL.
+        digest: of the data set's manifest; None where it is not made yet.
+
+    Raises:
+        DataError: the folder holds another data set, or anything else.
+    """
+    there = storage.read_if_there(storage.join(location, _BEGUN))
+    if there is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
+        raise DataError(f"shards.folder={location} holds other files; choose another shards.folder")
+    if there is not None and (digest is None or there != digest.encode()):
+        raise DataError(f"shards.folder={location} holds another data set; choose another shards.folder or delete it")
 
 
 def write_folder(path: str, location: str) -> int:
@@ -26,13 +44,9 @@ def write_folder(path: str, location: str) -> int:
         DataError: the folder holds another data set, or anything else; a sample is not what was packed.
     """
     shards = ShardSet(path, verify="full")
-    digest = shards.manifest.digest.encode()
-    folders = _folders(shards.manifest.class_names)
-    there = storage.read_if_there(storage.join(location, _BEGUN))
-    if there is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
-        raise DataError(f"{location} holds other files; choose another folder")
-    if there is not None and there != digest:
-        raise DataError(f"{location} holds another data set; choose another folder")
+    check_folder(location, shards.manifest.digest)
+    digest, names = shards.manifest.digest.encode(), shards.manifest.class_names
+    folders = _folders(names)
     storage.write_bytes(storage.join(location, _BEGUN), digest)
     num = 0
     for record in shards.manifest.shards:
@@ -42,6 +56,9 @@ def write_folder(path: str, location: str) -> int:
                 assert extension is not None, "a packed sample has an image"
                 label = members.get("cls")
                 folder = folders[int(label)] if label is not None and folders else _UNLABELLED
+                if label is not None and names and "json" in members:
+                    facts = json.loads(members["json"]) | {"class": names[int(label)]}
+                    members["json"] = json.dumps(facts, ensure_ascii=False).encode()
                 for suffix in (extension, "json"):
                     if suffix in members:
                         storage.write_bytes(storage.join(location, folder, f"{key}.{suffix}"), members[suffix])

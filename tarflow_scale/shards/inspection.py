@@ -14,6 +14,7 @@ from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
 from tarflow_scale.shards.reader import CorruptSample, ShardSet, StoredSample
+from tarflow_scale.shards.sources.splits import PACKED
 from tarflow_scale.shards.vectors import floats
 
 __all__ = ["Statistics", "check", "statistics"]
@@ -106,7 +107,7 @@ def statistics(path: str) -> Statistics:
 
 
 def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
-    """All splits that were packed together, in the order in which the folder has them, ``train`` first."""
+    """All splits that were packed together, in the order of `PACKED`."""
     folder, _, own = path.rstrip("/").rpartition("/")
     there = {own: shards}
     for name in storage.list_names(folder or ".") if own == shards.manifest.split else ():
@@ -115,33 +116,31 @@ def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
             sibling = ShardSet(other)
             if (sibling.manifest.recipe, sibling.manifest.split) == (shards.manifest.recipe, name):
                 there[name] = sibling
-    return [there[name] for name in sorted(there, key=lambda name: (name != "train", name))]
+    return [there[name] for name in sorted(there, key=(*PACKED, *there).index)]
 
 
 def _copies(splits: list[ShardSet]) -> list[str]:
     """Near copies within and across splits, in lines."""
     found: list[bytes] = []
+    origins: list[str] = []
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
     with telemetry.progress_bar(int(firsts[-1]), "look for copies") as bar:
         for shards in splits:
             for low in range(0, shards.manifest.num_images, _RUN):
                 run = shards.read(np.arange(low, min(low + _RUN, shards.manifest.num_images)))
                 found += [_fingerprint(shards, stored) for stored in run]
+                origins += [_origin(stored) for stored in run]
                 bar.update(len(run))
 
-    def stored(number: int) -> tuple[ShardSet, StoredSample]:
-        split = int(np.searchsorted(firsts, number, side="right")) - 1
-        return splits[split], splits[split].read(np.array([number - firsts[split]]))[0]
-
     def image(number: int) -> NDArray[np.uint8]:
-        shards, sample = stored(number)
-        return shards.decode(sample)[0]
+        place = int(np.searchsorted(firsts, number, side="right")) - 1
+        return splits[place].decode(splits[place].read(np.array([number - firsts[place]]))[0])[0]
 
     copies = duplicates.find_copies(duplicates.read_fingerprints([duplicates.text_of(found)]), image)
     split = np.repeat(np.arange(len(splits)), np.diff(firsts))
     names = [shards.manifest.split for shards in splits]
     size = splits[0].manifest.image_size_pixels
-    return duplicates.described(copies, split, names, lambda number: _origin(stored(number)[1]), size)
+    return duplicates.described(copies, split, names, origins.__getitem__, size)
 
 
 def _fingerprint(shards: ShardSet, stored: StoredSample) -> bytes:
@@ -178,4 +177,6 @@ def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
     if len(names) <= _LISTED_CLASSES:
         return ", ".join(f"{label} {name} ({counts[label]:,})" for label, name in enumerate(names))
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
+    if counts[few] == counts[many]:
+        return f"{len(names):,} of {counts[few]:,} samples each"
     return f"{len(names):,}, from {counts[few]:,} samples ({names[few]}) to {counts[many]:,} ({names[many]})"

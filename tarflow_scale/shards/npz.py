@@ -11,11 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
+from tarflow_scale.errors import DataError
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["write_npz"]
+__all__ = ["check_npz", "write_npz"]
 
 _BATCH = 256
+
+
+def check_npz(location: str, digest: str | None) -> None:
+    """Refuse a place where a file of another data set, or anything else, is.
+
+    Args:
+        location: of the file.
+        digest: of the data set's manifest; None where it is not made yet.
+
+    Raises:
+        DataError: there is such a file, or a folder.
+    """
+    if storage.is_folder(location):
+        raise DataError(f"shards.npz={location} is a folder; name a file")
+    if not storage.exists(location):
+        return
+    try:
+        with storage.open_seekable(location) as file, zipfile.ZipFile(file) as archive:
+            known = archive.comment.decode(errors="replace")
+    except zipfile.BadZipFile:
+        known = ""
+    if known != digest:
+        raise DataError(f"shards.npz={location} holds another data set; choose another shards.npz or delete it")
 
 
 def write_npz(path: str, location: str) -> int:
@@ -32,6 +56,7 @@ def write_npz(path: str, location: str) -> int:
     manifest = shards.manifest
     size, num = manifest.image_size_pixels, manifest.num_images
     with storage.writing(location) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = manifest.digest.encode()
         labels: list[NDArray[np.int64]] = []
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}

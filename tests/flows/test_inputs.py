@@ -95,6 +95,41 @@ def test_integers_are_refused(images: Tensor) -> None:
         flow_of().log_prob(images)
 
 
+def test_what_is_advised_for_integers_and_arrays_is_taken() -> None:
+    """Also for channels that come last; in a process without the checks of annotations that run beside these tests."""
+    code = """
+import numpy as np, torch, tarflow_scale
+from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.density import image_bits_per_dim
+from tarflow_scale.flows import build
+from tarflow_scale.records import PixelFormat
+config = TarFlowConfig(patch_size=4, width=8, head_width=8, layers_per_block=(1,), class_conditional=False)
+flow = build(config, (3, 8, 8)).eval()
+flow.pixels = PixelFormat(bit_depth=8, noise="uniform")
+images = torch.arange(4 * 192).reshape(4, 3, 8, 8).to(torch.uint8)
+last, expected = images.permute(0, 2, 3, 1), image_bits_per_dim(flow, images.numpy())
+kinds = (images, last, images.long(), images.numpy(), last.numpy(), last.numpy().astype(np.int64), last.numpy() / 256)
+for x in kinds:
+    try:
+        flow.log_prob(x)
+    except ValueError as error:
+        advice = str(error).partition("; ")[2]
+        start = "tarflow_scale.density" if "bits/dim" in advice else "torch."
+        found = eval(advice[advice.index(start) : advice.rindex(" gives" if "bits/dim" in advice else " makes")])
+        print(bool((found == expected).all()) if "bits/dim" in advice else tuple(flow.log_prob(found).shape))
+try:
+    image_bits_per_dim(flow, last.numpy())
+except ValueError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines() == [
+        *["True"] * 6,
+        "(4,)",
+        "images must have shape (batch, 3, 8, 8) (got (4, 8, 8, 3)); channels come first: x.transpose(0, 3, 1, 2)",
+    ], found.stderr
+
+
 def test_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"on the device of the flow's weights, cpu \(got meta\); use x.to\('cpu'\)"):
         flow_of().log_prob(torch.zeros(2, *SHAPE, device="meta"))
@@ -143,7 +178,7 @@ def test_channels_last_and_single_images_are_told_what_to_do() -> None:
 
 
 def test_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^images must be a tensor \(got numpy.ndarray\); torch.as_tensor"):
+    with pytest.raises(ValueError, match=r"^images must be a tensor \(got a NumPy array of float32\); torch.as_tensor"):
         check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.zeros(()), None, None)
 
 
@@ -220,7 +255,7 @@ for seen in (
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.splitlines() == [
-        "images must be a tensor (got numpy.ndarray); torch.as_tensor(x) of an array makes one",
+        "images must be a tensor (got a NumPy array of float64); torch.as_tensor(x, dtype=torch.float32) makes one",
         "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",
         "the number of samples must be a whole number from 0 (got 2.5); correct it",
         "seed must be a whole number in 0..2^64-1 (got 1.5); choose another",

@@ -152,9 +152,7 @@ def test_near_copies_are_reported_by_prepare_and_by_stats(tmp_path: Path, capsys
     for split in ("train", "test"):
         assert cli.main(["prepare", "--stats", f"{tmp_path}/out/{split}"]) == 0
         out = capsys.readouterr().out
-        assert across.partition("): ")[0] in out
-        assert within.partition("): ")[0] in out
-        assert "test/a/100.png like train/a/000.png" in out
+        assert f"copies and near copies:\n{within}\n{across}\n" in out
     assert cli.main([*arguments, f"shards.path={tmp_path}/kept", "split.near_duplicates=keep"]) == 0
     assert " like " not in capsys.readouterr().out
     for split in ("train", "test"):  # what is reported is part of no data set
