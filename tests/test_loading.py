@@ -46,6 +46,7 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
         flow.sample(2, y="seven")
     save_flow(flow, str(tmp_path))
     assert tarflow_scale.load(tmp_path).class_names == flow.class_names
+    assert tarflow_scale.load(trained.run / "model").class_names == flow.class_names
     flow.class_names = ()
     save_flow(flow, tmp_path)
     (tmp_path / "version.json").write_text("[]")

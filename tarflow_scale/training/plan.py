@@ -24,7 +24,9 @@ def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
     """The flow for a data set."""
     if manifest.num_conditions is not None:
         return build(model, manifest.event_shape, None, manifest.num_conditions)
-    return build(model, manifest.event_shape, manifest.num_classes or None)
+    flow = build(model, manifest.event_shape, manifest.num_classes or None)
+    flow.class_names = manifest.class_names if flow.num_classes else ()
+    return flow
 
 
 def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
