@@ -43,7 +43,10 @@ class FolderSource(EncodedSource):
     def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
         path = config.path or ""
         if not storage.is_folder(path):
-            raise DataError(f"source.path must be a folder (got {path}); check the path")
+            kinds = {".tar": "webdataset", ".zip": "zip", ".parquet": "parquet"}
+            kind = next((kind for suffix, kind in kinds.items() if path.lower().endswith(suffix)), None)
+            cure = f"unpack it, or set source.kind={kind}" if kind else "check the path"
+            raise DataError(f"source.path must be a folder (got {path}); {cure}")
         self._path = path
         self.is_remote = storage.is_remote(path)
         facts = {file.name: file for file in storage.walk(path)}

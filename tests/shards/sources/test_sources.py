@@ -65,6 +65,8 @@ def test_a_grey_image_among_coloured_ones_is_coloured(tmp_path: Path) -> None:
 def test_no_folder_and_no_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be a folder"):
         open_source(folder(tmp_path / "absent"))
+    with pytest.raises(DataError, match="unpack it, or set source.kind=webdataset"):
+        open_source(folder(tmp_path / "images.tar"))
     (tmp_path / "class").mkdir()
     (tmp_path / "class/readme.txt").write_text("no image")
     with pytest.raises(DataError, match="no images in"):
