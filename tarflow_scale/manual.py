@@ -22,9 +22,8 @@ def keys_of(root: type[BaseModel]) -> list[str]:
 
 def _describe(path: str, field: FieldInfo, required: str = "required") -> list[str]:
     sections = [] if get_origin(field.annotation) is tuple else sections_of(field.annotation)
-    if len(sections) == 1 or (
-        sections and field.is_required()
-    ):  # an optional choice is another verb's, with its manual
+    # Kinds that may be left out belong to another verb, whose manual has them.
+    if len(sections) == 1 or (sections and field.is_required()):
         return _describe_sections(path, field, sections, required)
     text = " ".join((field.description or "").split())
     return [f"  {path} ({required if field.is_required() else _default(field)})", *([f"      {text}"] if text else [])]
