@@ -138,7 +138,7 @@ class Bijection(nn.Module, ABC):
             ValueError: latents or labels of another shape, or guidance that cannot have an effect.
         """
         if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
-            got = getattr(z, "shape", type(z).__name__)
+            got = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
             raise ValueError(f"latents must have shape (batch, {self.num_dims}) (got {got}); one a value of the data")
         labels = self._labels(y, len(z), z.device)
         check_count(labels, len(z), self.num_conditions)

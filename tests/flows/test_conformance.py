@@ -213,7 +213,7 @@ def test_training_and_evaluation_mode_agree(case: FlowCase) -> None:
 @every_flow
 def test_shapes_and_values_that_do_not_fit_are_named(case: FlowCase) -> None:
     flow, (x, y) = case.flow(), case.data(2)
-    with pytest.raises(ValueError, match=rf"latents must have {flow.num_dims} dimensions \(got 7\)"):
+    with pytest.raises(ValueError, match=rf"latents must have shape \(batch, {flow.num_dims}\) \(got \(2, 7\)\)"):
         flow.inverse(torch.zeros(2, 7, dtype=torch.float64), y)
     if y is not None:
         for use in (lambda: flow(x, y[:1]), lambda: flow.inverse(flow(x, y)[0], y[:1])):
