@@ -55,7 +55,7 @@ def test_every_recipe_has_a_plan(
 ) -> None:
     config = TrainConfig.load(recipe, [])
     (name,) = {part for part in Path(config.data.path).parts if part in FORMATS}
-    paths = [f"data.path={tmp_path}/train", "data.verify=size"]
+    paths = [f"data.path={tmp_path}/train", "data.verify=size", f"logging.path={tmp_path}/run"]
     stand_in(tmp_path / "train", name)
     if config.validation is not None:
         stand_in(tmp_path / "test", name)
