@@ -318,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
             calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
             added.add_argument("--calibrate", action="store_true", help=calibrate)
         if name == "promote":
-            override = "promote although the gate says no; decision and reason are recorded for ever"
+            override = "promote although the gate says no; decision and reason are recorded"
             added.add_argument("--override", metavar="REASON", help=override)
         if name == "evaluate":
             reference = "compute what the protocols are compared with, and bind them to it, instead; needs no model"

@@ -360,7 +360,7 @@ def null_character(w: World) -> tuple[list[str], str]:
 
 def override_without_a_reason(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
-        "gate: override must be a reason (got none); say why, it is recorded for ever"
+        "gate: override must be a reason (got none); say why, it is recorded"
     )
 
 

@@ -277,7 +277,7 @@ class GateRef(Section):
     reason: str = ""
     """Why, in the words of the person who promotes; stored."""
     override: str | None = None
-    """Promote although the gate says no, for this reason; decision and reason are recorded for ever. The flag
+    """Promote although the gate says no, for this reason; decision and reason are recorded. The flag
     ``--override`` sets it."""
 
     @field_validator("against")
@@ -292,5 +292,5 @@ class GateRef(Section):
         if self.alias == "latest" or self.alias.isdigit():
             raise ValueError(f"alias must be a name other than latest (got {self.alias}); for example champion")
         if self.override is not None and not self.override.strip():
-            raise ValueError("override must be a reason (got none); say why, it is recorded for ever")
+            raise ValueError("override must be a reason (got none); say why, it is recorded")
         return self
