@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 # The cores that this job may use, shared among its ranks on this machine. Unset, torchrun gives each rank one thread.
-: "${OMP_NUM_THREADS:=$(python -c "from tarflow_scale.cores import num_threads; print(num_threads(0, ${ranks:-1}))")}"
+: "${OMP_NUM_THREADS:=$(python -c "from tarflow_scale.runtime.cores import num_threads; print(num_threads(0, ${ranks:-1}))")}"
 # torchrun kills ranks 30 seconds after it told them to stop; a checkpoint of billions of parameters takes longer.
 : "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=600}"
 # Training, validation and previews want tensors of other sizes; segments that grow leave fewer fragments of GPU memory

@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """Import torch only for those who ask for a flow, and have its threads wait as those of the command line do."""
     if name == "load":
         if "torch" not in sys.modules:  # which has read the environment when it was loaded
-            from tarflow_scale import cores
+            from tarflow_scale.runtime import cores
 
             cores.spin_briefly()
         from tarflow_scale.loading import load

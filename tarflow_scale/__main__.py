@@ -1,21 +1,22 @@
 """``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process.
 
-`tarflow_scale.console` says what happens, and what the exit code is, where standard output is closed or full.
+`tarflow_scale.runtime.streams` says what happens, and what the exit code is, where standard output is closed or full.
 """
 
 from typing import NoReturn
 
-from tarflow_scale import interrupts
+from tarflow_scale.runtime import interrupts
 
 interrupts.end_process()  # before the imports that take time
 
-from tarflow_scale import cli, console, cores  # noqa: E402
-from tarflow_scale.processes import leave  # noqa: E402
+from tarflow_scale import cli  # noqa: E402
+from tarflow_scale.runtime import cores, streams  # noqa: E402
+from tarflow_scale.runtime.processes import leave  # noqa: E402
 
 
 def main() -> NoReturn:
     """Run a verb and end the process with its exit code."""
-    console.guard()
+    streams.guard()
     cores.spin_briefly()
     leave(cli.main())
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tarflow_scale import __version__, console, distributed
-from tarflow_scale import config as configuration
+from tarflow_scale import __version__
+from tarflow_scale.config import convert, doctor, evaluate, generate, models, prepare, promote, report, score, train
 from tarflow_scale.config.base import Root, absent_here, working_folder
+from tarflow_scale.config.manual import keys_of
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
-from tarflow_scale.interrupts import INTERRUPTED, INTERRUPTED_CODE, raise_exceptions
-from tarflow_scale.manual import keys_of
-from tarflow_scale.telemetry import printable
+from tarflow_scale.runtime import distributed, streams
+from tarflow_scale.runtime.console import printable
+from tarflow_scale.runtime.interrupts import INTERRUPTED, INTERRUPTED_CODE, raise_exceptions
 
 __all__ = ["main"]
 
@@ -69,53 +70,53 @@ _OF_MODELS = {
 
 _VERBS = {
     "prepare": _Verb(
-        "prepare", "run", configuration.PrepareConfig,
+        "prepare", "run", prepare.PrepareConfig,
         "pack images into WebDataset shards",
         "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",
     ),
     "train": _Verb(
-        "train", "run", configuration.TrainConfig,
+        "train", "run", train.TrainConfig,
         "train a flow on shards under DeepSpeed and register it",
         "launch/torchrun.sh 2 configs/train/digits.yaml optimizer.peak_lr=1e-3",
     ),
     "evaluate": _Verb(
-        "evaluate", "run", configuration.EvaluateConfig,
+        "evaluate", "run", evaluate.EvaluateConfig,
         "measure a registered version by protocols, on Ray",
         "tarflow-scale evaluate configs/evaluate/digits.yaml registry.version=3 cluster.num_workers=4",
     ),
     "promote": _Verb(
-        "promote", "run", configuration.PromoteConfig,
+        "promote", "run", promote.PromoteConfig,
         "let a gate decide whether a version takes an alias",
         "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
     ),
     "generate": _Verb(
-        "generate", "run", configuration.GenerateConfig,
+        "generate", "run", generate.GenerateConfig,
         "write shards of new images from a registered version, on Ray",
         "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
     ),
     "score": _Verb(
-        "score", "run", configuration.ScoreConfig,
+        "score", "run", score.ScoreConfig,
         "score how anomalous images are, on Ray",
         "tarflow-scale score configs/score/digits.yaml scoring.labels=marginal",
     ),
     "report": _Verb(
-        "report", "run", configuration.ReportConfig,
+        "report", "run", report.ReportConfig,
         "write leaderboards of what registries hold, as Markdown and as a page",
         "tarflow-scale report configs/report/digits.yaml",
     ),
     "convert": _Verb(
-        "convert", "run", configuration.ConvertConfig,
+        "convert", "run", convert.ConvertConfig,
         "turn weights of apple/ml-tarflow into a flow of ours",
         "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
     ),
     "doctor": _Verb(
-        "doctor", "run", configuration.DoctorConfig,
+        "doctor", "run", doctor.DoctorConfig,
         "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
         "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
     ),
 } | {
     f"models {name}": _Verb(
-        module, function, configuration.ModelsConfig, summary,
+        module, function, models.ModelsConfig, summary,
         f"tarflow-scale models {name} configs/models/digits.yaml {overrides}".rstrip(),
     )
     for name, (module, function, summary, overrides) in _OF_MODELS.items()
@@ -140,7 +141,7 @@ _PLAN_FLAGS = {
     "--channels": "their channels (3)",
     "--classes": "their classes; 0 for none",
 }
-"""Flags of ``train --plan``; `tarflow_scale.planning.Question` reads them."""
+"""Flags of ``train --plan``; `tarflow_scale.verbs.plan.Question` reads them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parsed(argv)
     except SystemExit as end:  # argparse has printed the manual, or what is wrong with a flag
-        raise SystemExit(console.exit_code(int(end.code or 0))) from None
-    code = console.exit_code(_run(arguments))
+        raise SystemExit(streams.exit_code(int(end.code or 0))) from None
+    code = streams.exit_code(_run(arguments))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")

@@ -3,8 +3,8 @@
 The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
 
 Exit codes of the command line: 0, done. 1, ``doctor`` found what would stop the work. 2, an expected failure, or work
-that is done and could not print what it found (`tarflow_scale.console`). 75 (EX_TEMPFAIL of sysexits.h), work that was
-asked to stop, saved what it had, and goes on when it is run again. 130, interrupted from the keyboard.
+that is done and could not print what it found (`tarflow_scale.runtime.streams`). 75 (EX_TEMPFAIL of sysexits.h), work
+that was asked to stop, saved what it had, and goes on when it is run again. 130, interrupted from the keyboard.
 """
 
 from pathlib import Path

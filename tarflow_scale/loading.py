@@ -6,14 +6,14 @@ import os
 import torch
 
 from tarflow_scale import storage
-from tarflow_scale.config import SamplingConfig
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, TarFlow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.records import DecodingPlan
 from tarflow_scale.registry import Registry
+from tarflow_scale.sampling.calibration import measured_with
 from tarflow_scale.sampling.decode import TarFlowDecoder
-from tarflow_scale.sampling.plan import measured_with
 
 __all__ = ["EXPORTED", "decoding_plan", "load", "load_version", "worker_device"]
 

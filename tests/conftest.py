@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tarflow_scale.config import PrepareConfig
-from tarflow_scale.prepare import run as prepare
+from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.verbs.prepare import run as prepare
 
 TOP = Path(__file__).resolve().parents[1]
 SAMPLES = TOP.parent / "shared" / "data"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tarflow_scale import cli
-from tarflow_scale.processes import answer_within
+from tarflow_scale.runtime.processes import answer_within
 
 __all__ = ["ALICE", "BOB", "CAROL", "TEAM", "needs_root", "run_as"]
 

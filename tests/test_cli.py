@@ -193,7 +193,7 @@ def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_warning_of_ours_is_one_line() -> None:
-    ours, other = str(TOP / "tarflow_scale/score.py"), "/elsewhere/library.py"
+    ours, other = str(TOP / "tarflow_scale/verbs/score/driver.py"), "/elsewhere/library.py"
     line = cli._warning_line("use\x1b[2J less", UserWarning, ours, 7)  # pyright: ignore[reportPrivateUsage]
     assert line.startswith("tarflow-scale: warning: use")
     assert line.count("\n") == 1
@@ -205,7 +205,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("tarflow_scale.models.list_models", broken)
+    monkeypatch.setattr("tarflow_scale.verbs.models.commands.list_models", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["models", "list", "registry.path=x", "registry.model=y"])
 
@@ -227,7 +227,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert (end.value.code, capsys.readouterr().out) == (0, f"tarflow-scale {__version__}\n")
 
 
-@pytest.mark.parametrize("imported", ["tarflow_scale.config", "tarflow_scale.models"])
+@pytest.mark.parametrize("imported", ["tarflow_scale.config", "tarflow_scale.verbs.models.commands"])
 def test_ctrl_c_during_an_import_ends_in_one_line(imported: str, tmp_path: Path) -> None:
     """Even in the callback of a weak reference, where Python drops exceptions."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_scale import errors, score
-from tarflow_scale.config import ContinuousConfig, IAFConfig, MAFConfig
+from tarflow_scale import errors
+from tarflow_scale.config.model import ContinuousConfig, IAFConfig, MAFConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import build
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.shards.sources.parquet import _open
+from tarflow_scale.verbs.score import driver
 from tests.conftest import TOP
 
 CASES: dict[str, tuple[str, str, Callable[[], object]]] = {
@@ -22,7 +23,7 @@ CASES: dict[str, tuple[str, str, Callable[[], object]]] = {
     "model.kind=iaf": ("zuko", "flows", lambda: build(IAFConfig(class_conditional=False), (3,))),
     "model.kind=continuous": ("torchdiffeq", "flows", lambda: build(ContinuousConfig(class_conditional=False), (3,))),
     "extractor dinov2-vitl14": ("timm", "dinov2", lambda: DINOv2Extractor("dinov2-vitl14", ["dinov2"], "none.pth")),
-    "scoring.format=parquet": ("pyarrow", "parquet", score._pyarrow),
+    "scoring.format=parquet": ("pyarrow", "parquet", driver._pyarrow),
     "source.kind=parquet": ("pyarrow", "parquet", lambda: _open("none.parquet")),
 }
 

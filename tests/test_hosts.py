@@ -16,7 +16,7 @@ import pytest
 
 from tarflow_scale.registry import Registry
 from tests.conftest import TOP, Trained, command, train_arguments
-from tests.test_train import curve, weights
+from tests.verbs.test_train import curve, weights
 
 HOSTS = {"tarflow-a": "10.77.0.1", "tarflow-b": "10.77.0.2"}
 PORT = 29611

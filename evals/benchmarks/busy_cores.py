@@ -4,7 +4,7 @@
 
 Recipes are measured one after the other, on random images. Three processes hold the same flow: one with one thread, one
 with a thread for each core as OpenMP has them wait for each other by default, and one as a rank has them
-(`tarflow_scale.cores.spin_briefly`). They take turns of a second in a changing order, in rounds without and
+(`tarflow_scale.runtime.cores.spin_briefly`). They take turns of a second in a changing order, in rounds without and
 rounds with a load: one process pinned to the last core that computes without pause. Figures are medians over rounds of
 the ratio of two turns of the same round.
 
@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from measuring import Figure, write_results
 
-from tarflow_scale.config import TrainConfig
-from tarflow_scale.cores import num_cores, spin_briefly
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import build, standard_normal_log_prob
+from tarflow_scale.runtime.cores import num_cores, spin_briefly
 
 RECIPES = {"digits": ((1, 8, 8), 10), "folder": ((3, 32, 32), 2)}
 """Shape of images, and number of classes, by name of a recipe in ``configs/train``."""

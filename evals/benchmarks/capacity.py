@@ -29,23 +29,17 @@ import torch
 import torch.distributed as dist
 from measuring import EXACT_MEMORY, Figure, peak_bytes, reset_peak, resident_bytes, write_results
 
-from tarflow_scale import distributed
-from tarflow_scale.config import (
-    GlowConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelismConfig,
-    TarFlowConfig,
-    TrainingConfig,
-)
+from tarflow_scale.capacity.activations import activation_footprint
+from tarflow_scale.capacity.flops import training_flops
+from tarflow_scale.capacity.memory import Ranks, memory_of
+from tarflow_scale.capacity.steps import RECOMPUTING, traffic_of
+from tarflow_scale.config.model import GlowConfig, ModelConfig, TarFlowConfig
+from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.flows import build
-from tarflow_scale.flows.cost import training_flops
-from tarflow_scale.flows.footprint import activation_footprint
-from tarflow_scale.processes import leave
-from tarflow_scale.training.capacity import RECOMPUTING, traffic_of
+from tarflow_scale.runtime import distributed
+from tarflow_scale.runtime.processes import leave
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, start_process_group
-from tarflow_scale.training.memory import Ranks, memory_of
 from tarflow_scale.training.zero import model_size
 
 SHAPE = (3, 32, 32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from measuring import Figure, write_results
 
-from tarflow_scale.config import BitsPerDimProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import log_prob_of_labels
 from tarflow_scale.loading import load_version
 from tarflow_scale.metrics.bits import dequantised

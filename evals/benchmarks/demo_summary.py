@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tarflow_scale import telemetry
-from tarflow_scale.cores import num_cores
 from tarflow_scale.registry import Registry
+from tarflow_scale.runtime import console, provenance
+from tarflow_scale.runtime.cores import num_cores
 from tarflow_scale.shards.manifest import read_manifest
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo-cpu.json"
@@ -85,10 +85,10 @@ def record(summary: dict[str, Any], grid: Path) -> None:
     }
     content = {
         "command": "rm -rf runs/demo && launch/quickstart.sh --record",
-        "git_commit": telemetry.git_commit(),
+        "git_commit": provenance.git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": f"{num_cores()} CPU cores, {platform.machine()}",
-        "versions": telemetry.package_versions(),
+        "versions": provenance.package_versions(),
         "seeds": {"training": 0, "protocols": 0, "generation": 1},
         "counts": {"test_images": 359, "generated_for_the_distance": 1000, "generated_for_agreement": 1000},
         "protocol_ids": summary["protocol_ids"],
@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     summary = summarise(arguments.folder)
     (arguments.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(telemetry.table(rows(summary), ("demo", "got", "asked")))
+    print(console.table(rows(summary), ("demo", "got", "asked")))
     print(f"\nsample grid: {arguments.folder}/generated/grid.png (column c holds digit c)")
     if arguments.record:
         record(summary, arguments.folder / "generated" / "grid.png")

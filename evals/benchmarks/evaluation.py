@@ -30,13 +30,16 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from tarflow_scale import storage
-from tarflow_scale.config import DataSetConfig, PrepareConfig, ReferenceConfig, SamplingConfig
+from tarflow_scale.config.data import DataSetConfig
+from tarflow_scale.config.evaluate import ReferenceConfig
+from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.metrics.features import open_extractor
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.store import FeatureSet, Images, write_arrays
 from tarflow_scale.pool import Pool
-from tarflow_scale.prepare import run as prepare
-from tarflow_scale.scoring import Scorer, Unit
+from tarflow_scale.verbs.evaluate.worker import Scorer, Unit
+from tarflow_scale.verbs.prepare import run as prepare
 
 INCEPTION = "inception-v3-compat"
 BATCH = 32

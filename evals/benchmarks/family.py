@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from measuring import Figure, device_name, write_results
 
-from tarflow_scale import telemetry
-from tarflow_scale.config import SamplingConfig
-from tarflow_scale.cores import num_cores
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
+from tarflow_scale.runtime import provenance
+from tarflow_scale.runtime.cores import num_cores
 from tarflow_scale.sampling import Sampler
 
 FOLDER = Path("runs/family")
@@ -120,7 +120,7 @@ def main() -> None:
     figures = {name: (one["asked"], one["got"], one["unit"]) for name, one in kept.items()} | figures
     where = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "git_commit": telemetry.git_commit(),
+        "git_commit": provenance.git_commit(),
         "device": device_name("cpu"),
     }
     earlier = {name: {key: before[key] for key in where} for name in before.get("models", ())}

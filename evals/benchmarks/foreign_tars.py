@@ -24,7 +24,7 @@ import numpy as np
 from measuring import Figure, write_results
 from webdataset.writer import TarWriter
 
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.shards.headers import Member, UnusualHeader
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.sources import open_source, tar_scan

@@ -22,7 +22,7 @@ import numpy as np
 from measuring import write_results
 
 from tarflow_scale import storage
-from tarflow_scale.config import DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.shards import reader
 from tarflow_scale.shards.images import CODECS

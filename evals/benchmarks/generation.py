@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from measuring import Figure, write_results
 
-from tarflow_scale.config import GenerateConfig, SamplingConfig
-from tarflow_scale.generate import resolved_plan
+from tarflow_scale.config.generate import GenerateConfig
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.loading import load_version
-from tarflow_scale.making import ShardMaker, Unit
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import encode_image
+from tarflow_scale.verbs.generate.driver import resolved_plan
+from tarflow_scale.verbs.generate.worker import ShardMaker, Unit
 
 
 def main() -> None:

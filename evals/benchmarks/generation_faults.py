@@ -35,8 +35,8 @@ from faults import make_world as make_training_world
 from write_points import disturbed_at, fill_disk, kill_self
 
 from tarflow_scale import storage
-from tarflow_scale.config import GenerateConfig
-from tarflow_scale.generate import run
+from tarflow_scale.config.generate import GenerateConfig
+from tarflow_scale.verbs.generate.driver import run
 
 __all__ = ["SCENARIOS", "World", "make_world"]
 

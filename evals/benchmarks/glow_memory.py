@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from measuring import Figure, alternate, measure_step, synchronize, write_results
 
-from tarflow_scale.config import TrainConfig
+from tarflow_scale.capacity.activations import activation_footprint
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
-from tarflow_scale.flows.footprint import activation_footprint
 from tarflow_scale.flows.glow import Glow
 
 LEVELS, WIDTH, IMAGE = 3, 512, 32

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import BitsPerDimProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import attribute_direction, edited, interpolated
 from tarflow_scale.flows import Flow
 from tarflow_scale.loading import load_version

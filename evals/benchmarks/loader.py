@@ -37,7 +37,7 @@ from PIL import Image
 from s3_server import serving
 
 from tarflow_scale import storage
-from tarflow_scale.config import DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.shards.images import decode_image
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name

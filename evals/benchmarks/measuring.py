@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tarflow_scale import telemetry
+from tarflow_scale.runtime import console, provenance
 
 __all__ = [
     "EXACT_MEMORY",
@@ -116,15 +116,15 @@ def public_tarflow(checkout: Path, *arguments: Any) -> Any:
 
 def write_results(path: Path | None, device: str, figures: dict[str, Figure], **facts: Any) -> None:
     """Print figures, and write a results file where a path is given."""
-    print(telemetry.table([(n, f"{g:.4g} {u}", a) for n, (a, g, u) in figures.items()], ("figure", "got", "asked")))
+    print(console.table([(n, f"{g:.4g} {u}", a) for n, (a, g, u) in figures.items()], ("figure", "got", "asked")))
     if path is None:
         return
     content = {
         "command": " ".join(["python", *("PATH" if Path(word).is_absolute() else word for word in sys.argv)]),
-        "git_commit": telemetry.git_commit(),
+        "git_commit": provenance.git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(device),
-        "versions": telemetry.package_versions(),
+        "versions": provenance.package_versions(),
         **facts,
         "figures": {name: {"asked": a, "got": float(f"{g:.7g}"), "unit": u} for name, (a, g, u) in figures.items()},
     }

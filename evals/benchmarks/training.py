@@ -33,18 +33,12 @@ from typing import Any
 import torch
 from measuring import Figure, synchronize, write_results
 
-from tarflow_scale.config import (
-    CheckpointConfig,
-    OptimizerConfig,
-    ParallelismConfig,
-    TarFlowConfig,
-    TrainConfig,
-    TrainingConfig,
-)
+from tarflow_scale.capacity.flops import tokens_per_image, training_flops
+from tarflow_scale.config.model import TarFlowConfig
+from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig, TrainingConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
-from tarflow_scale.flows.cost import tokens_per_image, training_flops
-from tarflow_scale.processes import leave
-from tarflow_scale.telemetry import peak_memory_bytes
+from tarflow_scale.runtime.processes import leave
+from tarflow_scale.runtime.provenance import peak_memory_bytes
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import load
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.density import image_bits_per_dim, image_nats
 from tarflow_scale.density.anomaly import compressed_bits_per_dim, scores_of, threshold
 from tarflow_scale.density.surprise import overlaid

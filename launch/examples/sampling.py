@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tarflow_scale import load
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.density import image_bits_per_dim, image_tensor, interpolated
 from tarflow_scale.errors import UserError
 from tarflow_scale.shards.images import contact_sheet

@@ -5,14 +5,19 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
-from tarflow_scale.config.data import DataConfig, DataSetConfig, GeneratedShardsConfig
-from tarflow_scale.config.flows import ModelConfig
-from tarflow_scale.config.roots import EvaluateConfig, GenerateConfig, PrepareConfig, ScoreConfig, TrainConfig
-from tarflow_scale.config.sections import BrowseConfig, ClusterConfig, MetricsConfig, ReferenceConfig, ScoringConfig
-from tarflow_scale.config.training import (
+from tarflow_scale.config.cluster import ClusterConfig
+from tarflow_scale.config.data import DataConfig, DataSetConfig
+from tarflow_scale.config.evaluate import EvaluateConfig, MetricsConfig, ReferenceConfig
+from tarflow_scale.config.generate import GenerateConfig, GeneratedShardsConfig
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.models import BrowseConfig
+from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.config.score import ScoreConfig, ScoringConfig
+from tarflow_scale.config.train import (
     CheckpointConfig,
     LoggingConfig,
     ParallelismConfig,
+    TrainConfig,
     TrainingConfig,
     ValidationConfig,
 )

@@ -27,9 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tarflow_scale import telemetry
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow
+from tarflow_scale.runtime import console
 
 __all__ = ["ImportanceReport", "Posterior", "fit_posterior", "pareto_shape"]
 
@@ -148,7 +148,7 @@ def fit_posterior(
     losses: list[float] = []
     skipped = 0
     flow.train()
-    with telemetry.progress_bar(num_steps, "fit", unit="steps", enabled=progress) as bar:
+    with console.progress_bar(num_steps, "fit", unit="steps", enabled=progress) as bar:
         for step in range(num_steps):
             rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
             for group in optimizer.param_groups:

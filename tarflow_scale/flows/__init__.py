@@ -6,7 +6,7 @@ from public code. Images that do not fit a flow are a ValueError that says the s
 DataError.
 """
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.glow import Glow

@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError, needs_package
 from tarflow_scale.flows.conditions import Condition, GivenCondition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import from_logits, logit_log_dets
-from tarflow_scale.flows.memory import checkpoint
+from tarflow_scale.flows.recompute import checkpoint
 
 __all__ = ["Autoregressive"]
 

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance, ModelConfig
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import (
     Condition,
     GivenCondition,

@@ -6,7 +6,7 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
-from tarflow_scale.config import (
+from tarflow_scale.config.model import (
     ContinuousConfig,
     GlowConfig,
     IAFConfig,

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError, NumericsError, needs_package
 from tarflow_scale.flows.conditions import Condition, embed, is_transformed
 from tarflow_scale.flows.flow import Activations, Flow

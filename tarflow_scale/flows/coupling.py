@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.distributed import all_reduce_sum
+from tarflow_scale.runtime.distributed import all_reduce_sum
 
 __all__ = [
     "ActNorm",
@@ -295,7 +295,7 @@ class Coupling(Layer):
         return torch.cat([kept, _uncouple(changed, shift, log_scale)], dim=1)
 
     def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
-        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.memory`.
+        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.recompute`.
 
         The network, which sees the same input in both directions, runs only once.
 

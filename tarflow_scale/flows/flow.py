@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tarflow_scale import telemetry
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.bijection import Activations, Bijection, Decode
 from tarflow_scale.flows.conditions import Condition, GivenCondition, is_transformed
 from tarflow_scale.flows.inputs import check_draws, check_stored, check_values
@@ -21,6 +20,7 @@ from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize, rounding_of
 from tarflow_scale.flows.logits import logit_log_dets, to_logits
 from tarflow_scale.flows.normal import standard_normal_log_prob, standard_normal_nats
+from tarflow_scale.runtime import console
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -169,7 +169,7 @@ class Flow(Bijection):
             z = latents(int(seed), range(num), self.num_dims).to(reference)
         size = batch_size or max(1, num)
         parts: list[Tensor] = []
-        with telemetry.progress_bar(num, "sample", enabled=progress) as bar:
+        with console.progress_bar(num, "sample", enabled=progress) as bar:
             for low in range(0, num, size):
                 part = z[low : low + size]
                 of_part = None if labels is None else labels[low : low + size]

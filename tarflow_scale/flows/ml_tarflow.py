@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow

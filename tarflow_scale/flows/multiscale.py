@@ -25,12 +25,12 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
 from tarflow_scale.flows.flow import Flow
-from tarflow_scale.flows.memory import ANCHOR_EVERY, run_layers
 from tarflow_scale.flows.normal import standard_normal_nats
+from tarflow_scale.flows.recompute import ANCHOR_EVERY, run_layers
 
 __all__ = ["Level", "MultiScaleFlow", "Prior", "Step"]
 

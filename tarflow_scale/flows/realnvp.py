@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.distributed import all_reduce_sum, all_reduce_sum_with_gradient
 from tarflow_scale.flows.coupling import ActNorm, Layer, Normalization, ZeroConv, per_channel, statistics
 from tarflow_scale.flows.flow import Activations
 from tarflow_scale.flows.multiscale import Level, MultiScaleFlow, Step
+from tarflow_scale.runtime.distributed import all_reduce_sum, all_reduce_sum_with_gradient
 
 __all__ = [
     "CHANNEL_MASKS",

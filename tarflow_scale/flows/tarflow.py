@@ -33,11 +33,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.attention import KeyValueCache, TransformerLayer
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
-from tarflow_scale.flows.memory import checkpoint
+from tarflow_scale.flows.recompute import checkpoint
 
 __all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
 

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config import Guidance
-from tarflow_scale.distributed import all_reduce_sum
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import to_logits
-from tarflow_scale.flows.memory import checkpoint
 from tarflow_scale.flows.nice import halves_of, whole_of
+from tarflow_scale.flows.recompute import checkpoint
+from tarflow_scale.runtime.distributed import all_reduce_sum
 
 __all__ = ["COUPLINGS", "ResidualLayers", "VectorRealNVP"]
 

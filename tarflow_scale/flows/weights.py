@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.config import ModelConfig
+from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow

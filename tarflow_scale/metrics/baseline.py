@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import FrechetProtocol
+from tarflow_scale.config.protocols import FrechetProtocol
 from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.randomness import Purpose, generator

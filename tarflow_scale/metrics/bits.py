@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarflow_scale.config import BitsPerDimProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
 from tarflow_scale.shards.reader import Batch, ShardSet

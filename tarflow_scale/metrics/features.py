@@ -20,7 +20,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from tarflow_scale import storage
-from tarflow_scale.config import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
+from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.store import FeatureSet

@@ -8,7 +8,7 @@ shared, and its protocol id says so elsewhere.
 from typing import Any
 
 from tarflow_scale import storage
-from tarflow_scale.config import SampledProtocol
+from tarflow_scale.config.protocols import SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.store import packed

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tarflow_scale.pages.ranking import Ranking, Row
-from tarflow_scale.telemetry import printable
+from tarflow_scale.runtime.console import printable
 
 __all__ = ["cell", "markdown"]
 

@@ -8,7 +8,8 @@ that an evaluation measured by the same protocol stand among them too, without a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tarflow_scale.config import LeaderboardConfig, LikelihoodProtocol, SampledProtocol
+from tarflow_scale.config.protocols import LikelihoodProtocol, SampledProtocol
+from tarflow_scale.config.report import LeaderboardConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.pages.numbers import decimals_of, fixed, round_ticks
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion

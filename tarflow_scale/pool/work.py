@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from tarflow_scale import console, cores
 from tarflow_scale.errors import ConfigError, UserError
 from tarflow_scale.pool.address import check_token, on_loopback_alone, temporary_folder
 from tarflow_scale.pool.look import look_at
+from tarflow_scale.runtime import cores, streams
 
 __all__ = ["OBJECT_STORE_BYTES", "Pool", "Worker"]
 
@@ -116,7 +116,7 @@ class _Host:
     """
 
     def __init__(self, pickled: bytes) -> None:
-        console.guard()
+        streams.guard()
         cores.spin_briefly()
         self._pickled = pickled
         self._worker: Worker | None = None

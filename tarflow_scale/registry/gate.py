@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import ge, le
 from statistics import NormalDist, fmean, stdev
 
-from tarflow_scale.config import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
+from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
 from tarflow_scale.records import DataSetFacts, MetricsReport, MetricValue, Record
 from tarflow_scale.registry.registry import Registry
 from tarflow_scale.registry.state import ModelState

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.flow import Decode
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import GuardConfig
+from tarflow_scale.config.sampling import GuardConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.records import Record
 from tarflow_scale.sampling.sampler import Sampler

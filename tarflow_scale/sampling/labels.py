@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Labels, NamedLabels
+from tarflow_scale.config.sampling import Labels, NamedLabels
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows.conditions import class_number
 from tarflow_scale.randomness import Purpose, raw_words

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Guidance, Labels, SamplingConfig
+from tarflow_scale.config.sampling import Guidance, Labels, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, TarFlow
 from tarflow_scale.flows.conditions import Condition
@@ -19,10 +19,10 @@ from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import BlockPlan, DecodingPlan
+from tarflow_scale.sampling.batch_size import fitting_batch
+from tarflow_scale.sampling.calibration import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
 from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder
 from tarflow_scale.sampling.labels import balanced_labels, check_labels, labels_of
-from tarflow_scale.sampling.memory import fitting_batch
-from tarflow_scale.sampling.plan import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
 
 __all__ = ["Sampler", "calibrate"]
 
@@ -169,8 +169,8 @@ class Sampler:
 def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
     """Measure on this device how each block is decoded fastest, and how far the images are from exact ones.
 
-    One batch of the seed's first images is decoded in all ways; see `tarflow_scale.sampling.plan`. The plan is exact
-    decoding where that is the fastest on the whole.
+    One batch of the seed's first images is decoded in all ways; see `tarflow_scale.sampling.calibration`. The plan is
+    exact decoding where that is the fastest on the whole.
 
     Raises:
         ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tarflow_scale.config import Guidance, NamedLabels, SamplingConfig
 from tarflow_scale.config.base import validated
+from tarflow_scale.config.sampling import Guidance, NamedLabels, SamplingConfig
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.inputs import check_draws
 from tarflow_scale.sampling.labels import numbered
@@ -43,7 +43,7 @@ def sweep(
         num_images: in each row.
         guidances: scales of guidance.
         temperatures: standard deviations of the latent.
-        attention_temperatures: see `tarflow_scale.config.Guidance`.
+        attention_temperatures: see `tarflow_scale.config.sampling.Guidance`.
         base: the other settings.
         labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale.processes import ignore_stop_signals
+from tarflow_scale.runtime.processes import ignore_stop_signals
 from tarflow_scale.shards.images import Codec, encode_image
 
 __all__ = ["Encoder"]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage, telemetry
+from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
+from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
@@ -35,7 +36,7 @@ def check(path: str) -> int:
     as_found = shards.manifest.codec == AS_FOUND  # others number the samples of each tar anew
     wrong: list[str] = []
     keys: Counter[str] = Counter()
-    with telemetry.progress_bar(shards.manifest.num_images, "check") as bar:
+    with console.progress_bar(shards.manifest.num_images, "check") as bar:
         for number, record in enumerate(shards.manifest.shards):
             try:
                 shards.verify_shard(record)
@@ -84,7 +85,7 @@ def statistics(path: str) -> Statistics:
     manifest = shards.manifest
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
     labels = Counter[int]()
-    with telemetry.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
+    with console.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
         for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
             for low in range(0, record.samples, _RUN):
                 for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
@@ -99,11 +100,11 @@ def statistics(path: str) -> Statistics:
         ("classes", _class_row(labels, manifest.class_names)),
     ]
     if manifest.vectors is not None:
-        return Statistics(telemetry.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), [], None)
+        return Statistics(console.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), [], None)
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
     storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
-    return Statistics(telemetry.table(rows, ("", path)), _copies(_with_siblings(path, shards)), sheet)
+    return Statistics(console.table(rows, ("", path)), _copies(_with_siblings(path, shards)), sheet)
 
 
 def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
@@ -124,7 +125,7 @@ def _copies(splits: list[ShardSet]) -> list[str]:
     found: list[bytes] = []
     origins: list[str] = []
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
-    with telemetry.progress_bar(int(firsts[-1]), "look for copies") as bar:
+    with console.progress_bar(int(firsts[-1]), "look for copies") as bar:
         for shards in splits:
             for low in range(0, shards.manifest.num_images, _RUN):
                 run = shards.read(np.arange(low, min(low + _RUN, shards.manifest.num_images)))

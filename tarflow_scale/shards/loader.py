@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tarflow_scale import storage
-from tarflow_scale.config import AugmentationConfig, DataConfig
+from tarflow_scale.config.data import AugmentationConfig, DataConfig
 from tarflow_scale.errors import DataError, UserError
-from tarflow_scale.processes import die_with_parent, ignore_stop_signals, stop_signals_held
 from tarflow_scale.randomness import Purpose, raw_words
+from tarflow_scale.runtime.processes import die_with_parent, ignore_stop_signals, stop_signals_held
 from tarflow_scale.shards.mix import Mix, MixPart, line_of
 from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
 from tarflow_scale.shards.quarantine import Quarantine

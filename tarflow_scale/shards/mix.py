@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale.config import DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.order import Line, OrderSpec

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from tarflow_scale import storage, telemetry
+from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import Record
+from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import ShardRecord, index_name
@@ -211,7 +212,7 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
     """
     units = list(range(-(-len(source) // _UNIT)))
     texts: list[str] = []
-    with telemetry.progress_bar(len(source), "look for copies") as bar:
+    with console.progress_bar(len(source), "look for copies") as bar:
         read = partial(_fingerprints, source=source, skip_bad=skip_bad)
         for unit, text in enumerate(in_workers(read, units, num_workers)):
             texts.append(text)
@@ -231,7 +232,7 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     missing = [number for number in range(packing.num_shards) if number not in notes]
     if notes:
         print(f"{packing.path}: going on, {len(notes)} of {packing.num_shards} shards are packed")
-    with telemetry.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
+    with console.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
         size = packing.samples_per_shard
         bar.update(sum(min(size, len(packing.order) - number * size) for number in notes))
         for number, note in zip(missing, in_workers(packing.pack, missing, num_workers), strict=True):

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from tarflow_scale.errors import UserError
-from tarflow_scale.processes import die_with_parent
+from tarflow_scale.runtime.processes import die_with_parent
 
 __all__ = ["in_workers"]
 

@@ -22,10 +22,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.config import CheckpointConfig
-from tarflow_scale.distributed import barrier, gather, is_main, rank, world_size
+from tarflow_scale.config.train import CheckpointConfig
 from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.records import FileRecord, Record
+from tarflow_scale.runtime.distributed import barrier, gather, is_main, rank, world_size
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import MOMENTS, MOMENTUM, Engine
 

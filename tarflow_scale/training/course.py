@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tarflow_scale.config import TrainConfig
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.records import changes
 from tarflow_scale.training import checkpoint

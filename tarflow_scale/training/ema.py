@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tarflow_scale.distributed import all_reduce_sum, rank, world_size
+from tarflow_scale.runtime.distributed import all_reduce_sum, rank, world_size
 from tarflow_scale.training.engine import Engine
 from tarflow_scale.training.schedule import average_decay
 

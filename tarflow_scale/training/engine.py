@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
-from tarflow_scale.cores import num_threads
-from tarflow_scale.distributed import (
+from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.flows import Flow, standard_normal_log_prob
+from tarflow_scale.flows.build import compile_networks
+from tarflow_scale.runtime.cores import num_threads
+from tarflow_scale.runtime.distributed import (
     all_reduce_sum,
     backend_of,
     check_equal,
@@ -28,8 +30,6 @@ from tarflow_scale.distributed import (
     rank,
     world_size,
 )
-from tarflow_scale.flows import Flow, standard_normal_log_prob
-from tarflow_scale.flows.build import compile_networks
 from tarflow_scale.training.optimizers import build_optimizer
 from tarflow_scale.training.zero import deepspeed_config
 

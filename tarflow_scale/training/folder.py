@@ -10,11 +10,12 @@ import uuid
 import torch
 import yaml
 
-from tarflow_scale import distributed, storage, telemetry
-from tarflow_scale.config import TrainConfig
+from tarflow_scale import storage
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.errors import UserError
-from tarflow_scale.processes import die_with_parent
 from tarflow_scale.records import canonical_json, changes
+from tarflow_scale.runtime import distributed, provenance
+from tarflow_scale.runtime.processes import die_with_parent
 
 __all__ = ["STOP_SECONDS", "check_shared", "configuration_of", "describe_run", "follow_launcher"]
 
@@ -76,8 +77,8 @@ def describe_run(config: TrainConfig, images_seen: int) -> None:
     storage.write_bytes(str(current), yaml.safe_dump(resolved, sort_keys=False).encode())
     facts = {
         "config_digest": storage.digest(configuration_of(config)),
-        "git_commit": telemetry.git_commit(),
-        "packages": telemetry.package_versions(),
+        "git_commit": provenance.git_commit(),
+        "packages": provenance.package_versions(),
         "ranks": distributed.world_size(),
     }
     storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflow_scale import distributed, telemetry
-from tarflow_scale.config import CheckpointConfig, LoggingConfig, TrainingConfig
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
 from tarflow_scale.records import PixelFormat, VectorFacts
+from tarflow_scale.runtime import console, distributed, provenance
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
 from tarflow_scale.shards.reader import Batch
-from tarflow_scale.training import checkpoint
+from tarflow_scale.training import checkpoint, run_log
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
@@ -78,7 +78,7 @@ class Loop:
     meter: Meter
     preview: Preview
 
-    def fit(self, progress: Progress, log: telemetry.Log) -> None:
+    def fit(self, progress: Progress, log: run_log.Log) -> None:
         """Train from ``progress``, which moves along, to ``training.total_images``.
 
         Args:
@@ -91,7 +91,7 @@ class Loop:
             Interrupted: a signal or the time limit stopped the run; a checkpoint was saved.
         """
         stop = _StopSignal(self.training.max_seconds)
-        bar = telemetry.progress_bar(
+        bar = console.progress_bar(
             self.course.total_images, "train", initial=progress.images_seen, enabled=distributed.is_main()
         )
         uploads = Uploader(self.checkpoints)
@@ -186,14 +186,14 @@ class Loop:
             checkpoint.load(found[0], self.engine, self.averages, self._prime)
             progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
 
-    def _show(self, bar: telemetry.ProgressBar, result: StepResult, progress: Progress) -> None:
-        memory = telemetry.peak_memory_bytes(self.engine.device.type)
+    def _show(self, bar: console.ProgressBar, result: StepResult, progress: Progress) -> None:
+        memory = provenance.peak_memory_bytes(self.engine.device.type)
         rate = self.course.rate_at(progress.images_seen)
         bar.tell(*progress_line(progress, self.pixels, rate, result.gradient_norm, self.meter.figures(), memory))
 
     def _log(
         self,
-        log: telemetry.Log,
+        log: run_log.Log,
         result: StepResult,
         progress: Progress,
         validated: float | None,
@@ -210,7 +210,7 @@ class Loop:
             "skipped_steps": progress.skipped_steps,
             "roll_backs": progress.roll_backs,
             "replaced_samples": progress.num_replaced,
-            "peak_memory_bytes": telemetry.peak_memory_bytes(self.engine.device.type),
+            "peak_memory_bytes": provenance.peak_memory_bytes(self.engine.device.type),
             "seconds": progress.elapsed,
             **self.meter.report(),
             **diagnostics,

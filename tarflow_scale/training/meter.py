@@ -4,7 +4,8 @@ Model FLOPs utilisation (MFU) is
 
     images a second of one rank * operations of a training step for one image / peak operations a second of its device
 
-with the operations of `tarflow_scale.flows.cost`, which count no recomputation (Chowdhery et al., arXiv 2204.02311).
+with the operations of `tarflow_scale.capacity.flops`, which count no recomputation (Chowdhery et al., arXiv
+2204.02311).
 """
 
 import time
@@ -15,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from tarflow_scale.training.cards import card_of_device
+from tarflow_scale.capacity.gpus import card_of_device
 
 __all__ = ["Meter", "peak_flops_of"]
 

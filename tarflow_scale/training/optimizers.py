@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tarflow_scale.config import OptimizerConfig, ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig
 from tarflow_scale.flows.build import matrices
 
 __all__ = ["build_optimizer"]

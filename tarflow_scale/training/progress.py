@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from tarflow_scale.config import TrainingConfig
+from tarflow_scale.config.train import TrainingConfig
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.spikes import LossHistory

@@ -2,7 +2,7 @@
 
 import math
 
-from tarflow_scale.config import ScheduleConfig
+from tarflow_scale.config.train import ScheduleConfig
 
 __all__ = ["average_decay", "learning_rate_fraction", "rate_change"]
 

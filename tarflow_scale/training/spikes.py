@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-from tarflow_scale.config import SpikeConfig
+from tarflow_scale.config.train import SpikeConfig
 
 __all__ = ["LossHistory"]
 

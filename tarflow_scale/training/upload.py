@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from tarflow_scale import storage
-from tarflow_scale.config import CheckpointConfig
-from tarflow_scale.distributed import is_main
+from tarflow_scale.config.train import CheckpointConfig
 from tarflow_scale.errors import StorageError, UserError
+from tarflow_scale.runtime.distributed import is_main
 from tarflow_scale.training.checkpoint import MANIFEST, CheckpointManifest, prune
 
 __all__ = ["Uploader"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tarflow_scale.config import ValidationConfig
-from tarflow_scale.distributed import all_reduce_sum, rank, world_size
+from tarflow_scale.config.train import ValidationConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import PixelFormat
+from tarflow_scale.runtime.distributed import all_reduce_sum, rank, world_size
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.ema import WeightAverages

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.capacity.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
+from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.training.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
 
 __all__ = ["deepspeed_config", "model_size"]
 

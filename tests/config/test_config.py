@@ -6,21 +6,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tarflow_scale.config import (
-    ConvertConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    GateConfig,
-    GenerateConfig,
-    ModelsConfig,
-    PrepareConfig,
-    PromoteConfig,
-    ReportConfig,
-    ScoreConfig,
-    TrainConfig,
-    load_config,
-    load_protocol,
-)
+from tarflow_scale.config.base import load_config
+from tarflow_scale.config.convert import ConvertConfig
+from tarflow_scale.config.doctor import DoctorConfig
+from tarflow_scale.config.evaluate import EvaluateConfig
+from tarflow_scale.config.generate import GenerateConfig
+from tarflow_scale.config.models import ModelsConfig
+from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.config.promote import PromoteConfig
+from tarflow_scale.config.protocols import GateConfig, load_protocol
+from tarflow_scale.config.report import ReportConfig
+from tarflow_scale.config.score import ScoreConfig
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.errors import ConfigError
 from tests.conftest import TOP
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tarflow_scale import cli
-from tarflow_scale.config import TrainConfig
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.manifest import Manifest, ShardRecord

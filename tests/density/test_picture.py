@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tarflow_scale.config import MAFConfig, NICEConfig
+from tarflow_scale.config.model import MAFConfig, NICEConfig
 from tarflow_scale.density.picture import density_picture, log_density
 from tarflow_scale.flows import build
 

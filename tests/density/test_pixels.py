@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow_scale.config import BitsPerDimProtocol, MAFConfig
+from tarflow_scale.config.model import MAFConfig
+from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import image_bits_per_dim, image_nats, image_tensor
 from tarflow_scale.flows import build
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws

@@ -9,7 +9,7 @@ import torch
 import zuko
 from torch import Tensor
 
-from tarflow_scale.config import ContinuousConfig, IAFConfig, NICEConfig
+from tarflow_scale.config.model import ContinuousConfig, IAFConfig, NICEConfig
 from tarflow_scale.density import Posterior, fit_posterior
 from tarflow_scale.density.variational import pareto_shape
 from tarflow_scale.errors import NumericsError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tarflow_scale.config import (
+from tarflow_scale.config.model import (
     ContinuousConfig,
     GlowConfig,
     IAFConfig,

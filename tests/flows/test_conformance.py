@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows import TarFlow, load_flow, save_flow
 from tarflow_scale.flows.likelihood import add_noise, quantize
 from tarflow_scale.records import PixelFormat

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from tarflow_scale.flows.coupling import ActNorm, Coupling, CouplingNetwork, InvertibleConv, squeeze, unsqueeze
-from tarflow_scale.flows.memory import rebuild_run
+from tarflow_scale.flows.recompute import rebuild_run
 from tests.flows import conformance
 from tests.flows.catalogue import LAYERS, LayerCase, feature_maps, moved
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import DequantizationConfig, MAFConfig, ModelConfig, NICEConfig, TarFlowConfig
+from tarflow_scale.config.model import DequantizationConfig, MAFConfig, ModelConfig, NICEConfig, TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tarflow_scale.flows.dequantization import Dequantizer

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow_scale.config import Guidance, TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import build
 from tarflow_scale.flows.likelihood import quantize

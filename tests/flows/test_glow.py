@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tarflow_scale.config import GlowConfig, Guidance, TrainConfig
+from tarflow_scale.config.model import GlowConfig
+from tarflow_scale.config.sampling import Guidance
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import build
 from tarflow_scale.flows.coupling import ActNorm, unsqueeze
 from tarflow_scale.flows.glow import Glow

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import (
+from tarflow_scale.config.model import (
     ContinuousConfig,
     GlowConfig,
-    Guidance,
     ModelConfig,
     NICEConfig,
     RealNVPConfig,
     TarFlowConfig,
 )
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.inputs import check_stored, check_values

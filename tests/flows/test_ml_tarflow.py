@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows import TarFlow, standard_normal_log_prob
 from tarflow_scale.flows.ml_tarflow import flow_from_ml_tarflow, load_ml_tarflow

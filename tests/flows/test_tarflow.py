@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows import TarFlow
 from tarflow_scale.flows.tarflow import TarFlowBlock, patchify, unpatchify
 from tests.flows import conformance

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import RealNVPConfig
+from tarflow_scale.config.model import RealNVPConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tests.flows.catalogue import moved

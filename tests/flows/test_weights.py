@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows import Flow, build, load_flow, save_flow
 from tarflow_scale.records import PixelFormat

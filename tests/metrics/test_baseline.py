@@ -8,13 +8,13 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from tarflow_scale.config import PrepareConfig
+from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.flows.likelihood import bits_per_dim
 from tarflow_scale.metrics.baseline import PixelGaussian
 from tarflow_scale.metrics.bits import gaussian_nats
 from tarflow_scale.metrics.frechet import Moments
-from tarflow_scale.prepare import run as prepare
 from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.verbs.prepare import run as prepare
 
 
 def test_likelihood_is_that_of_the_multivariate_normal() -> None:

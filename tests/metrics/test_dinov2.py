@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tarflow_scale import storage
-from tarflow_scale.config import FrechetProtocol
+from tarflow_scale.config.protocols import FrechetProtocol
 from tarflow_scale.errors import DataError
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.features import open_extractor, weights_digest

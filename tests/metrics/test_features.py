@@ -10,7 +10,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.utils import create_feature_extractor
 
 from tarflow_scale import storage
-from tarflow_scale.config import FrechetProtocol
+from tarflow_scale.config.protocols import FrechetProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.features import open_extractor, published_digest, weights_digest
 from tarflow_scale.metrics.store import FeatureSet, Images

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tarflow_scale.config import BitsPerDimProtocol, LeaderboardConfig, ManifoldProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol, ManifoldProtocol
+from tarflow_scale.config.report import LeaderboardConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.pages.markdown import markdown
 from tarflow_scale.pages.ranking import Entry, rank

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tarflow_scale.config import BitsPerDimProtocol, GateConfig, InceptionScoreProtocol, SampledProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol, GateConfig, InceptionScoreProtocol, SampledProtocol
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue
 from tarflow_scale.registry import Contender, decide
 

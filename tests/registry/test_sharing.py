@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_scale import cli, models, report  # noqa: F401 - another user may not be able to import them later
+from tarflow_scale import cli
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.registry import Registry, Store, collection, readable_models
+from tarflow_scale.verbs import report  # noqa: F401 - another user may not be able to import them later
+from tarflow_scale.verbs.models import commands  # noqa: F401 - another user may not be able to import them later
 from tests.other_users import ALICE, BOB, CAROL, TEAM, needs_root, run_as
 from tests.registry.test_registry import FACTS, registry_with
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflow_scale.config import Guidance
+from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
 from tarflow_scale.sampling.network import BlockNetwork, _checksum

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarflow_scale.config import GuardConfig, SamplingConfig
+from tarflow_scale.config.sampling import GuardConfig, SamplingConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.sampling import Quality, Sampler, guarded
 

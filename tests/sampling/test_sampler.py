@@ -7,16 +7,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tarflow_scale.config import GenerateConfig, GlowConfig, Guidance, SamplingConfig
+from tarflow_scale.config.generate import GenerateConfig
+from tarflow_scale.config.model import GlowConfig
+from tarflow_scale.config.sampling import Guidance, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.sampling import Sampler, balanced_labels, calibrate
+from tarflow_scale.sampling.calibration import candidates, measure_blocks
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
 from tarflow_scale.sampling.labels import labels_of, numbered
-from tarflow_scale.sampling.plan import candidates, measure_blocks
 from tests.conftest import TOP
 
 
@@ -163,8 +165,8 @@ def test_every_way_that_a_plan_may_choose_is_tried_and_wrong_ones_are_dropped(
         return (x + (1.0 if number == 1 and schedule.chunk > 1 else 0.0), report)
 
     monkeypatch.setattr(decoder, "decode_block", watched)
-    monkeypatch.setattr("tarflow_scale.sampling.plan.time.perf_counter", seconds)
-    monkeypatch.setattr("tarflow_scale.sampling.plan._SMALLEST", 1)
+    monkeypatch.setattr("tarflow_scale.sampling.calibration.time.perf_counter", seconds)
+    monkeypatch.setattr("tarflow_scale.sampling.calibration._SMALLEST", 1)
     first, second = measure_blocks(decoder, z, None, None, 1e-3)
     assert first.chunk > 1
     assert (second.chunk, second.planned) == (1, 1)
@@ -172,13 +174,13 @@ def test_every_way_that_a_plan_may_choose_is_tried_and_wrong_ones_are_dropped(
 
 def test_the_batch_follows_from_the_memory(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = TarFlowDecoder(flow).bytes_per_row()  # type: ignore[arg-type]
-    monkeypatch.setattr("tarflow_scale.sampling.memory.free_bytes", lambda device: 100 * rows)
+    monkeypatch.setattr("tarflow_scale.sampling.batch_size.free_bytes", lambda device: 100 * rows)
     assert Sampler(flow, 0, SamplingConfig(batch_size=None)).batch_size == 90
     assert Sampler(flow, 0, SamplingConfig(batch_size=None, guidance=Guidance(scale=1))).batch_size == 45
     assert Sampler(flow, 0, SamplingConfig(batch_size=7)).batch_size == 7
     with pytest.raises(ConfigError, match=r"does not fit in memory \(got 128, .*\); use 90, or null for the largest"):
         Sampler(flow, 0, SamplingConfig())
-    monkeypatch.setattr("tarflow_scale.sampling.memory.free_bytes", lambda device: rows)
+    monkeypatch.setattr("tarflow_scale.sampling.batch_size.free_bytes", lambda device: rows)
     with pytest.raises(ConfigError, match=r"does not fit .*; use another device"):
         Sampler(flow, 0, SamplingConfig(batch_size=None))
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tarflow_scale.config import SamplingConfig, TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tarflow_scale import storage
-from tarflow_scale.config import DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards import loader as loader_module
 from tarflow_scale.shards.images import encode_png

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflow_scale.config import DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.shards import reader
 from tarflow_scale.shards.loader import Loader

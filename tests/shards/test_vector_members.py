@@ -10,14 +10,14 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tarflow_scale.config import PrepareConfig
+from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.prepare import run as prepare
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.inspection import check, statistics
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.vectors import bytes_shape, decode_vector, floats, vector_members
 from tarflow_scale.shards.writer import Sample, pack_shard
+from tarflow_scale.verbs.prepare import run as prepare
 
 FACTS = VectorFacts(num_values=3, num_conditions=2)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

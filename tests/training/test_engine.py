@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tarflow_scale.config import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.training.zero import deepspeed_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tarflow_scale.config import SpikeConfig
+from tarflow_scale.config.train import SpikeConfig
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
 from tarflow_scale.training.spikes import LossHistory

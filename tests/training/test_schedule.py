@@ -2,7 +2,7 @@
 
 import pytest
 
-from tarflow_scale.config import ScheduleConfig
+from tarflow_scale.config.train import ScheduleConfig
 from tarflow_scale.training.schedule import average_decay, learning_rate_fraction
 
 TOTAL = 1100

@@ -2,7 +2,7 @@
 
 import math
 
-from tarflow_scale.config import SpikeConfig
+from tarflow_scale.config.train import SpikeConfig
 from tarflow_scale.training.spikes import LossHistory
 
 RULE = SpikeConfig(rule="skip", above_nats_per_dim=0.5, window_steps=4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_scale import storage
-from tarflow_scale.config import CheckpointConfig
+from tarflow_scale.config.train import CheckpointConfig
 from tarflow_scale.errors import StorageError
 from tarflow_scale.training import upload
 from tarflow_scale.training.checkpoint import MANIFEST, complete, find_latest, prune

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from tarflow_scale import distributed
-from tarflow_scale.config import (
-    CheckpointConfig,
+from tarflow_scale.config.model import (
     ContinuousConfig,
     DequantizationConfig,
     GlowConfig,
@@ -23,16 +21,15 @@ from tarflow_scale.config import (
     MAFConfig,
     ModelConfig,
     NICEConfig,
-    OptimizerConfig,
-    ParallelismConfig,
     RealNVPConfig,
     TarFlowConfig,
-    TrainingConfig,
 )
+from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
-from tarflow_scale.processes import leave
 from tarflow_scale.records import PixelFormat
+from tarflow_scale.runtime import distributed
+from tarflow_scale.runtime.processes import leave
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages

@@ -1,6 +1,6 @@
 """Where images come from. `open_source` opens what a configuration names."""
 
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSource, Shaping
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage, telemetry
+from tarflow_scale import storage
 from tarflow_scale.errors import DataError
+from tarflow_scale.runtime import console
 from tarflow_scale.shards.headers import check_member
 from tarflow_scale.shards.images import NPY_FAULTS
 from tarflow_scale.shards.sources.base import ImageSource
@@ -286,7 +287,7 @@ class DownsampledImageNetSource(ImageSource):
             self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
         if not test:
             self.lines = [*self.lines, "no val_data.npz: split.test_fraction of each class is held out of train"]
-        with telemetry.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
+        with console.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
                 self._files.append(_Mapped(storage.join(path, name)))

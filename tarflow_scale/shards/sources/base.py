@@ -11,14 +11,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
-from tarflow_scale.shards.images import (
-    Reading,
-    decode_image,
-    image_size,
-    reads_alike,
-    reduce_depth,
-    resize_center_crop,
-)
+from tarflow_scale.shards.images import Reading, decode_image, image_size, reads_alike, reduce_depth, resize_center_crop
 
 __all__ = [
     "BadImage",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tarflow_scale import storage
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.layout import lay_out

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage, telemetry
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale import storage
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
+from tarflow_scale.runtime import console
 from tarflow_scale.shards.sources.base import EncodedSource, Shaping
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
@@ -78,7 +79,7 @@ class ParquetSource(EncodedSource):
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
         content = hashlib.sha256()
-        with telemetry.progress_bar(len(kept), "unpack", unit="tables") as bar:
+        with console.progress_bar(len(kept), "unpack", unit="tables") as bar:
             for table in kept:
                 for row, record in enumerate(_records(table.location, [table.image_column])):
                     image = _bytes_of(record[table.image_column], f"row {row} of {table.location}")

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale.config import SplitConfig
+from tarflow_scale.config.prepare import SplitConfig
 from tarflow_scale.errors import DataError
 
 __all__ = [

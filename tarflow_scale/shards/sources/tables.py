@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources.labels import as_label, parse_json, refuse_mixture, rows_of
 from tarflow_scale.shards.sources.splits import refuse_split_column

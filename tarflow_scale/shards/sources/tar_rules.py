@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import IMAGE_EXTENSIONS
 from tarflow_scale.shards.sources.labels import as_label, parse_json

@@ -17,9 +17,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_scale import storage, telemetry
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale import storage
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
+from tarflow_scale.runtime import console
 from tarflow_scale.shards.images import IMAGE_EXTENSIONS, Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
@@ -126,7 +127,7 @@ class TarSource(EncodedSource):
 
 def _of_each(function: Callable[[str], T], names: Sequence[str], verb: str, num_workers: int) -> list[T]:
     found: list[T] = []
-    with telemetry.progress_bar(len(names), verb, unit="tars") as bar:
+    with console.progress_bar(len(names), verb, unit="tars") as bar:
         for one in in_workers(function, names, num_workers):
             found.append(one)
             bar.update(1)

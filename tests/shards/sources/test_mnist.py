@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflow_scale.config import PrepareConfig, SourceConfig, SplitConfig
+from tarflow_scale.config.prepare import PrepareConfig, SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.prepare import run as prepare
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.mnist import MnistSource
+from tarflow_scale.verbs.prepare import run as prepare
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from tarflow_scale import cli
-from tarflow_scale.config import PrepareConfig, SourceConfig
+from tarflow_scale.config.prepare import PrepareConfig, SourceConfig
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.prepare import _Recipe
 from tarflow_scale.shards.images import FILE_EXTENSIONS
 from tarflow_scale.shards.manifest import Manifest, read_manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
+from tarflow_scale.verbs.prepare import _Recipe
 
 HALVES = np.repeat(np.array([[10, 200]], np.uint8), 8, axis=1).repeat(16, axis=0)
 """16x16: dark on the left, bright on the right."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflow_scale.config import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.sources import open_source

@@ -20,7 +20,7 @@ from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from tarflow_scale import cli, storage
-from tarflow_scale.config import SourceConfig, SplitConfig
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.headers import Member, UnusualHeader
 from tarflow_scale.shards.images import encode_image, encode_png

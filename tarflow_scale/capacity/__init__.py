@@ -1,0 +1,1 @@
+"""What a recipe needs of GPUs: operations, memory, traffic, time."""

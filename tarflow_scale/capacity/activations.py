@@ -1,0 +1,171 @@
+"""Memory of a training step beside weights and optimizer, from a configuration alone.
+
+Autograd keeps for the backward pass what each operation needs, and shares it where two need the same. Counted in
+numbers of 4 bytes, or 2 (``n`` below) inside networks under bf16 autocast; the tests count what PyTorch really saves:
+
+* TarFlow, a layer of width C, per token: two inputs of LayerNorm (4 bytes each), two outputs, queries, keys, values,
+  what attention gives, and 4 C before and after GELU, so ``8 C + 14 n C`` bytes; a block, of D features: the input of
+  its last layer, and 3 D of the affine map (1 D where volume is preserved, 4 D with bounded log-scales).
+* Glow, a step on c channels with a network of width W, per pixel: ``4 n W`` bytes of the network and ``26 c`` around it
+  (`_AROUND_COUPLING`); and eight c x c matrices where the 1x1 convolution is composed of triangles.
+* RealNVP: 4 W a residual block and 2 W more, 10 c around it. NICE and the RealNVP of vectors: each hidden layer once.
+* MAF, IAF: each hidden layer once, 4.3 D around it, and the masked copy of every weight; IAF so in D + 1 passes.
+
+Where activations are checkpointed or rebuilt, only feature maps between units are kept, and one unit at a time works
+with all of its own. ``working`` also has the gradients in flight inside a unit, about the largest feature map and half.
+"""
+
+import math
+from dataclasses import dataclass
+
+from tarflow_scale.capacity.flops import STAGES, linear_flops
+from tarflow_scale.config.model import (
+    ContinuousConfig,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
+from tarflow_scale.flows.flow import Activations
+from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
+from tarflow_scale.flows.recompute import ANCHOR_EVERY
+from tarflow_scale.flows.vector_realnvp import COUPLINGS
+
+__all__ = ["Footprint", "activation_footprint"]
+
+
+_AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
+"""Bytes a channel and pixel that ActNorm, 1x1 convolution and coupling keep, by kind and bytes inside the network: a
+copy before and after the convolution, the half that the network sees, and what makes shift and scale."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a micro batch on one rank.
+
+    Args:
+        kept: from the forward pass to the backward pass.
+        working: on top of it while the backward pass of one unit runs.
+    """
+
+    kept: float
+    working: float
+
+
+def activation_footprint(
+    config: ModelConfig, event_shape: tuple[int, ...], batch: int, activations: Activations, bf16: bool
+) -> Footprint:
+    """What a forward and backward pass of ``batch`` images need; proportional to ``batch``, but for constants.
+
+    Weights in bf16, which autocast makes for the forward pass, are not in it.
+    """
+    network = 2 if bf16 else 4
+    found = _of_flow(config, event_shape, batch, activations, network)
+    noise = config.dequantization
+    if noise is None:
+        return found
+    channels, rows, columns = event_shape
+    one = batch * rows * columns * (4.0 * network * noise.width + 28.0 * channels)
+    return Footprint(found.kept + noise.couplings * one, max(found.working, one / 4))
+
+
+def _of_flow(
+    config: ModelConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int
+) -> Footprint:
+    match config:
+        case TarFlowConfig():
+            return _tarflow(config, shape, batch, activations, network)
+        case GlowConfig():
+            return _glow(config, shape, batch, activations, network)
+        case RealNVPConfig() if len(shape) == 1:
+            one = batch * network * config.width * (2.0 * config.residual_blocks + 1)
+            maps = batch * 4.0 * (COUPLINGS * config.levels + 5) * shape[0]
+            return _units([one] * COUPLINGS * config.levels, maps, activations, 2.0 * batch * network * config.width)
+        case RealNVPConfig():
+            return _realnvp(config, shape, batch, activations, network)
+        case NICEConfig():
+            one = batch * float(network) * config.width * config.hidden_layers
+            maps = batch * 4.0 * (config.couplings / 2 + 1.5) * math.prod(shape)
+            return _units([one] * config.couplings, maps, activations, 2.0 * batch * network * config.width)
+        case MAFConfig() | IAFConfig():
+            dims = math.prod(shape)
+            passes = 1 if config.kind == "maf" else dims + 1
+            inputs = dims + config.label_width * config.class_conditional
+            masked = 2.0 * linear_flops([inputs, *config.hidden_widths, 2 * dims])  # 4 bytes a weight
+            one = passes * (masked + batch * 4.0 * (sum(config.hidden_widths) + 4.3 * dims))
+            maps = batch * 4.0 * config.transforms * dims
+            return _units([one] * config.transforms, 0.0 if activations == "keep" else maps, activations, masked)
+        case ContinuousConfig():
+            places = math.prod(shape[1:])
+            evaluation = 24.0 * batch * places * config.width * config.hidden_layers
+            steps = config.num_steps if config.solver in ("rk4", "midpoint") else 5
+            kept = 0.0 if config.gradients == "adjoint" else steps * STAGES[config.solver] * evaluation
+            return Footprint(kept, evaluation)
+
+
+def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
+    """All units' own, or one at a time beside the maps between them."""
+    if activations == "keep":
+        return Footprint(sum(units) + maps, in_flight)
+    return Footprint(maps, max(units) + in_flight)
+
+
+def _tarflow(
+    config: TarFlowConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int
+) -> Footprint:
+    channels, height, width = shape
+    tokens = float(batch * (height // config.patch_size) * (width // config.patch_size))
+    features = channels * config.patch_size**2
+    affine = 4 * (1 if config.variant == "volume_preserving" else 3 if config.log_scale_bound is None else 4)
+    end = tokens * (network * config.width + features * (affine + (2 if network == 2 else 0)))
+    layer = tokens * config.width * (8.0 + 14.0 * network)
+    layers, in_flight = sum(config.layers_per_block), 6.0 * network * tokens * config.width
+    ends = len(config.layers_per_block) * end
+    if activations == "keep":
+        return Footprint(layers * layer + ends, in_flight)
+    return Footprint(layers * 4.0 * tokens * config.width + ends, layer + in_flight)
+
+
+def _glow(config: GlowConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int) -> Footprint:
+    channels, height, width = shape
+    image = 4.0 * batch * math.prod(shape)  # several of its size are kept of latents and their priors
+    kept, maps, anchors, largest = 4 * image, 4 * image, (0.7 + 0.8 * config.levels) * image, 0.0
+    around = _AROUND_COUPLING[config.coupling, network]
+    for level in range(config.levels):
+        c, pixels = channels * 2 ** (level + 2), batch * (height >> (level + 1)) * (width >> (level + 1))
+        step = pixels * (4.0 * network * config.width + around * c) + (
+            32.0 * c * c if config.convolution == "lu" else 0.0
+        )
+        kept += config.steps_per_level * step
+        maps += config.steps_per_level * 4.0 * pixels * c
+        anchors += math.ceil(config.steps_per_level / ANCHOR_EVERY) * 4.0 * pixels * c
+        largest = max(largest, step + 2.0 * network * pixels * config.width)
+    if activations == "keep":
+        return Footprint(kept, largest / 3)
+    return Footprint(maps if activations == "checkpoint" else anchors, largest)
+
+
+def _realnvp(
+    config: RealNVPConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int
+) -> Footprint:
+    channels, rows, columns = shape
+    width, units, in_flight = config.width, list[float](), 0.0
+    maps = 1.5 * 4.0 * batch * math.prod(shape)
+
+    def couplings(num: int) -> None:
+        nonlocal maps, in_flight
+        pixels = batch * rows * columns
+        units.extend(num * [pixels * (network * width * (4.0 * config.residual_blocks + 2) + 40.0 * channels)])
+        maps += 0.0 if activations == "keep" else num * 4.0 * pixels * channels
+        in_flight = max(in_flight, 2.0 * network * pixels * width)
+
+    for _ in range(config.levels - 1):
+        couplings(CHECKERBOARDS)
+        channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
+        couplings(CHANNEL_MASKS)
+        channels //= 2
+    couplings(LAST_CHECKERBOARDS)
+    return _units(units, maps, activations, in_flight)

@@ -1,0 +1,152 @@
+"""Operations of a training step, from a configuration alone: what utilisation is a fraction of.
+
+A multiplication and an addition are two operations. Counted are the matrix products and convolutions; what is done
+element by element is left out, as is usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B).
+
+TarFlow, a block of K layers of width C on T tokens of F features:
+
+    2 T C (F + out) + K (24 T C^2 + 2 T^2 C)        out = 2 F (affine) or F; causal attention is half of 4 T^2 C
+
+Glow, a step on P pixels of c channels, half of which pass a network of width W:
+
+    2 P (c^2 + 9 (c / 2) W + W^2 + 9 W out)         out = c (affine) or c / 2
+
+and for every level but the last 2 P 9 (c / 2) c for its prior. RealNVP, a coupling with R residual blocks:
+
+    2 P (9 c W + 18 R W^2 + 9 W 2 c)
+
+NICE, MAF: twice the weights of their linear layers; IAF scores in D + 1 such passes. A continuous flow evaluates its
+dynamics as often as its solver likes: counted are those of one step, each with the product for its trace, so its
+utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels and in a network of width W,
+
+    2 P 9 (2 c W + W^2 + W 2 c)
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tarflow_scale.config.model import (
+    ContinuousConfig,
+    DequantizationConfig,
+    GlowConfig,
+    IAFConfig,
+    MAFConfig,
+    ModelConfig,
+    NICEConfig,
+    RealNVPConfig,
+    TarFlowConfig,
+)
+from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
+from tarflow_scale.flows.vector_realnvp import COUPLINGS
+
+__all__ = ["STAGES", "forward_flops", "linear_flops", "tokens_per_image", "training_flops"]
+
+
+def forward_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
+    """Operations of ``flow(x, dequantize=True)`` for one image ``(C, H, W)``."""
+    return _encoding_flops(config, event_shape) + _dequantizer_flops(config.dequantization, event_shape)
+
+
+def _dequantizer_flops(config: DequantizationConfig | None, event_shape: tuple[int, ...]) -> float:
+    if config is None:
+        return 0.0
+    channels, rows, columns = event_shape
+    network = 2 * channels * config.width + config.width**2 + config.width * 2 * channels
+    return config.couplings * 18.0 * rows * columns * network
+
+
+def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
+    match config:
+        case TarFlowConfig():
+            return _tarflow(config, event_shape)
+        case GlowConfig():
+            return _glow(config, event_shape)
+        case RealNVPConfig() if len(event_shape) == 1:
+            half, blocks = event_shape[0] / 2, 2 * config.residual_blocks
+            return COUPLINGS * config.levels * linear_flops([half, config.width, *[config.width] * blocks, 2 * half])
+        case RealNVPConfig():
+            return _realnvp(config, event_shape)
+        case NICEConfig():
+            half = math.prod(event_shape) / 2
+            return config.couplings * linear_flops([half, *[config.width] * config.hidden_layers, half])
+        case MAFConfig() | IAFConfig():
+            dims = math.prod(event_shape)
+            inputs = dims + config.label_width * config.class_conditional
+            one_pass = config.transforms * linear_flops([inputs, *config.hidden_widths, 2 * dims])
+            return one_pass if config.kind == "maf" else (dims + 1) * one_pass
+        case ContinuousConfig():
+            evaluations = STAGES[config.solver] * (config.num_steps if config.solver in ("rk4", "midpoint") else 1)
+            size = 9 * event_shape[1] * event_shape[2] if len(event_shape) == 3 else 1
+            return (
+                3
+                * size
+                * evaluations
+                * linear_flops([event_shape[0], *[config.width] * config.hidden_layers, event_shape[0]])
+            )
+
+
+def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
+    """Operations of a training step for one image: forward, and twice as many backward.
+
+    What a step computes again to save memory is not counted, so that utilisation does not reward it.
+    """
+    return 3 * forward_flops(config, event_shape)
+
+
+def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int | None:
+    """T of TarFlow; None for models without tokens."""
+    if not isinstance(config, TarFlowConfig):
+        return None
+    _, height, width = event_shape
+    return (height // config.patch_size) * (width // config.patch_size)
+
+
+STAGES = {"dopri5": 7, "bosh3": 4, "rk4": 4, "midpoint": 2}
+"""Evaluations of the dynamics in a step of each solver."""
+
+
+def linear_flops(widths: Sequence[int | float]) -> float:
+    """Operations of one pass through linear layers of these widths: twice their weights."""
+    return sum(2.0 * a * b for a, b in pairwise(widths))
+
+
+def _realnvp(config: RealNVPConfig, event_shape: tuple[int, ...]) -> float:
+    total, width = 0.0, config.width
+    channels, rows, columns = event_shape
+
+    def couplings(num: int) -> float:
+        network = 27 * channels * width + 18 * config.residual_blocks * width**2
+        return num * 2.0 * rows * columns * network
+
+    for _ in range(config.levels - 1):
+        total += couplings(CHECKERBOARDS)
+        channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
+        total += couplings(CHANNEL_MASKS)
+        channels //= 2
+    return total + couplings(LAST_CHECKERBOARDS)
+
+
+def _tarflow(config: TarFlowConfig, event_shape: tuple[int, ...]) -> float:
+    tokens = tokens_per_image(config, event_shape)
+    assert tokens is not None
+    features = event_shape[0] * config.patch_size**2
+    out = features * (2 if config.variant == "affine" else 1)
+    layer = 24.0 * tokens * config.width**2 + 2.0 * tokens**2 * config.width
+    ends = 2.0 * tokens * config.width * (features + out)
+    return sum(ends + layers * layer for layers in config.layers_per_block)
+
+
+def _glow(config: GlowConfig, event_shape: tuple[int, ...]) -> float:
+    channels, height, width = event_shape
+    total = 0.0
+    for level in range(config.levels):
+        channels, height, width = 4 * channels, height // 2, width // 2
+        pixels, changed = height * width, channels - channels // 2
+        kept, out = channels // 2, changed * (2 if config.coupling == "affine" else 1)
+        network = 9 * kept * config.width + config.width**2 + 9 * config.width * out
+        total += config.steps_per_level * 2.0 * pixels * (channels**2 + network)
+        if level < config.levels - 1:
+            channels -= changed
+            total += 2.0 * pixels * 9 * channels * 2 * changed
+    return total

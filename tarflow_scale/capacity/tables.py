@@ -1,0 +1,221 @@
+"""A plan in words and tables: memory by stage, speed, traffic, data, the curve, and what was assumed."""
+
+from dataclasses import dataclass
+
+from tarflow_scale.capacity.advice import USABLE, Job, StagePlan, advice
+from tarflow_scale.capacity.memory import ModelSize
+from tarflow_scale.capacity.steps import LATENCY_SECONDS, LINK_EFFICIENCY, Point, default_mfu, efficiency, step_of
+from tarflow_scale.runtime import console
+
+__all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Facts", "print_answer"]
+
+_GB, _MB = 1e9, 1e6
+DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
+"""Pixels' bytes that one core decodes and collates: 64 px PNG and 512 px JPEG, ``images_per_second_png64_ours_0`` and
+``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data and of the flow for it; None where no data set says.
+
+    Args:
+        event_shape: of what the model sees.
+        decoded_bytes: of a stored sample.
+        packed_bytes: of a sample on disk.
+        source: where this is from, in words.
+    """
+
+    event_shape: tuple[int, ...]
+    size: ModelSize
+    decoded_bytes: int
+    packed_bytes: float | None
+    codec: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that is printed; ``price`` is $ of a GPU and hour."""
+
+    job: Job
+    facts: Facts
+    stages: list[StagePlan]
+    points: list[Point]
+    price: float | None
+    mfu_stated: bool
+
+
+def print_answer(answer: Answer) -> None:
+    """Print it, section after section."""
+    sections = (_recipe, _memory, _speed, _traffic, _data, _scaling, _assumptions)
+    print("\n\n".join(section(answer) for section in sections))
+
+
+def _recipe(answer: Answer) -> str:
+    job, training = answer.job, answer.job.config.training
+    parallelism, card = job.config.parallelism, job.cluster.card
+    each = training.micro_batch_size * job.gpus
+    nodes = -(-job.gpus // job.cluster.gpus_per_node)
+    steps = -(-training.total_images // training.global_batch_size)
+    shape = "x".join(map(str, job.event_shape))
+    flops = job.flops_per_image
+    rows = [
+        ("model", f"{job.config.model.kind}, {job.size.parameters:,} parameters, for {shape} ({answer.facts.source})"),
+        ("GPUs", f"{job.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, on {nodes} machine{'s' * (nodes > 1)}"),
+        ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
+         f"{parallelism.activations}, offload {parallelism.offload}"),
+        ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} x {job.gpus} GPUs x "
+         f"{training.global_batch_size // each} accumulated"),
+        ("length", f"{steps:,} steps, {steps * training.global_batch_size:,} images, "
+         f"{flops / 1e12:.3g} TFLOP an image, {flops * steps * training.global_batch_size:.2g} FLOP the run"),
+    ]  # fmt: skip
+    return console.table(rows, ("plan", ""))
+
+
+def _memory(answer: Answer) -> str:
+    job = answer.job
+    names = list(answer.stages[0].memory.parts)
+    rows: list[tuple[str, ...]] = []
+    for plan in answer.stages:
+        own = plan.stage == job.config.parallelism.zero_stage
+        rows.append(
+            (
+                f"{plan.stage}{' *' if own else ''}",
+                *(f"{size / _GB:.2f}" for size in plan.memory.parts.values()),
+                f"{plan.memory.total / _GB:.1f}",
+                f"{plan.memory.total / job.cluster.card.memory_bytes:.0%}",
+                "yes" if plan.fits else "no",
+                plan.memory.moment,
+                f"{plan.memory.in_main * min(job.gpus, job.cluster.gpus_per_node) / _GB:.1f}",
+                f"{plan.largest_micro_batch:,}" if plan.largest_micro_batch else "none",
+            )
+        )
+    header = ("stage", *names, "GB a GPU", "of it", "fits", "worst in", "main, GB a machine", "largest micro batch")
+    lines = [
+        console.table(rows, header),
+        "* as configured",
+        *(f"advice: {line}" for line in advice(job, answer.stages)),
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _speed(answer: Answer) -> str:
+    job, step, training = answer.job, answer.job.step(answer.job.config), answer.job.config.training
+    hours = training.total_images / step.images_per_second / 3600
+    given = "stated" if answer.mfu_stated else "assumed, see below"
+    alone = step_of(job.work(job.config), job.cluster, job.mfu, 1, training.micro_batch_size)
+    rows = [
+        ("utilisation of a GPU", f"{job.mfu:.0%} ({given})"),
+        ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
+        ("images a second", f"{_figure(step.images_per_second)}, {_figure(step.images_per_second / job.gpus)} a GPU"),
+        ("scaling efficiency", f"{efficiency(step, job.gpus, alone):.1%} of one GPU's images a second, each"),
+        ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
+         f"{hours * job.gpus / 24:,.1f} GPU days"),
+    ]  # fmt: skip
+    if answer.price is not None:
+        rows.append(("cost", f"${hours * job.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
+    return console.table(rows, ("speed, global batch fixed", ""))
+
+
+def _traffic(answer: Answer) -> str:
+    job = answer.job
+    rows = [
+        (
+            f"{plan.stage}{' *' if plan.stage == job.config.parallelism.zero_stage else ''}",
+            f"{plan.step.traffic.summed / _GB:.2f}",
+            f"{plan.step.traffic.gathered / _GB:.2f}",
+            f"{plan.step.traffic_seconds * 1e3:,.0f}",
+            f"{(plan.step.traffic_seconds - plan.step.waiting_seconds) * 1e3:,.0f}",
+            f"{plan.step.waiting_seconds * 1e3:,.0f}",
+            f"{plan.step.seconds * 1e3:,.0f}",
+        )
+        for plan in answer.stages
+    ]
+    header = ("stage", "GB summed", "GB gathered", "ms moving", "ms hidden", "ms waiting", "ms a step")
+    over = f"over {job.cluster.link(job.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, so much in a step"
+    return f"{console.table(rows, header)}\n{over}"
+
+
+def _data(answer: Answer) -> str:
+    job, facts = answer.job, answer.facts
+    rate = job.step(job.config).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
+    packed = facts.packed_bytes or float(facts.decoded_bytes)
+    bound = "" if facts.packed_bytes else " at most, as if nothing were compressed"
+    codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
+    cores = [f"{rate * facts.decoded_bytes / DECODED_BYTES_PER_SECOND[codec]:.2g} ({codec})" for codec in codecs]
+    rows = [
+        ("images a second", f"{_figure(rate)} a machine"),
+        ("from the store", f"{rate * packed / _MB:,.3g} MB/s a machine{bound}"),
+        ("cores that decode", f"{' or '.join(cores)} a machine"),
+    ]
+    return console.table(rows, ("data", ""))
+
+
+def _scaling(answer: Answer) -> str:
+    training, alone = answer.job.config.training, answer.points[0].weak
+    rows: list[tuple[str, ...]] = []
+    for point in answer.points:
+        strong = ("-", "-", "-")
+        if point.strong is not None:
+            hours = training.total_images / point.strong.images_per_second / 3600
+            strong = (
+                f"{_figure(point.strong.images_per_second)}",
+                f"{efficiency(point.strong, point.gpus, alone):.0%}",
+                f"{_figure(hours)}",
+            )
+        weak = point.weak
+        rows.append(
+            (str(point.gpus), f"{weak.images:,}", f"{_figure(weak.images_per_second)}",
+             f"{efficiency(weak, point.gpus, alone):.0%}", *strong)
+        )  # fmt: skip
+    header = (
+        "GPUs",
+        "weak: batch",
+        "images/s",
+        "each",
+        f"strong: images/s at {training.global_batch_size:,}",
+        "each",
+        "hours",
+    )
+    table = console.table(rows, header)
+    return (
+        f"{table}\nweak: every GPU takes a micro batch of {training.micro_batch_size}, so the global batch grows; "
+        f"strong: the recipe's global batch, divided (-: it cannot be)"
+    )
+
+
+def _assumptions(answer: Answer) -> str:
+    job, cluster = answer.job, answer.job.cluster
+    parallelism = job.config.parallelism
+    inside, between = cluster.card.link_bytes_per_second / _GB, cluster.network_bytes_per_second / _GB
+    lines = [
+        f"MFU {job.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, whatever the micro batch; "
+        f"published for bf16 transformers on H100: 35 to 46 % (the default is {default_mfu(parallelism):.0%})",
+        f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between (maker's: {cluster.card.network}), "
+        f"{LINK_EFFICIENCY:.0%} of them reached, "
+        f"{LATENCY_SECONDS * 1e6:g} us a hop",
+        "traffic hides behind the passes where DeepSpeed overlaps it: stages 1 to 3; the optimizer's update, loading, "
+        "checkpoints, validation and previews cost nothing, though the first counts where a GPU has few images",
+        f"memory: {1 - USABLE:.0%} of a card is left free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
+        "checked on CPU ranks: memory, bytes sent (evals/results/capacity-cpu.json); no GPU was measured",
+    ]
+    if job.config.model.kind != "tarflow":
+        lines.append(
+            "no utilisation of this kind of flow is known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
+            "state --mfu"
+        )
+    if parallelism.precision == "fp32":
+        lines.append("fp32 runs outside tensor cores; convolutions in TF32, PyTorch's default on them, are faster")
+    if parallelism.offload != "none":
+        lines.append("what offloading costs in time is not counted")
+    if parallelism.zero_plus_plus.enabled:
+        lines.append("ZeRO++ is not counted: it makes traffic less, and hpZ takes more memory")
+    if job.config.optimizer.kind == "muon":
+        lines.append("Muon's own matrix products are not counted")
+    return "assumptions:\n" + "\n".join(f"  {line}" for line in lines)

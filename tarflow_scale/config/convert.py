@@ -1,0 +1,56 @@
+"""Conversion: weights of another project in, a flow out."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from tarflow_scale.config.base import Root, Section
+from tarflow_scale.config.data import DataSetConfig
+from tarflow_scale.config.registry import RegistryConfig
+from tarflow_scale.config.train import NoiseConfig
+
+__all__ = ["ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig"]
+
+
+class ForeignWeightsConfig(Section):
+    """Weights that another project saved (verb ``convert``)."""
+
+    path: str
+    """The ``.pth`` that apple/ml-tarflow's train.py saved; path or URL."""
+    num_channels: int | None = Field(default=None, ge=1)
+    """Channels of the images; None infers 1 or 3 from the size of a token."""
+    noise: NoiseConfig
+    """Noise of the training, which is not in the file but in its name: ``..._0.05.pth`` is
+    ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` is ``{kind: uniform}``."""
+
+    @model_validator(mode="after")
+    def _is_of_images(self) -> "ForeignWeightsConfig":
+        if self.noise.kind == "none":
+            raise ValueError("weights.noise must be uniform or gaussian (got none, which is for vectors); correct it")
+        return self
+
+
+class FlowOutputConfig(Section):
+    """Where a flow is written."""
+
+    path: str
+    """Folder or URL for ``model.safetensors`` and ``config.json``."""
+
+
+class ConvertConfig(Root):
+    """Weights of apple/ml-tarflow in, a saved flow out, and a registered version where a registry is named."""
+
+    weights: ForeignWeightsConfig
+    output: FlowOutputConfig
+    registry: RegistryConfig | None = None
+    data: DataSetConfig | None = None
+
+    @model_validator(mode="after")
+    def _registers_with_data(self) -> Self:
+        if (self.registry is None) != (self.data is None):
+            given, missing = ("registry", "data") if self.data is None else ("data", "registry")
+            raise ValueError(
+                f"registry and data.path go together (got {given} without {missing}); a version names the data set it "
+                f"was trained on"
+            )
+        return self

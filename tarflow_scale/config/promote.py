@@ -1,0 +1,50 @@
+"""Promotion: a version with its report in, a decision out."""
+
+import re
+
+from pydantic import field_validator, model_validator
+
+from tarflow_scale.config.base import Root, Section
+from tarflow_scale.config.registry import Name, VersionConfig
+
+__all__ = ["GateRef", "PromoteConfig"]
+
+
+class GateRef(Section):
+    """Which gate guards which alias."""
+
+    path: str
+    """Gate file; see ``evals/gates/``."""
+    alias: Name = "champion"
+    """The alias that moves when the gate opens."""
+    against: str | None = None
+    """A version of another model of the registry, such as ``other-model@champion``, that must be beaten as well in each
+    requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the same
+    protocol ids. The alias of the other model must exist, and does not move."""
+    reason: str = ""
+    """Why, in the words of the person who promotes; stored."""
+    override: str | None = None
+    """Promote although the gate says no, for this reason; decision and reason are recorded. The flag
+    ``--override`` sets it."""
+
+    @field_validator("against")
+    @classmethod
+    def _names_a_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}@[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(f"against must be MODEL@VERSION (got {value!r}); for example other-model@champion")
+        return value
+
+    @model_validator(mode="after")
+    def _says_what_it_must(self) -> "GateRef":
+        if self.alias == "latest" or self.alias.isdigit():
+            raise ValueError(f"alias must be a name other than latest (got {self.alias}); for example champion")
+        if self.override is not None and not self.override.strip():
+            raise ValueError("override must be a reason (got none); say why, it is recorded")
+        return self
+
+
+class PromoteConfig(Root):
+    """A version with its report in, a decision out; the alias moves if the gate opens."""
+
+    registry: VersionConfig
+    gate: GateRef

@@ -1,0 +1,365 @@
+"""The sections of the verb ``train``: optimizer, schedule, length, parallelism, checkpoints, validation, log.
+
+Progress is counted in images, whatever the batch and the number of ranks.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from tarflow_scale.config.base import Root, Section
+from tarflow_scale.config.data import DataConfig, DataSetConfig
+from tarflow_scale.config.model import ModelConfig, RealNVPConfig
+from tarflow_scale.config.registry import RegistryConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "LoggingConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ParallelismConfig",
+    "ScheduleConfig",
+    "SpikeConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "ZeroPlusPlusConfig",
+]
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for matrices with AdamW for the rest."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """``muon``: matrices inside the flow move by their orthogonalised momentum (DeepSpeed's Muon); all other
+    parameters, and the first and last layer of every block, by AdamW. It needs a ZeRO stage of 1 or 2."""
+    peak_lr: float = Field(default=1e-4, gt=0)
+    """Highest learning rate of AdamW."""
+    muon_peak_lr: float | None = Field(default=None, gt=0)
+    """Highest learning rate of Muon, which follows the same schedule; usually 10 to 100 times AdamW's."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of Muon's momentum."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay on every parameter, as published for TarFlow."""
+    gradient_clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients of larger global norm are scaled down to it; those of Muon, whose momentum has no size, are not."""
+
+    @model_validator(mode="after")
+    def _muon_has_a_rate(self) -> "OptimizerConfig":
+        if (self.kind == "muon") != (self.muon_peak_lr is not None):
+            raise ValueError(
+                f"muon_peak_lr goes with kind=muon (got kind={self.kind} and {self.muon_peak_lr}); set both or neither"
+            )
+        if (
+            self.kind == "muon"
+            and self.gradient_clip_norm != OptimizerConfig.model_fields["gradient_clip_norm"].default
+        ):
+            raise ValueError(
+                f"gradient_clip_norm has no effect on kind=muon (got {self.gradient_clip_norm}); leave it out"
+            )
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of images seen: linear warm-up, then one of three shapes."""
+
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """``cosine``: down to ``final_lr_fraction`` at the end of training. ``constant``: the peak. ``wsd`` (warm-up,
+    stable, decay): the peak, and linearly down to ``final_lr_fraction`` over the last ``decay_images``.
+
+    A finished run goes on where ``training.total_images`` is raised. ``cosine`` then rises to the rate that the longer
+    schedule has there, which makes the model worse at first. ``wsd`` is for runs that may be extended: with a
+    checkpoint that is kept from before its decay (``checkpoint.keep_every_images``), delete the later ones, and the run
+    goes on at the peak, with the same weights as if it had been planned that long."""
+    warmup_images: int = Field(default=0, ge=0)
+    """Images over which the rate rises from 0 to its peak."""
+    decay_images: int | None = Field(default=None, ge=1)
+    """Length of the decay of ``wsd``."""
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Rate at the end, as a fraction of the peak; without effect on ``constant``."""
+
+    @model_validator(mode="after")
+    def _decay_fits_kind(self) -> "ScheduleConfig":
+        if (self.kind == "wsd") != (self.decay_images is not None):
+            raise ValueError(
+                f"decay_images goes with kind=wsd (got kind={self.kind} and {self.decay_images}); set both or neither"
+            )
+        return self
+
+
+class NoiseConfig(Section):
+    """What is added to quantised pixels before the flow sees them."""
+
+    kind: Literal["uniform", "gaussian", "none"] = "uniform"
+    """``uniform``: dequantisation inside the bin, for an exact likelihood and bits/dim.
+    ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim.
+    ``none``: for vectors, whose likelihood is in nats."""
+    std: float = Field(default=0.0, ge=0)
+    """Standard deviation on [-1, 1]; needed by ``gaussian``."""
+
+    @model_validator(mode="after")
+    def _std_fits_kind(self) -> "NoiseConfig":
+        if (self.kind == "gaussian") != (self.std > 0):
+            raise ValueError(f"std must be > 0 for gaussian and 0 for other noise (got {self.kind} and {self.std})")
+        return self
+
+
+class SpikeConfig(Section):
+    """What happens when the loss of a step jumps above what it has been."""
+
+    rule: Literal["off", "skip", "roll_back"] = "off"
+    """``skip``: the step changes nothing, like one whose gradient is not finite. ``roll_back``: weights, moments and
+    averages return to the latest checkpoint, and training goes on with the samples after the jump, so that it does
+    not meet the same ones again."""
+    above_nats_per_dim: float = Field(default=0.5, gt=0)
+    """A step is a jump if its loss exceeds the mean of the steps before it by this."""
+    window_steps: int = Field(default=64, ge=2)
+    """Steps that the mean is taken over; the rule acts once there are so many."""
+    max_roll_backs: int = Field(default=5, ge=1)
+    """More than this many stop the run."""
+
+
+class TrainingConfig(Section):
+    """How long, how large, from which seed."""
+
+    total_images: int = Field(ge=1)
+    """Images seen by the end of the run; the unit of all progress."""
+    global_batch_size: int = Field(ge=1)
+    """Images per optimizer step over all ranks; part of the order of samples."""
+    micro_batch_size: int = Field(ge=1)
+    """Images per rank in one forward pass; gradients accumulate over the rest."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Seed of weights, order of samples, noise and label dropping."""
+    noise: NoiseConfig = NoiseConfig()
+    label_drop: float = Field(default=0.1, ge=0, le=1)
+    """Probability that a sample's label is dropped, so that guidance has an unconditional model to lean on."""
+    ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
+    """Half-life, in images, of the exponential moving average of the weights; or several, of as many averages.
+    Validation, sample grids and ``latest`` in the registry are of the first; the others are registered before it."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than this many in a row stop the run."""
+    spike: SpikeConfig = SpikeConfig()
+    max_seconds: float | None = Field(default=None, gt=0)
+    """The run saves and stops with exit code 75 after so many seconds of training since it was started, and goes on
+    when it is started again; for schedulers with a time limit."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads per rank on a CPU; 0: ``OMP_NUM_THREADS``, or an equal share of the cores that the job may use."""
+
+    @field_validator("ema_half_life_images", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @field_validator("ema_half_life_images")
+    @classmethod
+    def _differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"half-lives must differ (got {list(value)}); remove one")
+        return value
+
+
+class ZeroPlusPlusConfig(Section):
+    """ZeRO++ (arXiv 2306.10209): less traffic between nodes at stage 3, on CUDA."""
+
+    secondary_partition_ranks: int = Field(default=1, ge=1)
+    """hpZ: a second copy of the weights is divided among so many ranks, usually those of a node, so that the backward
+    pass gathers inside it; costs 4 bytes per parameter over this number. 1 is off."""
+    quantized_weights: bool = False
+    """qwZ: weights travel as int8."""
+    quantized_gradients: bool = False
+    """qgZ: gradients travel as int4."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any of it is on."""
+        return self != ZeroPlusPlusConfig()
+
+
+class ParallelismConfig(Section):
+    """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, 2 also the gradients, 3 also the weights.
+
+    Bytes per parameter on N ranks with E moving averages, beside activations. What is held from step to step, and what
+    comes on top in the backward pass (buckets are 50 million numbers, two to four times):
+
+    ===== ================== ============= ===============================================================
+    stage held               N = 8, E = 1  on top
+    ===== ================== ============= ===============================================================
+    0     12 + 4 E / N       12.5          gradients 4, and 4 for the copy that is reduced
+    1     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 4 and buckets where gradients accumulate
+    2     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 8 / N and buckets where gradients accumulate
+    3     (20 + 4 E) / N     3.0           weights gathered for the passes: 4, up to a billion of them
+    ===== ================== ============= ===============================================================
+
+    Which to choose: stage 0 for what fits easily, say 0.2 billion parameters (4.1 GB), since it waits least for its
+    buckets; stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which is every published
+    TarFlow; stage 1 and 2 need the same unless gradients accumulate, when stage 2 saves memory and reduces them for
+    every micro batch. Stage 3 above, or where a rank's share of memory is small. Offloading trades speed for memory
+    once more: the optimizer's 16 + 4 E bytes over N lie in main memory. ``train CONFIG --plan --gpus N --gpu h100``
+    does the arithmetic for a recipe: all stages, speed and traffic included.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
+    activations: Literal["keep", "checkpoint", "rebuild"] = "keep"
+    """Memory for time. ``checkpoint``: keep the inputs of layers and run each again in the backward pass.
+    ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """``optimizer``: masters, moments and averages live in main memory, where the CPU makes the update (stages 1 to
+    3). ``all``: the weights too, fetched as they are needed (stage 3)."""
+    compile: bool = False
+    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; the first step
+    takes a minute or so."""
+    zero_plus_plus: ZeroPlusPlusConfig = ZeroPlusPlusConfig()
+
+    @model_validator(mode="after")
+    def _stage_allows(self) -> "ParallelismConfig":
+        stage = self.zero_stage
+        if self.offload == "optimizer" and stage == 0:
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage")
+        if self.offload == "all" and stage != 3:
+            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use optimizer, or stage 3")
+        if self.zero_plus_plus.enabled and stage != 3:
+            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise the stage or remove it")
+        if self.compile and self.activations == "rebuild":
+            raise ValueError("compile does not go with activations=rebuild (got both); use checkpoint")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved so that it can be resumed."""
+
+    every_images: int = Field(ge=1)
+    """Images between checkpoints; rounded up to whole steps."""
+    keep_last: int = Field(default=2, ge=1)
+    """Older complete checkpoints are deleted."""
+    keep_every_images: int | None = Field(default=None, ge=1)
+    """The first checkpoint at or after each multiple of it is kept for good."""
+    upload_path: str | None = None
+    """Folder or URL to which complete checkpoints are copied in the background, manifest last; a run whose own
+    folder has no newer one resumes from there. ``keep_last`` and ``keep_every_images`` hold there too."""
+
+
+class ValidationConfig(DataSetConfig):
+    """Bits/dim of held-out images during training, from averaged weights."""
+
+    every_images: int = Field(ge=1)
+    """Images between validations."""
+    num_images: int | None = Field(default=None, ge=1)
+    """The first so many of the data set; None takes all."""
+
+
+class LoggingConfig(Section):
+    """The run folder and what is written to it."""
+
+    path: str
+    """Folder of the run: ``config.yaml environment.json status.json log.jsonl curve.png checkpoints/
+    previews/ model/``."""
+    every_images: int = Field(default=2_000, ge=1)
+    """Images between lines of ``log.jsonl``."""
+    preview_every_images: int = Field(default=50_000, ge=1)
+    """Images between sample grids."""
+    preview_guidance: float = Field(default=0.0, ge=0)
+    """Guidance of the sample grids."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files to ``tensorboard/``; needs the extra ``tensorboard``."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases; needs the package ``wandb``. The folder keeps the id of its run in
+    ``wandb-id.json``; a copied folder becomes another run."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """Operations a second that one rank's device can do, for the model FLOPs utilisation (MFU) in the log; None knows
+    the dense bf16 peak of common GPUs, and logs no utilisation for others."""
+
+
+class TrainConfig(Root):
+    """Shards in, checkpoints, a log, sample grids and a registered model version out."""
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    parallelism: ParallelismConfig = ParallelismConfig()
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig | None = None
+    logging: LoggingConfig
+    registry: RegistryConfig
+
+    @model_validator(mode="after")
+    def _counts_divide(self) -> Self:
+        batch, micro = self.training.global_batch_size, self.training.micro_batch_size
+        if batch % micro:
+            raise ValueError(
+                f"training.global_batch_size must be a multiple of training.micro_batch_size "
+                f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+            )
+        if self.logging.preview_guidance > 0 and not self.model.class_conditional:
+            raise ValueError(
+                f"logging.preview_guidance needs model.class_conditional (got {self.logging.preview_guidance} and "
+                f"false); set it to 0"
+            )
+        if self.model.logit_alpha is not None and self.training.noise.kind != "uniform":
+            raise ValueError(
+                f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
+                f"{self.training.noise.kind}); remove either"
+            )
+        if self.model.dequantization is not None and self.training.noise.kind != "uniform":
+            raise ValueError(
+                f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
+                f"{self.training.noise.kind}); remove either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_allows(self) -> Self:
+        kind, parallelism = self.model.kind, self.parallelism
+        if parallelism.activations == "rebuild" and kind != "glow":
+            raise ValueError(
+                f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
+                f"{kind}); use checkpoint"
+            )
+        batch = isinstance(self.model, RealNVPConfig) and self.model.normalization == "batch"
+        if (batch or kind == "continuous") and parallelism.activations != "keep":
+            raise ValueError(
+                f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
+                f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
+            )
+        if kind == "continuous" and parallelism.zero_stage == 3:
+            raise ValueError(
+                "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
+            )
+        if kind in ("maf", "iaf", "continuous") and (parallelism.compile or self.optimizer.kind == "muon"):
+            raise ValueError(
+                f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them "
+                f"out"
+            )
+        if kind not in ("tarflow", "glow", "realnvp") and self.logging.preview_guidance > 0:
+            raise ValueError(
+                f"logging.preview_guidance has no effect on model.kind={kind} (got {self.logging.preview_guidance}); "
+                f"set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        warmup, decay, total = self.schedule.warmup_images, self.schedule.decay_images, self.training.total_images
+        if warmup + (decay or 0) >= total:
+            names, got = "schedule.warmup_images", str(warmup)
+            if decay:
+                names, got = f"{names} + schedule.decay_images", f"{warmup} + {decay} = {warmup + decay}"
+            raise ValueError(
+                f"{names} must be below training.total_images (got {got}, and {total}); lower the former or raise the "
+                f"latter"
+            )
+        if self.optimizer.kind == "muon" and self.parallelism.zero_stage not in (1, 2):
+            raise ValueError(
+                f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {self.parallelism.zero_stage}); change "
+                f"either"
+            )
+        if self.optimizer.kind == "muon" and self.parallelism.offload != "none":
+            raise ValueError(
+                f"optimizer.kind=muon needs parallelism.offload=none (got {self.parallelism.offload}); change either"
+            )
+        return self

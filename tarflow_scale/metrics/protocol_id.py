@@ -1,0 +1,54 @@
+"""Protocol ids: what makes two numbers comparable."""
+
+from collections.abc import Iterable
+
+from tarflow_scale import storage
+from tarflow_scale.config.protocols import (
+    BitsPerDimProtocol,
+    FrechetProtocol,
+    KernelProtocol,
+    LikelihoodProtocol,
+    ManifoldProtocol,
+    NatsProtocol,
+    SampledProtocol,
+)
+from tarflow_scale.records import canonical_json
+
+__all__ = ["images_digest", "protocol_id", "unit_of"]
+
+
+def images_digest(hashes: Iterable[str]) -> str:
+    """Digest of a set of images from the sha256 of each one's pixels, whatever their order or packing."""
+    return storage.digest("".join(sorted(hashes)).encode())
+
+
+def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, images: str) -> str:
+    """The id that is stored with every number.
+
+    Args:
+        protocol: the resolved protocol.
+        extractor: sha256 of the extractor's weights, or ``none``.
+        images: `images_digest` of the reference images (for likelihoods: of the samples that are scored).
+    """
+    return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))
+
+
+def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
+    """What a number by this protocol is measured in."""
+    match protocol:
+        case BitsPerDimProtocol():
+            return "bits/dim"
+        case NatsProtocol():
+            return "nats"
+        case FrechetProtocol() if protocol.extractor == "pixels":
+            return f"levels of {protocol.bit_depth} bits, squared"
+        case FrechetProtocol() if protocol.extractor == "inception-v3-compat":
+            return "sFID" if protocol.layer == "spatial" else "FID"
+        case FrechetProtocol():
+            return f"Fréchet distance, {protocol.extractor}"
+        case KernelProtocol():
+            return "squared MMD"
+        case ManifoldProtocol():
+            return "share of images"
+        case _:
+            return "score"

@@ -1,0 +1,172 @@
+"""Ranks: who am I, how many are we, and the few collectives the pipeline needs.
+
+Imported cheaply; torch is imported when a function that needs it is called. A single process is rank 0 of 1.
+"""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tarflow_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+    from torch.nn import Module
+
+__all__ = [
+    "agent_serves_store",
+    "all_reduce_sum",
+    "all_reduce_sum_with_gradient",
+    "backend_of",
+    "barrier",
+    "broadcast_module",
+    "check_equal",
+    "from_main",
+    "gather",
+    "is_main",
+    "local_rank",
+    "local_world_size",
+    "own_device",
+    "rank",
+    "shut_down",
+    "world_size",
+]
+
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Rank of this process, from the launcher's environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Rank of this process among those on this machine; the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return rank() == 0
+
+
+def agent_serves_store() -> bool:
+    """Whether torchrun's agent, and not rank 0, listens at MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def own_device() -> "device":
+    """This rank's device: its GPU where there are any, else the CPU."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def backend_of(device: "device") -> str:
+    """What ranks on such devices talk by."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(values: "Tensor") -> "Tensor":
+    """Sum over ranks, in place; returns ``values``."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def all_reduce_sum_with_gradient(values: "Tensor") -> "Tensor":
+    """Sum over ranks; its gradient is the sum of those of all ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values)  # pyright: ignore[reportReturnType]
+
+
+def broadcast_module(module: "Module") -> None:
+    """Give every rank rank 0's parameters and buffers, in place."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def check_equal(module: "Module") -> None:
+    """All ranks must start from the same parameters and buffers, bit for bit; compared by hash.
+
+    Raises:
+        RuntimeError: on every rank, with the names of those that differ. It is a bug, not a mistake of the user.
+    """
+    import hashlib
+
+    import torch
+
+    digests = {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in module.state_dict().items()
+    }
+    everywhere = gather(digests)
+    differing = sorted(name for name in digests if any(other.get(name) != digests[name] for other in everywhere))
+    if differing or any(other.keys() != digests.keys() for other in everywhere):
+        raise RuntimeError(f"ranks start from different tensors: {', '.join(differing) or 'other names'}")
+
+
+def gather(value: T) -> list[T]:
+    """What each rank gives, in the order of ranks, on every rank; any object that pickles."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank; a `UserError` of rank 0 is raised everywhere."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or world_size() == 1:
+        return compute()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def shut_down() -> None:
+    """Leave the process group, as NCCL wants of every rank; `tarflow_scale.runtime.processes.leave` does the rest."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,33 @@
+"""The flow for a data set."""
+
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.flows import Flow, build
+from tarflow_scale.shards.manifest import Manifest
+
+__all__ = ["flow_of", "seen_by_model"]
+
+
+def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
+    """The flow for a data set."""
+    if manifest.num_conditions is not None:
+        return build(model, manifest.event_shape, None, manifest.num_conditions)
+    flow = build(model, manifest.event_shape, manifest.num_classes or None)
+    flow.class_names = manifest.class_names if flow.num_classes else ()
+    return flow
+
+
+def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
+    """The manifest with the size of the images that the model sees.
+
+    Raises:
+        DataError: the crop is larger than the images.
+    """
+    if crop_pixels is None:
+        return manifest
+    if crop_pixels > manifest.image_size_pixels:
+        raise DataError(
+            f"data.augmentation.crop_pixels must not exceed the images (got {crop_pixels} and "
+            f"{manifest.image_size_pixels}); lower it or leave it out"
+        )
+    return manifest.model_copy(update={"image_size_pixels": crop_pixels})

@@ -1,0 +1,108 @@
+"""Verb ``convert``: an apple/ml-tarflow ``.pth`` to a saved flow, and into a registry if one is named.
+
+Read the tensors without running code, infer every size, rename, write ``model.safetensors`` and ``config.json``.
+What the tensors do not say, the noise the model was trained with, is configured. A registered version also needs the
+data set's manifest, so that it can be evaluated and sampled like any other.
+
+Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. A file that
+would run code, is no TarFlow, or is not finite is refused, as is a folder that holds another flow. The same command
+again changes nothing.
+"""
+
+from tarflow_scale import storage
+from tarflow_scale.config.convert import ConvertConfig
+from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.ml_tarflow import load_ml_tarflow
+from tarflow_scale.flows.weights import flow_files
+from tarflow_scale.records import DataSetFacts, PixelFormat, canonical_json
+from tarflow_scale.registry import Registry
+from tarflow_scale.runtime import console, provenance
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.reader import ShardSet
+
+__all__ = ["run"]
+
+_BIT_DEPTH = 8
+
+
+def run(config: ConvertConfig, dry_run: bool) -> None:
+    """Read, check, write, register.
+
+    Raises:
+        DataError: the file is no TarFlow, or the output folder holds another flow.
+        ConfigError: the model does not fit the data set it is registered with.
+    """
+    noise = config.weights.noise
+    flow = load_ml_tarflow(config.weights.path, config.weights.num_channels)
+    flow.pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise=noise.kind, noise_std=noise.std)
+    facts = _facts(flow, ShardSet(config.data.path, config.data.verify).manifest) if config.data is not None else None
+    _print_plan(config, flow)
+    if dry_run:
+        return
+    files = flow_files(flow)
+    for name, content in files.items():
+        existing = storage.join(config.output.path, name)
+        if storage.exists(existing) and storage.read_bytes(existing) != content:
+            raise DataError(f"{config.output.path} holds another flow ({name} differs); choose another output.path")
+    for name, content in files.items():
+        storage.write_bytes(storage.join(config.output.path, name), content)
+    print(f"{config.output.path}: {', '.join(files)}")
+    if config.registry is not None and facts is not None:
+        _register(config, flow, files, facts)
+
+
+def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
+    if manifest.event_shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
+        classes = flow.num_classes or "any number of"
+        raise ConfigError(
+            f"{manifest.name} must have the model's shape {flow.event_shape} and {classes} classes (got "
+            f"{manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
+        )
+    if manifest.bit_depth != _BIT_DEPTH:
+        raise ConfigError(
+            f"public models are of {_BIT_DEPTH}-bit images (got {manifest.bit_depth} bits in {manifest.name}); pack "
+            f"the data set without source.bit_depth"
+        )
+    return manifest.facts()
+
+
+def _register(config: ConvertConfig, flow: Flow, files: dict[str, bytes], data: DataSetFacts) -> None:
+    assert config.registry is not None
+    assert flow.pixels is not None
+    version = Registry(config.registry.path, config.registry.model).register(
+        files,
+        {
+            "pixels": flow.pixels.model_dump(mode="json"),
+            "data": data.model_dump(mode="json"),
+            "parameters": sum(p.numel() for p in flow.parameters()),
+            "images_seen": None,
+            "ema_half_life_images": None,
+            "config_digest": storage.digest(canonical_json(config.model_dump(mode="json"))),
+            "git_commit": provenance.git_commit(),
+            "packages": provenance.package_versions(),
+        },
+        reason=f"converted from {config.weights.path}",
+    )
+    print(f"registered {config.registry.model}@{version.version} in {config.registry.path}")
+
+
+def _print_plan(config: ConvertConfig, flow: Flow) -> None:
+    model, noise = flow.config, config.weights.noise
+    assert model is not None
+    assert model.kind == "tarflow"
+    depths = model.layers_per_block
+    rows = [
+        ("weights", config.weights.path),
+        (
+            "images",
+            f"{flow.event_shape}, {flow.num_classes or 'no'} classes, {noise.kind} noise {noise.std or ''}".strip(),
+        ),
+        (
+            "model",
+            f"patch {model.patch_size}, width {model.width}, {len(depths)} blocks of {depths} layers, {model.variant}",
+        ),
+        ("parameters", f"{sum(p.numel() for p in flow.parameters()):,}"),
+        ("output", config.output.path),
+    ]
+    print(console.table(rows, ("convert", "")))

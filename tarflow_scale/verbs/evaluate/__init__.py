@@ -1,0 +1,1 @@
+"""Verb ``evaluate``: measure a registered version by protocols, on Ray."""

@@ -1,0 +1,257 @@
+"""Verb ``evaluate``: a registered version to numbers that carry their protocol, attached to the version.
+
+Resolve the version, list the parts that all protocols need between them, make on workers those that are not there yet,
+turn parts into numbers in rounds of tasks on the same workers, and attach the report. Ray and a single process agree,
+and a killed evaluation goes on where it was. ``--reference`` computes what the protocols are compared with, no more;
+``--watch`` scores every version as it is registered.
+
+Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and protocols. Writes an
+event with the report (and a picture and the numbers of each image as blobs) into the registry, and below
+``reference.cache`` the references and, until the report is attached, the parts. Refused are images of another shape or
+depth than the protocol's, and references that are not those a protocol was bound to.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save as save_arrays
+
+from tarflow_scale import storage
+from tarflow_scale.config.evaluate import EvaluateConfig
+from tarflow_scale.config.protocols import (
+    BitsPerDimProtocol,
+    FrechetProtocol,
+    LikelihoodProtocol,
+    NatsProtocol,
+    load_protocol,
+)
+from tarflow_scale.errors import AlreadyReported, ConfigError, DataError, NumericsError, StorageError, UserError
+from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
+from tarflow_scale.metrics.bits import gaussian_bits_per_dim, gaussian_nats
+from tarflow_scale.metrics.frechet import Moments, frechet_distance, merged
+from tarflow_scale.metrics.measure import Measured
+from tarflow_scale.metrics.protocol_id import images_digest, protocol_id, unit_of
+from tarflow_scale.metrics.reference import Binding
+from tarflow_scale.pool import Pool
+from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json
+from tarflow_scale.registry import Lease, Registry
+from tarflow_scale.runtime import console, provenance
+from tarflow_scale.shards.reader import ShardSet
+from tarflow_scale.verbs.evaluate.job import Job, moments_of
+from tarflow_scale.verbs.evaluate.worker import Unit
+
+__all__ = ["bind", "run", "watch"]
+
+
+def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
+    """Measure every protocol and attach the report; with ``once``, only if no other evaluation was faster.
+
+    Raises:
+        UserError: version, data, reference or protocol do not fit together.
+    """
+    started = time.monotonic()
+    registry = Registry(config.registry.path, config.registry.model)
+    version = registry.resolve(config.registry.version)  # once: what another run registers meanwhile is not measured
+    if str(config.registry.version) != str(version.version):
+        print(f"{config.registry.version} is {registry.model}@{version.version}", flush=True)
+    job = Job(config, registry, version)
+    _check(version, job)
+    units = job.units()
+    _print_plan(job, units)
+    if dry_run:
+        return
+    with Pool(**config.cluster.model_dump()) as pool:
+        job.make(pool, units)
+        if not all(isinstance(protocol, LikelihoodProtocol) for protocol in job.protocols.values()):
+            print("comparing with the references; standard errors do it again for each of 50 blocks", flush=True)
+        bindings = job.bind()
+        measured = job.measure(pool, bindings)
+    values = {path: _value(job, path, measured, bindings) for path in job.protocols}
+    report = MetricsReport(
+        model=config.registry.model,
+        version=version.version,
+        weights_digest=version.weights_digest,
+        metrics={
+            job.protocols[path].name: value.model_copy(update={"per_image": _stored(registry, job, path)})
+            for path, value in values.items()
+        },
+        baselines=_baselines(job, bindings) if config.metrics.baselines else {},
+        sampling=config.sampling.model_dump(mode="json"),
+        seconds=time.monotonic() - started,
+        packages=provenance.package_versions(),
+        grid=job.grid(registry),
+    )
+    registry.attach_report(report, f"evaluated on {job.data.name}/{job.data.split}", once)
+    job.tidy()
+    _print_report(report)
+
+
+def watch(config: EvaluateConfig, dry_run: bool) -> None:
+    """Score every version of the model as it is registered, once, until it is interrupted.
+
+    Several may watch: each version has a lease, and the log takes one report. What cannot be scored is told and left.
+    """
+    model, registry = config.registry.model, Registry(config.registry.path, config.registry.model)
+    protocols = {load_protocol(path).digest for path in config.metrics.protocols}
+    leases = storage.join(config.reference.cache, "leases", storage.digest(canonical_json(sorted(protocols)))[:16])
+    left: set[int] = set()
+    print(f"watching {config.registry.path} for versions of {model}; interrupt to end", flush=True)
+    while True:
+        for version in _unscored(registry, protocols) - left:
+            one = config.registry.model_copy(update={"version": version})
+            with Lease(storage.join(leases, model, str(version))) as lease:
+                if lease is None or version not in _unscored(registry, protocols):
+                    continue
+                try:
+                    run(config.model_copy(update={"registry": one}), dry_run, once=True)
+                except (AlreadyReported, StorageError) as error:  # done, or to be tried again
+                    print(error, file=sys.stderr, flush=True)
+                except UserError as error:
+                    print(f"{model}@{version} is left: {error}", file=sys.stderr, flush=True)
+                    left.add(version)
+        if dry_run:
+            return
+        time.sleep(config.metrics.watch_seconds)
+
+
+def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
+    """Versions without a number by some protocol; none while there is no such model."""
+    if not storage.exists(storage.join(registry.path, registry.model, "_log")):
+        return set()
+    state = registry.state()
+    return {version for version in state.versions if not state.has_numbers(version, protocols)}
+
+
+def bind(config: EvaluateConfig, dry_run: bool) -> None:
+    """Compute what the protocols are compared with and bind them to it; no model is needed.
+
+    Raises:
+        UserError: reference and protocols do not fit together, or these are bound to other images.
+    """
+    job = Job(config, None, None)
+    units = job.units()
+    _print_plan(job, units)
+    if dry_run:
+        return
+    with Pool(**config.cluster.model_dump()) as pool:
+        job.make(pool, units)
+    rows = [(job.protocols[path].name, one.data, one.images_digest[:12]) for path, one in job.bind().items()]
+    print(console.table(rows, ("protocol", "bound to", "images")))
+
+
+def _check(version: ModelVersion, job: Job) -> None:
+    """Refuse a version that the data or the protocols are not for."""
+    for manifest in (job.data, job.reference):
+        if (manifest.event_shape, manifest.vectors) != (version.data.event_shape, version.data.vectors):
+            raise DataError(
+                f"the model is of events of shape {version.data.event_shape} (got {manifest.samples_in_words} in "
+                f"{manifest.name}/{manifest.split}); evaluate on data like those of training"
+            )
+    if version.data.class_names and job.data.class_names != version.data.class_names:
+        raise DataError(
+            f"the model knows {len(version.data.class_names)} classes by name (got {len(job.data.class_names)} others "
+            f"in {job.data.name}/{job.data.split}); evaluate on data with the same classes"
+        )
+    for protocol in job.protocols.values():
+        if isinstance(protocol, BitsPerDimProtocol) and version.pixels.noise != "uniform":
+            raise ConfigError(
+                f"protocol {protocol.name} needs a model trained with uniform noise (got {version.pixels.noise}); "
+                f"a model of noisy data has no bits/dim"
+            )
+
+
+def _costs(job: Job, path: str) -> NDArray[np.float64]:
+    parts = [part.read("bits")["bits"] for part in job.wanted[path].bits]
+    costs = np.concatenate(parts).astype(np.float64)
+    if not np.isfinite(costs).all():
+        raise NumericsError(
+            f"{job.protocols[path].name} is not finite for {int((~np.isfinite(costs)).sum())} samples; check the model"
+        )
+    return costs
+
+
+def _value(job: Job, path: str, measured: Mapping[str, Measured], bindings: Mapping[str, Binding]) -> MetricValue:
+    protocol = job.protocols[path]
+    if isinstance(protocol, LikelihoodProtocol):
+        costs = _costs(job, path)
+        hashes = (str(hash_) for part in job.wanted[path].bits for hash_ in part.read("hashes")["hashes"])
+        error = float(costs.std(ddof=1) / math.sqrt(len(costs))) if len(costs) > 1 else 0.0
+        found, num, extractor, images = Measured(float(costs.mean()), error), len(costs), "none", images_digest(hashes)
+    else:
+        found, num, extractor = measured[path], protocol.num_images, job.extractors[path]
+        images = bindings[path].images_digest if path in bindings else "none"
+    if not math.isfinite(found.value):
+        raise NumericsError(f"{protocol.name} is not finite (got {found.value}); check the model")
+    return MetricValue(
+        value=found.value,
+        unit=unit_of(protocol),
+        standard_error=found.standard_error,
+        num_images=num,
+        protocol=protocol.name,
+        protocol_digest=protocol.digest,
+        protocol_id=protocol_id(protocol, extractor, images),
+    )
+
+
+def _stored(registry: Registry, job: Job, path: str) -> FileRecord | None:
+    """What each image cost, in the order of the split, kept so that two models can be compared image by image."""
+    if not isinstance(job.protocols[path], LikelihoodProtocol):
+        return None
+    hashes = [bytes.fromhex(str(one)) for part in job.wanted[path].bits for one in part.read("hashes")["hashes"]]
+    image = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+    name = job.protocols[path].metric
+    return registry.keep(save_arrays({name: _costs(job, path), "image_sha256": image}))
+
+
+def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
+    """The same measures of real images, and of a full-covariance Gaussian where features are pixels."""
+    found: dict[str, float] = {}
+    gaussian: PixelGaussian | None = None
+    for path, protocol in job.protocols.items():
+        if not isinstance(protocol, FrechetProtocol) or protocol.estimate != "plain":
+            continue
+        reference = Moments.stored(job.references.moments_location(bindings[path]), protocol.layer)
+        real = job.wanted[path].real
+        assert real is not None
+        found[f"real_{protocol.name}"] = frechet_distance(merged(moments_of(real, protocol.layer)), reference)
+        gaussian = gaussian_for(protocol, reference) or gaussian
+        if gaussian is not None and protocol.extractor == "pixels":
+            levels = gaussian.sample_levels(protocol.num_images, protocol.seed)
+            found[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), reference)
+    for protocol in job.protocols.values():
+        if isinstance(protocol, BitsPerDimProtocol) and gaussian is not None:
+            found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(
+                gaussian, protocol, ShardSet(job.config.data.path)
+            )
+        elif isinstance(protocol, NatsProtocol):
+            nats = gaussian_nats(ShardSet(job.config.reference.path), ShardSet(job.config.data.path))
+            found |= {} if nats is None else {f"gaussian_{protocol.name}": nats}
+    return found
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+def _print_plan(job: Job, units: list[Unit]) -> None:
+    what, version, cluster = "bind references", job.version, job.config.cluster
+    if version is not None:
+        what = f"evaluate {job.config.registry.model}@{version.version}: {version.parameters:,} parameters"
+    print(f"{what}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
+    rows = [(one.name, one.metric, str(job.num_images(path))) for path, one in job.protocols.items()]
+    print(console.table(rows, ("protocol", "metric", "images")))
+
+
+def _print_report(report: MetricsReport) -> None:
+    rows: list[tuple[str, ...]] = []
+    for name, metric in report.metrics.items():
+        error = f"{metric.standard_error:.4f}" if metric.standard_error is not None else ""
+        cells = (f"{metric.value:.4f}", error, metric.unit, metric.protocol_id[:12])
+        rows.append((f"{report.model}@{report.version} {name}", *cells))
+        for kind in ("gaussian", "real"):
+            if f"{kind}_{name}" in report.baselines:
+                rows.append((f"{kind} {name}", f"{report.baselines[f'{kind}_{name}']:.4f}", "", metric.unit, ""))
+    print(console.table(rows, ("what", "value", "standard error", "unit", "protocol id")))

@@ -1,0 +1,194 @@
+"""What a worker of ``evaluate`` does: a range of images to features, moments or likelihoods, kept as a part.
+
+Image i depends on (model, seed, i) and part boundaries are fixed, so whoever makes a part, and however often, it holds
+the same numbers. Images stay on the worker.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tarflow_scale import storage
+from tarflow_scale.config.data import DataSetConfig
+from tarflow_scale.config.evaluate import ReferenceConfig
+from tarflow_scale.config.protocols import BitsPerDimProtocol, LikelihoodProtocol, NatsProtocol
+from tarflow_scale.config.registry import VersionConfig
+from tarflow_scale.config.sampling import SamplingConfig
+from tarflow_scale.errors import ConfigError, NumericsError
+from tarflow_scale.flows import Flow
+from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
+from tarflow_scale.loading import decoding_plan, load_version, worker_device
+from tarflow_scale.metrics.bits import dequantised, pixel_hashes
+from tarflow_scale.metrics.features import Extractor, open_extractor
+from tarflow_scale.metrics.frechet import Moments
+from tarflow_scale.metrics.store import Arrays, FeatureSet, Images, Part
+from tarflow_scale.randomness import Purpose, permutation
+from tarflow_scale.registry import Registry
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
+from tarflow_scale.shards.reader import Batch, ShardSet
+from tarflow_scale.shards.vectors import floats
+
+__all__ = ["GRID_NAME", "Scorer", "Unit"]
+
+GRID_NAME = "grid.png"
+"""A picture of the first samples, beside the parts of their features."""
+_GRID_IMAGES, _GRID_COLUMNS = 64, 8
+_IMAGES_AT_ONCE = 128
+"""Scored or read, where the section ``sampling`` leaves the number open."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part to make: features of a set of images, or log-likelihoods by a protocol."""
+
+    part: Part
+    work: FeatureSet | LikelihoodProtocol
+
+    @property
+    def num_images(self) -> int:
+        """Images of the part."""
+        return self.part.stop - self.part.start
+
+
+class Scorer:
+    """Holds the flow and the open data sets; makes one part at a time.
+
+    Args:
+        registry: where the version is; None where references alone are read.
+        version: its number.
+        data: the split to score.
+        reference: the reference images.
+        sampling: the section.
+        extractor_weights: weights files by extractor.
+        threads: torch threads.
+        gpu: whether this worker was given a GPU.
+    """
+
+    def __init__(
+        self,
+        registry: VersionConfig | None,
+        version: int,
+        data: DataSetConfig,
+        reference: ReferenceConfig,
+        sampling: SamplingConfig,
+        extractor_weights: dict[str, str],
+        threads: int,
+        gpu: bool,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._device = worker_device(gpu)
+        self._reference = ShardSet(reference.path)
+        self._sampling = sampling
+        self._batch_size = sampling.batch_size or _IMAGES_AT_ONCE
+        self._weights = extractor_weights
+        self._extractors: dict[tuple[str, tuple[str, ...], int], Extractor] = {}
+        if registry is not None:
+            self._flow = load_version(registry.path, registry.model, version).to(self._device)
+            self._decoding = decoding_plan(Registry(registry.path, registry.model), version, sampling, gpu)
+            self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses at once what does not fit
+            self._data = ShardSet(data.path, data.verify)
+
+    def run(self, unit: Unit) -> None:
+        """Make the part."""
+        if isinstance(unit.work, LikelihoodProtocol):
+            unit.part.write(self._scored(unit.part, unit.work))
+        else:
+            unit.part.write(self._seen(unit.part, unit.work))
+
+    @torch.no_grad()
+    def _scored(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
+        costs: list[np.ndarray] = []
+        hashes: list[str] = []
+        _check_fits(self._flow, protocol)
+        for batch in self._data.batches(part.start, part.stop, self._batch_size):
+            cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
+            costs.append(cost.double().cpu().numpy())
+            hashes.extend(pixel_hashes(batch))
+        return {"bits": np.concatenate(costs), "hashes": np.array(hashes)}
+
+    def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
+        y = self._labels(batch, protocol)
+        draws = [self._flow.log_prob_of_images(x.to(self._device), y) for x in dequantised(batch, protocol)]
+        log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
+        return bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth)
+
+    def _nats(self, batch: Batch, protocol: NatsProtocol) -> Tensor:
+        assert self._data.manifest.vectors is not None
+        values, given = (torch.from_numpy(part.copy()) for part in floats(batch.images, self._data.manifest.vectors))
+        labels = self._labels(batch, protocol)
+        y = labels if self._flow.num_conditions is None else given.to(self._device)
+        return -self._flow.log_prob(values.to(self._device), y)
+
+    def _labels(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor | None:
+        given = protocol.labels == "given" and self._flow.num_classes is not None
+        return torch.from_numpy(batch.labels).to(self._device) if given else None
+
+    def _seen(self, part: Part, features: FeatureSet) -> Arrays:
+        arrays: Arrays = {}
+        if features.images.kind == "sample":
+            images = self._sampled(part, features.images)
+            if part.start == 0:
+                storage.write_bytes(storage.join(part.folder, GRID_NAME), self._grid(images))
+        else:
+            batch = self._real(part, features.images)
+            images = torch.from_numpy(batch.images)
+            arrays["hashes"] = np.array(pixel_hashes(batch))
+            if features.images.rounding == "truncate":
+                images = quantize((images.float() / 255 - 0.5) / 0.5, 8, "truncate")
+        extract = self._extractor(features)
+        found = [extract(few) for few in images.split(self._batch_size)]
+        for layer in features.layers:
+            rows = torch.cat([one[layer] for one in found])
+            if not bool(torch.isfinite(rows).all()):
+                raise NumericsError(
+                    f"features of {features.extractor} are not finite ({features.images.kind} images {part.start} to "
+                    f"{part.stop - 1}); check the model and the weights of the extractor"
+                )
+            arrays |= Moments.of(rows).to_arrays(layer) if features.reduced else {layer: rows.numpy()}
+        return arrays
+
+    def _sampled(self, part: Part, images: Images) -> Tensor:
+        assert images.seed is not None
+        if images.seed not in self._samplers:
+            self._samplers[images.seed] = Sampler(self._flow, images.seed, self._sampling, self._decoding)
+        found = self._samplers[images.seed].floats(range(part.start, part.stop))
+        return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in found])
+
+    def _grid(self, images: Tensor) -> bytes:
+        """The first samples as one picture, with their classes; of up to 16 classes, a column shows one."""
+        names, classes = self._flow.class_names, self._flow.num_classes or 0
+        columns = classes if 1 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
+        shown = images[: max(1, min(_GRID_IMAGES, len(images)) // columns) * columns].numpy()
+        labels = [names[i % classes] for i in range(len(shown))] if names else None
+        zoom = max(1, 256 // (_GRID_COLUMNS * images.shape[-1]))
+        return contact_sheet(shown, columns, zoom, labels)
+
+    def _real(self, part: Part, images: Images) -> Batch:
+        if images.seed is None:
+            return self._reference.take(np.arange(part.start, part.stop))
+        order = permutation(self._reference.manifest.num_images, Purpose.REFERENCE_SUBSET, images.seed)
+        return self._reference.take(np.sort(order[: images.num])[part.start : part.stop])
+
+    def _extractor(self, features: FeatureSet) -> Extractor:
+        key = (features.extractor, features.layers, features.images.bit_depth)
+        if key not in self._extractors:
+            self._extractors[key] = open_extractor(features, self._weights, self._device)
+        return self._extractors[key]
+
+
+def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
+    """Labels can be dropped, numbers cannot; a density knows bins of any width, learned noise its own alone."""
+    if isinstance(protocol, NatsProtocol):
+        if protocol.labels == "none" and flow.num_conditions is not None:
+            raise ConfigError(
+                f"protocol {protocol.name} drops labels, which a flow that is given numbers cannot do without (got "
+                f"{flow.num_conditions} of them); use labels: given"
+            )
+    elif flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
+        raise ConfigError(
+            f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
+            f"{flow.pixels.bit_depth}); use a model without model.dequantization, or another protocol"
+        )

@@ -1,0 +1,1 @@
+"""Verb ``generate``: write shards of new images from a registered version, on Ray."""

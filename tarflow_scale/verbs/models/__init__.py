@@ -1,0 +1,1 @@
+"""Verb ``models``: commands on a registry."""

@@ -1,0 +1,316 @@
+"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model.
+
+A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
+``init`` tries whether the store gives one winner of many writers, and ``command.shared=group`` lets a group use it,
+whatever the umask of each writer; ``list``, ``show`` and ``diff`` look; ``verify`` reads every event and file;
+``alias``, ``approve``, ``rollback`` and ``retire`` add one event each; ``collect`` lists what nothing needs, and
+removes it with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events
+are added, never changed, so a command that was killed did all or nothing; ``collect`` is run again.
+"""
+
+import json
+from typing import Any
+
+from tarflow_scale import storage
+from tarflow_scale.config.models import ModelsConfig
+from tarflow_scale.errors import ConfigError, RegistryError, StorageError
+from tarflow_scale.records import MetricsReport, ModelVersion
+from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
+from tarflow_scale.runtime import console
+
+__all__ = [
+    "alias",
+    "approve",
+    "collect",
+    "diff",
+    "init",
+    "list_models",
+    "retire",
+    "rollback",
+    "show",
+    "verify",
+]
+
+_MIB = 1024**2
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def list_models(config: ModelsConfig, dry_run: bool) -> None:
+    """Print every version of every model of the registry (or of the one named), newest first, with its numbers.
+
+    A model that cannot be read is left out, with a warning.
+    """
+    del dry_run  # there is nothing to change
+    rows: list[tuple[str, ...]] = []
+    wanted = config.registry.model
+    path = config.registry.path
+    states = {wanted: Registry(path, wanted).state()} if wanted else readable_models(path)
+    for model, state in states.items():
+        for number in sorted(state.versions, reverse=True):
+            version = state.versions[number]
+            held = ", ".join(sorted(alias for alias, holder in state.aliases.items() if holder == number))
+            marks = held or ("collected" if number in state.collected else "retired" if number in state.retired else "")
+            numbers = _numbers(state.reports.get(number, []))
+            images = _images(version)
+            rows.append((f"{model}@{number}", marks, images, f"{version.parameters:,}", numbers))
+    print(console.table(rows, ("version", "aliases", "images seen", "parameters", "numbers")))
+
+
+def show(config: ModelsConfig, dry_run: bool) -> None:
+    """Print what is known of one version: where it came from, its numbers, and what happened to it."""
+    del dry_run  # there is nothing to change
+    registry = _registry(config)
+    state = registry.state()
+    version = resolve(state, config.registry.version, registry.model)
+    number = version.version
+    held = [alias for alias, holder in state.aliases.items() if holder == number]
+    rows: list[tuple[str, ...]] = [
+        ("version", f"{registry.model}@{number}" + (f" ({', '.join(held)})" if held else "")),
+        ("weights", version.weights_digest),
+        ("data", f"{version.data.name}/{version.data.split}, manifest {version.data.digest}"),
+        ("pixels", f"{version.pixels.bit_depth} bit, {version.pixels.noise} noise")
+        if version.data.vectors is None
+        else ("vectors", f"of {version.data.vectors.num_values}, given {version.data.vectors.num_conditions} numbers"),
+        ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
+        ("config", version.config_digest),
+        ("checkpoint", version.checkpoint or "not known"),
+        ("code", version.git_commit),
+        ("packages", ", ".join(f"{name} {package}" for name, package in version.packages.items())),
+    ]
+    if number in state.retired:
+        gone = f", files removed on {state.collected[number]}" if number in state.collected else ""
+        rows.append(("retired", f"on {state.retired[number]}{gone}"))
+    for report in state.reports.get(number, []):
+        for metric in report.metrics.values():
+            error = f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else ""
+            found = f"{metric.value:.4f}{error} {metric.unit} on {metric.num_images} images"
+            rows.append((metric.protocol, f"{found}, protocol {metric.protocol_id[:12]}"))
+    for plan in state.plans.get(number, []):
+        gain = plan.exact_seconds / plan.adaptive_seconds
+        speed = f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, {gain:.3g} times exact"
+        rows.append((f"decoding on {plan.device}", f"{speed} at batch {plan.batch_size}, error {plan.max_error:.1e}"))
+    print(console.table(rows, ("what", "value")))
+    history = [
+        (str(fact.number), fact.time, fact.kind, fact.actor, fact.reason)
+        for fact in state.facts
+        if fact.version == number
+    ]
+    print()
+    print(console.table(history, ("event", "time", "what", "who", "why")))
+
+
+def diff(config: ModelsConfig, dry_run: bool) -> None:
+    """Print in what configuration and numbers a version differs from another (the champion, unless one is named)."""
+    del dry_run  # there is nothing to change
+    registry = _registry(config)
+    state = registry.state()
+    one = resolve(state, config.command.other or "champion", registry.model)
+    two = resolve(state, config.registry.version, registry.model)
+    names = tuple(f"{registry.model}@{version.version}" for version in (one, two))
+    sides = [_flat(_configuration(registry, version)) | _facts(version) for version in (one, two)]
+    keys = sorted(set(sides[0]) | set(sides[1]))
+    rows = [(key, *(side.get(key, "-") for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
+    print(console.table(rows, ("configuration", *names)) if rows else f"{' and '.join(names)} have equal settings")
+    numbers = [_by_protocol(state.reports.get(version.version, [])) for version in (one, two)]
+    rows = [(key, *(side.get(key, "-") for side in numbers)) for key in sorted(set(numbers[0]) | set(numbers[1]))]
+    print()
+    print(console.table(rows, ("number", *names)))
+
+
+def verify(config: ModelsConfig, dry_run: bool) -> None:
+    """Read every event of every log and every blob that a version needs, and check all digests.
+
+    Raises:
+        RegistryError: something is missing or damaged; all of it is listed first.
+    """
+    del dry_run  # there is nothing to change
+    path, problems, needed = config.registry.path, list[str](), dict[str, str]()
+    events = 0
+    models = [config.registry.model] if config.registry.model else Registry.models(path)
+    for model in models:
+        registry = Registry(path, model)
+        try:
+            state = registry.replayed()
+        except (RegistryError, StorageError) as error:
+            problems.append(str(error))
+            continue
+        events += state.number
+        for number in state.versions:
+            if number not in state.collected:
+                for name, record in collection.named_by(state, number):
+                    needed.setdefault(record.sha256, f"{name} of {model}@{number}")
+    with console.progress_bar(len(needed), "verify", unit="files") as bar:
+        problems += Store(path).problems(needed, lambda _: bar.update(1))
+    for problem in problems:
+        print(console.printable(problem))
+    if problems:
+        raise RegistryError(f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them")
+    print(f"{path}: {events} events of {len(models)} models and {len(needed)} files are what their digests say")
+
+
+# -- changing ----------------------------------------------------------------------------------------------------------
+
+
+def init(config: ModelsConfig, dry_run: bool) -> None:
+    """Make a registry: try whether the store gives one winner of many writers, and set for whom modes are set.
+
+    Raises:
+        RegistryError: it does not, and no single writer was promised; it has no modes, or files of other users.
+    """
+    if dry_run:
+        print(f"dry run: would try create-if-absent below {config.registry.path}")
+        return
+    marker = Store(config.registry.path).init(config.command.single_writer, config.command.shared)
+    how = "one process alone may write" if marker.single_writer else marker.checked or "a local file system"
+    if marker.shared != "umask":
+        group = storage.group_of(storage.local(config.registry.path))
+        how += f"; group {group} may read and write{', all may read' if marker.shared == 'all' else ''}"
+    print(f"{config.registry.path} is a registry ({how})")
+
+
+def alias(config: ModelsConfig, dry_run: bool) -> None:
+    """Point an alias that no gate guards (``command.alias``) to a version.
+
+    Raises:
+        RegistryError: a gate guards it; no such version; the alias moved meanwhile.
+    """
+    name = config.command.alias
+    if name is None or name == "latest" or name.isdigit():
+        raise ConfigError(f"command.alias must be a name other than latest (got {name}); for example stable")
+    registry = _registry(config)
+    state = registry.state()
+    version, holder = resolve(state, config.registry.version, registry.model).version, state.aliases.get(name)
+    if holder == version:
+        print(f"{registry.model}@{version} is {name} already")
+    elif dry_run:
+        print(f"dry run: {registry.model}@{version} would become {name}")
+    else:
+        registry.set_alias(name, version, holder, config.command.reason)
+        print(f"{registry.model}@{version} is now {name}" + (f" (was {registry.model}@{holder})" if holder else ""))
+
+
+def approve(config: ModelsConfig, dry_run: bool) -> None:
+    """Say, as the present user, that a version may be promoted.
+
+    Raises:
+        RegistryError: no such version, retired, or approved by this user already.
+    """
+    registry = _registry(config)
+    version = registry.resolve(config.registry.version).version
+    if dry_run:
+        print(f"dry run: would approve {registry.model}@{version}")
+        return
+    print(f"{registry.model}@{version} is approved by {registry.approve(version, config.command.reason)}")
+
+
+def retire(config: ModelsConfig, dry_run: bool) -> None:
+    """Take a version out of use; after the grace period its files may be collected.
+
+    Raises:
+        RegistryError: an alias points to it; no such version; retired already; no reason.
+    """
+    if not config.command.reason:
+        raise ConfigError("retire needs a reason for those who ask later (got none); set command.reason")
+    registry = _registry(config)
+    version = registry.resolve(config.registry.version).version
+    if dry_run:
+        print(f"dry run: would retire {registry.model}@{version}")
+        return
+    registry.retire(version, config.command.reason)
+    print(f"{registry.model}@{version} is retired; 'models collect' removes its files after the grace period")
+
+
+def rollback(config: ModelsConfig, dry_run: bool) -> None:
+    """Point an alias (``registry.version``) back to the version before.
+
+    Raises:
+        RegistryError: not an alias, or nothing to go back to.
+    """
+    name, registry = config.registry.version, _registry(config)
+    if not isinstance(name, str) or name == "latest":
+        raise RegistryError(f"rollback needs an alias (got registry.version={name}); for example champion")
+    if dry_run:
+        holders = registry.state().holders.get(name, [])
+        print(f"dry run: {name} of {registry.model} has been {', '.join(map(str, holders)) or 'nothing'}")
+        return
+    before, after = registry.rollback(name, config.command.reason or "rolled back by hand")
+    print(f"{name} of {registry.model} is {registry.model}@{after} again (was {registry.model}@{before})")
+
+
+def collect(config: ModelsConfig, dry_run: bool) -> None:
+    """List what no version needs any more; with ``command.delete=true`` remove it.
+
+    Raises:
+        RegistryError: no registry, a damaged log, or too short a grace period.
+    """
+    path, grace = config.registry.path, config.command.grace_days * 86400
+    found = collection.garbage(path, grace)
+    rows = [(f"{model}@{number}", "retired") for model, numbers in found.versions.items() for number in numbers]
+    rows += [(digest[:12], f"{num_bytes / _MIB:.1f} MiB") for digest, num_bytes in found.blobs.items()]
+    print(console.table(rows, ("what", "")) if rows else f"{path}: nothing to collect")
+    if not rows:
+        return
+    if dry_run or not config.command.delete:
+        print("nothing was removed; set command.delete=true")
+        return
+    free = collection.collect(path, found, grace, config.command.reason or "collected")
+    print(f"{path}: {free / _MIB:.1f} MiB came free")
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _registry(config: ModelsConfig) -> Registry:
+    if config.registry.model is None:
+        raise RegistryError("this command needs a model (got none); set registry.model")
+    return Registry(config.registry.path, config.registry.model)
+
+
+def _numbers(reports: list[MetricsReport]) -> str:
+    newest = {metric.protocol: metric for report in reports for metric in report.metrics.values()}
+    return ", ".join(f"{name} {metric.value:.4f}" for name, metric in newest.items())
+
+
+def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
+    """The newest number by every protocol id."""
+    return {
+        f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
+        + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")
+        for report in reports
+        for metric in report.metrics.values()
+    }
+
+
+def _images(version: ModelVersion) -> str:
+    return "unknown" if version.images_seen is None else f"{version.images_seen:,}"
+
+
+def _configuration(registry: Registry, version: ModelVersion) -> dict[str, Any]:
+    if version.configuration is None or version.version in registry.state().collected:
+        return {}
+    return json.loads(registry.read("configuration", version.configuration))
+
+
+def _facts(version: ModelVersion) -> dict[str, str]:
+    """What differs beside settings."""
+    return {
+        "(code)": version.git_commit,
+        "(data manifest)": version.data.digest[:12],
+        "(images seen)": _images(version),
+        "(parameters)": f"{version.parameters:,}",
+        "(averaged over)": f"{version.ema_half_life_images} images",
+        **{f"(package {name})": package for name, package in version.packages.items()},
+    }
+
+
+def _flat(value: Any, path: str = "") -> dict[str, str]:
+    """Nested settings as ``section.key``."""
+    if isinstance(value, dict):
+        return {
+            key: text
+            for name, inner in value.items()
+            for key, text in _flat(inner, f"{path}.{name}" if path else name).items()
+        }
+    return {path: json.dumps(value)} if path else {}

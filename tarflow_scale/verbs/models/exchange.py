@@ -1,0 +1,273 @@
+"""Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
+
+The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (images: what a
+report has, else what is drawn for the card) and last ``version.json``, everything else that the registry knows.
+What is imported is checked before it is stored: safetensors of the promised digest, no pickle, no name that leaves the
+folder.
+
+Both read and write a folder or URL, ``command.path``: ``export`` an empty or absent one, ``import`` what export wrote,
+to register it as ``registry.model``. What was imported before becomes no second version, and an import that was killed
+is run again.
+"""
+
+import json
+import warnings
+from typing import Any
+
+from pydantic import Field
+
+from tarflow_scale import storage
+from tarflow_scale.config.models import ModelsConfig
+from tarflow_scale.config.sampling import SamplingConfig
+from tarflow_scale.errors import ConfigError, DataError, NumericsError
+from tarflow_scale.flows.weights import CONFIG_NAME, WEIGHTS_NAME, flow_from_files
+from tarflow_scale.loading import EXPORTED
+from tarflow_scale.pages.markdown import cell
+from tarflow_scale.pages.numbers import decimals_of, fixed
+from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion, Record
+from tarflow_scale.registry import ModelState, Registry, resolve
+from tarflow_scale.runtime.distributed import own_device
+from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.images import contact_sheet
+
+__all__ = ["export_version", "import_version"]
+
+_VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
+_FORMAT = 1
+_COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
+"""Of samples that are drawn for a card: images side by side, the same where each column holds a class, and in all."""
+_MOST_HEADER_BYTES = 100 * 1024**2
+"""What the safetensors library reads at the most."""
+
+
+class _ExportedVersion(Record):
+    """What ``version.json`` holds."""
+
+    format: int = Field(ge=1, le=_FORMAT)
+    model: str
+    version: ModelVersion
+    reports: tuple[MetricsReport, ...]
+
+
+def export_version(config: ModelsConfig, dry_run: bool) -> None:
+    """Write a version to a folder or URL (``command.path``), which must be empty or absent.
+
+    Raises:
+        ConfigError: no path.
+        DataError: there is something there.
+        RegistryError: no such version, or a file of it is damaged.
+    """
+    path, model = _place(config)
+    registry = Registry(config.registry.path, model)
+    state = registry.state()
+    version = resolve(state, config.registry.version, model)
+    if storage.list_names(path):
+        raise DataError(f"{path} holds files already; choose another command.path")
+    reports = state.reports.get(version.version, [])
+    if dry_run:
+        print(f"dry run: would write {model}@{version.version} with {len(reports)} reports to {path}")
+        return
+    files = registry.read_files(version)
+    grid = next((report.grid for report in reversed(reports) if report.grid is not None), None)
+    drawn = registry.read("samples", grid) if grid is not None else None
+    if drawn is None and config.command.samples and version.data.vectors is None:
+        drawn = _drawn_samples(files, version)
+    if drawn is not None:
+        files[_SAMPLES] = drawn
+    if version.configuration is not None:
+        files[_CONFIGURATION] = registry.read("configuration", version.configuration)
+    given: int = json.loads(files[CONFIG_NAME]).get("num_conditions", 0)
+    files[_CARD] = _card(model, version, state, config.command.licence, drawn is not None, given).encode()
+    known = tuple(_portable(report) for report in reports)
+    files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
+    for name, content in files.items():  # the version last, so that half a folder is none
+        storage.write_bytes(storage.join(path, name), content)
+    print(f"{path}: {model}@{version.version}, {', '.join(files)}")
+
+
+def import_version(config: ModelsConfig, dry_run: bool) -> None:
+    """Register what a folder or URL (``command.path``) holds, with its reports, under ``registry.model``.
+
+    Raises:
+        ConfigError: no path or no model.
+        DataError: no exported version, a damaged one, or anything else than safetensors and JSON.
+    """
+    path, model = _place(config)
+    location = storage.join(path, _VERSION)
+    content = storage.read_if_there(location)
+    if content is None:
+        raise DataError(
+            f"{path} is no exported version (no {_VERSION}); weights of apple/ml-tarflow go through the verb convert"
+        )
+    found = _ExportedVersion.from_json(content, location, DataError)
+    version, files = found.version, _files(path, found.version)
+    flow = flow_from_files(files, path)
+    print(f"{path}: {found.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
+    if dry_run:
+        print(f"dry run: would become a version of {model}")
+        return
+    configuration = None
+    if version.configuration is not None:
+        configuration = storage.read_bytes(storage.join(path, _CONFIGURATION))
+        if storage.digest(configuration) != version.configuration.sha256:
+            raise DataError(f"{path}/{_CONFIGURATION} does not match its digest; copy the folder again")
+    registry = Registry(config.registry.path, model)
+    facts = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
+    origin = config.command.reason or f"imported from {path}, there {found.model}@{version.version}"
+    registered = registry.register(files, facts, origin, configuration)
+    present = [_portable(report) for report in registry.state().reports.get(registered.version, [])]
+    for report in found.reports:
+        own = _portable(report).model_copy(update={"model": model, "version": registered.version})
+        if own not in present:
+            registry.attach_report(own, origin)
+    print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(found.reports)} reports")
+
+
+def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
+    """The first samples of seed 0 with their classes; of few classes a column shows one. None where they fail."""
+    names = version.data.class_names
+    columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
+    num = max(1, _MOST_SAMPLES // columns) * columns
+    print(f"no report has samples, drawing {num} (seed 0) for the model card; command.samples=false leaves them out")
+    flow = flow_from_files(files, "the version").to(own_device()).eval()
+    try:
+        images = Sampler(flow, 0, SamplingConfig(batch_size=None)).images(range(num)).numpy()
+    except (ConfigError, NumericsError) as error:  # no reason to keep a model from being shared
+        warnings.warn(f"the model card has no samples: {error}", stacklevel=2)
+        return None
+    labels = [names[i % len(names)] for i in range(num)] if flow.num_classes == len(names) else None
+    return contact_sheet(images, columns, max(1, 256 // (_COLUMNS * images.shape[-1])), labels)
+
+
+def _place(config: ModelsConfig) -> tuple[str, str]:
+    """The folder or URL, and the model."""
+    if config.command.path is None:
+        raise ConfigError("command.path must say where the exported version is (got none); set it")
+    if config.registry.model is None:
+        raise ConfigError("export and import need the name of a model (got none); set registry.model")
+    return config.command.path, config.registry.model
+
+
+def _portable(report: MetricsReport) -> MetricsReport:
+    """A report without what its registry alone holds."""
+    metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
+    return report.model_copy(update={"grid": None, "metrics": metrics})
+
+
+def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
+    """The files of the flow, as they were exported."""
+    if set(version.files) != {WEIGHTS_NAME, CONFIG_NAME}:
+        raise DataError(
+            f"{path}/{_VERSION} must name {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export it "
+            f"again"
+        )
+    files: dict[str, bytes] = {}
+    for name, record in version.files.items():
+        content = storage.read_bytes(storage.join(path, name))
+        if name == WEIGHTS_NAME:
+            _check_safetensors(f"{path}/{name}", content)
+        if storage.digest(content) != record.sha256:
+            raise DataError(f"{path}/{name} does not match its digest; copy the folder again")
+        files[name] = content
+    return files
+
+
+def _check_safetensors(location: str, content: bytes) -> None:
+    if content.startswith((b"PK", b"\x80")):
+        raise DataError(
+            f"{location} holds a pickle, which is never read; the verb convert makes safetensors of weights"
+        )
+    length = int.from_bytes(content[:8], "little")
+    if length > min(_MOST_HEADER_BYTES, max(0, len(content) - 8)):
+        raise DataError(f"{location} has a header of {length} bytes (file: {len(content)}); it is damaged or hostile")
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{location} is no safetensors file ({error}); export it again") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{location} is no safetensors file (its header is no object); export it again")
+
+
+# -- the model card ----------------------------------------------------------------------------------------------------
+
+
+_TASK = "unconditional-image-generation"
+
+
+def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
+    """Markdown with the metadata that model hubs read; ``given`` are the numbers that the flow is conditioned on."""
+    newest = {
+        metric.protocol_id: metric
+        for report in state.reports.get(version.version, [])
+        for metric in report.metrics.values()
+    }
+    data, vectors = version.data, version.data.vectors
+    size = f"{data.num_channels}x{data.image_size_pixels}x{data.image_size_pixels}"
+    events, noun = (f"{size} images", "images") if vectors is None else (f"vectors of {data.num_channels}", "vectors")
+    lines = [
+        "---",
+        f"license: {licence}",
+        "library_name: tarflow-scale",
+        *([f"pipeline_tag: {_TASK}"] if vectors is None else []),
+        "tags: [normalizing-flow, tarflow-scale]",
+        *_index(model, version, list(newest.values())),
+        "---",
+        "",
+        f"# {model}@{version.version}",
+        "",
+        f"A normalizing flow of {events} with "
+        f"{version.parameters:,} parameters, trained on {data.name}/{data.split} ({data.num_images:,} {noun}"
+        + (f", {data.num_classes} classes" if data.class_names else "")
+        + (f") for {version.images_seen:,} {noun}" if version.images_seen is not None else ")")
+        + ".",
+        "",
+    ]
+    if has_samples:
+        named = ", with their classes" if data.class_names else ""
+        lines += [f"![Samples{named}]({_SAMPLES})", ""]
+    if data.class_names:
+        classes = ", ".join(f"{label} {cell(name)}" for label, name in enumerate(data.class_names))
+        lines += [f"Labels and what they stand for: {classes}.", ""]
+    if newest:
+        lines += [f"| number | value | standard error | unit | {noun} | protocol id |", "|---|---|---|---|---|---|"]
+        for metric in newest.values():
+            numbers = (metric.value, metric.standard_error)
+            value, error = ("" if one is None else fixed(one, decimals_of(metric.value)) for one in numbers)
+            lines.append(
+                f"| {metric.protocol} | {value} | {error} | {metric.unit} | {metric.num_images:,} | "
+                f"`{metric.protocol_id[:12]}` |"
+            )
+        lines += ["", "Numbers of different protocol ids are not comparable.", ""]
+    lines += [
+        "```python",
+        *(["import torch", ""] if given else []),
+        "from tarflow_scale import load",
+        "",
+        'flow = load("PATH_OF_THIS_FOLDER")',
+        f"flow.sample(16, torch.zeros(16, {given}), seed=0)" if given else "flow.sample(16, seed=0)",
+        "```",
+        "",
+        "| where it came from | |",
+        "|---|---|",
+        f"| weights | `{version.weights_digest}` |",
+        f"| data manifest | `{data.digest}` |",
+        f"| configuration | `{version.config_digest}` |",
+        f"| code | `{version.git_commit}` |",
+        f"| packages | {', '.join(f'{name} {package}' for name, package in version.packages.items())} |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _index(model: str, version: ModelVersion, metrics: list[MetricValue]) -> list[str]:
+    """The numbers as hubs index them; JSON is YAML."""
+    if not metrics:
+        return []
+    results: list[dict[str, Any]] = [
+        {
+            "task": {"type": _TASK if version.data.vectors is None else "tabular-density-estimation"},
+            "dataset": {"name": version.data.name, "type": version.data.name},
+            "metrics": [{"name": metric.protocol, "type": metric.unit, "value": metric.value} for metric in metrics],
+        }
+    ]
+    return [f"model-index: {json.dumps([{'name': model, 'results': results}])}"]

@@ -1,0 +1,1 @@
+"""Verb ``score``: score how anomalous images are, on Ray."""

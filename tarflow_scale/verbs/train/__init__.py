@@ -1,0 +1,1 @@
+"""Verb ``train``: shards to a registered model version."""

@@ -1,0 +1,58 @@
+"""Ranks that stop after they came: told from those that wait for them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tarflow_scale.errors import UserError
+from tarflow_scale.verbs.doctor.collectives import meet
+from tests.conftest import TOP
+
+FROZEN = """
+import os, torch, torch.distributed as dist
+from tarflow_scale.verbs.doctor.collectives import call_roll, meet
+store = meet(1, "127.0.0.1", {port}, False, 60)
+dist.PrefixStore("roll-call-0", store).set("here/1", "there")
+input()  # it came, and does nothing more
+"""
+
+
+CALLER = """
+import json, torch, torch.distributed as dist
+from datetime import timedelta
+from tarflow_scale.verbs.doctor.collectives import call_roll
+store = dist.TCPStore("127.0.0.1", {port}, None, True, wait_for_workers=False)
+dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=60))
+seen = call_roll(store, 0, 2, torch.device("cpu"), "gloo", "here", 2.0)
+print(json.dumps([seen.hosts, seen.missing, seen.silent, seen.bytes_per_second, dist.is_initialized()]))
+"""
+
+
+def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not() -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(TOP)}
+    frozen, caller = (
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(port=port)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+        )
+        for code in (FROZEN, CALLER)
+    )  # fmt: skip
+    output, _ = caller.communicate(timeout=120)
+    frozen.communicate("\n", timeout=60)
+    assert json.loads(output) == [{"0": "here", "1": "there"}, [], [1], None, False]
+
+
+def test_where_no_first_rank_listens_is_one_line() -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    message = rf"^rank 0 must answer at 127.0.0.1:{port} \(got no answer within 1 s, for rank 3\); start it, and let"
+    with pytest.raises(UserError, match=message):
+        meet(3, "127.0.0.1", port, False, 1.0)
