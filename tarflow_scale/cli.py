@@ -12,15 +12,27 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tarflow_scale import __version__
-from tarflow_scale.config import convert, doctor, evaluate, generate, models, prepare, promote, report, score, train
-from tarflow_scale.config.base import Root, absent_here, working_folder
+from tarflow_scale.config import (
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    models,
+    plan,
+    prepare,
+    promote,
+    report,
+    score,
+    train,
+)
+from tarflow_scale.config.base import absent_here, is_there, where_paths_start
 from tarflow_scale.config.manual import keys_of
+from tarflow_scale.config.verb import Flag, Verb
 from tarflow_scale.errors import ConfigError, DataError, Interrupted, StorageError, UserError
 from tarflow_scale.runtime import distributed, streams
 from tarflow_scale.runtime.console import printable
@@ -28,120 +40,22 @@ from tarflow_scale.runtime.interrupts import INTERRUPTED, INTERRUPTED_CODE, rais
 
 __all__ = ["main"]
 
-
-@dataclass(frozen=True)
-class _Verb:
-    """A verb: where it is, what it reads, and what its manual says."""
-
-    module: str
-    function: str
-    config: type[Root]
-    summary: str
-    example: str
-
-    @property
-    def file(self) -> str:
-        """The configuration of the example."""
-        return next(word for word in self.example.split() if word.startswith("configs/"))
-
-
-_OF_MODELS = {
-    "init": ("models", "init", "make a registry, and see whether its store gives one winner of many writers",
-        "registry.path=s3://bucket/registry"),
-    "list": ("models", "list_models", "list all versions of all models of a registry", ""),
-    "show": ("models", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
-    "diff": ("models", "diff", "compare settings and numbers of two versions",
-        "registry.version=latest command.other=champion"),
-    "verify": ("models", "verify", "check every event and every file of a registry against its digest", ""),
-    "alias": ("models", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
-    "approve": ("models", "approve", "say that a version may be promoted, for gates that ask for it",
-        "registry.version=3"),
-    "rollback": ("models", "rollback", "point an alias back to the version before", "registry.version=champion"),
-    "retire": ("models", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
-    "collect": ("models", "collect", "list what no version needs any more, or remove it",
-        "command.grace_days=30 command.delete=true"),
-    "export": ("exchange", "export_version",
-        "write a version as a folder in the Hugging Face layout, with a model card",
-        "command.path=exported command.licence=apache-2.0"),
-    "import": ("exchange", "import_version", "register a version from a folder that export wrote",
-        "registry.model=copy command.path=exported"),
-}  # fmt: skip
-"""Commands of ``models``: module, function, summary, overrides of the example."""
-
 _VERBS = {
-    "prepare": _Verb(
-        "prepare", "run", prepare.PrepareConfig,
-        "pack images into WebDataset shards",
-        "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",
-    ),
-    "train": _Verb(
-        "train", "run", train.TrainConfig,
-        "train a flow on shards under DeepSpeed and register it",
-        "launch/torchrun.sh 2 configs/train/digits.yaml optimizer.peak_lr=1e-3",
-    ),
-    "evaluate": _Verb(
-        "evaluate", "run", evaluate.EvaluateConfig,
-        "measure a registered version by protocols, on Ray",
-        "tarflow-scale evaluate configs/evaluate/digits.yaml registry.version=3 cluster.num_workers=4",
-    ),
-    "promote": _Verb(
-        "promote", "run", promote.PromoteConfig,
-        "let a gate decide whether a version takes an alias",
-        "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
-    ),
-    "generate": _Verb(
-        "generate", "run", generate.GenerateConfig,
-        "write shards of new images from a registered version, on Ray",
-        "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
-    ),
-    "score": _Verb(
-        "score", "run", score.ScoreConfig,
-        "score how anomalous images are, on Ray",
-        "tarflow-scale score configs/score/digits.yaml scoring.labels=marginal",
-    ),
-    "report": _Verb(
-        "report", "run", report.ReportConfig,
-        "write leaderboards of what registries hold, as Markdown and as a page",
-        "tarflow-scale report configs/report/digits.yaml",
-    ),
-    "convert": _Verb(
-        "convert", "run", convert.ConvertConfig,
-        "turn weights of apple/ml-tarflow into a flow of ours",
-        "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
-    ),
-    "doctor": _Verb(
-        "doctor", "run", doctor.DoctorConfig,
-        "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
-        "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
-    ),
-} | {
-    f"models {name}": _Verb(
-        module, function, models.ModelsConfig, summary,
-        f"tarflow-scale models {name} configs/models/digits.yaml {overrides}".rstrip(),
-    )
-    for name, (module, function, summary, overrides) in _OF_MODELS.items()
-}  # fmt: skip
-
-
-_PACKAGE = Path(__file__).parent
-
-_MODES = {"calibrate": "calibrate", "reference": "bind", "watch": "watch"}
-"""Functions of a verb that a flag asks for."""
-
-
-_PLAN_FLAGS = {
-    "--gpus": "GPUs in all",
-    "--gpu": "their kind: h200, h100, a100, b200, ...",
-    "--gpus-per-node": "GPUs of a machine (8)",
-    "--network": "GB/s of each GPU to other machines, one direction (the maker's own machine)",
-    "--mfu": "model FLOPs utilisation of one GPU, 0 to 1",
-    "--price": "$ of a GPU and hour",
-    "--curve": "PNG to write: speed on 1 to 1,024 GPUs",
-    "--image-size": "side of the images in pixels, where there is no data set yet",
-    "--channels": "their channels (3)",
-    "--classes": "their classes; 0 for none",
+    "prepare": prepare.VERB,
+    "plan": plan.VERB,
+    "train": train.VERB,
+    "evaluate": evaluate.VERB,
+    "promote": promote.VERB,
+    "generate": generate.VERB,
+    "score": score.VERB,
+    "report": report.VERB,
+    "convert": convert.VERB,
+    "doctor": doctor.VERB,
+    **{f"models {name}": verb for name, verb in models.VERBS.items()},
 }
-"""Flags of ``train --plan``; `tarflow_scale.verbs.plan.Question` reads them."""
+_PACKAGE = Path(__file__).parent
+_OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
+"""How an override begins; the path of a file may have ``=`` in it too, as folders of sweeps do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parsed(argv)
     except SystemExit as end:  # argparse has printed the manual, or what is wrong with a flag
         raise SystemExit(streams.exit_code(int(end.code or 0))) from None
-    code = streams.exit_code(_run(arguments))
+    code = streams.exit_code(_run(_VERBS[arguments.verb], arguments))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
         with Path(path).open("a", encoding="utf-8") as codes:
             codes.write(f"{code}\n")
@@ -180,26 +94,25 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    verb, config = _VERBS[arguments.verb], None
+def _run(verb: Verb, arguments: argparse.Namespace) -> int:
+    config = None
+    given = [(flag, value) for flag in verb.flags if (value := getattr(arguments, _attribute(flag)))]
     try:
-        if _look(arguments):
-            return 0
+        function = next((flag.function for flag, _ in given if flag.function), verb.function)
+        for flag, values in given:
+            if flag.function and flag.values:
+                if arguments.config:
+                    raise ConfigError(f"--{flag.name} takes no configuration (got {arguments.config[0]}); remove it")
+                getattr(_module(verb), function)(*values)
+                return 0
         path, overrides = _split_arguments(arguments.config)
-        if getattr(arguments, "override", None) is not None:
-            overrides.append(f"gate.override={json.dumps(arguments.override)}")
+        overrides += [f"{flag.key}={json.dumps(value)}" for flag, (value,) in given if flag.key]
         config = verb.config.load(path, overrides, verb.file)
-        if _plan(arguments, config):
-            return 0
-        if verb.module == "train" and distributed.is_main():
-            print("importing PyTorch")  # seconds, in which nothing else would show that anything happens
-        module = _module(verb.module)
-        function = next(
-            (function for flag, function in _MODES.items() if getattr(arguments, flag, False)), verb.function
-        )
-        getattr(module, function)(config, arguments.dry_run)
+        if verb.imports and distributed.is_main():
+            print(f"importing {verb.imports}")  # seconds, in which nothing else would show that anything happens
+        getattr(_module(verb), function)(config, arguments.dry_run)
     except UserError as error:
-        message = printable(str(error) + _relative(str(error), config))
+        message = printable(str(error) + where_paths_start(str(error), config))
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
             print(f"{prefix}: {message}", file=sys.stderr)
@@ -212,70 +125,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _module(name: str) -> Any:
+def _attribute(flag: Flag) -> str:
+    return f"flag_{flag.name}"
+
+
+def _module(verb: Verb) -> Any:
     """What does the work; an interrupt raises an exception from here on, because there may be something to undo."""
-    module = importlib.import_module(f"tarflow_scale.{name}")
+    module = importlib.import_module(f"tarflow_scale.{verb.module}")
     raise_exceptions()
     return module
 
 
-def _relative(message: str, config: Root | None) -> str:
-    """Says which folder a path of the configuration starts from, where a message names one that is not there."""
-    if config is None or "relative to" in message:
-        return ""
-    for path in _paths(config.model_dump()):
-        named = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
-        if named and not path.startswith(("/", "~")) and not _is_there(path):
-            return f"; {path} is relative to {working_folder()}"
-    return ""
-
-
-def _is_there(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # an override that is longer than a name may be
-        return False
-
-
-def _paths(value: Any) -> Iterator[str]:
-    """Values of a configuration that can only be local paths: names of models and protocols have no slash."""
-    if isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _paths(one)
-    elif isinstance(value, str) and "/" in value and "://" not in value:
-        yield value
-
-
-def _look(arguments: argparse.Namespace) -> bool:
-    """Look at a packed data set, if ``prepare`` was asked to."""
-    for flag, function in (("check", "check"), ("stats", "statistics"), ("npz", "export")):
-        paths = getattr(arguments, flag, None)
-        if paths is not None:
-            if arguments.config:
-                raise ConfigError(f"--{flag} takes no configuration (got {arguments.config[0]} too); remove it")
-            getattr(_module("prepare"), function)(*paths)
-            return True
-    return False
-
-
-def _plan(arguments: argparse.Namespace, config: Root) -> bool:
-    """Plan GPUs for a recipe, if ``train`` was asked to."""
-    given = {flag: value for flag in _PLAN_FLAGS if (value := getattr(arguments, flag[2:].replace("-", "_"), None))}
-    if not getattr(arguments, "plan", False):
-        if given:
-            raise ConfigError(f"{next(iter(given))} goes with --plan (got it alone); add --plan")
-        return False
-    _module("planning").run(config, given)
-    return True
-
-
-_OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
-"""How an override begins; the path of a file may have ``=`` in it too, as folders of sweeps do."""
-
-
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """The YAML file, if there is one, and the overrides."""
-    files = [word for word in arguments if not _OVERRIDE.match(word) or _is_there(word)]
+    files = [word for word in arguments if not _OVERRIDE.match(word) or is_there(word)]
     if len(files) > 1:
         got = " and ".join(files)
         raise ConfigError(f"a verb reads one file (got {got}); an override is section.key=value, as training.seed=1")
@@ -304,35 +167,21 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
-        if name == "prepare":
-            looks = added.add_mutually_exclusive_group()
-            looks.add_argument("--check", nargs=1, metavar="DIR", help="verify every byte of a packed data set instead")
-            looks.add_argument("--stats", nargs=1, metavar="DIR", help="print what is in a packed data set instead")
-            npz = "write a packed data set as the npz that ADM's evaluator takes instead"
-            looks.add_argument("--npz", nargs=2, metavar=("DIR", "FILE"), help=npz)
-        if name == "train":
-            plan = "print what the recipe needs of GPUs: memory, speed, traffic, cost; needs no GPU and no data set"
-            added.add_argument("--plan", action="store_true", help=plan)
-            for flag, meaning in _PLAN_FLAGS.items():
-                added.add_argument(flag, metavar=flag[2:].replace("-", "_").upper(), help=f"of --plan: {meaning}")
-        if name == "generate":
-            calibrate = "measure how this device decodes the version fastest, and store that with it, instead"
-            added.add_argument("--calibrate", action="store_true", help=calibrate)
-        if name == "promote":
-            override = "promote although the gate says no; decision and reason are recorded"
-            added.add_argument("--override", metavar="REASON", help=override)
-        if name == "evaluate":
-            reference = "compute what the protocols are compared with, and bind them to it, instead; needs no model"
-            modes = added.add_mutually_exclusive_group()
-            modes.add_argument("--reference", action="store_true", help=reference)
-            watch = "score every version of the model as it is registered, until interrupted"
-            modes.add_argument("--watch", action="store_true", help=watch)
+        instead = added.add_mutually_exclusive_group() if any(flag.function for flag in verb.flags) else added
+        for flag in verb.flags:
+            kind: dict[str, Any] = {"nargs": len(flag.values), "metavar": flag.values}
+            (instead if flag.function else added).add_argument(
+                f"--{flag.name}",
+                help=_plain(flag.help),
+                dest=_attribute(flag),
+                **(kind if flag.values else {"action": "store_true"}),
+            )
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser
 
 
-def _manual(verb: _Verb) -> str:
+def _manual(verb: Verb) -> str:
     """Example and every key with its default and meaning."""
     lines = ["example:", f"  {verb.example}", ""]
     if absent := absent_here(verb.example):

@@ -182,13 +182,13 @@ def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path:
 
 def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
     """As one types who changes the last command; what is neither flag nor override is refused."""
-    flags = ["--plan", "--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "1000"]
+    flags = ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "1000"]
     recipe = str(TOP / "configs/train/imagenet64-conditional.yaml")
-    assert cli.main(["train", recipe, *flags, "training.micro_batch_size=4"]) == 0
+    assert cli.main(["plan", recipe, *flags, "training.micro_batch_size=4"]) == 0
     assert "256 = 4 x 64 GPUs x 1 accumulated" in capsys.readouterr().out
     for late in ("micro_batch_size", "--micro=4"):
         with pytest.raises(SystemExit):
-            cli.main(["train", recipe, *flags, late])
+            cli.main(["plan", recipe, *flags, late])
         assert f"unrecognized arguments: {late}" in capsys.readouterr().err
 
 

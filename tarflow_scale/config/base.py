@@ -16,7 +16,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tarflow_scale.errors import ConfigError
 
-__all__ = ["Root", "Section", "absent_here", "load_config", "load_named", "sections_of", "validated", "working_folder"]
+__all__ = [
+    "Root",
+    "Section",
+    "absent_here",
+    "is_there",
+    "load_config",
+    "load_named",
+    "sections_of",
+    "validated",
+    "where_paths_start",
+    "working_folder",
+]
 
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
@@ -143,6 +154,34 @@ def working_folder() -> str:
         return str(Path.cwd())
     except OSError:
         return "a folder that was removed"
+
+
+def where_paths_start(message: str, config: Root | None) -> str:
+    """Says which folder a path of the configuration starts from, where a message names one that is not there."""
+    if config is None or "relative to" in message:
+        return ""
+    for path in _paths(config.model_dump()):
+        named = re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", message)
+        if named and not path.startswith(("/", "~")) and not is_there(path):
+            return f"; {path} is relative to {working_folder()}"
+    return ""
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a file or folder of that name, which may be any text."""
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Values of a configuration that can only be local paths: names of models and protocols have no slash."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _paths(item)
+    elif isinstance(value, str) and "/" in value and "://" not in value:
+        yield value
 
 
 def _in_source(path: str) -> str:

@@ -8,8 +8,9 @@ from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.registry import RegistryConfig
 from tarflow_scale.config.train import NoiseConfig
+from tarflow_scale.config.verb import Verb
 
-__all__ = ["ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig"]
+__all__ = ["VERB", "ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig"]
 
 
 class ForeignWeightsConfig(Section):
@@ -54,3 +55,11 @@ class ConvertConfig(Root):
                 f"was trained on"
             )
         return self
+
+
+VERB = Verb(
+    "verbs.convert",
+    ConvertConfig,
+    "turn weights of apple/ml-tarflow into a flow of ours",
+    "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
+)

@@ -21,8 +21,9 @@ from tarflow_scale.config.train import (
     TrainingConfig,
     ValidationConfig,
 )
+from tarflow_scale.config.verb import Verb
 
-__all__ = ["CHECKS", "ChecksConfig", "DoctorConfig"]
+__all__ = ["CHECKS", "VERB", "ChecksConfig", "DoctorConfig"]
 
 CheckName = Literal[
     "launch", "ranks", "packages", "torch", "compiler", "threads", "memory", "limits", "home", "temporary", "disk",
@@ -147,3 +148,11 @@ class DoctorConfig(Root):
         if self.checkpoint is not None and self.checkpoint.upload_path is not None:
             found["checkpoint.upload_path"] = self.checkpoint.upload_path
         return found
+
+
+VERB = Verb(
+    "verbs.doctor.driver",
+    DoctorConfig,
+    "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
+    "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
+)

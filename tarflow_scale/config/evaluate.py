@@ -7,8 +7,9 @@ from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.sampling import SamplingConfig
+from tarflow_scale.config.verb import Flag, Verb
 
-__all__ = ["EvaluateConfig", "MetricsConfig", "ReferenceConfig"]
+__all__ = ["VERB", "EvaluateConfig", "MetricsConfig", "ReferenceConfig"]
 
 
 class MetricsConfig(Section):
@@ -44,3 +45,19 @@ class EvaluateConfig(Root):
     metrics: MetricsConfig
     reference: ReferenceConfig
     cluster: ClusterConfig = ClusterConfig()
+
+
+VERB = Verb(
+    "verbs.evaluate.driver",
+    EvaluateConfig,
+    "measure a registered version by protocols, on Ray",
+    "tarflow-scale evaluate configs/evaluate/digits.yaml registry.version=3 cluster.num_workers=4",
+    flags=(
+        Flag(
+            "reference",
+            "compute what the protocols are compared with, and bind them to it, instead; needs no model",
+            function="bind",
+        ),
+        Flag("watch", "score every version of the model as it is registered, until interrupted", function="watch"),
+    ),
+)

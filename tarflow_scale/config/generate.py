@@ -7,8 +7,9 @@ from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import EncodedShardsConfig
 from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.sampling import GuardConfig, NamedLabels, SamplingConfig
+from tarflow_scale.config.verb import Flag, Verb
 
-__all__ = ["GenerateConfig", "GeneratedShardsConfig", "SeededSamplingConfig"]
+__all__ = ["VERB", "GenerateConfig", "GeneratedShardsConfig", "SeededSamplingConfig"]
 
 
 class SeededSamplingConfig(SamplingConfig):
@@ -41,3 +42,18 @@ class GenerateConfig(Root):
     sampling: SeededSamplingConfig
     shards: GeneratedShardsConfig
     cluster: ClusterConfig = ClusterConfig()
+
+
+VERB = Verb(
+    "verbs.generate.driver",
+    GenerateConfig,
+    "write shards of new images from a registered version, on Ray",
+    "tarflow-scale generate configs/generate/digits.yaml sampling.num_images=50000 shards.path=runs/samples",
+    flags=(
+        Flag(
+            "calibrate",
+            "measure how this device decodes the version fastest, and store that with it, instead",
+            function="calibrate",
+        ),
+    ),
+)

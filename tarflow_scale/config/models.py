@@ -6,8 +6,9 @@ from pydantic import Field
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.registry import Name
+from tarflow_scale.config.verb import Verb
 
-__all__ = ["BrowseConfig", "CommandConfig", "ModelsConfig"]
+__all__ = ["VERBS", "BrowseConfig", "CommandConfig", "ModelsConfig"]
 
 
 class BrowseConfig(Section):
@@ -53,3 +54,38 @@ class ModelsConfig(Root):
 
     registry: BrowseConfig
     command: CommandConfig = CommandConfig()
+
+
+_COMMANDS = {
+    "init": ("commands", "init", "make a registry, and see whether its store gives one winner of many writers",
+        "registry.path=s3://bucket/registry"),
+    "list": ("commands", "list_models", "list all versions of all models of a registry", ""),
+    "show": ("commands", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
+    "diff": ("commands", "diff", "compare settings and numbers of two versions",
+        "registry.version=latest command.other=champion"),
+    "verify": ("commands", "verify", "check every event and every file of a registry against its digest", ""),
+    "alias": ("commands", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
+    "approve": ("commands", "approve", "say that a version may be promoted, for gates that ask for it",
+        "registry.version=3"),
+    "rollback": ("commands", "rollback", "point an alias back to the version before", "registry.version=champion"),
+    "retire": ("commands", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
+    "collect": ("commands", "collect", "list what no version needs any more, or remove it",
+        "command.grace_days=30 command.delete=true"),
+    "export": ("exchange", "export_version",
+        "write a version as a folder in the Hugging Face layout, with a model card",
+        "command.path=exported command.licence=apache-2.0"),
+    "import": ("exchange", "import_version", "register a version from a folder that export wrote",
+        "registry.model=copy command.path=exported"),
+}  # fmt: skip
+"""Module, function, summary and overrides of the example."""
+
+VERBS = {
+    name: Verb(
+        f"verbs.models.{module}",
+        ModelsConfig,
+        summary,
+        f"tarflow-scale models {name} configs/models/digits.yaml {overrides}".rstrip(),
+        function,
+    )
+    for name, (module, function, summary, overrides) in _COMMANDS.items()
+}

@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import EncodedShardsConfig
+from tarflow_scale.config.verb import Flag, Verb
 
-__all__ = ["LAYOUT_KINDS", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
+__all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
 """Sources whose splits and classes are found by names."""
@@ -175,3 +176,21 @@ class PrepareConfig(Root):
                 f"patterns of split need source.kind={', '.join(LAYOUT_KINDS)} (got {self.source.kind}); remove them"
             )
         return self
+
+
+VERB = Verb(
+    "verbs.prepare",
+    PrepareConfig,
+    "pack images into WebDataset shards",
+    "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",
+    flags=(
+        Flag("check", "verify every byte of a packed data set instead", ("DIR",), function="check"),
+        Flag("stats", "print what is in a packed data set instead", ("DIR",), function="statistics"),
+        Flag(
+            "npz",
+            "write a packed data set as the npz that ADM's evaluator takes instead",
+            ("DIR", "FILE"),
+            function="export",
+        ),
+    ),
+)

@@ -6,8 +6,9 @@ from pydantic import field_validator, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.registry import Name, VersionConfig
+from tarflow_scale.config.verb import Flag, Verb
 
-__all__ = ["GateRef", "PromoteConfig"]
+__all__ = ["VERB", "GateRef", "PromoteConfig"]
 
 
 class GateRef(Section):
@@ -48,3 +49,19 @@ class PromoteConfig(Root):
 
     registry: VersionConfig
     gate: GateRef
+
+
+VERB = Verb(
+    "verbs.promote",
+    PromoteConfig,
+    "let a gate decide whether a version takes an alias",
+    "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
+    flags=(
+        Flag(
+            "override",
+            "promote although the gate says no; decision and reason are recorded",
+            ("REASON",),
+            "gate.override",
+        ),
+    ),
+)

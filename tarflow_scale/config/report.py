@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.registry import Name
+from tarflow_scale.config.verb import Verb
 
-__all__ = ["LeaderboardConfig", "PublishedRow", "ReportConfig", "ReportOutputConfig"]
+__all__ = ["VERB", "LeaderboardConfig", "PublishedRow", "ReportConfig", "ReportOutputConfig"]
 
 
 class PublishedRow(Section):
@@ -65,3 +66,11 @@ class ReportConfig(Root):
     """Registries in, leaderboards out: Markdown, and one HTML page that needs no network."""
 
     report: ReportOutputConfig
+
+
+VERB = Verb(
+    "verbs.report",
+    ReportConfig,
+    "write leaderboards of what registries hold, as Markdown and as a page",
+    "tarflow-scale report configs/report/digits.yaml",
+)

@@ -8,8 +8,9 @@ from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.registry import VersionConfig
+from tarflow_scale.config.verb import Verb
 
-__all__ = ["ScoreConfig", "ScoringConfig"]
+__all__ = ["VERB", "ScoreConfig", "ScoringConfig"]
 
 
 class ScoringConfig(Section):
@@ -49,3 +50,11 @@ class ScoreConfig(Root):
     """A second set to score, known to be anomalous, with which ``data`` is compared as normal."""
     scoring: ScoringConfig
     cluster: ClusterConfig = ClusterConfig()
+
+
+VERB = Verb(
+    "verbs.score.driver",
+    ScoreConfig,
+    "score how anomalous images are, on Ray",
+    "tarflow-scale score configs/score/digits.yaml scoring.labels=marginal",
+)

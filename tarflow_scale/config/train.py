@@ -11,8 +11,10 @@ from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.model import ModelConfig, RealNVPConfig
 from tarflow_scale.config.registry import RegistryConfig
+from tarflow_scale.config.verb import Verb
 
 __all__ = [
+    "VERB",
     "CheckpointConfig",
     "LoggingConfig",
     "NoiseConfig",
@@ -196,8 +198,8 @@ class ParallelismConfig(Section):
     buckets; stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which is every published
     TarFlow; stage 1 and 2 need the same unless gradients accumulate, when stage 2 saves memory and reduces them for
     every micro batch. Stage 3 above, or where a rank's share of memory is small. Offloading trades speed for memory
-    once more: the optimizer's 16 + 4 E bytes over N lie in main memory. ``train CONFIG --plan --gpus N --gpu h100``
-    does the arithmetic for a recipe: all stages, speed and traffic included.
+    once more: the optimizer's 16 + 4 E bytes over N lie in main memory. The verb ``plan`` does the
+    arithmetic for a recipe: all stages, speed and traffic included.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -363,3 +365,12 @@ class TrainConfig(Root):
                 f"optimizer.kind=muon needs parallelism.offload=none (got {self.parallelism.offload}); change either"
             )
         return self
+
+
+VERB = Verb(
+    "verbs.train.driver",
+    TrainConfig,
+    "train a flow on shards under DeepSpeed and register it",
+    "launch/torchrun.sh 2 configs/train/digits.yaml optimizer.peak_lr=1e-3",
+    imports="PyTorch",
+)

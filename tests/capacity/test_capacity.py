@@ -50,7 +50,7 @@ from tests.conftest import TOP
 RECIPES = TOP / "configs/train"
 H100 = Cluster(card_named("h100"), 8, 50e9)
 NOTHING = Footprint(0.0, 0.0)
-PLAN = ["--plan", "--gpus", "8", "--gpu", "h100"]
+PLAN = ["--gpus", "8", "--gpu", "h100"]
 
 
 def parallelism(stage: int, **settings: Any) -> ParallelismConfig:
@@ -350,7 +350,7 @@ def test_decoding_rates_are_those_of_the_results() -> None:
 
 def test_a_plan_needs_neither_data_nor_gpu(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
-        "train",
+        "plan",
         str(RECIPES / "imagenet64-conditional.yaml"),
         *PLAN,
         "--image-size",
@@ -378,7 +378,7 @@ def test_a_plan_needs_neither_data_nor_gpu(tmp_path: Any, capsys: pytest.Capture
 
 def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = [str(RECIPES / "digits.yaml"), f"data.path={digits}/train"]
-    assert cli.main(["train", *recipe, "--plan", "--gpus", "2", "--gpu", "a100"]) == 0
+    assert cli.main(["plan", *recipe, "--gpus", "2", "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
     assert f"1x8x8 ({digits}/train)" in text
     assert "(png) a machine" in text
@@ -388,24 +388,24 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plan", "--gpus", "8"], "--plan needs --gpus and --gpu (got no --gpu)"),
-        (["--gpus", "8"], "--gpus goes with --plan (got it alone); add --plan"),
-        (["--plan", "--gpus", "8", "--gpu", "tpu"], "--gpu must be one of h200, h100-pcie, h100, "),
-        (["--plan", "--gpus", "0", "--gpu", "h100"], "--gpus: Input should be greater than or equal to 1 (got '0')"),
-        (["--plan", "--gpus", "many", "--gpu", "h100"], "--gpus: Input should be a valid integer"),
-        ([*PLAN, "--mfu", "40"], "--mfu: Input should be less than or equal to 1 (got '40')"),
-        (PLAN, "--plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size 256"),
+        ([], "plan: required section is missing; set its keys in the YAML or as plan.gpus=VALUE"),
+        (["--gpus", "8"], "plan.gpu: required key is missing"),
+        (["--gpus", "8", "--gpu", "tpu"], "--gpu must be one of h200, h100-pcie, h100, "),
+        (["--gpus", "0", "--gpu", "h100"], "plan.gpus: Input should be greater than or equal to 1 (got '0')"),
+        (["--gpus", "many", "--gpu", "h100"], "plan.gpus: Input should be a valid integer"),
+        ([*PLAN, "--mfu", "40"], "plan.mfu: Input should be less than or equal to 1 (got '40')"),
+        (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size 256"),
         ([*PLAN, "--image-size", "64"], "model.class_conditional needs --classes beside --image-size (got None)"),
         ([*PLAN, "--image-size", "65", "--classes", "9"], "must be multiples of model.patch_size"),
         (
-            ["--plan", "--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],
+            ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],
             "(got 256 and 32 x 64 = 2048); use 2048, or training.micro_batch_size=4",
         ),
-        (["--plan", "--gpus", "3", "--gpu", "h100", "--image-size", "64", "--classes", "9"], "32 x 3 = 96); use 288"),
+        (["--gpus", "3", "--gpu", "h100", "--image-size", "64", "--classes", "9"], "32 x 3 = 96); use 288"),
     ],
 )
 def test_a_mistake_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", str(RECIPES / "imagenet64-conditional.yaml"), *flags]) == 2
+    assert cli.main(["plan", str(RECIPES / "imagenet64-conditional.yaml"), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -122,10 +122,9 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
     for card, pattern in (("h100", r"([\d.]+) hours of an H100"), ("rtx-4090", r"([\d.]+) of an RTX 4090")):
         (hours,) = re.findall(pattern, said)
         arguments = [
-            "train",
+            "plan",
             str(TOP / "configs/train/folder-gpu.yaml"),
             *paths,
-            "--plan",
             "--gpus",
             "1",
             "--gpu",

@@ -41,7 +41,7 @@ def print_plan(config: TrainConfig, mix: Mix, manifest: Manifest, size: ModelSiz
         (
             "memory",
             f"about {memory.total / _GIB:.3f} GiB a rank, at most in the {memory.moment}, beside Python and "
-            f"PyTorch (1 GiB on a CPU); --plan says more",
+            f"PyTorch (1 GiB on a CPU); the verb plan says more",
         ),
         ("loader", f"{loader / _GIB:.4f} GiB a rank at most (slots x 2 blocks x bytes per sample)"),
         ("reads", _read_size(config.data.shuffle_block, mix)),
