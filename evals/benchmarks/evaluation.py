@@ -36,9 +36,9 @@ from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.metrics.features import open_extractor
 from tarflow_scale.metrics.frechet import Moments
-from tarflow_scale.metrics.store import FeatureSet, Images, write_arrays
+from tarflow_scale.metrics.parts import FeatureSet, Images, write_arrays
 from tarflow_scale.pool import Pool
-from tarflow_scale.verbs.evaluate.worker import Scorer, Unit
+from tarflow_scale.verbs.evaluate.worker import EvaluationUnit, Scorer
 from tarflow_scale.verbs.prepare import run as prepare
 
 INCEPTION = "inception-v3-compat"
@@ -131,7 +131,7 @@ def two_workers_over_one(weights: Path, folder: Path, num: int) -> dict[str, Fig
     found: list[np.ndarray] = []
     for workers in (1, 2):
         features = feature_set(weights, str(folder / str(workers)), num)
-        units = [Unit(part, features) for part in features.parts()]
+        units = [EvaluationUnit(part, features) for part in features.parts()]
         with Pool("ray", num_workers=workers) as pool:
             times = [time.perf_counter() for _ in pool.run(Scorer, arguments, units)]
         timed = len(units) - workers  # the first of each worker waits for the start

@@ -22,7 +22,7 @@ from tarflow_scale.loading import load_version
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import encode_image
 from tarflow_scale.verbs.generate.driver import resolved_plan
-from tarflow_scale.verbs.generate.worker import ShardMaker, Unit
+from tarflow_scale.verbs.generate.worker import ShardMaker, ShardUnit
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling))
         maker = ShardMaker(arguments.registry, plan, folder)
         for number in range(rounds + 1):
-            unit = Unit(number, number * num, (number + 1) * num)
+            unit = ShardUnit(number, number * num, (number + 1) * num)
             runs = [lambda u=unit: sampler.images(range(u.start, u.stop)), lambda u=unit: maker.run(u)]
             spent: list[dict[str, float]] = [{}, {}]
             for which in (0, 1) if number % 2 else (1, 0):

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from tarflow_scale.capacity.memory import Memory, ModelSize, memory_per_rank
-from tarflow_scale.capacity.steps import Cluster, Step, Work, step_of
+from tarflow_scale.capacity.steps import Cluster, StepTime, Work, step_of
 from tarflow_scale.config.train import TrainConfig
 
-__all__ = ["USABLE", "Job", "StagePlan", "advice", "by_stage", "largest_micro_batch", "variant"]
+__all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_micro_batch", "variant"]
 
 USABLE = 0.95
 """Of a card's memory; the rest is left to the allocator's gaps."""
@@ -21,7 +21,7 @@ _GB = 1e9
 
 
 @dataclass(frozen=True)
-class Job:
+class Scenario:
     """A recipe and the GPUs it is planned for; ``mfu`` is of one GPU, ``flops_per_image`` of a training step."""
 
     config: TrainConfig
@@ -40,7 +40,7 @@ class Job:
         """What a GPU needs for a variant of the recipe."""
         return memory_per_rank(config, self.event_shape, self.size, self.gpus, cuda=True)
 
-    def step(self, config: TrainConfig) -> Step:
+    def step(self, config: TrainConfig) -> StepTime:
         """A step of a variant of the recipe, with its global batch."""
         work = self.work(config)
         return step_of(work, self.cluster, self.mfu, self.gpus, config.training.global_batch_size)
@@ -53,7 +53,7 @@ class StagePlan:
     stage: int
     memory: Memory
     fits: bool
-    step: Step
+    step: StepTime
     largest_micro_batch: int
 
 
@@ -62,26 +62,32 @@ def fits(memory: Memory, cluster: Cluster) -> bool:
     return memory.total <= USABLE * cluster.card.memory_bytes
 
 
-def by_stage(job: Job) -> list[StagePlan]:
+def by_stage(scenario: Scenario) -> list[StagePlan]:
     """All stages that the recipe allows; with its offload where the stage allows that."""
     found: list[StagePlan] = []
     for stage in range(4):
-        config = variant(job.config, parallelism={"zero_stage": stage})
+        config = variant(scenario.config, parallelism={"zero_stage": stage})
         if config is None:
             continue
-        memory = job.memory(config)
+        memory = scenario.memory(config)
         found.append(
-            StagePlan(stage, memory, fits(memory, job.cluster), job.step(config), largest_micro_batch(job, config))
+            StagePlan(
+                stage,
+                memory,
+                fits(memory, scenario.cluster),
+                scenario.step(config),
+                largest_micro_batch(scenario, config),
+            )
         )
     return found
 
 
-def largest_micro_batch(job: Job, config: TrainConfig) -> int:
+def largest_micro_batch(scenario: Scenario, config: TrainConfig) -> int:
     """Images of a forward pass that still fit, whatever divides the batch; 0 if not even one does."""
 
     def enough(images: int) -> bool:
         training = config.training.model_copy(update={"micro_batch_size": images})
-        return fits(job.memory(config.model_copy(update={"training": training})), job.cluster)
+        return fits(scenario.memory(config.model_copy(update={"training": training})), scenario.cluster)
 
     return _largest(enough)
 
@@ -109,10 +115,10 @@ def variant(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig | No
         return None
 
 
-def advice(job: Job, stages: list[StagePlan]) -> list[str]:
+def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
     """In words: the lowest stage that fits and is about as fast as any; or what makes the recipe fit."""
     fitting = [plan for plan in stages if plan.fits]
-    own = job.config.parallelism.zero_stage
+    own = scenario.config.parallelism.zero_stage
     if fitting:
         fastest = min(plan.step.seconds for plan in fitting)
         fast = [plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest]
@@ -123,9 +129,9 @@ def advice(job: Job, stages: list[StagePlan]) -> list[str]:
         slower = "does not fit" if configured not in fitting else f"takes {_more(configured, best)} more time a step"
         gigabytes = f"{best.memory.total / _GB:.1f} GB a GPU"
         return [f"parallelism.zero_stage={best.stage} ({gigabytes}); stage {own}, as configured, {slower}"]
-    changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(job)]
+    changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(scenario)]
     if not changes:
-        cards = f"{job.gpus} x {job.cluster.card.name}"
+        cards = f"{scenario.gpus} x {scenario.cluster.card.name}"
         return [f"no stage fits {cards}, nor with less of anything known here; take more GPUs, or larger ones"]
     return ["no stage fits as configured; one of these does:", *(f"  {change}" for change in changes)]
 
@@ -135,22 +141,22 @@ def _more(configured: StagePlan | None, best: StagePlan) -> str:
     return f"{configured.step.seconds / best.step.seconds - 1:.0%}"
 
 
-def _that_would_fit(job: Job) -> Iterator[tuple[str, Memory]]:
+def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
     """The least change of each kind that is enough, the stage as configured if that will do."""
-    own = job.config.parallelism.zero_stage
+    own = scenario.config.parallelism.zero_stage
     stages = sorted(range(4), key=lambda stage: (stage != own, stage))
-    for kind in _changes(job):
+    for kind in _changes(scenario):
         for settings in kind:
-            found = next((one for stage in stages if (one := _if_it_fits(job, settings, stage))), None)
+            found = next((one for stage in stages if (one := _if_it_fits(scenario, settings, stage))), None)
             if found is not None:
                 yield found
                 break
 
 
-def _changes(job: Job) -> list[list[dict[str, Any]]]:
+def _changes(scenario: Scenario) -> list[list[dict[str, Any]]]:
     """Kinds of change, and in each the settings to try, from the least change to the greatest."""
-    batch, own = job.config.training.global_batch_size, job.config.training.micro_batch_size
-    smaller = [images for images in range(own - 1, 0, -1) if batch % (images * job.gpus) == 0]
+    batch, own = scenario.config.training.global_batch_size, scenario.config.training.micro_batch_size
+    smaller = [images for images in range(own - 1, 0, -1) if batch % (images * scenario.gpus) == 0]
     recompute = [{"parallelism.activations": how} for how in ("checkpoint", "rebuild")]
     offload = [{"parallelism.offload": how} for how in ("optimizer", "all")]
     micro = [{"training.micro_batch_size": images} for images in smaller]
@@ -158,13 +164,13 @@ def _changes(job: Job) -> list[list[dict[str, Any]]]:
     return [micro, recompute, offload, both, [one | other for one in both for other in micro]]
 
 
-def _if_it_fits(job: Job, settings: dict[str, Any], stage: int) -> tuple[str, Memory] | None:
-    changed = settings | ({} if stage == job.config.parallelism.zero_stage else {"parallelism.zero_stage": stage})
+def _if_it_fits(scenario: Scenario, settings: dict[str, Any], stage: int) -> tuple[str, Memory] | None:
+    changed = settings | ({} if stage == scenario.config.parallelism.zero_stage else {"parallelism.zero_stage": stage})
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changed.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    config = variant(job.config, **sections)
-    if config is None or not fits(memory := job.memory(config), job.cluster):
+    config = variant(scenario.config, **sections)
+    if config is None or not fits(memory := scenario.memory(config), scenario.cluster):
         return None
     return " ".join(f"{key}={value}" for key, value in changed.items()), memory

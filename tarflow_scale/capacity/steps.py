@@ -32,7 +32,18 @@ from tarflow_scale.capacity.gpus import Card
 from tarflow_scale.capacity.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
 from tarflow_scale.config.train import ParallelismConfig
 
-__all__ = ["Cluster", "Point", "Step", "Traffic", "Work", "curve", "default_mfu", "efficiency", "step_of", "traffic_of"]
+__all__ = [
+    "Cluster",
+    "Point",
+    "StepTime",
+    "Traffic",
+    "Work",
+    "curve",
+    "default_mfu",
+    "efficiency",
+    "step_of",
+    "traffic_of",
+]
 
 DEFAULT_MFU = 0.4
 RECOMPUTING = 3 / 4
@@ -143,7 +154,7 @@ def traffic_of(
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """An optimizer step on N GPUs.
 
     Args:
@@ -171,7 +182,7 @@ class Step:
         return self.images / self.seconds
 
 
-def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) -> Step:
+def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) -> StepTime:
     """A step of ``images`` on ``gpus``, which must divide them."""
     each = images // gpus
     micro = -(-each // work.micro_batch_size)
@@ -179,13 +190,13 @@ def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) ->
     compute = each * work.flops_per_image / (peak * mfu)
     traffic = traffic_of(work.size, work.parallelism, gpus, micro)
     if gpus == 1:
-        return Step(images, compute, traffic, 0.0, 0.0)
+        return StepTime(images, compute, traffic, 0.0, 0.0)
     latency = traffic.num_collectives * 2 * math.ceil(math.log2(gpus)) * LATENCY_SECONDS
     moving = traffic.total / cluster.link(gpus) + latency
     hideable = moving * traffic.hideable / traffic.total
     # Two thirds of the passes go backward; at stage 1 only the last micro batch's, at stage 3 both directions count.
     behind = {0: 0.0, 1: 2 / 3 / micro, 2: 2 / 3, 3: 1.0}[work.parallelism.zero_stage] * compute
-    return Step(images, compute, traffic, moving, moving - min(hideable, behind))
+    return StepTime(images, compute, traffic, moving, moving - min(hideable, behind))
 
 
 @dataclass(frozen=True)
@@ -199,8 +210,8 @@ class Point:
     """
 
     gpus: int
-    weak: Step
-    strong: Step | None
+    weak: StepTime
+    strong: StepTime | None
 
 
 def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> list[Point]:
@@ -219,6 +230,6 @@ def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> l
     return points
 
 
-def efficiency(step: Step, gpus: int, alone: Step) -> float:
+def efficiency(step: StepTime, gpus: int, alone: StepTime) -> float:
     """Images a second of one of ``gpus``, as a fraction of those of ``alone``, a step on one GPU."""
     return step.images_per_second / gpus / alone.images_per_second

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from tarflow_scale.capacity.advice import USABLE, Job, StagePlan, advice
+from tarflow_scale.capacity.advice import USABLE, Scenario, StagePlan, advice
 from tarflow_scale.capacity.memory import ModelSize
 from tarflow_scale.capacity.steps import LATENCY_SECONDS, LINK_EFFICIENCY, Point, default_mfu, efficiency, step_of
 from tarflow_scale.runtime import console
 
-__all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Facts", "print_answer"]
+__all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "RecipeFacts", "print_answer"]
 
 _GB, _MB = 1e9, 1e6
 DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
@@ -16,7 +16,7 @@ DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**
 
 
 @dataclass(frozen=True)
-class Facts:
+class RecipeFacts:
     """What is known of the data and of the flow for it; None where no data set says.
 
     Args:
@@ -38,8 +38,8 @@ class Facts:
 class Answer:
     """All that is printed; ``price`` is $ of a GPU and hour."""
 
-    job: Job
-    facts: Facts
+    scenario: Scenario
+    facts: RecipeFacts
     stages: list[StagePlan]
     points: list[Point]
     price: float | None
@@ -53,19 +53,19 @@ def print_answer(answer: Answer) -> None:
 
 
 def _recipe(answer: Answer) -> str:
-    job, training = answer.job, answer.job.config.training
-    parallelism, card = job.config.parallelism, job.cluster.card
-    each = training.micro_batch_size * job.gpus
-    nodes = -(-job.gpus // job.cluster.gpus_per_node)
+    scenario, training = answer.scenario, answer.scenario.config.training
+    parallelism, card = scenario.config.parallelism, scenario.cluster.card
+    each = training.micro_batch_size * scenario.gpus
+    nodes = -(-scenario.gpus // scenario.cluster.gpus_per_node)
     steps = -(-training.total_images // training.global_batch_size)
-    shape = "x".join(map(str, job.event_shape))
-    flops = job.flops_per_image
+    shape = "x".join(map(str, scenario.event_shape))
+    flops = scenario.flops_per_image
     rows = [
-        ("model", f"{job.config.model.kind}, {job.size.parameters:,} parameters, for {shape} ({answer.facts.source})"),
-        ("GPUs", f"{job.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, on {nodes} machine{'s' * (nodes > 1)}"),
+        ("model", f"{scenario.config.model.kind}, {scenario.size.parameters:,} parameters, for {shape} ({answer.facts.source})"),
+        ("GPUs", f"{scenario.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, on {nodes} machine{'s' * (nodes > 1)}"),
         ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
          f"{parallelism.activations}, offload {parallelism.offload}"),
-        ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} x {job.gpus} GPUs x "
+        ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} x {scenario.gpus} GPUs x "
          f"{training.global_batch_size // each} accumulated"),
         ("length", f"{steps:,} steps, {steps * training.global_batch_size:,} images, "
          f"{flops / 1e12:.3g} TFLOP an image, {flops * steps * training.global_batch_size:.2g} FLOP the run"),
@@ -74,20 +74,20 @@ def _recipe(answer: Answer) -> str:
 
 
 def _memory(answer: Answer) -> str:
-    job = answer.job
+    scenario = answer.scenario
     names = list(answer.stages[0].memory.parts)
     rows: list[tuple[str, ...]] = []
     for plan in answer.stages:
-        own = plan.stage == job.config.parallelism.zero_stage
+        own = plan.stage == scenario.config.parallelism.zero_stage
         rows.append(
             (
                 f"{plan.stage}{' *' if own else ''}",
                 *(f"{size / _GB:.2f}" for size in plan.memory.parts.values()),
                 f"{plan.memory.total / _GB:.1f}",
-                f"{plan.memory.total / job.cluster.card.memory_bytes:.0%}",
+                f"{plan.memory.total / scenario.cluster.card.memory_bytes:.0%}",
                 "yes" if plan.fits else "no",
                 plan.memory.moment,
-                f"{plan.memory.in_main * min(job.gpus, job.cluster.gpus_per_node) / _GB:.1f}",
+                f"{plan.memory.in_main * min(scenario.gpus, scenario.cluster.gpus_per_node) / _GB:.1f}",
                 f"{plan.largest_micro_batch:,}" if plan.largest_micro_batch else "none",
             )
         )
@@ -95,7 +95,7 @@ def _memory(answer: Answer) -> str:
     lines = [
         console.table(rows, header),
         "* as configured",
-        *(f"advice: {line}" for line in advice(job, answer.stages)),
+        *(f"advice: {line}" for line in advice(scenario, answer.stages)),
     ]
     return "\n".join(lines)
 
@@ -106,28 +106,32 @@ def _figure(value: float) -> str:
 
 
 def _speed(answer: Answer) -> str:
-    job, step, training = answer.job, answer.job.step(answer.job.config), answer.job.config.training
+    scenario, step, training = (
+        answer.scenario,
+        answer.scenario.step(answer.scenario.config),
+        answer.scenario.config.training,
+    )
     hours = training.total_images / step.images_per_second / 3600
     given = "stated" if answer.mfu_stated else "assumed, see below"
-    alone = step_of(job.work(job.config), job.cluster, job.mfu, 1, training.micro_batch_size)
+    alone = step_of(scenario.work(scenario.config), scenario.cluster, scenario.mfu, 1, training.micro_batch_size)
     rows = [
-        ("utilisation of a GPU", f"{job.mfu:.0%} ({given})"),
+        ("utilisation of a GPU", f"{scenario.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
-        ("images a second", f"{_figure(step.images_per_second)}, {_figure(step.images_per_second / job.gpus)} a GPU"),
-        ("scaling efficiency", f"{efficiency(step, job.gpus, alone):.1%} of one GPU's images a second, each"),
+        ("images a second", f"{_figure(step.images_per_second)}, {_figure(step.images_per_second / scenario.gpus)} a GPU"),
+        ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of one GPU's images a second, each"),
         ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
-         f"{hours * job.gpus / 24:,.1f} GPU days"),
+         f"{hours * scenario.gpus / 24:,.1f} GPU days"),
     ]  # fmt: skip
     if answer.price is not None:
-        rows.append(("cost", f"${hours * job.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
+        rows.append(("cost", f"${hours * scenario.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
     return console.table(rows, ("speed, global batch fixed", ""))
 
 
 def _traffic(answer: Answer) -> str:
-    job = answer.job
+    scenario = answer.scenario
     rows = [
         (
-            f"{plan.stage}{' *' if plan.stage == job.config.parallelism.zero_stage else ''}",
+            f"{plan.stage}{' *' if plan.stage == scenario.config.parallelism.zero_stage else ''}",
             f"{plan.step.traffic.summed / _GB:.2f}",
             f"{plan.step.traffic.gathered / _GB:.2f}",
             f"{plan.step.traffic_seconds * 1e3:,.0f}",
@@ -138,13 +142,15 @@ def _traffic(answer: Answer) -> str:
         for plan in answer.stages
     ]
     header = ("stage", "GB summed", "GB gathered", "ms moving", "ms hidden", "ms waiting", "ms a step")
-    over = f"over {job.cluster.link(job.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, so much in a step"
+    over = (
+        f"over {scenario.cluster.link(scenario.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, so much in a step"
+    )
     return f"{console.table(rows, header)}\n{over}"
 
 
 def _data(answer: Answer) -> str:
-    job, facts = answer.job, answer.facts
-    rate = job.step(job.config).images_per_second * min(1.0, job.cluster.gpus_per_node / job.gpus)
+    scenario, facts = answer.scenario, answer.facts
+    rate = scenario.step(scenario.config).images_per_second * min(1.0, scenario.cluster.gpus_per_node / scenario.gpus)
     packed = facts.packed_bytes or float(facts.decoded_bytes)
     bound = "" if facts.packed_bytes else " at most, as if nothing were compressed"
     codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
@@ -158,7 +164,7 @@ def _data(answer: Answer) -> str:
 
 
 def _scaling(answer: Answer) -> str:
-    training, alone = answer.job.config.training, answer.points[0].weak
+    training, alone = answer.scenario.config.training, answer.points[0].weak
     rows: list[tuple[str, ...]] = []
     for point in answer.points:
         strong = ("-", "-", "-")
@@ -191,11 +197,11 @@ def _scaling(answer: Answer) -> str:
 
 
 def _assumptions(answer: Answer) -> str:
-    job, cluster = answer.job, answer.job.cluster
-    parallelism = job.config.parallelism
+    scenario, cluster = answer.scenario, answer.scenario.cluster
+    parallelism = scenario.config.parallelism
     inside, between = cluster.card.link_bytes_per_second / _GB, cluster.network_bytes_per_second / _GB
     lines = [
-        f"MFU {job.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, whatever the micro batch; "
+        f"MFU {scenario.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, whatever the micro batch; "
         f"published for bf16 transformers on H100: 35 to 46 % (the default is {default_mfu(parallelism):.0%})",
         f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between (maker's: {cluster.card.network}), "
         f"{LINK_EFFICIENCY:.0%} of them reached, "
@@ -205,7 +211,7 @@ def _assumptions(answer: Answer) -> str:
         f"memory: {1 - USABLE:.0%} of a card is left free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
         "checked on CPU ranks: memory, bytes sent (evals/results/capacity-cpu.json); no GPU was measured",
     ]
-    if job.config.model.kind != "tarflow":
+    if scenario.config.model.kind != "tarflow":
         lines.append(
             "no utilisation of this kind of flow is known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
             "state --mfu"
@@ -216,6 +222,6 @@ def _assumptions(answer: Answer) -> str:
         lines.append("what offloading costs in time is not counted")
     if parallelism.zero_plus_plus.enabled:
         lines.append("ZeRO++ is not counted: it makes traffic less, and hpZ takes more memory")
-    if job.config.optimizer.kind == "muon":
+    if scenario.config.optimizer.kind == "muon":
         lines.append("Muon's own matrix products are not counted")
     return "assumptions:\n" + "\n".join(f"  {line}" for line in lines)

@@ -6,9 +6,9 @@ from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataSetConfig
-from tarflow_scale.config.registry import RegistryConfig
 from tarflow_scale.config.train import NoiseConfig
 from tarflow_scale.config.verb import Verb
+from tarflow_scale.config.versions import RegistryConfig
 
 __all__ = ["VERB", "ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig"]
 

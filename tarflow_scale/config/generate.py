@@ -5,9 +5,9 @@ from pydantic import Field
 from tarflow_scale.config.base import Root
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import EncodedShardsConfig
-from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.sampling import GuardConfig, NamedLabels, SamplingConfig
 from tarflow_scale.config.verb import Flag, Verb
+from tarflow_scale.config.versions import VersionConfig
 
 __all__ = ["VERB", "GenerateConfig", "GeneratedShardsConfig", "SeededSamplingConfig"]
 

@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from tarflow_scale.config.base import Root, Section
-from tarflow_scale.config.registry import Name
 from tarflow_scale.config.verb import Verb
+from tarflow_scale.config.versions import Name
 
 __all__ = ["VERBS", "BrowseConfig", "CommandConfig", "ModelsConfig"]
 

@@ -5,8 +5,8 @@ import re
 from pydantic import field_validator, model_validator
 
 from tarflow_scale.config.base import Root, Section
-from tarflow_scale.config.registry import Name, VersionConfig
 from tarflow_scale.config.verb import Flag, Verb
+from tarflow_scale.config.versions import Name, VersionConfig
 
 __all__ = ["VERB", "GateRef", "PromoteConfig"]
 

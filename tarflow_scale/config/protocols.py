@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, RootModel, model_validator
 
 from tarflow_scale.config.base import Section, load_named
-from tarflow_scale.config.registry import Name
+from tarflow_scale.config.versions import Name
 
 __all__ = [
     "BitsPerDimProtocol",

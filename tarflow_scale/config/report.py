@@ -5,8 +5,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
-from tarflow_scale.config.registry import Name
 from tarflow_scale.config.verb import Verb
+from tarflow_scale.config.versions import Name
 
 __all__ = ["VERB", "LeaderboardConfig", "PublishedRow", "ReportConfig", "ReportOutputConfig"]
 

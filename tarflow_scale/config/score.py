@@ -7,8 +7,8 @@ from pydantic import Field
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import DataSetConfig
-from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.verb import Verb
+from tarflow_scale.config.versions import VersionConfig
 
 __all__ = ["VERB", "ScoreConfig", "ScoringConfig"]
 

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.model import ModelConfig, RealNVPConfig
-from tarflow_scale.config.registry import RegistryConfig
 from tarflow_scale.config.verb import Verb
+from tarflow_scale.config.versions import RegistryConfig
 
 __all__ = [
     "VERB",

@@ -23,7 +23,7 @@ from tarflow_scale import storage
 from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
-from tarflow_scale.metrics.store import FeatureSet
+from tarflow_scale.metrics.parts import FeatureSet
 
 __all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "published_digest", "weights_digest"]
 

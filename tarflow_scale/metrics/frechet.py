@@ -18,7 +18,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from tarflow_scale.metrics.jackknife import blocks, standard_error
 from tarflow_scale.metrics.measure import Measure, Measured
-from tarflow_scale.metrics.store import Arrays, FeatureSet, read_arrays, write_arrays
+from tarflow_scale.metrics.parts import Arrays, FeatureSet, read_arrays, write_arrays
 
 __all__ = ["Moments", "frechet", "frechet_distance", "merged"]
 
@@ -66,7 +66,7 @@ class Moments:
         return self.m2 / (self.num - 1)
 
     def to_arrays(self, layer: str) -> Arrays:
-        """For `tarflow_scale.metrics.store`."""
+        """For `tarflow_scale.metrics.parts`."""
         return {f"{layer}.num": np.array(self.num), f"{layer}.mean": self.mean, f"{layer}.m2": self.m2}
 
     @classmethod

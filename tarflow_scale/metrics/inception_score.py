@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.metrics.jackknife import blocks, standard_error
 from tarflow_scale.metrics.measure import Measure, Measured
-from tarflow_scale.metrics.store import FeatureSet
+from tarflow_scale.metrics.parts import FeatureSet
 
 __all__ = ["inception_score"]
 

@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from tarflow_scale.metrics.jackknife import blocks, standard_error
 from tarflow_scale.metrics.measure import Measure, Measured
-from tarflow_scale.metrics.store import FeatureSet
+from tarflow_scale.metrics.parts import FeatureSet
 
 __all__ = ["kernel_distance"]
 

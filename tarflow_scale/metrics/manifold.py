@@ -17,7 +17,7 @@ from torch import Tensor
 from tarflow_scale import storage
 from tarflow_scale.metrics.jackknife import blocks, standard_error
 from tarflow_scale.metrics.measure import Measure, Measured
-from tarflow_scale.metrics.store import FeatureSet, read_arrays, write_arrays
+from tarflow_scale.metrics.parts import FeatureSet, read_arrays, write_arrays
 
 __all__ = ["manifold_share"]
 

@@ -11,7 +11,7 @@ from tarflow_scale import storage
 from tarflow_scale.config.protocols import SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.frechet import Moments
-from tarflow_scale.metrics.store import packed
+from tarflow_scale.metrics.parts import packed
 from tarflow_scale.records import Record, canonical_json
 from tarflow_scale.shards.manifest import Manifest
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, LikelihoodProtocol, SampledProtocol
 from tarflow_scale.metrics.features import layer_of
-from tarflow_scale.metrics.store import FeatureSet, Images, Part, parts_of
+from tarflow_scale.metrics.parts import FeatureSet, Images, Part, parts_of
 
-__all__ = ["Facts", "Wanted", "plan"]
+__all__ = ["PartIdentity", "Wanted", "plan"]
 
 
 @dataclass(frozen=True)
-class Facts:
+class PartIdentity:
     """What decides the numbers of parts.
 
     device: threads and kind of device. weights: of the model and how it is sampled; None where nothing is sampled.
@@ -54,7 +54,7 @@ def plan(
     num_test: int,
     num_reference: int,
     baselines: bool,
-    facts: Facts,
+    facts: PartIdentity,
 ) -> dict[str, Wanted]:
     """What each protocol needs, by the path of its file.
 

@@ -9,7 +9,7 @@ next number and one wins; readers need no lock. A missing, damaged or changed ev
 from tarflow_scale.registry import collection
 from tarflow_scale.registry.gate import Contender, Decision, decide, lead, read_contender
 from tarflow_scale.registry.lease import Lease
-from tarflow_scale.registry.overview import readable_models
+from tarflow_scale.registry.listing import readable_models
 from tarflow_scale.registry.registry import Registry
 from tarflow_scale.registry.state import ModelState, resolve
 from tarflow_scale.registry.store import Store

@@ -8,17 +8,17 @@ this module asks it and prints.
 import torch
 
 from tarflow_scale import storage
-from tarflow_scale.capacity.advice import Job, by_stage
+from tarflow_scale.capacity.advice import Scenario, by_stage
 from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import card_named
 from tarflow_scale.capacity.steps import Cluster, curve, default_mfu, efficiency
-from tarflow_scale.capacity.tables import Answer, Facts, print_answer
+from tarflow_scale.capacity.tables import Answer, RecipeFacts, print_answer
 from tarflow_scale.config.plan import PlanConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import build
 from tarflow_scale.pages.pictures import Panel, panels_png
 from tarflow_scale.shards.manifest import MANIFEST_NAME, read_manifest
-from tarflow_scale.training.model import flow_of, seen_by_model
+from tarflow_scale.training.construction import flow_of, seen_by_model
 from tarflow_scale.training.zero import deepspeed_config, model_size
 
 __all__ = ["run"]
@@ -41,16 +41,16 @@ def run(config: PlanConfig, dry_run: bool) -> None:
     deepspeed_config(config.optimizer, config.training, config.parallelism, facts.size.parameters, asked.gpus)
     flops = training_flops(config.model, facts.event_shape)
     mfu = asked.mfu or default_mfu(config.parallelism)
-    job = Job(config, facts.event_shape, facts.size, flops, cluster, mfu, asked.gpus)
-    points = curve(job.work(config), cluster, mfu, config.training.global_batch_size)
-    answer = Answer(job, facts, by_stage(job), points, asked.price, asked.mfu is not None)
+    scenario = Scenario(config, facts.event_shape, facts.size, flops, cluster, mfu, asked.gpus)
+    points = curve(scenario.work(config), cluster, mfu, config.training.global_batch_size)
+    answer = Answer(scenario, facts, by_stage(scenario), points, asked.price, asked.mfu is not None)
     print_answer(answer)
     if asked.curve is not None and not dry_run:
         storage.write_bytes(asked.curve, _drawn(answer))
         print(f"wrote {asked.curve}")
 
 
-def _facts(config: PlanConfig) -> Facts:
+def _facts(config: PlanConfig) -> RecipeFacts:
     """What the model sees: from the flags, else from the manifest."""
     asked, crop = config.plan, config.data.augmentation.crop_pixels
     if asked.image_size is not None:
@@ -64,7 +64,7 @@ def _facts(config: PlanConfig) -> Facts:
         with torch.device("meta"):
             flow = build(config.model, shape, asked.classes or None)
         stored = asked.channels * asked.image_size**2
-        return Facts(shape, model_size(flow), stored, None, None, "the flags")
+        return RecipeFacts(shape, model_size(flow), stored, None, None, "the flags")
     if not storage.exists(storage.join(config.data.path, MANIFEST_NAME)):
         raise ConfigError(
             f"plan needs the data set {config.data.path} or its sizes (got neither); add --image-size 256 "
@@ -77,7 +77,7 @@ def _facts(config: PlanConfig) -> Facts:
     packed = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
     channels, rows, columns = manifest.stored_shape
     codec = None if manifest.vectors else manifest.codec
-    return Facts(seen.event_shape, model_size(flow), channels * rows * columns, packed, codec, config.data.path)
+    return RecipeFacts(seen.event_shape, model_size(flow), channels * rows * columns, packed, codec, config.data.path)
 
 
 def _drawn(answer: Answer) -> bytes:
@@ -85,7 +85,7 @@ def _drawn(answer: Answer) -> bytes:
     weak = [(float(point.gpus), point.weak) for point in answer.points]
     strong = [(float(point.gpus), point.strong) for point in answer.points if point.strong is not None]
     grown = "weak: a micro batch each"
-    fixed = f"strong: global batch {answer.job.config.training.global_batch_size:,}"
+    fixed = f"strong: global batch {answer.scenario.config.training.global_batch_size:,}"
     rates = {
         "ideal": [(gpus, gpus * alone.images_per_second) for gpus, _ in weak],
         grown: [(gpus, step.images_per_second) for gpus, step in weak],
@@ -100,10 +100,10 @@ def _drawn(answer: Answer) -> bytes:
         Panel("images a second", rates, "GPUs", logarithmic=True),
         Panel("of one GPU's images a second, each", shares, "GPUs", logarithmic=False),
     ]
-    cluster, parallelism = answer.job.cluster, answer.job.config.parallelism
+    cluster, parallelism = answer.scenario.cluster, answer.scenario.config.parallelism
     heading = (
-        f"{answer.job.config.model.kind}, {answer.job.size.parameters / 1e6:,.0f} M parameters, ZeRO stage "
+        f"{answer.scenario.config.model.kind}, {answer.scenario.size.parameters / 1e6:,.0f} M parameters, ZeRO stage "
         f"{parallelism.zero_stage}, {parallelism.precision}; {cluster.card.name}, {cluster.gpus_per_node} a machine, "
-        f"{cluster.network_bytes_per_second / _GB:g} GB/s a GPU between; MFU {answer.job.mfu:.0%} assumed"
+        f"{cluster.network_bytes_per_second / _GB:g} GB/s a GPU between; MFU {answer.scenario.mfu:.0%} assumed"
     )
     return panels_png(panels, heading)

@@ -31,7 +31,7 @@ from tarflow_scale.shards.images import Reading
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME, Manifest, index_name, read_manifest
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
-from tarflow_scale.shards.sources.labels import class_warnings
+from tarflow_scale.shards.sources.classes import class_warnings
 from tarflow_scale.shards.sources.splits import PACKED, train_then_test
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tarflow_scale import cli
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.capacity.advice import USABLE, Job, advice, by_stage, largest_micro_batch, variant
+from tarflow_scale.capacity.advice import USABLE, Scenario, advice, by_stage, largest_micro_batch, variant
 from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import CARDS, card_named, card_of_device
 from tarflow_scale.capacity.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize, Ranks, memory_of
@@ -57,12 +57,12 @@ def parallelism(stage: int, **settings: Any) -> ParallelismConfig:
     return ParallelismConfig.model_validate({"zero_stage": stage, **settings})
 
 
-def job(recipe: str, gpus: int, shape: tuple[int, int, int], classes: int | None, *overrides: str) -> Job:
+def scenario(recipe: str, gpus: int, shape: tuple[int, int, int], classes: int | None, *overrides: str) -> Scenario:
     config = TrainConfig.load(RECIPES / f"{recipe}.yaml", list(overrides))
     with torch.device("meta"):
         size = model_size(build(config.model, shape, classes))
     mfu = default_mfu(config.parallelism)
-    return Job(config, shape, size, training_flops(config.model, shape), H100, mfu, gpus)
+    return Scenario(config, shape, size, training_flops(config.model, shape), H100, mfu, gpus)
 
 
 # -- what autograd keeps -----------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_utilisation_counts_no_recomputation() -> None:
 
 
 def test_the_curve_is_sane() -> None:
-    planned = job("imagenet64-conditional", 8, (3, 64, 64), 1000)
+    planned = scenario("imagenet64-conditional", 8, (3, 64, 64), 1000)
     points = curve(planned.work(planned.config), H100, 0.4, 256)
     assert [point.gpus for point in points] == [2**power for power in range(11)]
     alone = points[0].weak
@@ -274,23 +274,23 @@ def test_the_curve_is_sane() -> None:
 
 
 def test_the_stage_is_advised_that_fits_and_is_fast() -> None:
-    planned = job("imagenet64-conditional", 8, (3, 64, 64), 1000)
+    planned = scenario("imagenet64-conditional", 8, (3, 64, 64), 1000)
     stages = by_stage(planned)
     assert [plan.stage for plan in stages] == [0, 1, 2, 3]
     assert [plan.fits for plan in stages] == [plan.memory.total <= USABLE * 80e9 for plan in stages]
     assert advice(planned, stages) == ["stage 2, as configured, fits and is about as fast as any"]
-    spread = job("imagenet64-conditional", 64, (3, 64, 64), 1000, "training.micro_batch_size=4")
+    spread = scenario("imagenet64-conditional", 64, (3, 64, 64), 1000, "training.micro_batch_size=4")
     (line,) = advice(spread, by_stage(spread))
     assert line.startswith("parallelism.zero_stage=3 (")  # it alone hides all of its traffic
     assert line.endswith("% more time a step")
-    tight = job("deep-shallow-1024", 8, (3, 1024, 1024), 10, "parallelism.zero_stage=0")
+    tight = scenario("deep-shallow-1024", 8, (3, 1024, 1024), 10, "parallelism.zero_stage=0")
     small = dataclasses.replace(tight, cluster=Cluster(card_named("v100"), 8, 12.5e9))
     (line,) = advice(small, by_stage(small))
     assert line.endswith("stage 0, as configured, does not fit")
 
 
 def test_what_does_not_fit_is_told_what_would() -> None:
-    planned = job("imagenet64-conditional", 8, (3, 64, 64), 1000, "training.micro_batch_size=128",
+    planned = scenario("imagenet64-conditional", 8, (3, 64, 64), 1000, "training.micro_batch_size=128",
                   "training.global_batch_size=1024")  # fmt: skip
     stages = by_stage(planned)
     assert not any(plan.fits for plan in stages)
@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_told_what_would() -> None:
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
-    planned = job("afhq256", 8, (3, 256, 256), 3)
+    planned = scenario("afhq256", 8, (3, 256, 256), 3)
     largest = largest_micro_batch(planned, planned.config)
     assert largest > 32
     for images, enough in ((largest, True), (largest + 1, False)):

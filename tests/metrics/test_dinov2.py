@@ -11,7 +11,7 @@ from tarflow_scale.config.protocols import FrechetProtocol
 from tarflow_scale.errors import DataError
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.features import open_extractor, weights_digest
-from tarflow_scale.metrics.store import FeatureSet, Images
+from tarflow_scale.metrics.parts import FeatureSet, Images
 
 NAME = "dinov2-vitl14"
 PUBLISHED = torch.tensor(

@@ -13,7 +13,7 @@ from tarflow_scale import storage
 from tarflow_scale.config.protocols import FrechetProtocol
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.metrics.features import open_extractor, published_digest, weights_digest
-from tarflow_scale.metrics.store import FeatureSet, Images
+from tarflow_scale.metrics.parts import FeatureSet, Images
 from tests.metrics.inception import random_weights
 
 CPU = torch.device("cpu")

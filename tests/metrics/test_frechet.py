@@ -8,7 +8,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from tarflow_scale.metrics.frechet import Moments, frechet_distance, merged
-from tarflow_scale.metrics.store import write_arrays
+from tarflow_scale.metrics.parts import write_arrays
 
 
 def features(num: int, dims: int, seed: int) -> torch.Tensor:

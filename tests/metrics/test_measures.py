@@ -20,7 +20,7 @@ from tarflow_scale.metrics.inception_score import inception_score
 from tarflow_scale.metrics.kernel import kernel_distance
 from tarflow_scale.metrics.manifold import manifold_share
 from tarflow_scale.metrics.measure import Measure, Measured, Task, in_rounds
-from tarflow_scale.metrics.store import FeatureSet, Images, write_arrays
+from tarflow_scale.metrics.parts import FeatureSet, Images, write_arrays
 from tests.metrics.inception import random_weights
 
 NUM, SIZE = 64, 24

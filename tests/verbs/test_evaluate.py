@@ -20,7 +20,7 @@ from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
 from tarflow_scale.verbs.evaluate import worker
-from tarflow_scale.verbs.evaluate.job import Job
+from tarflow_scale.verbs.evaluate.job import Evaluation
 from tests.conftest import TOP, Trained, command
 
 PROTOCOLS = [TOP / "evals/protocols/digits-bits-per-dim.yaml", TOP / "evals/protocols/digits-frechet-pixels.yaml"]
@@ -326,14 +326,14 @@ def test_latest_is_resolved_once_and_promoted_with_its_report(
     shutil.copytree(trained.registry, tmp_path / "registry")
     own = Trained(trained.data, trained.run, tmp_path / "registry")
     registry = Registry(str(own.registry), "small")
-    first, make = registry.resolve(1), Job.make
+    first, make = registry.resolve(1), Evaluation.make
 
-    def register_and_make(job: Job, *arguments: Any) -> None:
+    def register_and_make(job: Evaluation, *arguments: Any) -> None:
         facts = first.model_dump(mode="json", exclude={"version", "files", "configuration"})
         registry.register(registry.read_files(first), facts | {"config_digest": "f" * 64}, "by another run")
         make(job, *arguments)
 
-    monkeypatch.setattr(Job, "make", register_and_make)
+    monkeypatch.setattr(Evaluation, "make", register_and_make)
     protocols = [path for path in PROTOCOLS if "bits" in path.stem]
     assert cli.main(evaluate_arguments(own, "cluster.executor=local", protocols=protocols)) == 0
     assert "latest is small@1\n" in capsys.readouterr().out

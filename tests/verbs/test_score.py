@@ -23,7 +23,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
-from tarflow_scale.verbs.score.worker import Rater, Unit
+from tarflow_scale.verbs.score.worker import Rater, ScoringUnit
 from tests.conftest import TOP, Trained, command
 
 
@@ -162,10 +162,10 @@ def test_a_background_model_adds_the_ratio(trained: Trained, scored: Path, tmp_p
 def test_what_a_killed_job_had_made_is_not_made_again(
     trained: Trained, shuffled: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Unit] = []
+    made: list[ScoringUnit] = []
     real = Rater.run
 
-    def until_it_dies(self: Rater, unit: Unit) -> None:
+    def until_it_dies(self: Rater, unit: ScoringUnit) -> None:
         if len(made) == 1:
             raise StorageError("the machine went away")
         made.append(unit)
@@ -177,7 +177,7 @@ def test_what_a_killed_job_had_made_is_not_made_again(
     (kept,) = (tmp_path / "out/parts").glob("*/*.npz")
     time = kept.stat().st_mtime_ns
 
-    def watched(self: Rater, unit: Unit) -> None:
+    def watched(self: Rater, unit: ScoringUnit) -> None:
         assert unit.part.location != str(kept)
         assert kept.stat().st_mtime_ns == time
         real(self, unit)

@@ -2,7 +2,7 @@
 
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.shards.images import Reading
-from tarflow_scale.shards.sources.base import BadImage, ImageSource, ReducedSource, Shaping
+from tarflow_scale.shards.sources.source import BadImage, ImageSource, ReducedSource, Shaping
 
 __all__ = ["BadImage", "ImageSource", "open_source"]
 
@@ -32,11 +32,11 @@ def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) ->
 
             return DigitsSource()
         case "folder":
-            from tarflow_scale.shards.sources.files import FolderSource
+            from tarflow_scale.shards.sources.image_files import FolderSource
 
             return FolderSource(config, split, shaping)
         case "zip":
-            from tarflow_scale.shards.sources.files import ZipSource
+            from tarflow_scale.shards.sources.image_files import ZipSource
 
             return ZipSource(config, split, shaping)
         case "mnist":
@@ -56,7 +56,7 @@ def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) ->
 
             return ParquetSource(config, split, shaping)
         case "vectors":
-            from tarflow_scale.shards.sources.vectors import VectorSource
+            from tarflow_scale.shards.sources.vector_files import VectorSource
 
             return VectorSource(path, config.label_column, config.condition_columns)
         case "webdataset":

@@ -24,8 +24,8 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.runtime import console
 from tarflow_scale.shards.headers import check_member
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.sources.base import ImageSource
-from tarflow_scale.shards.sources.labels import numbered_classes
+from tarflow_scale.shards.sources.classes import numbered_classes
+from tarflow_scale.shards.sources.source import ImageSource
 from tarflow_scale.shards.sources.splits import train_then_test
 from tarflow_scale.shards.sources.spool import Spool
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
-from tarflow_scale.shards.sources.base import ImageSource
+from tarflow_scale.shards.sources.source import ImageSource
 
 __all__ = ["DigitsSource"]
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
+from tarflow_scale.shards.sources.classes import classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
-from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.label_tables import LabelTables
 from tarflow_scale.shards.sources.splits import (
     Group,
     Patterns,
@@ -32,7 +33,6 @@ from tarflow_scale.shards.sources.splits import (
     settle,
     unread_lists,
 )
-from tarflow_scale.shards.sources.tables import LabelTables
 
 __all__ = ["ImageFiles", "lay_out"]
 

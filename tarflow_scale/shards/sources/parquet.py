@@ -20,9 +20,9 @@ from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
-from tarflow_scale.shards.sources.base import EncodedSource, Shaping
+from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
-from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.source import EncodedSource, Shaping
 from tarflow_scale.shards.sources.splits import SPLIT_COLUMNS, Group, Role, refuse_split_column, roles_of_files, settle
 from tarflow_scale.shards.sources.spool import Spool
 

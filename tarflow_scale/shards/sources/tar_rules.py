@@ -11,7 +11,7 @@ from typing import Any
 from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import IMAGE_EXTENSIONS
-from tarflow_scale.shards.sources.labels import as_label, parse_json
+from tarflow_scale.shards.sources.classes import as_label, parse_json
 
 __all__ = ["Rules", "key_and_extension"]
 

@@ -25,8 +25,8 @@ from tarflow_scale.shards.images import IMAGE_EXTENSIONS, Reading, image_extensi
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
-from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
-from tarflow_scale.shards.sources.labels import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.classes import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.source import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.splits import (
     Group,
     Role,

@@ -27,7 +27,7 @@ from tarflow_scale.errors import Unfit, UserError
 from tarflow_scale.pool import temporary_folder
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.processes import answer_within
-from tarflow_scale.verbs.doctor import cluster, installed, launch, machine, places, ranks
+from tarflow_scale.verbs.doctor import installed, launch, machine, places, ranks, ray_cluster
 from tarflow_scale.verbs.doctor.finding import Finding, failed, from_message, skipped
 
 __all__ = ["run"]
@@ -117,7 +117,7 @@ def _checks(config: DoctorConfig) -> list[_Check]:
             if not there
         ]
     if distributed.is_main():
-        found.append(check("cluster", cluster.reach, config.cluster))
+        found.append(check("cluster", ray_cluster.reach, config.cluster))
     asked = [check for check in found if check.name in config.checks.only]
     return sorted(asked, key=lambda check: [*CHECKS].index(check.name))
 

@@ -41,8 +41,8 @@ from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelV
 from tarflow_scale.registry import Lease, Registry
 from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.verbs.evaluate.job import Job, moments_of
-from tarflow_scale.verbs.evaluate.worker import Unit
+from tarflow_scale.verbs.evaluate.job import Evaluation, moments_of
+from tarflow_scale.verbs.evaluate.worker import EvaluationUnit
 
 __all__ = ["bind", "run", "watch"]
 
@@ -58,7 +58,7 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
     version = registry.resolve(config.registry.version)  # once: what another run registers meanwhile is not measured
     if str(config.registry.version) != str(version.version):
         print(f"{config.registry.version} is {registry.model}@{version.version}", flush=True)
-    job = Job(config, registry, version)
+    job = Evaluation(config, registry, version)
     _check(version, job)
     units = job.units()
     _print_plan(job, units)
@@ -132,7 +132,7 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
     Raises:
         UserError: reference and protocols do not fit together, or these are bound to other images.
     """
-    job = Job(config, None, None)
+    job = Evaluation(config, None, None)
     units = job.units()
     _print_plan(job, units)
     if dry_run:
@@ -143,7 +143,7 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
     print(console.table(rows, ("protocol", "bound to", "images")))
 
 
-def _check(version: ModelVersion, job: Job) -> None:
+def _check(version: ModelVersion, job: Evaluation) -> None:
     """Refuse a version that the data or the protocols are not for."""
     for manifest in (job.data, job.reference):
         if (manifest.event_shape, manifest.vectors) != (version.data.event_shape, version.data.vectors):
@@ -164,7 +164,7 @@ def _check(version: ModelVersion, job: Job) -> None:
             )
 
 
-def _costs(job: Job, path: str) -> NDArray[np.float64]:
+def _costs(job: Evaluation, path: str) -> NDArray[np.float64]:
     parts = [part.read("bits")["bits"] for part in job.wanted[path].bits]
     costs = np.concatenate(parts).astype(np.float64)
     if not np.isfinite(costs).all():
@@ -174,7 +174,9 @@ def _costs(job: Job, path: str) -> NDArray[np.float64]:
     return costs
 
 
-def _value(job: Job, path: str, measured: Mapping[str, Measured], bindings: Mapping[str, Binding]) -> MetricValue:
+def _value(
+    job: Evaluation, path: str, measured: Mapping[str, Measured], bindings: Mapping[str, Binding]
+) -> MetricValue:
     protocol = job.protocols[path]
     if isinstance(protocol, LikelihoodProtocol):
         costs = _costs(job, path)
@@ -197,7 +199,7 @@ def _value(job: Job, path: str, measured: Mapping[str, Measured], bindings: Mapp
     )
 
 
-def _stored(registry: Registry, job: Job, path: str) -> FileRecord | None:
+def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None:
     """What each image cost, in the order of the split, kept so that two models can be compared image by image."""
     if not isinstance(job.protocols[path], LikelihoodProtocol):
         return None
@@ -207,7 +209,7 @@ def _stored(registry: Registry, job: Job, path: str) -> FileRecord | None:
     return registry.keep(save_arrays({name: _costs(job, path), "image_sha256": image}))
 
 
-def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
+def _baselines(job: Evaluation, bindings: Mapping[str, Binding]) -> dict[str, float]:
     """The same measures of real images, and of a full-covariance Gaussian where features are pixels."""
     found: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
@@ -236,7 +238,7 @@ def _baselines(job: Job, bindings: Mapping[str, Binding]) -> dict[str, float]:
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 
-def _print_plan(job: Job, units: list[Unit]) -> None:
+def _print_plan(job: Evaluation, units: list[EvaluationUnit]) -> None:
     what, version, cluster = "bind references", job.version, job.config.cluster
     if version is not None:
         what = f"evaluate {job.config.registry.model}@{version.version}: {version.parameters:,} parameters"

@@ -27,21 +27,21 @@ from tarflow_scale.metrics.inception_score import inception_score
 from tarflow_scale.metrics.kernel import kernel_distance
 from tarflow_scale.metrics.manifold import manifold_share
 from tarflow_scale.metrics.measure import Measure, Measured, Reducer, in_rounds
+from tarflow_scale.metrics.parts import FeatureSet, Part
 from tarflow_scale.metrics.protocol_id import images_digest
 from tarflow_scale.metrics.reference import Binding, References
-from tarflow_scale.metrics.requirements import Facts, plan
-from tarflow_scale.metrics.store import FeatureSet, Part
+from tarflow_scale.metrics.requirements import PartIdentity, plan
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import FileRecord, ModelVersion
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.manifest import read_manifest
-from tarflow_scale.verbs.evaluate.worker import GRID_NAME, Scorer, Unit
+from tarflow_scale.verbs.evaluate.worker import GRID_NAME, EvaluationUnit, Scorer
 
-__all__ = ["Job", "moments_of"]
+__all__ = ["Evaluation", "moments_of"]
 
 
-class Job:
+class Evaluation:
     """The parts of an evaluation and what becomes of them.
 
     Args:
@@ -84,7 +84,7 @@ class Job:
                 config.sampling.model_dump(mode="json"),
                 decoding.model_dump(mode="json") if decoding else None,
             ]
-        facts = Facts(
+        facts = PartIdentity(
             device=["cuda" if gpu else config.cluster.cpus_per_worker, provenance.package_versions()["torch"]],
             weights=weights,
             test=self.data.digest,
@@ -109,9 +109,9 @@ class Job:
         """The protocols that look at images through an extractor."""
         return {path: one for path, one in self.protocols.items() if not isinstance(one, LikelihoodProtocol)}
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[EvaluationUnit]:
         """Every part that is needed, each once."""
-        found: dict[tuple[str, str], Unit] = {}
+        found: dict[tuple[str, str], EvaluationUnit] = {}
         for path, wanted in self.wanted.items():
             work: list[tuple[Part, Any]] = [(part, self.protocols[path]) for part in wanted.bits]
             for features in wanted.sets():
@@ -121,10 +121,10 @@ class Job:
                     continue
                 work += [(part, features) for part in features.parts()]
             for part, what in work:
-                found.setdefault((part.folder, part.name), Unit(part, what))
+                found.setdefault((part.folder, part.name), EvaluationUnit(part, what))
         return list(found.values())
 
-    def make(self, pool: Pool, units: list[Unit]) -> None:
+    def make(self, pool: Pool, units: list[EvaluationUnit]) -> None:
         """Make the parts that are not there."""
         there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
         missing = [unit for unit in units if unit.part.name not in there[unit.part.folder]]
@@ -206,7 +206,7 @@ def moments_of(features: FeatureSet, layer: str) -> Iterator[Moments]:
         yield Moments.stored(part.location, layer)
 
 
-def _check_protocols(job: Job) -> None:
+def _check_protocols(job: Evaluation) -> None:
     """Refuse protocols that do not fit each other or the data, before any work."""
     names = [protocol.name for protocol in job.protocols.values()]
     if len(set(names)) < len(names):

@@ -14,8 +14,8 @@ from tarflow_scale import storage
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.evaluate import ReferenceConfig
 from tarflow_scale.config.protocols import BitsPerDimProtocol, LikelihoodProtocol, NatsProtocol
-from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.sampling import SamplingConfig
+from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
@@ -23,7 +23,7 @@ from tarflow_scale.loading import decoding_plan, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantised, pixel_hashes
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
-from tarflow_scale.metrics.store import Arrays, FeatureSet, Images, Part
+from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
@@ -31,7 +31,7 @@ from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import Batch, ShardSet
 from tarflow_scale.shards.vectors import floats
 
-__all__ = ["GRID_NAME", "Scorer", "Unit"]
+__all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
 GRID_NAME = "grid.png"
 """A picture of the first samples, beside the parts of their features."""
@@ -41,7 +41,7 @@ _IMAGES_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
-class Unit:
+class EvaluationUnit:
     """A part to make: features of a set of images, or log-likelihoods by a protocol."""
 
     part: Part
@@ -91,7 +91,7 @@ class Scorer:
             self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses at once what does not fit
             self._data = ShardSet(data.path, data.verify)
 
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: EvaluationUnit) -> None:
         """Make the part."""
         if isinstance(unit.work, LikelihoodProtocol):
             unit.part.write(self._scored(unit.part, unit.work))

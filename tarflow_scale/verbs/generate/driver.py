@@ -29,14 +29,14 @@ from tarflow_scale.runtime import console
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
 from tarflow_scale.sampling.labels import numbered
-from tarflow_scale.shards.files import check_folder, write_folder
+from tarflow_scale.shards.export import check_folder, write_folder
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from tarflow_scale.shards.npz import check_npz, write_npz
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
-from tarflow_scale.verbs.generate.worker import UNIT_FOLDERS, ShardMaker, Unit, is_done, read_quality, read_record
+from tarflow_scale.verbs.generate.worker import UNIT_FOLDERS, ShardMaker, ShardUnit, is_done, read_quality, read_record
 
 __all__ = ["calibrate", "resolved_plan", "run"]
 
@@ -246,13 +246,13 @@ def _settings(config: GenerateConfig) -> SamplingConfig:
     return SamplingConfig.model_validate(config.sampling.model_dump(exclude=own))
 
 
-def _units(plan: GenerationPlan) -> list[Unit]:
+def _units(plan: GenerationPlan) -> list[ShardUnit]:
     size = plan.samples_per_shard
     starts = range(0, plan.num_images, size)
-    return [Unit(number, start, min(start + size, plan.num_images)) for number, start in enumerate(starts)]
+    return [ShardUnit(number, start, min(start + size, plan.num_images)) for number, start in enumerate(starts)]
 
 
-def _images(units: list[Unit]) -> int:
+def _images(units: list[ShardUnit]) -> int:
     return sum(unit.stop - unit.start for unit in units)
 
 

@@ -21,14 +21,14 @@ from tarflow_scale.shards.manifest import ShardRecord, index_name
 from tarflow_scale.shards.vectors import VALUES, encode_vector
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["UNIT_FOLDERS", "ShardMaker", "Unit", "is_done", "read_quality", "read_record"]
+__all__ = ["UNIT_FOLDERS", "ShardMaker", "ShardUnit", "is_done", "read_quality", "read_record"]
 
 UNIT_FOLDERS = _RECORDS, _QUALITY = "records", "quality"
 """Where a file a shard is written, beside the shards."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardUnit:
     """One output shard: images ``[start, stop)``."""
 
     number: int
@@ -60,7 +60,7 @@ class ShardMaker:
         self._flow = flow
         self._encoder = Encoder(plan.threads if plan.device == "cuda" else 1, plan.codec, plan.jpeg_quality)
 
-    def run(self, unit: Unit) -> tuple[Quality, float | None]:
+    def run(self, unit: ShardUnit) -> tuple[Quality, float | None]:
         """Make a shard: first the record of what it will be, then index and tar, which are read back.
 
         Returns what was wrong with images, and `Sampler.round_trip_error`; nothing is made that another driver made.
@@ -87,7 +87,7 @@ class ShardMaker:
             raise StorageError(f"{self._path}/{unit.tar_name} reads otherwise than it was written; check the disk")
         return quality, self._sampler.round_trip_error()
 
-    def _made(self, unit: Unit) -> tuple[PackedShard, Quality]:
+    def _made(self, unit: ShardUnit) -> tuple[PackedShard, Quality]:
         """The shard in memory; images are encoded while the next are decoded."""
         plan, quality = self._plan, Quality()
         guard = GuardConfig.model_validate(plan.guard)
@@ -128,28 +128,28 @@ class ShardMaker:
         return Sample(key=f"{index:09d}", image={extension: file}, label=label, facts=facts)
 
 
-def _record_location(path: str, unit: Unit) -> str:
+def _record_location(path: str, unit: ShardUnit) -> str:
     return storage.join(path, _RECORDS, unit.tar_name.removesuffix(".tar") + ".json")
 
 
-def read_record(path: str, unit: Unit) -> ShardRecord:
+def read_record(path: str, unit: ShardUnit) -> ShardRecord:
     """What a shard is, or will be."""
     location = _record_location(path, unit)
     return ShardRecord.from_json(storage.read_bytes(location), location)
 
 
-def _quality_location(path: str, unit: Unit) -> str:
+def _quality_location(path: str, unit: ShardUnit) -> str:
     return storage.join(path, _QUALITY, unit.tar_name.removesuffix(".tar") + ".json")
 
 
-def read_quality(path: str, unit: Unit) -> Quality:
+def read_quality(path: str, unit: ShardUnit) -> Quality:
     """What was wrong with the images of a finished shard; nothing is known of those of early versions."""
     location = _quality_location(path, unit)
     content = storage.read_if_there(location)
     return Quality(images=unit.stop - unit.start) if content is None else Quality.from_json(content, location)
 
 
-def is_done(path: str, unit: Unit) -> bool:
+def is_done(path: str, unit: ShardUnit) -> bool:
     """Whether record, tar and index are there and are what the record says."""
     tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
     if not all(map(storage.exists, (_record_location(path, unit), tar, index))):

@@ -25,15 +25,15 @@ import torch
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
-from tarflow_scale.config.registry import VersionConfig
 from tarflow_scale.config.score import ScoreConfig
+from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.density.anomaly import SCORES, Separation, codecs, scores_of, separate, threshold
 from tarflow_scale.density.surprise import overlaid
 from tarflow_scale.errors import ConfigError, DataError, needs_package
 from tarflow_scale.flows import Flow
 from tarflow_scale.loading import load_version
 from tarflow_scale.metrics.bits import dequantised
-from tarflow_scale.metrics.store import Part, parts_of
+from tarflow_scale.metrics.parts import Part, parts_of
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import ModelVersion, canonical_json
 from tarflow_scale.registry import Registry
@@ -41,7 +41,7 @@ from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.verbs.score.worker import Rater, Unit, dequantisation
+from tarflow_scale.verbs.score.worker import Rater, ScoringUnit, dequantisation
 
 __all__ = ["run"]
 
@@ -143,7 +143,7 @@ def _units(
     config: ScoreConfig,
     versions: list[tuple[VersionConfig, ModelVersion]],
     sets: dict[str, tuple[str, Manifest]],
-) -> dict[str, list[Unit]]:
+) -> dict[str, list[ScoringUnit]]:
     """What is to be done for each set, in folders that are named by all that decides the numbers."""
     facts: dict[str, Any] = {
         "weights": [version.weights_digest for _, version in versions],
@@ -153,11 +153,11 @@ def _units(
         "codecs": sorted(codecs()),
         "edition": 2,  # of what parts hold
     }
-    found: dict[str, list[Unit]] = {}
+    found: dict[str, list[ScoringUnit]] = {}
     for name, (path, manifest) in sets.items():
         digest = storage.digest(canonical_json(facts | {"data": manifest.digest}))[:16]
         folder = storage.join(config.scoring.path, _PARTS, digest)
-        found[name] = [Unit(path, part) for part in parts_of(folder, manifest.num_images)]
+        found[name] = [ScoringUnit(path, part) for part in parts_of(folder, manifest.num_images)]
     return found
 
 
@@ -170,7 +170,7 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]], units: list[Unit]) -> None:
+def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]], units: list[ScoringUnit]) -> None:
     there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
     wanted = {unit.part.location: unit for unit in units}  # a set may be named twice
     missing = [unit for unit in wanted.values() if unit.part.name not in there[unit.part.folder]]
@@ -188,7 +188,7 @@ def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]
             bar.update(unit.part.stop - unit.part.start)
 
 
-def _parts(units: list[Unit]) -> list[Part]:
+def _parts(units: list[ScoringUnit]) -> list[Part]:
     return [unit.part for unit in units]
 
 
@@ -204,7 +204,7 @@ def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
 Row = dict[str, Any]
 
 
-def _rows(sets: dict[str, tuple[list[Unit], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
+def _rows(sets: dict[str, tuple[list[ScoringUnit], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
     """Rows of the table, a part at a time."""
     for name, (units, scores) in sets.items():
         for part in _parts(units):
@@ -324,7 +324,9 @@ def _print_scores(
         print(f"{score}: {SCORES[score]}")
 
 
-def _print_least_likely(units: list[Unit], likelihood: NDArray[np.float64], class_names: tuple[str, ...]) -> None:
+def _print_least_likely(
+    units: list[ScoringUnit], likelihood: NDArray[np.float64], class_names: tuple[str, ...]
+) -> None:
     rows: list[tuple[str, ...]] = []
     for number in np.argsort(-likelihood, kind="stable")[:_SHOWN].tolist():
         part = next(part for part in _parts(units) if part.start <= number < part.stop)

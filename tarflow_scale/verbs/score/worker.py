@@ -18,14 +18,14 @@ from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.metrics.bits import dequantised
-from tarflow_scale.metrics.store import Part
+from tarflow_scale.metrics.parts import Part
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["Rater", "Unit", "dequantisation"]
+__all__ = ["Rater", "ScoringUnit", "dequantisation"]
 
 
 @dataclass(frozen=True)
-class Unit:
+class ScoringUnit:
     """A part of a data set to score."""
 
     path: str
@@ -76,7 +76,7 @@ class Rater:
         self._sets: dict[str, ShardSet] = {}
 
     @torch.no_grad()
-    def run(self, unit: Unit) -> None:
+    def run(self, unit: ScoringUnit) -> None:
         """Make the part.
 
         Raises:

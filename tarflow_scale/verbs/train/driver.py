@@ -45,13 +45,13 @@ from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix
 from tarflow_scale.training import run_log
 from tarflow_scale.training.checkpoint import newest as newest_checkpoint
+from tarflow_scale.training.construction import flow_of, seen_by_model
 from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.folder import STOP_SECONDS, check_shared, configuration_of, describe_run, follow_launcher
 from tarflow_scale.training.loop import Loop
 from tarflow_scale.training.meter import Meter, peak_flops_of
-from tarflow_scale.training.model import flow_of, seen_by_model
 from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress
 from tarflow_scale.training.validation import Validation

@@ -98,7 +98,7 @@ def test_zips_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def test_a_zip_member_that_is_too_large_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow_scale.shards.sources.files._MAX_MEMBER_BYTES", 10_000)
+    monkeypatch.setattr("tarflow_scale.shards.sources.image_files._MAX_MEMBER_BYTES", 10_000)
     path = write_zip(tmp_path / "bomb.zip", {"a.png": bytes(20_000)})
     with pytest.raises(DataError, match=r"bomb.zip:a.png is too large for an image \(20,000 bytes\)"):
         opened("zip", path)

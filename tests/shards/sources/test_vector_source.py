@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.vectors import VectorSource
+from tarflow_scale.shards.sources.vector_files import VectorSource
 from tarflow_scale.shards.vectors import floats
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.base import BadImage, EncodedSource, Shaping
 from tarflow_scale.shards.sources.layout import lay_out
+from tarflow_scale.shards.sources.source import BadImage, EncodedSource, Shaping
 
 __all__ = ["FolderSource", "ZipSource"]
 

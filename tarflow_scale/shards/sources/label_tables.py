@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.sources.labels import as_label, parse_json, refuse_mixture, rows_of
+from tarflow_scale.shards.sources.classes import as_label, parse_json, refuse_mixture, rows_of
 from tarflow_scale.shards.sources.splits import refuse_split_column
 
 __all__ = ["LabelTables"]

@@ -13,8 +13,8 @@ from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import NPY_FAULTS
-from tarflow_scale.shards.sources.base import ImageSource
-from tarflow_scale.shards.sources.labels import as_label, classes_of_labels, numbered_classes
+from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, numbered_classes
+from tarflow_scale.shards.sources.source import ImageSource
 from tarflow_scale.shards.sources.splits import train_then_test
 
 __all__ = ["VectorSource"]
