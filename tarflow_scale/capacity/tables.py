@@ -61,8 +61,10 @@ def _recipe(answer: Answer) -> str:
     shape = "x".join(map(str, scenario.event_shape))
     flops = scenario.flops_per_image
     rows = [
-        ("model", f"{scenario.config.model.kind}, {scenario.size.parameters:,} parameters, for {shape} ({answer.facts.source})"),
-        ("GPUs", f"{scenario.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, on {nodes} machine{'s' * (nodes > 1)}"),
+        ("model", f"{scenario.config.model.kind}, {scenario.size.parameters:,} parameters, for {shape} "
+         f"({answer.facts.source})"),
+        ("GPUs", f"{scenario.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, "
+         f"on {nodes} machine{'s' * (nodes > 1)}"),
         ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
          f"{parallelism.activations}, offload {parallelism.offload}"),
         ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} x {scenario.gpus} GPUs x "
@@ -117,7 +119,8 @@ def _speed(answer: Answer) -> str:
     rows = [
         ("utilisation of a GPU", f"{scenario.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
-        ("images a second", f"{_figure(step.images_per_second)}, {_figure(step.images_per_second / scenario.gpus)} a GPU"),
+        ("images a second", f"{_figure(step.images_per_second)}, "
+         f"{_figure(step.images_per_second / scenario.gpus)} a GPU"),
         ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of one GPU's images a second, each"),
         ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
          f"{hours * scenario.gpus / 24:,.1f} GPU days"),
