@@ -169,13 +169,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
         instead = added.add_mutually_exclusive_group() if any(flag.function for flag in verb.flags) else added
         for flag in verb.flags:
-            kind: dict[str, Any] = {"nargs": len(flag.values), "metavar": flag.values}
-            (instead if flag.function else added).add_argument(
-                f"--{flag.name}",
-                help=_plain(flag.help),
-                dest=_attribute(flag),
-                **(kind if flag.values else {"action": "store_true"}),
-            )
+            values: dict[str, Any] = {"nargs": len(flag.values), "metavar": flag.values}
+            kind: dict[str, Any] = values if flag.values else {"action": "store_true"}
+            place = instead if flag.function else added
+            place.add_argument(f"--{flag.name}", help=_plain(flag.help), dest=_attribute(flag), **kind)
         added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
         added.set_defaults(verb=name)
     return parser

@@ -31,8 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 CLUSTERS = {
-    "doctor", "evaluate", "evaluation_faults", "generate", "generation_faults", "hosts", "pool", "ray_cluster",
-    "roll_call", "s3_end_to_end", "score", "slurm",
+    "collectives", "doctor", "evaluate", "evaluation_faults", "generate", "generation_faults", "hosts", "pool",
+    "ray_cluster", "s3_end_to_end", "score", "slurm",
 }  # fmt: skip
 """Files whose tests start Ray, Slurm or hosts of their own, of which one machine has room for one at a time."""
 
@@ -42,7 +42,7 @@ def group_of(test: str) -> str:
     file = Path(test.partition("::")[0])
     if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
-    return "runs" if file.parent.name in ("tests", "training") else test
+    return "runs" if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
 
 
 @pytest.hookimpl(optionalhook=True)
