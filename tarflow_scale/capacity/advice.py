@@ -110,7 +110,7 @@ def variant(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig | No
     for section, settings in sections.items():
         raw[section] |= settings
     try:
-        return TrainConfig.model_validate(raw)
+        return type(config).model_validate(raw)
     except ValidationError:
         return None
 
