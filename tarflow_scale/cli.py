@@ -106,7 +106,7 @@ def _run(verb: Verb, arguments: argparse.Namespace) -> int:
                 getattr(_module(verb), function)(*values)
                 return 0
         path, overrides = _split_arguments(arguments.config)
-        overrides += [f"{flag.key}={json.dumps(value)}" for flag, (value,) in given if flag.key]
+        overrides += [f"{flag.key}={json.dumps(values[0])}" for flag, values in given if flag.key]
         config = verb.config.load(path, overrides, verb.file)
         if verb.imports and distributed.is_main():
             print(f"importing {verb.imports}")  # seconds, in which nothing else would show that anything happens

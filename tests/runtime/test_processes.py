@@ -78,13 +78,10 @@ def test_nobody_is_let_in_while_a_lock_is_removed(tmp_path: Path, monkeypatch: p
 
 def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
     child = (
-        "import time; from tarflow_scale.runtime.processes import die_with_parent; die_with_parent(); time.sleep(600)"
+        "import os, time; from tarflow_scale.runtime.processes import die_with_parent\n"
+        "die_with_parent(); print(os.getpid(), flush=True); time.sleep(600)"
     )
-    parent = (
-        "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "time.sleep(1.0); print(child.pid, flush=True); time.sleep(600)"
-    )
+    parent = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=TOP, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
