@@ -8,12 +8,12 @@ import torch
 from tarflow_scale import storage
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
-from tarflow_scale.flows import Flow, TarFlow, load_flow
+from tarflow_scale.flows import Flow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.records import DecodingPlan
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.calibration import measured_with
-from tarflow_scale.sampling.decode import TarFlowDecoder
+from tarflow_scale.sampling.decode import decoder_of
 
 __all__ = ["EXPORTED", "decoding_plan", "load", "load_version", "worker_device"]
 
@@ -56,8 +56,9 @@ def _exported_names(location: str) -> tuple[str, ...]:
 
 
 def _fast(flow: Flow) -> Flow:
-    if isinstance(flow, TarFlow):
-        flow.decoder = TarFlowDecoder(flow).as_decode
+    decoder = decoder_of(flow)
+    if decoder is not None:
+        flow.decoder = decoder.as_decode
     return flow
 
 

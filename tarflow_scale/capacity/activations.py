@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from tarflow_scale.capacity.flops import STAGES, linear_flops
 from tarflow_scale.config.model import (
+    Activations,
     ContinuousConfig,
     GlowConfig,
     IAFConfig,
@@ -29,7 +30,6 @@ from tarflow_scale.config.model import (
     RealNVPConfig,
     TarFlowConfig,
 )
-from tarflow_scale.flows.flow import Activations
 from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
 from tarflow_scale.flows.recompute import ANCHOR_EVERY
 from tarflow_scale.flows.vector_realnvp import COUPLINGS

@@ -43,8 +43,6 @@ _REPOSITORY = ("configs", "evals", "launch")
 _SOURCE = "the source of tarflow-scale"
 _NO_SECTION = re.compile(r"(^|; )\w+: required section is missing")
 _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
-_MODEL_KINDS = ("tarflow", "glow", "nice", "realnvp", "maf", "iaf", "continuous")
-"""Which pydantic puts into the path of a key below ``model``, though nobody writes them there."""
 
 
 class _OneLine(type(BaseModel)):
@@ -296,14 +294,24 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
-def _first_key(kind: type[BaseModel], loc: tuple[Any, ...]) -> str | None:
-    """The key to begin with of a section that is missing; None where a value is."""
-    sections = [kind]
+def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys that lead to a problem, and the sections that are there: none of a value, several of a union.
+
+    Pydantic also names the section of a union that it tried, by its ``kind``, which is no key.
+    """
+    keys, sections = list[str](), [kind]
     for part in loc:
+        if len(sections) > 1 and part in {one.model_fields["kind"].default for one in sections}:
+            sections = [one for one in sections if one.model_fields["kind"].default == part]
+            continue
+        keys.append(str(part))
         fields = [field for one in sections if (field := one.model_fields.get(str(part)))]
-        sections = sections_of(fields[0].annotation) if fields else sections
-    if sections == [kind] or not sections:
-        return None
+        sections = sections_of(fields[0].annotation) if fields else []
+    return keys, sections
+
+
+def _first_key(sections: list[type[BaseModel]]) -> str:
+    """The key to begin with of a section that is missing."""
     if len(sections) > 1:
         return "kind"
     keys = sections[0].model_fields
@@ -312,7 +320,8 @@ def _first_key(kind: type[BaseModel], loc: tuple[Any, ...]) -> str | None:
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
     """``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
-    path = ".".join(str(part) for part in problem["loc"] if part not in _MODEL_KINDS)
+    keys, sections = _walked(kind, problem["loc"])
+    path = ".".join(keys)
     match problem["type"]:
         case "extra_forbidden":
             key = str(problem["loc"][-1])
@@ -329,8 +338,9 @@ def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> s
             return f"{missing}: required key is missing; set it in the YAML or as {missing}=VALUE"
         case "missing" if in_python:
             return f"{path}: required argument is missing; pass {path}=VALUE"
-        case "missing" if first := _first_key(kind, problem["loc"]):
-            return f"{path}: required section is missing; set its keys in the YAML or as {path}.{first}=VALUE"
+        case "missing" if sections:
+            example = f"{path}.{_first_key(sections)}=VALUE"
+            return f"{path}: required section is missing; set its keys in the YAML or as {example}"
         case "missing":
             return f"{path}: required key is missing; set it in the YAML or as {path}=VALUE"
         case "tuple_type" if isinstance(problem["input"], str | int | float):

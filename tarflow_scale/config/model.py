@@ -1,12 +1,18 @@
-"""The section ``model``: one class a flow, told apart by ``kind``. Defaults live here and nowhere else."""
+"""The section ``model``: one class for each kind of flow, and what flows of that kind can do.
 
-from typing import Annotated, Any, Literal
+Defaults live here and nowhere else. Code outside of a flow's own module asks for `Capabilities`, not for the kind.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tarflow_scale.config.base import Section
 
 __all__ = [
+    "Activations",
+    "Capabilities",
     "ContinuousConfig",
     "DequantizationConfig",
     "GlowConfig",
@@ -19,6 +25,34 @@ __all__ = [
 ]
 
 
+Activations = Literal["keep", "checkpoint", "rebuild"]
+"""What the backward pass does for activations: keep them, compute them again from the kept inputs of layers, or rebuild
+them from outputs by inverting layers."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kind of flow can do.
+
+    Args:
+        vectors: whether events may be vectors ``(D,)``, beside images ``(C, H, W)``.
+        activations: what its backward pass can do for activations.
+        guidance: whether its samples can be guided.
+        separate_networks: whether its maps are made by networks that can be compiled by themselves, and whose matrices
+            Muon can update.
+        divided_weights: whether its weights may be divided among ranks (ZeRO stage 3).
+        batch_statistics: whether a training pass normalizes by statistics of its batch, so that the division of a batch
+            into micro batches changes results.
+    """
+
+    vectors: bool = True
+    activations: tuple[Activations, ...] = ("keep", "checkpoint")
+    guidance: bool = True
+    separate_networks: bool = True
+    divided_weights: bool = True
+    batch_statistics: bool = False
+
+
 class DequantizationConfig(Section):
     """Variational dequantisation (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
 
@@ -29,6 +63,8 @@ class DequantizationConfig(Section):
 
 
 class _FlowConfig(Section):
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities()
+
     class_conditional: bool = True
     """Whether labels condition the flow, or the numbers that vectors are given with."""
     logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
@@ -37,6 +73,11 @@ class _FlowConfig(Section):
     dequantization: DequantizationConfig | None = None
     """Uniform noise of images passes a small flow, learned with this one, that knows the image: a tighter bound on
     the cost of its pixels. None leaves the noise uniform."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this flow can do, as it is configured."""
+        return self.CAPABILITIES
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -50,6 +91,7 @@ class _FlowConfig(Section):
 class TarFlowConfig(_FlowConfig):
     """TarFlow (arXiv 2412.06329); see `tarflow_scale.flows.tarflow`."""
 
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False)
     kind: Literal["tarflow"] = "tarflow"
     """Chooses this model; must be written."""
     patch_size: int = Field(ge=1)
@@ -84,6 +126,7 @@ class TarFlowConfig(_FlowConfig):
 class GlowConfig(_FlowConfig):
     """Glow (arXiv 1807.03039); see `tarflow_scale.flows.glow`."""
 
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False, activations=("keep", "checkpoint", "rebuild"))
     kind: Literal["glow"] = "glow"
     """Chooses this model; must be written."""
     levels: int = Field(ge=1)
@@ -104,6 +147,7 @@ class GlowConfig(_FlowConfig):
 class NICEConfig(_FlowConfig):
     """NICE (arXiv 1410.8516); see `tarflow_scale.flows.nice`."""
 
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False)
     kind: Literal["nice"] = "nice"
     """Chooses this model; must be written."""
     couplings: int = Field(default=4, ge=2)
@@ -117,6 +161,8 @@ class NICEConfig(_FlowConfig):
 class RealNVPConfig(_FlowConfig):
     """RealNVP (arXiv 1605.08803); see `tarflow_scale.flows.realnvp`."""
 
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities()
+    BATCH_CAPABILITIES: ClassVar[Capabilities] = Capabilities(activations=("keep",), batch_statistics=True)
     kind: Literal["realnvp"] = "realnvp"
     """Chooses this model; must be written."""
     levels: int = Field(ge=1)
@@ -131,8 +177,15 @@ class RealNVPConfig(_FlowConfig):
     log_scale_bound: float = Field(default=2.0, gt=0)
     """Bound c of the log-scales, c tanh(raw / c)."""
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this flow can do, as it is configured."""
+        return self.BATCH_CAPABILITIES if self.normalization == "batch" else self.CAPABILITIES
+
 
 class _AutoregressiveConfig(_FlowConfig):
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False, separate_networks=False)
+
     transforms: int = Field(default=5, ge=1)
     """Autoregressive transformations; the order of dimensions is reversed from one to the next."""
     hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 512), min_length=1)
@@ -158,6 +211,9 @@ class IAFConfig(_AutoregressiveConfig):
 class ContinuousConfig(_FlowConfig):
     """Continuous flow, FFJORD (arXiv 1810.01367); see `tarflow_scale.flows.continuous`."""
 
+    CAPABILITIES: ClassVar[Capabilities] = Capabilities(
+        activations=("keep",), guidance=False, separate_networks=False, divided_weights=False
+    )
     kind: Literal["continuous"] = "continuous"
     """Chooses this model; must be written."""
     width: int = Field(default=64, ge=1)

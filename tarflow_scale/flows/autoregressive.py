@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import MAFConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError, needs_package
 from tarflow_scale.flows.conditions import Condition, GivenCondition, embed
@@ -52,7 +53,7 @@ class Autoregressive(Flow):
         ValueError: an event of one dimension, or hidden layers that are too narrow to read all of them.
     """
 
-    takes_guidance = False
+    capabilities = MAFConfig.CAPABILITIES
 
     def __init__(
         self,

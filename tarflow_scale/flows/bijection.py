@@ -11,13 +11,12 @@ do with a model is in `tarflow_scale.flows.flow`. ``forward`` and ``inverse`` ch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.model import Activations, Capabilities, ModelConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import (
     Condition,
@@ -32,21 +31,17 @@ from tarflow_scale.flows.inputs import check_shape
 from tarflow_scale.flows.logits import from_logits, to_logits
 from tarflow_scale.records import PixelFormat
 
-__all__ = ["Activations", "Bijection", "Decode"]
+__all__ = ["Bijection", "Decode"]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 """What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
-
-Activations = Literal["keep", "checkpoint", "rebuild"]
-"""What the backward pass does for activations: keep them, compute them again from kept inputs of layers, or rebuild
-them from outputs by inverting layers."""
 
 
 class Bijection(nn.Module, ABC):
     """A normalizing flow ``x <-> z`` with exact log-determinant.
 
-    A model implements `encode` and `decode`; what all models share around them is here. It names in
-    ``activation_choices`` what its backward pass can do.
+    A model implements `encode` and `decode`; what all models share around them is here. Its configuration declares its
+    ``capabilities``.
 
     Args:
         event_shape: shape of one sample, ``(C, H, W)`` for images.
@@ -54,8 +49,7 @@ class Bijection(nn.Module, ABC):
         logit_alpha: the data passes `to_logits` first; None leaves it on [-1, 1].
     """
 
-    activation_choices: ClassVar[tuple[Activations, ...]] = ("keep", "checkpoint")
-    takes_guidance: ClassVar[bool] = True
+    capabilities = Capabilities()
 
     def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, logit_alpha: float | None) -> None:
         super().__init__()
@@ -172,8 +166,8 @@ class Bijection(nn.Module, ABC):
 
     def check_activations(self, how: Activations) -> None:
         """Raise ValueError where the model has no such way of the backward pass."""
-        if how not in self.activation_choices:
-            choices = ", ".join(self.activation_choices)
+        if how not in self.capabilities.activations:
+            choices = ", ".join(self.capabilities.activations)
             raise ValueError(f"activations of {type(self).__name__} must be one of {choices} (got {how}); choose one")
 
     @abstractmethod
@@ -224,7 +218,7 @@ class Bijection(nn.Module, ABC):
         """
         if guidance is None or guidance.scale == 0:
             return False
-        if not self.takes_guidance:
+        if not self.capabilities.guidance:
             raise ValueError(f"{type(self).__name__} has no guidance (got scale={guidance.scale}); set it to 0")
         if guidance.attention_temperature == 1.0:
             if self.num_classes is None:

@@ -65,7 +65,7 @@ def build(
             "to false"
         )
     image = event_shape if len(event_shape) == 3 else None
-    if image is None and isinstance(config, TarFlowConfig | GlowConfig):
+    if image is None and not config.capabilities.vectors:
         raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
     if image is None and config.dequantization is not None:
         raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")

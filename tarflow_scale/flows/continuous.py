@@ -36,17 +36,18 @@ import hashlib
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import ContinuousConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError, NumericsError, needs_package
 from tarflow_scale.flows.conditions import Condition, embed, is_transformed
-from tarflow_scale.flows.flow import Activations, Flow
+from tarflow_scale.flows.flow import Flow
 
 __all__ = ["Continuous", "Dynamics"]
 
@@ -170,8 +171,7 @@ class Continuous(Flow):
         ConfigError: torchdiffeq is not installed.
     """
 
-    activation_choices: ClassVar[tuple[Activations, ...]] = ("keep",)
-    takes_guidance = False
+    capabilities = ContinuousConfig.CAPABILITIES
 
     def __init__(
         self,

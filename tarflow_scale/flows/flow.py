@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tarflow_scale.config.sampling import Guidance
-from tarflow_scale.flows.bijection import Activations, Bijection, Decode
+from tarflow_scale.flows.bijection import Bijection, Decode
 from tarflow_scale.flows.conditions import Condition, GivenCondition, is_transformed
 from tarflow_scale.flows.inputs import check_draws, check_stored, check_values
 from tarflow_scale.flows.latents import latents
@@ -25,7 +25,7 @@ from tarflow_scale.runtime import console
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Activations", "Decode", "Flow"]
+__all__ = ["Decode", "Flow"]
 
 
 class Flow(Bijection):

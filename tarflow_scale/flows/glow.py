@@ -21,10 +21,10 @@ below, without which a few samples in a hundred overflow; activations may be reb
 Shapes: B batch, D dimensions, L levels, K steps a level. log_det: nats, summed over dimensions.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
+from tarflow_scale.config.model import GlowConfig
 from tarflow_scale.flows.coupling import ActNorm, Coupling, InvertibleConv, Layer
-from tarflow_scale.flows.flow import Activations
 from tarflow_scale.flows.multiscale import Level, MultiScaleFlow, Step
 
 __all__ = ["Glow", "GlowStep"]
@@ -77,7 +77,7 @@ class Glow(MultiScaleFlow):
         ValueError: when the image cannot be squeezed so often.
     """
 
-    activation_choices: ClassVar[tuple[Activations, ...]] = ("keep", "checkpoint", "rebuild")
+    capabilities = GlowConfig.CAPABILITIES
 
     def __init__(
         self,

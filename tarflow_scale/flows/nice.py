@@ -21,6 +21,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import NICEConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
@@ -73,7 +74,7 @@ class NICE(Flow):
         ValueError: an event of one dimension.
     """
 
-    takes_guidance = False
+    capabilities = NICEConfig.CAPABILITIES
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import RealNVPConfig
 from tarflow_scale.flows.coupling import ActNorm, Layer, Normalization, ZeroConv, per_channel, statistics
-from tarflow_scale.flows.flow import Activations
 from tarflow_scale.flows.multiscale import Level, MultiScaleFlow, Step
 from tarflow_scale.runtime.distributed import all_reduce_sum, all_reduce_sum_with_gradient
 
@@ -225,7 +225,8 @@ class RealNVP(MultiScaleFlow):
         logit_alpha: float | None = None,
     ) -> None:
         super().__init__(event_shape, num_classes, logit_alpha)
-        self.normalization = normalization
+        if normalization == "batch":  # a pass that is computed again would count its batch twice in running statistics
+            self.capabilities = RealNVPConfig.BATCH_CAPABILITIES
         channels, rows, columns = event_shape
         factor = 2 ** (levels - 1)
         if rows % factor or columns % factor or rows * columns == factor**2:
@@ -255,13 +256,3 @@ class RealNVP(MultiScaleFlow):
         self.add_level(
             Level(last, channels, False, num_classes, squeezes=False, prior_sees_rest=False), channels, rows, columns
         )
-
-    def check_activations(self, how: Activations) -> None:
-        """As `Flow.check_activations`; a batch that is looked at again would count twice in running statistics.
-
-        Raises:
-            ValueError: this model has no such way.
-        """
-        super().check_activations(how)
-        if how != "keep" and self.normalization == "batch":
-            raise ValueError(f"normalization=batch keeps its activations (got {how}); use keep, or actnorm")

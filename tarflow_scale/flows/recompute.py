@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from tarflow_scale.config.model import Activations
 from tarflow_scale.flows.coupling import Coupling, Layer, Leaves
-from tarflow_scale.flows.flow import Activations
 
 __all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 

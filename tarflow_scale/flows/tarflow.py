@@ -33,6 +33,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.attention import KeyValueCache, TransformerLayer
 from tarflow_scale.flows.conditions import Condition, embed
@@ -206,6 +207,8 @@ class TarFlow(Flow):
     Raises:
         ValueError: when the image does not divide into patches.
     """
+
+    capabilities = TarFlowConfig.CAPABILITIES
 
     def __init__(
         self,

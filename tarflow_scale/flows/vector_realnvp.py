@@ -12,11 +12,14 @@ units of their own, or do nothing where there are none, as for a variational pos
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tarflow_scale.config.model import RealNVPConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
@@ -80,7 +83,7 @@ class VectorRealNVP(Flow):
         ValueError: an event of one dimension, or another normalisation.
     """
 
-    takes_guidance = False
+    capabilities = replace(RealNVPConfig.CAPABILITIES, guidance=False)
 
     def __init__(
         self,

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition
-from tarflow_scale.flows.flow import Decode
+from tarflow_scale.flows.flow import Decode, Flow
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.network import BlockNetwork
 
-__all__ = ["BlockReport", "Progress", "Schedule", "TarFlowDecoder"]
+__all__ = ["BlockReport", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
 """Iterates are kept within this: a far one can overflow, and an infinite key would reach exact tokens as NaN."""
@@ -294,3 +294,8 @@ def _iterate(
         if due and count < stop - start and float(move) <= schedule.tolerance:
             return count, move
     return stop - start, torch.zeros_like(move)
+
+
+def decoder_of(flow: Flow, dtype: torch.dtype | None = None) -> TarFlowDecoder | None:
+    """The fast decoder of a flow, with transformers in this precision; None where it has only its own way."""
+    return TarFlowDecoder(flow, dtype) if isinstance(flow, TarFlow) else None

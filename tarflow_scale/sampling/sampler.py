@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarflow_scale.config.sampling import Guidance, Labels, SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
-from tarflow_scale.flows import Flow, TarFlow
+from tarflow_scale.flows import Flow
 from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize
@@ -21,7 +21,7 @@ from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.batch_size import fitting_batch
 from tarflow_scale.sampling.calibration import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
-from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder
+from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder, decoder_of
 from tarflow_scale.sampling.labels import balanced_labels, check_labels, labels_of
 
 __all__ = ["Sampler", "calibrate"]
@@ -219,8 +219,9 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
 
 
 def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
-    if isinstance(flow, TarFlow):
-        return TarFlowDecoder(flow, _DTYPES[settings.decoder.precision])
+    decoder = decoder_of(flow, _DTYPES[settings.decoder.precision])
+    if decoder is not None:
+        return decoder
     name = type(flow).__name__
     if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
         raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one way); leave it out")

@@ -138,7 +138,7 @@ def test_activations_are_what_autograd_keeps(name: str, bf16: bool) -> None:
     x = torch.rand(batch, *shape) * 2 - 1
     flow.initialize(x)
     found: dict[str, int] = {}
-    for how in flow.activation_choices:
+    for how in flow.capabilities.activations:
         flow.activations = how
         found[how] = saved_bytes(flow, x, bf16)
         casts = 2 * model_size(flow).low_precision if bf16 and how == "keep" else 0

@@ -86,7 +86,7 @@ def test_images_that_cannot_be_squeezed_and_ways_that_there_are_not() -> None:
     with pytest.raises(ValueError, match=r"\(got 4x4 and 4\)"):  # one pixel has no checkerboard
         RealNVP((1, 4, 4), None, levels=3)
     flow = RealNVP((1, 4, 4), None, levels=2, width=4, residual_blocks=1, normalization="batch")
-    with pytest.raises(ValueError, match=r"normalization=batch keeps its activations \(got checkpoint\)"):
+    with pytest.raises(ValueError, match=r"activations of RealNVP must be one of keep \(got checkpoint\)"):
         flow.activations = "checkpoint"
     assert flow.activations == "keep"
 
