@@ -1,10 +1,12 @@
 """The repository itself: layout, figures that come from results, commands that exist, scripts that lint."""
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,17 @@ def test_the_top_level_is_the_agreed_one() -> None:
 def test_no_module_is_longer_than_400_lines() -> None:
     lengths = {path: path.read_text().count("\n") for path in (TOP / "tarflow_scale").rglob("*.py")}
     assert {str(path): length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
+    """A verb's folder has a driver, and maybe a job and a worker; a verb and its configuration share its name."""
+    modules, classes = Counter[str](), Counter[str]()
+    for path in (TOP / "tarflow_scale").rglob("*.py"):
+        name = f"{path.parent.name}.{path.stem}" if path.parents[1].name == "verbs" else path.stem
+        is_configuration = path.parent.name == "config" and (TOP / "tarflow_scale/verbs" / path.name).exists()
+        modules[f"config.{name}" if is_configuration else name] += path.stem != "__init__"
+        classes.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in (modules + classes).items() if count > 1] == []
 
 
 def test_tests_mirror_the_package() -> None:
