@@ -1,9 +1,9 @@
-"""Normalizing flows in plain torch; see `tarflow_scale.flows.bijection` for the contract that all keep.
+"""Normalizing flows in plain torch; see `tarflow_scale.flows.bijection` for the contract of all flows.
 
 `build` makes a flow of a section ``model``; `save_flow` and `load_flow` keep it as ``model.safetensors`` and
-``config.json``, from which nothing runs. Each module is the page of its model: paper, equations, shapes, what differs
-from public code. Images that do not fit a flow are a ValueError that says the shape; a folder that holds no flow is a
-DataError.
+``config.json``, which run no code. Each module documents its model: paper, equations, shapes, differences
+from public code. Images that do not fit a flow raise a ValueError that names the shape; a folder that holds no flow
+raises a DataError.
 """
 
 from tarflow_scale.config.sampling import Guidance

@@ -29,7 +29,7 @@ class KeyValueCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token ``(B, N, 1, H)`` of ``layer`` and return everything stored so far ``(B, N, t, H)``."""
-        if k.requires_grad or is_transformed():  # may not be overwritten, so gradients through sampling cost copies
+        if k.requires_grad or is_transformed():  # autograd needs the old values, so this copies
             if layer in self._grown:
                 earlier_k, earlier_v = self._grown[layer]
                 k, v = torch.cat([earlier_k, k], dim=2), torch.cat([earlier_v, v], dim=2)
@@ -63,7 +63,7 @@ class TransformerLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, h: Float[Tensor, "B T C"], twice: bool = False) -> Float[Tensor, "B T C"]:
-        """All tokens at once; token t sees tokens <= t. ``twice``: by operations that have second derivatives."""
+        """All tokens at once; token t attends to tokens <= t. ``twice``: only operations with second derivatives."""
         q, k, v = self._heads(h)
         attended = _attended(q, k, v) if twice else F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self._dropped(self._merge(attended))
@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
 def _attended(
     q: Float[Tensor, "B N t H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
 ) -> Float[Tensor, "B N t H"]:
-    """Causal attention of the last tokens by its definition: PyTorch's fused kernels have a first derivative alone."""
+    """Causal attention of the last tokens by its definition: PyTorch's fused kernels have no second derivative."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

@@ -1,19 +1,19 @@
-"""Masked and inverse autoregressive flows on flattened events, by zuko's masked networks.
+"""Masked and inverse autoregressive flows on flattened events, with zuko's masked networks.
 
-A transformation shifts and scales each dimension by what a masked network reads from those before it,
+A transformation shifts and scales each dimension by a masked network of the dimensions before it,
 
     v_i = u_i exp(a_i) + b_i,        a_i, b_i = network(u_1 .. u_(i-1)),        log|dv/du| = sum a
 
-with the order of dimensions reversed from one transformation to the next. All ``v`` come from all ``u`` in one pass of
-the network; ``u`` come from ``v`` one after the other, in D passes.
+with the order of dimensions reversed from one transformation to the next. All ``v`` follow from ``u`` in one pass of
+the network; ``u`` follow from ``v`` one after the other, in D passes.
 
 * MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. It scores in one pass and samples in D.
-* IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it is for
-  variational posteriors, whose samples it scores as it makes them, more than for densities of data.
+* IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it suits
+  variational posteriors, which only score their own samples, better than densities of data.
 
-Every dimension keeps its place, so each has a log-determinant of its own: the sum of its ``a`` over transformations.
+Every dimension keeps its place, so each has its own log-determinant: the sum of its ``a`` over transformations.
 
-A label enters every network as an input, a row of a learned table; a dropped one as the mean of all rows. There is no
+A label enters every network as an input, a row of a learned table; a dropped label is the mean of all rows. There is no
 batch normalisation between transformations. Networks are in fp32 or wider also under autocast.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
@@ -70,7 +70,7 @@ class Autoregressive(Flow):
         if self.num_dims < 2:
             raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
         needed = self.num_dims - 1 + bool(num_classes)
-        if min(hidden_widths) < needed:  # units take turns in what they see, so fewer would leave inputs unread
+        if min(hidden_widths) < needed:  # with fewer units some inputs would not be read
             raise ValueError(
                 f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, a unit for each that "
                 f"is read (got {list(hidden_widths)}); widen them"
@@ -83,7 +83,7 @@ class Autoregressive(Flow):
             raise ConfigError(needs_package(f"model.kind={kind}", "zuko", "flows")) from error
         self.inverse_autoregressive = inverse
         orders = (torch.arange(self.num_dims, device="cpu"), torch.arange(self.num_dims, device="cpu").flip(0))
-        with torch.device("cpu"):  # masks are computed, which the meta device cannot
+        with torch.device("cpu"):  # masks are computed, and the meta device computes nothing
             self.transforms = nn.ModuleList(
                 MaskedAutoregressiveTransform(
                     self.num_dims,
@@ -124,7 +124,7 @@ class Autoregressive(Flow):
     def inverse_and_log_det(
         self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """As `Flow.inverse_and_log_det`; an IAF has both from one pass."""
+        """As `Flow.inverse_and_log_det`; an IAF computes both in one pass."""
         if not self.inverse_autoregressive:
             return super().inverse_and_log_det(z, y)
         with torch.autocast(z.device.type, enabled=False):
@@ -136,7 +136,7 @@ class Autoregressive(Flow):
         return x, log_det
 
     def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All transformations, and log|dv/du|."""
+        """Apply all transformations; returns ``v`` and log|dv/du|."""
         log_det = u.new_zeros(len(u))
         for transform in self.transforms:
             u, more = self._run(_do, transform, u, context)
@@ -144,7 +144,7 @@ class Autoregressive(Flow):
         return u, log_det
 
     def _undo_all(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Their inverses, and log|du/dv|."""
+        """Apply all inverses; returns ``u`` and log|du/dv|."""
         log_det = v.new_zeros(len(v))
         for transform in reversed(list(self.transforms)):
             v, more = self._run(_undo, transform, v, context)

@@ -63,12 +63,12 @@ class Bijection(nn.Module, ABC):
         self.config: ModelConfig | None = None
         """The configuration the flow was built from; saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """Gives what `sample` uses in place of `decode`, and tells of its progress in samples; `tarflow_scale.load`
-        sets it to the fast way of a model."""
+        """Returns the function that `sample` uses in place of `decode`, which reports its progress in samples;
+        `tarflow_scale.load` sets it to the fast decoder of a model."""
         self.pixels: PixelFormat | None = None
         """How the training images were quantised and noised; needed to turn samples back into pixels."""
         self.dequantizer: Dequantizer | None = None
-        """Where uniform noise of images goes inside their bins; `build` sets it, None leaves it where it is."""
+        """Maps uniform noise of images to learned noise in the same bins; `build` sets it. None keeps it."""
         self.class_names: tuple[str, ...] = ()
         """Names of the classes, by which labels may be given; `tarflow_scale.load` sets them from the registry."""
 
@@ -83,8 +83,8 @@ class Bijection(nn.Module, ABC):
         """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
 
         With ``dequantize``, ``x`` are images under uniform noise, which passes the flow's `dequantizer` first if it has
-        one: both are then those of the dequantised images, and ``log_det`` is less by log q of their noise. With
-        ``twice`` it goes by `encode_twice`.
+        one: both are then those of the dequantised images, and ``log_det`` is less by log q of their noise. ``twice``
+        selects `encode_twice`.
 
         Raises:
             ValueError: data or labels of another shape, or images to dequantise whose depth is not known.
@@ -134,7 +134,7 @@ class Bijection(nn.Module, ABC):
         """
         if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
             got = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
-            raise ValueError(f"latents must have shape (batch, {self.num_dims}) (got {got}); one a value of the data")
+            raise ValueError(f"latents must have shape (batch, {self.num_dims}) (got {got}); pass one for each value")
         labels = self._labels(y, len(z), z.device)
         check_count(labels, len(z), self.num_conditions)
         h = (decode or self.decode)(z, labels, guidance if self.is_guided(labels, guidance) else None)
@@ -143,19 +143,19 @@ class Bijection(nn.Module, ABC):
     def inverse_and_log_det(
         self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """`inverse`, and log|det dx/dz| ``(B,)`` in nats; a model that has both from one pass does better than this."""
+        """`inverse`, and log|det dx/dz| ``(B,)`` in nats; models that compute both in one pass override this."""
         x = self.inverse(z, y)
         return x, -self(x, y)[1]
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures of the latest `forward` that belong into a training log; most flows have none."""
+        """Figures of the latest `forward` for the training log; most flows have none."""
         return {}
 
     @property
     def activations(self) -> Activations:
         """How the backward pass gets its activations; changes memory and time, never a result.
 
-        Setting it raises ValueError where the model has no such way. Transformations of torch.func keep them.
+        Setting it raises ValueError where the model does not support it. Under torch.func activations are always kept.
         """
         return "keep" if is_transformed() else self._activations
 
@@ -165,7 +165,7 @@ class Bijection(nn.Module, ABC):
         self._activations = how
 
     def check_activations(self, how: Activations) -> None:
-        """Raise ValueError where the model has no such way of the backward pass."""
+        """Raise ValueError where the model does not support this choice."""
         if how not in self.capabilities.activations:
             choices = ", ".join(self.capabilities.activations)
             raise ValueError(f"activations of {type(self).__name__} must be one of {choices} (got {how}); choose one")
@@ -175,7 +175,7 @@ class Bijection(nn.Module, ABC):
         """The model itself: ``h (B, *event)`` to ``z (B, D)`` and log-determinant ``(B,)``."""
 
     def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """`encode`, by operations that all have second and forward-mode derivatives."""
+        """`encode` with operations that all have second derivatives and forward-mode derivatives."""
         return self.encode(h, y)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""From a configuration to a flow; and the networks inside it, which optimizers and compilers treat apart."""
+"""Builds a flow from its configuration, and lists its networks, which optimizers and compilers treat separately."""
 
 import operator
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def build(
         config: the section ``model``.
         event_shape: ``(C, H, W)`` of images, or ``(D,)`` of vectors.
         num_classes: classes of the data set, or None.
-        num_conditions: numbers that a sample of the data set is given with in place of a label, or None.
+        num_conditions: numbers that condition a sample of the data set in place of a label, or None.
 
     Raises:
         ConfigError: when the model does not fit the data.
@@ -70,7 +70,7 @@ def build(
     if image is None and config.dequantization is not None:
         raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")
     settings = config.model_dump(exclude={"kind", "class_conditional", "dequantization"})
-    classes = rows if config.class_conditional else None  # rows of the tables that conditions pass
+    classes = rows if config.class_conditional else None  # rows of the tables that conditions select
     try:
         match config:
             case TarFlowConfig():
@@ -115,12 +115,12 @@ Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ResidualLayers 
 
 
 def networks(module: nn.Module) -> list[Network]:
-    """The networks that the maps of a flow are made by: where a step spends its time."""
+    """The networks that compute the parameters of a flow's maps: a training step spends its time there."""
     return [one for one in module.modules() if isinstance(one, Network)]
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
-    """Weights of the linear maps inside the networks, but for those that make the parameters of an affine map."""
+    """Weights of the linear maps inside the networks, except the output layers."""
     own = (ShiftNetwork, ResidualLayers)
     last = (one.out if isinstance(one, own) else getattr(one, "conv_out", None) for one in networks(module))
     outer = {id(weight) for layer in last if layer is not None for weight in layer.parameters()}
@@ -133,6 +133,6 @@ def matrices(module: nn.Module) -> list[Tensor]:
 
 
 def compile_networks(module: nn.Module) -> None:
-    """Compile each network in place; names of parameters stay, and what is around the networks runs as it is."""
+    """Compile each network in place; names of parameters stay, and the code around the networks is not compiled."""
     for one in networks(module):
         one.compile(dynamic=False)

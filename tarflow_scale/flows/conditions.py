@@ -1,7 +1,7 @@
-"""What a flow is conditioned on: a label, or a vector of numbers; how it becomes features, and when it does not fit.
+"""What a flow is conditioned on: a label or a vector of numbers, how it becomes features, and how it is checked.
 
-A label is a row of a learned table. A vector of K numbers is a sum of K rows, weighted by them, so a label is the
-special case of a vector with a single one.
+A label selects a row of a learned table. A vector of K numbers selects the sum of K rows, weighted by the numbers; a
+label is a one-hot vector.
 """
 
 import difflib
@@ -70,7 +70,7 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
     """The condition of ``num`` samples from what a user wrote; integers become int64, as narrow ones index as masks.
 
     Raises:
-        ValueError: something else than classes.
+        ValueError: anything but classes.
     """
     if isinstance(y, np.ndarray):
         y = torch.as_tensor(y) if y.dtype.kind in "biuf" else y.tolist()
@@ -96,10 +96,10 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
 def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]:
     """Rows of ``table`` by label, the mean of all rows where the label is dropped; one row if ``y`` is None.
 
-    Of conditions ``(B, K)``, sums of its rows.
+    For conditions ``(B, K)``: weighted sums of the rows.
     """
     if y is not None and y.ndim == 2:
-        with torch.autocast(table.device.type, enabled=False):  # years would be one year in bf16
+        with torch.autocast(table.device.type, enabled=False):  # bf16 would round all recent years to one number
             return y.to(table.dtype) @ table
     dropped = table.mean(dim=0, keepdim=True)
     if y is None:
@@ -110,7 +110,7 @@ def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]
 def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> None:
     """Raise ValueError unless there is one label, or one vector, per sample; costs nothing.
 
-    Vectors cannot be dropped, as nothing says what stands in their place.
+    Vectors cannot be dropped, because no value is defined to replace them.
     """
     if num_conditions is not None:
         if y is None or tuple(y.shape) != (batch_size, num_conditions):

@@ -5,27 +5,27 @@ A network gives the velocity; the log-determinant is the integral of its diverge
 
     dh/dt = f(t, h),   h(0) = data, h(1) = z,        log|det dz/dx| = integral of tr(df/dh) dt
 
-The trace is exact in evaluation up to ``exact_trace_dims`` dimensions: products with the Jacobian forward, many at
-once, one for every dimension of a vector. In an image, places that no layer connects share a product (grouped as by
-Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974), so that L convolutions need (L + 1)^2 C
-of them however large it is. Then each value has a log-determinant too, the integral of its place on the diagonal of the
-Jacobian; that is what `Flow.nats_of_values` divides by. Elsewhere the trace is Hutchinson's estimate e^T (df/dh) e with
-a probe e of random signs that is drawn once for a whole solve, so that the solver meets a smooth function: in training
-from torch's generator, which the loop seeds from (seed, images seen, rank); in evaluation from a generator that the
-values of the sample itself seed, so that a number does not depend on the batch and errors of different images are
-independent. The estimate is unbiased for log p, and so is a mean over images; its exponential is not, so that
-importance-weighted figures and sums over labels are no bounds where the trace is estimated.
+In evaluation the trace is exact up to ``exact_trace_dims`` dimensions. It is computed by forward-mode products with the
+Jacobian, one for each dimension of a vector, many at once. In an image, places that no layer connects share a product
+(grouped as in Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974), so that L convolutions
+need (L + 1)^2 C products for an image of any size. Each value then has its own log-determinant, the integral of its
+entry on the diagonal of the Jacobian, which `Flow.nats_of_values` uses. Otherwise the trace is Hutchinson's estimate
+e^T (df/dh) e with a probe e of random signs, drawn once for a whole solve, so that the solver sees a smooth function.
+In training the probe comes from torch's generator, which the loop seeds from (seed, images seen, rank); in evaluation
+from a generator seeded by the values of the sample, so that a number does not depend on the batch and errors of
+different images are independent. The estimate is unbiased for log p, and so is a mean over images. Its exponential is
+biased, so importance-weighted figures and sums over labels are no bounds where the trace is estimated.
 
-Solvers and the adjoint are torchdiffeq's. Few fixed steps are cheap to train with, but what they compute is neither
-inverted by as many steps back nor a density that integrates to one; so likelihoods and samples of a model in evaluation
-are always those of an adaptive solver, ``dopri5`` where the solver of training is none. It chooses one step for a whole
-batch, by its mean error, so that samples see each other within ``tolerance``. Its first step is the whole way, which
-smooth dynamics accept, and its last one ends where the integral does: torchdiffeq would step past the end and
-interpolate back, without an error estimate.
+Solvers and the adjoint are torchdiffeq's. A few fixed steps are cheap to train with, but the same number of steps back
+does not invert them, and their density does not integrate to one. So likelihoods and samples in evaluation always come
+from an adaptive solver: ``dopri5`` where training uses fixed steps. It chooses one step size for a whole batch from the
+mean error, so a sample depends on the rest of its batch within ``tolerance``. Its first step is the whole interval,
+which smooth dynamics accept, and its last step ends where the integral does; torchdiffeq by itself would step past the
+end and interpolate back, without an error estimate.
 
 Accuracy at the tolerance of 1e-5, against a solver of 1e-12 and in 4 to 64 dimensions: seven evaluations give log
 densities within 1e-5 nats, inverses within 2e-6 and gradients within 3e-6 of the largest; fp32 adds 5e-5 nats. Errors
-of a step grow where dynamics stretch: with weights twice as large (25 evaluations) 1e-3 of 64 nats; inverses 3e-4.
+grow where dynamics stretch: with weights twice as large (25 evaluations) 1e-3 of 64 nats; inverses 3e-4.
 Every layer of the dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a
 label is added to the first.
 
@@ -53,9 +53,9 @@ __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Hidden values of all products that are pushed forward together: what a core's cache holds, and what memory does."""
+"""Hidden values of all products that are computed together: what fits in a core's cache, and in memory."""
 _STALLED = 24
-"""Evaluations in a row at one time, to rounding, by which a solver is stuck; a step has seven at most."""
+"""So many evaluations in a row at the same time, to rounding, mean that a solver is stuck; a step has at most seven."""
 
 
 class Dynamics(nn.Module):
@@ -89,7 +89,7 @@ class Dynamics(nn.Module):
     def with_diagonal(
         self, t: Tensor, h: Float[Tensor, "B ..."], y: Condition
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
-        """dh/dt, and the derivative of each of its values by the same value of ``h``."""
+        """dh/dt, and the diagonal of its Jacobian."""
         hidden: list[Tensor] = []
         velocity = self._through(t, h, y, hidden)
         slopes = [torch.sigmoid(one) for one in hidden]
@@ -101,7 +101,7 @@ class Dynamics(nn.Module):
         return velocity, self._diagonal(weights, slopes)
 
     def _through(self, t: Tensor, h: Tensor, y: Condition, hidden: list[Tensor]) -> Tensor:
-        """dh/dt; what every hidden layer gives before its nonlinearity is added to ``hidden``."""
+        """dh/dt; the input of every nonlinearity is appended to ``hidden``."""
         time = t.reshape(1, 1).to(h.dtype)
         for number, (layer, gate, shift) in enumerate(zip(self.layers, self.gates, self.shifts, strict=True)):
             if number:
@@ -115,8 +115,8 @@ class Dynamics(nn.Module):
     def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
         """Diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1, with the slopes S of every sample.
 
-        The outer two layers are the same for all samples. Probes go forward from the first, and meet in front of the
-        last what it sees from the same places.
+        The first and last layer are the same for all samples: probes are pushed forward from the first layer and
+        multiplied with the last layer's weights at the same places.
         """
         probes = self._probes(slopes[0])
         columns, rows = self._linear(probes, weights[0]), self._transposed(probes, weights[-1])
@@ -128,13 +128,13 @@ class Dynamics(nn.Module):
             for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
                 tangents = self._linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2]) * slope
             met = (tangents * rows[some, None]).sum(dim=2)
-            if self._expanded:  # a probe's places are at least three apart: around each are its own products alone
+            if self._expanded:  # places of a probe are at least three apart, so its products do not overlap
                 met = 9 * F.avg_pool2d(met, 3, stride=1, padding=1)
             diagonal = diagonal + (met.unsqueeze(2) * probes[some, None]).sum(dim=0)
         return diagonal
 
     def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
-        """Zeros and ones; every value is in one probe, and nothing that depends on one in a probe is in it too."""
+        """Probes of zeros and ones; every value is in one probe, and no two values of a probe depend on each other."""
         if not self._expanded:
             return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
         apart = len(self.layers) + 1
@@ -153,17 +153,17 @@ class Dynamics(nn.Module):
 
 
 class Continuous(Flow):
-    """A flow by a solver.
+    """A flow whose map is the solution of a differential equation.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(D,)``.
         num_classes: classes, or None for an unconditional model.
         width, hidden_layers: of the dynamics.
-        solver: its method; one of fixed steps is for training alone.
+        solver: its method; methods of fixed steps are used in training only.
         tolerance: relative and absolute, of an adaptive solver.
         num_steps: of a solver of fixed ones.
         gradients: by the adjoint equation or directly.
-        exact_trace_dims: up to so many dimensions the trace is exact in evaluation.
+        exact_trace_dims: largest number of dimensions whose trace is exact in evaluation.
         max_evaluations: of the dynamics in a solve.
         logit_alpha: see `Flow`.
 
@@ -190,7 +190,7 @@ class Continuous(Flow):
     ) -> None:
         super().__init__(event_shape, num_classes, logit_alpha)
         try:
-            with torch.device("cpu"):  # a flow is loaded on the meta device, where its tables would be lost
+            with torch.device("cpu"):  # flows are loaded on the meta device, which would lose these tables
                 import torchdiffeq
         except ImportError as error:
             raise ConfigError(needs_package("model.kind=continuous", "torchdiffeq", "flows")) from error
@@ -198,7 +198,7 @@ class Continuous(Flow):
         self.tolerance = tolerance
         self.exact_trace_dims = exact_trace_dims
         self.gradients: Literal["adjoint", "direct"] = gradients
-        """How the backward pass is solved; may be changed. Second derivatives need ``direct``."""
+        """How the backward pass is solved; may be set. Second derivatives need ``direct``."""
         self._solvers: dict[str, Any] = {"adjoint": torchdiffeq.odeint_adjoint, "direct": torchdiffeq.odeint}
         self._method = solver
         self._step_size = 1 / num_steps
@@ -206,7 +206,7 @@ class Continuous(Flow):
         self._evaluations = {"forward": 0, "backward": 0}
 
     def diagnostics(self) -> dict[str, float]:
-        """Evaluations of the dynamics by the latest `encode`, and by its adjoint once that was solved."""
+        """Evaluations of the dynamics in the latest `encode`, and in its adjoint once that is solved."""
         return {f"{way}_evaluations": float(number) for way, number in self._evaluations.items()}
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
@@ -221,7 +221,7 @@ class Continuous(Flow):
         return z.flatten(1), log_det
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`, by the steps of `encode`.
+        """As `Flow.encode_values`, with the steps of `encode`.
 
         Raises:
             ValueError: the trace is estimated.
@@ -243,7 +243,7 @@ class Continuous(Flow):
 
     @property
     def divides_surprise(self) -> bool:
-        """As `Flow.divides_surprise`; where the trace is exact."""
+        """As `Flow.divides_surprise`: true where the trace is exact."""
         return self.num_dims <= self.exact_trace_dims
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
@@ -287,11 +287,11 @@ class Continuous(Flow):
             options["method"] = self._method if self._method in _ADAPTIVE else "dopri5"
             options["options"] = {"norm": _mean_error, "first_step": 1.0, "step_t": at[1:]}
             if gradients == "adjoint":  # the seminorm: arXiv 2009.09457
-                begin = at[:1] if times[0] < times[1] else -at[:1]  # torchdiffeq's own time only ever rises
+                begin = at[:1] if times[0] < times[1] else -at[:1]  # torchdiffeq's internal time always increases
                 options["adjoint_options"] = {"norm": "seminorm", "first_step": 1.0, "step_t": begin}
         try:
             found = self._solvers[gradients](field, start, at, **options)
-        except AssertionError as error:  # so torchdiffeq says that a step is too small, or a state not finite
+        except AssertionError as error:  # torchdiffeq: the step is too small, or the state not finite
             raise self.stuck(str(error)) from error
         field.forward_is_over = True
         ends = tuple(path[-1] for path in found)
@@ -301,7 +301,7 @@ class Continuous(Flow):
 
     @staticmethod
     def stuck(why: str) -> NumericsError:
-        """What is raised where the solver does not come through."""
+        """The error that is raised where the solver fails."""
         return NumericsError(
             f"the solver of the continuous flow is stuck ({why}); the dynamics have become stiff: raise "
             f"model.tolerance, use model.solver=rk4, or lower optimizer.peak_lr"
@@ -311,7 +311,7 @@ class Continuous(Flow):
 class _Field:
     """The right-hand side for one solve: rates of its states, of which the first is ``h``.
 
-    It counts its evaluations itself, because solves of several threads may share a flow.
+    It counts its own evaluations, because threads may share a flow.
     """
 
     def __init__(self, flow: Continuous, rates: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
@@ -331,7 +331,7 @@ class _Field:
         return self._rates(t, state[0])
 
     def _watch(self, time: float) -> None:
-        """The adjoint is solved inside a backward pass, where nobody else would see that it is stuck."""
+        """Detect a stuck adjoint, which is solved inside a backward pass and would not be noticed elsewhere."""
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:
@@ -339,9 +339,9 @@ class _Field:
 
 
 class _FiniteGradients(torch.autograd.Function):
-    """The identity on the ends of a solve, whose backward pass keeps what is not finite from the adjoint's solver.
+    """The identity on the results of a solve; its backward pass withholds non-finite gradients from the adjoint's solver.
 
-    A solver cannot start from such a gradient. The parameters get NaN in its place, so that the step is skipped.
+    The solver cannot start from such a gradient. The parameters get NaN gradients instead, so that the step is skipped.
     """
 
     @staticmethod

@@ -34,7 +34,7 @@ __all__ = [
 
 _STD_FLOOR = 1e-6
 _ZERO_CONV_GAIN = 3.0
-"""Published factor on the log-scale of the last convolution; it acts as a higher learning rate."""
+"""Published factor on the log-scale of the last convolution; it has the effect of a higher learning rate."""
 _SIGMOID_SHIFT = 2.0
 """A zero-initialised affine coupling scales by sigmoid(2) = 0.88, as published."""
 
@@ -54,7 +54,7 @@ def unsqueeze(x: Float[Tensor, "B C4 H2 W2"]) -> Float[Tensor, "B C H W"]:
 class Layer(nn.Module, ABC):
     """An invertible layer.
 
-    Both directions go through ``__call__``, because that is where ZeRO-3 gathers the parameters of a module.
+    Both directions are called through ``__call__``, where ZeRO-3 gathers the parameters of a module.
     """
 
     def forward(self, x: Tensor, inverse: bool = False) -> Any:
@@ -62,7 +62,7 @@ class Layer(nn.Module, ABC):
         return self._invert(x) if inverse else self._map(x)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """``y``, and the log-determinant divided among places; evenly, unless a layer knows better."""
+        """``y`` and the log-determinant of each place; evenly divided, unless the layer has one per place."""
         y, log_det = self(x)
         return y, (log_det / (x.shape[2] * x.shape[3]))[:, None, None].expand(len(x), *x.shape[2:])
 
@@ -80,7 +80,7 @@ class Layer(nn.Module, ABC):
 def statistics(
     x: Float[Tensor, "B C H W"], all_reduce: Callable[[Tensor], Tensor]
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """Mean and variance of each channel over all ranks, in fp64; ``all_reduce`` sums over them."""
+    """Mean and variance of each channel over all ranks, in fp64; ``all_reduce`` sums over ranks."""
     wide = x.double()
     count = wide.new_full((1,), wide.shape[0] * wide.shape[2] * wide.shape[3])
     sums = torch.cat([wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3)), count])
@@ -90,19 +90,19 @@ def statistics(
 
 
 class Normalization(Layer):
-    """A layer that is set from data before it is used."""
+    """A layer whose parameters are initialised from data."""
 
     @abstractmethod
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Set it from ``x``, one batch over all ranks (a rank may have none of it)."""
+        """Initialise from ``x``, this rank's part, maybe empty, of one batch."""
 
 
 class ActNorm(Normalization):
     """A scale and a shift per channel, ``y = (x + bias) exp(log_scale)``, set from data to mean 0 and deviation 1.
 
     The statistics of the first batch are summed over all ranks, so that ranks with different numbers of images agree
-    to the bit with each other and to rounding with one process that has all images. That they were set is a buffer:
-    it is saved with the weights.
+    to the bit with each other and to rounding with one process that has all images. Whether it was initialised is a
+    buffer, saved with the weights.
 
     Args:
         channels: C.
@@ -119,7 +119,7 @@ class ActNorm(Normalization):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Set scale and shift from ``x``, one batch over all ranks (a rank may have none of it)."""
+        """Initialise scale and shift from ``x``, this rank's part, maybe empty, of one batch."""
         mean, variance = statistics(x, all_reduce_sum)
         self.bias.copy_(-mean)
         self.log_scale.copy_(-torch.log(variance.sqrt() + _STD_FLOOR))
@@ -135,7 +135,7 @@ class ActNorm(Normalization):
         return y * per_channel((-self.log_scale).exp(), y) - per_channel(self.bias, y)
 
     def _check_initialized(self) -> None:
-        """Looks at the buffer until it is true, then never again: a look waits for the device."""
+        """Reads the buffer until it is true, then no more: a read waits for the device."""
         if not self._known_initialized:
             if not bool(self.initialized):
                 raise RuntimeError("ActNorm was never initialised; call initialize() of the flow, or load weights")
@@ -247,7 +247,7 @@ class CouplingNetwork(nn.Module):
             nn.init.normal_(conv.weight, std=0.05)
 
     def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
-        """What changes the other half of the channels."""
+        """Raw parameters of the map of the other half of the channels."""
         h = F.relu(self.norm_in(self.conv_in(h))[0])
         h = F.relu(self.norm_mid(self.conv_mid(h))[0])
         return self.conv_out(h)
@@ -257,8 +257,8 @@ class Coupling(Layer):
     """The first half of the channels decides how the second half is changed.
 
     ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. Where C is odd, the
-    changed half is the larger. The published form has no bound c. Its scale can come arbitrarily near 0, and now and
-    then a sample is divided by it until it overflows.
+    changed half is the larger. The published form has no bound c. Its scale can be arbitrarily small, and
+    dividing by it makes some samples overflow.
 
     Args:
         channels: C, at least 2.
@@ -279,7 +279,7 @@ class Coupling(Layer):
         self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """As `Layer.map_places`; the log-scales have places."""
+        """As `Layer.map_places`, with the log-scales of each place."""
         kept, changed = x.split(self.sizes, dim=1)
         shift, log_scale = self._shift_and_log_scale(kept)
         y, _ = _couple(kept, changed, shift, log_scale)
@@ -297,7 +297,7 @@ class Coupling(Layer):
     def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
         """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.recompute`.
 
-        The network, which sees the same input in both directions, runs only once.
+        The network has the same input in both directions and runs once.
 
         Returns:
             The input as leaves that require gradients, in parts along the channels; the output; ``log_det``.
@@ -332,5 +332,5 @@ def _uncouple(changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> Tenso
 
 
 def per_channel(values: Float[Tensor, " C"], like: Tensor) -> Float[Tensor, "C 1 1"]:
-    """A value of each channel, as it broadcasts against feature maps, in the precision of ``like``."""
+    """A value for each channel, shaped to broadcast against feature maps, in the precision of ``like``."""
     return values.to(like.dtype)[:, None, None]

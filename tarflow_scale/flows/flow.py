@@ -1,6 +1,6 @@
 """What users do with a model: densities, samples and pictures, on top of `tarflow_scale.flows.bijection`.
 
-``log_prob`` and ``sample`` are the edge of the API and look at values (`tarflow_scale.flows.inputs`). Several threads
+``log_prob`` and ``sample`` are the edge of the API and check values (`tarflow_scale.flows.inputs`). Several threads
 may use a flow at once, as long as none of them changes it.
 """
 
@@ -49,8 +49,8 @@ class Flow(Bijection):
     def log_prob(self, x: Tensor, y: GivenCondition = None) -> Float[Tensor, " B"]:
         """Log density of ``x (B, *event)``, in nats of the continuous density.
 
-        Gradients pass through, second derivatives too where ``x`` requires gradients, and so do `torch.vmap` and
-        torch.func, for which values are not checked. Not so a continuous flow, which says what it needs.
+        It is differentiable, twice where ``x`` requires gradients, and works under `torch.vmap` and torch.func, where
+        values are not checked. A continuous flow supports less and reports what it needs.
 
         Args:
             x: images on [-1, 1], or vectors, in the precision of the weights.
@@ -98,12 +98,12 @@ class Flow(Bijection):
 
     @torch.no_grad()
     def nats_of_values(self, x: Tensor, y: GivenCondition = None, *, dequantize: bool = False) -> Tensor:
-        """``-log_prob`` divided among the values of each event, in the shape of ``x``: what each adds to its surprise.
+        """``-log_prob`` divided among the values of each event, in the shape of ``x``: each value's surprise.
 
-        A value's part is the density of its latent under a standard normal, less the logarithm of its own scale. Their
-        sum is exact; the division is that of this model, where value and latent keep their places. Where a model mixes
-        the values of a place and keeps places, as `MultiScaleFlow` does, a place's part is spread evenly over it. With
-        ``dequantize`` it is `log_prob_of_images` that is divided.
+        A value's part is the negative log density of its latent under a standard normal, less its own log-determinant.
+        The sum over values is exact; the division depends on the model, and needs one in which values keep their
+        places. Where a model mixes the values of a place, as `MultiScaleFlow` does, the part of the place is spread
+        evenly over them. ``dequantize`` divides `log_prob_of_images` instead.
 
         Raises:
             ValueError: a model whose latents mix values.
@@ -118,7 +118,7 @@ class Flow(Bijection):
         return log_q + self.nats_of_encoded(h, labels) - logit_log_dets(h, self.logit_alpha)
 
     def nats_of_encoded(self, h: Tensor, y: Condition) -> Tensor:
-        """`nats_of_values` of what `encode` takes.
+        """`nats_of_values` for an input of `encode`.
 
         Raises:
             ValueError: as `encode_values`.
@@ -139,15 +139,15 @@ class Flow(Bijection):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw ``num`` samples ``(num, *event)``, images on [-1, 1] and beyond; `pictures` makes PIL's of them.
+        """Draw ``num`` samples ``(num, *event)``, images on about [-1, 1]; `pictures` converts them to PIL images.
 
         Args:
             num: how many.
             y: as in `log_prob`.
-            temperature: standard deviation of the latent; at 0 all samples are that of the mean latent.
-            guidance: how predictions are guided, or its scale.
+            temperature: standard deviation of the latent; at 0 all samples are the image of the mean latent.
+            guidance: a `Guidance`, or its scale.
             generator: of the latents.
-            seed: draw sample i from (seed, i) alone, as the verb ``generate`` does, however many there are.
+            seed: draw sample i from (seed, i) alone, as the verb ``generate`` does, whatever ``num`` is.
             batch_size: samples decoded together; None for all.
             progress: show a bar.
 
@@ -193,7 +193,7 @@ class Flow(Bijection):
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
-        """Images as PIL's.
+        """Images as PIL images.
 
         Raises:
             ValueError: when the flow does not know its pixel format, or there are not 1 or 3 channels.
@@ -211,10 +211,10 @@ class Flow(Bijection):
         A flow trained on images plus N(0, noise_std^2) samples noisy images; at strength 1 this is the mean of the
         clean image given the noisy one (arXiv 2412.06329, section 3.3).
         """
-        how, self._activations = self._activations, "keep"  # rebuilding would add to the gradients of parameters
+        how, self._activations = self._activations, "keep"  # rebuilding would change the gradients of parameters
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                y = None if y is None else y.clone()  # also out of inference mode, whose tensors have no gradients
+                y = None if y is None else y.clone()  # tensors of inference mode have no gradients
                 x = x.detach().clone().requires_grad_()
                 z, log_det = self(x, y)
                 (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
@@ -224,7 +224,7 @@ class Flow(Bijection):
 
 
 class _OneDerivative(torch.autograd.Function):
-    """The identity; says what to do where torch would say that a kernel has no second derivative."""
+    """The identity; it explains what to do, where torch would only report that a kernel has no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor) -> Tensor:

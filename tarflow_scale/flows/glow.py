@@ -2,21 +2,21 @@
 
 Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions", arXiv 1807.03039. An image passes L
 levels. Each squeezes space into channels, applies K steps of ActNorm, invertible 1x1 convolution and coupling
-(their table 1), and, but for the last, splits off half of its channels as latents (their figure 2b).
+(their table 1), and (except the last) splits off half of its channels as latents (their figure 2b).
 
-The latents that are split off have a Gaussian prior whose mean and log-deviation a convolution reads from the half
-that goes on; the last level's have a learned Gaussian, and where there are classes the label shifts both. All of
+The latents that are split off have a Gaussian prior whose mean and log-deviation a convolution predicts from the half
+that goes on; the last level's have a learned Gaussian. Where there are classes, the label shifts both. All of
 them are standardised:
 
     z = (h - mean) exp(-log_std),        log|det| -= sum log_std
 
 so ``z`` is standard normal as a whole and one temperature acts on every level, as in the public code.
 
-What differs from the public code (openai/glow), and why: the statistics of ActNorm are those of all ranks together,
+Differences from the public code (openai/glow): the statistics of ActNorm are those of all ranks together,
 not rank 0's; ActNorm learns its log-scale directly, not a third of it; convolutions pad with zeros, without the
 extra channel that marks the border; the label enters the priors of all levels, not the top one alone, through a
 table that starts at zero, and without a classifier in the loss; the scale of an affine coupling is bounded from
-below, without which a few samples in a hundred overflow; activations may be rebuilt from outputs.
+below (without the bound a few samples in a hundred overflow); activations may be rebuilt from outputs.
 
 Shapes: B batch, D dimensions, L levels, K steps a level. log_det: nats, summed over dimensions.
 """

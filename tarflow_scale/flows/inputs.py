@@ -1,8 +1,8 @@
-"""What users give to a flow, checked where it enters: one line for every mistake.
+"""Checks of what users pass to a flow; every mistake is reported in one line.
 
-Images on another scale do not fail by themselves. A flow gives a plausible density for pixels on [0, 1], and none that
-means anything for pixels on [0, 255]; so the values are looked at, once a call, together. Code that a compiler, a
-tracer or torch.func runs cannot look at values and skips these checks.
+Images on another scale do not fail by themselves: the density of pixels on [0, 1] looks plausible and is wrong. So each
+call checks the values, with one transfer from the device. Code that runs under a compiler, a tracer or torch.func
+cannot read values and skips these checks.
 """
 
 import math
@@ -22,12 +22,12 @@ from tarflow_scale.records import PixelFormat
 __all__ = ["check_draws", "check_shape", "check_stored", "check_values"]
 
 _FAR = 4.0
-"""Images on [-1, 1], also with noise, and samples of a trained model have next to no values beyond."""
+"""Images on [-1, 1], with or without noise, and samples of a trained model have almost no values beyond."""
 _MOST_FAR_SHARE = 0.01
 _OUTSIDE, _MOST_OUTSIDE_SHARE = 1.5, 0.05
 """Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond."""
 _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
-"""A batch on [0, 1] begins about 0 and spans much of it; one on [-1, 1] without any value below 0 seldom does both."""
+"""A batch on [0, 1] starts near 0 and spans most of it; a batch on [-1, 1] with no value below 0 seldom does."""
 _ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
 
 
@@ -37,7 +37,7 @@ def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False)
     Args:
         x: the batch.
         event_shape: of the flow.
-        of_array: the user gave a NumPy array, and the advice is for that.
+        of_array: whether the user passed a NumPy array, which the advice is then for.
     """
     shape = tuple(_checked_tensor(x, event_shape).shape)
     if shape[1:] == event_shape:
@@ -55,20 +55,20 @@ def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False)
 def check_values(
     x: object, event_shape: tuple[int, ...], like: Tensor, pixels: PixelFormat | None, logit_alpha: float | None
 ) -> None:
-    """Look at the kind and the values of a batch.
+    """Check the type and the values of a batch.
 
-    A batch that seems to be on [0, 1], or standardised, is a warning, because bright images on [-1, 1] and samples of
-    an untrained model look the same.
+    A batch that seems to be on [0, 1], or standardised, causes a warning and no error, because bright images on [-1, 1]
+    and samples of an untrained model look the same.
 
     Args:
         x: the batch ``(B, *event)``.
         event_shape: of this flow.
         like: one of its weights.
-        pixels: how its images were made; None where that is not known.
-        logit_alpha: see `tarflow_scale.flows.logits.to_logits`; it is defined a little beyond [-1, 1] alone.
+        pixels: how its training images were made; None where that is not known.
+        logit_alpha: see `tarflow_scale.flows.logits.to_logits`; it is defined only slightly beyond [-1, 1].
 
     Raises:
-        ValueError: no floats of this precision and device in a tensor, or values that cannot be images on [-1, 1].
+        ValueError: not a tensor of floats in this precision on this device, or values that cannot be images on [-1, 1].
     """
     x, noun = _checked_tensor(x, event_shape), _noun(event_shape)
     is_image = pixels is not None and pixels.noise != "none"
@@ -109,7 +109,7 @@ def check_values(
 def check_draws(
     num: object, temperature: object = 1.0, batch_size: object = None, seed: object = None, generator: object = None
 ) -> None:
-    """Raise ValueError for what no sampling can have; a temperature of 0 gives the image of the mean latent."""
+    """Raise ValueError for invalid arguments of sampling; temperature 0 is valid: the image of the mean latent."""
     if not _is_whole(num, 0):
         raise ValueError(f"the number of samples must be a whole number from 0 (got {num!r}); correct it")
     if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
@@ -161,7 +161,7 @@ def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool
 
 
 def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
-    """What to do with integers, which are stored pixels; the code that is advised is taken."""
+    """What to do with integers, which are stored pixels; the suggested code works as it is written."""
     is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
     images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
     images += ".cpu().numpy()" * is_tensor

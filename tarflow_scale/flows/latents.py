@@ -15,10 +15,10 @@ def latents(seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0) 
     """Standard normal ``z (len(indices), D)`` fp32, drawn on the CPU; row i depends on (seed, indices[i], attempt).
 
     Args:
-        seed: of all of them.
+        seed: of the latents.
         indices: of samples.
         num_dims: D.
-        attempt: which of the latents that an index has; 0 is the one that is meant.
+        attempt: number of the attempt; a sample that is rejected is drawn again with the next one.
     """
     z = np.empty((len(indices), num_dims), dtype=np.float32)
     for row, index in enumerate(indices):

@@ -1,4 +1,4 @@
-"""Pixels to numbers and numbers to bits: the one place for dequantisation, noise, nats and bits/dim.
+"""Pixels to floats and densities to bits: the only place for dequantisation, noise, nats and bits/dim.
 
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
@@ -80,7 +80,7 @@ def dequantized(
         bit_depth: their high bits that are data.
         seed: of the noise.
         samples: number of each image.
-        draw: which of several draws.
+        draw: number of the draw.
     """
     noise = np.empty(images.shape, np.float32)
     for row, sample in zip(noise, samples, strict=True):
@@ -99,8 +99,8 @@ def quantize(
     """Floats to stored pixels, clipped to [-1, 1]; inverse of `add_noise` with the rounding of its noise.
 
     ``floor`` takes the bin that x lies in, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1].
-    ``truncate`` takes the level below, in the very operations of the public evaluation code, so it also repeats what
-    these lose to rounding.
+    ``truncate`` takes the level below, by the same operations as the public evaluation code, so that it
+    repeats their rounding errors too.
     """
     _check_depth(bit_depth)
     top = 2**bit_depth - 1

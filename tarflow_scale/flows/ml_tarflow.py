@@ -11,7 +11,7 @@ becomes our ``log_std``. Heads are 64 wide. The public loss of a volume-preservi
 out the logarithm of the scale that it tracks in ``var``. `Flow.log_prob` here is the likelihood under that scale,
 sum log_std included, so its bits/dim are those of a density and the public loss's are not.
 
-The file is read with ``weights_only``: what would run code is refused.
+The file is read with ``weights_only``, which refuses anything that would run code.
 """
 
 import math
@@ -91,11 +91,11 @@ def flow_from_ml_tarflow(state: Any, origin: str, num_channels: int | None = Non
 
 
 class _Unfit(ValueError):
-    """A tensor is not what a TarFlow has."""
+    """A tensor does not fit a TarFlow."""
 
 
 class _Sizes:
-    """What the tensors say of the model."""
+    """The configuration that the tensors imply."""
 
     def __init__(self, config: TarFlowConfig, event_shape: tuple[int, int, int], num_classes: int | None) -> None:
         self.config = config

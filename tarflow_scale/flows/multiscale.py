@@ -1,7 +1,7 @@
-"""What image flows of several resolutions share: levels, and the learned priors of what each gives out.
+"""What image flows of several resolutions share: levels, and the learned priors of the latents that each emits.
 
-An image passes L levels. Each maps feature maps by invertible layers, squeezes space into channels, and, but for the
-last, splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma and Dhariwal,
+An image passes L levels. Each applies invertible layers to feature maps, squeezes space into channels, and (except the
+last) splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma and Dhariwal,
 arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation; they are
 standardised,
 
@@ -9,10 +9,10 @@ standardised,
 
 so ``z`` is standard normal as a whole and one temperature acts on every level.
 
-Surprise is divided among places. A feature map of level l has one place for a square of pixels, 2^l by 2^l after the
-squeeze. To it belong its latents under their prior, and the log-scales of couplings there; what a layer adds alike
-everywhere, ActNorm or a 1x1 convolution, is shared evenly. Inside a place pixels and channels are mixed, and nothing
-says which of them it was: its part is spread evenly over them.
+Surprise (the nats of an image) is divided among places. A feature map of level l has one place for each square of 2^l
+by 2^l pixels, counted after the squeeze. A place gets the nats of its latents under their prior and the log-scales of
+couplings there; a log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly. Inside a place
+pixels and channels are mixed, so its part is spread evenly over them.
 
 Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
 """
@@ -38,10 +38,10 @@ Groups = Sequence[Sequence[Layer]]
 
 
 class Prior(nn.Module):
-    """Mean and log-deviation of latents, given the features that go on and the label.
+    """Mean and log-deviation of latents, given the features that go on to the next level, and the label.
 
     Args:
-        context_channels: channels of those features; 0 for the last level, which has none and learns constants.
+        context_channels: channels of those features; 0 at the last level, which learns constants.
         channels: of the latents.
         num_classes: classes, or None.
     """
@@ -67,7 +67,7 @@ class Prior(nn.Module):
 
 
 class Step(nn.Module):
-    """Layers that belong together: the unit that is checkpointed, and counted between anchors."""
+    """Layers that are checkpointed together; anchors are counted in steps."""
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in the direction from data to noise."""
@@ -75,16 +75,16 @@ class Step(nn.Module):
 
 
 class Level(nn.Module):
-    """Steps before and after a squeeze, and the prior of what this level gives out as latents.
+    """Steps before and after a squeeze, and the prior of the latents that this level emits.
 
     Args:
         steps: after the squeeze.
-        channels: there.
+        channels: after the squeeze.
         split: whether half of the channels go on to another level.
         num_classes: classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.
-        prior_sees_rest: whether a convolution reads the prior from the half that goes on; else it is constant.
+        prior_sees_rest: whether a convolution predicts the prior from the half that goes on; else it is constant.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Level(nn.Module):
         self.groups_before: Groups = [step.layers() for step in before]
         """Layers of each step before the squeeze."""
         self.groups: Groups = [step.layers() for step in steps]
-        """And after it."""
+        """Layers of each step after the squeeze."""
 
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
         """Split ``h`` into what goes on (None at the last level) and standardised latents; and their log-deviations."""
@@ -148,16 +148,16 @@ class MultiScaleFlow(Flow):
         """Groups between anchors when activations are rebuilt."""
         self.levels = nn.ModuleList()
         self.latent_shapes: list[tuple[int, int, int]] = []
-        """Shape of the latents that each level gives out; ``z`` is these, flattened and laid end to end."""
+        """Shape of the latents of each level; ``z`` is their concatenation, flattened."""
 
     def add_level(self, level: Level, channels: int, height: int, width: int) -> None:
-        """Add a level that has feature maps of this shape in the end."""
+        """Add a level whose last feature maps have this shape."""
         self.levels.append(level)
         self.latent_shapes.append((channels - level.passed_on, height, width))
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B c H W"], y: Condition = None) -> None:
-        """Set every normalisation from ``x``, this rank's part of one batch; all ranks must call."""
+        """Initialise every normalisation from ``x``, this rank's part of one batch; all ranks must call."""
         norms = [module for module in self.modules() if isinstance(module, Normalization)]
         hooks = [norm.register_forward_pre_hook(_initialize_norm) for norm in norms]
         try:
@@ -180,7 +180,7 @@ class MultiScaleFlow(Flow):
         return torch.cat(latents, dim=1), log_det
 
     def nats_of_encoded(self, h: Float[Tensor, "B c H W"], y: Condition) -> Float[Tensor, "B c H W"]:
-        """As `Flow.nats_of_encoded`, even inside a place; see the module."""
+        """As `Flow.nats_of_encoded`, spread evenly inside a place; see the module."""
         nats = torch.zeros_like(h)
         passed_on: Tensor | None = h
         for level in self._levels():
@@ -211,7 +211,7 @@ class MultiScaleFlow(Flow):
         return h
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """As `Flow.is_guided`; it takes classes, and there are no tokens to anneal over and no attention.
+        """As `Flow.is_guided`; guidance needs classes, and has no tokens to anneal over and no attention.
 
         Raises:
             ValueError: guidance without classes or labels, or settings that are TarFlow's.
@@ -247,7 +247,7 @@ def _undo(groups: Groups, h: Tensor) -> Tensor:
 
 
 def _map_places(groups: Groups, h: Tensor) -> tuple[Tensor, Float[Tensor, "B H W"]]:
-    """All layers of all groups, and their log-determinants divided among places."""
+    """Apply all layers of all groups; returns the output and the log-determinant of each place."""
     log_dets = torch.zeros_like(h[:, 0])
     for layer in itertools.chain.from_iterable(groups):
         h, more = layer.map_places(h)
@@ -256,7 +256,7 @@ def _map_places(groups: Groups, h: Tensor) -> tuple[Tensor, Float[Tensor, "B H W
 
 
 def _spread(of_places: Float[Tensor, "B h w"], like: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Each place's part, even over the pixels and channels that it covers."""
+    """Each place's part, spread evenly over the pixels and channels that it covers."""
     size = like.shape[2] // of_places.shape[1]
     shares = of_places / (size**2 * like.shape[1])
     return repeat(shares, "b h w -> b c (h p) (w q)", c=like.shape[1], p=size, q=size)

@@ -1,12 +1,12 @@
-"""NICE: additive couplings by turns on even and odd dimensions, and one scale per dimension at the end.
+"""NICE: additive couplings on even and odd dimensions in turn, and one scale per dimension at the end.
 
 Dinh et al., "NICE: Non-linear Independent Components Estimation", arXiv 1410.8516. An event is flattened. Coupling k
-leaves one half of the dimensions as they are and shifts the other by what a network reads from the first (their
-section 3.2); all volume change is in the last layer (section 3.3),
+keeps one half of the dimensions and shifts the other half by a network of the first (their section 3.2); only the last
+layer changes volume (section 3.3),
 
     z = exp(s) h,        log|det| = sum s
 
-What differs from the published model: the base is a standard normal, as everywhere here, not logistic; networks start
+Differences from the published model: the base is a standard normal, as in all flows here, not logistic; networks start
 at zero, so a fresh flow is the identity; a label is added to the first hidden layer, through a table that starts at
 zero.
 
@@ -50,7 +50,7 @@ class ShiftNetwork(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, h: Float[Tensor, "B I"], y: Condition) -> Float[Tensor, "B O"]:
-        """What the other half is shifted by."""
+        """The shift of the other half."""
         for number, layer in enumerate(self.hidden):
             h = layer(h)
             if number == 0 and self.class_embedding is not None:
@@ -124,7 +124,7 @@ class NICE(Flow):
 
 
 def halves_of(h: Float[Tensor, "B D"]) -> list[Tensor]:
-    """Even and odd dimensions; the even ones are one more where D is odd."""
+    """Even and odd dimensions; where D is odd there is one more even dimension."""
     return [h[:, 0::2], h[:, 1::2]]
 
 

@@ -2,17 +2,17 @@
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803. Each level but the last has three couplings whose
 masks are checkerboards, a squeeze, and three whose masks are halves of the channels; half of the channels then go on.
-The last level has four checkerboards and no squeeze (their section 3.6). A coupling keeps what its mask m shows and
-changes the rest,
+The last level has four checkerboards and no squeeze (their section 3.6). A coupling keeps the values that its mask m
+selects and changes the rest,
 
     y = m x + (1 - m) (x exp(s) + t),        log|det| = sum (1 - m) s,        s, t = network(m x)
 
-After each is a normalisation (section 3.7). ``batch`` is the published one: in training it takes the statistics of
-the batch, of all ranks together, mixed into the running ones, and lets gradients pass through the batch's part; in
-evaluation it takes the running ones, and only then is the log-determinant that of a function of one image. So how a
-batch is divided into micro batches is part of such a run, and changing it does not continue the run.
+After each is a normalisation (section 3.7). ``batch`` is the published one: in training it uses the statistics of the
+batch over all ranks, mixed into the running statistics, with gradients through the batch's part; in evaluation it uses
+the running statistics, and only then is the log-determinant that of a function of one image. So the division of a batch
+into micro batches is part of such a run, and a run cannot continue with another one.
 
-What differs from the published model: log-scales are bounded as c tanh(raw / c), without a learned c; residual
+Differences from the published model: log-scales are bounded as c tanh(raw / c), without a learned c; residual
 networks are normalised by ActNorm, not by weight and batch normalisation, so that a batch is never needed to evaluate
 one image; their last convolution starts at zero; latents have a learned mean and deviation per channel, which a label
 shifts, as in Glow; averages of weights keep the running statistics of the weights themselves.

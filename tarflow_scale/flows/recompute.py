@@ -1,11 +1,11 @@
-"""Memory for time: run layers in sequence and choose what the backward pass does for activations.
+"""Run layers in sequence and choose how the backward pass gets their activations: less memory for more time.
 
 * ``keep``: autograd keeps them all. Memory grows with the number of layers.
 * ``checkpoint``: the inputs of groups of layers are kept and each group runs forward again (Chen et al.,
-  arXiv 1604.06174): a group's activations and one feature map per group; about 4/3 of the time.
+  arXiv 1604.06174): memory for the activations of one group and one feature map per group; about 4/3 of the time.
 * ``rebuild``: only outputs are kept, one every ``anchor_every`` groups (an anchor); the backward pass walks from an
-  anchor down, inverting a few layers at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth, but
-  for one feature map per anchor. Rounding errors of the inverses add up between anchors only. Gradients of
+  anchor down, inverting a few layers at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth,
+  except for one feature map per anchor. Rounding errors of the inverses add up between anchors only. Gradients of
   parameters are added to ``.grad`` by ``backward()``; ``torch.autograd.grad`` with respect to parameters finds none.
 """
 
@@ -26,14 +26,11 @@ __all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 Group = Sequence[Layer]
 
 ANCHOR_EVERY = 8
-"""Groups between anchors: their feature maps cost little, and errors of 8 inverses are small."""
+"""Groups between anchors: so few anchors cost little memory, and the rounding errors of 8 inverses are small."""
 
 
 def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``, whose activations the backward pass computes again.
-
-    It does so under the same autocast and with the same dropout.
-    """
+    """``function(*arguments)``; the backward pass computes its activations again, with equal autocast and dropout."""
     return torch_checkpoint(function, *arguments, use_reentrant=False)
 
 
@@ -43,7 +40,7 @@ def run_layers(
     """Map ``h (B, C, H, W)`` through all layers of all groups, in order.
 
     Args:
-        groups: layers; the unit that is checkpointed, and counted between anchors.
+        groups: groups of layers; one group is checkpointed at a time, and anchors are counted in groups.
         h: input.
         activations: what the backward pass does.
         anchor_every: groups between anchors, for ``rebuild``.
@@ -76,7 +73,7 @@ def _run(layers: Sequence[Layer], h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Rebuilt(torch.autograd.Function):
-    """A run of layers whose backward pass needs their output alone.
+    """A run of layers whose backward pass needs only their output.
 
     The inner backward passes are re-entrant: they accumulate into the parameters themselves, where DDP and ZeRO have
     their hooks, instead of returning gradients, which for a gathered ZeRO-3 parameter would go nowhere.
@@ -109,9 +106,9 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
-    """Layers from last to first: every coupling alone, and those between two couplings together, in forward order.
+    """Layers from last to first: couplings alone, and the layers between two couplings together in forward order.
 
-    The latter cost little but for the calls: one inner backward pass for all of them is cheaper than one for each.
+    The latter are cheap, so one inner backward pass for all of them saves calls.
     """
     for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
         if is_coupling:
@@ -121,7 +118,7 @@ def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
 
 
 def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Tensor]:
-    """As `Coupling.rebuild`, for one coupling or for a run of other layers."""
+    """`Coupling.rebuild` for one coupling, and its equivalent for a run of other layers."""
     if isinstance(layers[0], Coupling):
         return layers[0].rebuild(h)
     with torch.no_grad():
@@ -132,6 +129,6 @@ def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Ten
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The autocast state of the forward pass; a backward pass on CUDA runs in a thread that has none."""
+    """The autocast state of the forward pass: CUDA runs the backward pass in another thread, without this state."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)

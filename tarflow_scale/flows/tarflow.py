@@ -13,7 +13,7 @@ one learned deviation per feature of the last tokens,
 
 Blocks may differ in depth: one deep block and several shallow ones are the layout of STARFlow (arXiv 2506.06276).
 
-What differs from the public code (apple/ml-tarflow), and why: log_det is a sum in nats, not a mean per dimension;
+Differences from the public code (apple/ml-tarflow): log_det is a sum in nats, not a mean per dimension;
 the volume-preserving loss is the likelihood, with log_std in it and learned by gradient (the public loss scores
 z under a unit normal, leaves the logarithm of the scale out, and tracks it by a moving average of z^2); the output
 layer starts at exactly zero (the public one leaves its bias random), so a fresh flow is the identity; causality is
@@ -123,7 +123,7 @@ class TarFlowBlock(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Noise to data, token by token; ``guidance`` is None or has an effect.
 
-        The weak predictions of guidance are a second lane, decoded in the same batch.
+        The weak predictions of guidance are decoded in the same batch.
         """
         batch, num_tokens, _ = z.shape
         z = self.order(z)
@@ -160,7 +160,7 @@ class TarFlowBlock(nn.Module):
         return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
 
     def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Parameters of token t come from tokens < t; token 0 gets zeros, hence stays as it is."""
+        """Parameters of token t come from tokens < t; token 0 gets zeros and does not change."""
         out = self.proj_out(h).to(like)
         return self.parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
 

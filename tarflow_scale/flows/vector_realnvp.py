@@ -1,13 +1,13 @@
-"""RealNVP for vectors: affine couplings by turns on even and odd dimensions.
+"""RealNVP for vectors: affine couplings on even and odd dimensions in turn.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803, section 3.4, with a mask of every second dimension.
 A coupling keeps one half a and changes the other,
 
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
-Before the first one each dimension has a shift and a scale of its own, which start from the data, as these come in
-units of their own, or do nothing where there are none, as for a variational posterior. Log-scales are bounded as in
-`tarflow_scale.flows.realnvp`; networks start at zero, so that a fresh flow is the identity.
+Before the first coupling each dimension has its own shift and scale. They are initialised from the data, whose columns
+have different units, and are the identity where there are no data, as for a variational posterior. Log-scales are
+bounded as in `tarflow_scale.flows.realnvp`; networks start at zero, so that a fresh flow is the identity.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -31,9 +31,9 @@ from tarflow_scale.runtime.distributed import all_reduce_sum
 __all__ = ["COUPLINGS", "ResidualLayers", "VectorRealNVP"]
 
 COUPLINGS = 4
-"""Of a level; of images these are the last level's."""
+"""Couplings of a level."""
 _LEAST_DEVIATION = 1e-6
-"""Of the root mean square of a number, below which its deviation is rounding."""
+"""Smallest deviation of a dimension that is not rounding, as a share of its root mean square."""
 
 
 class ResidualLayers(nn.Module):
@@ -113,13 +113,13 @@ class VectorRealNVP(Flow):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, y: Condition = None) -> None:
-        """Start each dimension's shift and scale from mean and deviation of the batch, over all ranks."""
+        """Initialise each dimension's shift and scale from mean and deviation of the batch over all ranks."""
         del y
         h = (x if self.logit_alpha is None else to_logits(x, self.logit_alpha)[0]).flatten(1).double()
         sums = all_reduce_sum(torch.cat([h.new_tensor([len(h)]), h.sum(dim=0), h.square().sum(dim=0)]))
         mean, square = (sums[1:] / sums[0]).chunk(2)
         std = (square - mean.square()).clamp(min=0).sqrt()
-        told = std > _LEAST_DEVIATION * square.sqrt()  # a number that this batch has one value of tells no scale
+        told = std > _LEAST_DEVIATION * square.sqrt()  # a dimension that is constant in this batch has no scale
         self.bias.copy_(-mean)
         self.log_scale.copy_(-torch.log(torch.where(told, std, torch.ones_like(std))))
 
@@ -129,7 +129,7 @@ class VectorRealNVP(Flow):
         return z.flatten(1), log_dets.flatten(1).sum(dim=1)
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`: every map is of one dimension, given others."""
+        """As `Flow.encode_values`: every map changes one dimension, given others."""
         with torch.autocast(h.device.type, enabled=False):
             halves = halves_of((h.flatten(1) + self.bias) * self.log_scale.exp())
             log_dets = halves_of(self.log_scale.expand(len(h), -1))

@@ -54,8 +54,8 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
     try:
         facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
         config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
-        # No memory and no random numbers: every tensor comes from the file. zuko's networks are made all the same.
-        # Tensors of inference mode could never be trained, nor written to outside of it.
+        # No memory and no random numbers: every tensor comes from the file. zuko's networks still allocate.
+        # Tensors made in inference mode could not be trained or written to outside of it.
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
                 flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
@@ -86,7 +86,7 @@ def tensors_digest(flow: Flow) -> str:
 
 
 def save_flow(flow: Flow, path: str | os.PathLike[str]) -> None:
-    """Write a flow to a folder or URL; the configuration last, so that half a flow is none."""
+    """Write a flow to a folder or URL; the configuration last, so that a partly written flow is not one."""
     for name, content in flow_files(flow).items():
         storage.write_bytes(storage.join(os.fspath(path), name), content)
 

@@ -264,7 +264,7 @@ for seen in (
         "generator must be a torch.Generator (got 3); a number is a seed",
         "guidance must be a Guidance, or its scale (got {'scale': 1}); tarflow_scale.flows has it",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got b'ab'); correct them",
-        "latents must have shape (batch, 16) (got (16,)); one a value of the data",
+        "latents must have shape (batch, 16) (got (16,)); pass one for each value",
         "draws are combined by mean or importance, one at least (got 1, 'Mean')",
         "a path is an arc or a line of at least 2 images (got 'Line' of 3); correct it",
         "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
