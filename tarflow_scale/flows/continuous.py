@@ -339,7 +339,7 @@ class _Field:
 
 
 class _FiniteGradients(torch.autograd.Function):
-    """The identity on the results of a solve; its backward pass withholds non-finite gradients from the adjoint's solver.
+    """The identity on the results of a solve; its backward pass withholds non-finite gradients from the adjoint.
 
     The solver cannot start from such a gradient. The parameters get NaN gradients instead, so that the step is skipped.
     """

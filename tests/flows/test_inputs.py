@@ -99,7 +99,7 @@ def test_what_is_advised_for_integers_and_arrays_is_taken() -> None:
     """Also for channels that come last; in a process without the checks of annotations that run beside these tests."""
     code = """
 import numpy as np, torch, tarflow_scale
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.density import image_bits_per_dim
 from tarflow_scale.flows import build
 from tarflow_scale.records import PixelFormat
@@ -215,7 +215,7 @@ def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_
     code = """
 import warnings
 import numpy as np, torch
-from tarflow_scale.config import TarFlowConfig
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.density import interpolated
 from tarflow_scale.flows import build

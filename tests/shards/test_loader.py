@@ -237,7 +237,7 @@ def test_signals_to_a_group_from_its_first_moment_leave_no_trace(tmp_path: Path)
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, signal, threading\n"
-        "from tarflow_scale.config import DataConfig\n"
+        "from tarflow_scale.config.data import DataConfig\n"
         "from tarflow_scale.shards.loader import Loader\n"
         "from tarflow_scale.shards.mix import open_mix\n"
         "if __name__ == '__main__':\n"
@@ -268,7 +268,7 @@ def test_workers_end_when_their_rank_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(
         "import multiprocessing, sys, time\n"
-        "from tarflow_scale.config import DataConfig\n"
+        "from tarflow_scale.config.data import DataConfig\n"
         "from tarflow_scale.shards.loader import Loader\n"
         "from tarflow_scale.shards.mix import open_mix\n"
         "if __name__ == '__main__':\n"
