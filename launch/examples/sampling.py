@@ -47,7 +47,7 @@ except UserError as error:  # one line and exit code 2, as on the command line
     print(f"{error}; 'make demo' makes what this example takes by default", file=sys.stderr)
     raise SystemExit(2) from None
 arguments.output.mkdir(parents=True, exist_ok=True)
-if flow.num_classes is None or not flow.takes_guidance:
+if flow.num_classes is None or not flow.capabilities.guidance:
     raise SystemExit(f"this example is of guided classes (got {type(flow).__name__}); name such a model in --model")
 
 # %% By class: column c holds class c. Sample i depends on (weights, seed, i) and its label, not on how many there are
