@@ -22,8 +22,8 @@ def main() -> None:
     arguments = parser.parse_args()
     registry = Registry(arguments.registry, arguments.model)
     state, version = registry.state(), registry.resolve(arguments.alias)
-    promotions = [fact.number for fact in state.facts if fact.kind == "promote" and fact.version == version.version]
-    evaluated = [fact.time for fact in state.facts if fact.kind == "evaluate" and fact.version == version.version]
+    promotions = [fact.number for fact in state.history if fact.kind == "promote" and fact.version == version.version]
+    evaluated = [fact.time for fact in state.history if fact.kind == "evaluate" and fact.version == version.version]
     content = {
         "command": f"python evals/benchmarks/champion_report.py {arguments.registry} {arguments.model}",
         "date": evaluated[-1][:10],

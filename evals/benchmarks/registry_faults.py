@@ -104,7 +104,7 @@ def race(path: str, rounds: int, start: Literal["spawn", "fork"] = "spawn") -> i
     if any(len(several) != 1 for several in winners):
         raise Failed(f"winners of each round: {winners}")
     state = Registry(path, MODEL).replayed()
-    moved = [fact.version for fact in state.facts if fact.kind == "promote"]
+    moved = [fact.version for fact in state.history if fact.kind == "promote"]
     if (
         moved != [_entry(several[0], number) for number, several in enumerate(winners)]
         or state.aliases["champion"] != moved[-1]

@@ -264,7 +264,7 @@ def _decoding(row: Row) -> dict[str, str]:
 
 def _history(entries: Sequence[Entry]) -> str:
     events = sorted(
-        ((event.time, entry.model, event) for entry in entries for event in entry.state.facts),
+        ((event.time, entry.model, event) for entry in entries for event in entry.state.history),
         key=lambda item: item[:2],
         reverse=True,
     )

@@ -1,9 +1,10 @@
-"""Which model the world sees: versions, reports, aliases and gates, as files. Never torch.
+"""Model registry: versions, metrics reports, aliases and gates, stored as files. It does not import torch.
 
-On disk (folder or bucket): ``<model>/_log/<n>.json`` are events, each with the digest of the one before;
-``blobs/sha256/`` the files by digest. `Registry` is one model, `EventLog` its log, `state` what the log adds up to,
-`Store` the blobs and proof of create-if-absent, `gate` the decision, `collection` what may go. Writers race for the
-next number and one wins; readers need no lock. A missing, damaged or changed event or blob is an error that names it.
+In a folder or bucket, ``<model>/_log/<n>.json`` are the events of a model, each with the digest of the event before it,
+and ``blobs/sha256/<digest>`` are files. `Registry` is one model, `EventLog` its log, `state` the state that the events
+add up to, `Store` the blobs and the test for create-if-absent, `gate` the promotion decision, `collection` garbage
+collection. Writers compete for the next event number and exactly one wins; readers need no lock. A missing, damaged or
+modified event or blob raises an error that names it.
 """
 
 from tarflow_scale.registry import collection

@@ -1,12 +1,12 @@
-"""What no version needs any more, and its removal.
+"""Garbage collection: find and delete blobs that no version needs.
 
-A blob is needed while some event of a version that is not retired names it, and of a retired one until the grace
-period is over. What no event names is left of an upload that never became a version; it goes when it is older than the
-grace period. Blobs are shared by all models of a registry, so all logs are read.
+A blob is needed while an event of a version names it, until the version has been retired for longer than the grace
+period. A blob that no event names is left over from an upload that was not completed; it is deleted when it is older
+than the grace period. All models of a registry share its blobs, so all logs are read.
 
-Before a blob of a version is removed, a ``collect`` event says so; a collector that dies leaves nothing worse than
-blobs that the next one removes. A writer who names an old blob again writes it again (`Store.keep`), which makes it
-young, and looks once more after its event; a blob's age is looked at just before it is removed.
+A ``collect`` event is written before blobs of a version are deleted; if the collector is killed, the next one deletes
+the rest. A writer that reuses an old blob writes it again (`Store.keep`), which resets its age, before and after its
+event; the collector checks the age of a blob just before it deletes it.
 """
 
 import time
@@ -26,7 +26,7 @@ __all__ = ["Garbage", "collect", "garbage", "named_by"]
 
 @dataclass
 class Garbage:
-    """What may go."""
+    """What may be deleted."""
 
     versions: dict[str, list[int]] = field(default_factory=dict)
     """Retired versions by model."""
@@ -35,14 +35,14 @@ class Garbage:
 
 
 def garbage(path: str, grace_seconds: float) -> Garbage:
-    """What may be removed of a registry now.
+    """What may be deleted from a registry now.
 
     Raises:
-        RegistryError: there is none, or a log is damaged; a grace period that is shorter than what keeps writers safe.
+        RegistryError: there is no registry, a log is damaged, or the grace period is too short for running writers.
     """
     if grace_seconds < 2 * FRESH_SECONDS:
         raise RegistryError(f"the grace period must be at least {2 * FRESH_SECONDS / 3600:g} hours; raise it")
-    found, needed = Garbage(), set[str]()
+    result, needed = Garbage(), set[str]()
     now = time.time()
     for model in Registry.models(path):
         state = Registry(path, model).state()
@@ -52,21 +52,21 @@ def garbage(path: str, grace_seconds: float) -> Garbage:
             if not expired or version in state.aliases.values():
                 needed.update(record.sha256 for _, record in named_by(state, version))
             elif version not in state.collected:
-                found.versions.setdefault(model, []).append(version)
+                result.versions.setdefault(model, []).append(version)
     store = Store(path)
     for digest, num_bytes in store.blobs().items():
         if digest not in needed and _is_older(store.blob(digest), grace_seconds):
-            found.blobs[digest] = num_bytes
-    return found
+            result.blobs[digest] = num_bytes
+    return result
 
 
-def collect(path: str, found: Garbage, grace_seconds: float, reason: str) -> int:
-    """Say in the logs what goes, and remove it; returns the bytes that came free.
+def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> int:
+    """Record in the logs what is deleted, and delete it. Returns the number of bytes freed.
 
     Raises:
-        RegistryError: a version is not retired any more, which no event can bring about.
+        RegistryError: a version to collect is not retired.
     """
-    for model, versions in found.versions.items():
+    for model, versions in unneeded.versions.items():
 
         def decide(state: ModelState, versions: list[int] = versions) -> dict[str, list[int]]:
             if not set(versions) <= set(state.retired):
@@ -74,16 +74,16 @@ def collect(path: str, found: Garbage, grace_seconds: float, reason: str) -> int
             return {"versions": versions}
 
         Registry(path, model).append("collect", reason, decide)
-    store, free = Store(path), 0
-    for digest, num_bytes in found.blobs.items():
+    store, freed = Store(path), 0
+    for digest, num_bytes in unneeded.blobs.items():
         if _is_older(store.blob(digest), grace_seconds):
             storage.remove(store.blob(digest))
-            free += num_bytes
-    return free
+            freed += num_bytes
+    return freed
 
 
 def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]]:
-    """Every blob that events of a version name, with what it is."""
+    """Every blob that the events of a version name, as ``(description, record)``."""
     record = state.versions[version]
     yield from record.files.items()
     if record.configuration is not None:

@@ -1,10 +1,10 @@
-"""Whether a version may become champion: a pure function of a gate and of reports, with every reason spelled out.
+"""Decide whether a version may be promoted: a pure function of a gate and of metrics reports, which gives its reasons.
 
-A champion is beaten only by more than chance. Numbers of bits/dim are compared image by image: the standard error is
-that of the mean difference over images, which is much smaller than that of either mean. Numbers of samples (FID and
-others) are compared as independent, each with its jackknife. A version wins if the one-sided confidence limit of the
-difference exceeds the margin. A version of another model may be named that must be beaten in the same way, so that
-models of one family compete; both must be trained on the same data set.
+A candidate must beat the champion by more than chance. Bits/dim are compared image by image: the standard error is that
+of the mean difference over images, which is much smaller than that of either mean. Metrics of samples (FID and others)
+are compared as independent numbers, each with its jackknife error. The candidate wins if the one-sided confidence limit
+of the difference exceeds the margin. The candidate can also be required to beat a version of another model in the same
+way, which lets model families compete; both must be trained on the same data set.
 """
 
 import math
@@ -24,7 +24,7 @@ Protocol = LikelihoodProtocol | SampledProtocol
 
 
 class Reason(Record):
-    """One requirement, and whether it holds."""
+    """One requirement, the value that was found, and whether the requirement holds."""
 
     requirement: str
     found: str
@@ -32,7 +32,7 @@ class Reason(Record):
 
 
 class Rival(Record):
-    """A version of another model that a decision compared with."""
+    """A version of another model that the candidate was compared with."""
 
     name: str
     """``model@version``."""
@@ -40,7 +40,7 @@ class Rival(Record):
 
 
 class Decision(Record):
-    """The outcome of a gate."""
+    """The decision of a gate, as it is stored in the log."""
 
     gate: str
     promoted: bool
@@ -50,11 +50,11 @@ class Decision(Record):
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with what is known of it.
+    """A version with its reports, approvals and numbers of each image.
 
-    name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: by the SHA-256 under
-    which a report names them, numbers of each image as ``(digest of the image, number)``, sorted. data: what it was
-    trained on. weights_digest: of its files.
+    name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: for the SHA-256 of each
+    file of numbers, ``(digest of the image, number)`` of every image, sorted. data: the training data.
+    weights_digest: digest of the files of the version.
     """
 
     name: str
@@ -65,42 +65,41 @@ class Contender:
     weights_digest: str = ""
 
     def value(self, protocol: Protocol, protocol_id: str | None = None) -> MetricValue | None:
-        """The newest number by this protocol, and with this id if one is given."""
-        found = [
+        """The newest value for this protocol, and for this protocol id if one is given."""
+        values = [
             metric
             for report in self.reports
             for metric in report.metrics.values()
             if metric.protocol_digest == protocol.digest and protocol_id in (None, metric.protocol_id)
         ]
-        return found[-1] if found else None
+        return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """What the number is the mean of; nothing if that was not kept."""
+        """The numbers of each image that ``metric`` is the mean of; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
 def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    """What a registry knows of a version, with the numbers of each image.
+    """Read a version with its reports, approvals and numbers of each image.
 
     Raises:
         RegistryError: a file is missing or damaged.
     """
     reports = state.reports.get(version, [])
-    kept = {
+    stored = {
         metric.per_image.sha256: metric.per_image
         for report in reports
         for metric in report.metrics.values()
         if metric.per_image is not None
     }
     per_image: dict[str, list[tuple[bytes, float]]] = {}
-    for digest, record in kept.items():
-        from safetensors.numpy import load as load_arrays  # here, because a look at most versions does without NumPy
+    for digest, record in stored.items():
+        from safetensors.numpy import load as load_arrays  # imported here, because most versions do not need NumPy
 
         arrays = load_arrays(registry.read("numbers of each image", record))
-        if "image_sha256" in arrays:  # early reports did not say which image is which
-            costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
-            pairs = zip(arrays["image_sha256"], costs, strict=True)
-            per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
+        costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
+        pairs = zip(arrays["image_sha256"], costs, strict=True)
+        per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
     approvals = tuple(approval.user for approval in state.approvals.get(version, []))
     data, weights = state.versions[version].data, state.versions[version].weights_digest
     return Contender(f"{registry.model}@{version}", reports, approvals, per_image, data, weights)
@@ -113,14 +112,14 @@ def decide(
     champion: Contender | None,
     rival: Contender | None = None,
 ) -> Decision:
-    """Compare a candidate with a gate, with the champion, and with a version of another model.
+    """Check the requirements of a gate for a candidate, against the champion and a version of another model.
 
     Args:
         gate: the requirements.
         protocols: protocol files of the requirements, by path.
-        candidate: who wants the alias.
-        champion: who has it, or None.
-        rival: whom the candidate must beat as well, or None.
+        candidate: the version that is to get the alias.
+        champion: the version that has the alias, or None.
+        rival: version of another model that the candidate must also beat, or None.
     """
     reasons = [] if rival is None else [_same_data(candidate, rival)]
     comparable = rival if reasons and reasons[0].holds else None
@@ -129,7 +128,7 @@ def decide(
         value = candidate.value(protocol, requirement.protocol_id)
         if value is None:
             wanted = f"a number by protocol {protocol.name}"
-            reasons.append(Reason(requirement=wanted, found=_nothing_by_it(candidate), holds=False))
+            reasons.append(Reason(requirement=wanted, found=_without_number(candidate), holds=False))
             continue
         reasons.extend(_bounds(requirement, protocol, value))
         if requirement.must_beat_champion:
@@ -137,9 +136,9 @@ def decide(
             if comparable is not None:
                 reasons.append(_against(requirement, protocol, value, candidate, comparable, f"{comparable.name}'s"))
     for name in gate.approvals:
-        found = ", ".join(candidate.approvals) or "nobody"
+        approvers = ", ".join(candidate.approvals) or "nobody"
         wanted = f"approved by {name}"
-        reasons.append(Reason(requirement=wanted, found=f"by {found}", holds=name in candidate.approvals))
+        reasons.append(Reason(requirement=wanted, found=f"by {approvers}", holds=name in candidate.approvals))
     return Decision(
         gate=gate.name,
         promoted=all(reason.holds for reason in reasons),
@@ -149,11 +148,11 @@ def decide(
 
 
 def _same_data(candidate: Contender, rival: Contender) -> Reason:
-    """Numbers of models that were trained on other data are not compared."""
-    ours, theirs = (_in_words(one.data) for one in (candidate, rival))
+    """The requirement that both versions were trained on the same data set."""
+    ours, theirs = _in_words(candidate.data), _in_words(rival.data)
     same = candidate.data is not None and rival.data is not None and candidate.data.digest == rival.data.digest
-    found = ours if same else f"{ours}, not {theirs}"
-    return Reason(requirement=f"trained on the data set of {rival.name}", found=found, holds=same)
+    data = ours if same else f"{ours}, not {theirs}"
+    return Reason(requirement=f"trained on the data set of {rival.name}", found=data, holds=same)
 
 
 def _in_words(data: DataSetFacts | None) -> str:
@@ -162,11 +161,11 @@ def _in_words(data: DataSetFacts | None) -> str:
     return f"{data.name}/{data.split} {data.digest[:12]} with {data.num_classes} classes"
 
 
-def _nothing_by_it(candidate: Contender) -> str:
+def _without_number(candidate: Contender) -> str:
     if not candidate.reports:
         return "no report at all; run 'tarflow-scale evaluate' first"
-    others = sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()})
-    return f"reports by {', '.join(others)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
+    protocols = sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()})
+    return f"reports by {', '.join(protocols)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
 
 
 def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) -> list[Reason]:
@@ -206,7 +205,7 @@ def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
 def _against(
     requirement: Requirement, protocol: Protocol, value: MetricValue, candidate: Contender, other: Contender, whose: str
 ) -> Reason:
-    """Whether the candidate's number is better than that of another version, which reports call ``whose``."""
+    """The requirement that the candidate beats another version, which the reason calls ``whose``."""
 
     def reason(found: str, holds: bool) -> Reason:
         return Reason(requirement=_wanted(requirement, protocol, whose), found=found, holds=holds)
@@ -215,24 +214,24 @@ def _against(
     if best is None:
         return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
     gain, error, how = lead(protocol, candidate, value, other, best)
-    found = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
+    comparison = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
     if error is None:
-        return reason(f"{found}, but without standard errors; evaluate both again", False)
+        return reason(f"{comparison}, but without standard errors; evaluate both again", False)
     limit = gain - NormalDist().inv_cdf(requirement.confidence) * error
-    return reason(f"{found}: better by {gain:.4f} ± {error:.4f} {how}", limit > requirement.margin)
+    return reason(f"{comparison}: better by {gain:.4f} ± {error:.4f} {how}", limit > requirement.margin)
 
 
 def lead(
     protocol: Protocol, candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
-    """How much better the candidate is, the standard error of that (None: not known), and how it was found.
+    """How much better the candidate is, the standard error (None if unknown), and how they were compared.
 
     Args:
-        protocol: of both numbers, which says what is better.
+        protocol: protocol of both numbers, which says whether higher is better.
         candidate: the version that is compared.
         value: its number.
-        champion: the version it is compared with.
-        best: the number of that, of the same protocol id.
+        champion: the version that it is compared with.
+        best: number of the champion, with the same protocol id.
     """
     gain, error, how = _difference(candidate, value, champion, best)
     return -gain if protocol.higher_is_better else gain, error, how
@@ -241,7 +240,7 @@ def lead(
 def _difference(
     candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
-    """How much lower the candidate is, the standard error of that, and how it was found."""
+    """How much lower the candidate's number is, the standard error, and how they were compared."""
     ours, theirs = candidate.of_images(value), champion.of_images(best)
     if len(ours) > 1 and [image for image, _ in ours] == [image for image, _ in theirs]:
         differences = [b - a for (_, a), (_, b) in zip(ours, theirs, strict=True)]

@@ -1,8 +1,8 @@
-"""The right to do something alone for a while, on any store that has create-if-absent.
+"""A lease: a temporary exclusive right, on any store that has create-if-absent.
 
-Holder n of a lease is whoever creates ``<path>/<n>.json``; it writes the file again from time to time, and one that has
-stopped doing so may be succeeded by holder n + 1. Clocks of machines decide when, so a lease saves work; what must
-happen once at the most is settled in the log.
+The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; when a file has expired, another
+process may become holder n + 1. Expiry compares the clocks of machines, so a lease only avoids duplicate work; the event
+log decides what must happen at most once.
 """
 
 import json
@@ -18,11 +18,11 @@ __all__ = ["Lease"]
 
 
 class Lease(AbstractContextManager["Lease | None"]):
-    """A lease; entering gives None where somebody else holds it.
+    """A lease; entering it returns None if another process holds it.
 
     Args:
         path: folder or URL.
-        seconds: that a holder who went away keeps others waiting; it writes four times as often.
+        seconds: time until a lease that is not renewed expires; the holder renews it four times as often.
     """
 
     def __init__(self, path: str, seconds: float = 600) -> None:
@@ -33,7 +33,7 @@ class Lease(AbstractContextManager["Lease | None"]):
         self._renewal: threading.Thread | None = None
 
     def __enter__(self) -> "Lease | None":
-        """Try to become the holder."""
+        """Try to acquire the lease."""
         names = storage.list_names(self._path)
         if names and not self._expired(names[-1]):
             return None
@@ -49,7 +49,7 @@ class Lease(AbstractContextManager["Lease | None"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let others have it."""
+        """Release the lease."""
         if self._location is not None and self._renewal is not None:
             self._done.set()
             self._renewal.join()
@@ -58,7 +58,7 @@ class Lease(AbstractContextManager["Lease | None"]):
     def _renew(self) -> None:
         assert self._location is not None
         while not self._done.wait(self._seconds / 4):
-            with suppress(StorageError):  # the next time may do; if none does, somebody else takes over
+            with suppress(StorageError):  # the next renewal may succeed; if none does, the lease expires
                 storage.write_bytes(self._location, self._content())
 
     def _content(self) -> bytes:
@@ -69,4 +69,4 @@ class Lease(AbstractContextManager["Lease | None"]):
         try:
             return json.loads(storage.read_bytes(location))["until"] < time.time()
         except StorageError:
-            return False  # given back between two looks: the next look finds it free
+            return False  # it was released after the listing; the next attempt can acquire it

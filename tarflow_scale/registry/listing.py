@@ -1,4 +1,4 @@
-"""All models of a registry at once, where one that cannot be read does not hide the others."""
+"""List all models of a registry; a model that cannot be read does not hide the others."""
 
 import warnings
 
@@ -10,13 +10,13 @@ __all__ = ["readable_models"]
 
 
 def readable_models(path: str) -> dict[str, ModelState]:
-    """The state of each model that can be read, by name; of each that cannot, a warning.
+    """State of every readable model, by name. Warns about each model that cannot be read.
 
     Args:
         path: folder or URL of the registry.
 
     Raises:
-        UserError: there is no model, or none can be read.
+        UserError: the registry has no model, or no model can be read.
     """
     states, failures = dict[str, ModelState](), list[UserError]()
     for model in Registry.models(path):

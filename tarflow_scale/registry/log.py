@@ -1,8 +1,8 @@
-"""The append-only log of a model: numbered JSON events, each bound to the one before by its digest.
+"""The append-only log of a model: numbered JSON events, each with the digest of the event before it.
 
-Event n is the object ``<registry>/<model>/_log/<n>.json``, claimed by create-if-absent, so of several writers
-exactly one gets a number and the others look again. Events are never changed or deleted, so whoever knows the log up to
-n reads on from n + 1 until there is none, whatever its length.
+Event n is the object ``<registry>/<model>/_log/<n>.json``. It is claimed by create-if-absent, so exactly one of several
+writers gets a number and the others retry with the next. Events are never changed or deleted, so a reader that knows
+events up to n continues from n + 1.
 """
 
 import getpass
@@ -25,35 +25,35 @@ Kind = Literal[
     "register", "evaluate", "calibrate", "approve", "promote", "alias", "rollback", "retire", "collect"
 ]  # fmt: skip
 _AT_ONCE = 200
-"""Events that are fetched together when much of a log is read."""
+"""Events fetched together when a whole log is read."""
 
 
 class Event(Record):
-    """One fact about a model, for ever."""
+    """One immutable entry of the log of a model."""
 
     number: int = Field(ge=1)
     kind: Kind
     id: str
-    """Random; tells a writer its own event."""
+    """Random; distinguishes the event from those of other writers."""
     time: str
     """UTC, ISO 8601."""
     actor: str
-    """Who, as user@host."""
+    """``user@host`` that wrote it."""
     reason: str
     previous: str
-    """SHA-256 of the event before; empty for the first."""
+    """SHA-256 of the previous event; empty for the first."""
     payload: dict[str, Any]
     checksum: str = ""
-    """SHA-256 of the event with this field empty; events of early registries have none."""
+    """SHA-256 of the event with this field empty."""
 
     def sealed(self) -> "Event":
         """The event with its checksum."""
         return self.model_copy(update={"checksum": storage.digest(self.to_json())})
 
     def is_intact(self, content: bytes) -> bool:
-        """Whether ``content``, from which it was read, is what was sealed."""
-        bare = content.replace(_sealed_as(self.checksum), _sealed_as(""), 1)
-        return not self.checksum or storage.digest(bare) == self.checksum
+        """Whether ``content``, from which the event was read, matches its checksum."""
+        unsealed = content.replace(f'"checksum":"{self.checksum}"'.encode(), b'"checksum":""', 1)
+        return storage.digest(unsealed) == self.checksum
 
 
 class EventLog:
@@ -67,23 +67,24 @@ class EventLog:
         self.path = path
 
     def location(self, number: int) -> str:
-        """Where event ``number`` is."""
+        """Path or URL of event ``number``."""
         return storage.join(self.path, f"{number:012d}.json")
 
     def read(self, number: int) -> Event:
-        """One event.
+        """Read one event.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: it does not exist or is damaged.
         """
         location = self.location(number)
         return Event.from_json(storage.read_bytes(location), location)
 
     def after(self, number: int, previous: str) -> Iterator[tuple[Event, str]]:
-        """Events that follow ``number``, whose digest is ``previous``, each with its own digest.
+        """Read the events after event ``number``, whose digest is ``previous``. Yields each event and its digest.
 
         Raises:
-            RegistryError: one is missing although a later one is there, or is not what the next one says it was.
+            RegistryError: an event is missing although a later one exists, is damaged, or does not match the digest
+                that the next event records.
         """
         first = number == 0
         ahead = self._listed() if first else iter(())
@@ -92,7 +93,7 @@ class EventLog:
             location = self.location(number)
             content = next(ahead, None) or storage.read_if_there(location)
             if content is None:
-                later = self.names()[-1:] if first else []  # elsewhere only the next is looked for, at a fixed cost
+                later = self.names()[-1:] if first else []  # a list costs more with every event: only when reading all
                 gap = later > [location.rpartition("/")[2]] or storage.exists(self.location(number + 1))
                 if gap and not storage.exists(location):
                     raise RegistryError(f"{location} is missing from the log; restore the log from a backup")
@@ -110,16 +111,16 @@ class EventLog:
         return [name for name in storage.list_names(self.path) if name.endswith(".json") and not name.startswith(".")]
 
     def _listed(self) -> Iterator[bytes]:
-        """Contents of the events that a listing shows, up to the first gap."""
+        """Contents of the listed events, up to the first gap in their numbers."""
         expected = (self.location(number) for number in itertools.count(1))
         pairs = zip(self.names(), expected, strict=False)
-        whole = [location for _, location in itertools.takewhile(lambda pair: pair[1].endswith(f"/{pair[0]}"), pairs)]
-        for low in range(0, len(whole), _AT_ONCE):
-            yield from storage.read_many(whole[low : low + _AT_ONCE])
+        listed = [location for _, location in itertools.takewhile(lambda pair: pair[1].endswith(f"/{pair[0]}"), pairs)]
+        for low in range(0, len(listed), _AT_ONCE):
+            yield from storage.read_many(listed[low : low + _AT_ONCE])
 
 
 def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str, payload: dict[str, Any]) -> Event:
-    """An event of this user, now."""
+    """A sealed event by this user at the present time."""
     return Event(
         number=number,
         kind=kind,
@@ -132,12 +133,8 @@ def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str
     ).sealed()
 
 
-def _sealed_as(checksum: str) -> bytes:
-    return f'"checksum":"{checksum}"'.encode()
-
-
 def user() -> str:
-    """Name of the user, or its number in a container that has no name for it."""
+    """Name of the user, or the user id where it has no name, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

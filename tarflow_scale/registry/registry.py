@@ -1,8 +1,8 @@
-"""Models, versions and aliases, as the fold of an append-only log; files as content-addressed blobs.
+"""Models, versions and aliases as the fold of an append-only log; files as content-addressed blobs.
 
 Layout: ``<registry>/<model>/_log/000000000001.json ...``, beside it ``_snapshot`` (a cache, see
 `tarflow_scale.registry.state`), and ``<registry>/blobs/sha256/<hex>``. Blobs are written before the event that names
-them, and verified whenever they are read. Only safetensors and JSON are stored; nothing is ever unpickled.
+them, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
 """
 
 import random
@@ -28,11 +28,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ATTEMPTS = 200
 _SNAPSHOT = "_snapshot"
 _SNAPSHOT_EVERY = 50
-"""Events; so many are read at the most by whoever has the newest snapshot."""
+"""Events between snapshots: the most that are read after the newest snapshot."""
 
 
 class _Registered(Exception):
-    """The very same version is there."""
+    """A version with the same files and configuration exists."""
 
     def __init__(self, version: ModelVersion) -> None:
         self.version = version
@@ -49,16 +49,16 @@ class Registry:
         model: name of the model.
 
     Raises:
-        RegistryError: not a name.
+        RegistryError: the name has characters that are not allowed.
     """
 
     def __init__(self, path: str, model: str) -> None:
         self.path = path
         self.model = _checked(model, "a model")
         self.store = Store(path)
-        """What all models share."""
+        """Blobs and modes, which all models share."""
         self.log = EventLog(storage.join(path, model, "_log"))
-        """The events themselves."""
+        """The events of this model."""
         self._snapshot = storage.join(path, model, _SNAPSHOT)
         self._state = ModelState()
         self._saved = 0
@@ -68,7 +68,7 @@ class Registry:
         """Names of the models of a registry.
 
         Raises:
-            RegistryError: when there is none at ``path``.
+            RegistryError: there is no registry at ``path``.
         """
         names = [name for name in storage.list_names(path) if _NAME.fullmatch(name) and _has_log(path, name)]
         if not names:
@@ -78,10 +78,10 @@ class Registry:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def state(self) -> ModelState:
-        """The present state; not to be changed.
+        """The present state. Callers must not change it.
 
         Raises:
-            RegistryError: when there is no such model, or its log is damaged.
+            RegistryError: the model does not exist, or its log is damaged.
         """
         state = self._refreshed()
         if not state.number:
@@ -92,18 +92,18 @@ class Registry:
 
     def _no_such_model(self) -> RegistryError:
         try:
-            there = ", ".join(Registry.models(self.path))
-        except RegistryError as error:  # nor any other
+            models = ", ".join(Registry.models(self.path))
+        except RegistryError as error:  # the registry has no model at all
             return error
         return RegistryError(
-            f"no model {self.model!r} in the registry {self.path} (there are {there}); check registry.model"
+            f"no model {self.model!r} in the registry {self.path} (there are {models}); check registry.model"
         )
 
     def replayed(self) -> ModelState:
-        """The state from all events, each read and checked, whatever a snapshot says.
+        """The state from all events, each read and checked, without use of a snapshot.
 
         Raises:
-            RegistryError: the log is damaged, or shorter than it was when a snapshot was taken.
+            RegistryError: the log is damaged, or shorter than the newest snapshot says.
         """
         self._state = ModelState()
         self._read_on(self._state)
@@ -112,8 +112,8 @@ class Registry:
         newest = ModelState.from_snapshot(storage.read_if_there(self._snapshot))
         if newest is not None and newest.number > self._state.number:
             raise RegistryError(
-                f"{self.log.path} ends at event {self._state.number}, but there have been {newest.number}; restore "
-                f"the log from a backup"
+                f"{self.log.path} ends at event {self._state.number}, but a snapshot has {newest.number} events; "
+                f"restore the log from a backup"
             )
         return self._state
 
@@ -121,64 +121,64 @@ class Registry:
         """The version that a number, an alias or ``latest`` names.
 
         Raises:
-            RegistryError: when it does not exist.
+            RegistryError: it does not exist.
         """
         return resolve(self.state(), reference, self.model)
 
     def read_files(self, version: ModelVersion) -> dict[str, bytes]:
-        """Content of every file of a version, verified.
+        """Verified content of every file of a version.
 
         Raises:
-            RegistryError: when a blob is missing or is not what its digest says, or was collected.
+            RegistryError: a blob is missing, does not match its digest, or was deleted after retirement.
         """
         when = self.state().collected.get(version.version)
         if when is not None:
-            raise RegistryError(f"{self.model}@{version.version} was retired and its files removed on {when}")
+            raise RegistryError(f"{self.model}@{version.version} was retired and its files deleted on {when}")
         return {name: self.read(name, record) for name, record in version.files.items()}
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """What `keep` kept, verified; ``name`` is for the error.
+        """Verified content of a blob; ``name`` describes it in errors.
 
         Raises:
-            RegistryError: missing, or not what the digest says.
+            RegistryError: it is missing or does not match its digest.
         """
         return self.store.read(f"{name} of {self.model}", record)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def keep(self, content: bytes) -> FileRecord:
-        """Keep content under its digest; a report may name it from here on."""
+        """Store content as a blob, which a report may name."""
         return self.store.keep(content)
 
     def register(
-        self, files: dict[str, bytes], facts: dict[str, Any], reason: str, configuration: bytes | None = None
+        self, files: dict[str, bytes], fields: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files and make them the next version, unless the same files and configuration are one in use already.
+        """Store files as the next version. Returns the existing one if a usable version has these files and settings.
 
         Args:
             files: content by name.
-            facts: the other fields of `ModelVersion`.
+            fields: the other fields of `ModelVersion`.
             reason: why.
-            configuration: what ``facts`` names by its digest.
+            configuration: the resolved configuration, whose digest ``fields`` has.
         """
         records = {name: self.store.keep(content) for name, content in files.items()}
         if configuration is not None:
-            facts = facts | {"configuration": self.store.keep(configuration)}
+            fields = fields | {"configuration": self.store.keep(configuration)}
 
         def decide(state: ModelState) -> dict[str, Any]:
-            for known_one in state.versions.values():
-                same = known_one.files == records and known_one.config_digest == facts["config_digest"]
-                if same and known_one.version not in state.retired:
-                    raise _Registered(known_one)
-            facts_of_one = {"version": len(state.versions) + 1, "files": records, **facts}
-            return {"version": ModelVersion.model_validate(facts_of_one).model_dump(mode="json")}
+            for version in state.versions.values():
+                same = version.files == records and version.config_digest == fields["config_digest"]
+                if same and version.version not in state.retired:
+                    raise _Registered(version)
+            new = ModelVersion.model_validate({"version": len(state.versions) + 1, "files": records, **fields})
+            return {"version": new.model_dump(mode="json")}
 
         try:
             event = self.append("register", reason, decide)
-        except _Registered as there:
-            return there.version
+        except _Registered as existing:
+            return existing.version
         for content in [*files.values(), *([] if configuration is None else [configuration])]:
-            self.store.keep(content)  # a collector may have been at work since
+            self.store.keep(content)  # a collector may have deleted it before the event
         return ModelVersion.model_validate(event.payload["version"])
 
     def attach_report(self, report: MetricsReport, reason: str, once: bool = False) -> None:
@@ -187,20 +187,22 @@ class Registry:
         Args:
             report: the report.
             reason: why.
-            once: refuse where all its protocols have a number of this version already.
+            once: refuse the report if this version already has a number for each of its protocols.
 
         Raises:
-            AlreadyReported: they have.
-            RegistryError: when the version does not exist or holds other weights.
+            AlreadyReported: ``once``, and the version has these numbers.
+            RegistryError: the version does not exist or has other weights.
         """
 
         def decide(state: ModelState) -> dict[str, Any]:
             version = resolve(state, report.version, self.model)
             if once and state.has_numbers(version.version, {m.protocol_digest for m in report.metrics.values()}):
-                raise AlreadyReported(f"{self.model}@{version.version} has been scored by another; nothing was added")
+                raise AlreadyReported(
+                    f"{self.model}@{version.version} was evaluated by another process; nothing was added"
+                )
             if version.weights_digest != report.weights_digest:
                 raise RegistryError(
-                    f"the report is about other weights than {self.model}@{report.version}; evaluate again"
+                    f"the report is about other weights than those of {self.model}@{report.version}; evaluate again"
                 )
             return {"report": report.model_dump(mode="json")}
 
@@ -210,7 +212,7 @@ class Registry:
         """Add a decoding plan to the version it was measured on.
 
         Raises:
-            RegistryError: when the version does not exist.
+            RegistryError: the version does not exist.
         """
 
         def decide(state: ModelState) -> dict[str, Any]:
@@ -219,27 +221,27 @@ class Registry:
         self.append("calibrate", reason, decide)
 
     def approve(self, version: int, reason: str) -> str:
-        """Say, as the present user, that a version may be promoted; returns the user.
+        """Record that the present user approves a version for promotion. Returns the user.
 
         Raises:
-            RegistryError: no such version, retired, or approved by this user already.
+            RegistryError: the version does not exist, is retired, or was approved by this user before.
         """
         name = user()
 
         def decide(state: ModelState) -> dict[str, Any]:
             self._usable(state, version)
             if any(approval.user == name for approval in state.approvals.get(version, [])):
-                raise RegistryError(f"{self.model}@{version} is approved by {name} already")
+                raise RegistryError(f"{self.model}@{version} was already approved by {name}")
             return {"version": version, "user": name}
 
         self.append("approve", reason, decide)
         return name
 
     def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
-        """Move an alias by a gate's decision, if it still points to ``expected``.
+        """Move an alias by the decision of a gate, if it still points to ``expected``.
 
         Raises:
-            RegistryError: it moved meanwhile; the version is retired.
+            RegistryError: the alias has moved, or the version is retired.
         """
         self._move("promote", alias, version, expected, {"decision": decision}, reason)
 
@@ -247,15 +249,15 @@ class Registry:
         """Point an alias that no gate guards to a version, if it still points to ``expected``.
 
         Raises:
-            RegistryError: a gate guards it; it moved meanwhile; the version is retired.
+            RegistryError: a gate guards the alias, it has moved, or the version is retired.
         """
         self._move("alias", _checked(alias, "an alias"), version, expected, {}, reason)
 
     def rollback(self, alias: str, reason: str) -> tuple[int, int]:
-        """Point an alias back to the version before that is not retired; returns (from, to).
+        """Point an alias back to its previous version that is not retired. Returns (from, to).
 
         Raises:
-            RegistryError: when the alias does not exist or has no earlier version.
+            RegistryError: the alias does not exist or has no earlier version.
         """
         before = self.state()
         if alias not in before.aliases:
@@ -273,10 +275,10 @@ class Registry:
         return current, int(event.payload["version"])
 
     def retire(self, version: int, reason: str) -> None:
-        """Take a version out of use: nothing may point to it, and its files may be collected.
+        """Take a version out of use: no alias may point to it, and garbage collection may delete its files.
 
         Raises:
-            RegistryError: no such version, an alias points to it, or it is retired already.
+            RegistryError: the version does not exist, an alias points to it, or it is already retired.
         """
 
         def decide(state: ModelState) -> dict[str, Any]:
@@ -292,26 +294,26 @@ class Registry:
         """Append an event.
 
         Args:
-            kind: what happened.
+            kind: kind of event.
             reason: why.
-            decide: from the state as it is, the payload; called again whenever another writer was faster, and free
-                to raise if the event no longer makes sense.
+            decide: returns the payload for the present state. It is called again after another writer took the number,
+                and may raise if the event is not valid any more.
         """
         identity = uuid.uuid4().hex
         for attempt in range(_ATTEMPTS):
             state = self._refreshed()
             event = new_event(state.number + 1, kind, identity, reason, state.digest, decide(state))
             location, content = self.log.location(event.number), event.to_json()
-            # told "exists", it may be by an earlier attempt of this writer, whose answer was lost on the way
+            # an earlier attempt of this writer may have created it, although the answer of the store was lost
             if self.store.create(location, content) or storage.read_bytes(location) == content:
                 if event.number - self._saved >= _SNAPSHOT_EVERY:
                     self._refreshed()
                     self._save_snapshot()
                 return event
-            time.sleep(random.uniform(0, min(attempt, 20) * 0.005))  # noqa: S311 - so that losers do not march in step
-        raise RegistryError(f"{self.log.path} is written by too many at once ({_ATTEMPTS} attempts lost); try again")
+            time.sleep(random.uniform(0, min(attempt, 20) * 0.005))  # noqa: S311 - random, so that writers do not collide again
+        raise RegistryError(f"{self.log.path} has too many concurrent writers ({_ATTEMPTS} attempts lost); try again")
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- internal ------------------------------------------------------------------------------------------------------
 
     def _move(
         self, kind: Kind, alias: str, version: int, expected: int | None, more: dict[str, Any], reason: str
@@ -329,10 +331,10 @@ class Registry:
         self.append(kind, reason, decide)
 
     def check_usable(self, version: int) -> None:
-        """Refuse a version that does not exist or is retired.
+        """Check that a version exists and is not retired.
 
         Raises:
-            RegistryError: it is.
+            RegistryError: it does not exist, or is retired.
         """
         self._usable(self.state(), version)
 
@@ -342,14 +344,14 @@ class Registry:
             raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; choose another")
 
     def _check_unmoved(self, state: ModelState, alias: str, expected: int | None) -> None:
-        found = state.aliases.get(alias)
-        if found != expected:
+        version = state.aliases.get(alias)
+        if version != expected:
             raise RegistryError(
-                f"alias {alias!r} of {self.model} moved meanwhile (got {found}, not {expected}); look again"
+                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); look again"
             )
 
     def _refreshed(self) -> ModelState:
-        """The state after all events that there are; empty where there is no log."""
+        """The state after all present events; empty if there is no log."""
         if not self._state.number:
             self._state = self._from_snapshot() or ModelState()
             self._saved = self._state.number
@@ -380,19 +382,19 @@ class Registry:
 
     def _save_snapshot(self) -> None:
         self._saved = self._state.number
-        with suppress(RegistryError, StorageError):  # a cache: who may only read goes without
+        with suppress(RegistryError, StorageError):  # a cache: a user with read access only works without it
             self.store.replace(self._snapshot, self._state.to_snapshot())
 
 
 def _has_log(path: str, name: str) -> bool:
-    """Whether there is a model of this name; a folder that this user may not enter may be one."""
+    """Whether a model of this name exists; a folder without read access counts, because it may be one."""
     try:
         return storage.exists(storage.join(path, name, "_log"))
     except StorageError:
         return True
 
 
-def _checked(name: str, what: str) -> str:
+def _checked(name: str, noun: str) -> str:
     if not _NAME.fullmatch(name):
-        raise RegistryError(f"{what} must be named by letters, digits, dots, dashes and underscores (got {name!r})")
+        raise RegistryError(f"{noun} must be named by letters, digits, dots, dashes and underscores (got {name!r})")
     return name

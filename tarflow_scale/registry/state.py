@@ -1,7 +1,7 @@
-"""What the log of a model amounts to: a fold over its events, and a snapshot of it that spares reading them again.
+"""State of a model: a fold over the events of its log, and snapshots of it, which save reading the whole log.
 
-A snapshot is a cache. It is believed only if its digest is right and the event it ends with is the one in the log;
-otherwise the log is read from the start.
+A snapshot is a cache. It is used only if its digest is right and its last event is the one in the log; otherwise the
+log is read from the start.
 """
 
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import DecodingPlan, MetricsReport, ModelVersion
 from tarflow_scale.registry.log import Event
 
-__all__ = ["Approval", "Fact", "ModelState", "resolve"]
+__all__ = ["Approval", "HistoryEntry", "ModelState", "resolve"]
 
-_SNAPSHOT_FORMAT = b"tarflow-scale registry snapshot 1"
+_SNAPSHOT_FORMAT = b"tarflow-scale registry snapshot 2"
 
 
 class _Plain(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Fact(_Plain):
-    """An event without what it carried."""
+class HistoryEntry(_Plain):
+    """An event without its payload."""
 
     number: int
     kind: str
@@ -32,11 +32,11 @@ class Fact(_Plain):
     actor: str
     reason: str
     version: int | None
-    """The version it is about."""
+    """The version that it is about."""
 
 
 class Approval(_Plain):
-    """Somebody's word that a version may be promoted."""
+    """Statement of a user that a version may be promoted."""
 
     user: str
     time: str
@@ -45,10 +45,10 @@ class Approval(_Plain):
 
 @dataclass
 class ModelState:
-    """A model at some event."""
+    """State of a model after some event."""
 
     number: int = 0
-    """Of the newest event."""
+    """Number of the newest event."""
     digest: str = ""
     """SHA-256 of the newest event."""
     versions: dict[int, ModelVersion] = field(default_factory=dict)
@@ -59,26 +59,26 @@ class ModelState:
     approvals: dict[int, list[Approval]] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     holders: dict[str, list[int]] = field(default_factory=dict)
-    """For each alias the versions that an undo would go back through, the present one last."""
+    """For each alias, the versions that rollbacks go back through; the present version is the last."""
     guarded: dict[str, str] = field(default_factory=dict)
-    """Aliases that a gate has moved, and the gate's name: nothing else moves them forward."""
+    """Aliases that a gate has moved, with the name of the gate; they can only be moved forward by a gate."""
     retired: dict[int, str] = field(default_factory=dict)
-    """Versions that may not be used any more, and since when."""
+    """Versions that must not be used any more, with the time of their retirement."""
     collected: dict[int, str] = field(default_factory=dict)
-    """Retired versions whose files were removed, and when."""
-    facts: list[Fact] = field(default_factory=list)
-    """What happened, oldest first."""
+    """Retired versions whose files were deleted, with the time of the deletion."""
+    history: list[HistoryEntry] = field(default_factory=list)
+    """All events, oldest first."""
 
     def has_numbers(self, version: int, protocols: set[str]) -> bool:
-        """Whether a version has a number by each of these protocols, named by their digests."""
+        """Whether a version has a metric value for each of these protocol digests."""
         metrics = (metric for report in self.reports.get(version, []) for metric in report.metrics.values())
         return protocols <= {metric.protocol_digest for metric in metrics}
 
     def take(self, event: Event, digest: str) -> None:
-        """Go on to the next event.
+        """Apply the next event.
 
         Raises:
-            pydantic.ValidationError: a payload that this version of the package does not know.
+            pydantic.ValidationError: this version of the package does not know the payload.
         """
         payload, about = event.payload, event.payload.get("version")
         match event.kind:
@@ -107,16 +107,8 @@ class ModelState:
             case "collect":
                 self.collected |= dict.fromkeys(payload["versions"], event.time)
         self.number, self.digest = event.number, digest
-        self.facts.append(
-            Fact(
-                number=event.number,
-                kind=event.kind,
-                time=event.time,
-                actor=event.actor,
-                reason=event.reason,
-                version=about,
-            )
-        )
+        fields = {name: getattr(event, name) for name in ("number", "kind", "time", "actor", "reason")}
+        self.history.append(HistoryEntry(version=about, **fields))
 
     def _go_back(self, alias: str, version: int) -> None:
         self.aliases[alias] = version
@@ -126,20 +118,20 @@ class ModelState:
             held.pop()
 
     def earlier(self, alias: str) -> int | None:
-        """The version that an undo of ``alias`` would go back to; retired ones are passed over."""
-        others = [held for held in self.holders[alias][:-1] if held not in self.retired]
-        return others[-1] if others else None
+        """The version that a rollback of ``alias`` would go back to; retired versions are skipped."""
+        usable = [held for held in self.holders[alias][:-1] if held not in self.retired]
+        return usable[-1] if usable else None
 
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
     def to_snapshot(self) -> bytes:
-        """A file that `from_snapshot` reads."""
+        """Content of a snapshot file, for `from_snapshot`."""
         body = _STATES.dump_json(self)
         return b"\n".join([_SNAPSHOT_FORMAT, storage.digest(body).encode(), body])
 
     @staticmethod
     def from_snapshot(content: bytes | None) -> "ModelState | None":
-        """The state that was written; None where the file is missing, damaged, or of another version."""
+        """The state in a snapshot; None if the file is missing, damaged, or of another format."""
         if content is None:
             return None
         form, _, rest = content.partition(b"\n")
@@ -156,10 +148,10 @@ _STATES: TypeAdapter[ModelState] = TypeAdapter(ModelState)
 
 
 def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion:
-    """The version of ``state`` that a number, an alias or ``latest`` (of those not retired) names.
+    """The version that a number, an alias or ``latest`` (the newest that is not retired) names.
 
     Raises:
-        RegistryError: when it does not exist.
+        RegistryError: it does not exist.
     """
     if reference == "latest":
         usable = [number for number in state.versions if number not in state.retired]
@@ -177,5 +169,5 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
 
 
 def known(names: dict[Any, Any]) -> str:
-    """Names for an error message."""
+    """Names as text for an error message."""
     return ", ".join(str(name) for name in names) or "none"

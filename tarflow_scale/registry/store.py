@@ -1,8 +1,8 @@
-"""What all models of a registry share: content-addressed blobs, proof that the store gives one winner, and modes.
+"""What all models of a registry share: content-addressed blobs, the way in which events are claimed, and file modes.
 
-``<registry>/blobs/sha256/<hex>`` holds a file once, whoever names it. ``<registry>/registry.json`` says how events are
-claimed: by create-if-absent where the store was seen to have it, or by check-then-write where one writer was promised.
-It also says for whom every writer sets the modes of files and folders, as git's ``core.sharedRepository`` does.
+``<registry>/blobs/sha256/<hex>`` stores every file once. ``<registry>/registry.json`` records how events are claimed:
+by create-if-absent if a test showed that the store has it, or by check-then-write if the user promised a single writer.
+It also records which modes every writer sets for files and folders, as git's ``core.sharedRepository`` does.
 """
 
 import stat
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from tarflow_scale import storage
 from tarflow_scale.errors import NotExclusive, RegistryError, StorageError
-from tarflow_scale.records import FileRecord, Record, canonical_json
+from tarflow_scale.records import FileRecord, Record
 
 __all__ = ["Marker", "Store"]
 
@@ -30,31 +30,26 @@ _FORMAT = 1
 _PROBE = ".probe"
 _WRITERS, _KEYS = 8, 100
 _BITS = {"umask": 0, "group": 0o060, "all": 0o064}
-"""Permission bits that files get beside those that the umask leaves; see `storage.share` for folders."""
+"""Permission bits that files get in addition to those of the umask; see `storage.share` for folders."""
 FRESH_SECONDS = 3600.0
-"""A blob that is older is written again when something new names it, so that a collector sees that it is wanted."""
+"""An older blob is written again when a new event is about to name it, so that no collector deletes it."""
 
 
 class Marker(Record):
-    """What ``init`` leaves."""
+    """Content of ``registry.json``."""
 
     format: int = Field(ge=1)
     single_writer: bool = False
-    """Events are claimed by check-then-write; whoever set this promised that only one process writes."""
+    """Events are claimed by check-then-write, because the user promised that only one process writes."""
     checked: str = ""
-    """How create-if-absent was tried."""
+    """How create-if-absent was tested."""
     shared: Literal["umask", "group", "all"] = "umask"
-    """Who else may use the files: those whom each writer's umask allows; also the folder's group, to read and write; or
-    also all others, to read."""
-
-    def to_json(self) -> bytes:
-        """Canonical JSON bytes, without a default that earlier versions of this package do not know."""
-        known = self.model_dump(mode="json", exclude={"shared"} if self.shared == "umask" else None)
-        return canonical_json(known)
+    """Who else may use the files: ``umask``, as the umask of each writer allows; ``group``, also the group of the
+    folder, to read and write; ``all``, also all others, to read."""
 
 
 class Store:
-    """The files below a registry's folder that belong to no single model.
+    """The files of a registry that belong to no single model.
 
     Args:
         path: folder or URL of the registry.
@@ -67,12 +62,12 @@ class Store:
     # -- create-if-absent ----------------------------------------------------------------------------------------------
 
     def marker(self) -> Marker | None:
-        """What ``init`` left; None where there was no ``init``.
+        """Content of ``registry.json``; None if the registry was not initialised.
 
         Raises:
-            RegistryError: of a later version of this package.
+            RegistryError: a later version of this package wrote it.
         """
-        if self._marker is None or not storage.is_remote(self.path):  # `init` may set another mode at any time
+        if self._marker is None or not storage.is_remote(self.path):  # `init` may change the mode of a local one
             location = storage.join(self.path, _MARKER)
             content = storage.read_if_there(location)
             if content is not None:
@@ -86,33 +81,33 @@ class Store:
         return self._marker
 
     def init(self, single_writer: bool = False, shared: Literal["umask", "group", "all"] = "umask") -> Marker:
-        """Try whether of many writers one wins, and leave a marker; what is there already stays.
+        """Test create-if-absent, and write ``registry.json``. An existing registry only changes its modes.
 
         Args:
-            single_writer: somebody promises that only one process writes, so nothing is tried.
-            shared: for whom modes are set, see `Marker`. It can be set for a registry that is there: what this user
-                owns in it gets the bits that are missing, and none is taken away.
+            single_writer: the user promises that only one process writes, so create-if-absent is not tested.
+            shared: which modes are set, see `Marker`. For an existing registry, the files and folders of this user get
+                the missing permission bits, and lose none.
 
         Raises:
-            RegistryError: several won, and ``single_writer`` is not set; the store has no modes; other users own files
-                that would have to be shared.
+            RegistryError: create-if-absent failed and ``single_writer`` is not set, the store has no modes, or other
+                users own files that must be shared.
         """
-        there, bits = self.marker(), _BITS[shared]
+        marker, bits = self.marker(), _BITS[shared]
         if bits:
             self._share_root(bits)
-        if there is None:
+        if marker is None:
             checked = "" if single_writer else self.probe()
-            there = self._mark(Marker(format=_FORMAT, single_writer=single_writer, checked=checked, shared=shared))
-        if bits and there.shared != shared:
-            there = there.model_copy(update={"shared": shared})
-            storage.write_bytes(storage.join(self.path, _MARKER), there.to_json(), bits)
-            self._marker = there
+            marker = self._mark(Marker(format=_FORMAT, single_writer=single_writer, checked=checked, shared=shared))
+        if bits and marker.shared != shared:
+            marker = marker.model_copy(update={"shared": shared})
+            storage.write_bytes(storage.join(self.path, _MARKER), marker.to_json(), bits)
+            self._marker = marker
         if bits:
             self._share_all(bits)
-        return there
+        return marker
 
     def _share_root(self, bits: int) -> None:
-        """Make the folder, for others too, and see that its file system keeps modes."""
+        """Make the folder with shared modes, and check that its file system keeps modes."""
         if storage.is_remote(self.path):
             raise RegistryError(
                 f"command.shared sets modes of local files (got it for {self.path}); set who may write in the store"
@@ -124,8 +119,8 @@ class Store:
                 storage.share(root, bits)
             except PermissionError as error:
                 raise RegistryError(
-                    f"{self.path} must let its group write and hand its group on (got {storage.described(root)}); have "
-                    f"its owner run this command, or chmod g+rwxs"
+                    f"{self.path} must be writable by its group and have the set-group-ID bit (got "
+                    f"{storage.described(root)}); let its owner run this command, or chmod g+rwxs"
                 ) from error
             mode = root.stat().st_mode
             if mode & bits != bits:
@@ -135,52 +130,52 @@ class Store:
                 )
             if not mode & stat.S_ISGID:
                 warnings.warn(
-                    f"{self.path} does not hand its group on ({storage.described(root)} after chmod g+s); what others "
-                    f"write may have their own group",
+                    f"{self.path} does not keep the set-group-ID bit ({storage.described(root)} after chmod g+s); "
+                    f"files that others write may have their own group",
                     stacklevel=3,
                 )
 
     def _share_all(self, bits: int) -> None:
-        """Set the modes of what is there.
+        """Set the modes of all existing files and folders.
 
         Raises:
-            RegistryError: some of it belongs to others, who must do this too.
+            RegistryError: other users own some of them, and must run the same command.
         """
-        left: list[Path] = []
+        not_owned: list[Path] = []
         for path in sorted(storage.local(self.path).rglob("*")):
             try:
                 storage.share(path, bits)
             except PermissionError:
-                left.append(path)
+                not_owned.append(path)
             except FileNotFoundError:
                 continue  # a writer's temporary file
-        if left:
+        if not_owned:
             raise RegistryError(
-                f"{len(left)} files and folders of {self.path} must be shared by their owners (first: {left[0]} is "
-                f"{storage.described(left[0])}); have each run the same command"
+                f"{len(not_owned)} files and folders of {self.path} must be shared by their owners (first: "
+                f"{not_owned[0]} is {storage.described(not_owned[0])}); let each owner run the same command"
             )
 
     def probe(self, num_keys: int = _KEYS) -> str:
-        """Have many writers create the same names at once; says what was tried. Nothing of it stays.
+        """Test create-if-absent: many threads create the same names at once. Returns a description of the test.
 
         Raises:
-            RegistryError: several won one name.
+            RegistryError: several threads created the same name.
         """
         with _or_one_writer():
             winners = self._winners(num_keys)
         if winners > num_keys:
             raise RegistryError(
-                f"{self.path} has no create-if-absent ({winners} of {_WRITERS} writers won {num_keys} names); use a "
-                f"store that has it, or promise a single writer with command.single_writer=true"
+                f"{self.path} has no create-if-absent ({_WRITERS} writers created {num_keys} names {winners} times); "
+                f"use a store that has it, or set command.single_writer=true if only one process writes"
             )
         return f"{_WRITERS} writers, {num_keys} names, {winners} winners"
 
     def create(self, location: str, content: bytes) -> bool:
-        """Create a file unless it exists; of many writers one gets True."""
+        """Create a file unless it exists; exactly one of several concurrent writers gets True."""
         return self._create(location, content, self.marker() or self._first_write())
 
     def replace(self, location: str, content: bytes) -> None:
-        """Write or replace a file, with the mode of this registry."""
+        """Write or replace a file, with the modes of this registry."""
         marker = self.marker()
         storage.write_bytes(location, content, _BITS[marker.shared] if marker else 0)
 
@@ -195,15 +190,15 @@ class Store:
         return True
 
     def _first_write(self) -> Marker:
-        """A registry that nobody has initialised: a remote store is tried, and a local one by creating the marker."""
+        """Initialise the registry; a local one is tested only by the creation of its marker."""
         return self.init() if storage.is_remote(self.path) else self._mark(Marker(format=_FORMAT))
 
     def _mark(self, marker: Marker) -> Marker:
         self._create(storage.join(self.path, _MARKER), marker.to_json(), marker)
         self._marker = None
-        found = self.marker()
-        assert found is not None
-        return found
+        written = self.marker()
+        assert written is not None
+        return written
 
     def _winners(self, num_keys: int) -> int:
         folder = storage.join(self.path, f"{_PROBE}-{uuid.uuid4().hex}")
@@ -216,9 +211,9 @@ class Store:
                     barrier.wait()
                     won += storage.create(storage.join(folder, f"{key:03d}"), f"{writer}".encode())
             except threading.BrokenBarrierError:
-                return 0  # another writer failed, and says why
+                return 0  # another writer failed, and raises its own error
             except BaseException:
-                barrier.abort()  # or the others would wait for this one
+                barrier.abort()  # otherwise the other writers would wait for this one
                 raise
             return won
 
@@ -232,18 +227,18 @@ class Store:
     # -- blobs ---------------------------------------------------------------------------------------------------------
 
     def blob(self, digest: str) -> str:
-        """Where the content with this SHA-256 is."""
+        """Path or URL of the blob with this SHA-256."""
         return storage.join(self.path, _BLOBS, "sha256", digest)
 
     def blobs(self) -> dict[str, int]:
-        """Bytes of every blob, by digest."""
+        """Size in bytes of every blob, by digest."""
         folder = storage.join(self.path, _BLOBS, "sha256")
         return storage.list_sizes(folder) if storage.exists(folder) else {}
 
     def keep(self, content: bytes) -> FileRecord:
-        """Keep content under its digest; an event may name it from here on."""
+        """Store content as a blob, which an event may name."""
         if self.marker() is None:
-            self._first_write()  # before any file, because it may refuse the store
+            self._first_write()  # before any file, because it may reject the store
         record = FileRecord(sha256=storage.digest(content), bytes=len(content))
         location = self.blob(record.sha256)
         written = storage.modified_seconds(location)
@@ -252,10 +247,10 @@ class Store:
         return record
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """What `keep` kept, verified; ``name`` is for the error.
+        """Verified content of a blob; ``name`` describes it in errors.
 
         Raises:
-            RegistryError: missing, or not what the digest says.
+            RegistryError: it is missing or does not match its digest.
         """
         location = self.blob(record.sha256)
         content = storage.read_if_there(location)
@@ -266,30 +261,30 @@ class Store:
         return content
 
     def problems(self, needed: dict[str, str], seen: Callable[[str], None]) -> list[str]:
-        """What is wrong with blobs: each is read and its digest computed.
+        """Read blobs, verify their digests, and return a line for every missing or damaged one.
 
         Args:
-            needed: what names each digest, in words.
-            seen: called with each digest.
+            needed: description of the blob of each digest.
+            seen: called with every digest that was checked.
         """
-        found: list[str] = []
+        lines: list[str] = []
         for digest, name in sorted(needed.items()):
             try:
                 content = storage.read_if_there(self.blob(digest))
                 if content is None:
-                    found.append(f"{name} is missing ({self.blob(digest)})")
+                    lines.append(f"{name} is missing ({self.blob(digest)})")
                 elif storage.digest(content) != digest:
-                    found.append(f"{name} does not match its digest ({self.blob(digest)})")
+                    lines.append(f"{name} does not match its digest ({self.blob(digest)})")
             except StorageError as error:
-                found.append(f"{name}: {error}")
+                lines.append(f"{name}: {error}")
             seen(digest)
-        return found
+        return lines
 
 
 @contextmanager
 def _or_one_writer() -> Generator[None]:
-    """Add to an error of a file system what a registry on it can still do."""
+    """Add the setting for a single writer to the error of a file system without create-if-absent."""
     try:
         yield
     except NotExclusive as error:
-        raise RegistryError(f"{error}, or promise a single writer with command.single_writer=true") from error
+        raise RegistryError(f"{error}, or set command.single_writer=true if only one process writes") from error

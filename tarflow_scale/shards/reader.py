@@ -9,7 +9,6 @@ import io
 import json
 import struct
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -310,18 +309,13 @@ class ShardSet:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """Try again, later and later, while the store fails.
+    """Read, with retries.
 
     Raises:
-        DataError: it keeps failing.
+        DataError: every attempt failed.
     """
-    for attempt in range(_RETRIES):
-        try:
-            return read()
-        except StorageError:
-            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
     try:
-        return read()
+        return storage.retrying(read, _RETRIES + 1, FIRST_WAIT_SECONDS)
     except StorageError as error:
         raise DataError(f"a shard went missing during the run, tried {_RETRIES + 1} times: {error}") from error
 

@@ -1,8 +1,8 @@
-"""Local path or URL alike: read, list, write atomically, create if absent. The only user of fsspec.
+"""Files at a local path or a URL: read, list, write atomically, create if absent. The only user of fsspec.
 
-A location is a local path or an fsspec URL (``s3://bucket/run``). What a reader can open is always whole: local
-files are written beside their final name, flushed to disk and renamed; object stores publish an object when its
-upload completes. ``create`` lets exactly one of many writers win.
+A location is a local path or an fsspec URL (``s3://bucket/run``). A reader never sees an incomplete file: a local file
+is written under a temporary name, flushed to disk and renamed; an object store publishes an object when its upload
+completes. With ``create``, exactly one of several concurrent writers wins.
 """
 
 from tarflow_scale.storage.files import (
@@ -17,6 +17,7 @@ from tarflow_scale.storage.files import (
     read_many,
     read_range,
     remove,
+    retrying,
     size_bytes,
     write_bytes,
     writing,
@@ -63,6 +64,7 @@ __all__ = [
     "remove",
     "remove_abandoned",
     "remove_tree",
+    "retrying",
     "share",
     "size_bytes",
     "walk",

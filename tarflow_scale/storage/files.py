@@ -1,4 +1,4 @@
-"""Files: read whole or in part, write at once, create unless there."""
+"""Files: read in whole or in part, write atomically, create if absent."""
 
 import ctypes
 import errno
@@ -6,11 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 from tarflow_scale.errors import NotExclusive, StorageError
 from tarflow_scale.storage.folders import make_folder, share
@@ -28,6 +29,7 @@ __all__ = [
     "read_many",
     "read_range",
     "remove",
+    "retrying",
     "size_bytes",
     "write_bytes",
     "writing",
@@ -35,15 +37,30 @@ __all__ = [
 
 _COPY_BYTES = 1 << 22
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer to a hard link, or to a flag of rename, that they do not have."""
+"""Errors of file systems that have no hard links, or no rename that refuses to replace a file."""
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+T = TypeVar("T")
+
+
+def retrying(call: Callable[[], T], attempts: int, first_wait_seconds: float) -> T:
+    """Result of ``call``, which is called again after a `StorageError`; the wait doubles after every attempt.
+
+    Raises:
+        StorageError: the last attempt failed.
+    """
+    for attempt in range(attempts - 1):
+        try:
+            return call()
+        except StorageError:
+            time.sleep(first_wait_seconds * 2**attempt)
+    return call()
 
 
 def read_bytes(location: str) -> bytes:
-    """The whole content.
+    """The whole content of a file.
 
     Raises:
-        StorageError: when it is missing or unreadable.
+        StorageError: it is missing or cannot be read.
     """
     content = read_if_there(location)
     if content is None:
@@ -52,7 +69,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def read_if_there(location: str) -> bytes | None:
-    """The whole content, or None where there is no such file; one request."""
+    """The whole content of a file, or None if it does not exist; one request."""
     with explained(location, "read"):
         try:
             if is_remote(location):
@@ -64,27 +81,27 @@ def read_if_there(location: str) -> bytes | None:
 
 
 def read_many(locations: list[str]) -> list[bytes]:
-    """The contents of files of one store, in their order; many requests at once where that helps.
+    """The contents of files of one store, in order; a remote store gets concurrent requests.
 
     Raises:
-        StorageError: one is missing or unreadable.
+        StorageError: a file is missing or cannot be read.
     """
     if not locations or not is_remote(locations[0]):
         return [read_bytes(location) for location in locations]
     with explained(locations[0], "read"):
         fs, _ = filesystem(locations[0])
         paths = [filesystem(location)[1] for location in locations]
-        found = fs.cat(paths)
-        return [cast(bytes, content) for content in (found.values() if isinstance(found, dict) else [found])]
+        contents = fs.cat(paths)
+        return [cast(bytes, content) for content in (contents.values() if isinstance(contents, dict) else [contents])]
 
 
 def read_range(location: str, start: int, stop: int) -> bytes:
-    """Bytes ``[start, stop)``; shorter where the file is."""
+    """Bytes ``[start, stop)`` of a file; fewer if it ends before ``stop``."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = filesystem(location)
             return cast(bytes, fs.cat_file(path, start=start, end=stop))
-        handle = os.open(local_name(location), os.O_RDONLY)  # the loader's, so without the cost of a Path
+        handle = os.open(local_name(location), os.O_RDONLY)  # the loader calls this often, so it makes no Path
         try:
             return os.pread(handle, stop - start, start)
         finally:
@@ -95,7 +112,7 @@ def size_bytes(location: str) -> int:
     """Size of a file.
 
     Raises:
-        StorageError: when it is missing.
+        StorageError: it is missing.
     """
     with explained(location, "read"):
         if is_remote(location):
@@ -105,10 +122,10 @@ def size_bytes(location: str) -> int:
 
 
 def modified_seconds(location: str) -> float | None:
-    """When a file was last written, in seconds since 1970; None where it is gone.
+    """Time of the last write to a file, in seconds since 1970; None if the file does not exist.
 
     Raises:
-        StorageError: the store does not say.
+        StorageError: the store does not report it.
     """
     with explained(location, "read"):
         try:
@@ -122,7 +139,7 @@ def modified_seconds(location: str) -> float | None:
 
 
 def open_seekable(location: str) -> IO[bytes]:
-    """A file to read from and seek in; of a remote one, only what is read is fetched."""
+    """A file object for random access; of a remote file, only the parts that are read are fetched."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = filesystem(location)
@@ -132,7 +149,7 @@ def open_seekable(location: str) -> IO[bytes]:
 
 @contextmanager
 def local_copy(location: str) -> Generator[Path]:
-    """The file as a local path: itself, or a temporary copy of a remote one."""
+    """Local path of a file; a remote file is copied to a temporary one."""
     if not is_remote(location):
         yield local(location)
         return
@@ -146,13 +163,13 @@ def local_copy(location: str) -> Generator[Path]:
 
 @contextmanager
 def writing(location: str, shared: int = 0) -> Generator[IO[bytes]]:
-    """A binary file that appears under ``location``, whole, when the block ends, and not at all if it raises.
+    """A binary file that appears under ``location`` when the block ends, and does not appear if the block raises.
 
     Args:
         location: local path or URL.
-        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. Stores have no modes.
+        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. Ignored for stores.
     """
-    with explained(location, "write", of_store=False):  # what the caller's block raises is its own
+    with explained(location, "write", of_store=False):  # errors of the caller's block pass unchanged
         target = local(location) if not is_remote(location) else None
         folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
         make_folder(folder, shared)
@@ -183,7 +200,7 @@ def write_bytes(location: str, content: bytes, shared: int = 0) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy a local file; what appears under ``target`` is whole."""
+    """Copy a local file to ``target`` atomically."""
     with explained(target, "write"):
         if is_remote(target):
             fs, path = filesystem(target)
@@ -194,19 +211,19 @@ def copy_file(source: str, target: str) -> None:
 
 
 def create(location: str, content: bytes, shared: int = 0) -> bool:
-    """Create a file unless it exists; of any number of concurrent writers exactly one gets True.
+    """Create a file unless it exists; exactly one of several concurrent writers gets True.
 
-    Local: a flushed temporary file gets the final name, by a system call that fails if that is taken. So a reader never
-    sees part of a file, and a writer that is killed leaves the name free or the file whole. Object stores: a
+    Local: a flushed temporary file gets the final name by a system call that fails if the name is taken. A reader never
+    sees part of a file, and a writer that is killed leaves either no file or the complete one. Object stores: a
     conditional put. The content must not be empty, because some stores make an empty put unconditional.
 
     Args:
         location: local path or URL.
-        content: what to write.
+        content: content of the file.
         shared: as in `writing`.
 
     Raises:
-        NotExclusive: the file system has no such call.
+        NotExclusive: the file system has no such system call.
     """
     assert content, "create() needs content"
     with explained(location, "write"):
@@ -236,15 +253,15 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
 
 
 def _name(staged: Path, target: Path) -> None:
-    """Give a file its final name unless that is taken; the temporary name may stay.
+    """Give a file its final name unless the name is taken; the temporary name may remain.
 
-    By a hard link, or where the file system has none (FAT, CIFS, many of FUSE) by a rename that replaces nothing. Other
-    ways are not tried: a file that is created empty and filled later is torn where its writer is killed, and a lock
-    remains.
+    Uses a hard link, or, on file systems without them (FAT, CIFS, many FUSE ones), a rename that does not replace.
+    Nothing else is safe if the writer is killed: a file that is created empty and filled later would stay incomplete,
+    and a lock would stay locked.
 
     Raises:
         FileExistsError: the name is taken.
-        NotExclusive: the file system can do neither.
+        NotExclusive: the file system has neither.
     """
     try:
         os.link(staged, target)
@@ -264,10 +281,10 @@ def _name(staged: Path, target: Path) -> None:
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:
-    """Linux's ``renameat2`` with RENAME_NOREPLACE, which Python does not offer.
+    """Call Linux's ``renameat2`` with RENAME_NOREPLACE, which Python does not offer.
 
     Raises:
-        OSError: as the system call; ENOSYS where the C library does not have it.
+        OSError: the error of the system call; ENOSYS if the C library does not have it.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:

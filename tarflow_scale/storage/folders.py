@@ -1,4 +1,4 @@
-"""What is in a folder, and how a folder is made that others may write to."""
+"""Folders: list, walk, make with shared permissions, remove."""
 
 import errno
 import os
@@ -29,27 +29,27 @@ __all__ = [
 _ABANDONED_SECONDS = 3600.0
 
 
-def _looked_at_again(location: str) -> tuple[Any, str]:
-    """The file system of a URL, without what it remembers of listings, and the path in it."""
+def _fresh_filesystem(location: str) -> tuple[Any, str]:
+    """The file system of a URL, with its cache of listings cleared, and the path in it."""
     fs, path = filesystem(location)
     fs.invalidate_cache()
     return fs, path
 
 
 def exists(location: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     with explained(location, "read"):
         if is_remote(location):
-            fs, path = _looked_at_again(location)
+            fs, path = _fresh_filesystem(location)
             return bool(fs.exists(path))
         return local(location).exists()
 
 
 def list_names(location: str) -> list[str]:
-    """Sorted names directly below a folder; empty when there is no such folder."""
+    """Sorted names directly below a folder; empty if the folder does not exist."""
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = _looked_at_again(location)
+            fs, path = _fresh_filesystem(location)
             if not fs.exists(path):
                 return []
             return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
@@ -58,32 +58,32 @@ def list_names(location: str) -> list[str]:
 
 
 def list_sizes(location: str) -> dict[str, int]:
-    """Sizes in bytes of the files directly below a folder, by name; one request where a store lists sizes."""
+    """Sizes in bytes of the files directly below a folder, by name; one request if the store lists sizes."""
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = _looked_at_again(location)
+            fs, path = _fresh_filesystem(location)
             entries = fs.ls(path, detail=True)
             return {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
         with os.scandir(local(location)) as entries:
-            found: dict[str, int] = {}
+            sizes: dict[str, int] = {}
             for entry in entries:
-                with suppress(FileNotFoundError):  # renamed or removed by another writer meanwhile
+                with suppress(FileNotFoundError):  # another writer renamed or removed it after the listing
                     if entry.is_file():
-                        found[entry.name] = entry.stat().st_size
-            return found
+                        sizes[entry.name] = entry.stat().st_size
+            return sizes
 
 
 def is_folder(location: str) -> bool:
-    """Whether there is a folder; in an object store, whether there are names below."""
+    """Whether a folder exists; in an object store, whether any name is below it."""
     with explained(location, "read"):
         if is_remote(location):
-            fs, path = _looked_at_again(location)
+            fs, path = _fresh_filesystem(location)
             return bool(fs.isdir(path))
         return local(location).is_dir()
 
 
 class FoundFile(NamedTuple):
-    """A file below a folder: its relative path, size in bytes, and what changes when it is written again."""
+    """A file below a folder: its relative path, its size in bytes, and a string that changes when it is rewritten."""
 
     name: str
     num_bytes: int
@@ -91,19 +91,18 @@ class FoundFile(NamedTuple):
 
 
 def walk(location: str) -> list[FoundFile]:
-    """Every file below a folder, sorted by path. Links are followed, but into no folder that lies above them.
+    """Every file below a folder, sorted by path. Links are followed, except to folders above them.
 
     Raises:
         StorageError: a folder cannot be read.
     """
     with explained(location, "list"):
         if is_remote(location):
-            fs, path = _looked_at_again(location)
+            fs, path = _fresh_filesystem(location)
             root = path.strip("/")
-            found = fs.find(path, detail=True).values()
             return sorted(
                 FoundFile(str(e["name"]).strip("/").removeprefix(root).lstrip("/"), int(e["size"]), _version(e))
-                for e in found
+                for e in fs.find(path, detail=True).values()
             )
         return sorted(_walk(local(location), "", ()))
 
@@ -114,26 +113,26 @@ def _version(entry: dict[str, Any]) -> str:
 
 
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Generator[FoundFile]:
-    facts = folder.stat()
-    here = (facts.st_dev, facts.st_ino)
-    if here in above:  # a link that leads back up
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to a folder above it
         return
     for entry in os.scandir(folder):
         if entry.is_dir():
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
         elif entry.is_file():
-            found = entry.stat()
-            yield FoundFile(f"{prefix}{entry.name}", found.st_size, str(found.st_mtime_ns))
+            status = entry.stat()
+            yield FoundFile(f"{prefix}{entry.name}", status.st_size, str(status.st_mtime_ns))
 
 
 def make_folder(folder: Path, shared: int = 0) -> None:
-    """Make a local folder and the missing ones above it.
+    """Make a local folder and its missing parents.
 
-    A shared folder is renamed to its name when it has its mode, so a writer that is killed leaves none that locks
-    others out.
+    A shared folder gets its mode under a temporary name and is then renamed, so a writer that is killed never leaves a
+    folder that other users cannot enter.
 
     Args:
-        folder: the folder; one that is there stays as it is.
+        folder: the folder; an existing one is not changed.
         shared: permission bits for other users, see `share`; 0 leaves the modes to the umask.
     """
     if not shared:
@@ -148,20 +147,20 @@ def make_folder(folder: Path, shared: int = 0) -> None:
         share(staged, shared)
         staged.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these mean that another writer was faster
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these mean that another writer made the folder
             raise
     finally:
-        with suppress(FileNotFoundError):  # it was renamed
+        with suppress(FileNotFoundError):  # after the rename
             staged.rmdir()
 
 
 def share(path: Path, bits: int) -> None:
-    """Add permission bits to a local file or folder, whatever the umask of this process is.
+    """Add permission bits to a local file or folder, independent of the umask.
 
     Args:
         path: the file or folder.
-        bits: ``0o060`` lets its group read and write. A folder can then also be entered, and hands its group on to
-            what is made in it (set-group-ID).
+        bits: ``0o060`` lets its group read and write. A folder also gets the permission to enter it, and the
+            set-group-ID bit, so that what is created in it belongs to the same group.
     """
     if not bits:
         return
@@ -174,18 +173,18 @@ def share(path: Path, bits: int) -> None:
 
 
 def remove_abandoned(location: str) -> None:
-    """Remove what writers that were killed left directly below a folder: temporary files older than an hour."""
+    """Remove the temporary files of killed writers directly below a folder: those older than an hour."""
     if is_remote(location):
-        return  # an object store shows whole files alone
+        return  # an object store has no temporary files
     with explained(location, "delete"):
         for staged in local(location).glob(f".*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # its writer lives after all, or another was faster
+            with suppress(FileNotFoundError):  # its writer renamed it, or another process removed it
                 if time.time() - staged.stat().st_mtime > _ABANDONED_SECONDS:
                     staged.unlink()
 
 
 def remove_tree(location: str) -> None:
-    """Delete a folder and all below it if it exists."""
+    """Delete a folder and everything below it, if it exists."""
     with explained(location, "delete"):
         if is_remote(location):
             fs, path = filesystem(location)

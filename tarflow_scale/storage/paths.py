@@ -1,4 +1,4 @@
-"""Where things are: local paths and URLs, the file system behind a URL, and errors that name the location."""
+"""Local paths and URLs, the file system of a URL, and errors that name the location."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 PARTIAL = ".partial"
-"""End of the name of a local file that is being written."""
+"""Suffix of a local file that is being written."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -36,10 +36,10 @@ def is_remote(location: str) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """``location/part/part``; a part may not climb out of its parent.
+    """``location/part/part``; a part must not leave its parent folder.
 
     Raises:
-        StorageError: when a part is absolute or contains ``..``.
+        StorageError: a part is absolute or contains ``..``.
     """
     for part in parts:
         if part.startswith("/") or ".." in part.split("/") or "\0" in part:
@@ -48,22 +48,21 @@ def join(location: str, *parts: str) -> str:
 
 
 def base_name(location: str) -> str:
-    """Last part of a path or URL; of a relative path like ``.``, the folder's real name."""
+    """Last part of a path or URL; for a relative path like ``.``, the real name of the folder."""
     name = location.rstrip("/").rsplit("/", 1)[-1]
     return name if is_remote(location) or name not in ("", ".", "..", "~") else local(location).resolve().name
 
 
 def local(location: str) -> Path:
-    """A local location as a path."""
+    """A local location as a `Path`."""
     return Path(local_name(location))
 
 
 def local_name(location: str) -> str:
-    """The same as a string.
+    """A local location as a string, with ``~`` expanded.
 
     Raises:
-        StorageError: it begins with the home folder of a user who has none, as in many containers; the locale cannot
-            encode it.
+        StorageError: the user of ``~`` has no home folder, as in many containers, or the locale cannot encode the name.
     """
     name = os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
     if name.startswith("~"):
@@ -79,10 +78,10 @@ def local_name(location: str) -> str:
 
 def filesystem(location: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
-    import fsspec  # here, because it costs a tenth of a second and local runs never need it
+    import fsspec  # imported here, because it takes 0.1 s and local runs do not need it
 
     try:
-        return fsspec.core.url_to_fs(location, **_patience(location))
+        return fsspec.core.url_to_fs(location, **_retry_options(location))
     except ValueError as error:
         raise StorageError(f"no file system for {location} ({error}); use a path, or a URL of fsspec") from error
     except ImportError as error:
@@ -91,10 +90,10 @@ def filesystem(location: str) -> tuple[Any, str]:
         ) from error
 
 
-def _patience(location: str) -> dict[str, Any]:
-    """How long a client of S3 waits for a store that answers 503: about a minute, unless something else is configured.
+def _retry_options(location: str) -> dict[str, Any]:
+    """Options that make an S3 client retry for about a minute when the store answers 503, unless others are configured.
 
-    Its own default is five attempts, which a store that is busy for some seconds can outlast.
+    The default of the client, five attempts, is too short for a store that is busy for some seconds.
     """
     from fsspec.config import conf
 
@@ -110,9 +109,9 @@ def _patience(location: str) -> dict[str, Any]:
 
 @contextmanager
 def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
-    """Turn an operating-system or store error into one line that names the location.
+    """Turn an error of the operating system or of a store into a `StorageError` of one line that names the location.
 
-    Clients of stores raise what their libraries do (botocore, aiohttp, google), so every failure of a store counts.
+    Clients of stores raise exceptions of their libraries (botocore, aiohttp, google), so every exception counts.
     """
     try:
         yield
@@ -132,30 +131,30 @@ def explained(location: str, verb: str, of_store: bool = True) -> Generator[None
 
 
 def _denied_by(error: PermissionError, place: Path, verb: str) -> str:
-    """Mode and owner of what denied an access, to add to the error: the file, or the folder it is in or would be in."""
+    """Mode and owner of the file or folder that denied access, for the error message."""
     place = (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place).absolute()
-    if verb in ("write", "delete") and error.errno == errno.EACCES:  # which the folder decides
+    if verb in ("write", "delete") and error.errno == errno.EACCES:  # the permissions of the folder decide
         place = place.parent
-    for one in (place, *place.parents):
+    for path in (place, *place.parents):
         try:
-            return f": {one} is {described(one)}"
-        except OSError:  # it is in a folder that cannot be entered, or not there yet
+            return f": {path} is {described(path)}"
+        except OSError:  # it does not exist yet, or is in a folder that cannot be entered
             continue
     return ""
 
 
 def described(path: Path) -> str:
     """Mode and owner of a local file or folder, as in ``drwxr-x--- of alice:team``."""
-    facts = path.stat()
+    status = path.stat()
     try:
-        owner = pwd.getpwuid(facts.st_uid).pw_name
-    except KeyError:  # as in a container that has no name for it
-        owner = str(facts.st_uid)
-    return f"{stat.filemode(facts.st_mode)} of {owner}:{group_of(path)}"
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:  # the user has no name, as in some containers
+        owner = str(status.st_uid)
+    return f"{stat.filemode(status.st_mode)} of {owner}:{group_of(path)}"
 
 
 def group_of(path: Path) -> str:
-    """Name of the group of a local file or folder, or its number where it has none."""
+    """Name of the group of a local file or folder, or the group id if it has no name."""
     try:
         return path.group()
     except KeyError:

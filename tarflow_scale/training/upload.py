@@ -64,13 +64,13 @@ class Uploader:
     def _run(self, folder: str, target: str, own_files: Sequence[str]) -> None:
         try:
             for file in own_files:
-                self._persist(lambda file=file: self._copy(storage.join(folder, file), storage.join(target, file)))
+                _retrying(lambda file=file: self._copy(storage.join(folder, file), storage.join(target, file)))
             if is_main():
                 location = storage.join(folder, MANIFEST)
                 content = storage.read_bytes(location)
                 manifest = CheckpointManifest.from_json(content, location, StorageError)
                 self._await_all(target, {file: record.bytes for file, record in manifest.files.items()})
-                self._persist(lambda: storage.write_bytes(storage.join(target, MANIFEST), content))
+                _retrying(lambda: storage.write_bytes(storage.join(target, MANIFEST), content))
                 assert self._config.upload_path is not None
                 prune(self._config.upload_path, self._config)
         except UserError as error:
@@ -90,11 +90,6 @@ class Uploader:
         except StorageError:  # not there yet, or the store fails for a while
             return {}
 
-    @staticmethod
-    def _persist(write: Callable[[], None]) -> None:
-        for attempt in range(_ATTEMPTS - 1):
-            try:
-                return write()
-            except StorageError:
-                time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
-        return write()
+
+def _retrying(write: Callable[[], None]) -> None:
+    storage.retrying(write, _ATTEMPTS, _FIRST_WAIT_SECONDS)

@@ -118,7 +118,7 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
     if best is None or best.entry is None or best.version is None:
         return None
     registry, state = Registry(best.entry.registry, best.entry.model), best.entry.state
-    for fact in reversed(state.facts):
+    for fact in reversed(state.history):
         if fact.kind == "promote" and fact.version == best.version.version:
             payload = registry.log.read(fact.number).payload
             recorded: dict[str, Any] = {"gate": "", "promoted": True, "reasons": (), **payload["decision"]}

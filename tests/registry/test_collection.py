@@ -49,7 +49,7 @@ def test_retired_and_dropped_files_go_and_all_others_stay(aged: Registry) -> Non
     again = Registry(aged.path, "m")
     for version in (1, 3):
         assert set(again.read_files(again.resolve(version))) == {"model.safetensors", "config.json"}
-    with pytest.raises(RegistryError, match="m@2 was retired and its files removed on"):
+    with pytest.raises(RegistryError, match="m@2 was retired and its files deleted on"):
         again.read_files(again.resolve(2))
     after = collection.garbage(aged.path, 7 * DAY)
     assert (after.versions, after.blobs) == ({}, {})

@@ -55,7 +55,7 @@ def test_init_refuses_a_file_system_that_has_no_exclusive_create(tmp_path: Path,
     (line,) = refused.stderr.splitlines()
     assert f"{path}/.probe-" in line
     assert "must be on a file system with hard links or RENAME_NOREPLACE, so that one of several writers wins" in line
-    assert line.endswith("use another file system, or promise a single writer with command.single_writer=true")
+    assert line.endswith("use another file system, or set command.single_writer=true if only one process writes")
     assert list(path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_first_version_is_refused_there_before_anything_is_written(tmp_path: P
         )
         return result.stdout
 
-    assert register().endswith("or promise a single writer with command.single_writer=true\n")
+    assert register().endswith("or set command.single_writer=true if only one process writes\n")
     assert list((tmp_path / "r").iterdir()) == []
     where = f"registry.path={tmp_path}/r"
     made = command("models", "init", where, "command.single_writer=true", environment=environment)

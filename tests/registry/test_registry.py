@@ -50,7 +50,7 @@ def test_register_resolve_promote_and_roll_back(tmp_path: Path, place: str) -> N
     assert registry.resolve("champion").version == 1
     with pytest.raises(RegistryError, match="has no earlier version"):
         registry.rollback("champion", "again")
-    kinds = [fact.kind for fact in registry.state().facts]
+    kinds = [fact.kind for fact in registry.state().history]
     assert kinds == ["register"] * 3 + ["promote"] * 2 + ["rollback"]
     assert Registry.models(registry.path) == ["m"]
 
@@ -158,7 +158,7 @@ def test_a_report_belongs_to_its_weights(tmp_path: Path) -> None:
     registry = registry_with(tmp_path, 2)
     registry.attach_report(report(2, registry.resolve(2).weights_digest), "test")
     assert [len(registry.state().reports.get(version, [])) for version in (1, 2)] == [0, 1]
-    with pytest.raises(RegistryError, match="about other weights than m@1"):
+    with pytest.raises(RegistryError, match="about other weights than those of m@1"):
         registry.attach_report(report(1, registry.resolve(2).weights_digest), "test")
 
 

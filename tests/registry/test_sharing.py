@@ -82,8 +82,8 @@ def test_a_folder_of_somebody_else_must_be_ready_to_be_shared(team: Path) -> Non
     team.chmod(0o770)
     assert run_as(ALICE, "models", "init", f"registry.path={team}", "command.shared=group") == (
         2,
-        f"tarflow-scale: error: {team} must let its group write and hand its group on (got drwxrwx--- of root:{TEAM}); "
-        f"have its owner run this command, or chmod g+rwxs\n",
+        f"tarflow-scale: error: {team} must be writable by its group and have the set-group-ID bit (got "
+        f"drwxrwx--- of root:{TEAM}); let its owner run this command, or chmod g+rwxs\n",
     )
     assert list(team.iterdir()) == []
     team.chmod(0o2770)
@@ -110,7 +110,7 @@ def test_a_registry_can_be_shared_later_and_each_owner_adds_modes(team: Path) ->
     code, said = run_as(ALICE, "models", "init", here, "command.shared=group")
     assert code == 2
     assert "must be shared by their owners (first: " in said
-    assert f"of {BOB}:{TEAM}); have each run the same command" in said
+    assert f"of {BOB}:{TEAM}); let each owner run the same command" in said
     assert run_as(BOB, "models", "init", here, "command.shared=group")[0] == 0
     assert run_as(ALICE, "models", "verify", here)[0] == 0
     assert run_as(BOB, work=lambda: register(path, "m", 1)) == (0, "")

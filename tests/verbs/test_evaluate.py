@@ -277,7 +277,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 
 def scores(registry: Registry) -> list[int]:
     """Versions in the order in which they were scored."""
-    return [fact.version for fact in registry.state().facts if fact.kind == "evaluate" and fact.version]
+    return [fact.version for fact in registry.state().history if fact.kind == "evaluate" and fact.version]
 
 
 def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_promotion_prints_reasons_and_moves_the_alias_once(
     assert cli.main(promote_arguments(own, mild)) == 0
     assert "small@1 is champion already" in capsys.readouterr().out
     registry = Registry(str(own.registry), "small")
-    promotions = [fact for fact in registry.state().facts if fact.kind == "promote"]
+    promotions = [fact for fact in registry.state().history if fact.kind == "promote"]
     assert len(promotions) == 1
     assert promotions[0].reason == "because"
     assert registry.log.read(promotions[0].number).payload["decision"]["promoted"] is True
@@ -491,7 +491,7 @@ def test_an_override_is_recorded_for_ever(
         "the gate said no; overridden, and recorded, for this reason: the demo is tomorrow" in capsys.readouterr().out
     )
     registry = Registry(str(own.registry), "small")
-    event = registry.log.read([fact.number for fact in registry.state().facts if fact.kind == "promote"][-1])
+    event = registry.log.read([fact.number for fact in registry.state().history if fact.kind == "promote"][-1])
     assert event.payload["decision"]["promoted"] is False
     assert event.payload["decision"]["override"] == "the demo is tomorrow"
     assert event.reason == "the demo is tomorrow"

@@ -48,7 +48,7 @@ def test_approve_once_a_user(registry: Registry, capsys: pytest.CaptureFixture[s
     (approval,) = registry.state().approvals[2]
     assert approval.reason == "seen the samples"
     assert models(registry, "approve", "registry.version=2") == 2
-    assert f"m@2 is approved by {approval.user} already" in capsys.readouterr().err
+    assert f"m@2 was already approved by {approval.user}" in capsys.readouterr().err
 
 
 def test_retire_needs_a_reason_and_is_seen(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,7 @@ def test_verify_notices_a_log_that_lost_its_end(tmp_path: Path, capsys: pytest.C
     for number in range(40, 61):
         Path(registry.log.location(number)).unlink()
     assert models(registry, "verify") == 2
-    assert "ends at event 39, but there have been 50" in capsys.readouterr().out
+    assert "ends at event 39, but a snapshot has 50 events" in capsys.readouterr().out
 
 
 def test_collect_only_lists_unless_it_is_told_to(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_a_glow_and_a_realnvp_compete(world: World, capsys: pytest.CaptureFixtur
     assert world.promote("glow") == 0
     realnvp = world.register("realnvp", 3.0)
     world.register("realnvp", 2.8)
-    events = len(glow.state().facts)
+    events = len(glow.state().history)
     against = "gate.against=glow@champion"
     assert world.promote("realnvp", against, "registry.version=1") == 2
     captured = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_a_glow_and_a_realnvp_compete(world: World, capsys: pytest.CaptureFixtur
     event = realnvp.log.read(state.number)
     version = glow.resolve(1)
     assert event.payload["decision"]["against"] == {"name": "glow@1", "weights_digest": version.weights_digest}
-    assert len(Registry(world.path, "glow").replayed().facts) == events
+    assert len(Registry(world.path, "glow").replayed().history) == events
 
 
 def test_the_own_champion_must_be_beaten_as_well(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
     print(console.table(rows, ("what", "value")))
     history = [
         (str(fact.number), fact.time, fact.kind, fact.actor, fact.reason)
-        for fact in state.facts
+        for fact in state.history
         if fact.version == number
     ]
     print()
