@@ -1,6 +1,6 @@
 """tarflow_scale: train, evaluate, promote and sample image normalizing flows at scale.
 
-``load`` gives a flow from a registry or a folder; everything else is in the modules, one a stage.
+``load`` returns a flow from a registry or a folder; the subpackages hold everything else, one for each stage.
 """
 
 import sys
@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only for those who ask for a flow, and have its threads wait as those of the command line do."""
+    """Import torch only when ``load`` is used, with the same settings for waiting threads as on the command line."""
     if name == "load":
-        if "torch" not in sys.modules:  # which has read the environment when it was loaded
+        if "torch" not in sys.modules:  # torch reads these settings from the environment when it is loaded
             from tarflow_scale.runtime import cores
 
             cores.spin_briefly()

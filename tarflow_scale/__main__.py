@@ -1,13 +1,13 @@
 """``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process.
 
-`tarflow_scale.runtime.streams` says what happens, and what the exit code is, where standard output is closed or full.
+`tarflow_scale.runtime.streams` documents the behaviour and the exit code when standard output is closed or full.
 """
 
 from typing import NoReturn
 
 from tarflow_scale.runtime import interrupts
 
-interrupts.end_process()  # before the imports that take time
+interrupts.end_process()  # before the slow imports
 
 from tarflow_scale import cli  # noqa: E402
 from tarflow_scale.runtime import cores, streams  # noqa: E402

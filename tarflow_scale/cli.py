@@ -1,8 +1,8 @@
-"""Command line: argv to verb and configuration. Verbs are imported when called; ``--help`` needs neither torch nor ray.
+"""Command line: argv to verb and configuration. A verb is imported when it is called; ``--help`` needs no torch or ray.
 
-An expected failure is one line on standard error and the exit code that `tarflow_scale.errors` lists; a bug keeps its
-traceback. Launchers of ranks have exit codes of their own, so each process also appends its code to the file that
-``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
+An expected failure prints one line on standard error and exits with a code listed in `tarflow_scale.errors`; a bug
+keeps its traceback. Launchers of ranks have their own exit codes, so each process also appends its code to the file
+that ``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
 """
 
 import argparse
@@ -55,15 +55,15 @@ _VERBS = {
 }
 _PACKAGE = Path(__file__).parent
 _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
-"""How an override begins; the path of a file may have ``=`` in it too, as folders of sweeps do."""
+"""Start of an override; the path of a file may contain ``=`` too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code."""
+    """Run a verb. Returns the exit code."""
     warnings.formatwarning = _warning_line
     try:
         arguments = _parsed(argv)
-    except SystemExit as end:  # argparse has printed the manual, or what is wrong with a flag
+    except SystemExit as end:  # argparse has printed the manual or an error
         raise SystemExit(streams.exit_code(int(end.code or 0))) from None
     code = streams.exit_code(_run(_VERBS[arguments.verb], arguments))
     if path := os.environ.get("TARFLOW_SCALE_EXIT_CODES"):
@@ -78,19 +78,19 @@ _format_warning = warnings.formatwarning
 def _warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Our own warnings as one line, like errors; those of others as Python has them."""
+    """Format warnings of this package as one line, like errors; others as Python does."""
     if category is UserWarning and _PACKAGE in Path(filename).parents:
         return f"tarflow-scale: warning: {printable(str(message))}\n"
     return _format_warning(message, category, filename, lineno, line)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags and overrides in any order, where argparse takes positional arguments from one place alone."""
+    """Parse flags and overrides in any order; argparse alone takes positional arguments from one place only."""
     parser = _parser()
-    arguments, late = parser.parse_known_args(argv)
-    if wrong := [word for word in late if word.startswith("-") or "=" not in word]:
+    arguments, rest = parser.parse_known_args(argv)
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    arguments.config += late
+    arguments.config += rest
     return arguments
 
 
@@ -109,14 +109,14 @@ def _run(verb: Verb, arguments: argparse.Namespace) -> int:
         overrides += [f"{flag.key}={json.dumps(values[0])}" for flag, values in given if flag.key]
         config = verb.config.load(path, overrides, verb.file)
         if verb.imports and distributed.is_main():
-            print(f"importing {verb.imports}")  # seconds, in which nothing else would show that anything happens
+            print(f"importing {verb.imports}")  # this takes seconds, in which nothing else is printed
         getattr(_module(verb), function)(config, arguments.dry_run)
     except UserError as error:
         message = printable(str(error) + where_paths_start(str(error), config))
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
             print(f"{prefix}: {message}", file=sys.stderr)
-        elif isinstance(error, DataError | StorageError):  # what one rank alone may meet
+        elif isinstance(error, DataError | StorageError):  # one rank alone may raise these
             print(f"tarflow-scale: error on rank {distributed.rank()}: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -130,7 +130,7 @@ def _attribute(flag: Flag) -> str:
 
 
 def _module(verb: Verb) -> Any:
-    """What does the work; an interrupt raises an exception from here on, because there may be something to undo."""
+    """Import the module of a verb. From then on Ctrl-C raises an exception, because there may be work to clean up."""
     module = importlib.import_module(f"tarflow_scale.{verb.module}")
     raise_exceptions()
     return module
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in _VERBS.items():
         parent, _, leaf = name.rpartition(" ")
         if parent and parent not in groups:
-            group = verbs.add_parser(parent, help="look at a registry, and change what it says of versions")
+            group = verbs.add_parser(parent, help="inspect and change a registry of models")
             groups[parent] = group.add_subparsers(metavar="COMMAND", required=True)
         added = (groups[parent] if parent else verbs).add_parser(
             leaf,
@@ -167,26 +167,26 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
-        instead = added.add_mutually_exclusive_group() if any(flag.function for flag in verb.flags) else added
+        exclusive = added.add_mutually_exclusive_group() if any(flag.function for flag in verb.flags) else added
         for flag in verb.flags:
             values: dict[str, Any] = {"nargs": len(flag.values), "metavar": flag.values}
             kind: dict[str, Any] = values if flag.values else {"action": "store_true"}
-            place = instead if flag.function else added
+            place = exclusive if flag.function else added
             place.add_argument(f"--{flag.name}", help=_plain(flag.help), dest=_attribute(flag), **kind)
-        added.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+        added.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
         added.set_defaults(verb=name)
     return parser
 
 
 def _manual(verb: Verb) -> str:
-    """Example and every key with its default and meaning."""
+    """The example, and every key with its default and meaning."""
     lines = ["example:", f"  {verb.example}", ""]
-    if absent := absent_here(verb.example):
-        lines += [f"  {absent}", ""]
+    if advice := absent_here(verb.example):
+        lines += [f"  {advice}", ""]
     lines += ["keys (default) and what they mean:", *keys_of(verb.config)]
     return _plain("\n".join(lines)).replace("%", "%%")
 
 
 def _plain(text: str) -> str:
-    """The text of a docstring, without the second of two backquotes."""
+    """The text of a docstring, with single instead of double backquotes."""
     return text.replace("``", "`")

@@ -1,10 +1,14 @@
-"""Failures that a user can cause and mend: one line, exit code 2, no traceback.
+"""Failures that a user can cause and fix: one line, exit code 2, no traceback.
 
-The line reads ``rule (got value); what to do``. Anything else that goes wrong is a bug and keeps its traceback.
+The line reads ``rule (got value); what to do``. Any other exception is a bug and keeps its traceback.
 
-Exit codes of the command line: 0, done. 1, ``doctor`` found what would stop the work. 2, an expected failure, or work
-that is done and could not print what it found (`tarflow_scale.runtime.streams`). 75 (EX_TEMPFAIL of sysexits.h), work
-that was asked to stop, saved what it had, and goes on when it is run again. 130, interrupted from the keyboard.
+Exit codes of the command line:
+
+* 0: success.
+* 1: ``doctor`` found a problem.
+* 2: an expected failure; or the work succeeded, but its output could not be written (`tarflow_scale.runtime.streams`).
+* 75 (EX_TEMPFAIL of sysexits.h): the work was asked to stop and saved its state; the same command continues it.
+* 130: interrupted from the keyboard.
 """
 
 from pathlib import Path
@@ -29,7 +33,7 @@ __all__ = [
 
 
 class UserError(Exception):
-    """Base class of expected failures; the command line prints the message and exits with ``exit_code``."""
+    """Base class of expected failures; the command line prints the message and exits with `exit_code`."""
 
     exit_code: ClassVar[int] = 2
 
@@ -39,7 +43,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data set is missing, half-written, corrupt or unsuited to the configuration."""
+    """A data set is missing, incomplete, corrupt, or does not fit the configuration."""
 
 
 class StorageError(UserError):
@@ -47,17 +51,17 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """A file system has no way to create a file that only one of several writers gets."""
+    """A file system has no create-if-absent, by which exactly one of several writers wins."""
 
 
 class Interrupted(UserError):
-    """The work was asked to stop, saved what it had, and goes on when it is run again."""
+    """The work was asked to stop and saved its state; the same command continues it."""
 
     exit_code: ClassVar[int] = 75
 
 
 class Unfit(UserError):
-    """This machine, or its cluster, cannot do the work; ``doctor`` has said why."""
+    """This machine or its cluster cannot do the work; ``doctor`` has printed the reasons."""
 
     exit_code: ClassVar[int] = 1
 
@@ -67,26 +71,25 @@ class NumericsError(UserError):
 
 
 class RegistryError(UserError):
-    """A model, version or alias does not exist, or what is stored does not match its digest."""
+    """A model, version or alias does not exist, or a stored file does not match its digest."""
 
 
 class AlreadyReported(RegistryError):
-    """Another evaluation of the same version by the same protocols was faster."""
+    """Another process has already attached an evaluation of this version by the same protocols."""
 
 
 class PlanError(UserError):
-    """An output folder belongs to another plan, or does not hold what its records say."""
+    """An output folder belongs to another plan, or its content does not match its records."""
 
 
 class PromotionRefused(UserError):
-    """The gate's decision was no."""
+    """A version does not meet the requirements of the gate."""
 
 
 def install_extra(extra: str) -> str:
     """The command that installs the packages of an extra of ``pyproject.toml``.
 
-    From a checkout, which an editable install points to, it names the folder of the checkout: no package index needs to
-    know this package. Elsewhere pip completes the installed package.
+    In a checkout (an editable install) the command names its folder, so that no package index needs this package.
     """
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
@@ -94,6 +97,6 @@ def install_extra(extra: str) -> str:
     return f"pip install 'tarflow-scale[{extra}]'"
 
 
-def needs_package(what: str, package: str, extra: str) -> str:
-    """The error message where ``what`` (a setting, with its value) needs a package that is not installed."""
-    return f"{what} needs {package} (got none installed); run: {install_extra(extra)}"
+def needs_package(setting: str, package: str, extra: str) -> str:
+    """The error message for a setting (with its value) that needs a package that is not installed."""
+    return f"{setting} needs {package} (got none installed); run: {install_extra(extra)}"

@@ -1,4 +1,4 @@
-"""A flow from a registry or a folder: what a notebook user types, and what workers do."""
+"""Load a flow from a registry or a folder, in a notebook or in a worker."""
 
 import json
 import os
@@ -18,20 +18,22 @@ from tarflow_scale.sampling.decode import decoder_of
 __all__ = ["EXPORTED", "decoding_plan", "load", "load_version", "worker_device"]
 
 EXPORTED = "version.json"
-"""Beside the flow that was exported of a registry, with what else is known of the version."""
+"""File beside an exported flow, with the record of the version."""
 
 
 def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
     """Load a flow, in evaluation mode on the CPU.
 
     Args:
-        source: a folder or URL that `save_flow`, a training or an export wrote; or, with ``registry``,
-            ``model@version`` where the version is a number, an alias or ``latest``. The flow knows the names of its
-            classes where they were known.
+        source: a folder or URL that `save_flow`, ``train`` or ``models export`` wrote; or, with ``registry``,
+            ``model@version``, where the version is a number, an alias or ``latest``.
         registry: folder or URL of a registry.
 
+    Returns:
+        The flow. It has the names of its classes if they were stored with it.
+
     Raises:
-        UserError: there is no such flow.
+        UserError: the flow does not exist or cannot be read.
     """
     name = os.fspath(source)
     model, separator, reference = name.partition("@")
@@ -63,10 +65,10 @@ def _fast(flow: Flow) -> Flow:
 
 
 def worker_device(gpu: bool) -> torch.device:
-    """The device of a worker that was given a GPU or none.
+    """The device of a worker, which has a GPU or none.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: the worker needs a GPU and the machine has none.
     """
     if gpu and not torch.cuda.is_available():
         raise ConfigError("cluster.gpus_per_worker needs a CUDA device (got none on this machine); set it to 0")
@@ -74,9 +76,10 @@ def worker_device(gpu: bool) -> torch.device:
 
 
 def decoding_plan(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> DecodingPlan | None:
-    """The newest plan of a version measured with these settings on this kind of device, if they ask for one.
+    """The newest decoding plan of a version that was measured with these settings on this kind of device.
 
-    Where none was, the newest of all, so that its refusal says what differs; None if there is none.
+    If no plan matches, the newest one is returned, so that the error of the sampler says what differs. None if the
+    decoder is exact, or the version has no plan.
     """
     if settings.decoder.kind == "exact":
         return None
@@ -86,7 +89,7 @@ def decoding_plan(registry: Registry, version: int, settings: SamplingConfig, gp
 
 
 def load_version(registry: str, model: str, reference: int | str) -> Flow:
-    """Load a registered version; every file is verified against its digest."""
+    """Load a registered version in evaluation mode on the CPU; every file is verified against its digest."""
     store = Registry(registry, model)
     version = store.resolve(reference)
     flow = flow_from_files(store.read_files(version), f"{model}@{version.version}")

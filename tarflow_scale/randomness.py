@@ -1,9 +1,8 @@
-"""Counter-based random numbers: what is drawn depends on names and numbers, never on who draws it or when.
+"""Counter-based random numbers: a draw depends on its purpose, seed and indices, never on the process or the time.
 
-Every random quantity of the pipeline is a pure function of a purpose and a few integers (seed, epoch, sample
-index, ...) through Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rank,
-worker, batch size and restarts therefore cannot change it. Draws are made on the CPU, so they are equal on every
-device.
+Every random quantity of the pipeline is a pure function of a purpose and a few integers (seed, epoch, sample index,
+...) through Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rank, worker, batch
+size and restarts therefore cannot change it. Draws are made on the CPU, so they are equal for every device.
 """
 
 from enum import IntEnum
@@ -16,9 +15,9 @@ __all__ = ["Purpose", "generator", "integer", "permutation", "raw_words"]
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for; streams of different purposes never overlap.
+    """Purpose of a stream of random numbers; streams of different purposes never overlap.
 
-    The numbers are part of every stored result: append, never renumber.
+    Stored results depend on these numbers: append new ones, never renumber.
     """
 
     SHARD_ORDER = 1
@@ -45,20 +44,20 @@ def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.
 def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> NDArray[np.int64]:
     """A random permutation of ``range(size)``.
 
-    It ranks raw 64-bit words, whose stream NumPy guarantees for ever (NEP 19), so that the order of samples
-    survives an upgrade of NumPy; a tie is broken by position.
+    It ranks raw 64-bit words, whose stream NumPy guarantees to keep (NEP 19), so an upgrade of NumPy does not change
+    the order of samples; ties are broken by position.
     """
     words = _philox(purpose, seed, index, lane).random_raw(size)
     return np.argsort(words, kind="stable")
 
 
 def integer(below: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> int:
-    """A random integer in ``[0, below)``, from one raw 64-bit word (its bias, below / 2^64, does not matter)."""
+    """A random integer in ``[0, below)``, from one raw 64-bit word (its bias, below / 2^64, is negligible)."""
     return int(_philox(purpose, seed, index, lane).random_raw()) % below
 
 
 def raw_words(num: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> list[int]:
-    """Random integers in ``[0, 2^64)``; what NumPy guarantees for ever."""
+    """Random integers in ``[0, 2^64)``, whose stream NumPy guarantees to keep (NEP 19)."""
     return [int(word) for word in _philox(purpose, seed, index, lane).random_raw(num)]
 
 
@@ -68,7 +67,7 @@ def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Phi
 
 
 class _Key(ISeedSequence):
-    """A key in NumPy's words. As ``key=`` it would be used just so, but after a draw of entropy that takes longer."""
+    """A Philox key. It has the effect of ``Philox(key=...)``, which would also draw entropy first and takes longer."""
 
     def __init__(self, *words: int) -> None:
         self._words = np.array(words, dtype=np.uint64)

@@ -1,6 +1,6 @@
-"""What travels between verbs and is stored: small, typed, versioned by their fields. No torch.
+"""Records that are stored and passed between verbs: small, typed, versioned by their fields. Does not import torch.
 
-Units are in the names. Unknown fields are refused, so a record of a newer version is never half-read.
+Names of fields contain units. Unknown fields raise an error, so a record of a newer version is never read in part.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ _SHOWN_CHANGES, _SHOWN_CHARACTERS = 4, 40
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value that is hashed: sorted keys, no spaces, UTF-8, no NaN."""
+    """Canonical JSON, for digests: sorted keys, no spaces, UTF-8, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
 
 
 def changes(before: Any, now: Any) -> str:
-    """What differs in two nested mappings: ``optimizer.peak_lr was 0.001, is 0.0003``; empty if nothing."""
+    """Differences of two nested mappings, as ``optimizer.peak_lr was 0.001, is 0.0003``; empty if there are none."""
     old, new = dict(_leaves("", before)), dict(_leaves("", now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
@@ -59,7 +59,7 @@ def _brief(value: Any) -> str:
 
 
 class Record(BaseModel):
-    """Immutable, no unknown fields, finite numbers."""
+    """Base of all records: immutable, no unknown fields, finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -69,10 +69,10 @@ class Record(BaseModel):
 
     @classmethod
     def from_json(cls, content: bytes, origin: str, failure: type[UserError] = RegistryError) -> Self:
-        """Parse; ``origin`` names the file in the error.
+        """Parse JSON; ``origin`` names the file in the error.
 
         Raises:
-            UserError: of the kind ``failure``, when the content is not this record.
+            UserError: an error of type ``failure`` if the content is not this record.
         """
         try:
             return cls.model_validate_json(content)
@@ -96,23 +96,23 @@ class PixelFormat(Record):
 
     bit_depth: int = Field(ge=1, le=8)
     noise: Literal["uniform", "gaussian", "none"]
-    """``uniform``: dequantisation inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim.
-    ``none``: the data are vectors of floats."""
+    """``uniform``: dequantization inside the bin, with an exact likelihood. ``gaussian``: added noise, without
+    bits/dim. ``none``: the data are vectors of floats."""
     noise_std: float = Field(default=0.0, ge=0)
     """Standard deviation on [-1, 1] of Gaussian noise; 0 for uniform."""
 
 
 class VectorFacts(Record):
-    """What a sample of a data set of vectors is."""
+    """Shape of the samples of a data set of vectors."""
 
     num_values: int = Field(ge=1)
-    """D."""
+    """Length D of a vector."""
     num_conditions: int = Field(default=0, ge=0)
-    """K, numbers that each vector is given with."""
+    """Number K of condition values that come with each vector."""
 
 
 class DataSetFacts(Record):
-    """What a model must know of the data it was trained on."""
+    """What a model must know about its training data."""
 
     name: str
     split: str
@@ -123,7 +123,7 @@ class DataSetFacts(Record):
     class_names: tuple[str, ...]
     num_images: int
     vectors: VectorFacts | None = None
-    """Of vectors; None for images."""
+    """Shape of vectors; None for images."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class DataSetFacts(Record):
 
 
 class ModelVersion(Record):
-    """An immutable version in the registry: files by digest, and where they came from."""
+    """An immutable version in the registry: files by digest, and their origin."""
 
     version: int = Field(ge=1)
     files: dict[str, FileRecord]
@@ -147,30 +147,30 @@ class ModelVersion(Record):
     data: DataSetFacts
     parameters: int
     images_seen: int | None
-    """In training; None where that is not known, as for converted weights."""
+    """Images seen in training; None if unknown, as for converted weights."""
     ema_half_life_images: int | None
     config_digest: str
     """SHA-256 of the resolved configuration that made this version."""
     git_commit: str
     packages: dict[str, str]
     configuration: FileRecord | None = None
-    """The resolved configuration itself, as JSON; versions of early registries have its digest alone."""
+    """The resolved configuration as JSON; None for converted weights."""
     checkpoint: str = ""
-    """Where it was when training ended, and the SHA-256 of its manifest; empty where there was no training here."""
+    """Path of the last checkpoint and SHA-256 of its manifest; empty for converted weights."""
 
     @property
     def weights_digest(self) -> str:
-        """One digest over every file of the version."""
+        """One digest over all files of the version."""
         return hashlib.sha256(canonical_json({name: file.sha256 for name, file in self.files.items()})).hexdigest()
 
 
 class MetricValue(Record):
-    """One number, with what it takes to read it."""
+    """One number, with its unit, error, sample count and protocol."""
 
     value: float
     unit: str
     standard_error: float | None = None
-    """Of bits/dim the deviation over images by the root of their number; of the others the jackknife over 50 blocks."""
+    """Bits/dim: standard deviation over images, divided by the root of their number. Others: jackknife of 50 blocks."""
     num_images: int = Field(ge=1)
     protocol: str
     """Name of the protocol."""
@@ -179,7 +179,7 @@ class MetricValue(Record):
     protocol_id: str
     """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
     per_image: FileRecord | None = None
-    """Of bits/dim: safetensors with the number of each image, in the order of the split."""
+    """For likelihoods: safetensors with the number of each image, in the order of the split."""
 
 
 class _WithSampling(Record):
@@ -207,7 +207,7 @@ class MetricsReport(_WithSampling):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics for simple models, for comparison: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     seconds: float
     packages: dict[str, str]
     grid: FileRecord | None = None

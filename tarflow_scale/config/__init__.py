@@ -1,6 +1,6 @@
-"""Configuration: pydantic sections, one YAML a run, ``section.key=value`` overrides. Nothing heavy is imported.
+"""Configuration: pydantic sections, one YAML file for each run, ``section.key=value`` overrides. Imports nothing heavy.
 
 Each verb has a file with its root section and the sections that only it reads. ``data``, ``model``, ``sampling``,
-``registry``, ``cluster`` and ``protocols`` have sections that several verbs share; ``base`` reads a configuration,
-and ``manual`` prints every key with its default and meaning, the docstrings of the sections (``VERB --help``).
+``versions``, ``cluster`` and ``protocols`` have sections that several verbs share; ``base`` reads a configuration,
+and ``manual`` prints every key with its default and meaning, from the docstrings of the sections (``VERB --help``).
 """

@@ -1,9 +1,9 @@
-"""What an exact likelihood is good for.
+"""Uses of an exact likelihood.
 
-`image_bits_per_dim` and `image_nats` for images in memory, `classify` and `marginal_log_prob` over labels,
-`interpolated` and `edited` between latents, `fit_posterior` for variational inference; `tarflow_scale.density.anomaly`
-has the scores of the verb ``score``, `surprise` and `picture` draw. Nothing here reads or writes files; what does not
-fit a flow is a ValueError.
+`image_bits_per_dim` and `image_nats` score images in memory, `classify` and `marginal_log_prob` sum over labels,
+`interpolated` and `edited` move images in latent space, `fit_posterior` does variational inference;
+`tarflow_scale.density.anomaly` has the scores of the verb ``score``; `surprise` and `picture` draw pictures. Nothing
+here reads or writes files; input that does not fit the flow raises ValueError.
 """
 
 from tarflow_scale.density.conditional import (

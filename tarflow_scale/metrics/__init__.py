@@ -1,7 +1,7 @@
-"""Images and likelihoods to numbers that carry their protocol; the only user of torch-fidelity.
+"""Metrics of images and likelihoods, stored with their protocol; the only user of torch-fidelity.
 
-Images become features (`features`), features and likelihoods mergeable parts on disk (`store`), parts numbers with
-errors (`measure`, `frechet`, `kernel`, `manifold`, `inception_score`, `bits`, `jackknife`), and `reference` binds a
-protocol to the images that it compares with, which gives it its id. Parts are written whole or not at all, so an
-evaluation that was killed makes only those that are missing.
+`features` turns images into features, `parts` stores features and likelihoods as mergeable parts on disk, and `measure`,
+`frechet`, `kernel`, `manifold`, `inception_score`, `bits` and `jackknife` compute numbers with errors from parts.
+`reference` binds a protocol to its reference images, which determine its id (`protocol_id`). Parts are written
+atomically, so an evaluation that was killed only computes the missing ones.
 """

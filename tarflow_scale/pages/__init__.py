@@ -1,6 +1,6 @@
-"""Pages that people look at: what registries, runs and generated data hold, as Markdown and as one HTML file.
+"""Pages about registries, runs and generated data, as Markdown and as one HTML file.
 
-`ranking` orders the numbers that share a protocol id, `answers` says in a sentence what follows, `runs` reads run
-folders, `charts` draws curves, `numbers` writes numbers, `markdown` and `html` put it on a page. What comes from a
-registry is text that somebody else wrote, so it is escaped, and the page runs no script but its own.
+`ranking` ranks the numbers of each protocol id, `answers` summarises them in sentences, `runs` reads run folders,
+`charts` draws curves, `numbers` formats numbers, `markdown` and `html` render the page. Text from a registry is
+untrusted, so it is escaped, and the page runs no script but its own.
 """

@@ -1,11 +1,12 @@
-"""Units of work on Ray actors, or in this process. The only user of ray.
+"""Run units of work on Ray actors or in this process. The only user of ray.
 
-A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable on the
-worker. A unit must be idempotent, because a lost worker's unit runs again, and a late one's may run twice. Results come
-in the order in which units finish; they must not depend on the worker, so both executors give the same answer.
+A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable where it
+runs. A unit must be idempotent: the unit of a lost worker runs again, and the unit of a slow worker may run twice.
+Results come in the order in which units finish. They must not depend on the worker, so both executors give the same
+results.
 
-A cluster elsewhere is reached by its address (``host:port``, or ``ray://host:port``), and only with Ray's token
-authentication switched on here and there: whoever may submit work to a cluster may run code on it.
+A remote cluster is reached by its address (``host:port`` or ``ray://host:port``), and only if Ray's token
+authentication is enabled on both sides, because everyone who can submit work to a cluster can run code on it.
 """
 
 from tarflow_scale.pool.address import temporary_folder

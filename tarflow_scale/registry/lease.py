@@ -1,8 +1,8 @@
 """A lease: a temporary exclusive right, on any store that has create-if-absent.
 
 The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; when a file has expired, another
-process may become holder n + 1. Expiry compares the clocks of machines, so a lease only avoids duplicate work; the event
-log decides what must happen at most once.
+process may become holder n + 1. Expiry compares the clocks of machines, so a lease only saves duplicate work; the
+event log decides what must happen at most once.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Ctrl-C while modules are imported, when nothing is begun and nothing has to be put in order: the process ends.
+"""Ctrl-C while modules are imported: the process ends at once, because no work has started.
 
-Python's own way is an exception. In an import it shows a traceback, aborts the process where C++ code calls Python, or
-is dropped where it comes up in a callback, and the work goes on as if nobody had asked it to stop.
+Python's default is to raise KeyboardInterrupt. During an import this prints a traceback, aborts the process if C++ code
+has called Python, or is lost if it is raised in a callback.
 """
 
 import os
@@ -16,19 +16,19 @@ INTERRUPTED_CODE = 130
 
 
 def end_process() -> None:
-    """From here on Ctrl-C ends this process at once, unless the caller has had it ignored, as nohup does."""
+    """Make Ctrl-C end this process at once, unless the caller made the process ignore it, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_exceptions() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt again, where `end_process` has changed that."""
+    """Make Ctrl-C raise KeyboardInterrupt again, if `end_process` has changed that."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # standard error is closed
             os.write(2, f"{INTERRUPTED}\n".encode())
     os._exit(INTERRUPTED_CODE)

@@ -1,8 +1,9 @@
 """From sample indices to images.
 
-Latent i is drawn from (seed, i) alone, decoded with the flow's exact inverse (`decode`, with a key/value cache for
-TarFlow; `sweep` and `windows` decode it in parallel to a stated tolerance), guided, maybe denoised, checked by `guard`,
-and stored as pixels. `plan` holds which decoding a device was measured with. Nothing here writes files: the verbs do.
+Latent i is drawn from (seed, i) alone, decoded by the inverse of the flow with guidance, optionally denoised, checked
+by `guard`, and stored as pixels. `decode` is TarFlow's decoder with a key/value cache, exact or parallel to a stated
+tolerance; `network` and `windows` are its parts, and `calibration` measures the fastest way on a device. `sweep` draws
+the same latents under several settings. Nothing here writes files.
 """
 
 from tarflow_scale.flows.latents import latents

@@ -1,8 +1,8 @@
-"""Training under DeepSpeed; the only user of deepspeed. See `tarflow_scale.training.loop` for the story.
+"""Training with DeepSpeed; the only user of deepspeed. Start to read at `tarflow_scale.training.loop`.
 
-`engine` wraps the flow in DeepSpeed, `loop` is the loop, `checkpoint` and `upload` keep it, `ema` averages weights,
-`schedule` and `optimizers` move them, `noise` makes the input, `spikes` and `validation` watch, `meter` tells speed,
-`zero` and `plan` do the arithmetic beforehand, `folder` keeps the run folder to one run. What is written is below
-``logging.path``, and copies of checkpoints at ``checkpoint.upload_path``; a run resumes from its newest whole
+`engine` wraps the flow in DeepSpeed, `loop` is the training loop, `checkpoint` and `upload` save it, `ema` averages
+weights, `schedule` and `optimizers` update them, `noise` prepares inputs, `spikes` and `validation` monitor, `meter`
+measures speed, `zero` makes the DeepSpeed configuration, `folder` locks the run folder. Output goes to
+``logging.path``, and copies of checkpoints to ``checkpoint.upload_path``; a run resumes from its newest complete
 checkpoint, on any number of ranks and at any ZeRO stage.
 """

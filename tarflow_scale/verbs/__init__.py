@@ -1,4 +1,4 @@
-"""What a user types. A verb is a file, or a folder: ``driver`` runs it, ``job`` has its parts, ``worker`` runs on Ray.
+"""The commands. A verb is a module, or a package: ``driver`` runs it, ``job`` has its parts, ``worker`` runs on Ray.
 
-No verb imports another; the command line imports the one that was asked for.
+No verb imports another; the command line imports only the verb that was called.
 """

@@ -1,4 +1,4 @@
-"""Where images come from. `open_source` opens what a configuration names."""
+"""Sources of images for ``prepare``; `open_source` opens the one that a configuration names."""
 
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.shards.images import Reading
@@ -12,8 +12,8 @@ def open_source(config: SourceConfig, split: SplitConfig | None = None, num_work
 
     Args:
         config: the configuration.
-        split: which of its parts is which split.
-        num_workers: processes that look through it, where it is large.
+        split: how the source is divided into splits.
+        num_workers: processes that scan a large source.
     """
     source = _whole_source(config, split or SplitConfig(), num_workers)
     if config.bit_depth is None or config.bit_depth == source.bit_depth:
@@ -22,7 +22,7 @@ def open_source(config: SourceConfig, split: SplitConfig | None = None, num_work
 
 
 def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) -> ImageSource:
-    """Modules are imported when they are needed: scikit-learn and pyarrow take their time."""
+    """Modules are imported when they are needed, because scikit-learn and pyarrow are slow to import."""
     reading = Reading(orientation=config.orientation, transparency=config.transparency)
     shaping = Shaping(config.size_pixels, config.resize, config.resample, config.bad_images == "skip", reading)
     path = config.path or ""
