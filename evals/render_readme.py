@@ -24,7 +24,7 @@ from readme_models import (
 TOP = Path(__file__).resolve().parents[1]
 README = TOP / "README.md"
 _LABELS = {
-    "bits_per_dim": "test bits/dim (359 images, 8 dequantisation draws, labels given)",
+    "bits_per_dim": "test bits/dim (359 images, 8 dequantization draws, labels given)",
     "gaussian_bits_per_dim": "the same of a full-covariance Gaussian fitted to the training images",
     "frechet_pixels": "Fréchet distance on pixels, 1,000 generated images to all training images",
     "gaussian_frechet_pixels": "the same of samples of that Gaussian",

@@ -1,4 +1,4 @@
-"""What learned noise does to the likelihood of pixels: one recipe with uniform and with variational dequantisation.
+"""What learned noise does to the likelihood of pixels: one recipe with uniform and with variational dequantization.
 
     python evals/benchmarks/dequantization.py --output evals/results/dequantization-cpu.json
 

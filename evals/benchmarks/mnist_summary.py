@@ -22,7 +22,7 @@ from tarflow_scale.registry import Registry
 
 MODELS = ("tarflow", "glow")
 PUBLISHED = {"realnvp": 1.06, "glow": 1.05, "ffjord": 0.99, "maf": 1.89}
-"""Bits/dim as the FFJORD paper (arXiv 1810.01367, table 2) lists them; each on its own dequantisation and budget."""
+"""Bits/dim as the FFJORD paper (arXiv 1810.01367, table 2) lists them; each on its own dequantization and budget."""
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class Capabilities:
 
 
 class DequantizationConfig(Section):
-    """Variational dequantisation (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
+    """Variational dequantization (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
 
     couplings: int = Field(default=4, ge=1)
     """Affine couplings; pixels of even and odd squares take turns, so two reach all of them."""

@@ -55,13 +55,13 @@ class NatsProtocol(_LikelihoodProtocol):
 
 
 class BitsPerDimProtocol(_LikelihoodProtocol):
-    """Negative log-likelihood of a whole split under uniform dequantisation, in bits per dimension."""
+    """Negative log-likelihood of a whole split under uniform dequantization, in bits per dimension."""
 
     metric: Literal["bits_per_dim"]
     bit_depth: int = Field(ge=1, le=8)
     """Levels of a pixel are 2^bit_depth; must be the data set's."""
     num_draws: int = Field(default=1, ge=1)
-    """Dequantisation draws per image."""
+    """Dequantization draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
     """``mean`` over draws: an upper bound of the discrete image's cost. ``importance``: log of the mean density, a
     tighter bound, exact in the limit of many draws."""
@@ -92,7 +92,7 @@ class _SampledProtocol(_Protocol):
     bit_depth: int = Field(ge=1, le=8)
     """Images are compared after quantisation to this many bits."""
     rounding: Literal["floor", "nearest", "truncate"] = "floor"
-    """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantisation, ``nearest`` that
+    """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantization, ``nearest`` that
     of noise around the level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference images
     alike, as torchmetrics does; half a level too dark, but what published TarFlow numbers were measured with."""
     clip: Literal[True] = True

@@ -23,7 +23,7 @@ class ScoringConfig(Section):
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
     """An image is flagged above the score that this share of the held-out normal images exceeds."""
     num_draws: int = Field(default=1, ge=1)
-    """Dequantisation draws per image; the log of their mean density counts."""
+    """Dequantization draws per image; the log of their mean density counts."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["dropped", "marginal"] = "dropped"

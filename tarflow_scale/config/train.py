@@ -95,7 +95,7 @@ class NoiseConfig(Section):
     """What is added to quantised pixels before the flow sees them."""
 
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
-    """``uniform``: dequantisation inside the bin, for an exact likelihood and bits/dim.
+    """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
     ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim.
     ``none``: for vectors, whose likelihood is in nats."""
     std: float = Field(default=0.0, ge=0)

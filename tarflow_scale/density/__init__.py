@@ -15,10 +15,10 @@ from tarflow_scale.density.conditional import (
     marginal_log_prob,
 )
 from tarflow_scale.density.pixels import image_bits_per_dim, image_nats, image_tensor
-from tarflow_scale.density.variational import ImportanceReport, Posterior, fit_posterior
+from tarflow_scale.density.variational import ImportanceDiagnostics, Posterior, fit_posterior
 
 __all__ = [
-    "ImportanceReport",
+    "ImportanceDiagnostics",
     "Posterior",
     "attribute_direction",
     "classify",

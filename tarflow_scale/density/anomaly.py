@@ -1,13 +1,13 @@
-"""Anomaly scores from likelihoods, and how well they tell two sets of images apart.
+"""Anomaly scores from likelihoods, and how well they separate two sets of images.
 
-Every score is higher for what is more anomalous. With b the bits/dim of an image under the flow:
+Every score is higher for more anomalous images. With b the bits/dim of an image under the flow:
 
-* ``likelihood``: b. A flow may find simple images that it never saw more likely than what it was trained on (Nalisnick
-  et al., arXiv 1810.09136), so this score alone can be worse than chance.
+* ``likelihood``: b. A flow may assign a higher likelihood to simple images of another kind than to its training images
+  (Nalisnick et al., arXiv 1810.09136), so this score alone can be worse than chance.
 * ``complexity``: b - c with c the bits/dim of the image in the best of several lossless codecs (Serra et al., arXiv
-  1909.11480; their S, of which the bits of the whole image are a multiple).
-* ``typicality``: |b - h| with h the mean of b over held-out normal images (Nalisnick et al., arXiv 1906.02994, for one
-  image at a time).
+  1909.11480; their S, divided by the number of dimensions).
+* ``typicality``: |b - h| with h the mean of b over held-out normal images (Nalisnick et al., arXiv 1906.02994, for
+  single images).
 * ``likelihood_ratio``: b - b' with b' the bits/dim under a background model (Ren et al., arXiv 1906.02845).
 
 Shapes: B images, C channels, H W pixels.
@@ -33,23 +33,23 @@ __all__ = [
 ]
 
 SCORES = {
-    "likelihood": "bits/dim; may be lower for simple images that were never seen than for normal ones",
-    "complexity": "bits/dim less those of the best lossless codec",
+    "likelihood": "bits/dim; may be lower for simple images of another kind than for normal images",
+    "complexity": "bits/dim minus those of the best lossless codec",
     "typicality": "distance of bits/dim from their mean over held-out normal images",
-    "likelihood_ratio": "bits/dim less those of the background model",
+    "likelihood_ratio": "bits/dim minus those of the background model",
 }
-"""What each score is, in words."""
+"""Description of each score."""
 
-_FOUND_SHARE = 0.95
+_DETECTED_SHARE = 0.95
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score tells anomalies (positives) from normal images.
+    """How well a score separates anomalies (positives) from normal images.
 
     auroc: probability that an anomaly scores higher than a normal image. aupr: average precision.
-    false_positive_rate_95: share of normal images that are flagged where 95 % of anomalies are.
+    false_positive_rate_95: share of normal images that are flagged when 95 % of the anomalies are flagged.
     """
 
     auroc: float
@@ -63,35 +63,35 @@ def scores_of(
     typical_bits: float,
     background: NDArray[np.float64] | None,
 ) -> dict[str, NDArray[np.float64]]:
-    """All scores ``(B,)`` of images, the likelihood ratio where there is a background model.
+    """All scores ``(B,)`` of images; the likelihood ratio only if there is a background model.
 
     Args:
         bits: bits/dim under the flow.
         compressed: see `compressed_bits_per_dim`.
         typical_bits: mean bits/dim of held-out normal images.
-        background: bits/dim under the background model.
+        background: bits/dim under the background model, or None.
     """
-    found: dict[str, NDArray[np.float64]] = {
+    scores: dict[str, NDArray[np.float64]] = {
         "likelihood": bits,
         "complexity": bits - compressed,
         "typicality": np.abs(bits - typical_bits),
     }
-    return found if background is None else found | {"likelihood_ratio": bits - background}
+    return scores if background is None else scores | {"likelihood_ratio": bits - background}
 
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
-    """The lowest of these scores that at most this share of them exceeds."""
+    """The lowest of the scores ``normal`` such that at most the share ``false_alarm_rate`` of them exceeds it."""
     allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
     return float(np.sort(normal)[len(normal) - 1 - allowed])
 
 
 def separate(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) -> Separation:
-    """Compare scores of normal images with those of anomalies."""
+    """Measure how well a score separates normal images from anomalies."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     truth = np.concatenate([np.zeros(len(normal)), np.ones(len(anomalous))])
     both = np.concatenate([normal, anomalous])
-    least = np.sort(anomalous)[int((1 - _FOUND_SHARE) * len(anomalous) + _ROUNDING)]
+    least = np.sort(anomalous)[int((1 - _DETECTED_SHARE) * len(anomalous) + _ROUNDING)]
     return Separation(
         auroc=float(roc_auc_score(truth, both)),
         aupr=float(average_precision_score(truth, both)),
@@ -100,24 +100,24 @@ def separate(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) -> Sep
 
 
 def compressed_bits_per_dim(levels: UInt8[np.ndarray, "B C H W"]) -> Float[np.ndarray, " B"]:
-    """Bits/dim of each image in the lossless codec that packs it best, headers included.
+    """Bits/dim of each image in the best lossless codec for it, headers included.
 
     Args:
         levels: levels of pixels, 0 to 2^n - 1, with 1 or 3 channels.
     """
     dims = levels[0].size
-    available = codecs()
-    return np.array([8 * min(len(encode(_picture(one))) for encode in available.values()) / dims for one in levels])
+    encoders = codecs().values()
+    return np.array([8 * min(len(encode(_picture(image))) for encode in encoders) / dims for image in levels])
 
 
 def codecs() -> dict[str, Callable[[Image.Image], bytes]]:
-    """The lossless codecs that this Pillow has, by name."""
-    found = {"png": lambda image: _saved(image, format="PNG", optimize=True)}
+    """Encoders of the lossless codecs that the installed Pillow has, by name."""
+    encoders = {"png": lambda image: _saved(image, format="PNG", optimize=True)}
     if features.check("webp"):
-        found["webp"] = lambda image: _saved(image, format="WEBP", lossless=True, quality=100, method=4)
+        encoders["webp"] = lambda image: _saved(image, format="WEBP", lossless=True, quality=100, method=4)
     if features.check("jpg_2000"):
-        found["jpeg2000"] = lambda image: _saved(image, format="JPEG2000", irreversible=False)
-    return found
+        encoders["jpeg2000"] = lambda image: _saved(image, format="JPEG2000", irreversible=False)
+    return encoders
 
 
 def _saved(image: Image.Image, **options: object) -> bytes:

@@ -1,11 +1,11 @@
-"""What a class-conditional likelihood is good for: classes, marginals, and moving images in latent space.
+"""Uses of a class-conditional likelihood: classification, marginal likelihood, and paths in latent space.
 
 With p(y) uniform over K classes,
 
     log p(x) = log sum_y p(x | y) - log K,        p(y | x) = p(x | y) / sum_y' p(x | y')
 
-An image moves along a straight line, or an arc, between two latents (Kingma and Dhariwal, arXiv 1807.03039, section 5);
-an attribute is the difference of mean latents of images with and without it.
+Images are interpolated along a line or an arc between their latents (Kingma and Dhariwal, arXiv 1807.03039, section 5);
+an attribute is the difference between the mean latents of images with and without it.
 
 Shapes: B images, K classes, D dimensions. Densities: nats.
 """
@@ -24,10 +24,10 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) for every label; of images with learned noise its bound, which is one log q below for all labels.
+    """Log p(x | y) for every label, in nats. With learned noise it is a bound, lower by the same log q for all labels.
 
     Raises:
-        ValueError: a flow without classes, or images that do not fit it.
+        ValueError: the flow has no classes, or the images do not fit it.
     """
     if flow.num_classes is None:
         raise ValueError("this flow has no classes (num_classes=None); train one with model.class_conditional")
@@ -36,7 +36,7 @@ def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
 
 
 def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
-    """Log p(x), all labels as likely.
+    """Log p(x) in nats, with all labels equally likely.
 
     Raises:
         ValueError: as `log_prob_of_labels`.
@@ -47,7 +47,7 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
 
 @torch.no_grad()
 def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B K"]]:
-    """The likeliest label by Bayes' rule, and p(y | x).
+    """The most likely label by Bayes' rule, and p(y | x).
 
     Raises:
         ValueError: as `log_prob_of_labels`.
@@ -65,19 +65,19 @@ def interpolated(
     y: GivenCondition = None,
     path: Literal["arc", "line"] = "arc",
 ) -> Tensor:
-    """Images ``(num, *event)`` on the way from one image to another, both included.
+    """Interpolate between two images. Returns images ``(num, *event)``, both ends included.
 
     Args:
-        flow: encodes and decodes.
-        start: an image ``(*event)``.
-        end: another.
-        num: images, at least 2.
-        y: the label of all of them, ``(1,)`` or as in `Flow.log_prob`.
-        path: ``arc`` also interpolates the length of the latent, so that what is between is as typical as the ends;
-            ``line`` is the straight one.
+        flow: encodes and decodes the images.
+        start: the first image ``(*event)``.
+        end: the last image ``(*event)``.
+        num: number of images, at least 2.
+        y: label of all images, ``(1,)`` or as in `Flow.log_prob`.
+        path: ``line`` is straight in latent space. ``arc`` also interpolates the length of the latent, so that images
+            between the ends are as typical as the ends.
 
     Raises:
-        ValueError: fewer images or another path than that, or images or a label that do not fit the flow.
+        ValueError: ``num`` or ``path`` is wrong, or the images or the label do not fit the flow.
     """
     if num < 2 or path not in ("arc", "line"):
         raise ValueError(f"a path is an arc or a line of at least 2 images (got {path!r} of {num}); correct it")
@@ -89,7 +89,7 @@ def interpolated(
     else:
         cosine = torch.dot(a, b) / (a.norm() * b.norm())
         angle = torch.arccos(cosine.clamp(-1, 1))
-        if float(angle) < 1e-4:  # nothing to turn by
+        if float(angle) < 1e-4:  # the latents are parallel, so an arc is a line
             direction = ((1 - share) * a + share * b) / a.norm()
         else:
             parts = torch.sin((1 - share) * angle) * a / a.norm() + torch.sin(share * angle) * b / b.norm()
@@ -102,15 +102,14 @@ def interpolated(
 def attribute_direction(
     flow: Flow, with_it: Tensor, without_it: Tensor, y_with: GivenCondition = None, y_without: GivenCondition = None
 ) -> Float[Tensor, " D"]:
-    """Mean latent of images ``(B, *event)`` with an attribute, less that of images without it."""
-    ways = ((with_it, flow.check_data(with_it, y_with)), (without_it, flow.check_data(without_it, y_without)))
-    means = [flow(x, y)[0].mean(dim=0) for x, y in ways]
-    return means[0] - means[1]
+    """Mean latent of images ``(B, *event)`` with an attribute, minus that of images without it."""
+    with_mean = flow(with_it, flow.check_data(with_it, y_with))[0].mean(dim=0)
+    return with_mean - flow(without_it, flow.check_data(without_it, y_without))[0].mean(dim=0)
 
 
 @torch.no_grad()
 def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: GivenCondition = None) -> Tensor:
-    """Images moved along a direction in latent space; at strength 0 they come back as they were."""
+    """Images moved by ``strength * direction`` in latent space; strength 0 returns the same images."""
     labels = flow.check_data(x, y)
     return flow.inverse(flow(x, labels)[0] + strength * direction, labels)
 

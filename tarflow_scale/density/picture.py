@@ -1,4 +1,4 @@
-"""Two dimensions as a picture: the density of a flow as shades, beside what it draws."""
+"""Picture of a flow in two dimensions: its density beside its samples."""
 
 import functools
 
@@ -20,7 +20,7 @@ _SIDE, _GRID = 320, 160
 _MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
 _SAMPLES = 2000
 _MIDDLE = (0.5, 99.5)
-"""Percentiles of the samples that the panels show, and a tenth more on each side."""
+"""Percentiles of the samples that the panels show, plus a margin of a tenth on each side."""
 _AT_ONCE = 4096
 _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 
@@ -29,15 +29,15 @@ _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 def density_picture(flow: Flow, seed: int = 0) -> bytes:
     """A PNG of two panels on the same axes: the density, darker where it is higher, and samples.
 
-    Shades grow with the square root of the density, so that what is rare can be seen. Of a flow with classes the
-    density is the mean over them.
+    Shades follow the square root of the density, so that regions of low density are visible. For a flow with classes
+    the density is the mean over classes.
 
     Args:
-        flow: of vectors of two numbers, in evaluation mode, conditioned on nothing or on labels.
-        seed: of the samples.
+        flow: a flow of vectors of two numbers, in evaluation mode, unconditional or class-conditional.
+        seed: seed of the samples.
 
     Raises:
-        ValueError: a flow of other events, or one that is conditioned on numbers.
+        ValueError: the flow has other events, or is conditioned on numbers; or no sample is finite.
     """
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         given = f" given {flow.num_conditions} numbers" if flow.num_conditions else ""
@@ -61,9 +61,9 @@ def density_picture(flow: Flow, seed: int = 0) -> bytes:
 
 
 def log_density(flow: Flow, x: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-    """``log p(x)`` in nats, all classes of the flow as likely."""
-    of = flow.log_prob if flow.num_classes is None else functools.partial(marginal_log_prob, flow)
-    return torch.cat([of(few) for few in x.split(_AT_ONCE)])
+    """``log p(x)`` in nats, with all classes of the flow equally likely."""
+    log_prob = flow.log_prob if flow.num_classes is None else functools.partial(marginal_log_prob, flow)
+    return torch.cat([log_prob(part) for part in x.split(_AT_ONCE)])
 
 
 def _drawn(

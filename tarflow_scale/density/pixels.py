@@ -1,7 +1,7 @@
-"""Images in memory under a flow: as the floats that it takes, their bits/dim, and where those come from.
+"""Likelihood of images in memory under a flow: their bits/dim, and the contribution of every pixel.
 
-What the verbs ``evaluate`` and ``score`` do for data sets, for an array: image i, counted from 0, gets the noise that
-sample i of a data set gets, so that the numbers are the verbs' own.
+Does for an array what the verbs ``evaluate`` and ``score`` do for a data set: image i, counted from 0, gets the noise
+of sample i of a data set, so the numbers are equal to those of the verbs.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -22,20 +22,21 @@ __all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
 
 
 def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0, draw: int = 0) -> Tensor:
-    """Stored pixels as floats ``(B, C, H, W)`` on [-1, 1], dequantised.
+    """Stored pixels as dequantized floats ``(B, C, H, W)`` on [-1, 1].
 
     Args:
-        flow: knows how many bits of a pixel are data.
+        flow: the flow, whose pixel format has the bit depth of the data.
         images: stored pixels, 0 to 255.
-        seed: of the noise.
-        draw: which of several draws of it.
+        seed: seed of the noise.
+        draw: number of the noise draw, from 0.
 
     Raises:
-        ValueError: a flow that was trained on noisy images or on vectors, images that do not fit it, or no bytes.
+        ValueError: the flow was trained on images with Gaussian noise or on vectors, or the images are not uint8 or do
+            not fit it.
     """
     if flow.pixels is None or flow.pixels.noise != "uniform":
-        what = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
-        raise ValueError(f"bits/dim need a flow of uniformly dequantised images (got {what}); load another model")
+        form = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
+        raise ValueError(f"bits/dim need a flow of uniformly dequantized images (got {form}); load another model")
     kind = getattr(images, "dtype", type(images).__name__)
     if kind != np.uint8:
         raise ValueError(f"stored pixels must be a NumPy array of uint8, 0 to 255 (got {kind}); convert them")
@@ -55,14 +56,14 @@ def image_bits_per_dim(
     seed: int = 0,
     estimate: Literal["mean", "importance"] = "mean",
 ) -> Float[np.ndarray, " B"]:
-    """Bits/dim of each image, a bound on what it costs; see `tarflow_scale.flows.likelihood`.
+    """Bits/dim of each image, an upper bound on its cost; see `tarflow_scale.flows.likelihood`.
 
     Args:
         flow: a flow of images.
         images: stored pixels, 0 to 255.
         y: as in `Flow.log_prob`.
         num_draws: noise draws for each image.
-        seed: of the noise.
+        seed: seed of the noise.
         estimate: how draws are combined.
 
     Raises:
@@ -77,10 +78,10 @@ def image_bits_per_dim(
 def image_nats(
     flow: Flow, images: UInt8[np.ndarray, "B C H W"], y: GivenCondition = None, num_draws: int = 1, seed: int = 0
 ) -> Float[np.ndarray, "B C H W"]:
-    """What each value of each image adds to its nats, the mean over draws; see `Flow.nats_of_values`.
+    """Contribution of each value of each image to its nats, the mean over draws; see `Flow.nats_of_values`.
 
     Raises:
-        ValueError: as `image_bits_per_dim`, and for a flow whose latents mix values.
+        ValueError: as `image_bits_per_dim`; or the latents of the flow mix values.
     """
     draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in _draws(num_draws)]
     return torch.stack(draws).mean(dim=0).cpu().numpy()

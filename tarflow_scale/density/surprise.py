@@ -1,4 +1,4 @@
-"""Where an image is surprising: its nats, pixel by pixel, laid over it in red."""
+"""Pictures of the pixels that contribute most to the nats of an image."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -6,15 +6,15 @@ from jaxtyping import Float, UInt8
 __all__ = ["overlaid"]
 
 _LOW, _HIGH = 5.0, 99.5
-"""Percentiles of the nats of all pixels between which red grows from none to most."""
+"""Percentiles of the nats of all pixels where red is least and most."""
 _MOST_RED = 0.75
 
 
 def overlaid(images: UInt8[np.ndarray, "B C H W"], nats: Float[np.ndarray, "B C H W"]) -> UInt8[np.ndarray, "B 3 H W"]:
-    """Each image in grey, and redder where its nats, summed over channels, are more; one scale for all.
+    """Each image in grey, with more red where the nats summed over channels are higher; one scale for all images.
 
     Args:
-        images: stored pixels, of 1 or 3 channels.
+        images: stored pixels, with 1 or 3 channels.
         nats: see `tarflow_scale.flows.Flow.nats_of_values`.
     """
     of_pixels = nats.sum(axis=1)

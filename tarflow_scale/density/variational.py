@@ -1,19 +1,19 @@
-"""Variational inference: a flow as the posterior of a model whose joint density can be evaluated.
+"""Variational inference: fit a flow to the posterior of a model whose joint density can be evaluated.
 
 The flow q is fitted by maximising the evidence lower bound (Rezende and Mohamed, arXiv 1505.05770),
 
     ELBO = E_q [log p(x, data) - log q(x)] = log p(data) - KL(q || posterior)
 
-with samples that gradients pass through. How good it is, importance weights w = p(x, data) / q(x) tell: the bound
-log mean w is tighter than the ELBO (Burda et al., arXiv 1509.00519); the effective sample size is how many draws of
-the posterior that many weighted draws are worth; and k, the shape of a generalised Pareto distribution fitted to the
-largest weights, says whether any of this can be believed: below 0.7 it can (Vehtari et al., arXiv 1507.02646).
+with reparametrised samples. Importance weights w = p(x, data) / q(x) measure the quality of the fit. The bound
+log mean w is tighter than the ELBO (Burda et al., arXiv 1509.00519). The effective sample size is the number of draws
+from the posterior that the weighted draws are worth. The shape k of a generalised Pareto distribution fitted to the
+largest weights shows whether these figures are reliable: they are for k below 0.7 (Vehtari et al., arXiv 1507.02646).
 
     posterior = fit_posterior(log_joint, build(IAFConfig(class_conditional=False), (3,)))
     posterior.sample(1000)
 
-An IAF draws and scores its samples in one pass, and is the flow for it. A parameter that lives on part of the line
-needs a transformation, and the logarithm of its derivative, inside ``log_joint``.
+An IAF is the best choice of flow, because it draws and scores samples in one pass. For a parameter with bounds,
+``log_joint`` must transform an unbounded variable and add the logarithm of the derivative.
 
 Shapes: S samples, D dimensions. Densities and bounds: nats.
 """
@@ -31,10 +31,10 @@ from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.runtime import console
 
-__all__ = ["ImportanceReport", "Posterior", "fit_posterior", "pareto_shape"]
+__all__ = ["ImportanceDiagnostics", "Posterior", "fit_posterior", "pareto_shape"]
 
 LogJoint = Callable[[Tensor], Tensor]
-"""Log p(x, data) ``(S,)`` of ``x (S, D)``, up to nothing: constants count towards the evidence."""
+"""Log p(x, data) ``(S,)`` of ``x (S, D)`` in nats. Include all constants, because they are part of the evidence."""
 
 _MOST_SKIPPED = 10
 _FINAL_RATE = 0.01
@@ -42,11 +42,11 @@ _SMOOTHED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class ImportanceReport:
-    """What ``num_samples`` weighted draws say of a posterior.
+class ImportanceDiagnostics:
+    """Quality of a posterior, estimated from ``num_samples`` weighted draws.
 
     elbo, elbo_standard_error: nats. importance_bound: log mean weight, nats, never below the ELBO of the same draws.
-    effective_sample_size: of ``num_samples``. pareto_k: above 0.7 the other figures cannot be believed.
+    effective_sample_size: at most ``num_samples``. pareto_k: above 0.7 the other figures are not reliable.
     """
 
     num_samples: int
@@ -62,8 +62,8 @@ class Posterior:
 
     Args:
         log_joint: see `LogJoint`.
-        flow: ours, or one of zuko's.
-        losses: the negative ELBO of every step of the fit, from that step's samples.
+        flow: a flow of this package or of zuko.
+        losses: the negative ELBO in nats at every step of the fit, from the samples of the step.
     """
 
     def __init__(self, log_joint: LogJoint, flow: Any, losses: list[float]) -> None:
@@ -73,12 +73,12 @@ class Posterior:
 
     @torch.no_grad()
     def sample(self, num: int, seed: int = 0) -> Float[Tensor, "S D"]:
-        """Draws of the flow."""
+        """Draws from the flow."""
         return _draw(self.flow, num, torch.Generator().manual_seed(seed))[0]
 
     @torch.no_grad()
     def weighted(self, num: int, seed: int = 0) -> tuple[Float[Tensor, "S D"], Float[Tensor, " S"]]:
-        """Draws of the flow and their normalised weights, whose sums are expectations under the posterior itself.
+        """Draws from the flow and their normalised weights; weighted sums are expectations under the exact posterior.
 
         Raises:
             NumericsError: a weight is not a number, or all are 0.
@@ -87,15 +87,15 @@ class Posterior:
         return x, torch.softmax(log_weights, dim=0)
 
     @torch.no_grad()
-    def report(self, num: int = 10_000, seed: int = 0) -> ImportanceReport:
-        """How good the fit is, from ``num`` draws.
+    def diagnostics(self, num: int = 10_000, seed: int = 0) -> ImportanceDiagnostics:
+        """Quality of the fit, from ``num`` draws.
 
         Raises:
             NumericsError: a weight is not a number, or all are 0.
         """
         _, log_weights = self._log_weights(num, seed)
         weights = torch.softmax(log_weights, dim=0)
-        return ImportanceReport(
+        return ImportanceDiagnostics(
             num_samples=num,
             elbo=float(log_weights.mean()),
             elbo_standard_error=float(log_weights.std()) / math.sqrt(num),
@@ -111,7 +111,7 @@ class Posterior:
         if bool(wrong.any()):
             raise NumericsError(f"{int(wrong.sum())} of {num} importance weights are not numbers; check log_joint")
         if not bool(torch.isfinite(log_weights).any()):
-            raise NumericsError(f"all of {num} draws are impossible under log_joint; check it, or fit for longer")
+            raise NumericsError(f"log_joint is minus infinity for all of {num} draws; check it, or fit for longer")
         return x, log_weights
 
 
@@ -126,21 +126,21 @@ def fit_posterior(
     seed: int = 0,
     progress: bool = False,
 ) -> Posterior:
-    """Fit ``flow`` to the posterior that ``log_joint`` defines; it is trained in place, by Adam.
+    """Fit ``flow`` to the posterior that ``log_joint`` defines; the flow is trained in place, by Adam.
 
     Args:
         log_joint: log p(x, data) ``(S,)`` of ``x (S, D)``, differentiable.
-        flow: of ours, on vectors; or of zuko's (``zuko.flows.NSF(3)``), unconditional.
-        num_steps: steps; the rate falls along a cosine.
-        num_samples: draws a step.
-        peak_lr: the first rate.
+        flow: an unconditional flow on vectors, of this package or of zuko (``zuko.flows.NSF(3)``).
+        num_steps: number of steps; the learning rate falls along a cosine.
+        num_samples: draws in each step.
+        peak_lr: learning rate of the first step.
         gradient_clip_norm: gradients of larger norm are scaled down to it.
-        seed: of the draws; whoever builds the flow seeds its weights.
-        progress: show a bar.
+        seed: seed of the draws; the weights of the flow are those that it was built with.
+        progress: show a progress bar.
 
     Raises:
-        NumericsError: the bound or its gradient was not finite in more than ten steps in a row.
-        ValueError: ``log_joint`` gives another shape than ``(S,)``.
+        NumericsError: the bound or its gradient was not finite in more than ten consecutive steps.
+        ValueError: ``log_joint`` returns another shape than ``(S,)``.
     """
     parameters = list(flow.parameters())
     optimizer = torch.optim.Adam(parameters, lr=peak_lr)
@@ -181,7 +181,7 @@ def fit_posterior(
 
 def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Samples and their log densities, with gradients."""
-    with torch.random.fork_rng():  # zuko's distributions, and probes of a continuous flow, are torch's own generator's
+    with torch.random.fork_rng():  # zuko's distributions and the probes of a continuous flow use the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         if isinstance(flow, Flow):
             return flow.rsample_and_log_prob(num, generator=generator)
@@ -189,7 +189,7 @@ def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def _tail_shape(weights: Float[Tensor, " S"]) -> float:
-    """Shape of the tail of importance weights: of what the largest exceed the largest of the others by."""
+    """Shape k of the tail of importance weights, from the excess of the largest weights over the others."""
     num = len(weights)
     tail = min(math.ceil(_SMOOTHED_SHARE * num), math.ceil(3 * math.sqrt(num)))
     ordered = torch.sort(weights / weights.max()).values
@@ -198,10 +198,11 @@ def _tail_shape(weights: Float[Tensor, " S"]) -> float:
 
 
 def pareto_shape(excess: Float[Tensor, " M"]) -> float:
-    """Shape k of a generalised Pareto distribution from which values above 0 are drawn.
+    """Estimate the shape k of a generalised Pareto distribution from its positive draws.
 
-    The estimate of Zhang and Stephens (2009), a posterior mean over a grid of the profile likelihood, drawn a little
-    towards 0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. Infinite where all excess is in one value.
+    The estimate of Zhang and Stephens (2009), a posterior mean over a grid of the profile likelihood, shrunk towards
+    0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. Infinite if one value has all the excess, NaN for fewer than
+    5 draws.
     """
     x = torch.sort(excess.double().cpu()).values
     num = len(x)

@@ -83,11 +83,11 @@ class Bijection(nn.Module, ABC):
         """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
 
         With ``dequantize``, ``x`` are images under uniform noise, which passes the flow's `dequantizer` first if it has
-        one: both are then those of the dequantised images, and ``log_det`` is less by log q of their noise. ``twice``
+        one: both are then those of the dequantized images, and ``log_det`` is less by log q of their noise. ``twice``
         selects `encode_twice`.
 
         Raises:
-            ValueError: data or labels of another shape, or images to dequantise whose depth is not known.
+            ValueError: data or labels of another shape, or images to dequantize whose depth is not known.
         """
         self.check_shape(x)
         labels = self._labels(y, len(x), x.device)
@@ -113,7 +113,7 @@ class Bijection(nn.Module, ABC):
     def _bit_depth(self) -> int:
         if self.pixels is None:
             raise ValueError(
-                "dequantisation needs the depth of the images (got a flow without a pixel format); train or load it "
+                "dequantization needs the depth of the images (got a flow without a pixel format); train or load it "
                 "through the pipeline"
             )
         return self.pixels.bit_depth

@@ -1,4 +1,4 @@
-"""Variational dequantisation: noise inside the bins of pixels, by a small flow that knows the image.
+"""Variational dequantization: noise inside the bins of pixels, by a small flow that knows the image.
 
 Uniform noise makes a density that is flat on every bin, which a smooth model is bad at. Where noise u' in (0, 1) is
 drawn from q(u' | levels) instead, Jensen's inequality bounds the log probability of a discrete image by the mean of

@@ -1,8 +1,8 @@
-"""Pixels to floats and densities to bits: the only place for dequantisation, noise, nats and bits/dim.
+"""Pixels to floats and densities to bits: the only place for dequantization, noise, nats and bits/dim.
 
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
-* Uniform dequantisation, x = 2 (level + u) / 2^n - 1 with u in [0, 1): by Jensen the mean of -log p(x) over u bounds
+* Uniform dequantization, x = 2 (level + u) / 2^n - 1 with u in [0, 1): by Jensen the mean of -log p(x) over u bounds
   the cost of the discrete image (Theis et al., arXiv 1511.01844), which in bits per dimension is
 
       bits/dim = -log_prob / (D ln 2) + n - 1
@@ -10,7 +10,7 @@ A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [
   With K draws of u the importance-weighted estimate -log mean_k p(x + u_k) bounds it more tightly, and converges to
   the cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal, uniform on the bin, has density 1).
 
-* Variational dequantisation moves u in its bin by a flow of its own (`tarflow_scale.flows.dequantization`): all of the
+* Variational dequantization moves u in its bin by a flow of its own (`tarflow_scale.flows.dequantization`): all of the
   above holds with log p(x') - log q(u' | levels) in place of log_prob, q being a density of u' on a bin of width 1.
 
 * Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, as TarFlow trains for sample quality (arXiv 2412.06329): a
@@ -60,7 +60,7 @@ def add_noise(
 
     Args:
         images: stored pixels; not changed.
-        noise: u in [0, 1) for uniform dequantisation, a standard normal for Gaussian noise.
+        noise: u in [0, 1) for uniform dequantization, a standard normal for Gaussian noise.
         pixels: the format.
     """
     levels = to_levels(images, pixels.bit_depth).to(noise)
@@ -116,17 +116,17 @@ def quantize(
 
 
 def nats_per_image(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
-    """Cost of each discrete image in nats, from the log density of its dequantised values on [-1, 1]."""
+    """Cost of each discrete image in nats, from the log density of its dequantized values on [-1, 1]."""
     return -log_prob + num_dims * (bit_depth - 1) * math.log(2)
 
 
 def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
-    """Bits per dimension of uniformly dequantised ``bit_depth``-bit data, from nats on [-1, 1]."""
+    """Bits per dimension of uniformly dequantized ``bit_depth``-bit data, from nats on [-1, 1]."""
     return nats_per_image(log_prob, num_dims, bit_depth) / (num_dims * math.log(2))
 
 
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
-    """One log density per image from K dequantisation draws of each.
+    """One log density per image from K dequantization draws of each.
 
     ``mean``: the average over draws, whose cost is an upper bound. ``importance``: the log of the mean density, a
     bound that is never looser.

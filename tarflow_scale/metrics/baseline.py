@@ -1,7 +1,7 @@
-"""A full-covariance Gaussian fitted to pixels: the model that any flow must beat, by the same protocols.
+"""Baseline: a full-covariance Gaussian fitted to pixels, measured by the same protocols as a flow.
 
-Units are levels: a dequantised pixel is level + u with u in [0, 1), so its mean is larger by 1/2 and its variance by
-1/12 than the level's. Shapes: B images, D pixels.
+Units are levels: a dequantized pixel is level + u with u in [0, 1), so its mean is larger than that of the level by 1/2
+and its variance by 1/12. Shapes: B images, D pixels.
 """
 
 import math
@@ -18,15 +18,15 @@ from tarflow_scale.randomness import Purpose, generator
 __all__ = ["MAX_DIMS", "PixelGaussian", "gaussian_for"]
 
 MAX_DIMS = 4096
-"""Above this many pixels a full covariance is not a sensible baseline."""
+"""Largest number of pixels for which the baseline is computed."""
 
 
 class PixelGaussian:
-    """Gaussian with the mean and covariance of dequantised training pixels.
+    """Gaussian with the mean and covariance of dequantized training pixels.
 
     Args:
-        moments: of the levels of the training images.
-        bit_depth: n.
+        moments: moments of the levels of the training images.
+        bit_depth: bits of a pixel; there are 2^bit_depth levels.
     """
 
     def __init__(self, moments: Moments, bit_depth: int) -> None:
@@ -36,7 +36,7 @@ class PixelGaussian:
         self._factor = torch.linalg.cholesky(covariance)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log density ``(B,)`` of dequantised images ``(B, C, H, W)`` on [-1, 1], in nats, as a flow's."""
+        """Log density ``(B,)`` in nats of dequantized images ``(B, C, H, W)`` on [-1, 1]."""
         levels_per_unit = (self._top + 1) / 2
         levels = (x.double().flatten(1) + 1) * levels_per_unit
         whitened = torch.linalg.solve_triangular(self._factor, (levels - self._mean).T, upper=False)
@@ -50,7 +50,7 @@ class PixelGaussian:
 
 
 def gaussian_for(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
-    """The Gaussian of a reference measured in pixels; None for other features, or too many pixels."""
+    """The Gaussian of a reference in pixels; None for other features, or for too many pixels."""
     if protocol.extractor != "pixels" or len(reference.mean) > MAX_DIMS:
         return None
     return PixelGaussian(reference, protocol.bit_depth)

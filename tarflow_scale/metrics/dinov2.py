@@ -1,8 +1,8 @@
-"""DINOv2 ViT-L/14 as FD-DINOv2 is published with: PIL's bicubic resize to 224, ImageNet's moments, the class token.
+"""DINOv2 ViT-L/14 as in published FD-DINOv2: PIL's bicubic resize to 224, ImageNet's mean and deviation, class token.
 
-What dgm-eval (Stein et al., arXiv 2306.04675) and edm2's exact mode compute. torch-fidelity's own DINOv2 resizes as
-TensorFlow does and takes no local file. The transformer is timm's (extra ``dinov2``); the position embedding of the
-37 x 37 grid that was trained is brought to 16 x 16 as the published code does it, which timm does otherwise.
+Equals dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's own DINOv2 resizes as
+TensorFlow does, and cannot read a local file. The transformer is timm's (extra ``dinov2``); the position embedding is
+resampled from the trained grid of 37 x 37 to 16 x 16 as in the published code, which differs from timm's way.
 """
 
 import importlib
@@ -22,7 +22,7 @@ __all__ = ["DINOv2Extractor"]
 
 _SIZE, _GRID = 224, 16
 _INTERPOLATION_OFFSET = 0.1
-"""The published models add it to the size that they interpolate to, and so sample slightly elsewhere."""
+"""The published code adds it to the target size of the interpolation, which shifts the sample points slightly."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,13 +30,13 @@ class DINOv2Extractor(FeatureExtractorBase):
     """Class token ``(B, 1024)`` after the last norm; feature layer ``dinov2``.
 
     Args:
-        name: of the extractor.
+        name: name of the extractor.
         features_list: ``["dinov2"]``.
         feature_extractor_weights_path: the published ``dinov2_vitl14_pretrain.pth``.
 
     Raises:
         ConfigError: timm is not installed.
-        DataError: the file is not a state of this model.
+        DataError: the file has no weights of this model.
     """
 
     model_name = "vit_large_patch14_dinov2"
@@ -51,7 +51,7 @@ class DINOv2Extractor(FeatureExtractorBase):
         self.model = timm.create_model(self.model_name, pretrained=False, img_size=_SIZE, num_classes=0)
         try:
             state = torch.load(feature_extractor_weights_path, map_location="cpu", weights_only=True)
-            state.pop("mask_token", None)  # of training alone
+            state.pop("mask_token", None)  # used only in training
             state["pos_embed"] = _resampled(state["pos_embed"])
             self.model.load_state_dict(state)
         except Exception as error:
@@ -61,7 +61,7 @@ class DINOv2Extractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """One layer."""
+        """Names of layers: there is one."""
         return ("dinov2",)
 
     @staticmethod
@@ -71,13 +71,13 @@ class DINOv2Extractor(FeatureExtractorBase):
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Not with PIL in it."""
+        """False, because it uses PIL."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
         """``(B, 3, H, W)`` uint8 to ``(B, 1024)`` fp32."""
         pictures = (Image.fromarray(pixels) for pixels in input.permute(0, 2, 3, 1).contiguous().cpu().numpy())
-        resized = np.stack([np.asarray(one.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)) for one in pictures])
+        resized = np.stack([np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)) for image in pictures])
         x = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
         x = (x - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
         return (self.model(x.to(next(self.parameters()).device)).float(),)

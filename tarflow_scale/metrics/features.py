@@ -1,9 +1,9 @@
 """Images to features, through torch-fidelity's registry of extractors.
 
-``pixels`` (ours) is the flattened image in levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the
-TensorFlow Inception that FID is defined with; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Others come from
-entry points of the group ``tarflow_scale.extractors``: subclasses of torch-fidelity's ``FeatureExtractorBase`` under
-the name that a protocol uses. The weights file of an extractor is part of a protocol's id.
+``pixels`` is the flattened image in levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the TensorFlow
+Inception that defines FID; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Other packages offer extractors as
+entry points of the group ``tarflow_scale.extractors``: subclasses of torch-fidelity's ``FeatureExtractorBase``, under
+the name that a protocol uses. The digest of the weights file is part of the protocol id.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,11 +40,11 @@ class _Weights:
     """A published weights file."""
 
     file: str
-    """Its name, also in the torch hub cache."""
+    """File name, also in the torch hub cache."""
     source: str
-    """Where to get it, in words."""
+    """Where to download it, for error messages."""
     prefix: str = ""
-    """Of its SHA-256, as published; checked unless a protocol says more."""
+    """Published prefix of its SHA-256; checked if the protocol has no digest."""
 
 
 _WEIGHTS = {
@@ -66,17 +66,17 @@ class PixelsExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """One layer for every bit depth."""
+        """Names of layers: one for every bit depth."""
         return tuple(f"levels-{bits}" for bits in range(1, 9))
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """8-bit levels, whatever the metric."""
+        """8-bit levels for every metric."""
         return "levels-8"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """There is nothing to compile."""
+        """False: there is nothing to compile."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
@@ -85,7 +85,7 @@ class PixelsExtractor(FeatureExtractorBase):
 
 
 def layer_of(protocol: SampledProtocol) -> str:
-    """The layer that a protocol looks at: ``pool``, ``spatial`` or ``logits_unbiased``."""
+    """The layer that a protocol uses: ``pool``, ``spatial`` or ``logits_unbiased``."""
     match protocol:
         case FrechetProtocol():
             return protocol.layer
@@ -96,36 +96,36 @@ def layer_of(protocol: SampledProtocol) -> str:
 
 
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
-    """SHA-256 of the extractor's weights file, checked; without such a file what stands for it.
+    """SHA-256 of the weights file of an extractor, compared with the digest that the protocol requires.
 
-    That is ``none`` for ``pixels`` and the version of the package that offers it for an entry point.
+    Without a weights file it is ``none`` for ``pixels``, and the name and version of its package for an entry point.
 
     Args:
-        protocol: names the extractor and perhaps the digest it must have.
+        protocol: names the extractor, and the digest of its weights if that is fixed.
         weights: paths of weights files by name of the extractor; published ones may also be in the torch hub cache.
 
     Raises:
-        ConfigError: no such extractor.
-        DataError: no file, or another file than the protocol (or the published prefix) asks for.
+        ConfigError: the extractor does not exist.
+        DataError: the file is missing, or its digest is not that of the protocol (or not the published prefix).
     """
     return _checked_digest(protocol.extractor, weights, protocol.extractor_sha256 or "", protocol.name)
 
 
 def published_digest(name: str, weights: Mapping[str, str]) -> str:
-    """`weights_digest` of an extractor of which no protocol asks more than that it is the published one."""
+    """`weights_digest` of an extractor, compared with the published prefix only."""
     return _checked_digest(name, weights, "", name)
 
 
-def _checked_digest(name: str, weights: Mapping[str, str], asked: str, whose: str) -> str:
-    found = _found_digest(name, weights)
-    expected = asked or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
-    if not found.startswith(expected):
+def _checked_digest(name: str, weights: Mapping[str, str], required: str, user: str) -> str:
+    digest = _digest(name, weights)
+    expected = required or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
+    if not digest.startswith(expected):
         place = _weights_path(name, weights) or name
-        raise DataError(f"{place} is not the extractor of {whose} (sha256 {found}, not {expected}); replace it")
-    return found
+        raise DataError(f"{place} is not the extractor of {user} (sha256 {digest}, not {expected}); replace it")
+    return digest
 
 
-def _found_digest(name: str, weights: Mapping[str, str]) -> str:
+def _digest(name: str, weights: Mapping[str, str]) -> str:
     if name == "pixels":
         return "none"
     path = _weights_path(name, weights)
@@ -140,14 +140,14 @@ def _found_digest(name: str, weights: Mapping[str, str]) -> str:
 
 
 def _check_plain(path: Path) -> None:
-    """See that a file holds tensors and nothing that runs: torch-fidelity unpickles its Inception's without asking.
+    """Check that a file holds plain tensors and no code, because torch-fidelity unpickles the weights of its Inception.
 
     Raises:
         DataError: it holds something else.
     """
     try:
         torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file makes the reader raise anything
+    except Exception as error:  # a damaged or hostile file can raise any exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as plain weights ({reason}); download it again") from error
 
@@ -156,19 +156,19 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     """The extractor of a set of features, in evaluation mode.
 
     Args:
-        features: what is wanted of which extractor.
+        features: names the extractor, its digest and the layers.
         weights: see `weights_digest`.
-        device: where it runs.
+        device: device of the extractor.
 
     Raises:
-        DataError: no weights here, or others than where the set was planned.
+        DataError: the weights are missing on this machine, or differ from those of the driver.
     """
     name = features.extractor
-    found = _found_digest(name, weights)
-    if found != features.extractor_digest:
+    digest = _digest(name, weights)
+    if digest != features.extractor_digest:
         raise DataError(
-            f"weights of {name} differ between machines (sha256 {found} here, not {features.extractor_digest}); "
-            f"copy the same file to all"
+            f"weights of {name} differ between machines (sha256 {digest} here, not {features.extractor_digest}); "
+            f"copy the same file to all machines"
         )
     layers = features.layers
     names = _layer_names(name, layers, features.images.bit_depth)
@@ -176,10 +176,10 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     path = _weights_path(name, weights)
     if name == _INCEPTION and path is not None:
         _check_plain(path)
-    given = {} if path is None else {"feature_extractor_weights_path": str(path)}
+    options = {} if path is None else {"feature_extractor_weights_path": str(path)}
     cuda = device.type == "cuda"
-    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one that sFID looks at
-    model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **given)
+    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one of sFID
+    model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **options)
     model = (_faster(model) if name == _INCEPTION else model).to(device)
     spatial: list[Tensor] = []
     if "spatial" in layers:
@@ -188,18 +188,18 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     @torch.no_grad()
     def extract(images: Tensor) -> dict[str, Tensor]:
         rgb = images.expand(-1, 3, -1, -1) if name != "pixels" and images.shape[1] == 1 else images
-        found = dict(zip(wanted, model(rgb.to(device)), strict=True))
+        outputs = dict(zip(wanted, model(rgb.to(device)), strict=True))
         if spatial:
-            found["spatial"] = spatial.pop()[:, :_SPATIAL_CHANNELS].flatten(1)
-        return {layer: found[names[layer]].float().cpu() for layer in layers}
+            outputs["spatial"] = spatial.pop()[:, :_SPATIAL_CHANNELS].flatten(1)
+        return {layer: outputs[names[layer]].float().cpu() for layer in layers}
 
     return extract
 
 
 def _faster(inception: Any) -> Any:
-    """The same function in other arithmetic: batch norms folded into convolutions, channels last in memory.
+    """An equivalent, faster Inception: batch norms folded into convolutions, channels last in memory.
 
-    Features agree to 1e-6 of the largest; one and a half times as fast on a CPU (evals/benchmarks/evaluation.py).
+    Features agree to 1e-6 of the largest one; 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py).
     """
     blocks: list[Any] = [module for module in inception.modules() if isinstance(module, BasicConv2d)]
     for block in blocks:
@@ -209,7 +209,7 @@ def _faster(inception: Any) -> Any:
 
 
 def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str, str]:
-    """The extractor's own names of our layers."""
+    """Names in the extractor of our layers."""
     if name == "pixels":
         return dict.fromkeys(layers, f"levels-{bit_depth}")
     if name == _INCEPTION:
@@ -228,11 +228,11 @@ def _extractor_class(name: str) -> Any:
 
 
 def _entry_point(name: str) -> metadata.EntryPoint:
-    found = [point for point in metadata.entry_points(group=_GROUP) if point.name == name]
-    if not found:
-        offered = sorted({"pixels", *_WEIGHTS} | {point.name for point in metadata.entry_points(group=_GROUP)})
+    points = {point.name: point for point in metadata.entry_points(group=_GROUP)}
+    if name not in points:
+        offered = sorted({"pixels", *_WEIGHTS, *points})
         raise ConfigError(f"no extractor {name!r} (there are {', '.join(offered)}); install the package that has it")
-    return found[0]
+    return points[name]
 
 
 def _weights_path(name: str, weights: Mapping[str, str]) -> Path | None:

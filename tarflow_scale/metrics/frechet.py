@@ -3,7 +3,7 @@
     d^2 = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)      (Heusel et al., arXiv 1706.08500, equation 6)
 
 Moments are (n, mean, M2) in float64, M2 = sum (x - mean)(x - mean)^T; parts are merged by Chan's pairwise rule in the
-order of their images, so the result does not depend on who did what or when.
+order of their images, so the result does not depend on the workers.
 """
 
 import functools
@@ -23,14 +23,14 @@ from tarflow_scale.metrics.parts import Arrays, FeatureSet, read_arrays, write_a
 __all__ = ["Moments", "frechet", "frechet_distance", "merged"]
 
 _GROUPS = 10
-"""Groups of index blocks whose moments are computed at once; their number bounds what the driver holds."""
+"""Groups of index blocks; the driver holds the moments of all groups, so their number bounds its memory."""
 _SIZES = (2, 4, 6, 8, 10)
-"""Groups that the points of an extrapolation take together: disjoint sets of each size, as many as there are."""
+"""Sizes, in groups, of the disjoint subsets that are the points of an extrapolation."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean ``(D,)`` and centred second moment ``(D, D)`` of features."""
+    """Count, mean ``(D,)`` and sum of centred outer products ``m2 (D, D)`` of features."""
 
     num: int
     mean: NDArray[np.float64]
@@ -53,7 +53,7 @@ class Moments:
         return Moments(num, mean, m2)
 
     def without(self, other: "Moments") -> "Moments":
-        """Moments of what is left of this set without a part of it; the inverse of `merge`."""
+        """Moments of this set without a part of it; the inverse of `merge`."""
         num = self.num - other.num
         mean = self.mean + (self.mean - other.mean) * (other.num / num)
         delta = other.mean - mean
@@ -66,15 +66,15 @@ class Moments:
         return self.m2 / (self.num - 1)
 
     def to_arrays(self, layer: str) -> Arrays:
-        """For `tarflow_scale.metrics.parts`."""
+        """Arrays to store with `tarflow_scale.metrics.parts`."""
         return {f"{layer}.num": np.array(self.num), f"{layer}.mean": self.mean, f"{layer}.m2": self.m2}
 
     @classmethod
     def stored(cls, location: str, layer: str) -> "Moments":
-        """Inverse of `to_arrays`, from a file that may hold other arrays too.
+        """Read moments that were stored with `to_arrays`, from a file that may hold other arrays too.
 
         Raises:
-            DataError: missing or damaged.
+            DataError: the file is missing or damaged.
         """
         names = [f"{layer}.{part}" for part in ("num", "mean", "m2")]
         num, mean, m2 = read_arrays(location, *names).values()
@@ -82,7 +82,7 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Moments of all parts, merged in their order; one part is held at a time."""
+    """Moments of all parts, merged in order; one part is in memory at a time."""
     return functools.reduce(Moments.merge, parts)
 
 
@@ -93,9 +93,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class _Distance:
-    """The same distance to one reference, many times: tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2) with R = S1^(1/2).
+    """Distances to one reference: tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2) with R = S1^(1/2), computed once.
 
-    R S2 R is symmetric, which is several times faster than the eigenvalues of a product; they agree to rounding.
+    R S2 R is symmetric, so its eigenvalues take a fraction of the time of those of S1 S2; both agree to rounding.
     """
 
     def __init__(self, reference: Moments) -> None:
@@ -115,30 +115,30 @@ class _Distance:
 
 @functools.lru_cache(maxsize=2)
 def _distance_to(location: str, layer: str) -> _Distance:
-    """One reference a process; the files never change under their names."""
+    """Cached in each process, because the files never change."""
     return _Distance(Moments.stored(location, layer))
 
 
 def frechet(samples: FeatureSet, layer: str, reference: str, infinity: bool) -> Measure:
-    """Distance of generated images to a reference, plain or extrapolated, with its jackknife.
+    """Squared Fréchet distance of generated images to a reference, with its jackknife error.
 
     Args:
         samples: features of generated images.
-        layer: which of them.
-        reference: location of the reference's moments.
-        infinity: whether to extrapolate.
+        layer: layer of the features.
+        reference: path or URL of the moments of the reference.
+        infinity: whether to extrapolate to infinitely many images.
     """
     cut = blocks(samples.images.num)
     groups = [cut[i : i + -(-len(cut) // _GROUPS)] for i in range(0, len(cut), -(-len(cut) // _GROUPS))]
-    found = yield [_GroupMoments(samples, layer, group[0][0], group[-1][1]) for group in groups]
+    moments = yield [_GroupMoments(samples, layer, group[0][0], group[-1][1]) for group in groups]
     if infinity:
-        return (yield from _extrapolated(samples, layer, reference, groups, found))
-    total = merged(found)
+        return (yield from _extrapolated(samples, layer, reference, groups, moments))
+    total = merged(moments)
     location = samples.beside(f"moments-{layer}-{samples.images.num}.npz")
     write_arrays(location, total.to_arrays(layer))
     without = yield [_WithoutBlocks(samples, layer, (location,), reference, tuple(group)) for group in groups]
     value = frechet_distance(total, Moments.stored(reference, layer))
-    return Measured(value, standard_error([distance for several in without for distance in several]))
+    return Measured(value, standard_error([distance for distances in without for distance in distances]))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _GroupMoments:
 
 @dataclass(frozen=True)
 class _WithoutBlocks:
-    """Distances of a set without each of some blocks of it (or with all, where there are none)."""
+    """Distances of a set of images without each of some of its blocks; of the whole set if ``blocks`` is empty."""
 
     samples: FeatureSet
     layer: str
@@ -174,31 +174,29 @@ class _WithoutBlocks:
 
 
 def _extrapolated(
-    samples: FeatureSet, layer: str, reference: str, groups: list[list[tuple[int, int]]], found: Sequence[Moments]
+    samples: FeatureSet, layer: str, reference: str, groups: list[list[tuple[int, int]]], moments: Sequence[Moments]
 ) -> Measure:
-    """The distance at infinitely many images: the intercept of a line in 1 / n through disjoint subsets.
+    """The distance at infinitely many images: the intercept of a line in 1 / n, fitted to disjoint subsets.
 
-    The bias of the plain distance is a constant over n to first order (Chong and Forsyth, arXiv 1911.07023).
+    To first order, the bias of the plain distance is proportional to 1 / n (Chong and Forsyth, arXiv 1911.07023).
     """
     locations = [samples.beside(f"moments-{layer}-{samples.images.num}-group-{i}.npz") for i in range(len(groups))]
-    for location, moments in zip(locations, found, strict=True):
-        write_arrays(location, moments.to_arrays(layer))
-    sets = [
-        range(low, low + size)
-        for size in _SIZES
-        for low in range(0, len(groups) - size + 1, size)
-    ]  # fmt: skip
-    points = yield [_WithoutBlocks(samples, layer, tuple(locations[g] for g in one), reference, ()) for one in sets]
-    pairs = [(i, g) for i, one in enumerate(sets) for g in one]
+    for location, part in zip(locations, moments, strict=True):
+        write_arrays(location, part.to_arrays(layer))
+    sets = [range(low, low + size) for size in _SIZES for low in range(0, len(groups) - size + 1, size)]
+    points = yield [
+        _WithoutBlocks(samples, layer, tuple(locations[g] for g in chosen), reference, ()) for chosen in sets
+    ]
+    pairs = [(i, g) for i, chosen in enumerate(sets) for g in chosen]
     without = yield [
         _WithoutBlocks(samples, layer, tuple(locations[g] for g in sets[i]), reference, tuple(groups[group]))
         for i, group in pairs
     ]
-    sizes = [sum(stop - start for g in one for start, stop in groups[g]) for one in sets]
+    sizes = [sum(stop - start for g in part for start, stop in groups[g]) for part in sets]
     distances = [distance for (distance,) in points]
     deleted: list[float] = []
-    for group, several in enumerate(groups):
-        for place, (start, stop) in enumerate(several):
+    for group, group_blocks in enumerate(groups):
+        for place, (start, stop) in enumerate(group_blocks):
             n, d = list(sizes), list(distances)
             for (i, g), result in zip(pairs, without, strict=True):
                 if g == group:
@@ -208,5 +206,5 @@ def _extrapolated(
 
 
 def _intercept(sizes: Sequence[int], distances: Sequence[float]) -> float:
-    """Of the least-squares line through ``(1 / n, distance)``."""
+    """Intercept of the least-squares line through ``(1 / n, distance)``."""
     return float(np.polynomial.polynomial.polyfit(1 / np.array(sizes), np.array(distances), 1)[0])

@@ -1,7 +1,7 @@
 """Inception score (arXiv 1606.03498): exp of the mean divergence of p(class | image) from its mean, over splits.
 
-With p an image's probabilities and q their mean over a split, the mean divergence is mean(sum p log p) - sum q log q,
-so a block of images contributes sums to each split and nothing else. Order and splits are torch-fidelity's.
+With p the class probabilities of an image and q their mean over a split, the mean divergence is
+mean(sum p log p) - sum q log q, so sums over blocks of images suffice. Order and splits are those of torch-fidelity.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ _LAYER = "logits_unbiased"
 
 
 def inception_score(samples: FeatureSet, num_splits: int, shuffle_seed: int) -> Measure:
-    """Mean score over splits, and its jackknife."""
+    """Mean score over splits, with its jackknife error."""
     cut = blocks(samples.images.num)
-    found = yield [_Sums(samples, num_splits, shuffle_seed, start, stop) for start, stop in cut]
-    total = np.sum(found, axis=0)
-    return Measured(_score(total), standard_error([_score(total - one) for one in found]))
+    sums = yield [_Sums(samples, num_splits, shuffle_seed, start, stop) for start, stop in cut]
+    total = np.sum(sums, axis=0)
+    return Measured(_score(total), standard_error([_score(total - part) for part in sums]))
 
 
 def _score(sums: NDArray[np.float64]) -> float:
-    """From sums ``(splits, 2 + classes)``: images, sum of p log p, sum of p."""
+    """Mean score over splits, from sums ``(splits, 2 + classes)``: number of images, sum of p log p, sum of p."""
     filled = sums[sums[:, 0] > 0]
     q = filled[:, 2:] / filled[:, :1]
     divergence = filled[:, 1] / filled[:, 0] - (q * np.log(np.maximum(q, np.finfo(np.float64).tiny))).sum(axis=1)
@@ -37,7 +37,7 @@ def _score(sums: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What images ``[start, stop)`` contribute to each split."""
+    """Sums of the images ``[start, stop)`` in each split, see `_score`."""
 
     samples: FeatureSet
     num_splits: int
@@ -57,7 +57,7 @@ class _Sums:
 def _splits(num: int, num_splits: int, seed: int) -> NDArray[np.int64]:
     """The split of each image."""
     order = np.random.RandomState(seed).permutation(num)
-    found = np.empty(num, dtype=np.int64)
+    splits = np.empty(num, dtype=np.int64)
     for split in range(num_splits):
-        found[order[split * num // num_splits : (split + 1) * num // num_splits]] = split
-    return found
+        splits[order[split * num // num_splits : (split + 1) * num // num_splits]] = split
+    return splits

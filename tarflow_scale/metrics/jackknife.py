@@ -1,7 +1,7 @@
-"""How far a number would move with other samples: the delete-one-block jackknife.
+"""Standard errors by the delete-one-block jackknife.
 
-A set of n images is cut by index into 50 blocks; a measure is computed 50 times without one of them (Efron and Stein,
-1981). Unlike a bootstrap, which sees images twice, it does not bias distances between distributions upwards.
+A set of n images is cut by index into 50 blocks, and a measure is computed 50 times without one of them (Efron and
+Stein, 1981). A bootstrap would repeat images and so bias distances between distributions upwards; a jackknife does not.
 """
 
 import math
@@ -13,7 +13,7 @@ NUM_BLOCKS = 50
 
 
 def blocks(num: int) -> list[tuple[int, int]]:
-    """``[start, stop)`` of each block of ``num`` images; fewer than 50 blocks where there are fewer images."""
+    """``[start, stop)`` of each block of ``num`` images; 50 blocks, or one for each image if there are fewer."""
     count = min(NUM_BLOCKS, num)
     return [(i * num // count, (i + 1) * num // count) for i in range(count)]
 

@@ -1,8 +1,8 @@
 """Kernel distance (KID, arXiv 1801.01401): unbiased squared MMD with the kernel (x . y / D + 1)^3.
 
-The value is torch-fidelity's, the mean over random subsets that are drawn as it draws them. Its error is the jackknife
-of the same statistic over all images at once, for which subsets are a cheaper stand-in: sums of the kernel between
-blocks are enough, so no block is computed twice.
+The value equals torch-fidelity's: the mean over the same random subsets. Its error is the jackknife of the statistic
+over all images, which the mean over subsets approximates. It needs only the sums of the kernel between blocks, each
+computed once.
 """
 
 import functools
@@ -28,15 +28,15 @@ def kernel_distance(
     """Mean kernel distance over subsets, with the jackknife of the distance over all images."""
     cut = blocks(samples.images.num)
     step = -(-num_subsets // _TASKS)
-    found = yield [
+    results = yield [
         *(
             _Subsets(samples, reference, subset_size, subset_seed, low, min(low + step, num_subsets))
             for low in range(0, num_subsets, step)
         ),
         *(_KernelSums(samples, reference, number) for number in range(len(cut))),
     ]
-    subsets, sums = found[: -len(cut)], found[-len(cut) :]
-    value = float(np.mean([one for several in subsets for one in several]))
+    subsets, sums = results[: -len(cut)], results[-len(cut) :]
+    value = float(np.mean([distance for distances in subsets for distance in distances]))
     return Measured(value, standard_error(_without_each(cut, reference.images.num, sums)))
 
 
@@ -47,7 +47,7 @@ def _all_rows(features: FeatureSet) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Subsets:
-    """Distances of the subsets ``[start, stop)``; holds all features, in fp32."""
+    """Distances of the subsets ``[start, stop)``; holds all features in memory, in fp32."""
 
     samples: FeatureSet
     reference: FeatureSet
@@ -59,17 +59,17 @@ class _Subsets:
     def run(self) -> list[float]:
         rng = np.random.RandomState(self.seed)
         a, b = _all_rows(self.samples), _all_rows(self.reference)
-        found: list[float] = []
+        distances: list[float] = []
         for number in range(self.stop):
             chosen = [rng.choice(len(rows), self.size, replace=False) for rows in (a, b)]
             if number >= self.start:
-                found.append(float(kernel_mmd(a[chosen[0]], b[chosen[1]])))
-        return found
+                distances.append(float(kernel_mmd(a[chosen[0]], b[chosen[1]])))
+        return distances
 
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """Sums of the kernel of a block: with itself off the diagonal, with each block after it, and with the reference."""
+    """Sums of the kernel of a block with itself (off the diagonal), with each later block, and with the reference."""
 
     samples: FeatureSet
     reference: FeatureSet
@@ -94,17 +94,17 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic without each block, but for the reference's own term, which all of them share."""
+    """The statistic without each block, except the term of the reference with itself, which is the same for all."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):
         inside[number, number:] = row
         inside[number:, number] = row
-    across = np.array([one for _, one in sums])
-    found: list[float] = []
+    across = np.array([total for _, total in sums])
+    values: list[float] = []
     for number, (start, stop) in enumerate(cut):
         left = cut[-1][1] - (stop - start)
         kept = inside.sum() - 2 * inside[number].sum() + inside[number, number]
         rest = across.sum() - across[number]
-        found.append(float(kept / (left * (left - 1)) - 2 * rest / (left * num_reference)))
-    return found
+        values.append(float(kept / (left * (left - 1)) - 2 * rest / (left * num_reference)))
+    return values

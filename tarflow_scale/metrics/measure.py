@@ -1,7 +1,7 @@
-"""Numbers from features, in rounds of tasks that run on the same workers as everything else.
+"""Compute numbers from features in rounds of tasks, which run on workers.
 
-A measure is a generator: it yields tasks, is sent their results in the same order, and returns the number. Tasks read
-features and return sums; all measures of an evaluation go through their rounds together.
+A measure is a generator: it yields tasks, receives their results in the same order, and finally returns the number.
+Tasks read features and return sums; all measures of an evaluation run their rounds together.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +15,7 @@ class Task(Protocol):
     """A picklable piece of a measure."""
 
     def run(self) -> Any:
-        """Return something small."""
+        """Compute the result, which should be small."""
         ...
 
 
@@ -41,15 +41,15 @@ class Reducer:
         torch.set_num_threads(threads)
 
     def run(self, unit: tuple[int, Task]) -> Any:
-        """Run one."""
+        """Run one task."""
         return unit[1].run()
 
 
 def in_rounds(measures: dict[str, Measure], run: Run) -> dict[str, Measured]:
-    """Go through all rounds of all measures, every round's tasks together.
+    """Run all measures; the tasks of one round of all measures run together.
 
     Args:
-        measures: by name.
+        measures: measures by name.
         run: runs tasks on workers.
     """
     done: dict[str, Measured] = {}
@@ -61,8 +61,8 @@ def in_rounds(measures: dict[str, Measure], run: Run) -> dict[str, Measured]:
                 asked[name] = next(measures[name]) if results is None else measures[name].send(results)
             except StopIteration as stop:
                 done[name] = stop.value
-        tasks = list(enumerate(task for several in asked.values() for task in several))
-        found = {number: result for (number, _), result in run(tasks)}
-        ordered = iter(found[number] for number, _ in tasks)
-        waiting = {name: [next(ordered) for _ in several] for name, several in asked.items()}
+        tasks = list(enumerate(task for of_measure in asked.values() for task in of_measure))
+        results_by_number = {number: result for (number, _), result in run(tasks)}
+        ordered = iter(results_by_number[number] for number, _ in tasks)
+        waiting = {name: [next(ordered) for _ in of_measure] for name, of_measure in asked.items()}
     return done

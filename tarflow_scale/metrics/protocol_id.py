@@ -1,4 +1,4 @@
-"""Protocol ids: what makes two numbers comparable."""
+"""Protocol ids: two numbers are comparable if and only if their ids are equal."""
 
 from collections.abc import Iterable
 
@@ -18,23 +18,23 @@ __all__ = ["images_digest", "protocol_id", "unit_of"]
 
 
 def images_digest(hashes: Iterable[str]) -> str:
-    """Digest of a set of images from the sha256 of each one's pixels, whatever their order or packing."""
+    """Digest of a set of images from the sha256 of the pixels of each; independent of order and packing."""
     return storage.digest("".join(sorted(hashes)).encode())
 
 
 def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, images: str) -> str:
-    """The id that is stored with every number.
+    """The protocol id, which is stored with every number.
 
     Args:
         protocol: the resolved protocol.
-        extractor: sha256 of the extractor's weights, or ``none``.
-        images: `images_digest` of the reference images (for likelihoods: of the samples that are scored).
+        extractor: sha256 of the weights of the extractor, or ``none``.
+        images: `images_digest` of the reference images (for likelihoods: of the scored samples).
     """
     return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))
 
 
 def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
-    """What a number by this protocol is measured in."""
+    """Unit of the numbers of a protocol."""
     match protocol:
         case BitsPerDimProtocol():
             return "bits/dim"

@@ -1,8 +1,8 @@
-"""What a protocol is compared with: bound once to images, refused with any others.
+"""Bind a protocol to its reference images, once; afterwards other images are refused.
 
-``<cache>/<protocol>.json`` says which edition of the protocol, which extractor and which images it was bound to;
-moments of the features lie beside it. A number by that name therefore always means the same thing where the cache is
-shared, and its protocol id says so elsewhere.
+``<cache>/<protocol>.json`` records the digests of the protocol, the extractor and the images; the moments of the
+features are in a file beside it. So the name of a protocol always means the same number where the cache is shared;
+elsewhere the protocol id shows whether two numbers are comparable.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = ["Binding", "References"]
 
 
 class Binding(Record):
-    """What a protocol is bound to."""
+    """Record of what a protocol is bound to."""
 
     protocol: str
     protocol_digest: str
@@ -29,9 +29,9 @@ class Binding(Record):
     """Name and split of the data set."""
     manifest_digest: str
     images_digest: str
-    """Of the pixels of the images."""
+    """Digest of the pixels of the images."""
     moments: str | None = None
-    """SHA-256 of the file of moments, if the protocol wants such."""
+    """SHA-256 of the file of moments; None if the protocol needs none."""
 
 
 class References:
@@ -47,40 +47,41 @@ class References:
     def find(
         self, protocol: SampledProtocol, extractor: str, manifest: Manifest, again: bool = False
     ) -> Binding | None:
-        """The binding of a protocol, if there is one.
+        """The binding of a protocol; None if it is not bound.
 
         Args:
             protocol: the protocol.
             extractor: digest of its extractor.
-            manifest: of the reference data.
-            again: whether the reference is computed again, so that images packed anew may turn out to be the same.
+            manifest: manifest of the reference data.
+            again: whether the reference is computed again; then the manifest may differ, because the same images may
+                have been packed again.
 
         Raises:
-            ConfigError: the protocol changed under its name.
+            ConfigError: the protocol has changed since it was bound.
             DataError: it is bound to other data, or the record is damaged.
         """
         location = self._location(protocol)
         if not storage.exists(location):
             return None
-        found = Binding.from_json(storage.read_bytes(location), location, DataError)
-        if found.protocol_digest != protocol.digest:
+        binding = Binding.from_json(storage.read_bytes(location), location, DataError)
+        if binding.protocol_digest != protocol.digest:
             raise ConfigError(
-                f"protocol {protocol.name} has changed since it was bound to {found.data} (digest "
-                f"{protocol.digest[:12]}, not {found.protocol_digest[:12]}); give the new edition another name, or use "
-                f"another reference.cache"
+                f"protocol {protocol.name} has changed since it was bound to {binding.data} (digest "
+                f"{protocol.digest[:12]}, not {binding.protocol_digest[:12]}); give the new edition another name, or "
+                f"use another reference.cache"
             )
-        if found.extractor != extractor:
+        if binding.extractor != extractor:
             raise DataError(
-                f"protocol {protocol.name} is bound to another extractor ({found.extractor[:12]}, not "
+                f"protocol {protocol.name} is bound to another extractor ({binding.extractor[:12]}, not "
                 f"{extractor[:12]}); use that one, or another reference.cache"
             )
-        if found.manifest_digest != manifest.digest and not again:
+        if binding.manifest_digest != manifest.digest and not again:
             raise DataError(
-                f"protocol {protocol.name} is bound to the reference {found.data} with manifest "
-                f"{found.manifest_digest[:12]} (got {_name(manifest)}, {manifest.digest[:12]}); if these are the same "
-                f"images packed again, run 'evaluate --reference', else use another protocol name"
+                f"protocol {protocol.name} is bound to the reference {binding.data} with manifest "
+                f"{binding.manifest_digest[:12]} (got {_name(manifest)}, {manifest.digest[:12]}); if these are the "
+                f"same images packed again, run 'evaluate --reference', else use another protocol name"
             )
-        return found
+        return binding
 
     def bind(
         self,
@@ -91,7 +92,7 @@ class References:
         moments: Moments | None = None,
         layer: str = "pool",
     ) -> Binding:
-        """Bind a protocol; from here on its numbers are about these images.
+        """Bind a protocol to images, which all its numbers then refer to.
 
         Raises:
             DataError: it is bound to other images.
@@ -118,15 +119,15 @@ class References:
         return binding
 
     def moments_location(self, binding: Binding) -> str:
-        """Where the moments of a binding are."""
+        """Path or URL of the moments of a binding."""
         assert binding.moments is not None
         return storage.join(self._path, f"{binding.protocol}-{binding.moments[:16]}.npz")
 
     def is_whole(self, binding: Binding) -> bool:
-        """Whether the moments of a binding, if it has such, are there.
+        """Whether the moments of a binding are stored, if it has any.
 
         Raises:
-            DataError: they are not what was stored.
+            DataError: they do not match their digest.
         """
         if binding.moments is None:
             return True
@@ -137,9 +138,9 @@ class References:
             raise DataError(f"{location} does not match its digest; delete it to compute the reference again")
         return True
 
-    def parts(self, facts: Any) -> str:
-        """Folder of parts of something that these facts, a JSON value, decide."""
-        return storage.join(self._path, "parts", storage.digest(canonical_json(facts))[:32])
+    def parts(self, key: Any) -> str:
+        """Folder for the parts of a computation that ``key``, a JSON value, determines."""
+        return storage.join(self._path, "parts", storage.digest(canonical_json(key))[:32])
 
     def _location(self, protocol: SampledProtocol) -> str:
         return storage.join(self._path, f"{protocol.name}.json")

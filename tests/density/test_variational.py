@@ -44,7 +44,7 @@ def iaf() -> Flow:
 def test_the_posterior_of_a_conjugate_model_is_recovered() -> None:
     model = LinearRegression()
     posterior = fit_posterior(model.log_joint, iaf(), num_steps=1200)
-    report = posterior.report(20_000)
+    report = posterior.diagnostics(20_000)
     kl = model.log_evidence - report.elbo
     assert -3 * report.elbo_standard_error < kl <= 0.01
     assert report.elbo <= report.importance_bound
@@ -64,7 +64,7 @@ def test_a_poor_fit_is_below_the_evidence_and_its_importance_bound_is_tighter() 
     model = LinearRegression()
     torch.manual_seed(0)
     poor = build(NICEConfig(couplings=2, width=8, hidden_layers=1, class_conditional=False), (DIMS,))
-    report = fit_posterior(model.log_joint, poor, num_steps=40).report(5000)
+    report = fit_posterior(model.log_joint, poor, num_steps=40).diagnostics(5000)
     assert report.elbo + 3 * report.elbo_standard_error < model.log_evidence
     assert report.elbo < report.importance_bound
     assert report.pareto_k > 0.5
@@ -90,7 +90,7 @@ def check_weighted_moments(posterior: Posterior, rel: float) -> None:
     mean = (weights[:, None] * x).sum(dim=0)
     assert float(mean[1]) == pytest.approx(MEAN, rel=rel)
     assert float((weights * (x[:, 1] - mean[1]) ** 2).sum()) == pytest.approx(VARIANCE, rel=rel)
-    report = posterior.report(50_000)
+    report = posterior.diagnostics(50_000)
     assert -3 * report.elbo_standard_error < -report.elbo < 0.01  # its evidence is 1
     assert report.effective_sample_size > 0.95 * report.num_samples
 
@@ -150,7 +150,7 @@ def test_densities_that_are_wrong_end_in_one_line() -> None:
             look(100)
     posterior._log_joint = lambda x: torch.full((len(x),), math.inf)
     with pytest.raises(NumericsError, match="100 of 100 importance weights are not numbers"):
-        posterior.report(100)
+        posterior.diagnostics(100)
     posterior._log_joint = lambda x: torch.full((len(x),), -math.inf)
     with pytest.raises(NumericsError, match="all of 100 draws are impossible"):
-        posterior.report(100)
+        posterior.diagnostics(100)

@@ -82,7 +82,7 @@ def test_the_normal_is_summed_over_dimensions_in_fp32() -> None:
 
 @given(bits=st.integers(1, 8), channels=st.integers(1, 5), size=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_dequantised_images_quantise_to_themselves(bits: int, channels: int, size: int, seed: int) -> None:
+def test_dequantized_images_quantize_to_themselves(bits: int, channels: int, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (2, channels, size, size), dtype=torch.uint8, generator=generator)
     noise = torch.rand(images.shape, generator=generator)

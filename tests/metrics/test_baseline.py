@@ -23,9 +23,9 @@ def test_likelihood_is_that_of_the_multivariate_normal() -> None:
     gaussian = PixelGaussian(Moments.of(levels), bit_depth=4)
     covariance = torch.cov(levels.T) + torch.eye(6) / 12
     normal = torch.distributions.MultivariateNormal(levels.mean(0) + 0.5, covariance)
-    dequantised = levels[:20] + torch.rand(20, 6)
-    x = (dequantised / 8 - 1).reshape(20, 1, 2, 3)
-    expected = normal.log_prob(dequantised)  # nats a unit of level; in bits this is bits/dim as it is
+    dequantized = levels[:20] + torch.rand(20, 6)
+    x = (dequantized / 8 - 1).reshape(20, 1, 2, 3)
+    expected = normal.log_prob(dequantized)  # nats a unit of level; in bits this is bits/dim as it is
     assert (gaussian.log_prob(x) - (expected + 6 * math.log(8))).abs().max() < 1e-10
     assert (bits_per_dim(gaussian.log_prob(x), 6, 4) + expected / (6 * math.log(2))).abs().max() < 1e-10
 

@@ -20,7 +20,7 @@ from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import decoding_plan, load_version, worker_device
-from tarflow_scale.metrics.bits import dequantised, pixel_hashes
+from tarflow_scale.metrics.bits import dequantized_draws, pixel_hashes
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part
@@ -111,7 +111,7 @@ class Scorer:
 
     def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
         y = self._labels(batch, protocol)
-        draws = [self._flow.log_prob_of_images(x.to(self._device), y) for x in dequantised(batch, protocol)]
+        draws = [self._flow.log_prob_of_images(x.to(self._device), y) for x in dequantized_draws(batch, protocol)]
         log_prob = combine_draws(torch.stack(draws).double(), protocol.estimate)
         return bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth)
 

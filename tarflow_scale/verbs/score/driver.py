@@ -32,7 +32,7 @@ from tarflow_scale.density.surprise import overlaid
 from tarflow_scale.errors import ConfigError, DataError, needs_package
 from tarflow_scale.flows import Flow
 from tarflow_scale.loading import load_version
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.metrics.parts import Part, parts_of
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import ModelVersion, canonical_json
@@ -292,7 +292,9 @@ def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]
     found: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
     for low in range(0, len(chosen), config.scoring.batch_size):
         batch = shards.take(chosen[order][low : low + config.scoring.batch_size])
-        nats = torch.stack([flow.nats_of_values(x, dequantize=True) for x in dequantised(batch, protocol)]).mean(dim=0)
+        nats = torch.stack([flow.nats_of_values(x, dequantize=True) for x in dequantized_draws(batch, protocol)]).mean(
+            dim=0
+        )
         found.append((batch.images, nats.numpy()))
     images, nats = (np.concatenate(several) for several in zip(*found, strict=True))
     rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))

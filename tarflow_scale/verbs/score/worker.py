@@ -17,7 +17,7 @@ from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
 from tarflow_scale.loading import load_version, worker_device
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.metrics.parts import Part
 from tarflow_scale.shards.reader import ShardSet
 
@@ -95,7 +95,7 @@ class Rater:
             stored = shards.read(np.arange(low, min(low + self._settings.batch_size, unit.part.stop)))
             batch = shards.decoded(stored)
             origins += [shards.origin_of(one) for one in stored]
-            draws = [x.to(self._device) for x in dequantised(batch, protocol)]
+            draws = [x.to(self._device) for x in dequantized_draws(batch, protocol)]
             for flow, found in zip(self._flows, bits, strict=True):
                 log_prob = combine_draws(torch.stack([self._log_prob(flow, x) for x in draws]), "importance")
                 found.append(bits_per_dim(log_prob, flow.num_dims, bit_depth).cpu().numpy())
