@@ -1,4 +1,4 @@
-"""How many images a device can decode at once."""
+"""The batch size of sampling: the largest that fits in the memory of a device."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["fitting_batch", "free_bytes"]
 
 _MOST = 1024
-"""More images than this read no less memory an image: keys and values, not weights, are what is read."""
+"""Largest automatic batch. Larger ones are not faster: reading keys and values dominates, not reading weights."""
 _SHARE = 0.9
-"""Of the free memory; the rest is for what is not counted."""
+"""Share of the free memory that is used; the rest is for uncounted allocations."""
 _GIB = 1024**3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, with what PyTorch keeps for reuse; else what machine and control group have left."""
+    """Free memory of a GPU, including PyTorch's unused cache; on a CPU, that of the machine and the control group."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -32,10 +32,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting_batch(asked: int | None, bytes_per_image: int, device: torch.device) -> int:
-    """The batch that was asked for, or without such a wish the largest that fits.
+    """The requested batch size, or, if it is None, the largest that fits in memory.
 
     Raises:
-        ConfigError: it does not fit, or not even one image does.
+        ConfigError: the requested size, or a single image, does not fit.
     """
     fits = int(_SHARE * free_bytes(device)) // bytes_per_image
     if fits < (asked or 1):

@@ -1,14 +1,14 @@
-"""Noise to data through TarFlow's blocks: the weights laid out once, and a block decoded in chunks of tokens.
+"""Latents to data through TarFlow's blocks, each decoded in chunks of tokens.
 
-A block's inverse solves x_t = z_t exp(s_t(x_<t)) + m_t(x_<t) for t = 0, 1, ...; token 0 is z_0. Tokens come in chunks.
-Inside a chunk all tokens are computed at once from the chunk's last values, again and again (Jacobi's iteration), on
-top of the keys and values of the chunks before, which are final (Gauss and Seidel's). A chunk of one token needs one
-iteration: that is exact token-by-token decoding. A chunk of all tokens is Jacobi's iteration of the whole sequence.
-After i iterations the first i tokens of a chunk are exact, whatever the others were, so c tokens take at most c.
+The inverse of a block solves x_t = z_t exp(s_t(x_<t)) + m_t(x_<t) for t = 0, 1, ...; token 0 is z_0. Tokens are decoded
+in chunks. All tokens of a chunk are computed at once from their last values, repeatedly (Jacobi iteration), given the
+final keys and values of the earlier chunks (Gauss-Seidel). A chunk of one token needs one iteration: this is exact
+token-by-token decoding. A chunk of all tokens is the Jacobi iteration of the whole sequence. After i iterations the
+first i tokens of a chunk are exact for any start, so c tokens take at most c iterations.
 
-What makes it fast: weights are cast once, not at every token; one cache for the block at hand is allocated once and
-written in place; the two lanes of guidance share a batch; on a GPU a token's kernels are replayed as a CUDA graph, of
-which there is one for every `_BUCKET` tokens of attention. Scale and mean act in fp32 (fp64 for an fp64 flow).
+For speed, weights are cast once, not at every token; the cache of one block is allocated once and written in place; the
+two predictions of guidance share a batch; on a GPU the kernels of a token are replayed as a CUDA graph, one for every
+`_BUCKET` tokens of attention. Scale and mean act in fp32 (fp64 for an fp64 flow).
 
 Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
 """
@@ -27,25 +27,25 @@ from tarflow_scale.flows.flow import Decode, Flow
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.network import BlockNetwork
 
-__all__ = ["BlockReport", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
+__all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
-"""Iterates are kept within this: a far one can overflow, and an infinite key would reach exact tokens as NaN."""
+"""Iterates are clamped to this magnitude: they can overflow, and an infinite key would make exact tokens NaN."""
 _RECHECK = 2
-"""Iterations between looks at the device, once the planned ones have not sufficed."""
+"""Iterations between tests for convergence, after the planned ones."""
 _ACTIVATIONS = 16
-"""Elements that a token's activations take at most, in widths: queries, keys, values, the wide layer twice, copies."""
+"""Upper bound of the activations of a token, in widths: queries, keys, values, the wide layer twice, copies."""
 
 Progress = Callable[[int], object]
-"""Called with the number of tokens that have become final, of T - 1 a block."""
+"""Called with the number of tokens that have become final; there are T - 1 in a block."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How a block is decoded.
 
-    chunk: tokens at once. planned: iterations before the device is first asked whether they suffice. tolerance: they
-    do when no feature of a token moved by more.
+    chunk: tokens at once. planned: iterations before the first test for convergence, which waits for the device.
+    tolerance: iterations end when no feature of a token moved by more.
     """
 
     chunk: int = 1
@@ -54,10 +54,10 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class BlockReport:
-    """What decoding a block took: iterations of each chunk, and the largest last move of a feature.
+class BlockCost:
+    """Cost of decoding a block: the iterations of each chunk, and the largest move of a feature in the last iteration.
 
-    The last move is 0 where all iterations were made, which makes a chunk exact.
+    ``last_move`` is 0 for chunks with as many iterations as tokens, which are exact.
     """
 
     chunk: int
@@ -66,15 +66,15 @@ class BlockReport:
 
 
 class TarFlowDecoder:
-    """Decodes latents of a TarFlow; token by token unless schedules say otherwise.
+    """Decodes latents of a TarFlow, token by token unless schedules are given.
 
-    The flow may be moved, trained on or written to between calls: weights are laid out again when they have changed.
-    Threads may share a decoder; they decode one after the other, because the cache and a GPU's graphs are its own. A
-    copied or pickled decoder starts without either.
+    The flow may be moved, trained or written to between calls; changed weights are prepared again. Threads may share a
+    decoder, but decode one after the other, because they share its cache and CUDA graphs. A copied or pickled decoder
+    has neither.
 
     Args:
         flow: the flow.
-        dtype: precision of the transformers; None is the flow's own. Affine maps are fp32 at least.
+        dtype: precision of the transformers; None keeps that of the flow. Affine maps are fp32 or wider.
     """
 
     def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:
@@ -103,19 +103,19 @@ class TarFlowDecoder:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens T."""
         return self._flow.blocks[0].position.shape[0]  # type: ignore[union-attr,index,return-value]
 
     @property
     def num_steps(self) -> int:
-        """Tokens that a call tells ``progress`` of."""
+        """Total number of tokens that a call reports to ``progress``."""
         return len(self._flow.blocks) * (self.num_tokens - 1)
 
     def networks(self) -> list[BlockNetwork]:
-        """The blocks in the order of decoding, with the flow's present weights.
+        """The blocks in the order of decoding, with the present weights of the flow.
 
-        Weights in the flow's own memory are read where they are. Of what was cast or packed, a CPU compares checksums,
-        as writing to ``parameter.data`` moves no version counter, and a GPU casts again.
+        Weights are shared with the flow if they need no cast. Cast or packed copies are compared by checksums on a CPU,
+        because a write to ``parameter.data`` does not change a version counter; on a GPU they are cast again.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             on_cpu = self._device.type == "cpu"
@@ -136,15 +136,15 @@ class TarFlowDecoder:
         return next(self._flow.parameters()).device
 
     def bytes_per_row(self, chunk: int = 1) -> int:
-        """Memory that a row takes: its part of the cache, and the activations of a chunk."""
+        """Bytes of memory for each row: its part of the cache, and the activations of a chunk."""
         width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
         cache = self._num_layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
         return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
 
     def cache(self, rows: int) -> Tensor:
-        """Keys and values ``(L, 2, R, N, T, H)`` of one block; kept for the next, and for the next call."""
+        """Keys and values ``(L, 2, R, N, T, H)`` of one block; all blocks and later calls use the same memory."""
         if self._cache is None or self._cache.shape[2] != rows:
-            self._cache = None  # let go of the old one first
+            self._cache = None  # free the old one first
             self._cache = (self._networks or self.networks())[0].new_cache(self._num_layers, rows)
         return self._cache
 
@@ -159,38 +159,38 @@ class TarFlowDecoder:
         guidance: Guidance | None = None,
         schedules: Sequence[Schedule] | None = None,
         progress: Progress | None = None,
-    ) -> tuple[Tensor, list[BlockReport]]:
-        """Latents ``(B, T D)`` to data ``(B, C, H, W)``, before any logit transform, and what each block took.
+    ) -> tuple[Tensor, list[BlockCost]]:
+        """Decode latents ``(B, T D)`` to data ``(B, C, H, W)``, before any logit transform. Also returns block costs.
 
         Args:
             z: latents in token order.
             y: labels, or None.
-            guidance: None or one that has an effect.
-            schedules: of each block, in the order of decoding; None decodes all token by token.
-            progress: called with the tokens that became final.
+            guidance: guidance with an effect, or None.
+            schedules: schedule of each block, in the order of decoding; None decodes all token by token.
+            progress: called with the number of tokens that became final.
         """
-        reports: list[BlockReport] = []
+        costs: list[BlockCost] = []
         with self._lock, torch.inference_mode(False), torch.no_grad():
             tokens = self.tokens_of(z)
             for number, network in enumerate(self.networks()):
                 schedule = schedules[number] if schedules is not None else Schedule()
-                tokens, report = self._decode(number, network, tokens, y, guidance, schedule, progress)
-                reports.append(report)
-        return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), reports
+                tokens, cost = self._decode(number, network, tokens, y, guidance, schedule, progress)
+                costs.append(cost)
+        return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), costs
 
     def as_decode(self, progress: Callable[[float], object]) -> Decode:
-        """What `Flow.inverse` takes; ``progress`` is told the share of the batch that is done since the last time."""
+        """A function for `Flow.inverse`; it calls ``progress`` with the share of the batch done since the last call."""
 
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
             with self._lock:
                 x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
-                self._cache = None  # nobody should wonder, between two calls, who holds gigabytes
+                self._cache = None  # it can have gigabytes, which should not be held between calls
             return x
 
         return decode
 
     def tokens_of(self, z: Tensor) -> Tensor:
-        """Latents ``(B, T D)`` as the tokens ``(B, T, D)`` that the first block to decode takes."""
+        """Latents ``(B, T D)`` as tokens ``(B, T, D)``, the input of the first decoded block."""
         exact = torch.float64 if next(self._flow.parameters()).dtype == torch.float64 else torch.float32
         tokens = z.to(exact).view(len(z), self.num_tokens, -1)
         return tokens if self._flow.log_std is None else tokens * torch.exp(self._flow.log_std.detach())
@@ -202,8 +202,8 @@ class TarFlowDecoder:
         y: Condition,
         guidance: Guidance | None,
         schedule: Schedule,
-    ) -> tuple[Tensor, BlockReport]:
-        """The inverse of block ``number``, in the order of decoding, of ``z (B, T, D)`` in image order."""
+    ) -> tuple[Tensor, BlockCost]:
+        """Inverse of block ``number`` (in the order of decoding) for ``z (B, T, D)`` in image order, and its cost."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 
@@ -216,7 +216,7 @@ class TarFlowDecoder:
         guidance: Guidance | None,
         schedule: Schedule,
         progress: Progress | None,
-    ) -> tuple[Tensor, BlockReport]:
+    ) -> tuple[Tensor, BlockCost]:
         if number and guidance is not None and guidance.blocks == "first":
             guidance = None
         batch, num_tokens, _ = z.shape
@@ -243,11 +243,11 @@ class TarFlowDecoder:
             if progress is not None:
                 progress(stop - start)
         last_move = float(torch.stack(moves).max()) if moves else 0.0
-        return network.block.order(x), BlockReport(schedule.chunk, tuple(iterations), last_move)
+        return network.block.order(x), BlockCost(schedule.chunk, tuple(iterations), last_move)
 
 
 class _Predictor:
-    """Tokens ``start + 1`` to ``stop`` from those before them, as a block at hand and guidance have them."""
+    """Computes tokens ``start + 1`` to ``stop`` from the tokens before them, with guidance."""
 
     def __init__(
         self, network: BlockNetwork, offsets: Tensor, cache: Tensor, sharpness: Tensor | None, guidance: Guidance | None
@@ -273,7 +273,7 @@ class _Predictor:
         return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
 
     def _guided(self, lanes: Tensor, part: slice, acts: bool) -> Tensor:
-        """Return a + scale (a - a_weak), the weak prediction being the second lane."""
+        """Return a + scale (a - a_weak); the second lane is the weak prediction."""
         strong, weak = lanes.chunk(2)
         return strong + self._strengths[part] * (strong - weak) if acts else strong
 
@@ -281,7 +281,7 @@ class _Predictor:
 def _iterate(
     predict: _Predictor, x: Tensor, z: Tensor, start: int, stop: int, schedule: Schedule
 ) -> tuple[int, Tensor]:
-    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place; the iterations that took, and the last move."""
+    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place. Returns the iterations made and the last move."""
     following = slice(start + 1, stop + 1)
     count, move = 0, x.new_zeros(())
     while count < stop - start:

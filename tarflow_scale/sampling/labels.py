@@ -1,4 +1,4 @@
-"""Which label a sample index gets: a function of (rule, seed, index) alone."""
+"""The label of a sample index: a function of (rule, seed, index) alone."""
 
 from collections.abc import Sequence
 
@@ -20,30 +20,30 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
 
 
 def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
-    """A rule with numbers in place of names.
+    """A rule with class numbers instead of class names.
 
     Raises:
-        ConfigError: no class has such a name.
+        ConfigError: no class has this name.
     """
     if isinstance(rule, str):
         return "balanced"
     try:
-        number = {one: class_number(one, class_names) if isinstance(one, str) else one for one in rule}
+        number = {label: class_number(label, class_names) if isinstance(label, str) else label for label in rule}
     except ValueError as error:
         raise ConfigError(f"sampling.labels {error}") from error
     if isinstance(rule, dict):
-        return {number[one]: weight for one, weight in rule.items()}
-    return tuple(number[one] for one in rule)
+        return {number[label]: weight for label, weight in rule.items()}
+    return tuple(number[label] for label in rule)
 
 
 def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int) -> Tensor:
-    """Labels by a rule, ``(len(indices),)`` int64.
+    """Labels of samples ``(len(indices),)`` int64.
 
     Args:
-        rule: ``balanced``; labels that are gone through in turn; or the weight of each label, by which it is drawn.
-        indices: of samples.
-        num_classes: of the flow.
-        seed: of what is drawn.
+        rule: ``balanced``; a list of labels that are used in turn; or the weight with which each label is drawn.
+        indices: indices of the samples.
+        num_classes: number of classes of the flow.
+        seed: seed of drawn labels.
     """
     if isinstance(rule, dict):
         classes = sorted(rule)
@@ -57,10 +57,10 @@ def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int)
 
 
 def check_labels(rule: Labels, num_classes: int | None) -> None:
-    """Refuse labels that the flow does not have.
+    """Check that a rule fits a flow.
 
     Raises:
-        ConfigError: labels for a flow without classes, out of range, or weights that are none.
+        ConfigError: the flow has no classes, a label is out of range, or the weights are not valid.
     """
     if rule == "balanced":
         return
@@ -70,4 +70,4 @@ def check_labels(rule: Labels, num_classes: int | None) -> None:
     if wrong or not rule:
         raise ConfigError(f"sampling.labels must be in 0..{num_classes - 1} (got {wrong or 'none'}); correct them")
     if isinstance(rule, dict) and (min(rule.values()) < 0 or not 0 < sum(rule.values()) < float("inf")):
-        raise ConfigError(f"sampling.labels must be weights that are positive (got {rule}); correct them")
+        raise ConfigError(f"sampling.labels must have positive weights (got {rule}); correct them")

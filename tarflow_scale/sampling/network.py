@@ -1,7 +1,7 @@
-"""A TarFlow block's transformer as decoding runs it: tokens at some position in, log-scale and mean of the next out.
+"""The transformer of a TarFlow block for decoding: from tokens, the log-scale and mean of the next tokens.
 
-Shapes: B batch, R rows (B, or 2 B with guidance), c tokens at hand, T tokens, D features, C width, N heads, H head
-width, L layers.
+Shapes: B batch, R rows (B, or 2 B with guidance), c tokens of a call, T tokens of an image, D features, C width,
+N heads, H head width, L layers.
 """
 
 import functools
@@ -20,15 +20,15 @@ from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, Window
 __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
-"""A CUDA graph serves this many positions: its attention covers the cache up to the last of them."""
+"""Number of positions for one CUDA graph, whose attention covers the cache up to the last of them."""
 _LANES = 509
 
 
 class _Linear:
-    """A linear layer whose weights may also be kept as oneDNN wants them, for one token of many rows on a CPU.
+    """A linear layer that also packs its weights for oneDNN, for products of one token per row on a CPU.
 
-    A token's product reads all weights for few rows, and is then 1.5 to 2 times faster than from rows of a matrix
-    (evals/benchmarks/sampling.py). The two operators are those that PyTorch's own compiler emits for frozen weights.
+    Such a product reads all weights for few rows, and is 1.5 to 2 times faster with packed weights
+    (evals/benchmarks/sampling.py). PyTorch's compiler emits the same two operators for frozen weights.
     """
 
     def __init__(self, module: torch.nn.Linear, dtype: torch.dtype) -> None:
@@ -36,18 +36,18 @@ class _Linear:
         self.weight, self.bias = (tensor.to(dtype) for tensor in own)
         packs = module.weight.device.type == "cpu" and _can_pack(dtype)
         self.copied = [tensor for tensor in own if tensor.dtype != dtype or (packs and tensor.ndim == 2)]
-        """The module's tensors that this object has copies of, which must be made again when those change."""
+        """Tensors of the module that this object has copies of; the copies must be updated when these change."""
         self._packed: tuple[int, Tensor] | None = None
 
     def cast_again(self) -> None:
-        """Bring copies of another precision up to date, in place, so that a captured graph reads them."""
+        """Update copies of another precision in place, so that a captured graph reads the new values."""
         for copy, own in zip((self.weight, self.bias), self.copied, strict=False):
             copy.copy_(own)
 
     def __call__(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
-        """``x (..., in)`` to ``(..., out)``, through an exact GELU or plus another if asked for.
+        """``x (..., in)`` to ``(..., out)``, followed by an exact GELU or the sum with ``add``.
 
-        Rows of one token each, ``(R, in)``, are taken to be the case for packed weights.
+        Packed weights are used for rows of one token, ``(R, in)``.
         """
         if x.dim() == 2 and x.device.type == "cpu" and _can_pack(x.dtype):
             if add is not None:
@@ -65,7 +65,7 @@ class _Linear:
 
 
 class _Layer:
-    """A transformer layer; LayerNorms keep their precision."""
+    """The weights of a transformer layer; LayerNorms keep their precision."""
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
         self.attention_norm = layer.attention_norm.weight.detach(), layer.attention_norm.bias.detach()
@@ -83,10 +83,10 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class BlockNetwork:
-    """One block, laid out for decoding.
+    """One block, prepared for decoding.
 
     Args:
-        block: the block; its weights are shared where they have the precision already, and cast once elsewhere.
+        block: the block; weights that already have the precision are shared, others are cast once.
         dtype: precision of matrix products and of the cache; see `cache_dtype`.
     """
 
@@ -102,22 +102,23 @@ class BlockNetwork:
         self._on_cpu = self._proj_in.weight.device.type == "cpu"
 
     def checksums(self) -> list[int]:
-        """Of the block's weights that this object has copies of, on a CPU: 0.4 ms for 4 MB.
+        """Checksums of the weights that this object has copies of, on a CPU; 0.4 ms for 4 MB.
 
-        Whoever writes to ``parameter.data`` leaves no other trace.
+        A write to ``parameter.data`` cannot be detected in another way.
         """
-        return [_checksum(tensor) for one in self._linears for tensor in one.copied]
+        return [_checksum(tensor) for linear in self._linears for tensor in linear.copied]
 
     def cast_again(self) -> None:
-        """See `_Linear`; on a GPU, where weights are never packed, this costs less than to compare them."""
-        for one in self._linears:
-            one.cast_again()
+        """Update all copies, on a GPU, where weights are never packed and a copy is cheaper than a comparison."""
+        for linear in self._linears:
+            linear.cast_again()
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Precision of keys and values: that of products, but fp32 on a CPU where `OneQuery` could not be compiled.
+        """Precision of keys and values: that of products, but fp32 on a CPU without a compiled `OneQuery`.
 
-        PyTorch's attention of a single bf16 query is slower there than that of an fp32 one, while bf16 products gain.
+        There PyTorch's attention is slower for a single bf16 query than for an fp32 one, although bf16 products are
+        faster.
         """
         if not self._on_cpu or OneQuery.function(self.block.head_width, self.dtype) is not None:
             return self.dtype
@@ -131,19 +132,19 @@ class BlockNetwork:
         return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
-        """Position plus condition of every token in reading order, ``(B, T, C)``."""
+        """Sum of position embedding and condition of every token in reading order, ``(B, T, C)``."""
         block = self.block
         return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
 
     def parameters(
         self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the tokens that follow ``tokens``, in fp32.
+        """Log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the tokens after ``tokens``, in fp32.
 
         Args:
-            tokens: ``(B, c, D)``, at reading positions ``start`` and on; the same for all lanes.
+            tokens: ``(B, c, D)``, at reading positions from ``start``; shared by both predictions of guidance.
             offsets: ``(R, c, C)`` of these positions.
-            cache: of `new_cache`; positions before ``start`` are read, those of ``tokens`` written.
+            cache: see `new_cache`; positions before ``start`` are read, those of ``tokens`` are written.
             start: position of the first token.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
         """
@@ -159,7 +160,7 @@ class BlockNetwork:
     def outputs(
         self, tokens: Tensor, offsets: Tensor, cache: Tensor, window: Window, sharpness: Tensor | None = None
     ) -> Tensor:
-        """What the block's output layer says, ``(R, c, D or 2 D)``; `OneQuery` goes without the axis of c."""
+        """Output of the block's last layer, ``(R, c, D or 2 D)``; without the axis c for `OneQuery`."""
         h = self._proj_in(tokens)
         h = (offsets.view(-1, *h.shape) + h).view(offsets.shape)
         for layer, layer_cache in zip(self._layers, cache, strict=False):
@@ -169,12 +170,12 @@ class BlockNetwork:
         return self._proj_out(h)
 
     def fixed(self, start: int, num_tokens: int, device: torch.device) -> FixedWindow:
-        """The window of one token at ``start`` whose shapes serve a whole bucket of positions."""
+        """The window of one token at ``start``, with shapes that are the same for a whole bucket of positions."""
         length = min((start // _BUCKET + 1) * _BUCKET, num_tokens)
         return FixedWindow(torch.full((1,), start, dtype=torch.int64, device=device), length)
 
     def _replayed(self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None) -> Tensor:
-        """`outputs` of one token from a CUDA graph, which is captured when its bucket is first met."""
+        """`outputs` of one token from a CUDA graph, which is captured at the first token of a bucket."""
         window = self.fixed(start, cache.shape[4], tokens.device)
         key = (window.length, cache.data_ptr(), *offsets.shape, 0 if sharpness is None else 1)
         if key not in self._graphs:
@@ -184,7 +185,7 @@ class BlockNetwork:
 
 
 class _Graph:
-    """A captured `BlockNetwork.outputs` of one token, with buffers of its own for what goes in."""
+    """A captured `BlockNetwork.outputs` of one token, with its own input buffers."""
 
     def __init__(
         self,
@@ -199,7 +200,7 @@ class _Graph:
         self._sharpness = None if sharpness is None else sharpness.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set up their workspaces outside of a capture
+        with torch.cuda.stream(stream):  # libraries must allocate their workspaces before the capture
             network.outputs(self._tokens, self._offsets, cache, window, self._sharpness)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
@@ -218,10 +219,10 @@ class _Graph:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of its words, 2.5 times faster than of all of them.
+    """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of words, 2.5 times faster than CRC-32 of all words.
 
-    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum. So does an exchange
-    of rows or columns, because `_LANES` is a prime that divides no size of a layer.
+    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum. An exchange of rows
+    or columns also does, because `_LANES` is a prime that divides no layer size.
     """
     content = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
     summed = content[: content.size // (8 * _LANES) * 8 * _LANES]
@@ -230,7 +231,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm in the precision of its weights; a CPU's takes narrower values as they are."""
+    """LayerNorm in the precision of its weights; on a CPU the operator accepts narrower input directly."""
     if h.device.type == "cpu":
         return F.layer_norm(h, h.shape[-1:], *weights)
     wide = h.to(weights[0])

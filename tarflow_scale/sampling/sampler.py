@@ -1,8 +1,8 @@
 """Sample indices to images.
 
 Image i depends on (weights, seed, i, sampling settings): its latent is counter-based and its label follows from i.
-Batch size and thread count change the last bits of a float, hence in rare cases a pixel by one level; whoever needs
-equal bytes fixes them, as the generation plan does.
+Batch size and thread count change the last bits of a float, and so in rare cases a pixel by one level. For equal bytes
+they must be fixed, as the generation plan does.
 """
 
 import math
@@ -21,31 +21,31 @@ from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.batch_size import fitting_batch
 from tarflow_scale.sampling.calibration import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
-from tarflow_scale.sampling.decode import BlockReport, TarFlowDecoder, decoder_of
+from tarflow_scale.sampling.decode import BlockCost, TarFlowDecoder, decoder_of
 from tarflow_scale.sampling.labels import balanced_labels, check_labels, labels_of
 
 __all__ = ["Sampler", "calibrate"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
-"""Images of a batch that are encoded back to see how exact decoding was."""
+"""Images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Denoising keeps the activations of a whole pass, so it takes a batch in so many parts."""
+"""Parts of a batch that are denoised one after the other, because denoising stores the activations of a whole pass."""
 
 
 class Sampler:
     """Draws images from a flow.
 
     Args:
-        flow: in evaluation mode; its ``pixels`` say how floats become levels.
+        flow: a flow in evaluation mode; its ``pixels`` define how floats become levels.
         seed: seed of the latents.
         settings: the section ``sampling``.
-        plan: how blocks are decoded; ``decoder.kind=adaptive`` needs one.
-        labels: which label an index has, for a flow with classes.
+        plan: how blocks are decoded; required by ``decoder.kind=adaptive``.
+        labels: rule for the label of an index, for a flow with classes.
 
     Raises:
-        ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.
-        PlanError: a plan that was measured on other weights or settings.
+        ConfigError: settings have no effect on this flow, or the batch does not fit in memory.
+        PlanError: the plan was measured on other weights or with other settings.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Sampler:
         self._settings = settings
         self._device = next(flow.parameters()).device
         self.decoder = _decoder(flow, settings)
-        """Of a TarFlow; None for other flows."""
+        """Decoder of a TarFlow; None for other flows."""
         self._schedules = None
         if settings.decoder.kind == "adaptive":
             self._schedules = schedules_of(_checked(plan, flow, settings).blocks, settings.decoder.tolerance)
-        chunk = max((one.chunk for one in self._schedules), default=1) if self._schedules else 1
+        chunk = max((schedule.chunk for schedule in self._schedules), default=1) if self._schedules else 1
         per_image = (1 + guided) * self.decoder.bytes_per_row(chunk) if self.decoder else 4 * flow.num_dims
         self.batch_size = fitting_batch(settings.batch_size, per_image, self._device)
         """Images decoded together."""
         self._latest: tuple[Tensor, Tensor | None, Tensor] | None = None
-        self.reports: list[BlockReport] = []
-        """What each block of the latest batch took, in the order of decoding."""
+        self.costs: list[BlockCost] = []
+        """Cost of each block for the latest batch, in the order of decoding."""
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Labels ``(len(indices),)`` int64 of these images; None for a flow without classes."""
@@ -93,10 +93,10 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, indices: Sequence[int], attempt: int = 0) -> Tensor:
-        """Continuous images ``(b, C, H, W)``, at most `batch_size`, whatever their values.
+        """Continuous images ``(b, C, H, W)``, at most `batch_size`, without a check of their values.
 
         Args:
-            indices: of the images.
+            indices: indices of the images.
             attempt: see `tarflow_scale.flows.latents`.
         """
         settings = self._settings
@@ -109,7 +109,7 @@ class Sampler:
         return self._denoised(x, labels) if settings.denoise > 0 else x
 
     def floats(self, indices: range) -> Iterator[Tensor]:
-        """Batches of continuous images ``(b, C, H, W)`` on [-1, 1] and beyond.
+        """Batches of continuous images ``(b, C, H, W)``; values may lie outside [-1, 1].
 
         Raises:
             NumericsError: a value is not finite.
@@ -125,26 +125,26 @@ class Sampler:
             yield x
 
     def images(self, indices: range) -> Tensor:
-        """Stored pixels ``(len(indices), C, H, W)`` uint8, quantised as the training noise asks, on the CPU.
+        """Stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU, quantized according to the training noise.
 
         Raises:
-            ValueError: when the flow does not know its pixel format.
+            ValueError: the flow has no pixel format.
             NumericsError: a value is not finite.
         """
         return torch.cat([self._flow.stored(x).cpu() for x in self.floats(indices)])
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents of the latest batch and what its images encode to; None with guidance.
+        """Largest difference between latents of the latest batch and its encoded images; None with guidance.
 
-        An exact flow in fp32 stays below 1e-3; a model that shrinks what it decodes amplifies rounding on the way back.
+        It is below 1e-3 for an exact flow in fp32; rounding is amplified if the inverse of the model contracts.
         """
         if self._latest is None or self._settings.guidance.scale > 0:
             return None
         z, y, x = self._latest
         back, _ = self._flow(x, y)
         error = float((back.cpu() - z).abs().max())
-        return error if math.isfinite(error) else None  # what was drawn again says nothing of decoding
+        return error if math.isfinite(error) else None  # not finite for images that the guard draws again
 
     def _decoded(self, z: Tensor, y: Tensor | None) -> Tensor:
         decoder = self.decoder
@@ -152,7 +152,7 @@ class Sampler:
             return self._flow.inverse(z, y, self._settings.guidance)
 
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
-            x, self.reports = decoder(z, y, guidance, self._schedules)
+            x, self.costs = decoder(z, y, guidance, self._schedules)
             return x
 
         return self._flow.inverse(z, y, self._settings.guidance, decode)
@@ -167,19 +167,19 @@ class Sampler:
 
 @torch.no_grad()
 def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
-    """Measure on this device how each block is decoded fastest, and how far the images are from exact ones.
+    """Measure on this device the fastest way to decode each block, and the error of the images.
 
-    One batch of the seed's first images is decoded in all ways; see `tarflow_scale.sampling.calibration`. The plan is
-    exact decoding where that is the fastest on the whole.
+    Decodes the first batch of ``seed`` in all ways, see `tarflow_scale.sampling.calibration`. The result is exact
+    decoding if that is the fastest for all blocks together.
 
     Raises:
-        ConfigError: settings that cannot have an effect on this flow, or do not fit in memory.
+        ConfigError: settings have no effect on this flow, or the batch does not fit in memory.
     """
     exact = settings.model_copy(update={"decoder": settings.decoder.model_copy(update={"kind": "exact"})})
     sampler = Sampler(flow, seed, exact)
     decoder, device = sampler.decoder, next(flow.parameters()).device
     if decoder is None:
-        raise ConfigError(f"only a TarFlow is calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
+        raise ConfigError(f"only a TarFlow can be calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
     indices = range(sampler.batch_size)
     z = (settings.temperature * latents(seed, indices, flow.num_dims)).to(device)
     y = balanced_labels(indices, flow.num_classes).to(device) if flow.num_classes else None
@@ -187,20 +187,20 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
     tolerance = settings.decoder.tolerance
     blocks = measure_blocks(decoder, z, y, guidance, tolerance)
     ways = blocks_one_by_one(len(blocks)), blocks
-    found, seconds, reports = [], [], []
+    images, seconds, costs = [], [], []
     for way in ways:
 
-        def run(way: Sequence[BlockPlan] = way) -> tuple[Tensor, list[BlockReport]]:
-            x, reports = decoder(z, y, guidance, schedules_of(way, tolerance))
-            return x.cpu(), reports
+        def run(way: Sequence[BlockPlan] = way) -> tuple[Tensor, list[BlockCost]]:
+            x, costs = decoder(z, y, guidance, schedules_of(way, tolerance))
+            return x.cpu(), costs
 
-        (x, report), fastest = timed(run, device)
-        found.append(x)
-        reports.append(report)
+        (x, cost), fastest = timed(run, device)
+        images.append(x)
+        costs.append(cost)
         seconds.append(fastest)
-    used = int(seconds[1] < seconds[0])  # what was chosen block by block may be no gain on the whole
-    errors = (found[0] - found[used]).abs()
-    levels = [quantize(x, 8, "nearest").int() for x in (found[0], found[used])]
+    used = int(seconds[1] < seconds[0])  # the fastest ways of single blocks may be slower together
+    errors = (images[0] - images[used]).abs()
+    levels = [quantize(x, 8, "nearest").int() for x in (images[0], images[used])]
     return DecodingPlan(
         tensors_digest=tensors_digest(flow),
         device=_device_name(device),
@@ -209,7 +209,7 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
         precision=settings.decoder.precision,
         tolerance=tolerance,
         blocks=tuple(ways[used]),
-        iterations=tuple(sum(one.iterations) / len(one.iterations) for one in reports[used]),
+        iterations=tuple(sum(cost.iterations) / len(cost.iterations) for cost in costs[used]),
         max_error=float(errors.max()),
         mean_error=float(errors.mean()),
         pixels_within_one_level=float(((levels[0] - levels[1]).abs() <= 1).float().mean()),
@@ -224,7 +224,7 @@ def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
         return decoder
     name = type(flow).__name__
     if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
-        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one way); leave it out")
+        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one decoder); leave it out")
     if settings.guidance.blocks != "all":
         raise ConfigError(f"sampling.guidance.blocks=first is for TarFlow (got {name}); use all")
     return None

@@ -1,4 +1,4 @@
-"""The same latents under several settings, as one picture: what guidance and temperature do to a model."""
+"""Sample the same latents under several settings, to compare guidance and temperature in one picture."""
 
 import io
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ def sweep(
     base: SamplingConfig | None = None,
     labels: NamedLabels | Sequence[int | str] | np.ndarray | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
-    """Images ``(num_images, C, H, W)`` uint8 of the first indices of ``seed`` under every combination of settings.
+    """Settings and images ``(num_images, C, H, W)`` uint8 for every combination of settings.
 
-    Attention temperatures count with guidance alone; without it one row stands for all of them.
+    Attention temperatures only have an effect with guidance; without it there is one row for all of them.
 
     Args:
-        flow: in evaluation mode.
-        seed: of the latents.
-        num_images: in each row.
+        flow: a flow in evaluation mode.
+        seed: seed of the latents.
+        num_images: number of images in each row, those of indices 0, 1, ...
         guidances: scales of guidance.
         temperatures: standard deviations of the latent.
         attention_temperatures: see `tarflow_scale.config.sampling.Guidance`.
@@ -48,8 +48,8 @@ def sweep(
         labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
 
     Raises:
-        ConfigError: settings or labels that do not fit this flow.
-        ValueError: a number of images or a seed that is none.
+        ConfigError: settings or labels do not fit this flow.
+        ValueError: ``num_images`` or ``seed`` is negative or not a whole number.
     """
     check_draws(num_images, seed=seed)
     settings = base or SamplingConfig()
@@ -75,7 +75,7 @@ def _rule(labels: NamedLabels | Sequence[int | str] | np.ndarray | int) -> Named
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:
-    """A PNG with a line of images for each of `sweep`'s rows, and its settings in front of it."""
+    """A PNG of the rows of `sweep`, each with its settings on the left."""
     images = torch.cat([images for _, images in rows]).numpy()
     sheet = Image.open(io.BytesIO(contact_sheet(images, len(rows[0][1]), zoom))).convert("RGB")
     picture = Image.new("RGB", (_LABEL_PIXELS + sheet.width, max(sheet.height, _LINE_PIXELS * len(rows))), "white")

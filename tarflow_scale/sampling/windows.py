@@ -1,7 +1,7 @@
-"""Attention of tokens at hand to themselves and to what a cache holds of those before them.
+"""Attention of the tokens of a call to themselves and to the cached keys and values of earlier tokens.
 
-Shapes: R rows, c tokens at hand, T tokens, N heads, H head width, C = N H width. A layer's cache is
-``(2, R, N, T, H)``, keys and values. Queries, keys and values of the tokens at hand come side by side, ``(R, c, 3 C)``.
+Shapes: R rows, c tokens of a call, T tokens of an image, N heads, H head width, C = N H width. The cache of a layer is
+``(2, R, N, T, H)``: keys and values. Queries, keys and values of the c tokens are concatenated, ``(R, c, 3 C)``.
 """
 
 import abc
@@ -27,22 +27,22 @@ _log = logging.getLogger(__name__)
 
 
 class Window(abc.ABC):
-    """Where tokens go in the cache, and what they see."""
+    """The positions of tokens in the cache, and the positions that they attend to."""
 
     @abc.abstractmethod
     def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
-        """Keys and values into the cache; what the queries gather, ``(R, c, C)`` in the precision of ``qkv``.
+        """Write keys and values to the cache. Returns the attention output ``(R, c, C)`` in the precision of ``qkv``.
 
         Args:
             qkv: ``(R, c, 3 C)``.
-            cache: of the layer.
+            cache: cache of the layer.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
         """
 
 
 @dataclass(frozen=True)
 class WindowOfTokens(Window):
-    """Tokens at positions ``start`` to ``stop`` see themselves and all before them."""
+    """Tokens at positions ``[start, stop)``; each attends to itself and all earlier tokens."""
 
     start: int
     stop: int
@@ -64,7 +64,7 @@ class WindowOfTokens(Window):
 class FixedWindow(Window):
     """One token whose position is a tensor, so that shapes do not depend on it.
 
-    position: ``(1,)`` int64. length: positions that attention covers; those after ``position`` are masked.
+    position: ``(1,)`` int64. length: number of positions in attention; those after ``position`` are masked.
     """
 
     position: Tensor
@@ -81,10 +81,10 @@ class FixedWindow(Window):
 
 @dataclass(frozen=True)
 class OneQuery(Window):
-    """One token at ``position`` on a CPU, by machine code of our own (``one_query.c``) where that could be compiled.
+    """One token at ``position`` on a CPU, by the C code of ``one_query.c`` if that can be compiled.
 
-    There PyTorch's attention, made for many queries, is far from reading the cache at the memory's bandwidth, and in
-    bf16 further than in fp32 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` here and the result ``(R, C)``.
+    PyTorch's attention is made for many queries: for one query on a CPU it reads the cache far below the memory
+    bandwidth, most of all in bf16 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` and the result ``(R, C)``.
     """
 
     position: int
@@ -93,7 +93,7 @@ class OneQuery(Window):
         """See `Window.attend`."""
         _, rows, heads, capacity, head_width = cache.shape
         function = self.function(head_width, cache.dtype) if qkv.dtype == cache.dtype else None
-        if function is None:  # also fp16, and bf16 heads of odd width, whose cache is in fp32
+        if function is None:  # also for fp16, and for bf16 heads of odd width, whose cache is fp32
             return WindowOfTokens(self.position, self.position + 1).attend(qkv[:, None], cache, sharpness)[:, 0]
         if not (qkv.is_contiguous() and cache.is_contiguous()):
             raise ValueError(f"got strides {qkv.stride()} and {cache.stride()}")
@@ -116,7 +116,7 @@ class OneQuery(Window):
     @staticmethod
     @functools.cache
     def function(head_width: int, dtype: torch.dtype) -> Callable[..., None] | None:
-        """The function of ``one_query.c``; None for other precisions, and where no C compiler (``$CC``, or cc) is."""
+        """The function of ``one_query.c``; None for other precisions, or without a C compiler (``$CC``, or cc)."""
         if dtype not in (torch.float32, torch.bfloat16) or head_width % (4 // dtype.itemsize):
             return None  # a bf16 head of odd width does not fill whole words
         source = Path(__file__).with_name("one_query.c")
@@ -128,12 +128,14 @@ class OneQuery(Window):
                 subprocess.run([*compiler, str(source), "-o", str(library), "-lm"], check=True, capture_output=True)
                 function = ctypes.CDLL(str(library)).one_query
             except (OSError, subprocess.CalledProcessError) as error:
-                said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else ""
+                output = (
+                    error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else ""
+                )
                 _log.warning(
                     "sampling on this CPU is slower than it could be: %s was not compiled (%s%s)",
                     source.name,
                     error,
-                    said and f": {said.strip().splitlines()[0]}",
+                    output and f": {output.strip().splitlines()[0]}",
                 )
                 return None
         function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
@@ -142,7 +144,7 @@ class OneQuery(Window):
 
 
 _OPTIONS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
-"""Not -ffast-math: linked into a library, it makes the whole process flush subnormal numbers to zero."""
+"""Without -ffast-math: in a library, it makes the whole process flush subnormal numbers to zero."""
 
 
 def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -155,6 +157,6 @@ def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> tuple[Tensor
 
 
 def _merge(attended: Tensor, qkv: Tensor) -> Tensor:
-    """Heads ``(R, N, c, H)`` side by side, ``(R, c, C)``."""
+    """Concatenate heads ``(R, N, c, H)`` to ``(R, c, C)``."""
     rows, _, count, _ = attended.shape
     return attended.transpose(1, 2).reshape(rows, count, -1).to(qkv.dtype)

@@ -127,7 +127,7 @@ def test_a_plan_names_the_fastest_way_of_each_block_and_its_error(flow: Flow) ->
     drawn = Sampler(flow, 1, settings(), plan)
     found = torch.cat(list(drawn.floats(range(12))))
     assert (found - exact).abs().max() <= 10 * plan.tolerance
-    assert [report.chunk for report in drawn.reports] == [block.chunk for block in plan.blocks]
+    assert [cost.chunk for cost in drawn.costs] == [block.chunk for block in plan.blocks]
 
 
 def test_a_plan_of_other_weights_or_settings_is_refused(flow: Flow) -> None:
@@ -192,7 +192,7 @@ def test_settings_that_are_for_tarflow_alone() -> None:
             Sampler(glow, 0, SamplingConfig.model_validate(change))
     with pytest.raises(ConfigError, match="blocks=first is for TarFlow"):
         Sampler(glow, 0, SamplingConfig(guidance=Guidance(scale=1, blocks="first")))
-    with pytest.raises(ConfigError, match="only a TarFlow is calibrated"):
+    with pytest.raises(ConfigError, match="only a TarFlow can be calibrated"):
         calibrate(glow, 0, SamplingConfig())
 
 
