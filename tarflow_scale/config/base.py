@@ -1,8 +1,8 @@
-"""How a configuration is read: one YAML file, ``section.key=value`` overrides, then validation of the whole.
+"""Read a configuration: one YAML file, then ``section.key=value`` overrides, then validation of the whole.
 
-Every problem is reported with the path of its key, before anything heavy is imported or anything is written. A file is
-data: no tag of it makes an object, what it says by reference is bounded, and no password may be in it, because a run
-keeps its configuration.
+Every problem is reported with the path of its key, before heavy imports and before anything is written. A YAML file is
+treated as untrusted data: tags create no objects, its size after expansion of references is limited, and passwords are
+refused, because a run stores its configuration.
 """
 
 import difflib
@@ -32,13 +32,13 @@ __all__ = [
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
 _MOST_VALUES = 100_000
-"""References in YAML can make a file of a kilobyte stand for a billion values."""
+"""Limit after expansion: with references, a YAML file of a kilobyte can stand for a billion values."""
 _ALIKE = 0.75
-"""How alike a key must be to be what was meant."""
+"""Least similarity of a key that an error suggests."""
 _MOST_SHOWN = 300
-"""Characters of a value in an error."""
+"""Most characters of a value in an error."""
 _TOP = Path(__file__).parents[2]
-"""Of the checkout; where the package was installed as a wheel there is nothing of it."""
+"""Top folder of the checkout; a package installed as a wheel has none."""
 _REPOSITORY = ("configs", "evals", "launch")
 _SOURCE = "the source of tarflow-scale"
 _NO_SECTION = re.compile(r"(^|; )\w+: required section is missing")
@@ -46,7 +46,7 @@ _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 
 
 class _OneLine(type(BaseModel)):
-    """A section that Python code makes, ``GlowConfig(levels=0)``, fails in one line as one from a file does."""
+    """Make the errors of a section built in Python, ``GlowConfig(levels=0)``, one line as those of a file are."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -58,7 +58,7 @@ class _OneLine(type(BaseModel)):
 
 
 class Section(BaseModel, metaclass=_OneLine):
-    """Base of every section: frozen, unknown keys refused, NaN and infinity refused, defaults checked."""
+    """Base of every section: frozen; refuses unknown keys, NaN and infinity; validates defaults."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -70,21 +70,21 @@ class Root(Section):
 
     @classmethod
     def load(cls, path: Path | None, overrides: list[str], example: str = "configs") -> Self:
-        """Read ``path`` (None: start from nothing), merge the overrides, validate; see `load_config`."""
+        """Read a YAML file, merge the overrides and validate; see `load_config`."""
         return load_config(cls, path, overrides, example)
 
 
 def load_config(kind: type[R], path: Path | str | None, overrides: list[str], example: str = "configs") -> R:
-    """Read, merge and validate.
+    """Read a YAML file, merge the overrides and validate.
 
     Args:
         kind: the root section of the verb.
-        path: the YAML file, or None.
-        overrides: ``section.key=value``; the value is YAML. They are merged before validation.
-        example: file of the repository to name where one is missing.
+        path: the YAML file; None uses the overrides alone.
+        overrides: ``section.key=value``, where the value is YAML. They are merged before validation.
+        example: file of the repository that the error names if ``path`` is None and a section is missing.
 
     Raises:
-        ConfigError: one line for every problem, each with the path of its key.
+        ConfigError: all problems in one line, each with the path of its key.
     """
     raw = _read_yaml(Path(path), "the configuration") if path else {}
     for override in overrides:
@@ -94,34 +94,34 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
         return validated(kind, raw)
     except ConfigError as error:
         if any(override.startswith("model.kind=") for override in overrides) and _OF_MODEL.search(str(error)):
-            cure = "another kind takes a section of its own, 'model={kind: glow, levels: 3}'"
+            cure = "to change the kind, replace the whole section, 'model={kind: glow, levels: 3}'"
             raise ConfigError(f"{error}; {cure}") from error
         if path is None and _NO_SECTION.search(str(error)):
             raise ConfigError(f"no configuration file was given, such as {_in_source(example)}; {error}") from error
         raise
 
 
-def load_named(kind: type[R], path: str, what: str, key: str) -> R:
+def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
     """Read a file that a configuration names.
 
     Args:
-        kind: what is in it.
-        path: relative to the working folder, as all paths are.
-        what: the kind of file, in words.
-        key: which names it.
+        kind: section that the file holds.
+        path: path of the file, relative to the working folder.
+        noun: kind of file, for errors.
+        key: key of the configuration that names the file.
 
     Raises:
         ConfigError: one line that begins with the key and names the file.
     """
     try:
-        raw = _read_yaml(Path(path), f"the {what} file")
+        raw = _read_yaml(Path(path), f"the {noun} file")
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     try:
         _check(raw)
         return validated(kind, raw)
     except ConfigError as error:
-        raise ConfigError(f"{key}: in the {what} file {path}: {error}") from error
+        raise ConfigError(f"{key}: in the {noun} file {path}: {error}") from error
 
 
 def validated(kind: type[R], raw: dict[str, Any]) -> R:
@@ -138,7 +138,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
 
 
 def absent_here(text: str) -> str:
-    """What to do about files of the repository that a text names, where the package was installed without them."""
+    """Advice about files of the repository in ``text``, if the package was installed without them; else empty."""
     named = sorted({folder for folder in _REPOSITORY if re.search(rf"(?<![\w.-]){folder}/", text)})
     if not named or (_TOP / "configs").is_dir():
         return ""
@@ -147,7 +147,7 @@ def absent_here(text: str) -> str:
 
 
 def working_folder() -> str:
-    """From which relative paths start."""
+    """The folder that relative paths start from, for messages."""
     try:
         return str(Path.cwd())
     except OSError:
@@ -155,7 +155,7 @@ def working_folder() -> str:
 
 
 def where_paths_start(message: str, config: Root | None) -> str:
-    """Says which folder a path of the configuration starts from, where a message names one that is not there."""
+    """An addition to an error message that names a missing relative path of the configuration: its start folder."""
     if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):
@@ -166,15 +166,15 @@ def where_paths_start(message: str, config: Root | None) -> str:
 
 
 def is_there(path: str) -> bool:
-    """Whether there is a file or folder of that name, which may be any text."""
+    """Whether a file or folder exists; ``path`` may be any text."""
     try:
         return Path(path).exists()
-    except OSError:  # longer than a name may be
+    except OSError:  # the text is too long for a name
         return False
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Values of a configuration that can only be local paths: names of models and protocols have no slash."""
+    """Values of a configuration that are local paths: they contain a slash, which names do not."""
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _paths(item)
@@ -183,18 +183,18 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _in_source(path: str) -> str:
-    """Where a file or folder of the repository is."""
+    """Path of a file or folder of the repository, for messages."""
     return str(_TOP / path) if (_TOP / path).exists() else f"{path} in {_SOURCE}"
 
 
-def _read_yaml(path: Path, what: str) -> dict[str, Any]:
+def _read_yaml(path: Path, noun: str) -> dict[str, Any]:
     try:
         raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         cure = "check the path" if path.is_absolute() else f"check the path, which is relative to {working_folder()}"
         absent = absent_here(str(path))
         raise ConfigError(
-            f"cannot read {what} {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"
+            f"cannot read {noun} {path} ({error.strerror}); {cure}{f'; {absent}' if absent else ''}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
@@ -206,10 +206,10 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What a text says; hostile ones fail as others do.
+    """Parse YAML.
 
     Raises:
-        YAMLError: it is not YAML, or nested too deep, or has a number of thousands of digits.
+        YAMLError: it is not YAML, is nested too deep, or has a number of thousands of digits.
     """
     try:
         return yaml.safe_load(text)
@@ -220,35 +220,36 @@ def _parsed(text: str) -> Any:
 
 
 def _check(raw: dict[str, Any]) -> None:
-    """Refuse a tree that is too large when its references are followed, passwords, and what no path can hold.
+    """Check untrusted values.
 
     Raises:
-        ConfigError: it is, or there is one.
+        ConfigError: there are too many values after expansion of references, a value refers to itself, or a value holds
+            a password or a null character.
     """
     known: dict[int, int] = {}
-    open_ones: set[int] = set()
+    ancestors: set[int] = set()
 
     def size(value: Any, path: str) -> int:
         if isinstance(value, str) and _PASSWORD.match(value):
             raise ConfigError(
-                f"{path}: a URL must not hold a password, which would be kept with the run (got one for "
-                f"{value.rpartition('@')[2]}); give it to the store's client, by its environment variables or file"
+                f"{path}: a URL must not hold a password, which would be stored with the run (got one for "
+                f"{value.rpartition('@')[2]}); set it in the environment variables or the file of the store's client"
             )
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{path}: a value must not hold a null character (got {_shown(value)}); remove it")
         if not isinstance(value, dict | list | tuple):
             return 1
-        if id(value) in open_ones:
+        if id(value) in ancestors:
             raise ConfigError(f"{path}: a value must not refer to itself (got a YAML anchor inside its own); remove it")
         if id(value) not in known:
-            open_ones.add(id(value))
+            ancestors.add(id(value))
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             known[id(value)] = 1 + sum(size(item, f"{path}.{key}".lstrip(".")) for key, item in pairs)
-            open_ones.remove(id(value))
+            ancestors.remove(id(value))
         if known[id(value)] > _MOST_VALUES:
             raise ConfigError(
-                f"{path}: a configuration must not hold more than {_MOST_VALUES:,} values (got more, by references); "
-                f"write it out"
+                f"{path}: a configuration must not hold more than {_MOST_VALUES:,} values (got more, through YAML "
+                f"references); write the values out"
             )
         return known[id(value)]
 
@@ -280,7 +281,7 @@ def _merge(raw: dict[str, Any], override: str) -> None:
 
 
 def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
-    """Names of all keys of a section and of those in it."""
+    """Names of all keys of a section and its subsections."""
     for name, field in kind.model_fields.items():
         yield name
         for section in sections_of(field.annotation):
@@ -288,30 +289,30 @@ def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation names: none of a value, several of a union."""
+    """The sections in an annotation: none for a plain value, several for a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys that lead to a problem, and the sections that are there: none of a value, several of a union.
+    """The keys of the path to a problem, and the sections at its end: none for a value, several for a union.
 
-    Pydantic also names the section of a union that it tried, by its ``kind``, which is no key.
+    Pydantic's path also contains the ``kind`` of a section of a union, which is not a key.
     """
     keys, sections = list[str](), [kind]
     for part in loc:
-        if len(sections) > 1 and part in {one.model_fields["kind"].default for one in sections}:
-            sections = [one for one in sections if one.model_fields["kind"].default == part]
+        if len(sections) > 1 and part in {section.model_fields["kind"].default for section in sections}:
+            sections = [section for section in sections if section.model_fields["kind"].default == part]
             continue
         keys.append(str(part))
-        fields = [field for one in sections if (field := one.model_fields.get(str(part)))]
+        fields = [field for section in sections if (field := section.model_fields.get(str(part)))]
         sections = sections_of(fields[0].annotation) if fields else []
     return keys, sections
 
 
 def _first_key(sections: list[type[BaseModel]]) -> str:
-    """The key to begin with of a section that is missing."""
+    """The first key to set in a missing section."""
     if len(sections) > 1:
         return "kind"
     keys = sections[0].model_fields
@@ -319,7 +320,7 @@ def _first_key(sections: list[type[BaseModel]]) -> str:
 
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
-    """``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
+    """One problem as a line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     keys, sections = _walked(kind, problem["loc"])
     path = ".".join(keys)
     match problem["type"]:

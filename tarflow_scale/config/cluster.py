@@ -1,4 +1,4 @@
-"""Where units of work run."""
+"""The section ``cluster``: where units of work run."""
 
 from typing import Literal
 
@@ -13,14 +13,14 @@ class ClusterConfig(Section):
     """Where units of work run."""
 
     executor: Literal["ray", "local"] = "ray"
-    """``ray``: actors. ``local``: this process; the results are identical."""
+    """``ray``: on Ray actors. ``local``: in this process. The results are identical."""
     address: str | None = None
     """Address of a running Ray cluster; None starts one on this machine, on loopback."""
     num_workers: int = Field(default=2, ge=1)
-    """Actors, each with one copy of the model."""
+    """Number of actors; each has one copy of the model."""
     cpus_per_worker: int = Field(default=1, ge=1)
-    """CPU cores, and torch threads, of a worker."""
+    """CPU cores, and torch threads, of each worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
-    """GPUs of a worker."""
+    """GPUs of each worker."""
     start_seconds: float = Field(default=0.0, ge=0)
-    """How long to wait for a cluster whose machines are still joining, before it is too small for the workers."""
+    """Time to wait until enough machines for all workers have joined the cluster."""

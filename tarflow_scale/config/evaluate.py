@@ -1,4 +1,4 @@
-"""Evaluation: a version in, numbers with their protocol out."""
+"""Configuration of the verb ``evaluate``."""
 
 from pydantic import Field
 
@@ -18,26 +18,25 @@ class MetricsConfig(Section):
     protocols: tuple[str, ...] = Field(min_length=1)
     """Protocol files, one for each number; see ``evals/protocols/``."""
     extractor_weights: dict[str, str] = Field(default_factory=dict)
-    """Weights files by name of the extractor; Inception's is also looked for in the torch hub cache. The sha256 of each
-    is checked, and is part of the protocol id."""
+    """Weights files by name of the extractor; published ones may also be in the torch hub cache. Their sha256 is
+    checked, and is part of the protocol id."""
     baselines: bool = True
     """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
     watch_seconds: float = Field(default=30.0, gt=0)
-    """Between looks at the registry with ``--watch``."""
+    """Time between checks of the registry with ``--watch``."""
 
 
 class ReferenceConfig(Section):
     """The real images that distances are measured to."""
 
     path: str
-    """The data set: folder or URL that holds ``manifest.json``."""
+    """Folder or URL of the data set, which holds ``manifest.json``."""
     cache: str
-    """Folder or URL that all workers see, where reference statistics are kept, and parts of evaluations on their
-    way."""
+    """Folder or URL for reference statistics and temporary parts of evaluations; all workers must have access to it."""
 
 
 class EvaluateConfig(Root):
-    """A registered version in, numbers with their protocol out, attached to the version."""
+    """Measure a registered version, and attach a report with all numbers and their protocols to it."""
 
     registry: VersionConfig
     data: DataSetConfig
@@ -55,9 +54,9 @@ VERB = Verb(
     flags=(
         Flag(
             "reference",
-            "compute what the protocols are compared with, and bind them to it, instead; needs no model",
+            "instead, compute the reference statistics of the protocols and bind these to them; needs no model",
             function="bind",
         ),
-        Flag("watch", "score every version of the model as it is registered, until interrupted", function="watch"),
+        Flag("watch", "evaluate every new version of the model, until interrupted", function="watch"),
     ),
 )

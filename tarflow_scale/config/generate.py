@@ -1,4 +1,4 @@
-"""Generation: a version in, shards of new images out."""
+"""Configuration of the verb ``generate``."""
 
 from pydantic import Field
 
@@ -13,30 +13,30 @@ __all__ = ["VERB", "GenerateConfig", "GeneratedShardsConfig", "SeededSamplingCon
 
 
 class SeededSamplingConfig(SamplingConfig):
-    """Sampling of the verb ``generate``."""
+    """How images are sampled."""
 
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """Seed of the latents, and of labels that are drawn."""
+    """Seed of the latents and of drawn labels."""
     num_images: int = Field(ge=1)
-    """Images to generate."""
+    """Number of images to generate."""
     labels: NamedLabels = "balanced"
-    """``balanced``: the classes in turn. A list such as ``[3, 3, 7]``: its labels in turn. A mapping such as
-    ``{0: 1, 7: 2.5}``: each label is drawn with its weight. Labels are numbers or names of classes, as
-    ``prepare --stats`` lists them. For a model with classes."""
+    """For a model with classes. ``balanced``: all classes in turn. A list such as ``[3, 3, 7]``: its labels in turn. A
+    mapping such as ``{0: 1, 7: 2.5}``: each label is drawn with its weight. Labels are numbers or names of classes, as
+    ``prepare --stats`` lists them."""
     guard: GuardConfig = GuardConfig()
 
 
 class GeneratedShardsConfig(EncodedShardsConfig):
-    """Where ``generate`` writes, how images are stored, and what else is made of the finished shards."""
+    """Where shards are written, how images are stored, and additional output formats."""
 
     folder: str | None = None
-    """Folder or URL for single files too: ``<class>/<key>.png`` and ``<key>.json``."""
+    """Folder or URL for additional single files: ``<class>/<key>.png`` and ``<key>.json``."""
     npz: str | None = None
-    """File or URL for the npz that ADM's evaluator takes, too."""
+    """File or URL for an additional npz file, as ADM's evaluator reads it."""
 
 
 class GenerateConfig(Root):
-    """A version in, shards of generated images out; runs again only what is missing."""
+    """Generate shards of images from a registered version. Run again, it generates only missing shards."""
 
     registry: VersionConfig
     sampling: SeededSamplingConfig
@@ -52,7 +52,7 @@ VERB = Verb(
     flags=(
         Flag(
             "calibrate",
-            "measure how this device decodes the version fastest, and store that with it, instead",
+            "instead, measure the fastest way to decode the version on this device, and store it in the registry",
             function="calibrate",
         ),
     ),

@@ -1,4 +1,4 @@
-"""The manual of a verb, ``VERB --help``: every key with its default and meaning, from the docstrings of sections."""
+"""The manual of a verb, ``VERB --help``: every key with its default and meaning, from docstrings of sections."""
 
 import inspect
 from typing import Any, get_origin
@@ -13,7 +13,7 @@ __all__ = ["keys_of"]
 
 
 def keys_of(root: type[BaseModel]) -> list[str]:
-    """Lines on every key of a verb's configuration."""
+    """Lines that describe every key of the configuration of a verb."""
     lines: list[str] = []
     for name, field in root.model_fields.items():
         lines += ["", *_describe(name, field)]
@@ -22,7 +22,7 @@ def keys_of(root: type[BaseModel]) -> list[str]:
 
 def _describe(path: str, field: FieldInfo, required: str = "required") -> list[str]:
     sections = [] if get_origin(field.annotation) is tuple else sections_of(field.annotation)
-    # Kinds that may be left out belong to another verb, whose manual has them.
+    # An optional union of kinds belongs to another verb, whose manual describes it.
     if len(sections) == 1 or (sections and field.is_required()):
         return _describe_sections(path, field, sections, required)
     text = " ".join((field.description or "").split())
@@ -30,13 +30,13 @@ def _describe(path: str, field: FieldInfo, required: str = "required") -> list[s
 
 
 def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseModel]], required: str) -> list[str]:
-    """One section, or several of which ``kind`` chooses one: what they share first, then what each has of its own."""
+    """Describe one section, or a union of sections: first the keys that all have, then those of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
     first, *others = sections
-    shared = [name for name in first.model_fields if others and all(_same(name, first, one) for one in others)]
+    shared = [name for name in first.model_fields if others and all(_same(name, first, other) for other in others)]
     indent = "  " if "." in path else ""
-    kinds = "One of the kinds below, which `kind` names; it must be written. First the keys that all of them have."
+    kinds = "One of the kinds below; `kind` is required. First the keys that all kinds have."
     lines = [f"{indent}{path}:  {kinds}"] if others else []
     for name in shared:
         lines += _describe(f"{path}.{name}", first.model_fields[name], required)
@@ -51,9 +51,8 @@ def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseMode
     return lines
 
 
-def _same(name: str, one: type[BaseModel], other: type[BaseModel]) -> bool:
-    fields = [section.model_fields.get(name) for section in (one, other)]
-    return repr(fields[0]) == repr(fields[1])
+def _same(name: str, first: type[BaseModel], other: type[BaseModel]) -> bool:
+    return repr(first.model_fields.get(name)) == repr(other.model_fields.get(name))
 
 
 def _default(field: FieldInfo) -> str:
@@ -62,24 +61,24 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """As one writes it in a configuration."""
+    """A value as written in a configuration."""
     match value:
         case None:
             return "none"
         case bool():
             return str(value).lower()
         case tuple():
-            return f"[{', '.join(_in_yaml(one) for one in value)}]"
+            return f"[{', '.join(_in_yaml(item) for item in value)}]"
         case _:
             return str(value)
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Each on one line, but tables as they are, without their rules."""
-    found: list[str] = []
+    """Each paragraph on one line; a table keeps its lines, without the rules."""
+    lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("="):
-            found += [f"    {line}" for line in paragraph.splitlines() if set(line) != {"=", " "}]
+            lines += [f"    {line}" for line in paragraph.splitlines() if set(line) != {"=", " "}]
         else:
-            found.append(" ".join(paragraph.split()))
-    return found
+            lines.append(" ".join(paragraph.split()))
+    return lines

@@ -57,7 +57,7 @@ class DequantizationConfig(Section):
     """Variational dequantization (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
 
     couplings: int = Field(default=4, ge=1)
-    """Affine couplings; pixels of even and odd squares take turns, so two reach all of them."""
+    """Affine couplings; they alternate between the two colours of a checkerboard, so two change every pixel."""
     width: int = Field(default=32, ge=1)
     """Channels of the network inside each coupling."""
 
@@ -66,13 +66,13 @@ class _FlowConfig(Section):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
 
     class_conditional: bool = True
-    """Whether labels condition the flow, or the numbers that vectors are given with."""
+    """Whether the flow is conditioned on labels, or on the condition values of vectors."""
     logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
-    """Pixels pass logit(alpha + (1 - 2 alpha) p) before the flow, p on [0, 1], which spreads out black and white;
-    for images that are mostly either, under uniform noise. None leaves them on [-1, 1]."""
+    """Pixels p on [0, 1] are transformed by logit(alpha + (1 - 2 alpha) p) before the flow, which spreads out values
+    near black and white; for images that are mostly black or white, with uniform noise. None keeps [-1, 1]."""
     dequantization: DequantizationConfig | None = None
-    """Uniform noise of images passes a small flow, learned with this one, that knows the image: a tighter bound on
-    the cost of its pixels. None leaves the noise uniform."""
+    """Variational dequantization: a small flow, conditioned on the image and trained with this one, transforms the
+    uniform noise, which tightens the bound on bits/dim. None keeps uniform noise."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -81,7 +81,7 @@ class _FlowConfig(Section):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``dequantization`` where there is none, so that runs and digests from before it was there stay."""
+        """Omit ``dequantization`` if it is None, so that digests of configurations without it stay the same."""
         written: dict[str, Any] = handler(self)
         if self.dequantization is None:
             written.pop("dequantization", None)
@@ -93,7 +93,7 @@ class TarFlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False)
     kind: Literal["tarflow"] = "tarflow"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
     patch_size: int = Field(ge=1)
     """Side of a patch in pixels; must divide the image size."""
     width: int = Field(ge=1)
@@ -103,12 +103,13 @@ class TarFlowConfig(_FlowConfig):
     head_width: int = Field(default=64, ge=1)
     """Width of one attention head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of features of the residual branches, alike for all tokens of a sample; for small data sets."""
+    """Dropout of features of the residual branches, the same for all tokens of a sample; for small data sets."""
     variant: Literal["affine", "volume_preserving"] = "affine"
-    """``affine``: every token is shifted and scaled. ``volume_preserving``: shifted only, and the latent has one
-    learned deviation per feature."""
+    """``affine``: every token is shifted and scaled. ``volume_preserving``: tokens are only shifted, and the latent has
+    a learned standard deviation for each feature."""
     log_scale_bound: float | None = Field(default=None, gt=0)
-    """Smooth bound c of a block's log-scales, c tanh(a / c), against overflow at high resolution; None for none."""
+    """Smooth bound c of the log-scales a of a block, c tanh(a / c), against overflow at high resolution; None for no
+    bound."""
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
@@ -128,20 +129,20 @@ class GlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False, activations=("keep", "checkpoint", "rebuild"))
     kind: Literal["glow"] = "glow"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
     levels: int = Field(ge=1)
-    """Levels L; the image size must be a multiple of 2^levels."""
+    """Number of levels L; the image size must be a multiple of 2^levels."""
     steps_per_level: int = Field(ge=1)
-    """Steps K of ActNorm, 1x1 convolution and coupling on each level."""
+    """Number K of steps on each level; a step is ActNorm, 1x1 convolution and coupling."""
     width: int = Field(default=512, ge=1)
     """Channels of the networks inside couplings."""
     coupling: Literal["affine", "additive"] = "affine"
-    """``affine`` reaches better likelihoods; ``additive`` is the published choice for large images and samples."""
+    """``affine`` reaches better likelihoods; ``additive`` is the published choice for samples of large images."""
     convolution: Literal["dense", "lu"] = "lu"
-    """Parametrisation of the 1x1 convolutions; ``lu`` has a cheap determinant, ``dense`` fewer operations."""
+    """Parametrisation of the 1x1 convolutions; ``lu`` has a cheap determinant, ``dense`` needs fewer operations."""
     log_scale_bound: float | None = Field(default=3.0, gt=0)
-    """Smooth bound c of affine couplings, whose scale is sigmoid(c tanh(raw / c) + 2): at 3 between 0.27 and 0.99.
-    None is the published form, whose samples may overflow. Additive couplings have no scale."""
+    """Smooth bound c of affine couplings, whose scale is sigmoid(c tanh(raw / c) + 2): for 3, between 0.27 and 0.99.
+    None is the published form, whose samples may overflow. No effect on additive couplings."""
 
 
 class NICEConfig(_FlowConfig):
@@ -149,13 +150,13 @@ class NICEConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False)
     kind: Literal["nice"] = "nice"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
     couplings: int = Field(default=4, ge=2)
-    """Additive couplings; even and odd dimensions take turns."""
+    """Number of additive couplings, which alternate between even and odd dimensions."""
     width: int = Field(default=1000, ge=1)
-    """Units of a hidden layer."""
+    """Width of a hidden layer."""
     hidden_layers: int = Field(default=5, ge=1)
-    """Hidden layers of each coupling's network."""
+    """Hidden layers of the network of each coupling."""
 
 
 class RealNVPConfig(_FlowConfig):
@@ -164,16 +165,16 @@ class RealNVPConfig(_FlowConfig):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
     BATCH_CAPABILITIES: ClassVar[Capabilities] = Capabilities(activations=("keep",), batch_statistics=True)
     kind: Literal["realnvp"] = "realnvp"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
     levels: int = Field(ge=1)
-    """Levels; the image size must be a multiple of 2^(levels - 1). Of vectors: four couplings each."""
+    """Number of levels. Images: the size must be a multiple of 2^(levels - 1). Vectors: a level has four couplings."""
     width: int = Field(default=64, ge=1)
-    """Channels of the residual networks on the first level; each squeeze doubles them. Of vectors: units."""
+    """Channels of the residual networks on the first level; each squeeze doubles them. Vectors: width of the layers."""
     residual_blocks: int = Field(default=4, ge=1)
-    """Residual blocks of each coupling's network."""
+    """Residual blocks of the network of each coupling."""
     normalization: Literal["actnorm", "batch"] = "actnorm"
-    """Between couplings. ``actnorm``: a scale and a shift that are set from the first batch and learned from then on.
-    ``batch``: the published one, statistics of batches in training and running ones afterwards."""
+    """Normalization between couplings. ``actnorm``: a learned scale and shift, initialised from the first batch.
+    ``batch``: the published batch normalization, with running statistics after training."""
     log_scale_bound: float = Field(default=2.0, gt=0)
     """Bound c of the log-scales, c tanh(raw / c)."""
 
@@ -187,25 +188,25 @@ class _AutoregressiveConfig(_FlowConfig):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False, separate_networks=False)
 
     transforms: int = Field(default=5, ge=1)
-    """Autoregressive transformations; the order of dimensions is reversed from one to the next."""
+    """Number of autoregressive transformations; each reverses the order of dimensions of the one before it."""
     hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 512), min_length=1)
-    """Units of the hidden layers of each masked network."""
+    """Widths of the hidden layers of each masked network."""
     label_width: int = Field(default=16, ge=1)
-    """Numbers that a label becomes at the input of every network."""
+    """Size of the label embedding at the input of every network."""
 
 
 class MAFConfig(_AutoregressiveConfig):
     """Masked autoregressive flow (arXiv 1705.07057): scores in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["maf"] = "maf"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
 
 
 class IAFConfig(_AutoregressiveConfig):
     """Inverse autoregressive flow (arXiv 1606.04934): samples in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["iaf"] = "iaf"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
 
 
 class ContinuousConfig(_FlowConfig):
@@ -215,34 +216,34 @@ class ContinuousConfig(_FlowConfig):
         activations=("keep",), guidance=False, separate_networks=False, divided_weights=False
     )
     kind: Literal["continuous"] = "continuous"
-    """Chooses this model; must be written."""
+    """Selects this model; required."""
     width: int = Field(default=64, ge=1)
-    """Channels (of vectors: units) of the hidden layers of the dynamics."""
+    """Channels of the hidden layers of the dynamics; for vectors, their width."""
     hidden_layers: int = Field(default=3, ge=1)
     """Hidden layers of the dynamics."""
     solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
-    """Adaptive (``dopri5``, ``bosh3``), or of fixed steps (``rk4``, ``midpoint``), for training alone: likelihoods and
-    samples afterwards are those of an adaptive one."""
+    """Adaptive (``dopri5``, ``bosh3``) or with fixed steps (``rk4``, ``midpoint``). Fixed steps are used only in
+    training; later likelihoods and samples use an adaptive solver."""
     tolerance: float = Field(default=1e-5, gt=0)
-    """Relative and absolute error that an adaptive solver aims at; it also decides how exact the inverse is."""
+    """Relative and absolute error tolerance of an adaptive solver; it also limits how exact the inverse is."""
     num_steps: int = Field(default=20, ge=1)
-    """Steps of a solver of fixed ones."""
+    """Number of steps of a solver with fixed steps."""
     gradients: Literal["adjoint", "direct"] = "adjoint"
-    """``adjoint``: solved backwards, in memory that does not grow with steps. ``direct``: through the solver's own
-    operations, exact for what it computed."""
+    """``adjoint``: an adjoint solve, whose memory does not grow with the number of steps. ``direct``: backpropagation
+    through the operations of the solver, exact for the computed result."""
     exact_trace_dims: int = Field(default=64, ge=0)
-    """In evaluation the trace is exact up to so many dimensions, and estimated by a probe above; in training it is
-    always estimated."""
+    """In evaluation the trace is exact up to this number of dimensions, and estimated with a probe above; in training it
+    is always estimated."""
     max_evaluations: int = Field(default=2000, ge=1)
-    """A solve that needs more evaluations of the dynamics ends in an error."""
+    """A solve that needs more evaluations of the dynamics fails."""
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "ContinuousConfig":
         evaluations = {"rk4": 4, "midpoint": 2}.get(self.solver, 0) * self.num_steps
         if evaluations > self.max_evaluations:
             raise ValueError(
-                f"max_evaluations must allow those of num_steps (got {self.max_evaluations}, and {self.num_steps} "
-                f"steps of {self.solver} take {evaluations}); raise it"
+                f"max_evaluations must not be below the evaluations of num_steps (got {self.max_evaluations}, and "
+                f"{self.num_steps} steps of {self.solver} take {evaluations}); raise it"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Protocols and gates: the files in ``evals/`` that fix how a number is measured and which numbers promote a model."""
+"""Protocols and gates: files in ``evals/`` that define how a metric is measured and which numbers promote a model."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class _Protocol(Section):
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger number is a better one."""
+        """Whether a larger number is better."""
         return False
 
     @property
@@ -42,14 +42,14 @@ class _Protocol(Section):
 
 
 class _LikelihoodProtocol(_Protocol):
-    """Negative log-likelihood of a whole split, each sample's kept."""
+    """Negative log-likelihood of a whole split; the value of each sample is stored."""
 
     labels: Literal["given", "none"] = "given"
-    """``given``: log p(x | y) for a class-conditional flow. ``none``: labels dropped."""
+    """``given``: log p(x | y) for a class-conditional flow. ``none``: labels are dropped."""
 
 
 class NatsProtocol(_LikelihoodProtocol):
-    """Mean negative log-likelihood of the vectors of a split, in nats a vector."""
+    """Mean negative log-likelihood of the vectors of a split, in nats per vector."""
 
     metric: Literal["nats"]
 
@@ -59,42 +59,42 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
 
     metric: Literal["bits_per_dim"]
     bit_depth: int = Field(ge=1, le=8)
-    """Levels of a pixel are 2^bit_depth; must be the data set's."""
+    """Bits of a pixel, which has 2^bit_depth levels; must be that of the data set."""
     num_draws: int = Field(default=1, ge=1)
     """Dequantization draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
-    """``mean`` over draws: an upper bound of the discrete image's cost. ``importance``: log of the mean density, a
+    """``mean`` over draws: an upper bound of the cost of the discrete image. ``importance``: log of the mean density, a
     tighter bound, exact in the limit of many draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
 
 
 LikelihoodProtocol = NatsProtocol | BitsPerDimProtocol
-"""A protocol that looks at the likelihood of each sample of a split."""
+"""A protocol that measures the likelihood of each sample of a split."""
 
 
 class _SampledProtocol(_Protocol):
-    """What all numbers have in common that look at generated images through an extractor."""
+    """Keys of all protocols that measure features of generated images."""
 
     extractor: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """``pixels``: the flattened image in levels 0..2^bit_depth-1. ``inception-v3-compat``: torch-fidelity's port of
-    the Inception that FID is defined with. ``dinov2-vitl14``: the one of FD-DINOv2. Or the name under which an entry
-    point of the group ``tarflow_scale.extractors`` offers another."""
+    the Inception that defines FID. ``dinov2-vitl14``: that of FD-DINOv2. Or the name of an entry point of the group
+    ``tarflow_scale.extractors`` in another package."""
     extractor_sha256: str | None = None
-    """Digest of the extractor's weights file, checked before use. None: for ``inception-v3-compat`` the published
-    prefix 6726825d is checked; ``pixels`` has no weights."""
+    """Required SHA-256 of the weights file of the extractor. None: for ``inception-v3-compat`` the published prefix
+    6726825d is checked; ``pixels`` has no weights."""
     num_images: int = Field(ge=2)
-    """Generated images."""
+    """Number of generated images."""
     seed: int = Field(default=0, ge=0)
     """Seed of the latents."""
     labels: Literal["balanced"] = "balanced"
     """Image i has label i modulo the number of classes."""
     bit_depth: int = Field(ge=1, le=8)
-    """Images are compared after quantisation to this many bits."""
+    """Images are compared after quantization to this many bits."""
     rounding: Literal["floor", "nearest", "truncate"] = "floor"
-    """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantization, ``nearest`` that
-    of noise around the level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference images
-    alike, as torchmetrics does; half a level too dark, but what published TarFlow numbers were measured with."""
+    """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantization, ``nearest`` that of
+    noise around the level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference images, as
+    torchmetrics does; half a level too dark, but published TarFlow numbers were measured with it."""
     clip: Literal[True] = True
     """Values outside [-1, 1] are clipped."""
 
@@ -106,15 +106,15 @@ class _SampledProtocol(_Protocol):
 
 
 class FrechetProtocol(_SampledProtocol):
-    """Fréchet distance between Gaussians fitted to features of generated and of all reference images."""
+    """Fréchet distance between Gaussians fitted to features of generated images and of all reference images."""
 
     metric: Literal["frechet"]
     layer: Literal["pool", "spatial"] = "pool"
-    """``pool``: the extractor's output. ``spatial``: sFID's, the first 7 channels of ``mixed_6/conv`` in the graph that
-    ADM's evaluator reads, which torch-fidelity's conversion of that graph calls ``Mixed_6d.branch1x1``."""
+    """``pool``: the output of the extractor. ``spatial``: the layer of sFID, the first 7 channels of ``mixed_6/conv``
+    in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
-    """``infinity``: extrapolated on 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint
-    groups of 10 to 50 of the 50 index blocks."""
+    """``infinity``: extrapolated in 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint groups
+    of 10 to 50 of the 50 index blocks."""
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -125,7 +125,8 @@ class FrechetProtocol(_SampledProtocol):
 
 class _ReferenceSubset(_SampledProtocol):
     num_reference_images: int = Field(ge=2)
-    """Reference images, a random subset of the data set that ``seed`` fixes; all, in their order, if it is as many."""
+    """Number of reference images: a random subset of the data set, which ``seed`` determines; or the whole data set in
+    order, if it has this number of images."""
 
 
 class KernelProtocol(_ReferenceSubset):
@@ -135,7 +136,7 @@ class KernelProtocol(_ReferenceSubset):
     num_subsets: int = Field(default=100, ge=1)
     subset_size: int = Field(default=1000, ge=2)
     subset_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Of the subsets, drawn as torch-fidelity draws them."""
+    """Seed of the subsets, which are drawn as torch-fidelity draws them."""
 
     @model_validator(mode="after")
     def _subsets_fit(self) -> "KernelProtocol":
@@ -149,16 +150,16 @@ class KernelProtocol(_ReferenceSubset):
 
 
 class InceptionScoreProtocol(_SampledProtocol):
-    """exp of the mean divergence between class probabilities of an image and their mean, mean over splits."""
+    """exp of the mean divergence between the class probabilities of an image and their mean; the mean over splits."""
 
     metric: Literal["inception_score"]
     num_splits: int = Field(default=10, ge=1)
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Of the order of images before they are split, drawn as torch-fidelity draws it."""
+    """Seed of the order of images before they are split, which is drawn as torch-fidelity draws it."""
 
     @property
     def higher_is_better(self) -> bool:
-        """A score."""
+        """True."""
         return True
 
     @model_validator(mode="after")
@@ -171,18 +172,18 @@ class InceptionScoreProtocol(_SampledProtocol):
 
 
 class ManifoldProtocol(_ReferenceSubset):
-    """Improved precision or recall: the share of generated (reference) features inside the other set's manifold.
+    """Improved precision or recall: the share of generated (reference) features inside the manifold of the other set.
 
-    A manifold is the union of balls around its features that reach to their k-th neighbour (arXiv 1904.06991).
+    A manifold is the union of balls around features that reach to their k-th neighbour (arXiv 1904.06991).
     """
 
     metric: Literal["precision", "recall"]
     neighbours: int = Field(default=3, ge=1)
-    """k."""
+    """Number k of the neighbour that a ball reaches to."""
 
     @property
     def higher_is_better(self) -> bool:
-        """A share of what is covered."""
+        """True."""
         return True
 
     @model_validator(mode="after")
@@ -194,7 +195,7 @@ class ManifoldProtocol(_ReferenceSubset):
 
 
 SampledProtocol = FrechetProtocol | KernelProtocol | InceptionScoreProtocol | ManifoldProtocol
-"""A protocol that looks at generated images."""
+"""A protocol that measures generated images."""
 
 
 class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(discriminator="metric")]]):
@@ -202,34 +203,34 @@ class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(d
 
 
 def load_protocol(path: str, key: str = "metrics.protocols") -> LikelihoodProtocol | SampledProtocol:
-    """Read a protocol file, which ``key`` names.
+    """Read a protocol file that the configuration names in ``key``.
 
     Raises:
-        ConfigError: when it cannot be read or a key is wrong.
+        ConfigError: it cannot be read, or a key is wrong.
     """
     return load_named(Protocol, path, "protocol", key).root
 
 
 class Requirement(Section):
-    """What one number of a version must show."""
+    """Requirements for one number of a version."""
 
     protocol: str
-    """The protocol file; a report by any other protocol does not count."""
+    """Protocol file of the number."""
     maximum: float | None = None
     """The value must not exceed this."""
     minimum: float | None = None
     """The value must not be below this."""
     minimum_images: int | None = Field(default=None, ge=1)
-    """The value must be of so many images."""
+    """The value must be measured on at least this number of images."""
     must_beat_champion: bool = False
-    """The value must be better than the present holder's by more than ``margin``, on the same protocol id, and not by
-    chance: image by image where bits/dim of each were kept, else by the standard errors of both."""
+    """The value must be significantly better than that of the present champion, by more than ``margin``, for the same
+    protocol id. The standard error is that of differences between images for bits/dim, else that of both numbers."""
     margin: float = Field(default=0.0, ge=0)
-    """In the unit of the metric."""
+    """Margin in the unit of the metric."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """One-sided, of the comparison with the champion."""
+    """One-sided confidence of the comparison with the champion."""
     protocol_id: str | None = None
-    """The full id that the number must carry, which pins the images too; None accepts any reference."""
+    """Full protocol id of the number, which also fixes the images; None accepts any reference."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> "Requirement":
@@ -241,9 +242,9 @@ class Requirement(Section):
 
 
 class GateConfig(Section):
-    """What a version must show before an alias moves to it."""
+    """Requirements for a version before an alias moves to it."""
 
     name: Name
     requirements: tuple[Requirement, ...] = Field(min_length=1)
     approvals: tuple[str, ...] = ()
-    """Users all of whom must have approved the version (``models approve``)."""
+    """Users who must all have approved the version (``models approve``)."""

@@ -1,4 +1,4 @@
-"""How a flow is sampled."""
+"""The section ``sampling``: how a flow is sampled."""
 
 from typing import Literal
 
@@ -11,16 +11,14 @@ __all__ = ["DecoderConfig", "GuardConfig", "Guidance", "Labels", "NamedLabels", 
 Labels = Literal["balanced"] | tuple[int, ...] | dict[int, float]
 """``balanced``: image i has label i modulo the number of classes. A list: its labels in turn. A mapping: each label is
 drawn with its weight."""
-
-
 NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, float]
-"""The same, where classes may be named."""
+"""`Labels`, with numbers or names of classes."""
 
 
 class Guidance(Section):
-    """Guidance of sampling: predictions a become a + scale (a - a_weak), where the weak prediction drops the label.
+    """Guidance of sampling: a prediction a becomes a + scale (a - a_weak); the weak prediction drops the label.
 
-    It acts on log-scale and mean alike (arXiv 2412.06329, section 3.4).
+    It applies to the log-scale and the mean (arXiv 2412.06329, section 3.4).
     """
 
     scale: float = Field(default=0.0, ge=0)
@@ -28,13 +26,13 @@ class Guidance(Section):
     annealed: bool = False
     """TarFlow: the strength rises linearly over the T tokens of a block, from scale / (T - 1) to scale."""
     attention_temperature: float = Field(default=1.0, gt=0)
-    """TarFlow: attention logits of the weak prediction are divided by it. It is what guides a model without classes,
-    whose two predictions are equal at 1."""
+    """TarFlow: attention logits of the weak prediction are divided by it. A model without classes needs a value other
+    than 1, because its two predictions are equal at 1."""
     what: Literal["both", "log_scale", "mean"] = "both"
-    """Which of the two parameters is guided."""
+    """Parameters that are guided."""
     blocks: Literal["all", "first"] = "all"
-    """TarFlow: where it acts. ``first``: in the block that is decoded first alone, as in STARFlow (arXiv 2506.06276),
-    which halves the work of the others."""
+    """TarFlow: blocks with guidance. ``first``: only the block that is decoded first, as in STARFlow (arXiv
+    2506.06276), which halves the cost of the other blocks."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
@@ -44,39 +42,38 @@ class Guidance(Section):
 
 
 class DecoderConfig(Section):
-    """How the latents of a TarFlow become images; the other flows have one way."""
+    """How the latents of a TarFlow are decoded; other flows have one decoder."""
 
     kind: Literal["exact", "adaptive"] = "exact"
-    """``exact``: token by token. ``adaptive``: several tokens at once where a plan, which ``generate --calibrate``
-    measures, says that it is faster."""
+    """``exact``: token by token. ``adaptive``: several tokens at once in blocks where that is faster, as measured by
+    ``generate --calibrate``."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the transformers and their cache; scale and mean are fp32 in any case."""
+    """Precision of the transformers and their cache; scale and mean are always fp32."""
     tolerance: float = Field(default=1e-3, gt=0)
-    """``adaptive``: tokens are iterated until no feature moves by more, on the scale of [-1, 1]."""
+    """``adaptive``: iterations of a token end when no feature moves by more, on the scale of [-1, 1]."""
 
 
 class SamplingConfig(Section):
     """How the flow is sampled. Image i depends on (weights, seed, i) and these settings, not on the batch."""
 
     batch_size: int | None = Field(default=128, ge=1)
-    """Images decoded together; None takes as many as fit in the device's free memory, at most 1,024."""
+    """Images decoded together; None uses as many as fit in the free memory of the device, at most 1,024."""
     decoder: DecoderConfig = DecoderConfig()
     guidance: Guidance = Guidance()
     temperature: float = Field(default=1.0, ge=0)
     """Standard deviation of the latent."""
     denoise: float = Field(default=0.0, ge=0)
-    """Strength of one Tweedie step, for models trained with Gaussian noise: 1 removes the noise in the mean, 0 is
-    off."""
+    """Strength of one Tweedie step, for models trained with Gaussian noise: 1 removes the expected noise, 0 is off."""
 
 
 class GuardConfig(Section):
-    """Which images are not kept. Image i is drawn again with its next latent until it is good."""
+    """Which images are rejected. A rejected image i is drawn again from its next latent."""
 
     saturated_share: float | None = Field(default=None, gt=0, le=1)
-    """An image is bad if a larger share of its values lies outside [-1, 1] by more than a level; None accepts any.
-    Values that are not finite are always bad."""
+    """An image is rejected if a larger share of its values lies outside [-1, 1] by more than a level; None turns this
+    test off. Images with values that are not finite are always rejected."""
     attempts: int = Field(default=3, ge=0)
-    """Times that an image may be drawn again; one that is bad after that ends the generation."""
+    """Number of times that an image may be drawn again; if it is still rejected, the generation fails."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
-    """A larger share of images that were drawn again ends the generation: the model is at fault, not chance. Three
-    are let pass, however few are made; none at 0."""
+    """If a larger share of images was drawn again, the generation fails, because the model is at fault. Three redrawn
+    images are always allowed, except at 0, which allows none."""

@@ -1,4 +1,4 @@
-"""Scoring: a version and images in, a table of anomaly scores out."""
+"""Configuration of the verb ``score``."""
 
 from typing import Literal
 
@@ -14,40 +14,40 @@ __all__ = ["VERB", "ScoreConfig", "ScoringConfig"]
 
 
 class ScoringConfig(Section):
-    """How images are scored, and where the table goes (verb ``score``)."""
+    """How images are scored, and where the table is written."""
 
     path: str
-    """Folder or URL for ``scores.csv`` (or ``.parquet``) and ``summary.json``; parts on their way are in it too."""
+    """Folder or URL for ``scores.csv`` (or ``.parquet``), ``summary.json`` and temporary parts."""
     format: Literal["csv", "parquet"] = "csv"
-    """Of the table; ``parquet`` needs the extra ``parquet``."""
+    """Format of the table; ``parquet`` needs the extra ``parquet``."""
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
-    """An image is flagged above the score that this share of the held-out normal images exceeds."""
+    """Share of the held-out normal images above the threshold; images with a higher score are flagged."""
     num_draws: int = Field(default=1, ge=1)
-    """Dequantization draws per image; the log of their mean density counts."""
+    """Dequantization draws per image; the score uses the log of their mean density."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["dropped", "marginal"] = "dropped"
-    """Anomalies have no label. ``dropped``: as classifier-free training drops it. ``marginal``: the density summed over
-    all labels, as many passes."""
+    """How labels are treated, which anomalies do not have. ``dropped``: as in training without the label. ``marginal``:
+    the density is summed over all labels, with one pass for each."""
     batch_size: int = Field(default=128, ge=1)
     """Images scored together."""
     maps: int = Field(default=0, ge=0)
-    """Of so many of the least likely images of ``data``, a picture ``maps.png`` shows which pixels surprise, labels
-    dropped; of Glow and RealNVP, which squares of pixels."""
+    """Number of the least likely images of ``data`` in the picture ``maps.png``, which marks the pixels that contribute
+    most (of Glow and RealNVP, squares of pixels); labels are dropped."""
 
 
 class ScoreConfig(Root):
-    """A version and images in, a table of anomaly scores out."""
+    """Write a table of anomaly scores of images under a registered version."""
 
     registry: VersionConfig
     background: VersionConfig | None = None
-    """A model of images in general, for the likelihood ratio; say one trained on noisier or broader data."""
+    """A model of images in general, for the likelihood ratio; for example one trained on noisier or broader data."""
     data: DataSetConfig
     """The images to score."""
     calibration: DataSetConfig
-    """Held-out normal images, which say what is typical and where the threshold is; not those of training."""
+    """Held-out normal images, not used in training; they determine the typical score and the threshold."""
     anomalies: DataSetConfig | None = None
-    """A second set to score, known to be anomalous, with which ``data`` is compared as normal."""
+    """Known anomalies, also scored; ``data`` is compared with them as the normal set."""
     scoring: ScoringConfig
     cluster: ClusterConfig = ClusterConfig()
 

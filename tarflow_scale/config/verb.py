@@ -1,4 +1,4 @@
-"""How a verb is declared, beside its configuration: where it is, its manual, and its flags."""
+"""Declaration of a verb beside its configuration: its function, manual and flags."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ __all__ = ["Flag", "Verb", "flags_of"]
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that sets a key, or that has another function of the verb's module called.
+    """A flag that sets a key, or that calls another function of the module of the verb.
 
     Args:
-        name: without the dashes.
-        help: what it does.
+        name: name without the dashes.
+        help: what the flag does.
         values: names of its values in the manual; none for a switch.
-        key: the key that it sets to its value.
-        function: what is called in place of the verb's own function. A switch's is called with the configuration; one
-            with values is called with them, and reads no configuration.
+        key: key of the configuration that is set to the value.
+        function: function that is called instead of that of the verb. For a switch it is called with the configuration;
+            for a flag with values it is called with these, and no configuration is read.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Verb:
     """A verb.
 
     Args:
-        module: below the package; ``function(configuration, dry_run)`` is in it.
-        config: what it reads.
+        module: module below the package, which has ``function(configuration, dry_run)``.
+        config: root section of its configuration.
         summary: what it does, for the list of verbs.
-        example: a command, which names a file in ``configs/``.
-        function: its entry.
-        flags: beside ``--dry-run``. Of those with a function, one may be given.
-        imports: what takes seconds to import, to be announced.
+        example: an example command, which names a file in ``configs/``.
+        function: entry function.
+        flags: flags in addition to ``--dry-run``. At most one flag with a function may be given.
+        imports: slow imports, to be announced.
     """
 
     module: str
@@ -56,7 +56,7 @@ class Verb:
 
 
 def flags_of(section: type[Section], key: str) -> tuple[Flag, ...]:
-    """A flag for each key of a section, which is named ``key`` in the configuration."""
+    """A flag for each key of a section; ``key`` is the path of the section in the configuration."""
     return tuple(
         Flag(name.replace("_", "-"), " ".join((field.description or "").split()), (name.upper(),), f"{key}.{name}")
         for name, field in section.model_fields.items()

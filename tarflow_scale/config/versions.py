@@ -1,4 +1,4 @@
-"""A registry and the versions in it."""
+"""The section ``registry``: a registry, a model, a version."""
 
 from typing import Annotated
 
@@ -25,5 +25,5 @@ class VersionConfig(RegistryConfig):
     """One version of a model."""
 
     version: int | str = "latest"
-    """A number, an alias such as ``champion``, or ``latest``: the newest that is not retired, and for ``promote`` the
-    newest of these that has the numbers that the gate asks for."""
+    """A number, an alias such as ``champion``, or ``latest``: the newest version that is not retired; for ``promote``,
+    the newest of these that has all numbers that the gate requires."""

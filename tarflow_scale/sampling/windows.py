@@ -128,9 +128,7 @@ class OneQuery(Window):
                 subprocess.run([*compiler, str(source), "-o", str(library), "-lm"], check=True, capture_output=True)
                 function = ctypes.CDLL(str(library)).one_query
             except (OSError, subprocess.CalledProcessError) as error:
-                output = (
-                    error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else ""
-                )
+                output = getattr(error, "stderr", b"").decode(errors="replace")
                 _log.warning(
                     "sampling on this CPU is slower than it could be: %s was not compiled (%s%s)",
                     source.name,

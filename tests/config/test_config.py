@@ -188,7 +188,9 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: st
 
 
 def test_another_kind_of_model_needs_a_section_of_its_own(base: Path) -> None:
-    with pytest.raises(ConfigError, match="another kind takes a section of its own, 'model={kind: glow, levels: 3}'$"):
+    with pytest.raises(
+        ConfigError, match="to change the kind, replace the whole section, 'model={kind: glow, levels: 3}'$"
+    ):
         load_config(TrainConfig, base, ["model.kind=glow"])
 
 
@@ -244,7 +246,7 @@ def test_no_configuration_at_all_says_where_there_are_some() -> None:
         ),
         (
             ["model={kind: continuous, solver: rk4, num_steps: 501}", "training.seed=1"],
-            "model: max_evaluations must allow those of num_steps (got 2000, and 501 steps of rk4 take 2004); raise it",
+            "model: max_evaluations must not be below the evaluations of num_steps (got 2000, and 501 steps of rk4 take 2004); raise it",
         ),
         (
             ["model={kind: nice}", "logging.preview_guidance=1"],
