@@ -1,4 +1,4 @@
-"""How well each anomaly score tells data from what is not data: AUROC, every score higher for what is more anomalous.
+"""AUROC of every anomaly score: how well it separates test images from several kinds of anomalies.
 
     make demo
     python evals/benchmarks/anomaly.py digits --registry runs/demo/registry --model digits --data runs/demo/data \
@@ -6,9 +6,10 @@
     python evals/benchmarks/anomaly.py mnist --registry runs/mnist/registry --model mnist-glow --data data/mnist \
         --output evals/results/anomaly-mnist-glow-cpu.json
 
-Half of the test split calibrates, the other half is normal; anomalies are made of that other half: pixels shuffled,
-patches shuffled, rotated by a right angle, inverted; and crops of photographs (a folder of images) reduced to the
-format of the data. For digits a background model is trained, a MAF on digits of which every fourth pixel is random.
+Half of the test split calibrates the scores, the other half is the normal set. Anomalies are made from that half:
+pixels shuffled, patches shuffled, rotated by 90 degrees, inverted; and from crops of photographs (a folder of images)
+reduced to the format of the data. For digits a background model is trained: a MAF on digits with every fourth pixel
+replaced by a random one.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""How threads of one rank share cores with other programs: speed of a training step with and without a busy core.
+"""Speed of a training step of one rank with and without another program on one of its cores.
 
     python evals/benchmarks/busy_cores.py --output evals/results/busy-cores-cpu.json
 
-Recipes are measured one after the other, on random images. Three processes hold the same flow: one with one thread, one
-with a thread for each core as OpenMP has them wait for each other by default, and one as a rank has them
-(`tarflow_scale.runtime.cores.spin_briefly`). They take turns of a second in a changing order, in rounds without and
-rounds with a load: one process pinned to the last core that computes without pause. Figures are medians over rounds of
-the ratio of two turns of the same round.
+Recipes are measured one after the other, on random images. Three processes have the same flow: one with a single
+thread, one with a thread for each core and OpenMP's default waiting, and one with the settings of a rank
+(`tarflow_scale.runtime.cores.spin_briefly`). They take turns of a second in varying order, in rounds without and with a
+load: a process pinned to the last core that computes without pause. Figures are medians over rounds of the ratio of two
+turns of the same round.
 
-Where it may (root), the script shields its processes from other programs of the machine: real-time scheduling in rounds
-without the load, and in rounds with it the highest priority of its scheduling group, where load and training are equal.
-The results say so, and the load of the machine when it began and ended.
+As root, the script shields its processes from other programs: by real-time scheduling in rounds without the load, and
+by the highest priority of its scheduling group in rounds with it, where load and training have equal priority. The
+results record this, and the load of the machine at the start and the end.
 """
 
 import argparse
@@ -41,14 +41,14 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Variant:
-    """A worker process: its threads, and the environment that says how they wait."""
+    """A worker process: its number of threads, and the environment variables for their waiting."""
 
     threads: int
     environment: dict[str, str]
 
 
 def work(threads: int, recipe: str) -> None:
-    """Train when asked to: a line on standard input is for how many seconds, the answer is images a second."""
+    """Train on request: reads a number of seconds from a line of standard input, prints images per second."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = TrainConfig.load(Path(__file__).parents[2] / f"configs/train/{recipe}.yaml", [])
@@ -93,7 +93,7 @@ def started(variant: Variant, recipe: str) -> "subprocess.Popen[str]":
 
 
 def turn(worker: "subprocess.Popen[str]", seconds: float, real_time: bool) -> float:
-    """Images a second of one turn; all its threads are scheduled alike."""
+    """Images per second of one turn; all threads get the same scheduling."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     for thread in Path(f"/proc/{worker.pid}/task").iterdir():
@@ -116,7 +116,7 @@ def shielded() -> bool:
 
 
 def measure(variants: dict[str, Variant], recipe: str, rounds: int, seconds: float) -> dict[str, list[list[float]]]:
-    """Images a second by variant: those of rounds without the load, and those of rounds with it."""
+    """Images per second of every variant in rounds without the load, and in rounds with it."""
     workers = {name: started(variant, recipe) for name, variant in variants.items()}
     load = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     os.sched_setaffinity(load.pid, {max(os.sched_getaffinity(0))})

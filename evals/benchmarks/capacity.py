@@ -1,18 +1,18 @@
-"""The planner against processes: memory at its peak, bytes between ranks, seconds of a step.
+"""Predictions of the verb ``plan`` against measurements: peak memory, bytes between ranks, seconds of a step.
 
     python evals/benchmarks/capacity.py --output evals/results/capacity-cpu.json
 
-Every case is a fresh process, or two ranks over gloo with the loopback of a network namespace of their own, where that
-is allowed, so that no other traffic is counted. Each rank has one thread.
+Every case is a new process, or two ranks over gloo in their own network namespace if that is allowed, so that no other
+traffic is counted. Each rank has one thread.
 
-* Memory: most resident memory in a step, less what was resident before the flow was built, when everything had been
-  imported and a tiny flow had taken two steps. glibc gives freed blocks back at once (`measuring`), so that resident is
-  what is in use; ``retained`` is what its defaults add to one case. Predicted: `memory_of`, for ranks that are no GPUs.
-* Bytes: received on the loopback in a step. Predicted: `traffic_of`, of all ranks.
-* Seconds: from two fp32 cases that differ in their batch alone come the utilisation and what the optimizer's update
-  takes, from one bf16 case its utilisation; all others are predicted from them, with the rate at which gloo sums
-  200 MB, and nothing hidden. Fastest of the steps counts. Time is this machine's, which others use too; the figures
-  say what error was found, and ask for none.
+* Memory: peak resident memory in a step, minus the resident memory before the flow was built, after all imports and two
+  steps of a tiny flow. glibc returns freed blocks at once (`measuring`), so resident memory is memory in use;
+  ``retained`` is the addition of its default settings in one case. Predicted by `memory_of`, for ranks without GPUs.
+* Bytes: received on the loopback in a step. Predicted by `traffic_of`, for all ranks.
+* Seconds: the fastest step. Two fp32 cases with different batches determine utilisation and the time of the optimizer
+  update, one bf16 case determines the utilisation in bf16; all other cases are predicted from these and from the rate
+  at which gloo sums 200 MB, without overlap. Other programs use the machine too, so errors of times are reported
+  without a bound.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def measured(name: str, alone: bool, environment: dict[str, str]) -> dict[str, f
 
 
 def predicted(name: str, flops: float, bytes_per_second: float, update: float) -> dict[str, float]:
-    """What the planner says of a case.
+    """Predictions for a case.
 
     Args:
         name: of the case.

@@ -1,4 +1,4 @@
-"""The report of a champion as its registry holds it, with where the version came from: a committed results file.
+"""Write the report of a champion, with the origin of the version, as a committed results file.
 
 python evals/benchmarks/champion_report.py runs/demo/registry digits --output evals/results/champion-digits.json
 """

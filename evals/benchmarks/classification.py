@@ -4,7 +4,7 @@
     python evals/benchmarks/classification.py --registry runs/demo/registry --model digits --data runs/demo/data/test \
         --output evals/results/classification-digits-cpu.json
 
-The label whose likelihood is the largest counts, a mean of densities over dequantization draws.
+The predicted label has the largest likelihood, the mean density over dequantization draws.
 """
 
 import argparse

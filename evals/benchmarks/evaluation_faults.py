@@ -1,10 +1,10 @@
-"""What an evaluation must survive, each with real processes, and what came of it.
+"""Fault injection for ``evaluate``, with real processes.
 
     python evals/benchmarks/evaluation_faults.py --repeat 10 --output evals/results/evaluation-faults-cpu.json
 
-A small TarFlow of the digits is scored by five protocols on two Ray workers: samples, features, moments, measures and
-bits/dim. Every number, its standard error and those of the baselines must be equal, to the last bit, to what one
-process finds that nothing disturbed.
+A small TarFlow of the digits is evaluated by five protocols on two Ray workers: samples, features, moments, measures
+and bits/dim. Every number, its standard error and the baselines must equal, to the last bit, those of one undisturbed
+process.
 """
 
 import json
@@ -48,7 +48,7 @@ PROTOCOLS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class World:
-    """A registry with one version, its data and protocols, and what an undisturbed evaluation found."""
+    """A registry with one version, its data and protocols, and the numbers of an undisturbed evaluation."""
 
     folder: Path
     registry: Path
@@ -104,7 +104,7 @@ def begin(world: World, folder: Path, *more: str) -> "subprocess.Popen[str]":
 
 
 def reach(process: "subprocess.Popen[str]", folder: Path, parts: int) -> None:
-    """Wait until an evaluation has made so many parts."""
+    """Wait until an evaluation has written a number of parts."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while len(list((folder / "references/parts").rglob("*.npz"))) < parts:
         if process.poll() is not None or time.monotonic() > deadline:

@@ -1,10 +1,10 @@
-"""The whole family on one data set: the same number of images for each, one table for all.
+"""Compare all flows on one data set, trained on the same number of images.
 
     python evals/benchmarks/family.py --output evals/results/family-cpu.json
 
 Every model is trained by its recipe on two ranks, registered, and evaluated by the same protocols, without guidance;
-then its samples are timed in this process, in batches of 100, the median of three. What is finished is not done again.
-With ``--only`` the rows of the others stay as they are in the file; each says when and where it was measured.
+then sampling is timed in this process, in batches of 100, the median of three. Finished work is not repeated. With
+``--only`` the rows of the other flows in the file are kept; each row records when and where it was measured.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What fault injection shares: processes that must end in time and in a certain way, and the table of what survived."""
+"""Shared parts of fault injection: processes with an expected exit code and a time limit, and the table of results."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ MARKER = "TARFLOW_SCALE_FAULTS"
 
 
 class Failed(Exception):
-    """A scenario did not end as it must."""
+    """A scenario did not end as expected."""
 
 
 def start(arguments: list[str], ranks: int, verb: str = "train", **environment: str) -> "subprocess.Popen[str]":
@@ -53,7 +53,7 @@ def start(arguments: list[str], ranks: int, verb: str = "train", **environment: 
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    """Wait for the end, which must have this exit code; the output."""
+    """Wait for the end of a process and check its exit code. Returns the output."""
     try:
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -79,7 +79,7 @@ def gone(pids: list[int]) -> None:
 
 
 def processes(folder: Path, name: bytes = b"") -> list[int]:
-    """Processes of a scenario, its folder in their environment, whose command line starts so."""
+    """Processes of a scenario whose command line has this start; they have the folder in their environment."""
     found: list[int] = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -94,7 +94,7 @@ def processes(folder: Path, name: bytes = b"") -> list[int]:
 
 
 def kill_one(pids: list[int], killed: set[int]) -> None:
-    """Kill -9 of a random one, which then is in ``killed``; nothing if it has ended already."""
+    """Kill a random process with SIGKILL and add it to ``killed``, unless it has already ended."""
     victim = random.choice(pids)
     with contextlib.suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
@@ -102,7 +102,7 @@ def kill_one(pids: list[int], killed: set[int]) -> None:
 
 
 def all_gone(folder: Path) -> None:
-    """Wait until nothing of a scenario runs."""
+    """Wait until all processes of a scenario have ended."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while left := processes(folder):
         if time.monotonic() > deadline:

@@ -1,11 +1,11 @@
-"""What a training run must survive, each with real processes, and what came of it.
+"""Fault injection for ``train``, with real processes.
 
     python evals/benchmarks/faults.py --repeat 20 --repeat-others 5 --output evals/results/faults-cpu.json
 
-A small TarFlow trains on the digits on two gloo ranks (one where the fault is of one process). Every scenario disturbs
-a run at a random step, starts the same command again, and compares with a run that nothing disturbed: log and weights
-must be equal to the last bit, which they are only if no sample is lost or seen twice. Where ranks or ZeRO stage change
-on the way, the losses must agree to 1e-5 bits/dim.
+A small TarFlow trains on the digits on two gloo ranks, or on one if the fault affects a single process. Every scenario
+disturbs a run at a random step, starts the same command again, and compares with an undisturbed run: log and weights
+must be equal to the last bit, which also shows that no sample is lost or seen twice. If the number of ranks or the ZeRO
+stage changes, losses must agree to 1e-5 bits/dim.
 """
 
 import json
@@ -48,7 +48,7 @@ VOLATILE = {
 
 @dataclass
 class World:
-    """Where scenarios happen: packed digits, and runs that nothing disturbed, by number of ranks."""
+    """What scenarios share: packed digits, and undisturbed runs by number of ranks."""
 
     folder: Path
     data: Path
@@ -65,7 +65,7 @@ class World:
         return [str(file), *(f"{key.replace('__', '.')}={value}" for key, value in changes.items())]
 
     def undisturbed(self, ranks: int) -> Path:
-        """The run to compare with, made once."""
+        """The undisturbed run, which is made once."""
         run = self.folder / f"undisturbed-{ranks}" / "run"
         if not (run / "model").exists():
             finish(start(self.config(run), ranks))
@@ -80,13 +80,13 @@ def make_world(folder: Path) -> World:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The log without what differs between equal runs."""
+    """The log without times, which differ between equal runs."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
 
 def reach(process: "subprocess.Popen[str]", run: Path, steps: int) -> None:
-    """Wait until a run has logged so many steps."""
+    """Wait until a run has logged a number of steps."""
     deadline = time.monotonic() + LIMIT_SECONDS
     log = run / "log.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < steps:
@@ -106,7 +106,7 @@ def check_equal(run: Path, expected: Path) -> None:
 
 
 def random_step() -> int:
-    """A step at which something happens, after the first checkpoint and before the end."""
+    """A random step for the fault, after the first checkpoint and before the end."""
     return random.randint(SAVE_STEPS + 1, STEPS - 5)
 
 
@@ -139,7 +139,7 @@ def kill_all_ranks(world: World, folder: Path) -> None:
 
 
 def kill_the_launcher(world: World, folder: Path) -> None:
-    """Kill -9 of the launcher alone; the same command again at once, while the ranks that it left still run."""
+    """Kill -9 of the launcher alone; the same command again at once, while its ranks still run."""
     run = folder / "run"
     process = start(world.config(run), 2)
     reach(process, run, random_step())
@@ -297,7 +297,7 @@ fsspec.register_implementation("flaky", Flaky)
 
 
 def flaky_store(folder: Path) -> Path:
-    """A folder that makes ``flaky://`` known to every Python that has it on its path."""
+    """Make a folder that registers ``flaky://`` in every Python that has it on its path."""
     path = folder / "site"
     path.mkdir(exist_ok=True)
     (path / "sitecustomize.py").write_text(FLAKY)

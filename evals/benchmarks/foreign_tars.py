@@ -1,12 +1,12 @@
-"""How long `prepare` takes to look through WebDataset tars that others wrote, and what it keeps of each sample.
+"""Time and memory of `prepare` for the scan of foreign WebDataset tars.
 
     python evals/benchmarks/foreign_tars.py --output evals/results/foreign-tars-cpu.json
 
-webdataset's own writer makes tars of tiny PNG images with labels. It gives every member a time in fractions of a
-second, so every member has a PAX header; with such small images, headers are nearly all that there is to read.
-``prepare --dry-run`` with two workers is timed as a whole: its start and that of the workers, the scan, the digest of
-all bytes, and a look at 64 images. The scan of one tar in one process is also timed by processor time, which other
-processes on the machine disturb less: by our reading of headers, and by that of the standard library.
+The writer of webdataset makes tars of tiny PNG images with labels. It records times in fractions of a second, so every
+member has a PAX header; with such small images, reading headers dominates. ``prepare --dry-run`` with two workers is
+timed as a whole: start of processes, scan, digest of all bytes, and decoding of 64 images. The scan of one tar in one
+process is also measured in processor time, which other processes disturb less: with our reader of headers, and with
+that of the standard library.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def scan_microseconds(path: Path) -> float:
 
 
 def unusual(stream: IO[bytes], num_bytes: int) -> Iterator[Member]:
-    """In place of our reading of headers, so that the standard library's is used."""
+    """Replacement for our reader of headers, so that that of the standard library is used."""
     raise UnusualHeader(f"{num_bytes} bytes of {stream}")
 
 

@@ -1,13 +1,13 @@
-"""Damage data sets at random, read them as training does, and see that nothing worse than an error happens.
+"""Damage data sets at random, read them as in training, and check that nothing crashes and no wrong pixel is returned.
 
     python evals/benchmarks/fuzz_shards.py --trials 1000 --output evals/results/fuzz-shards-cpu.json
 
-Every trial copies a small data set, damages one file of it (bits flipped, bytes zeroed, cut short, deleted, swapped
-with another, bytes inserted), before it is opened or afterwards, and reads an epoch. The image of sample n is known, so
-that a wrong pixel cannot pass. Allowed are: no effect, quarantine, and an error of one line.
+Every trial copies a small data set, damages one file (bits flipped, bytes zeroed, truncated, deleted, swapped with
+another, bytes inserted) before or after it is opened, and reads an epoch. The image of every sample is known, so a
+wrong pixel is detected. Allowed results: no effect, quarantine, or an error of one line.
 
-In a quarter of the trials index and manifest are brought in line with the damage, as if somebody had packed such a
-sample, so that headers and decoders meet it: nobody can tell then which pixels are right, but nothing may crash.
+In a quarter of the trials the index and the manifest are updated to match the damage, so that it passes the checksums
+and reaches the parsers and decoders; then pixels cannot be verified, but nothing may crash.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def read_epoch(path: Path, after_opening: Callable[[], None], quarantine: Path) 
 
 
 def trial(seed: int, healthy: dict[str, Path], folder: Path) -> tuple[str, str]:
-    """Name of the damage, and what came of it."""
+    """Name of the damage, and its result."""
     rng = np.random.default_rng(seed)
     codec = sorted(healthy)[int(rng.integers(len(healthy)))]
     path = folder / "data"

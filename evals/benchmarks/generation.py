@@ -1,10 +1,10 @@
-"""What batch generation adds to sampling: encoding, tar, digests, records, writing and reading back of shards.
+"""Overhead of batch generation over sampling: encoding, tar, digests, records, writing and verifying shards.
 
     python evals/benchmarks/generation.py --registry runs/demo/registry --output evals/results/generation-cpu.json
 
-A worker's shards of 1,000 images take turns with the bare sampler, which draws the same and whose images go nowhere;
-the median of the ratios of ``--rounds`` turns, after one that counts for nothing. Processor time of the worker, which
-other work on the machine changes less, is compared too; that of the process that encodes is not in it.
+A worker that writes shards of 1,000 images takes turns with the bare sampler, which draws the same images and discards
+them; the result is the median ratio of ``--rounds`` turns, after one warm-up turn. Processor times of the worker are
+also compared, because other work on the machine changes them less; they exclude the encoding process.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python evals/benchmarks/glow_memory.py --output evals/results/glow-memory-cpu.json
 
-Width 512, 3 levels, affine, LU; forward and backward. Every variant runs in a process of its own; rounds alternate and
-the fastest step counts. Peak memory is what a step adds to a process that has taken a step of one image already, so
-weights and gradients, which grow with depth in any case, are not in it. The 256x256 recipe
-(configs/train/celebahq256-glow.yaml) takes one whole training step, AdamW included, with one image.
+Width 512, 3 levels, affine, LU; forward and backward. Every variant runs in its own process; rounds alternate and the
+fastest step counts. Peak memory is the addition of a step in a process that has already taken a step of one image, so
+it excludes weights and gradients. The 256x256 recipe (configs/train/celebahq256-glow.yaml) takes one whole training
+step, including AdamW, with one image.
 """
 
 import argparse

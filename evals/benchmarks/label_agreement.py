@@ -1,7 +1,7 @@
-"""How often a classifier that was trained on real digits sees the label that a generated image was asked for.
+"""Share of generated images that a classifier, trained on real digits, assigns to their label.
 
-A support vector machine on the flattened levels of the real training split; its accuracy on the real test split is
-printed beside, because no generator can be expected to beat it.
+The classifier is a support vector machine on the flattened levels of the real training split. Its accuracy on the real
+test split is printed too, as an upper bound of what to expect.
 
     python evals/benchmarks/label_agreement.py --data runs/demo/data --generated runs/demo/generated --output FILE
 """

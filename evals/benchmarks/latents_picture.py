@@ -1,12 +1,12 @@
-"""A picture of what `interpolated` and `edited` do: images between two, and images moved towards another class.
+"""Picture of `interpolated` and `edited`: paths between two images, and images moved towards another class.
 
     make demo
     python evals/benchmarks/latents_picture.py --registry runs/demo/registry --model digits --data runs/demo/data \
         --output evals/results/latents-digits.png
 
-The upper rows go from one test image to another, the first of its class each, on an arc in latent space. Below the
-gap, the first test images of a class move along the mean latent of the training images of another class less that of
-their own; strength 1 adds the difference once. Labels are dropped throughout, so that only latents move.
+The upper rows are arcs in latent space between the first test images of two classes. Below the gap, the first test
+images of a class move along the mean latent of the training images of another class minus that of their own; strength
+1 adds the difference once. Labels are dropped, so only latents change.
 """
 
 import argparse

@@ -2,21 +2,20 @@
 
     python evals/benchmarks/loader.py --output evals/results/loader-cpu.json
 
-Two data sets of synthetic pictures (noise at octaves, so that they compress like photographs) are packed: 64 px PNG
-and 512 px JPEG. Every variant reads the same tars with the same decoder. Those without processes or threads take turns
-in one process, a few batches each, and the median of their turns counts, so that a busy machine disturbs all alike; the
-others have a process of their own, rounds alternate and the fastest counts.
+Two data sets of synthetic pictures (noise at octaves, which compresses like photographs) are packed: 64 px PNG and
+512 px JPEG. Every variant reads the same tars with the same decoder. Variants without processes or threads take turns
+of a few batches in one process, and the median turn counts, so that other load affects all equally; the others run in
+their own process, rounds alternate and the fastest counts.
 
-* bare: the image members lie in memory; one thread decodes them, as Pillow's documentation shows, and stacks batches.
+* bare: image members are in memory; one thread decodes them, as in Pillow's documentation, and stacks batches.
 * decoder: the same with our decoder, which refuses other sizes and is faster.
-* ours: the loader, checksums and order and all, without worker processes and with two.
+* ours: the loader with checksums and order, without worker processes and with two.
 * s3: the loader without worker processes, over an S3 server on this machine that answers 30 ms late; and the local
-  rate with the same shuffle block. Both are measured for longer, since streams start with two blocks in memory.
+  rate with the same shuffle block. Both are measured for longer, because streams start with two blocks in memory.
 * webdataset: WebDataset(shardshuffle).shuffle(1000), the same decoding and batching, without workers and with two.
 
-Every tar is there eight times, by links, so that epochs are not absurdly short. The data set of a million samples is
-one shard of a thousand, linked a thousand times; opening, planning and reading the first batch in the middle of an
-epoch are real.
+Every tar is linked eight times for longer epochs. The data set of a million samples is one shard of a thousand samples,
+linked a thousand times; it is opened, and the first batch in the middle of an epoch is read.
 """
 
 import argparse
@@ -194,7 +193,7 @@ def stream_of(name: str, who: str, workers: int, data: Path) -> Generator[int]:
 
 
 def in_turns(streams: dict[str, Generator[int]], seconds: float) -> dict[str, float]:
-    """Seconds an image of several streams: the median of their turns."""
+    """Seconds per image of several streams: the median of their turns."""
     turns: dict[str, list[float]] = {who: [] for who in streams}
     for stream in streams.values():
         for _ in range(WARM_UP_BATCHES):
@@ -209,7 +208,7 @@ def in_turns(streams: dict[str, Generator[int]], seconds: float) -> dict[str, fl
 
 
 def worker(variant: list[str], data: Path, seconds: float) -> None:
-    """Measure one variant, or those that take turns, and print seconds per image."""
+    """Measure one variant, or the variants that take turns, and print seconds per image."""
     name, who, workers = variant
     if who == "in turns":
         found = in_turns({one: stream_of(name, one, 0, data) for one in IN_TURNS}, seconds * TURNS_TIMES)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time and memory of a step in a process of its own, and the results file."""
+"""Shared parts of benchmarks: time and memory of a step in a separate process, and the results file."""
 
 import importlib.util
 import json
@@ -84,9 +84,9 @@ def alternate(
 ) -> list[dict[str, float]]:
     """Run ``script --worker VARIANT`` for every variant in turn, ``rounds`` times; the fastest time, and the memory.
 
-    Memory, if asked for, is that of one more run, in which glibc gives freed blocks back at once, so that resident
-    memory is what is in use; in the timed runs it keeps them, as a GPU's caching allocator does. A worker prints the
-    dictionary of `measure_step` as its last line, and what else it found.
+    Memory comes from one additional run, in which glibc returns freed blocks at once, so that resident memory is memory
+    in use; in the timed runs it keeps them, as the caching allocator of a GPU does. The last line that a worker prints
+    is the dictionary of `measure_step`, with any further results.
     """
     found: list[list[dict[str, float]]] = [[] for _ in variants]
     for number in range(rounds + memory):

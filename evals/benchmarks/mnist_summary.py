@@ -1,4 +1,4 @@
-"""Bits/dim of the MNIST models beside published figures, from what `train` and `evaluate` left.
+"""Bits/dim of the MNIST models beside published figures, from the output of `train` and `evaluate`.
 
 tarflow-scale prepare configs/prepare/mnist.yaml source.path=my/mnist.npz
 tarflow-scale train configs/train/mnist-tarflow.yaml
@@ -7,7 +7,7 @@ tarflow-scale evaluate configs/evaluate/mnist.yaml
 tarflow-scale evaluate configs/evaluate/mnist.yaml registry.model=mnist-glow
 python evals/benchmarks/mnist_summary.py --output evals/results/mnist-cpu.json
 
-The others, shorter runs: the same with mnist-realnvp, mnist-nice and mnist-maf, and at the end
+For the other, shorter runs, the same with mnist-realnvp, mnist-nice and mnist-maf, and at the end
 
 python evals/benchmarks/mnist_summary.py --models realnvp nice maf --output evals/results/mnist-family-cpu.json
 """

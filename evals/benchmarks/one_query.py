@@ -1,9 +1,9 @@
-"""Attention of one token on a CPU: our machine code against PyTorch's; one run.
+"""Attention of one token on a CPU: our C code against PyTorch's operator, in one run.
 
     python evals/benchmarks/one_query.py --output evals/results/one-query-cpu.json
 
-Every position of a sequence in turn, in every layer's cache, as decoding a batch meets them. Variants take turns, and
-the median counts. The fraction of bandwidth is that of a sum over a large tensor.
+Every position of a sequence in turn, in the cache of every layer, as in the decoding of a batch. Variants take turns,
+and the median counts. The bandwidth of reference is that of a sum over a large tensor.
 """
 
 import argparse

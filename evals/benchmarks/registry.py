@@ -1,4 +1,4 @@
-"""What a registry costs: listing a long log with and without its snapshot, and what an event asks of the store.
+"""Cost of a registry: time to list a long log with and without its snapshot, and store requests of an event.
 
     python evals/benchmarks/registry.py --output evals/results/registry-cpu.json
 
@@ -36,7 +36,7 @@ MODEL = "m"
 
 
 def fill(path: Path, versions: int, events: int) -> None:
-    """Write a log: every version is registered, and evaluated and approved in turn until there are so many events."""
+    """Write a log: register versions, then evaluate and approve them in turn up to the given number of events."""
     digest = ""
     registry = Registry(str(path), MODEL)
     Path(registry.log.path).mkdir(parents=True)
@@ -72,7 +72,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def requests_of_an_event(path: Path) -> tuple[float, float]:
-    """Store requests of an event by a process that knows the state, and by one that begins with the snapshot."""
+    """Store requests of an event in a process that knows the state, and in one that starts from the snapshot."""
     asked = [0]
     for name in ("read_bytes", "read_if_there", "exists", "create", "write_bytes", "list_names", "modified_seconds"):
         real: Callable[..., Any] = getattr(storage, name)

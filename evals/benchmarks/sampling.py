@@ -1,21 +1,20 @@
-"""Sampling speed of a TarFlow: our decoders against apple/ml-tarflow's, same weights, same latents, one run.
+"""Sampling speed of a TarFlow: our decoders against apple/ml-tarflow's, with the same weights and latents, in one run.
 
     python evals/benchmarks/sampling.py --reference PATH --output evals/results/sampling-cpu.json
     python evals/benchmarks/sampling.py --reference PATH --size imagenet64 --precision bf16 --batch 128 \
         --output evals/results/sampling-h200.json
     python evals/benchmarks/sampling.py --flow runs/demo/train/model --output evals/results/adaptive-digits-cpu.json
 
-PATH is a checkout of apple/ml-tarflow. Weights are random but for a scale that keeps samples near the data's; exact
-decoding takes as long for any weights. Variants take turns, and the median of ``--rounds`` turns counts. The public
-sampler in its own precision is fp32, or under bf16 autocast as its evaluation runs it. On a CPU our decoder in bf16
-takes turns too.
+PATH is a checkout of apple/ml-tarflow. Weights are random, scaled so that samples stay near the range of data; exact
+decoding takes the same time for any weights. Variants take turns, and the median of ``--rounds`` turns counts. The
+public sampler runs in fp32, or under bf16 autocast as in its evaluation. On a CPU our decoder in bf16 takes turns too.
 
-The floor of exact decoding is the time to read, at the device's memory bandwidth, the weights of a block once a token
-and the cache up to the token, which no exact token-by-token sampler can avoid:
+The floor of exact decoding is the time to read, at the memory bandwidth of the device, the weights of a block and the
+cache up to the token for every token, which every exact token-by-token sampler must do:
 
     sum over blocks and tokens t of  weights + rows x 2 x t x width x layers  elements
 
-With ``--flow`` a trained flow is calibrated instead: what the adaptive decoder gains on it, and how far it is off.
+With ``--flow`` a trained flow is calibrated instead, which gives the speed-up and the error of the adaptive decoder.
 """
 
 import argparse
@@ -65,7 +64,7 @@ SIZES = {
 
 
 def public_model(checkout: Path, sizes: Sizes) -> Any:
-    """The public model with random weights that move samples but do not blow them up."""
+    """The public model with random weights, small enough that samples do not diverge."""
     torch.manual_seed(0)
     model = public_tarflow(
         checkout, 3, sizes.image_size, sizes.patch_size, sizes.width, sizes.blocks, sizes.layers, True, NUM_CLASSES
@@ -76,7 +75,7 @@ def public_model(checkout: Path, sizes: Sizes) -> Any:
 
 
 def in_turns(variants: dict[str, Callable[[], torch.Tensor]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, after one call that does not count."""
+    """Median seconds of each, after one warm-up call."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in variants.items():
@@ -148,13 +147,13 @@ def floor_bytes(sizes: Sizes, decoder: TarFlowDecoder, rows: int) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a sum over a large tensor reads."""
+    """Bytes per second that a sum over a large tensor reads."""
     values = torch.ones(1 << (28 if device == "cuda" else 26), device=device)
     return values.nbytes / min(in_turns({"sum": values.sum}, 5, device).values())
 
 
 def adaptive(arguments: argparse.Namespace, device: str) -> dict[str, Figure]:
-    """What calibration finds for a trained flow."""
+    """Results of calibration for a trained flow."""
     flow = load_flow(arguments.flow).to(device).eval()
     settings = SamplingConfig(
         batch_size=arguments.batch,

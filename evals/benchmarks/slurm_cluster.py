@@ -1,8 +1,8 @@
-"""A Slurm of its own on one machine: a controller, and nodes that are hosts of their own, for benchmarks and tests.
+"""A private Slurm cluster on one machine, with a controller and several nodes, for benchmarks and tests.
 
-Each node is a network namespace with an address and a host name, joined by a bridge, so ranks of different nodes talk
-over what they take for a network. Nothing of the machine's own Slurm or munge is touched; needs root, and Debian's
-packages slurm-wlm, munge and iproute2.
+Each node is a network namespace with its own address and host name; a bridge joins them, so ranks of different nodes
+communicate over a network. A Slurm or munge of the machine is not touched. Needs root, and Debian's packages slurm-wlm,
+munge and iproute2.
 
     with slurm(folder, nodes=2) as cluster:
         job = cluster.submit("--nodes=2", "launch/slurm/train.sbatch", "configs/train/digits.yaml")
@@ -34,7 +34,7 @@ _STATES = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUE
 
 
 def missing() -> str:
-    """Why there can be no cluster here; empty if there can."""
+    """Why no cluster can be started on this machine; empty if one can."""
     absent = [name for name in _PROGRAMS if _program(name) is None]
     if absent:
         return f"Slurm is not installed here (no {', '.join(absent)})"
@@ -48,14 +48,14 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm: partitions ``low`` (the default) and ``high``, which takes nodes from it."""
+    """A running Slurm cluster. Its partitions are ``low`` (the default) and ``high``, whose jobs preempt those of ``low``."""
 
     folder: Path
     nodes: tuple[str, ...]
 
     @property
     def environment(self) -> dict[str, str]:
-        """With which Slurm's commands find it."""
+        """Environment variables with which Slurm's commands find the cluster."""
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *words: str, cwd: Path | None = None) -> str:
@@ -75,7 +75,7 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def wait(self, number: int | str, seconds: float = 300.0, until: tuple[str, ...] = ()) -> str:
-        """Wait until a job is in one of these states, or over; the state."""
+        """Wait until a job is in one of these states or has ended. Returns the state."""
         deadline = time.monotonic() + seconds
         while (state := self.job(number)["JobState"]) in _STATES and state not in until:
             if time.monotonic() > deadline:
@@ -100,7 +100,7 @@ class Cluster:
         _daemon(self, name, "nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", own)
 
     def kill_node(self, name: str) -> None:
-        """What a power cut does to a node: every process in it dies at once."""
+        """Kill every process of a node at once, as a power cut does."""
         for pid in self._processes(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ class Cluster:
             time.sleep(0.5)
 
     def work_on(self, name: str) -> list[str]:
-        """Command lines of what runs on a node besides Slurm's own daemon."""
+        """Command lines of the processes of a node, except Slurm's daemon."""
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in self._processes(name)]
         return [line.decode(errors="replace") for line in commands if not line.startswith(b"/usr/sbin/slurmd")]
 
@@ -124,7 +124,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm(folder: Path, nodes: int = 2) -> Generator[Cluster]:
-    """Start a controller and nodes ``node1``, ``node2`` .., which share the cores of this machine; end them all."""
+    """Start a controller and nodes ``node1``, ``node2`` .., which share the cores of this machine; stop them at exit."""
     cluster = Cluster(folder, tuple(f"node{number}" for number in range(1, nodes + 1)))
     for name in ("state", "log", "spool", "munge"):
         (folder / name).mkdir(parents=True)

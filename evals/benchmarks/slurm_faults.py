@@ -1,10 +1,10 @@
-"""What a job of Slurm must survive, on a real Slurm of two nodes on this machine, and what came of it.
+"""Fault injection for Slurm jobs, on a real Slurm cluster of two nodes on this machine.
 
     python evals/benchmarks/slurm_faults.py --output evals/results/slurm-cpu.json
 
-The scripts in `launch/slurm` are submitted as users do. A small TarFlow trains on the digits, a rank on each node; log
-and weights must be equal, to the last bit, to those of a run that nothing disturbed. A generation on Ray must give the
-same files, byte for byte, as one process. Nodes are namespaces with addresses of their own (`slurm_cluster`).
+The scripts in `launch/slurm` are submitted as users do it. A small TarFlow trains on the digits with a rank on each
+node; log and weights must equal those of an undisturbed run to the last bit. A generation on Ray must give the same
+files as one process, byte for byte. Nodes are network namespaces (`slurm_cluster`).
 """
 
 import re
@@ -36,7 +36,7 @@ TOLD = re.compile(
 
 @dataclass
 class World:
-    """A cluster, and runs that nothing disturbed."""
+    """A cluster, and undisturbed runs."""
 
     cluster: Cluster
     training: faults.World
@@ -80,7 +80,7 @@ class World:
         self.until(lambda: (run / "log.jsonl").exists() and _lines(run / "log.jsonl") >= lines, job, run)
 
     def until(self, happened: Callable[[], bool], job: int, run: Path) -> None:
-        """Wait for something that happens while a job runs."""
+        """Wait for a condition while a job runs."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while not happened():
             state = self.cluster.job(job)["JobState"]
@@ -89,7 +89,7 @@ class World:
             time.sleep(0.1)
 
     def comes_back(self, job: int, run: Path) -> None:
-        """The job must wait in the queue once more, and end well after that."""
+        """The job must wait in the queue again, and then complete."""
         self.cluster.at_once(job, LIMIT_SECONDS)
         if (state := self.cluster.wait(job, LIMIT_SECONDS)) != "COMPLETED":
             raise Failed(f"job {job} is {state}:\n{_text(run)}")
@@ -98,7 +98,7 @@ class World:
             raise Failed(f"starts of the job: {starts}")
 
     def take_nodes(self, folder: Path) -> None:
-        """A short job of the partition that comes first, on all nodes; wait until it is over."""
+        """Run a short job with higher priority on all nodes; wait until it has ended."""
         words = [
             "--partition=high",
             "--nodes=2",
@@ -137,7 +137,7 @@ def a_more_urgent_job(world: World, folder: Path) -> None:
 
 
 def the_time_limit(world: World, folder: Path) -> None:
-    """A training run comes near its time limit, of which Slurm warns it, goes back to the queue and continues."""
+    """Slurm signals a training run shortly before its time limit; the run goes back to the queue and continues."""
     run, images = folder / "run", 8 * IMAGES  # Slurm counts in minutes
     job = world.train(run, "--time=2", "--signal=USR1@60", images=images)
     world.until(lambda: "stopped by SIGUSR1" in _text(run), job, run)
@@ -148,7 +148,7 @@ def the_time_limit(world: World, folder: Path) -> None:
 
 
 def a_node_fails(world: World, folder: Path) -> None:
-    """All processes of a node die at once while a run trains; the node comes back, and the run from its checkpoint."""
+    """All processes of a node die during training; the node comes back, and the run continues from its checkpoint."""
     run = folder / "run"
     job = world.train(run)
     world.reach(job, run)
@@ -161,7 +161,7 @@ def a_node_fails(world: World, folder: Path) -> None:
 
 
 def a_mistake(world: World, folder: Path) -> None:
-    """A mistake in a setting ends a job with exit code 2 and one line, and is not tried again."""
+    """A wrong setting ends a job with exit code 2 and one line; the job is not retried."""
     words = [f"--output={folder}/run.out", "--nodes=2", "launch/slurm/train.sbatch", "configs/train/digits.yaml"]
     job = world.cluster.submit(*words, "optimizer.lr=1", cwd=TOP)
     state, code = world.cluster.wait(job, LIMIT_SECONDS), world.cluster.job(job)["ExitCode"]
@@ -186,7 +186,7 @@ def an_array(world: World, folder: Path) -> None:
 
 
 def ray_on_all_nodes(world: World, folder: Path) -> None:
-    """A generation on Ray workers of both nodes is preempted, and makes what is missing when it is back."""
+    """A generation on Ray workers of both nodes is preempted, and generates the missing shards when it continues."""
     output, plain = folder / "generated", world.folder / "generated"
     if not plain.exists():
         finish(start([*world.generation(plain), "cluster.executor=local"], 0, verb="generate"))
@@ -202,7 +202,7 @@ def ray_on_all_nodes(world: World, folder: Path) -> None:
 
 
 def remember(world: World, name: str, folder: Path) -> None:
-    """Put the story of a scenario's jobs into the notes."""
+    """Record the history of the jobs of a scenario in the notes."""
     logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.out")) if log.stem != "urgent"]
     lines = [line.replace(f"{folder}/", "").replace(f"{TOP}/", "") for log in logs for line in log.splitlines()]
     shown = [re.sub(r", start (\d+): .*", r", start \1", line) for line in lines if TOLD.search(line)]

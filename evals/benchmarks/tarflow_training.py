@@ -2,9 +2,9 @@
 
     python evals/benchmarks/tarflow_training.py --ml-tarflow PATH --output evals/results/tarflow-training-cpu.json
 
-Same sizes, batch, labels, precision and threads; forward and backward, no optimizer. Every variant runs in a process
-of its own; rounds of all variants alternate and the fastest step counts, because a shared machine only adds time.
-Peak memory is what a step adds to a process that has taken a step of one image already.
+Same sizes, batch, labels, precision and threads; forward and backward, no optimizer. Every variant runs in its own
+process; rounds alternate and the fastest step counts, because other load only adds time. Peak memory is the addition of
+a step in a process that has already taken a step of one image.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def our_model(sizes: Sizes, activations: str) -> TarFlow:
 
 
 def matmul_ratio(device: str) -> float:
-    """Speed of this device's matrix product in bf16 over that in fp32: what autocast can gain at most."""
+    """Speed of matrix products in bf16 over fp32 on this device: the upper bound of the gain of autocast."""
     seconds: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(2048, 1024, device=device).to(dtype) for _ in range(2))

@@ -1,22 +1,23 @@
-"""What training costs beyond the flow: engine, averages, checkpoints, uploads; and utilisation for any configuration.
+"""Overhead of training (engine, averages, checkpoints, uploads), or the utilisation of a configuration.
 
     python evals/benchmarks/training.py --output evals/results/training-cpu.json
     python evals/benchmarks/training.py --config configs/train/imagenet64-conditional.yaml --pixels 64 --classes 1000 \
         --output evals/results/training-h200.json
 
 Without a configuration: a TarFlow on 32x32 images (width 256, 4 blocks of 2 layers, 256 tokens), batch 8, one thread.
-All variants live in one process and take turns, a step each in a changing order, so that a busy machine disturbs all
-alike; the median over rounds of a variant's step over its peer's counts.
+All variants run in one process and take turns of one step in varying order, so that other load affects all equally; the
+result is the median over rounds of the ratio of two variants.
 
 * bare: forward, backward, clipping, fused AdamW, in plain PyTorch.
-* stage0, stage2: the same through our engine under DeepSpeed, as training takes it.
-* averages: stage 2 and two moving averages.
-* looked: stage 2, after the forward pass has borrowed averaged weights for a validation.
-* upload: stage 2, while the checkpoint of this very model is copied to another folder; and the same spread over the
-  10 steps between two checkpoints, which is far more often than any recipe saves.
+* stage0, stage2: the same with our engine under DeepSpeed, as in training.
+* averages: stage 2 with two moving averages.
+* looked: stage 2, after a validation with averaged weights.
+* upload: stage 2, while the checkpoint of this model is copied to another folder; also spread over the 10 steps between
+  two checkpoints, which is far more frequent than in any recipe.
 
-With one: images a second, tokens a second and model FLOPs utilisation of a step on synthetic images of its size. The
-peak is the data sheet's of a known GPU; elsewhere it is what a large matrix product reaches in the same precision.
+With a configuration: images per second, tokens per second and model FLOPs utilisation of a step on synthetic images of
+its size. The peak is that of the data sheet for a known GPU; elsewhere that of a large matrix product in the same
+precision.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def median_ratio(these: Sequence[float], those: Sequence[float]) -> float:
 
 
 def uploads(engine: Engine, averages: WeightAverages, step: Callable[[], Any], rounds: int) -> dict[str, Figure]:
-    """How long a checkpoint stops training, and what its upload costs the steps that go on."""
+    """How long a checkpoint stops training, and how much its upload slows down steps."""
     state = TrainState(
         images_seen=1, num_steps=1, skipped_steps=0, skipped_in_a_row=0, loss_sum=0.0, loss_steps=0, seconds=0.0, run={}
     )  # fmt: skip
@@ -182,7 +183,7 @@ def uploads(engine: Engine, averages: WeightAverages, step: Callable[[], Any], r
 
 
 def median_seconds(step: Callable[[], Any], device: str = "cpu", steps: int = STEPS) -> float:
-    """The median of some steps after a few that do not count."""
+    """The median of some steps after warm-up steps."""
     seconds: list[float] = []
     for number in range(WARM_UP + steps):
         synchronize(device)
@@ -230,7 +231,7 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, Figure]:
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product: the peak where no data sheet is known."""
+    """Operations per second of a large matrix product: the peak of a device without a known data sheet."""
     size = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b, device)

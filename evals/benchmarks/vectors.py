@@ -1,9 +1,9 @@
-"""Density estimation in two dimensions: every flow of vectors on two moons, through the whole pipeline.
+"""Density estimation in two dimensions: every flow for vectors on two moons, with the whole pipeline.
 
     python evals/benchmarks/vectors.py --output evals/results/vectors-cpu.json
 
-Points are scikit-learn's `make_moons`; a held-out split of 2,000 is evaluated in nats, without labels. The density of
-the first flow becomes a picture beside the JSON file.
+Points are scikit-learn's `make_moons`; a held-out split of 2,000 points is evaluated in nats, without labels. A picture
+of the density of the first flow is written beside the JSON file.
 """
 
 import argparse

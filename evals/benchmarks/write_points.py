@@ -1,4 +1,4 @@
-"""Write points: a piece of work is disturbed before or after any call by which it changes a file system."""
+"""Write points: disturb a function before or after any of its system calls that change a file system."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ __all__ = ["disturbed_at", "fill_disk", "kill_self"]
 
 
 def disturbed_at(change: Callable[[], object], point: int, disturb: Callable[[], object]) -> tuple[int, int]:
-    """Run ``change`` in a process of its own that is disturbed at a write point; (exit code, points it passed)."""
+    """Run ``change`` in a process that is disturbed at a write point. Returns (exit code, number of points passed)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -232,8 +232,8 @@ class ContinuousConfig(_FlowConfig):
     """``adjoint``: an adjoint solve, whose memory does not grow with the number of steps. ``direct``: backpropagation
     through the operations of the solver, exact for the computed result."""
     exact_trace_dims: int = Field(default=64, ge=0)
-    """In evaluation the trace is exact up to this number of dimensions, and estimated with a probe above; in training it
-    is always estimated."""
+    """In evaluation the trace is exact up to this number of dimensions, and estimated with a probe above; in training
+    it is always estimated."""
     max_evaluations: int = Field(default=2000, ge=1)
     """A solve that needs more evaluations of the dynamics fails."""
 
