@@ -48,7 +48,7 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm cluster. Its partitions are ``low`` (the default) and ``high``, whose jobs preempt those of ``low``."""
+    """A running Slurm cluster. Partition ``low`` is the default; jobs of partition ``high`` preempt those of ``low``."""
 
     folder: Path
     nodes: tuple[str, ...]
@@ -124,7 +124,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm(folder: Path, nodes: int = 2) -> Generator[Cluster]:
-    """Start a controller and nodes ``node1``, ``node2`` .., which share the cores of this machine; stop them at exit."""
+    """Start a controller and nodes ``node1``, ``node2`` .., which share the cores of this machine; stop them last."""
     cluster = Cluster(folder, tuple(f"node{number}" for number in range(1, nodes + 1)))
     for name in ("state", "log", "spool", "munge"):
         (folder / name).mkdir(parents=True)
