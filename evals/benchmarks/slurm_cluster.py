@@ -48,7 +48,7 @@ def missing() -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm cluster. Partition ``low`` is the default; jobs of partition ``high`` preempt those of ``low``."""
+    """A running Slurm cluster. Partition ``low`` is the default; jobs of ``high`` preempt those of ``low``."""
 
     folder: Path
     nodes: tuple[str, ...]
