@@ -19,7 +19,7 @@ from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.decode import BlockCost, Schedule, TarFlowDecoder
 
-__all__ = ["blocks_one_by_one", "candidates", "measure_blocks", "measured_with", "schedules_of", "timed"]
+__all__ = ["candidates", "measure_blocks", "measured_with", "schedules_of", "timed"]
 
 Result = TypeVar("Result")
 _SMALLEST = 8
@@ -32,11 +32,6 @@ def candidates(num_tokens: int) -> list[int]:
     while chunks and chunks[-1] // 2 >= _SMALLEST:
         chunks.append(chunks[-1] // 2)
     return chunks
-
-
-def blocks_one_by_one(num_blocks: int) -> list[BlockPlan]:
-    """Exact decoding of all blocks."""
-    return [BlockPlan(chunk=1, planned=1)] * num_blocks
 
 
 def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule]:

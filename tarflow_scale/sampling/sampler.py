@@ -20,7 +20,7 @@ from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest
 from tarflow_scale.records import BlockPlan, DecodingPlan
 from tarflow_scale.sampling.batch_size import fitting_batch
-from tarflow_scale.sampling.calibration import blocks_one_by_one, measure_blocks, measured_with, schedules_of, timed
+from tarflow_scale.sampling.calibration import measure_blocks, measured_with, schedules_of, timed
 from tarflow_scale.sampling.decode import BlockCost, TarFlowDecoder, decoder_of
 from tarflow_scale.sampling.labels import balanced_labels, check_labels, labels_of
 
@@ -186,7 +186,7 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
     guidance = settings.guidance if flow.is_guided(y, settings.guidance) else None
     tolerance = settings.decoder.tolerance
     blocks = measure_blocks(decoder, z, y, guidance, tolerance)
-    ways = blocks_one_by_one(len(blocks)), blocks
+    ways = [BlockPlan(chunk=1, planned=1)] * len(blocks), blocks
     images, seconds, costs = [], [], []
     for way in ways:
 

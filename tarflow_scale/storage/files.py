@@ -17,24 +17,6 @@ from tarflow_scale.errors import NotExclusive, StorageError
 from tarflow_scale.storage.folders import make_folder, share
 from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local, local_name
 
-__all__ = [
-    "copy_file",
-    "create",
-    "digest",
-    "local_copy",
-    "modified_seconds",
-    "open_seekable",
-    "read_bytes",
-    "read_if_there",
-    "read_many",
-    "read_range",
-    "remove",
-    "retrying",
-    "size_bytes",
-    "write_bytes",
-    "writing",
-]
-
 _COPY_BYTES = 1 << 22
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of file systems that have no hard links, or no rename that refuses to replace a file."""

@@ -13,19 +13,6 @@ from typing import Any, NamedTuple
 
 from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remote, local
 
-__all__ = [
-    "FoundFile",
-    "exists",
-    "is_folder",
-    "list_names",
-    "list_sizes",
-    "make_folder",
-    "remove_abandoned",
-    "remove_tree",
-    "share",
-    "walk",
-]
-
 _ABANDONED_SECONDS = 3600.0
 
 

@@ -12,19 +12,6 @@ from typing import Any
 
 from tarflow_scale.errors import StorageError, UserError, install_extra
 
-__all__ = [
-    "PARTIAL",
-    "base_name",
-    "described",
-    "explained",
-    "filesystem",
-    "group_of",
-    "is_remote",
-    "join",
-    "local",
-    "local_name",
-]
-
 PARTIAL = ".partial"
 """Suffix of a local file that is being written."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
