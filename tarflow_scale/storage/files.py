@@ -164,7 +164,7 @@ def writing(location: str, shared: int = 0) -> Generator[IO[bytes]]:
             if target:
                 share(staged, shared)
                 staged.replace(target)
-                sync_folder(folder)
+                _sync_folder(folder)
             else:
                 with explained(location, "write"):
                     fs, path = filesystem(location)
@@ -230,7 +230,7 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
             return False
         finally:
             staged.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        _sync_folder(target.parent)
         return True
 
 
@@ -299,7 +299,7 @@ def digest(source: bytes | Path) -> str:
     return state.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
