@@ -10,12 +10,12 @@ from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
-from tarflow_scale.records import DecodingPlan
+from tarflow_scale.records import Calibration
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.calibration import measured_with
 from tarflow_scale.sampling.decode import decoder_of
 
-__all__ = ["EXPORTED", "decoding_plan", "load", "load_version", "worker_device"]
+__all__ = ["EXPORTED", "calibration_for", "load", "load_version", "worker_device"]
 
 EXPORTED = "version.json"
 """File beside an exported flow, with the record of the version."""
@@ -75,17 +75,17 @@ def worker_device(gpu: bool) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
-def decoding_plan(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> DecodingPlan | None:
-    """The newest decoding plan of a version that was measured with these settings on this kind of device.
+def calibration_for(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> Calibration | None:
+    """The newest decoding calibration of a version that was measured with these settings on this kind of device.
 
-    If no plan matches, the newest one is returned, so that the error of the sampler says what differs. None if the
-    decoder is exact, or the version has no plan.
+    If none matches, the newest one is returned, so that the error of the sampler says what differs. None if the decoder
+    is exact, or the version has no calibration.
     """
     if settings.decoder.kind == "exact":
         return None
-    plans = registry.state().plans.get(version, [])
-    fitting = [plan for plan in plans if measured_with(plan, settings) and (plan.device != "cpu") == gpu]
-    return (fitting or plans or [None])[-1]
+    measured = registry.state().calibrations.get(version, [])
+    fitting = [item for item in measured if measured_with(item, settings) and (item.device != "cpu") == gpu]
+    return (fitting or measured or [None])[-1]
 
 
 def load_version(registry: str, model: str, reference: int | str) -> Flow:

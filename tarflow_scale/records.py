@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tarflow_scale.errors import RegistryError, UserError
 
 __all__ = [
-    "BlockPlan",
+    "BlockDecoding",
     "DataSetFacts",
-    "DecodingPlan",
+    "Calibration",
     "FileRecord",
     "GenerationPlan",
     "MetricValue",
@@ -214,32 +214,35 @@ class MetricsReport(_WithSampling):
     """A PNG of the first samples."""
 
 
-class BlockPlan(Record):
-    """How one block is decoded: tokens at once (1 is token by token), and iterations before the first look."""
+class BlockDecoding(Record):
+    """How one block is decoded."""
 
     chunk: int = Field(ge=1)
+    """Tokens decoded at once; 1 is token by token."""
     planned: int = Field(ge=1)
+    """Iterations of a chunk before the first test for convergence."""
 
 
-class DecodingPlan(Record):
-    """How the blocks of a flow are decoded fastest, as measured; and what that costs in accuracy."""
+class Calibration(Record):
+    """The fastest way to decode the blocks of a flow, as measured on a device, and its error."""
 
     tensors_digest: str
-    """Of the weights that were measured."""
+    """Digest of the measured weights."""
     device: str
     batch_size: int = Field(ge=1)
     guidance: dict[str, Any]
     precision: str
     tolerance: float = Field(gt=0)
-    blocks: tuple[BlockPlan, ...]
-    """In the order of decoding."""
+    blocks: tuple[BlockDecoding, ...]
+    """Blocks in the order of decoding."""
     iterations: tuple[float, ...]
-    """Mean number of each block's, over its chunks."""
+    """Mean number of iterations of each block, over its chunks."""
     max_error: float
     """Largest difference of a pixel on [-1, 1] from exact decoding of the same latents."""
     mean_error: float
+    """Mean difference of a pixel."""
     pixels_within_one_level: float
-    """Share of 8-bit pixels."""
+    """Share of 8-bit pixels that differ by at most one level."""
     exact_seconds: float
     adaptive_seconds: float
 
@@ -263,7 +266,7 @@ class GenerationPlan(_WithSampling):
     """Where images are decoded; it changes the last bits of a float."""
     threads: int
     """Torch threads of a worker; they change the last bits of a sum."""
-    decoding: DecodingPlan | None = None
+    decoding: Calibration | None = None
     """How blocks are decoded, if not token by token."""
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
     """How images are stored."""

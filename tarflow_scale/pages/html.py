@@ -250,7 +250,7 @@ def _decoding(row: Row) -> dict[str, str]:
     """Iterations of each block, if the version was calibrated."""
     if row.entry is None or row.version is None:
         return {}
-    plans = row.entry.state.plans.get(row.version.version, [])
+    plans = row.entry.state.calibrations.get(row.version.version, [])
     if not plans:
         return {}
     plan = plans[-1]

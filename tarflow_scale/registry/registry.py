@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tarflow_scale import storage
 from tarflow_scale.errors import AlreadyReported, RegistryError, StorageError
-from tarflow_scale.records import DecodingPlan, FileRecord, MetricsReport, ModelVersion
+from tarflow_scale.records import Calibration, FileRecord, MetricsReport, ModelVersion
 from tarflow_scale.registry.log import Event, EventLog, Kind, new_event, user
 from tarflow_scale.registry.state import ModelState, known, resolve
 from tarflow_scale.registry.store import Store
@@ -208,15 +208,15 @@ class Registry:
 
         self.append("evaluate", reason, decide)
 
-    def attach_plan(self, version: int, plan: DecodingPlan, reason: str) -> None:
-        """Add a decoding plan to the version it was measured on.
+    def attach_calibration(self, version: int, calibration: Calibration, reason: str) -> None:
+        """Add a decoding calibration to the version it was measured on.
 
         Raises:
             RegistryError: the version does not exist.
         """
 
         def decide(state: ModelState) -> dict[str, Any]:
-            return {"version": resolve(state, version, self.model).version, "plan": plan.model_dump(mode="json")}
+            return {"version": resolve(state, version, self.model).version, "plan": calibration.model_dump(mode="json")}
 
         self.append("calibrate", reason, decide)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from tarflow_scale import storage
 from tarflow_scale.errors import RegistryError
-from tarflow_scale.records import DecodingPlan, MetricsReport, ModelVersion
+from tarflow_scale.records import Calibration, MetricsReport, ModelVersion
 from tarflow_scale.registry.log import Event
 
 __all__ = ["Approval", "HistoryEntry", "ModelState", "resolve"]
@@ -54,8 +54,8 @@ class ModelState:
     versions: dict[int, ModelVersion] = field(default_factory=dict)
     reports: dict[int, list[MetricsReport]] = field(default_factory=dict)
     """Reports of each version, oldest first."""
-    plans: dict[int, list[DecodingPlan]] = field(default_factory=dict)
-    """Decoding plans of each version, oldest first."""
+    calibrations: dict[int, list[Calibration]] = field(default_factory=dict)
+    """Decoding calibrations of each version, oldest first."""
     approvals: dict[int, list[Approval]] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     holders: dict[str, list[int]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class ModelState:
                 self.reports.setdefault(report.version, []).append(report)
                 about = report.version
             case "calibrate":
-                self.plans.setdefault(payload["version"], []).append(DecodingPlan.model_validate(payload["plan"]))
+                self.calibrations.setdefault(payload["version"], []).append(Calibration.model_validate(payload["plan"]))
             case "approve":
                 approval = Approval(user=payload["user"], time=event.time, reason=event.reason)
                 self.approvals.setdefault(payload["version"], []).append(approval)

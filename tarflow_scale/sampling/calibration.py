@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tarflow_scale.config.sampling import Guidance, SamplingConfig
 from tarflow_scale.flows.conditions import Condition
-from tarflow_scale.records import BlockPlan, DecodingPlan
+from tarflow_scale.records import BlockDecoding, Calibration
 from tarflow_scale.sampling.decode import BlockCost, Schedule, TarFlowDecoder
 
 __all__ = ["candidates", "measure_blocks", "measured_with", "schedules_of", "timed"]
@@ -34,20 +34,20 @@ def candidates(num_tokens: int) -> list[int]:
     return chunks
 
 
-def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule]:
+def schedules_of(blocks: Sequence[BlockDecoding], tolerance: float) -> list[Schedule]:
     """Schedules for the decoder."""
     return [Schedule(block.chunk, block.planned, tolerance) for block in blocks]
 
 
-def measured_with(plan: DecodingPlan, settings: SamplingConfig) -> bool:
-    """Whether a decoding plan was measured with these settings."""
+def measured_with(calibration: Calibration, settings: SamplingConfig) -> bool:
+    """Whether a calibration was measured with these settings."""
     own = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
-    return own == (plan.guidance, plan.precision, plan.tolerance)
+    return own == (calibration.guidance, calibration.precision, calibration.tolerance)
 
 
 def measure_blocks(
     decoder: TarFlowDecoder, z: Tensor, y: Condition, guidance: Guidance | None, tolerance: float
-) -> list[BlockPlan]:
+) -> list[BlockDecoding]:
     """The fastest way to decode each block, in the order of decoding.
 
     Args:
@@ -58,20 +58,20 @@ def measure_blocks(
         tolerance: largest allowed error of a feature, and the move at which iterations end.
     """
     tokens = decoder.tokens_of(z)
-    blocks: list[BlockPlan] = []
+    blocks: list[BlockDecoding] = []
     for number in range(len(decoder.networks())):
 
         def run(schedule: Schedule, number: int = number, tokens: Tensor = tokens) -> tuple[Tensor, BlockCost]:
             return decoder.decode_block(number, tokens, y, guidance, schedule)
 
         (exact, _), fastest = timed(partial(run, Schedule()), z.device)
-        best = BlockPlan(chunk=1, planned=1)
+        best = BlockDecoding(chunk=1, planned=1)
         for chunk in candidates(decoder.num_tokens):
             _, cost = run(Schedule(chunk, 1, tolerance))
             planned = sorted(cost.iterations)[len(cost.iterations) // 2]
             (decoded, _), seconds = timed(partial(run, Schedule(chunk, planned, tolerance)), z.device)
             if float((decoded - exact).abs().max()) <= tolerance and seconds < fastest:
-                best, fastest = BlockPlan(chunk=chunk, planned=planned), seconds
+                best, fastest = BlockDecoding(chunk=chunk, planned=planned), seconds
         blocks.append(best)
         tokens = exact
     return blocks

@@ -18,7 +18,7 @@ from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.latents import latents
 from tarflow_scale.flows.likelihood import quantize
 from tarflow_scale.flows.weights import tensors_digest
-from tarflow_scale.records import BlockPlan, DecodingPlan
+from tarflow_scale.records import BlockDecoding, Calibration
 from tarflow_scale.sampling.batch_size import fitting_batch
 from tarflow_scale.sampling.calibration import measure_blocks, measured_with, schedules_of, timed
 from tarflow_scale.sampling.decode import BlockCost, TarFlowDecoder, decoder_of
@@ -40,12 +40,12 @@ class Sampler:
         flow: a flow in evaluation mode; its ``pixels`` define how floats become levels.
         seed: seed of the latents.
         settings: the section ``sampling``.
-        plan: how blocks are decoded; required by ``decoder.kind=adaptive``.
+        calibration: how blocks are decoded; required by ``decoder.kind=adaptive``.
         labels: rule for the label of an index, for a flow with classes.
 
     Raises:
         ConfigError: settings have no effect on this flow, or the batch does not fit in memory.
-        PlanError: the plan was measured on other weights or with other settings.
+        PlanError: the calibration was measured on other weights or with other settings.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Sampler:
         flow: Flow,
         seed: int,
         settings: SamplingConfig,
-        plan: DecodingPlan | None = None,
+        calibration: Calibration | None = None,
         labels: Labels = "balanced",
     ) -> None:
         check_labels(labels, flow.num_classes)
@@ -77,7 +77,7 @@ class Sampler:
         """Decoder of a TarFlow; None for other flows."""
         self._schedules = None
         if settings.decoder.kind == "adaptive":
-            self._schedules = schedules_of(_checked(plan, flow, settings).blocks, settings.decoder.tolerance)
+            self._schedules = schedules_of(_checked(calibration, flow, settings).blocks, settings.decoder.tolerance)
         chunk = max((schedule.chunk for schedule in self._schedules), default=1) if self._schedules else 1
         per_image = (1 + guided) * self.decoder.bytes_per_row(chunk) if self.decoder else 4 * flow.num_dims
         self.batch_size = fitting_batch(settings.batch_size, per_image, self._device)
@@ -166,7 +166,7 @@ class Sampler:
 
 
 @torch.no_grad()
-def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
+def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     """Measure on this device the fastest way to decode each block, and the error of the images.
 
     Decodes the first batch of ``seed`` in all ways, see `tarflow_scale.sampling.calibration`. The result is exact
@@ -186,11 +186,11 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
     guidance = settings.guidance if flow.is_guided(y, settings.guidance) else None
     tolerance = settings.decoder.tolerance
     blocks = measure_blocks(decoder, z, y, guidance, tolerance)
-    ways = [BlockPlan(chunk=1, planned=1)] * len(blocks), blocks
+    ways = [BlockDecoding(chunk=1, planned=1)] * len(blocks), blocks
     images, seconds, costs = [], [], []
     for way in ways:
 
-        def run(way: Sequence[BlockPlan] = way) -> tuple[Tensor, list[BlockCost]]:
+        def run(way: Sequence[BlockDecoding] = way) -> tuple[Tensor, list[BlockCost]]:
             x, costs = decoder(z, y, guidance, schedules_of(way, tolerance))
             return x.cpu(), costs
 
@@ -201,7 +201,7 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> DecodingPlan:
     used = int(seconds[1] < seconds[0])  # the fastest ways of single blocks may be slower together
     errors = (images[0] - images[used]).abs()
     levels = [quantize(x, 8, "nearest").int() for x in (images[0], images[used])]
-    return DecodingPlan(
+    return Calibration(
         tensors_digest=tensors_digest(flow),
         device=_device_name(device),
         batch_size=sampler.batch_size,
@@ -230,20 +230,20 @@ def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
     return None
 
 
-def _checked(plan: DecodingPlan | None, flow: Flow, settings: SamplingConfig) -> DecodingPlan:
-    if plan is None:
+def _checked(calibration: Calibration | None, flow: Flow, settings: SamplingConfig) -> Calibration:
+    if calibration is None:
         raise ConfigError(
-            "sampling.decoder.kind=adaptive needs a plan for this version (got none); run the verb generate with "
+            "sampling.decoder.kind=adaptive needs a calibration of this version (got none); run generate with "
             "--calibrate first, or use exact"
         )
-    if plan.tensors_digest != tensors_digest(flow):
-        raise PlanError("the decoding plan was measured on other weights; run generate with --calibrate again")
-    if not measured_with(plan, settings):
+    if calibration.tensors_digest != tensors_digest(flow):
+        raise PlanError("the calibration was measured on other weights; run generate with --calibrate again")
+    if not measured_with(calibration, settings):
         raise PlanError(
-            "the decoding plan was measured with other guidance, precision or tolerance; run generate with "
+            "the calibration was measured with other guidance, precision or tolerance; run generate with "
             "--calibrate again"
         )
-    return plan
+    return calibration
 
 
 def _device_name(device: torch.device) -> str:

@@ -132,7 +132,7 @@ def test_a_plan_names_the_fastest_way_of_each_block_and_its_error(flow: Flow) ->
 
 def test_a_plan_of_other_weights_or_settings_is_refused(flow: Flow) -> None:
     plan = calibrate(flow, 1, settings())
-    with pytest.raises(ConfigError, match=r"needs a plan for this version \(got none\)"):
+    with pytest.raises(ConfigError, match=r"needs a calibration of this version \(got none\)"):
         Sampler(flow, 1, settings())
     with pytest.raises(PlanError, match="other guidance, precision or tolerance"):
         Sampler(flow, 1, settings(decoder={"kind": "adaptive", "tolerance": 0.1}), plan)

@@ -113,7 +113,7 @@ def test_samples_of_a_plan_score_like_exact_ones(
     copy = Trained(own.data, own.run, registry)
     adaptive = evaluate_arguments(copy, "cluster.executor=local", "sampling.decoder.kind=adaptive")
     assert cli.main(adaptive) == 2
-    assert "needs a plan for this version (got none)" in capsys.readouterr().err
+    assert "needs a calibration of this version (got none)" in capsys.readouterr().err
     calibrated = [f"registry.path={registry}", "registry.model=small", "shards.path=unused", "sampling.num_images=1"]
     assert cli.main(["generate", *calibrated, "--calibrate"]) == 0
     assert cli.main(adaptive) == 0

@@ -351,7 +351,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     trained = Trained(trained.data, trained.run, registry)
     adaptive = ["sampling.decoder.kind=adaptive", "sampling.guidance.scale=0.5"]
     assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 2
-    assert "needs a plan for this version (got none)" in capsys.readouterr().err
+    assert "needs a calibration of this version (got none)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main([*arguments(trained, tmp_path / "out", *adaptive), "--calibrate", "--dry-run"]) == 0
     assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 2  # a dry run stores nothing
@@ -359,7 +359,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert re.search("of pixels within one level|exact decoding is the fastest", capsys.readouterr().out)
     assert cli.main(arguments(trained, tmp_path / "out", *adaptive)) == 0
     frozen = GenerationPlan.from_json((tmp_path / "out/plan.json").read_bytes(), "plan")
-    stored = Registry(str(trained.registry), "small").state().plans[1][-1]
+    stored = Registry(str(trained.registry), "small").state().calibrations[1][-1]
     assert frozen.decoding == stored
     exact = tmp_path / "exact"
     assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0

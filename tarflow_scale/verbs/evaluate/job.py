@@ -20,7 +20,7 @@ from tarflow_scale.config.protocols import (
     load_protocol,
 )
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.loading import decoding_plan
+from tarflow_scale.loading import calibration_for
 from tarflow_scale.metrics.features import layer_of, weights_digest
 from tarflow_scale.metrics.frechet import Moments, frechet, merged
 from tarflow_scale.metrics.inception_score import inception_score
@@ -78,7 +78,7 @@ class Evaluation:
         gpu = config.cluster.gpus_per_worker > 0
         weights = None
         if version is not None and registry is not None:
-            decoding = decoding_plan(registry, version.version, config.sampling, gpu)
+            decoding = calibration_for(registry, version.version, config.sampling, gpu)
             weights = [
                 version.weights_digest,
                 config.sampling.model_dump(mode="json"),

@@ -19,7 +19,7 @@ from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
-from tarflow_scale.loading import decoding_plan, load_version, worker_device
+from tarflow_scale.loading import calibration_for, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantized_draws, pixel_hashes
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
@@ -87,7 +87,7 @@ class Scorer:
         self._extractors: dict[tuple[str, tuple[str, ...], int], Extractor] = {}
         if registry is not None:
             self._flow = load_version(registry.path, registry.model, version).to(self._device)
-            self._decoding = decoding_plan(Registry(registry.path, registry.model), version, sampling, gpu)
+            self._decoding = calibration_for(Registry(registry.path, registry.model), version, sampling, gpu)
             self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses at once what does not fit
             self._data = ShardSet(data.path, data.verify)
 

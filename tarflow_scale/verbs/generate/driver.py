@@ -21,7 +21,7 @@ from tarflow_scale.config.generate import GenerateConfig
 from tarflow_scale.config.sampling import DecoderConfig, GuardConfig, SamplingConfig
 from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
-from tarflow_scale.loading import decoding_plan, load_version, worker_device
+from tarflow_scale.loading import calibration_for, load_version, worker_device
 from tarflow_scale.pool import Pool
 from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json, changes
 from tarflow_scale.registry import Registry
@@ -171,7 +171,7 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
         print(f"dry run: would measure decoding of {config.registry.model}@{version.version}")
         return
     plan = measure_decoding(flow, config.sampling.seed, settings)
-    registry.attach_plan(version.version, plan, reason=f"decoding on {plan.device}")
+    registry.attach_calibration(version.version, plan, reason=f"decoding on {plan.device}")
     rows = [
         (str(number), "token by token" if block.chunk == 1 else f"{block.chunk} tokens at once", f"{mean:.1f}")
         for number, (block, mean) in enumerate(zip(plan.blocks, plan.iterations, strict=True), start=1)
@@ -209,7 +209,7 @@ def resolved_plan(config: GenerateConfig) -> GenerationPlan:
             "shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of vectors); "
             "leave them out"
         )
-    decoding = decoding_plan(registry, version.version, settings, cluster.gpus_per_worker > 0)
+    decoding = calibration_for(registry, version.version, settings, cluster.gpus_per_worker > 0)
     rule = numbered(config.sampling.labels, version.data.class_names)
     sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model
     if settings.batch_size is None:

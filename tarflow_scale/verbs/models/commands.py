@@ -87,7 +87,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
             error = f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else ""
             found = f"{metric.value:.4f}{error} {metric.unit} on {metric.num_images} images"
             rows.append((metric.protocol, f"{found}, protocol {metric.protocol_id[:12]}"))
-    for plan in state.plans.get(number, []):
+    for plan in state.calibrations.get(number, []):
         gain = plan.exact_seconds / plan.adaptive_seconds
         speed = f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, {gain:.3g} times exact"
         rows.append((f"decoding on {plan.device}", f"{speed} at batch {plan.batch_size}, error {plan.max_error:.1e}"))
