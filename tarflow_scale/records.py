@@ -14,8 +14,8 @@ from tarflow_scale.errors import RegistryError, UserError
 
 __all__ = [
     "BlockDecoding",
-    "DataSetFacts",
     "Calibration",
+    "DataSetFacts",
     "FileRecord",
     "GenerationPlan",
     "MetricValue",
