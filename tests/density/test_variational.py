@@ -152,5 +152,5 @@ def test_densities_that_are_wrong_end_in_one_line() -> None:
     with pytest.raises(NumericsError, match="100 of 100 importance weights are not numbers"):
         posterior.diagnostics(100)
     posterior._log_joint = lambda x: torch.full((len(x),), -math.inf)
-    with pytest.raises(NumericsError, match="all of 100 draws are impossible"):
+    with pytest.raises(NumericsError, match="log_joint is minus infinity for all of 100 draws"):
         posterior.diagnostics(100)
