@@ -297,5 +297,5 @@ def _iterate(
 
 
 def decoder_of(flow: Flow, dtype: torch.dtype | None = None) -> TarFlowDecoder | None:
-    """The fast decoder of a flow, with transformers in this precision; None where it has only its own way."""
+    """The fast decoder of a flow, with transformers in this precision; None if the flow only has its inverse."""
     return TarFlowDecoder(flow, dtype) if isinstance(flow, TarFlow) else None
