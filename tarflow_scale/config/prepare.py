@@ -179,7 +179,7 @@ class PrepareConfig(Root):
 
 
 VERB = Verb(
-    "verbs.prepare",
+    "verbs.prepare.driver",
     PrepareConfig,
     "pack images into WebDataset shards",
     "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",

@@ -17,7 +17,7 @@ from tarflow_scale.shards.inspection import check, statistics
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.vectors import bytes_shape, decode_vector, floats, vector_members
 from tarflow_scale.shards.writer import Sample, pack_shard
-from tarflow_scale.verbs.prepare import run as prepare
+from tarflow_scale.verbs.prepare.driver import run as prepare
 
 FACTS = VectorFacts(num_values=3, num_conditions=2)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -1,9 +1,9 @@
 """Parquet tables with image bytes, as Hugging Face data sets are stored.
 
 A column holds images as ``struct<bytes, path>`` or as binary, another the label: a number, text, or a dictionary; names
-of classes are in the schema's metadata. Rows of Parquet lie compressed in groups and cannot be read one by one, so the
-image bytes of the splits that are packed are copied into one temporary file first (in ``TMPDIR``, as large as the
-images, gone when the process ends).
+of classes are in the schema's metadata. Rows of Parquet are compressed in groups and cannot be read one by one, so the
+image bytes of the splits that are packed are first copied into one temporary file (in ``TMPDIR``, as large as the
+images, removed when the process ends).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
 from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, read_label_names
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
-from tarflow_scale.shards.sources.source import EncodedSource, Shaping
+from tarflow_scale.shards.sources.source import EncodedSource
 from tarflow_scale.shards.sources.splits import SPLIT_COLUMNS, Group, Role, refuse_split_column, roles_of_files, settle
 from tarflow_scale.shards.sources.spool import Spool
 
@@ -35,7 +35,7 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class _Table:
-    """A table: its path below the source, where it lies, its columns, and the label of every row."""
+    """A table: its path below the source, its location, its columns, and the label of every row."""
 
     name: str
     location: str
@@ -48,18 +48,14 @@ class _Table:
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may say the split.
-
-    Args:
-        config: names the file or folder, and perhaps the columns.
-        split: which tables are which split.
-        shaping: what is done to sizes.
+    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may mean splits.
 
     Raises:
         DataError: no pyarrow, no tables, no column of images or several, or tables that do not fit together.
     """
 
-    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
+    def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
+        super().__init__(config)
         path = config.path or ""
         files, self.ignored = _tables(path)
         roles = roles_of_files([name for name, _ in files], split, "tables")
@@ -71,10 +67,11 @@ class ParquetSource(EncodedSource):
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
         settled = settle(_groups(tables), split)
-        self.lines = (*settled.lines, *dict.fromkeys(map(_said, tables)))
+        self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
         kept = [table for table in tables if table.role is None or table.role in settled.packed]
-        class_names, labels = _labels_of(kept, config, path)
-        naming = f" {class_names}" if config.label_names else ""
+        self.class_names, self.labels = _labels_of(kept, config, path)
+        self.official = settled.codes([table.role for table in kept for _ in table.labels])
+        self.name = storage.base_name(path).removesuffix(".parquet")
         self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
@@ -89,15 +86,10 @@ class ParquetSource(EncodedSource):
                     self._rows.append((table.name, row))
                 bar.update(1)
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
-        super().__init__(
-            shaping,
-            name=storage.base_name(path).removesuffix(".parquet"),
-            description=f"parquet tables, {settled.words}" if settled.words else "parquet tables",
-            class_names=class_names,
-            labels=labels,
-            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels.tolist()}{naming}".encode()),
-            official=settled.codes([table.role for table in kept for _ in table.labels]),
-        )
+        naming = f" {self.class_names}" if config.label_names else ""
+        self.digest = storage.digest(f"{content.hexdigest()} {sizes} {self.labels.tolist()}{naming}".encode())
+        self._describe("parquet tables", settled.words)
+        self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
         """The bytes in the table."""
@@ -110,7 +102,7 @@ class ParquetSource(EncodedSource):
 
 
 def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """Names and places of the tables, and the other files by kind."""
+    """Names and locations of the tables, and the other files by kind."""
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.path")
     if not storage.is_folder(path):
@@ -138,8 +130,8 @@ def _read_table(name: str, location: str, role: Role | None, config: SourceConfi
     return _Table(name, location, role, image_column, label_column, others, labels, _class_names(table, label_column))
 
 
-def _said(table: _Table) -> str:
-    """Which columns of a table were taken."""
+def _columns_used(table: _Table) -> str:
+    """Which columns of a table are used, in words."""
     others = f" (other columns: {', '.join(table.others[:10])})" if table.others else ""
     if table.label_column is None:
         return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"

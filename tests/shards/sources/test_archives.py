@@ -18,7 +18,7 @@ from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.sources import ImageSource, open_source
-from tarflow_scale.shards.sources.arrays import restricted_unpickle
+from tarflow_scale.shards.sources.cifar import restricted_unpickle
 
 RNG = np.random.default_rng(0)
 
@@ -217,7 +217,7 @@ def test_a_pickle_makes_no_array_but_of_the_bytes_that_it_holds() -> None:
 
 
 def test_an_archive_of_other_sizes_than_cifars_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tarflow_scale.shards.sources.arrays._MAX_ARCHIVE_BYTES", 10_000)
+    monkeypatch.setattr("tarflow_scale.shards.sources.cifar._MAX_ARCHIVE_BYTES", 10_000)
     with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as tar:
         for name in ("data_batch_1", "data_batch_2"):
             info = tarfile.TarInfo(name)
