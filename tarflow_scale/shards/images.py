@@ -31,6 +31,7 @@ __all__ = [
     "image_size",
     "reduce_depth",
     "resize_center_crop",
+    "to_pillow",
 ]
 
 
@@ -103,26 +104,27 @@ NPY_FAULTS = (
 
 def encode_image(image: NDArray[np.uint8], codec: Codec, quality: int = 95) -> bytes:
     """Bytes of an image ``(C, H, W)`` uint8 with 1 or 3 channels; ``quality`` is jpeg's."""
-    if codec == "png":
-        return encode_png(image)
     buffer = io.BytesIO()
-    if codec == "raw":
-        np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
-        return buffer.getvalue()
-    pixels = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
-    if codec == "webp":
-        pixels.save(buffer, format="WEBP", lossless=True, method=4)
-    else:
-        pixels.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    match codec:
+        case "png":
+            to_pillow(image).save(buffer, format="PNG", compress_level=6)
+        case "webp":
+            to_pillow(image).save(buffer, format="WEBP", lossless=True, method=4)
+        case "jpeg":
+            to_pillow(image).save(buffer, format="JPEG", quality=quality, subsampling=0)
+        case "raw":
+            np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
     return buffer.getvalue()
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """Lossless PNG of an image ``(C, H, W)`` uint8 with 1 or 3 channels."""
-    buffer = io.BytesIO()
-    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
+    return encode_image(image, "png")
+
+
+def to_pillow(image: NDArray[np.uint8]) -> Image.Image:
+    """An image ``(C, H, W)`` uint8 with 1 or 3 channels as Pillow has it."""
+    return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
 def decode_image(
@@ -285,8 +287,7 @@ def resize_center_crop(
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
     if new_height * new_width > _MAX_PIXELS:
         raise DataError(f"an image must not be a thread (got {height}x{width} pixels for {size}x{size}); remove it")
-    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[resample.upper()]))
+    resized = np.asarray(to_pillow(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]
     return cropped[None] if cropped.ndim == 2 else np.ascontiguousarray(cropped.transpose(2, 0, 1))

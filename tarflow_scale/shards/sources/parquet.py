@@ -20,10 +20,17 @@ from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
-from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.classes import as_label, classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.source import EncodedSource
-from tarflow_scale.shards.sources.splits import SPLIT_COLUMNS, Group, Role, refuse_split_column, roles_of_files, settle
+from tarflow_scale.shards.sources.splits import (
+    SPLIT_COLUMNS,
+    Part,
+    Role,
+    refuse_split_column,
+    roles_of_files,
+    settle_parts,
+)
 from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
@@ -66,9 +73,9 @@ class ParquetSource(EncodedSource):
         ]
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
-        settled = settle(_groups(tables), split)
+        settled = settle_parts([_part_of(table) for table in tables], split)
         self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
-        kept = [table for table in tables if table.role is None or table.role in settled.packed]
+        kept = [table for table in tables if settled.keeps(table.role)]
         self.class_names, self.labels = _labels_of(kept, config, path)
         self.official = settled.codes([table.role for table in kept for _ in table.labels])
         self.name = storage.base_name(path).removesuffix(".parquet")
@@ -138,30 +145,10 @@ def _columns_used(table: _Table) -> str:
     return f"labels: column {table.label_column}{others}"
 
 
-def _groups(tables: Sequence[_Table]) -> dict[Role, Group]:
-    """What is in each split; empty without splits.
-
-    Raises:
-        DataError: tables of one split differ in whether they have labels, or a table has labels for some rows.
-    """
-    groups: dict[Role | None, Group] = {}
-    for table in tables:
-        missing = table.labels.count(None)
-        if 0 < missing < len(table.labels):
-            row = table.labels.index(None)
-            raise DataError(
-                f"all rows of a table must have labels, or none (got none or -1 for row {row} of {table.location} and "
-                f"{missing - 1} more); label or remove them"
-            )
-        group = groups.setdefault(table.role, Group(labelled=missing == 0))
-        if table.labels and group.labelled != (missing == 0) and group.num_images:
-            raise DataError(
-                f"all tables must have labels, or none (got both, the second in {table.location}); name their splits "
-                f"with split.train, split.test and split.ignore"
-            )
-        group.names.append(table.name)
-        group.num_images += len(table.labels)
-    return {role: group for role, group in groups.items() if role is not None}
+def _part_of(table: _Table) -> Part:
+    unlabelled = table.labels.count(None)
+    first = f"row {table.labels.index(None)} of {table.location}" if unlabelled else ""
+    return Part(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
@@ -178,13 +165,9 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
             f"{other.name}); pack them as sources of their own, or convert one"
         )
     labels = [label for table in tables for label in table.labels]
-    given = [label for label in labels if label is not None]
-    if not given:
-        return (), np.zeros(len(labels), np.int64)
-    names = read_label_names(config.label_names)
-    if first.class_names and names is None and not any(isinstance(label, str) for label in given):
-        return first.class_names, np.array(given, dtype=np.int64)
-    return classes_of_labels(given, names, path)
+    if first.class_names and config.label_names is None and all(isinstance(label, int) for label in labels):
+        return first.class_names, np.array(labels, dtype=np.int64)
+    return classes_of_labels(labels, config.label_names, path)
 
 
 def _shown(table: _Table) -> str:

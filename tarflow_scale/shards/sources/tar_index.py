@@ -10,17 +10,17 @@ from functools import partial
 import numpy as np
 
 from tarflow_scale import storage
-from tarflow_scale.config.prepare import SourceConfig
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
-from tarflow_scale.shards.sources.splits import role_of
+from tarflow_scale.shards.sources.splits import role_of, settle_parts
 from tarflow_scale.shards.sources.tar_files import tars_of_folder
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
-from tarflow_scale.shards.sources.tars import check_all_labelled, classes_of_tars, for_each_tar
+from tarflow_scale.shards.sources.tars import classes_of_tars, for_each_tar, part_of
 
 __all__ = ["IndexedTars", "index_tars"]
 
@@ -73,7 +73,7 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
     tars = for_each_tar(index, source.names, "index", num_workers)
     scanned = [tar.scanned for tar in tars]
-    check_all_labelled(scanned)
+    settle_parts([part_of(tar, None) for tar in scanned], SplitConfig())
     class_names, _ = classes_of_tars(scanned, config)
     shapes = {shape: place for tar in reversed(tars) for shape, place in tar.shapes.items()}
     sizes = {shape[1:] for shape in shapes}

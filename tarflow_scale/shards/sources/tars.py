@@ -18,24 +18,24 @@ from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.runtime import console
 from tarflow_scale.shards.images import IMAGE_EXTENSIONS
-from tarflow_scale.shards.sources.classes import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.source import BadImage, EncodedSource
 from tarflow_scale.shards.sources.splits import (
     Group,
+    Part,
     Role,
-    Settled,
     counted,
     looks_split,
     role_of,
     roles_of_files,
-    settle,
+    settle_parts,
 )
 from tarflow_scale.shards.sources.tar_files import find_tars
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
 from tarflow_scale.shards.workers import in_workers
 
-__all__ = ["TarSource", "check_all_labelled", "classes_of_tars", "for_each_tar"]
+__all__ = ["TarSource", "classes_of_tars", "for_each_tar", "part_of"]
 
 T = TypeVar("T")
 
@@ -67,7 +67,9 @@ class TarSource(EncodedSource):
         scan = partial(scan_tar, root=source.root, rules=Rules.of(config))
         scanned = for_each_tar(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
-        settled, packed = _settled([(tar, role) for tar, (_, role) in zip(scanned, used, strict=True)], split)
+        by_role = [(tar, role) for tar, (_, role) in zip(scanned, used, strict=True) if len(tar)]
+        settled = settle_parts([part_of(tar, role) for tar, role in by_role], split)
+        packed = [(tar, role) for tar, role in by_role if settled.keeps(role)]
         tars = [tar for tar, _ in packed]
         self.class_names, self.labels = classes_of_tars(tars, config)
         self.official = settled.codes([role for tar, role in packed for _ in range(len(tar)) if role is not None])
@@ -139,21 +141,12 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
         )
 
 
-def _settled(
-    tars: list[tuple[ScannedTar, Role | None]], split: SplitConfig
-) -> tuple[Settled, list[tuple[ScannedTar, Role | None]]]:
-    """Which splits are packed, and their tars."""
-    groups: dict[Role, Group] = {}
-    for tar, role in tars:
-        if role is not None and len(tar):
-            group = groups.setdefault(role, Group())
-            group.names.append(tar.name)
-            group.num_images += len(tar)
-            group.labelled = group.labelled or any(label is not None for label in tar.labels)
-    for role in groups or (None,):
-        check_all_labelled([tar for tar, its_role in tars if its_role == role])
-    settled = settle(groups, split)
-    return settled, [(tar, role) for tar, role in tars if len(tar) and (not groups or role in settled.packed)]
+def part_of(tar: ScannedTar, role: Role | None) -> Part:
+    """What a tar is to the splits of its source."""
+    code = tar.labels.index(None) if None in tar.labels else -1
+    unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
+    first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
+    return Part(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
 
 
 def _folders(tar: ScannedTar) -> set[str]:
@@ -180,32 +173,12 @@ def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[Role | None], con
             )
 
 
-def check_all_labelled(tars: Sequence[ScannedTar]) -> None:
-    """Check that all samples of a split have labels, or none.
-
-    Raises:
-        DataError: some have.
-    """
-    labels = {label for tar in tars for label in tar.labels}
-    if None not in labels or len(labels) == 1:
-        return
-    tar = next(tar for tar in tars if None in tar.labels)
-    key = tar.keys[int(np.flatnonzero(tar.codes == tar.labels.index(None))[0])]
-    raise DataError(
-        f"all samples must have labels, or none (got none for {tar.name}:{key}); label or remove it, or leave its tar "
-        f"out with split.ignore"
-    )
-
-
 def classes_of_tars(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Class names and labels of all samples; no names and zeros without labels."""
     labels = [tar.labels[code] for tar in tars for code in tar.codes.tolist()]
-    given = [label for label in labels if label is not None]
-    if not given and config.label_names is not None:
+    if config.label_names is not None and None in labels:
         raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")
-    if not given:
-        return (), np.zeros(len(labels), dtype=np.int64)
-    return classes_of_labels(given, read_label_names(config.label_names), config.path or "")
+    return classes_of_labels(labels, config.label_names, config.path or "")
 
 
 def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:

@@ -145,7 +145,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         given = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
         if None in given:
             raise DataError(f"labels of {path} must not be -1 (got it in line {given.index(None) + 2}); drop the row")
-        names, labels = classes_of_labels([label for label in given if label is not None], None, path)
+        names, labels = classes_of_labels(given, None, path)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
 
 
