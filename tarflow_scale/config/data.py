@@ -29,8 +29,8 @@ class EncodedShardsConfig(ShardsConfig):
     """Shards of images that this package encodes."""
 
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
-    """``png``, ``webp`` (lossless, smaller and slower to write) and ``raw`` (an array, large and fast to read) keep
-    every pixel; ``jpeg`` does not."""
+    """``png``, ``webp`` (smaller and slower to write) and ``raw`` (an array, large and fast to read) are lossless;
+    ``jpeg`` is not."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of jpeg, without chroma subsampling."""
 
@@ -41,17 +41,17 @@ class DataSetConfig(Section):
     path: str
     """Folder or URL that holds ``manifest.json``."""
     verify: Literal["size", "full"] = "size"
-    """What is checked before the first step: sizes, or every sha256. Each sample's checksum is checked at every
-    read in either case."""
+    """Checks before the first step: sizes, or every sha256. In both cases, each sample's checksum is verified at every
+    read."""
 
 
 class AugmentationConfig(Section):
-    """What is done at random to training images, a function of (seed, epoch, sample)."""
+    """Random changes of training images, a function of (seed, epoch, sample)."""
 
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     crop_pixels: int | None = Field(default=None, ge=1)
-    """Side of a square cut out at a random place; the model then sees images of this size. None takes all."""
+    """Side of a square that is cropped at random; the model then has images of this size. None crops nothing."""
 
 
 class MixedDataSetConfig(Section):
@@ -69,18 +69,16 @@ class DataConfig(DataSetConfig):
     weight: float = Field(default=1.0, gt=0)
     """Share of the global batch, relative to the weights in ``mix``."""
     mix: tuple[MixedDataSetConfig, ...] = ()
-    """More data sets of the same images and classes, say generated ones."""
+    """More data sets of images with the same shape and classes, such as generated ones."""
     augmentation: AugmentationConfig = AugmentationConfig()
     num_workers: int = Field(default=0, ge=0)
-    """Processes of a rank that read and decode; 0 does it in the rank itself. They do not change the batches."""
+    """Processes of a rank that read and decode; with 0 the rank does it itself. They do not change the batches."""
     read_threads: int | None = Field(default=None, ge=0)
-    """Reads in flight in each of these processes, one block ahead of every slot; None is 16 for URLs and 0 for local
-    folders."""
+    """Concurrent reads of each process, one block ahead of every slot; None is 16 for URLs and 0 for local folders."""
     max_corrupt_fraction: float = Field(default=1e-3, ge=0, le=1)
-    """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` of the run folder; more than
-    this share of the samples that all ranks read (or of 10,000, at the start) stops the run."""
-
+    """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` of the run folder. The run
+    stops if more than this share of the samples that all ranks read (at least 10,000) are corrupt."""
     shuffle_block: int = Field(default=16, ge=1)
-    """Samples of one contiguous range read; part of the order of samples. Larger blocks mean fewer, larger reads
-    and more memory: slots per rank x block x bytes per sample. From an object store, reads of about 2 MB keep up with
-    local files; ``--dry-run`` prints how large they are."""
+    """Samples of one contiguous read; it is part of the order of samples. Larger blocks mean fewer, larger reads and
+    more memory: slots per rank x block x bytes per sample. With reads of about 2 MB an object store is as fast as local
+    files; ``--dry-run`` prints their size."""

@@ -39,7 +39,7 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
         yield from pool.map(_apply, inputs)
     except BrokenProcessPool as error:
         raise UserError(  # not DataError, so that what is packed stays and packing resumes
-            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to go on"
+            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,9 +1,8 @@
 """CIFAR-10 and -100 in both of their formats.
 
-CIFAR's Python version is pickles. They are read by an unpickler that knows NumPy arrays of plain numbers, numbers,
-strings and containers; anything else in a file is refused, so that no file can run code. NumPy's own unpickling is not
-called: a dtype in a pickle says of itself whether its elements are pointers, and NumPy believes it
-(www.cs.toronto.edu/~kriz/cifar.html).
+CIFAR's Python version consists of pickles. They are read by an unpickler that knows NumPy arrays of plain numbers,
+numbers, strings and containers; it refuses anything else, so that no file can run code. NumPy's own unpickling is not
+called, because it trusts a pickled dtype that claims to have no pointers (www.cs.toronto.edu/~kriz/cifar.html).
 """
 
 import io
@@ -74,7 +73,7 @@ class CifarSource(ArraySource):
     """CIFAR-10 or -100 with the official split, from pickles or binaries, unpacked or as ``.tar.gz``.
 
     Args:
-        path: folder (or URL) of the batches, or the archive. CIFAR-100 has its fine labels.
+        path: folder (or URL) of the batches, or the archive. Labels of CIFAR-100 are the fine ones.
 
     Raises:
         DataError: a batch is missing or damaged.
@@ -216,7 +215,7 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def restricted_unpickle(content: bytes, what: str) -> Any:
+def restricted_unpickle(content: bytes, origin: str) -> Any:
     """The content of a pickle: an array, or a dictionary whose values may be arrays; bytes of Python 2 stay bytes.
 
     Raises:
@@ -228,4 +227,4 @@ def restricted_unpickle(content: bytes, what: str) -> Any:
             return {key: value.array if isinstance(value, _PlainArray) else value for key, value in loaded.items()}
         return loaded.array if isinstance(loaded, _PlainArray) else loaded
     except Exception as error:  # a damaged pickle can raise anything
-        raise DataError(f"{what} is not a pickle of plain arrays ({error}); download it again") from error
+        raise DataError(f"{origin} is not a pickle of plain arrays ({error}); download it again") from error

@@ -72,7 +72,7 @@ class LabelTables:
 
         Args:
             paths: of the images.
-            flat: whether they lie in no class folders.
+            flat: whether they are in no class folders.
 
         Raises:
             DataError: a table labels some of them only, or two tables label them.

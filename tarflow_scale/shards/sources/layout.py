@@ -301,8 +301,8 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     if "" in classes:
         stray = images[folders.index("")].path
         raise DataError(
-            f"images must lie all in class folders, or all in one (got {stray} beside them in {where}); move it, or "
-            f"leave it out with split.ignore"
+            f"images must all be in class folders, or all in one folder (got {stray} beside them in {where}); move it, "
+            f"or leave it out with split.ignore"
         )
     if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
         raise DataError(

@@ -1,4 +1,4 @@
-"""MNIST and what is published in its format: one ``.npz``, or four IDX files, plain or gzipped.
+"""MNIST and other data sets in its format: one ``.npz``, or four IDX files, plain or gzipped.
 
 The split is the official one. IDX: two zero bytes, a type (8 is uint8), the number of axes, each axis as a
 big-endian uint32, then the values in row-major order (yann.lecun.com/exdb/mnist).
@@ -46,8 +46,8 @@ class MnistSource(ArraySource):
     """
 
     def __init__(self, path: str) -> None:
-        arrays, others = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
-        self.lines = (f"left out: arrays {', '.join(others)}, which are neither train nor test",) if others else ()
+        arrays, unused = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
+        self.lines = (f"left out: arrays {', '.join(unused)}, which are neither train nor test",) if unused else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:

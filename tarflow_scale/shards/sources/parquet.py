@@ -49,7 +49,7 @@ class _Table:
     role: Role | None
     image_column: str
     label_column: str | None
-    others: tuple[str, ...]
+    other_columns: tuple[str, ...]
     labels: list[int | str | None]
     class_names: tuple[str, ...]
 
@@ -133,16 +133,17 @@ def _read_table(name: str, location: str, role: Role | None, config: SourceConfi
     for column in columns if split.by_name else ():
         if column.lower() in SPLIT_COLUMNS and column != label_column:
             refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
-    others = tuple(column for column in columns if column not in (image_column, label_column))
-    return _Table(name, location, role, image_column, label_column, others, labels, _class_names(table, label_column))
+    other_columns = tuple(column for column in columns if column not in (image_column, label_column))
+    class_names = _class_names(table, label_column)
+    return _Table(name, location, role, image_column, label_column, other_columns, labels, class_names)
 
 
 def _columns_used(table: _Table) -> str:
     """Which columns of a table are used, in words."""
-    others = f" (other columns: {', '.join(table.others[:10])})" if table.others else ""
-    if table.label_column is None:
-        return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
-    return f"labels: column {table.label_column}{others}"
+    others = f" (other columns: {', '.join(table.other_columns[:10])})" if table.other_columns else ""
+    if table.label_column is not None:
+        return f"labels: column {table.label_column}{others}"
+    return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
 
 
 def _part_of(table: _Table) -> Part:
@@ -152,11 +153,7 @@ def _part_of(table: _Table) -> Part:
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of all rows.
-
-    Raises:
-        DataError: tables name their classes differently.
-    """
+    """Class names and numbers of all rows, of tables that name their classes alike."""
     first = tables[0]
     other = next((table for table in tables if table.class_names != first.class_names), None)
     if other is not None:
@@ -200,11 +197,7 @@ def _open(location: str) -> Any:
 
 
 def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str | None]:
-    """The columns of images and of labels.
-
-    Raises:
-        DataError: there is none of images, or several, or none of the name that the configuration gives.
-    """
+    """The column of images, and that of labels if there is one."""
     names = table.schema_arrow.names
     for setting, asked in (("image_member", config.image_member), ("label_column", config.label_column)):
         if asked is not None and asked not in names:
@@ -247,8 +240,8 @@ def _class_names(table: Any, label_column: str | None) -> tuple[str, ...]:
         return ()
 
 
-def _bytes_of(value: Any, what: str) -> bytes:
+def _bytes_of(value: Any, origin: str) -> bytes:
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
-        raise DataError(f"{what} must hold image bytes (got {type(content).__name__}); embed the images in the table")
+        raise DataError(f"{origin} must hold image bytes (got {type(content).__name__}); embed the images in the table")
     return content

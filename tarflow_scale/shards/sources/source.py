@@ -1,4 +1,4 @@
-"""What every source of images offers, and the rules that turn encoded images of any size into images of one shape."""
+"""The interface of sources of images, and the rules that bring encoded images of any size to one shape."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,8 @@
    ``seg_test``, ``imagenet-val-000003.tar``. `_WORDS` has the words and their meanings.
 3. If no name means a split, the source has none, and ``split.test_fraction`` of each class is held out.
 4. Names that mean a split beside names that do not are refused: the configuration must say which is which.
-5. What is packed beside ``train``: the splits that patterns name; else the test split; else the validation split. A
-   split without labels is left out where ``train`` has labels. Everything that is left out is reported.
+5. Beside ``train``, the splits that patterns name are packed; else the test split; else the validation split. A split
+   without labels is left out if ``train`` has labels. Everything that is left out is reported.
 """
 
 import re
@@ -203,8 +203,8 @@ def roles_of_files(names: Sequence[str], split: SplitConfig, kind: str) -> list[
         pair = paired(names) if split.by_name else None
         if pair is not None:
             raise DataError(
-                f"{kind} whose names may mean splits must be said to be some (got {pair[0]} and {pair[1]}); name them "
-                f"with split.train and split.test, or set split.by_name=false"
+                f"{kind} whose names may mean splits must be assigned to splits (got {pair[0]} and {pair[1]}); name "
+                f"them with split.train and split.test, or set split.by_name=false"
             )
         return [role if role == "ignore" else None for role in roles]
     unknown = next((name for name, role in zip(names, roles, strict=True) if role is None), None)

@@ -59,7 +59,7 @@ def find_tars(path: str) -> FoundTars:
 
 
 def tars_of_folder(path: str) -> FoundTars:
-    """The tars that lie in a folder itself; those below it are counted among the other files.
+    """The tars directly in a folder; those in folders below it are counted among the other files.
 
     Raises:
         DataError: there are none, or one is compressed.
@@ -106,12 +106,12 @@ def _of_folder(path: str) -> FoundTars:
         raise DataError(f"no .tar in {path}; check source.path")
     # Data sets that were packed below the folder of a source are left out, unless there is nothing else.
     packed = {name.rpartition("/")[0] for name in files if name.endswith(f"/{MANIFEST_NAME}")}
-    others = [name for name in names if name.rpartition("/")[0] not in packed]
-    if not others or len(others) == len(names):
+    unpacked = [name for name in names if name.rpartition("/")[0] not in packed]
+    if not unpacked or len(unpacked) == len(names):
         return FoundTars(path, names, ignored)
     left = sorted(packed & {name.rpartition("/")[0] for name in names})
     line = f"left out: {', '.join(left)} (packed data set); give it as source.path to pack it again"
-    return FoundTars(path, others, ignored, (line,))
+    return FoundTars(path, unpacked, ignored, (line,))
 
 
 def _of_names(paths: list[str]) -> FoundTars:

@@ -111,7 +111,7 @@ def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _Indexed
         raise DataError(f"links cannot be read in place (got one in the sample {scanned.linked} of {root}); {_AGAIN}")
     if scanned.num_without or not len(scanned):
         raise DataError(f"every sample must have an image ({scanned.without}); remove it, or {_AGAIN}")
-    # What lies between two samples, say a folder, belongs to the one before, so that samples stay contiguous.
+    # Bytes between two samples, of a folder for instance, count to the first of them, so that samples are contiguous.
     offsets = [*scanned.places[:, 0].tolist(), int(scanned.places[-1, 1])]
     sums: list[int] = []
     shapes: dict[tuple[int, int, int], str] = {}

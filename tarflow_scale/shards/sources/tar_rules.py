@@ -4,7 +4,7 @@ A sample is a run of members that share a key, the path up to the first dot of t
 lower case, is the extension. Both are webdataset's rules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,11 @@ class Rules:
             )
         return images[0] if images else None
 
-    def may_be_label(self, extension: str, others: dict[str, Any]) -> bool:
-        """Whether the content of a member is needed, given the members of the sample that precede it."""
+    def may_be_label(self, extension: str, earlier: Mapping[str, Any]) -> bool:
+        """Whether the content of a member is needed, given the ``earlier`` members of its sample."""
         if self.label is not None:
             return extension in ("json", self.label.lower().lstrip("."))
-        return extension.endswith(".cls") or extension == "cls" or (extension == "json" and "cls" not in others)
+        return extension.endswith(".cls") or extension == "cls" or (extension == "json" and "cls" not in earlier)
 
     def label_of(self, extensions: list[str], content: Callable[[str], bytes], sample: str) -> int | str | None:
         """The label of a sample; None without one, and for -1.

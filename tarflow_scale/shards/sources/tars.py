@@ -142,7 +142,7 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
 
 
 def part_of(tar: ScannedTar, role: Role | None) -> Part:
-    """What a tar is to the splits of its source."""
+    """A tar as a part of a split."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
@@ -182,7 +182,7 @@ def classes_of_tars(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[t
 
 
 def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
-    """Lines about what is in a source and not packed, whatever its split."""
+    """Lines about tars and samples that are left out."""
     lines: list[str] = []
     if skipped:
         lines.append(f"left out: {Group(list(skipped)).words} (split.ignore)")
@@ -194,13 +194,13 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
 
 
 def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
-    """A line about what may hold labels, where none were found."""
+    """A line about members or folders that may hold labels, if none were found."""
     members = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
-    others = [name for name in members if name != "cls" and name.rpartition(".")[2] not in IMAGE_EXTENSIONS]
+    holders = [name for name in members if name != "cls" and name.rpartition(".")[2] not in IMAGE_EXTENSIONS]
     if class_names:
         return []
-    if others:
-        return [f"no labels (other members: {', '.join(others[:10])}); name what holds them with source.label_column"]
+    if holders:
+        return [f"no labels (other members: {', '.join(holders[:10])}); name what holds them with source.label_column"]
     folders = sorted({name for tar in tars for name in _folders(tar) if not looks_split(name.rpartition("/")[2])})
     if len(folders) < 2:
         return ["no labels (the tars hold images alone)"]

@@ -84,17 +84,11 @@ def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.int8] | No
         name.endswith("_test") and "x_test" not in arrays for name in arrays
     ):
         raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); correct it")
-    labels = [y for _, _, y in parts if y is not None]
-    num = sum(len(x) for x, _, _ in parts)
-    all_labels = np.concatenate(labels) if labels else np.zeros(num, np.int64)
-    official = train_then_test(len(parts[0][0]), num) if len(parts) > 1 else None
-    return (
-        np.concatenate([x for x, _, _ in parts]),
-        np.concatenate([c for _, c, _ in parts]),
-        all_labels,
-        numbered_classes(all_labels) if labels else (),
-        official,
-    )
+    x, conditions = np.concatenate([x for x, _, _ in parts]), np.concatenate([c for _, c, _ in parts])
+    given = [y for _, _, y in parts if y is not None]
+    labels = np.concatenate(given) if given else np.zeros(len(x), np.int64)
+    official = train_then_test(len(parts[0][0]), len(x)) if len(parts) > 1 else None
+    return x, conditions, labels, numbered_classes(labels) if given else (), official
 
 
 def _part(

@@ -20,7 +20,7 @@ _CLASSES_SHOWN = 12
 def print_preview(
     source: ImageSource, splits: Mapping[str, NDArray[np.int64]], split: SplitConfig, shards: PackedShardsConfig
 ) -> None:
-    """Print what is going to be packed."""
+    """Print the splits, classes and shards of a source, and its warnings."""
     size = f"{'x'.join(map(str, source.shape))}, {source.bit_depth} bit"
     if source.vectors is not None:
         size = f"{source.vectors.num_values} values"
