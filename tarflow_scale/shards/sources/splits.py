@@ -25,10 +25,10 @@ __all__ = [
     "PACKED",
     "SPLIT_COLUMNS",
     "Group",
-    "Part",
     "Patterns",
     "Role",
     "Settled",
+    "SourceFile",
     "counted",
     "looks_split",
     "named",
@@ -38,7 +38,7 @@ __all__ = [
     "role_of",
     "roles_of_files",
     "settle",
-    "settle_parts",
+    "settle_files",
     "train_then_test",
     "unread_lists",
 ]
@@ -252,7 +252,7 @@ class Group:
         return f"{self.names[0]} and {more} more" if more else self.names[0]
 
 
-class Part(NamedTuple):
+class SourceFile(NamedTuple):
     """A table or tar, which belongs to one split as a whole.
 
     Args:
@@ -297,22 +297,22 @@ class Settled:
         return np.array([PACKED.index(self.packed[role or ""]) for role in roles], dtype=np.int8)
 
 
-def settle_parts(parts: Sequence[Part], split: SplitConfig) -> Settled:
+def settle_files(files: Sequence[SourceFile], split: SplitConfig) -> Settled:
     """Choose which splits of tables or tars are packed.
 
     Raises:
         DataError: some images of a split have labels and some have none, or as `settle`.
     """
     groups: dict[Role | None, Group] = {}
-    for part in parts:
-        if part.num_images:
-            group = groups.setdefault(part.role, Group())
-            group.names.append(part.name)
-            group.num_images += part.num_images
-            group.num_labelled += part.num_labelled
+    for file in files:
+        if file.num_images:
+            group = groups.setdefault(file.role, Group())
+            group.names.append(file.name)
+            group.num_images += file.num_images
+            group.num_labelled += file.num_labelled
     for role, group in groups.items():
         if 0 < group.num_labelled < group.num_images:
-            first = next(part.unlabelled for part in parts if part.role == role and part.unlabelled)
+            first = next(file.unlabelled for file in files if file.role == role and file.unlabelled)
             raise DataError(
                 f"all samples must have labels, or none (got none for {first}); label or remove it, or leave its file "
                 f"out with split.ignore"

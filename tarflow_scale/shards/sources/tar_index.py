@@ -16,11 +16,11 @@ from tarflow_scale.shards.images import Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
-from tarflow_scale.shards.sources.splits import role_of, settle_parts
+from tarflow_scale.shards.sources.splits import role_of, settle_files
 from tarflow_scale.shards.sources.tar_files import tars_of_folder
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
-from tarflow_scale.shards.sources.tars import classes_of_tars, for_each_tar, part_of
+from tarflow_scale.shards.sources.tars import classes_of_tars, file_of, for_each_tar
 
 __all__ = ["IndexedTars", "index_tars"]
 
@@ -73,7 +73,7 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
     tars = for_each_tar(index, source.names, "index", num_workers)
     scanned = [tar.scanned for tar in tars]
-    settle_parts([part_of(tar, None) for tar in scanned], SplitConfig())
+    settle_files([file_of(tar, None) for tar in scanned], SplitConfig())
     class_names, _ = classes_of_tars(scanned, config)
     shapes = {shape: place for tar in reversed(tars) for shape, place in tar.shapes.items()}
     sizes = {shape[1:] for shape in shapes}

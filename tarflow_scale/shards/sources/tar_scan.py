@@ -123,7 +123,7 @@ def _check_end(location: str, end: int, size: int) -> None:
 
 
 @dataclass
-class _Run:
+class _KeyRun:
     """Members that share a key and follow each other."""
 
     key: str
@@ -133,7 +133,7 @@ class _Run:
     contents: dict[str, bytes] = field(default_factory=dict)
 
 
-class _Row(NamedTuple):
+class _Sample(NamedTuple):
     """A sample that has an image."""
 
     key: str
@@ -150,9 +150,9 @@ class _Scan:
     def __init__(self, name: str, location: str, rules: Rules) -> None:
         self._name, self._location, self._rules = name, location, rules
         self.end = 0
-        self._run: _Run | None = None
+        self._run: _KeyRun | None = None
         self._seen: set[str] = set()
-        self._rows: list[_Row | _Run] = []
+        self._rows: list[_Sample | _KeyRun] = []
         self._labels: dict[int | str | None, int] = {}
         self._extensions: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -180,7 +180,7 @@ class _Scan:
                     f"name); sort its members by key"
                 )
             self._seen.add(key)
-            self._run = _Run(key, member.start)
+            self._run = _KeyRun(key, member.start)
         run = self._run
         if extension in run.members:
             raise DataError(f"names in a tar must differ (got {member.name} twice in {self._location}); remove one")
@@ -197,11 +197,11 @@ class _Scan:
         if not self._seen:
             raise DataError(f"no samples in {self._location}; replace or remove it")
         by_name: dict[str, list[Member]] = {}
-        if any(isinstance(row, _Run) for row in self._rows):
+        if any(isinstance(row, _KeyRun) for row in self._rows):
             with storage.open_seekable(self._location) as stream:
                 for member in parse(stream):
                     by_name.setdefault(posixpath.normpath(member.name), []).append(member)
-        rows = [self._follow(row, by_name) if isinstance(row, _Run) else row for row in self._rows]
+        rows = [self._follow(row, by_name) if isinstance(row, _KeyRun) else row for row in self._rows]
         rows = [row for row in rows if row is not None]
         return ScannedTar(
             name=self._name,
@@ -229,7 +229,7 @@ class _Scan:
             row = self._row(run) if is_plain else run
             self._rows += [] if row is None else [row]
 
-    def _row(self, run: _Run) -> _Row | None:
+    def _row(self, run: _KeyRun) -> _Sample | None:
         """The sample of a run; None without an image."""
         sample = f"{self._name}:{run.key}"
         extensions = list(run.members)
@@ -245,9 +245,9 @@ class _Scan:
             return None
         label = self._rules.label_of(extensions, run.contents.__getitem__, sample)
         code = self._labels.setdefault(label, len(self._labels))
-        return _Row(run.key, run.start, run.stop, run.members[image].data, run.members[image].size, code)
+        return _Sample(run.key, run.start, run.stop, run.members[image].data, run.members[image].size, code)
 
-    def _follow(self, run: _Run, by_name: dict[str, list[Member]]) -> _Row | None:
+    def _follow(self, run: _KeyRun, by_name: dict[str, list[Member]]) -> _Sample | None:
         """The sample of a run with links, which become the members that they lead to."""
         links = [extension for extension, member in run.members.items() if member.kind != "file"]
         for extension in links:

@@ -22,20 +22,20 @@ from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.source import BadImage, EncodedSource
 from tarflow_scale.shards.sources.splits import (
     Group,
-    Part,
     Role,
+    SourceFile,
     counted,
     looks_split,
     role_of,
     roles_of_files,
-    settle_parts,
+    settle_files,
 )
 from tarflow_scale.shards.sources.tar_files import find_tars
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
 from tarflow_scale.shards.workers import in_workers
 
-__all__ = ["TarSource", "classes_of_tars", "for_each_tar", "part_of"]
+__all__ = ["TarSource", "classes_of_tars", "file_of", "for_each_tar"]
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class TarSource(EncodedSource):
         scanned = for_each_tar(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
         by_role = [(tar, role) for tar, (_, role) in zip(scanned, used, strict=True) if len(tar)]
-        settled = settle_parts([part_of(tar, role) for tar, role in by_role], split)
+        settled = settle_files([file_of(tar, role) for tar, role in by_role], split)
         packed = [(tar, role) for tar, role in by_role if settled.keeps(role)]
         tars = [tar for tar, _ in packed]
         self.class_names, self.labels = classes_of_tars(tars, config)
@@ -141,12 +141,12 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
         )
 
 
-def part_of(tar: ScannedTar, role: Role | None) -> Part:
-    """A tar as a part of a split."""
+def file_of(tar: ScannedTar, role: Role | None) -> SourceFile:
+    """A tar as a file of its source, which `settle_files` takes."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
-    return Part(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
+    return SourceFile(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
 
 
 def _folders(tar: ScannedTar) -> set[str]:
