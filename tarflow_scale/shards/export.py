@@ -1,8 +1,6 @@
 """A packed data set as single files, ``<class>/<key>.png`` and ``<key>.json``, which other programs read."""
 
-import io
 import json
-import tarfile
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
@@ -48,34 +46,20 @@ def write_folder(path: str, location: str) -> int:
     digest, names = shards.manifest.digest.encode(), shards.manifest.class_names
     folders = _folders(names)
     storage.write_bytes(storage.join(location, _BEGUN), digest)
-    num = 0
-    for shard in shards.manifest.shards:
-        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(storage.join(path, shard.file)))) as tar:
-            for key, members in _samples(tar):
-                extension = image_extension(members)
-                assert extension is not None, "a packed sample has an image"
-                label = members.get("cls")
-                folder = folders[int(label)] if label is not None and folders else _UNLABELLED
-                if label is not None and names and "json" in members:
-                    record = json.loads(members["json"]) | {"class": names[int(label)]}
-                    members["json"] = json.dumps(record, ensure_ascii=False).encode()
-                for suffix in (extension, "json"):
-                    if suffix in members:
-                        storage.write_bytes(storage.join(location, folder, f"{key}.{suffix}"), members[suffix])
-                num += 1
+    for stored in shards.stored():
+        members = stored.members()
+        extension = image_extension(members)
+        assert extension is not None, "a packed sample has an image"
+        label = members.get("cls")
+        folder = folders[int(label)] if label is not None and folders else _UNLABELLED
+        if label is not None and names and "json" in members:
+            record = json.loads(members["json"]) | {"class": names[int(label)]}
+            members["json"] = json.dumps(record, ensure_ascii=False).encode()
+        for suffix in (extension, "json"):
+            if suffix in members:
+                storage.write_bytes(storage.join(location, folder, f"{stored.key}.{suffix}"), members[suffix])
     storage.write_bytes(storage.join(location, _WHOLE), digest)
-    return num
-
-
-def _samples(tar: tarfile.TarFile) -> list[tuple[str, dict[str, bytes]]]:
-    """Members of each sample of a tar, by key."""
-    samples: dict[str, dict[str, bytes]] = {}
-    for member in tar:
-        key, _, suffix = member.name.partition(".")
-        file = tar.extractfile(member)
-        if file is not None:
-            samples.setdefault(key, {})[suffix] = file.read()
-    return list(samples.items())
+    return shards.manifest.num_images
 
 
 def _folders(names: tuple[str, ...]) -> list[str]:

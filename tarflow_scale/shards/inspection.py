@@ -75,11 +75,9 @@ def statistics(path: str) -> list[str]:
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
     labels = Counter[int]()
     with console.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
-        for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
-            for low in range(0, record.samples, _RUN):
-                for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
-                    labels[shards.label(stored)] += 1
-                    bar.update(1)
+        for stored in shards.stored() if manifest.num_classes else ():
+            labels[shards.label(stored)] += 1
+            bar.update(1)
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),
         ("samples", f"{manifest.num_images:,} {manifest.samples_in_words}, {manifest.codec}"),
@@ -116,16 +114,14 @@ def _copies(splits: list[ShardSet]) -> list[str]:
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
     with console.progress_bar(int(firsts[-1]), "look for copies") as bar:
         for shards in splits:
-            for low in range(0, shards.manifest.num_images, _RUN):
-                run = shards.read(np.arange(low, min(low + _RUN, shards.manifest.num_images)))
-                for stored in run:
-                    try:
-                        fingerprints.append(duplicates.fingerprint(shards.decode(stored)[0]))
-                        origins.append(shards.origin_of(stored))
-                    except CorruptSample:  # which --check lists
-                        fingerprints.append(duplicates.NO_FINGERPRINT)
-                        origins.append("")
-                bar.update(len(run))
+            for stored in shards.stored():
+                try:
+                    fingerprints.append(duplicates.fingerprint(shards.decode(stored)[0]))
+                    origins.append(shards.origin_of(stored))
+                except CorruptSample:  # which --check lists
+                    fingerprints.append(duplicates.NO_FINGERPRINT)
+                    origins.append("")
+                bar.update(1)
 
     def image(number: int) -> NDArray[np.uint8]:
         place = int(np.searchsorted(firsts, number, side="right")) - 1

@@ -34,6 +34,8 @@ _header = struct.Struct("100s 24x 12s 20x c").unpack_from
 """Name, size in octal digits, and kind of a tar header."""
 _REGULAR = (b"0", b"\0")
 _RETRIES = 5
+_RUN = 256
+"""Samples that are read together where all are read."""
 _ORIGIN_CHARACTERS = 300
 FIRST_WAIT_SECONDS = 0.5
 """Waits double: a shard may be unreachable for 15 seconds, longer than the fail-over of most stores."""
@@ -180,6 +182,12 @@ class ShardSet:
             first = int(places[low])
             stored.extend(self.read_run(int(shards[low]), first, first + int(high - low)))
         return stored
+
+    def stored(self) -> Iterator[StoredSample]:
+        """All samples in the manifest's order; some hundreds are in memory."""
+        for shard, record in enumerate(self.manifest.shards):
+            for start in range(0, record.samples, _RUN):
+                yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
         """Image ``(C, H, W)`` uint8, or the bytes of a vector, and label, -1 without labels.

@@ -41,7 +41,7 @@ class Sample:
     key: str
     image: NDArray[np.uint8] | Mapping[str, bytes]
     label: int | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> tuple[bytes, ShardIndex]:
@@ -54,7 +54,7 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
         members = dict(encoded)
         if sample.label is not None:
             members["cls"] = str(sample.label).encode()
-        members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+        members["json"] = json.dumps(sample.metadata, sort_keys=True).encode()
         content = _tarred(sample.key, members)
         parts.append(content)
         offsets.append(offsets[-1] + len(content))
