@@ -45,19 +45,19 @@ def without_copies(
     return kept, dropped
 
 
-def report(plans: Sequence[packing.Packing], notes: Sequence[Sequence[packing.PackNote]]) -> None:
+def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing.PackNote]]) -> None:
     """Print which images of splits that were packed are like others.
 
     Args:
-        plans: of the splits, all of one source.
+        packings: of the splits, all of one source.
         notes: the notes of each, with fingerprints.
     """
-    source = plans[0].source
+    source = packings[0].source
     fingerprints = np.zeros((len(source), 2), dtype=np.uint64)
-    for plan, its_notes in zip(plans, notes, strict=True):
-        fingerprints[plan.order] = duplicates.read_fingerprints([note.fingerprints for note in its_notes])
-    split = _split_of(source, {plan.split: plan.order for plan in plans})
-    _print(source, duplicates.find_copies(fingerprints, source.image), split, [plan.split for plan in plans])
+    for packed, its_notes in zip(packings, notes, strict=True):
+        fingerprints[packed.order] = duplicates.read_fingerprints([note.fingerprints for note in its_notes])
+    split = _split_of(source, {packed.split: packed.order for packed in packings})
+    _print(source, duplicates.find_copies(fingerprints, source.image), split, [packed.split for packed in packings])
 
 
 def _split_of(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -1,8 +1,8 @@
 """Packing: numbers of images to shards, in this process or in several, resumed where an earlier packing was killed.
 
-A shard is a unit of work and depends on the plan alone, so any process writes the same bytes. Beside each finished
-shard lies a note, ``.train-00000.packed.json``, with its record and the plan it belongs to; a packing that resumes
-trusts a shard if its note is of the same plan and its bytes have the digests of the note. The notes are removed when
+A shard is a unit of work and depends on its `Packing` alone, so any process writes the same bytes. Beside each finished
+shard lies a note, ``.train-00000.packed.json``, with its record and the digest of its `Packing`; a packing that resumes
+trusts a shard if its note has the same digest and its bytes have the digests of the note. The notes are removed when
 the manifest is published.
 
 A folder is written to only if it was empty when packing began, which the marker ``.packing`` in it says. Files in a
@@ -62,7 +62,8 @@ class SkippedImage(Record):
 class PackNote(Record):
     """The result of one unit of work: the shard's record, None if none of its images could be used."""
 
-    plan: str
+    digest: str
+    """Of the `Packing`."""
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
     fingerprints: str = ""
@@ -71,7 +72,7 @@ class PackNote(Record):
 
 @dataclass(frozen=True)
 class Packing:
-    """The plan of one split.
+    """How one split is packed.
 
     Args:
         source: where the images are.
@@ -81,8 +82,9 @@ class Packing:
         samples_per_shard: images of a shard.
         codec, quality: how images are encoded.
         skip_bad: leave out images that cannot be used, instead of failing.
-        plan: digest of everything that the bytes depend on.
+        digest: of everything that the bytes depend on.
         fingerprints: keep fingerprints in the notes, which find near copies.
+        dropped: images that are left out because they are like others; None if near copies are kept.
     """
 
     source: ImageSource
@@ -93,8 +95,9 @@ class Packing:
     codec: Codec
     quality: int
     skip_bad: bool
-    plan: str
+    digest: str
     fingerprints: bool = False
+    dropped: list[duplicates.Copy] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -106,7 +109,7 @@ class Packing:
         return f"{self.split}-{number:05d}.tar"
 
     def done(self, number: int) -> PackNote | None:
-        """The note of a shard that an earlier run finished, if the shard is intact and of this plan."""
+        """The note of a shard that an earlier run finished, if the shard is intact and of this packing."""
         location = storage.join(self.path, _note_name(self.tar_name(number)))
         if not storage.exists(location):
             return None
@@ -114,7 +117,7 @@ class Packing:
             note = PackNote.model_validate_json(storage.read_bytes(location))
         except ValidationError:
             return None
-        if note.plan != self.plan or (self.fingerprints and not note.fingerprints):
+        if note.digest != self.digest or (self.fingerprints and not note.fingerprints):
             return None
         if note.record is None:
             return note
@@ -142,7 +145,7 @@ class Packing:
             packed = PackedShard.of(self.tar_name(number), chain([first], samples), self.codec, self.quality)
             record = packed.write(self.path)
         note = PackNote(
-            plan=self.plan, record=record, skipped=tuple(skipped), fingerprints=duplicates.text_of(fingerprints)
+            digest=self.digest, record=record, skipped=tuple(skipped), fingerprints=duplicates.text_of(fingerprints)
         )
         storage.write_bytes(storage.join(self.path, _note_name(self.tar_name(number))), note.to_json())
         return note
@@ -262,20 +265,14 @@ def clear(path: str) -> None:
         storage.remove_tree(path)
 
 
-def publish(packing: Packing, notes: list[PackNote], dropped: list[duplicates.Copy], manifest: Manifest) -> None:
-    """Make a split that is packed a data set: its lists of images that were left out, the manifest; then no notes.
-
-    Args:
-        packing: the plan.
-        notes: of all its shards.
-        dropped: images that are not packed because they are like others; ``dropped.jsonl`` lists them.
-        manifest: of the split.
-    """
+def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None:
+    """Make a packed split a data set: list the images that were left out, write the manifest, remove the notes."""
     origin = packing.source.origin
     lists = {
         "skipped.jsonl": [image.model_dump() for note in notes for image in note.skipped],
         "dropped.jsonl": [
-            {"origin": origin(copy.image), "like": origin(copy.like), "is_equal": copy.is_equal} for copy in dropped
+            {"origin": origin(copy.image), "like": origin(copy.like), "is_equal": copy.is_equal}
+            for copy in packing.dropped or []
         ],
     }
     for name, rows in lists.items():
@@ -289,7 +286,7 @@ def publish(packing: Packing, notes: list[PackNote], dropped: list[duplicates.Co
 
 
 def _remove_others(packing: Packing) -> None:
-    """Remove half-written files and shards beyond the plan's, which an earlier packing left."""
+    """Remove half-written files and shards beyond the packing's, which an earlier packing left."""
     wanted = {_MARKER}
     for number in range(packing.num_shards):
         tar = packing.tar_name(number)

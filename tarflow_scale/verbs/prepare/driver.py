@@ -87,8 +87,11 @@ def _prepare(config: SourceConfig, split: SplitConfig, shards: PackedShardsConfi
         dropped = None
         if split.near_duplicates == "drop":
             splits, dropped = copies.without_copies(source, splits, config.bad_images == "skip", shards.num_workers)
-        plans = [_plan(source, splits[name], name, recipe, config, split, shards) for name in missing]
-        _pack(plans, recipe, dropped, config.max_bad_fraction, shards.num_workers)
+        left_out = {name: dropped if name == "train" or dropped is None else [] for name in missing}
+        packings = [
+            _packing(source, splits[name], name, left_out[name], recipe, config, split, shards) for name in missing
+        ]
+        _pack(packings, recipe, config.max_bad_fraction, shards.num_workers)
 
 
 def _missing(path: str, splits: Iterable[str], recipe: str) -> list[str]:
@@ -108,10 +111,11 @@ def _missing(path: str, splits: Iterable[str], recipe: str) -> list[str]:
     return missing
 
 
-def _plan(
+def _packing(
     source: ImageSource,
     members: NDArray[np.int64],
     name: str,
+    dropped: list[Copy] | None,
     recipe: str,
     config: SourceConfig,
     split: SplitConfig,
@@ -127,34 +131,33 @@ def _plan(
         codec=shards.codec,
         quality=shards.jpeg_quality,
         skip_bad=config.bad_images == "skip",
-        plan=storage.digest(f"{recipe} {source.version or source.digest} {name}".encode() + order.tobytes()),
+        digest=storage.digest(f"{recipe} {source.version or source.digest} {name}".encode() + order.tobytes()),
         fingerprints=split.near_duplicates == "report" and source.vectors is None,
+        dropped=dropped,
     )
 
 
-def _pack(
-    plans: list[packing.Packing], recipe: str, dropped: list[Copy] | None, max_bad_fraction: float, num_workers: int
-) -> None:
-    for plan in plans:
-        packing.claim(plan.path)
+def _pack(packings: list[packing.Packing], recipe: str, max_bad_fraction: float, num_workers: int) -> None:
+    """Pack all splits, then publish all; bad input leaves nothing."""
+    for split in packings:
+        packing.claim(split.path)
     try:
-        notes = [packing.pack(plan, num_workers) for plan in plans]
+        notes = [packing.pack(split, num_workers) for split in packings]
         _check_skipped([note for of_split in notes for note in of_split], max_bad_fraction)
-        of_split = [dropped if plan.split == "train" or dropped is None else [] for plan in plans]
-        manifests = [_manifest(*packed, recipe) for packed in zip(plans, notes, of_split, strict=True)]
+        manifests = [_manifest(split, of_split, recipe) for split, of_split in zip(packings, notes, strict=True)]
     except DataError:
-        for plan in plans:
-            packing.clear(plan.path)
+        for split in packings:
+            packing.clear(split.path)
         raise
-    for plan, its_notes, copies_left_out, manifest in zip(plans, notes, of_split, manifests, strict=True):
-        packing.publish(plan, its_notes, copies_left_out or [], manifest)
-        skipped = sum(len(note.skipped) for note in its_notes)
-        left_out = f", {skipped} unusable images left out ({plan.path}/skipped.jsonl)" if skipped else ""
+    for split, of_split, manifest in zip(packings, notes, manifests, strict=True):
+        packing.publish(split, of_split, manifest)
+        skipped = sum(len(note.skipped) for note in of_split)
+        left_out = f", {skipped} unusable images left out ({split.path}/skipped.jsonl)" if skipped else ""
         kind = "vectors" if manifest.vectors else "images"
         shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
-        print(f"{plan.path}: {manifest.num_images} {kind} in {shards}, manifest {manifest.digest[:12]}{left_out}")
-    if all(plan.fingerprints for plan in plans):
-        copies.report(plans, notes)
+        print(f"{split.path}: {manifest.num_images} {kind} in {shards}, manifest {manifest.digest[:12]}{left_out}")
+    if all(split.fingerprints for split in packings):
+        copies.report(packings, notes)
 
 
 def _check_skipped(notes: list[packing.PackNote], max_bad_fraction: float) -> None:
@@ -168,29 +171,27 @@ def _check_skipped(notes: list[packing.PackNote], max_bad_fraction: float) -> No
         )
 
 
-def _manifest(
-    plan: packing.Packing, notes: list[packing.PackNote], dropped: list[Copy] | None, recipe: str
-) -> Manifest:
-    source = plan.source
+def _manifest(split: packing.Packing, notes: list[packing.PackNote], recipe: str) -> Manifest:
+    source = split.source
     records = tuple(note.record for note in notes if note.record is not None)
     if not records:
         raise DataError(
-            f"no image of {source.name} could be used (of {len(plan.order)} in {plan.split}); see the source"
+            f"no image of {source.name} could be used (of {len(split.order)} in {split.split}); see the source"
         )
     channels, height, _ = source.shape if source.vectors is None else (source.vectors.num_values, 1, 1)
-    codec = VALUES if source.vectors else plan.codec
+    codec = VALUES if source.vectors else split.codec
     return Manifest(
         name=source.name,
-        split=plan.split,
+        split=split.split,
         image_size_pixels=height,
         num_channels=channels,
         class_names=source.class_names,
         bit_depth=source.bit_depth,
-        codec=f"jpeg, quality {plan.quality}" if codec == "jpeg" else codec,
+        codec=f"jpeg, quality {split.quality}" if codec == "jpeg" else codec,
         source=source.description,
         recipe=recipe,
         shards=records,
         vectors=source.vectors,
         reading=source.reading,
-        dropped_copies=None if dropped is None else len(dropped),
+        dropped_copies=None if split.dropped is None else len(split.dropped),
     )
