@@ -18,22 +18,10 @@ from numpy.typing import NDArray
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
+from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.label_tables import LabelTables
-from tarflow_scale.shards.sources.splits import (
-    Group,
-    Patterns,
-    Role,
-    counted,
-    looks_split,
-    named,
-    other_words,
-    paired,
-    role_of,
-    settle,
-    unread_lists,
-)
 
 __all__ = ["ImageFiles", "lay_out"]
 
@@ -53,7 +41,7 @@ class _Image:
     """An image: its path, its split, and the folders and file name that have not been interpreted yet."""
 
     path: str
-    role: Role | None
+    role: splits.Role | None
     parts: list[str]
 
 
@@ -105,14 +93,14 @@ def lay_out(
         )
     images = _decide(names, split, where)
     num_ignored = len(names) - len(images)
-    lines = [f"left out by split.ignore: {counted(num_ignored, 'image')}"] if num_ignored else []
+    lines = [f"left out by split.ignore: {splits.counted(num_ignored, 'image')}"] if num_ignored else []
     lines += _skip_top_folders(images)
     if split.by_name:
         lines += _recognize(images, where)
     groups = _groups(images, where)
     lines += _skip_folders_of_splits(images)
     if split.by_name and not groups:
-        lines += unread_lists([name for name in files if junk_kind(name) is None])
+        lines += splits.unread_lists([name for name in files if junk_kind(name) is None])
     tables = LabelTables(files, read, config, split, where)
     labels: dict[str, int | str | None] = {}
     for role in groups or [None]:
@@ -125,7 +113,7 @@ def lay_out(
         if role is not None and of_members[0] is not None:
             groups[role].num_labelled = len(members)
     tables.check()
-    settled = settle(groups, split)
+    settled = splits.settle(groups, split)
     kept = [image for image in images if settled.keeps(image.role)]
     class_names, numbers = _numbered({image.path: labels[image.path] for image in kept}, config, where)
     lines += [*tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
@@ -147,7 +135,7 @@ def lay_out(
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
     """The images that no pattern ignores, with the splits that patterns decide."""
-    patterns = Patterns(split)
+    patterns = splits.Patterns(split)
     images: list[_Image] = []
     for name in names:
         decision = patterns.decide(name) if patterns else None
@@ -179,7 +167,7 @@ def _drop_top(images: list[_Image]) -> None:
 def _skip_top_folders(images: list[_Image]) -> list[str]:
     """Drop folders that hold all the others."""
     dropped: list[str] = []
-    while (top := _common_top(images, 2)) and role_of(top) is None:
+    while (top := _common_top(images, 2)) and splits.role_of(top) is None:
         _drop_top(images)
         dropped.append(top)
     return [f"looked through the folder {'/'.join(dropped)}, which holds all images"] if dropped else []
@@ -203,23 +191,23 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
     return lines
 
 
-def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[str]]:
+def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
     """The splits that folders beside each other mean, if they are splits; and a warning if one only may be."""
-    roles = {name: role_of(name) for name in folders}
+    roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
-    exact = [name for name in meant if looks_split(name)]
+    exact = [name for name in meant if splits.looks_split(name)]
     both = {"train", "several"} & set(meant.values()) and {"test", "validation"} & set(meant.values())
     strong = exact or both
-    pair = paired(folders)
+    pair = splits.paired(folders)
     if not strong and not pair:
         odd = next((name for name in meant if len(folders) > 1), None)
         return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
     times = Counter(meant.values())
-    same_rest = len({other_words(name) for name in meant}) == 1
+    same_rest = len({splits.other_words(name) for name in meant}) == 1
     if meant and len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
         return meant, []
     raise DataError(
-        f"folders must all be splits, or all be classes (got {named(folders, 6)} in {where}, where "
+        f"folders must all be splits, or all be classes (got {splits.named(folders, 6)} in {where}, where "
         f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
         f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
@@ -227,7 +215,7 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[
 
 def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
     for image in images:
-        folder = next((part for part in image.parts[:-1] if looks_split(part)), None)
+        folder = next((part for part in image.parts[:-1] if splits.looks_split(part)), None)
         if folder is not None:
             raise DataError(
                 f"a folder with the name of a split must be one (got {folder} in {image.path} of {where}, beside or "
@@ -238,7 +226,7 @@ def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
 
 def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     """Splits by file names, where all of them mean one."""
-    roles = [role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
+    roles = [splits.role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
     times = Counter(role for role in roles if role is not None)
     if "train" not in times or not times.keys() & {"test", "validation"}:
         return []
@@ -255,12 +243,12 @@ def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     return [f"warning: some file names may mean a split, which is not used ({shown} of {len(roles)})"]
 
 
-def _groups(images: list[_Image], where: str) -> dict[Role, Group]:
+def _groups(images: list[_Image], where: str) -> dict[splits.Role, splits.Group]:
     """The images of each split; empty without splits."""
-    groups: dict[Role, Group] = {}
+    groups: dict[splits.Role, splits.Group] = {}
     for image in images:
         if image.role is not None:
-            groups.setdefault(image.role, Group()).num_images += 1
+            groups.setdefault(image.role, splits.Group()).num_images += 1
     if not groups:
         return {}
     left = next((image for image in images if image.role is None), None)
@@ -281,7 +269,7 @@ def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
         while top := _common_top(members, 1):
-            if top.lower() not in _CONTAINERS and (role is None or role_of(top) != role):
+            if top.lower() not in _CONTAINERS and (role is None or splits.role_of(top) != role):
                 break
             _drop_top(members)
             dropped.add(top)
@@ -371,4 +359,6 @@ def _deeper_folders(images: list[_Image], by_table: bool) -> list[str]:
     deeper = [name for name in sorted(deeper) if name.rpartition("/")[2].lower() not in _CONTAINERS]
     if by_table or not deeper:
         return []
-    return [f"folders below the class folders are no classes ({counted(len(deeper), 'folder')}, such as {deeper[0]})"]
+    return [
+        f"folders below the class folders are no classes ({splits.counted(len(deeper), 'folder')}, such as {deeper[0]})"
+    ]

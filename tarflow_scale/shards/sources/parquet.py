@@ -20,17 +20,10 @@ from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
+from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import as_label, classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.source import EncodedSource
-from tarflow_scale.shards.sources.splits import (
-    SPLIT_COLUMNS,
-    Role,
-    SourceFile,
-    refuse_split_column,
-    roles_of_files,
-    settle_files,
-)
 from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
@@ -46,7 +39,7 @@ class _Table:
 
     name: str
     location: str
-    role: Role | None
+    role: splits.Role | None
     image_column: str
     label_column: str | None
     other_columns: tuple[str, ...]
@@ -65,7 +58,7 @@ class ParquetSource(EncodedSource):
         super().__init__(config)
         path = config.path or ""
         files, self.ignored = _tables(path)
-        roles = roles_of_files([name for name, _ in files], split, "tables")
+        roles = splits.roles_of_files([name for name, _ in files], split, "tables")
         tables = [
             _read_table(name, location, role, config, split)
             for (name, location), role in zip(files, roles, strict=True)
@@ -73,7 +66,7 @@ class ParquetSource(EncodedSource):
         ]
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
-        settled = settle_files([_file_of(table) for table in tables], split)
+        settled = splits.settle_files([_file_of(table) for table in tables], split)
         self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
         kept = [table for table in tables if settled.keeps(table.role)]
         self.class_names, self.labels = _labels_of(kept, config, path)
@@ -121,7 +114,7 @@ def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
     return [(name, storage.join(path, name)) for name in names], Counter(map(kind_of, set(files).difference(names)))
 
 
-def _read_table(name: str, location: str, role: Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
+def _read_table(name: str, location: str, role: splits.Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
     """The columns of a table, and its labels; no image is read."""
     table = _open(location)
     image_column, label_column = _columns(table, config, location)
@@ -131,8 +124,8 @@ def _read_table(name: str, location: str, role: Role | None, config: SourceConfi
         labels = [as_label(cell, f"row {row} of {location}") for row, cell in enumerate(cells)]
     columns = table.schema_arrow.names
     for column in columns if split.by_name else ():
-        if column.lower() in SPLIT_COLUMNS and column != label_column:
-            refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
+        if column.lower() in splits.SPLIT_COLUMNS and column != label_column:
+            splits.refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
     other_columns = tuple(column for column in columns if column not in (image_column, label_column))
     class_names = _class_names(table, label_column)
     return _Table(name, location, role, image_column, label_column, other_columns, labels, class_names)
@@ -146,10 +139,10 @@ def _columns_used(table: _Table) -> str:
     return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
 
 
-def _file_of(table: _Table) -> SourceFile:
+def _file_of(table: _Table) -> splits.SourceFile:
     unlabelled = table.labels.count(None)
     first = f"row {table.labels.index(None)} of {table.location}" if unlabelled else ""
-    return SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
+    return splits.SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:

@@ -18,18 +18,9 @@ from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.runtime import console
 from tarflow_scale.shards.images import IMAGE_EXTENSIONS
+from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.source import BadImage, EncodedSource
-from tarflow_scale.shards.sources.splits import (
-    Group,
-    Role,
-    SourceFile,
-    counted,
-    looks_split,
-    role_of,
-    roles_of_files,
-    settle_files,
-)
 from tarflow_scale.shards.sources.tar_files import find_tars
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
@@ -59,7 +50,7 @@ class TarSource(EncodedSource):
         source = find_tars(config.path or "")
         self._root = source.root
         self.is_remote = storage.is_remote(source.root)
-        roles = roles_of_files(source.names, split, "tars")
+        roles = splits.roles_of_files(source.names, split, "tars")
         skipped = [name for name, role in zip(source.names, roles, strict=True) if role == "ignore"]
         used = [(name, role) for name, role in zip(source.names, roles, strict=True) if role != "ignore"]
         if not used:
@@ -68,7 +59,7 @@ class TarSource(EncodedSource):
         scanned = for_each_tar(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
         by_role = [(tar, role) for tar, (_, role) in zip(scanned, used, strict=True) if len(tar)]
-        settled = settle_files([file_of(tar, role) for tar, role in by_role], split)
+        settled = splits.settle_files([file_of(tar, role) for tar, role in by_role], split)
         packed = [(tar, role) for tar, role in by_role if settled.keeps(role)]
         tars = [tar for tar, _ in packed]
         self.class_names, self.labels = classes_of_tars(tars, config)
@@ -141,30 +132,30 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
         )
 
 
-def file_of(tar: ScannedTar, role: Role | None) -> SourceFile:
+def file_of(tar: ScannedTar, role: splits.Role | None) -> splits.SourceFile:
     """A tar as a file of its source, which `settle_files` takes."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
-    return SourceFile(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
+    return splits.SourceFile(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
 
 
 def _folders(tar: ScannedTar) -> set[str]:
     return {key.rpartition("/")[0] for key in tar.keys}
 
 
-def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[Role | None], config: SourceConfig) -> None:
+def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[splits.Role | None], config: SourceConfig) -> None:
     """Check that folders within a tar are no splits, because a tar as a whole belongs to one split.
 
     Raises:
         DataError: they are.
     """
-    parts: dict[Role | None, str] = {}
+    parts: dict[splits.Role | None, str] = {}
     for tar, role in zip(tars, roles, strict=True):
         within = {}
         for folder in sorted(_folders(tar)):
-            part = next((part for part in folder.split("/") if looks_split(part)), None)
-            within[role if part is None else role_of(part)] = f"{tar.name}:{folder}"
+            part = next((part for part in folder.split("/") if splits.looks_split(part)), None)
+            within[role if part is None else splits.role_of(part)] = f"{tar.name}:{folder}"
         parts = within if role is not None else parts | within
         if len(parts) > 1:
             raise DataError(
@@ -185,11 +176,11 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
     """Lines about tars and samples that are left out."""
     lines: list[str] = []
     if skipped:
-        lines.append(f"left out: {Group(list(skipped)).words} (split.ignore)")
+        lines.append(f"left out: {splits.Group(list(skipped)).words} (split.ignore)")
     number = sum(tar.num_without for tar in tars)
     if number:
         example = next(tar.without for tar in tars if tar.num_without)
-        lines.append(f"warning: left out: {counted(number, 'sample')} without an image, for one, {example}")
+        lines.append(f"warning: left out: {splits.counted(number, 'sample')} without an image, for one, {example}")
     return lines
 
 
@@ -201,7 +192,9 @@ def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> lis
         return []
     if holders:
         return [f"no labels (other members: {', '.join(holders[:10])}); name what holds them with source.label_column"]
-    folders = sorted({name for tar in tars for name in _folders(tar) if not looks_split(name.rpartition("/")[2])})
+    folders = sorted(
+        {name for tar in tars for name in _folders(tar) if not splits.looks_split(name.rpartition("/")[2])}
+    )
     if len(folders) < 2:
         return ["no labels (the tars hold images alone)"]
     return [
