@@ -22,6 +22,7 @@ from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.label_tables import LabelTables
+from tarflow_scale.shards.sources.split_choice import Group, settle
 
 __all__ = ["ImageFiles", "lay_out"]
 
@@ -113,7 +114,7 @@ def lay_out(
         if role is not None and of_members[0] is not None:
             groups[role].num_labelled = len(members)
     tables.check()
-    settled = splits.settle(groups, split)
+    settled = settle(groups, split)
     kept = [image for image in images if settled.keeps(image.role)]
     class_names, numbers = _numbered({image.path: labels[image.path] for image in kept}, config, where)
     lines += [*tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
@@ -243,12 +244,12 @@ def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     return [f"warning: some file names may mean a split, which is not used ({shown} of {len(roles)})"]
 
 
-def _groups(images: list[_Image], where: str) -> dict[splits.Role, splits.Group]:
+def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
     """The images of each split; empty without splits."""
-    groups: dict[splits.Role, splits.Group] = {}
+    groups: dict[splits.Role, Group] = {}
     for image in images:
         if image.role is not None:
-            groups.setdefault(image.role, splits.Group()).num_images += 1
+            groups.setdefault(image.role, Group()).num_images += 1
     if not groups:
         return {}
     left = next((image for image in images if image.role is None), None)
@@ -289,7 +290,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     if "" in classes:
         stray = images[folders.index("")].path
         raise DataError(
-            f"images must all be in class folders, or all in one folder (got {stray} beside them in {where}); move it, "
+            f"images must all be in class folders, or all in one (got {stray} beside them in {where}); move it, "
             f"or leave it out with split.ignore"
         )
     if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):

@@ -24,6 +24,7 @@ from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import as_label, classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.source import EncodedSource
+from tarflow_scale.shards.sources.split_choice import SourceFile, settle_files
 from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
@@ -66,7 +67,7 @@ class ParquetSource(EncodedSource):
         ]
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
-        settled = splits.settle_files([_file_of(table) for table in tables], split)
+        settled = settle_files([_file_of(table) for table in tables], split)
         self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
         kept = [table for table in tables if settled.keeps(table.role)]
         self.class_names, self.labels = _labels_of(kept, config, path)
@@ -139,10 +140,10 @@ def _columns_used(table: _Table) -> str:
     return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
 
 
-def _file_of(table: _Table) -> splits.SourceFile:
+def _file_of(table: _Table) -> SourceFile:
     unlabelled = table.labels.count(None)
     first = f"row {table.labels.index(None)} of {table.location}" if unlabelled else ""
-    return splits.SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
+    return SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:

@@ -16,7 +16,8 @@ from tarflow_scale.shards.images import Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import ShardRecord
 from tarflow_scale.shards.reader import members_of
-from tarflow_scale.shards.sources.splits import role_of, settle_files
+from tarflow_scale.shards.sources.split_choice import settle_files
+from tarflow_scale.shards.sources.splits import role_of
 from tarflow_scale.shards.sources.tar_files import tars_of_folder
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar

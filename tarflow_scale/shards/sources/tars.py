@@ -21,6 +21,7 @@ from tarflow_scale.shards.images import IMAGE_EXTENSIONS
 from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.source import BadImage, EncodedSource
+from tarflow_scale.shards.sources.split_choice import Group, SourceFile, settle_files
 from tarflow_scale.shards.sources.tar_files import find_tars
 from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
@@ -59,7 +60,7 @@ class TarSource(EncodedSource):
         scanned = for_each_tar(scan, [name for name, _ in used], "scan", num_workers)
         _check_images(scanned, config)
         by_role = [(tar, role) for tar, (_, role) in zip(scanned, used, strict=True) if len(tar)]
-        settled = splits.settle_files([file_of(tar, role) for tar, role in by_role], split)
+        settled = settle_files([file_of(tar, role) for tar, role in by_role], split)
         packed = [(tar, role) for tar, role in by_role if settled.keeps(role)]
         tars = [tar for tar, _ in packed]
         self.class_names, self.labels = classes_of_tars(tars, config)
@@ -132,12 +133,12 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
         )
 
 
-def file_of(tar: ScannedTar, role: splits.Role | None) -> splits.SourceFile:
+def file_of(tar: ScannedTar, role: splits.Role | None) -> SourceFile:
     """A tar as a file of its source, which `settle_files` takes."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
-    return splits.SourceFile(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
+    return SourceFile(tar.name, role, len(tar), len(tar) - len(unlabelled), first)
 
 
 def _folders(tar: ScannedTar) -> set[str]:
@@ -176,7 +177,7 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
     """Lines about tars and samples that are left out."""
     lines: list[str] = []
     if skipped:
-        lines.append(f"left out: {splits.Group(list(skipped)).words} (split.ignore)")
+        lines.append(f"left out: {Group(list(skipped)).words} (split.ignore)")
     number = sum(tar.num_without for tar in tars)
     if number:
         example = next(tar.without for tar in tars if tar.num_without)

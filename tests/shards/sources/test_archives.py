@@ -326,7 +326,8 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         folder = tmp_path / f"{first}-first"
         for number, kind in enumerate((first, second)):
             write_parquet(folder / f"{number}.parquet", images(2), [1, 0] if kind == "labelled" else None, None)
-        with pytest.raises(DataError, match=r"all samples must have labels, or none .*1.parquet"):
+        bare = int(second == "bare")
+        with pytest.raises(DataError, match=rf"all samples must have labels, or none .*row 0 of .*{bare}.parquet"):
             opened("parquet", folder)
     parquet.write_table(arrow.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(DataError, match=r"must have a column of images.*\(got text\)"):
