@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tarflow_scale.config.prepare import PrepareConfig
-from tarflow_scale.verbs.prepare import run as prepare
+from tarflow_scale.verbs.prepare.driver import run as prepare
 
 TOP = Path(__file__).resolve().parents[1]
 SAMPLES = TOP.parent / "shared" / "data"

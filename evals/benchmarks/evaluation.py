@@ -39,7 +39,7 @@ from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.parts import FeatureSet, Images, write_arrays
 from tarflow_scale.pool import Pool
 from tarflow_scale.verbs.evaluate.worker import EvaluationUnit, Scorer
-from tarflow_scale.verbs.prepare import run as prepare
+from tarflow_scale.verbs.prepare.driver import run as prepare
 
 INCEPTION = "inception-v3-compat"
 BATCH = 32

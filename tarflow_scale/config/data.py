@@ -29,8 +29,8 @@ class EncodedShardsConfig(ShardsConfig):
     """Shards of images that this package encodes."""
 
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
-    """Lossless: ``png``; ``webp``, smaller and slower to write; ``raw``, an array, large and fast to read. Lossy:
-    ``jpeg``."""
+    """``png``, ``webp`` (smaller and slower to write) and ``raw`` (an array, large and fast to read) are lossless;
+    ``jpeg`` is not."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of ``jpeg``, which is written without chroma subsampling."""
 
@@ -41,17 +41,17 @@ class DataSetConfig(Section):
     path: str
     """Folder or URL that holds ``manifest.json``."""
     verify: Literal["size", "full"] = "size"
-    """What is verified at the start: sizes of files, or every sha256 (``full``). In both cases the checksum of every
-    sample is verified whenever it is read."""
+    """Checks before the first step: sizes, or every sha256. In both cases, each sample's checksum is verified at every
+    read."""
 
 
 class AugmentationConfig(Section):
-    """Random changes to training images; they depend on (seed, epoch, sample) alone."""
+    """Random changes of training images, a function of (seed, epoch, sample)."""
 
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     crop_pixels: int | None = Field(default=None, ge=1)
-    """Side of a square that is cropped at a random place; it is the image size of the model. None crops nothing."""
+    """Side of a square that is cropped at random; the model then has images of this size. None crops nothing."""
 
 
 class MixedDataSetConfig(Section):
@@ -69,18 +69,16 @@ class DataConfig(DataSetConfig):
     weight: float = Field(default=1.0, gt=0)
     """Share of the global batch, relative to the weights in ``mix``."""
     mix: tuple[MixedDataSetConfig, ...] = ()
-    """More data sets with the same image size and classes, for example generated ones."""
+    """More data sets of images with the same shape and classes, such as generated ones."""
     augmentation: AugmentationConfig = AugmentationConfig()
     num_workers: int = Field(default=0, ge=0)
-    """Processes of each rank that read and decode; 0 does it in the rank itself. They do not change the batches."""
+    """Processes of a rank that read and decode; with 0 the rank does it itself. They do not change the batches."""
     read_threads: int | None = Field(default=None, ge=0)
-    """Concurrent reads in each of these processes, which prefetch one block for every slot; None is 16 for URLs and 0
-    for local folders."""
+    """Concurrent reads of each process, one block ahead of every slot; None is 16 for URLs and 0 for local folders."""
     max_corrupt_fraction: float = Field(default=1e-3, ge=0, le=1)
-    """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` in the run folder. The run
-    stops if their share of all samples that were read (or of 10,000, at the start) is larger than this."""
-
+    """A corrupt sample is replaced by the next one and listed in ``quarantine-*.jsonl`` of the run folder. The run
+    stops if more than this share of the samples that all ranks read (at least 10,000) are corrupt."""
     shuffle_block: int = Field(default=16, ge=1)
-    """Samples that are read as one contiguous range. It changes the order of samples. Larger blocks need fewer reads
-    and more memory: slots per rank x block x bytes per sample. From an object store, reads of about 2 MB are as fast as
-    local files; ``--dry-run`` prints their size."""
+    """Samples of one contiguous read; it is part of the order of samples. Larger blocks mean fewer, larger reads and
+    more memory: slots per rank x block x bytes per sample. With reads of about 2 MB an object store is as fast as local
+    files; ``--dry-run`` prints their size."""

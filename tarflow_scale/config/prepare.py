@@ -12,11 +12,7 @@ __all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "Sourc
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
 """Sources whose splits and classes are found by names."""
-
-
 _IMAGE_KINDS = ("digits", "mnist", "cifar", "imagenet_npz", *LAYOUT_KINDS)
-
-
 _KINDS_OF_SETTINGS = {
     **dict.fromkeys(("size_pixels", "resize", "orientation", "transparency"), LAYOUT_KINDS),
     **dict.fromkeys(("bit_depth", "bad_images"), _IMAGE_KINDS),
@@ -43,47 +39,48 @@ class SourceConfig(Section):
     ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
     ``parquet``: tables with image bytes as Hugging Face stores them; needs the extra ``parquet``.
-    ``webdataset``: tars that others wrote: a folder of them, one tar, or a pattern such as ``tars/{00..31}.tar``.
-    ``vectors``: no images but vectors of numbers, ``path.npz`` (arrays ``x``, and maybe ``labels``, ``conditions``, and
-    the same with ``_test``) or ``path.csv`` with a header; they are packed as they are, in float32."""
+    ``webdataset``: tars of other programs: a folder of them, one tar, or a pattern such as ``tars/{00..31}.tar``.
+    ``vectors``: vectors of numbers instead of images, ``path.npz`` (arrays ``x``, and perhaps ``labels``,
+    ``conditions``, and the same with ``_test``) or ``path.csv`` with a header; packed unchanged, in float32."""
     path: str | None = None
     """Where the images are; all kinds but ``digits`` need it."""
     size_pixels: int | None = Field(default=None, ge=1)
-    """Side of the square training images; None keeps the size the images have."""
+    """Side of the square training images; None keeps the size of the images."""
     bit_depth: int | None = Field(default=None, ge=1, le=8)
-    """High bits of a pixel that are kept; None keeps what the source has."""
+    """High bits of a pixel that are kept; None keeps all bits of the source."""
     resize: Literal["refuse", "center_crop"] = "refuse"
     """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
     ``size_pixels``, then crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
     """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
     orientation: Literal["apply", "ignore"] = "apply"
-    """``apply``: images are turned as their EXIF tag says, as viewers show them. ``ignore``: they stay as they are
-    stored, as published protocols read them that load pixels without the tag."""
+    """``apply``: images are turned as their EXIF tag says, as in viewers. ``ignore``: they are read as they are stored,
+    as in published protocols that ignore the tag."""
     transparency: Literal["white", "black", "refuse"] = "white"
-    """What lies under transparent pixels; ``refuse``: an image that has any cannot be used."""
+    """The colour under transparent pixels; ``refuse``: an image that has any cannot be used."""
     bad_images: Literal["refuse", "skip"] = "refuse"
-    """What an image means that cannot be used: an error, or one image less, listed in ``skipped.jsonl``."""
+    """``refuse``: an image that cannot be used is an error. ``skip``: it is left out, and listed in
+    ``skipped.jsonl``."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Share of the images that ``bad_images=skip`` may leave out; more are an error."""
+    """Largest share of the images that ``bad_images=skip`` may leave out."""
     label_column: str | None = None
-    """What holds the class. ``vectors`` and ``parquet``: the column. ``webdataset``: the member's extension (``cls``,
-    ``txt``) or a field of the sample's ``json``. ``folder`` and ``zip``: the column of the label table. None takes the
+    """Where the class is. ``vectors`` and ``parquet``: the column. ``webdataset``: the member's extension (``cls``,
+    ``txt``) or a field of the sample's ``json``. ``folder`` and ``zip``: the column of the label table. None tries the
     usual names."""
     label_table: str | None = None
     """``folder`` and ``zip``: a file below ``path`` that names the label of every image: CSV, TSV or JSON lines with a
-    header, two columns of text, or ``dataset.json`` of StyleGAN and EDM. None reads the tables that have a usual name
+    header, two columns of text, or ``dataset.json`` of StyleGAN and EDM. None reads tables with a usual name
     (``dataset.json``, ``*annotations.txt``, ``labels.csv``, ``metadata.csv``)."""
     label_names: str | None = None
-    """A table that names the classes, path or URL: a JSON list or mapping, or rows ``label,name`` (CSV, TSV, or text
-    with a blank between). Its order is that of the classes where the labels are text."""
+    """Path or URL of a table that names the classes: a JSON list or mapping, or rows ``label,name`` (CSV, TSV, or text
+    separated by a blank). If the labels are text, its order is that of the classes."""
     image_member: str | None = None
-    """What holds the image where there are several: ``webdataset``, the member's extension (``jpg``, ``input.jpg``);
-    ``parquet``, the column."""
+    """Which image is used if a sample has several. ``webdataset``: the member's extension (``jpg``, ``input.jpg``).
+    ``parquet``: the column."""
     condition_columns: tuple[str, ...] = ()
-    """Of a CSV of vectors: columns of numbers that a vector is given with."""
+    """Of a CSV of vectors: columns of numbers that are the condition of a vector."""
     in_place: bool = False
-    """``webdataset``: make the tars a data set where they are, by writing an index beside each and a manifest;
+    """``webdataset``: index the tars in place: an index beside each and a manifest make them a data set;
     ``shards.path`` is then ``source.path``."""
 
     @model_validator(mode="after")
@@ -112,29 +109,29 @@ class SplitConfig(Section):
     """How ``prepare`` divides the source into ``train`` and ``test``."""
 
     kind: Literal["auto", "official", "stratified"] = "auto"
-    """``official``: as the source divides itself. ``stratified``: by ``test_fraction`` of each class. ``auto``:
-    official where the source has a split, stratified elsewhere."""
+    """``official``: the split of the source. ``stratified``: ``test_fraction`` of each class. ``auto``: official if the
+    source has a split, else stratified."""
     by_name: bool = True
-    """Folders, tables and tars with a usual name (train, val, test and their like, in any case) are splits. False: no
-    name means a split, for instance where ``train`` is a class beside ``bus``, nor do columns or equal folders below
-    the classes."""
+    """Folders, tables and tars with a usual name (such as train, val, test, in any case) are splits. False: neither
+    names, nor columns, nor equal folders below the classes mean a split, for instance if ``train`` is a class beside
+    ``bus``."""
     train: tuple[str, ...] = ()
     """Patterns of the paths below the source that are for training, such as ``[seg_train]`` or ``["part-0*.tar"]``; a
-    folder stands for all below it. A pattern goes before what a name means."""
+    folder means all files below it. Patterns take precedence over names."""
     validation: tuple[str, ...] = ()
-    """Patterns of what is packed as ``validation``, beside ``test`` or without it."""
+    """Patterns of the paths that are packed as ``validation``, with or without ``test``."""
     test: tuple[str, ...] = ()
-    """Patterns of what is packed as ``test``. Without patterns the source's test split is packed, or its validation
-    split where it has no labelled test split, under the name ``test``."""
+    """Patterns of the paths that are packed as ``test``. Without patterns, the test split of the source is packed as
+    ``test``, or its validation split if it has no labelled test split."""
     ignore: tuple[str, ...] = ()
-    """Patterns of what is left out, such as ``[masks]``."""
+    """Patterns of the paths that are left out, such as ``[masks]``."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
     near_duplicates: Literal["keep", "report", "drop"] = "report"
-    """What is done about copies and near copies, within and across splits (`tarflow_scale.shards.duplicates` says what
-    counts as one). ``report``: they are counted, and some named, when all is packed. ``drop``: images for training
-    leave that are like a held-out one, or like an earlier one; held-out splits stay whole, so that figures on them
-    stay comparable. All images are decoded once more for it. ``keep``: they are not looked for."""
+    """Treatment of copies and near copies, within and across splits, as `tarflow_scale.shards.duplicates` defines them.
+    ``report``: count them, and name some, after packing. ``drop``: leave out images for training that are like a
+    held-out one, or like an earlier one; held-out splits stay complete, so that figures on them stay comparable. This
+    decodes all images twice. ``keep``: do not search them."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
 
@@ -179,7 +176,7 @@ class PrepareConfig(Root):
 
 
 VERB = Verb(
-    "verbs.prepare",
+    "verbs.prepare.driver",
     PrepareConfig,
     "pack images into WebDataset shards",
     "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",

@@ -15,13 +15,13 @@ __all__ = ["report", "without_copies"]
 def without_copies(
     source: ImageSource, splits: Mapping[str, NDArray[np.int64]], skip_bad: bool, num_workers: int
 ) -> tuple[dict[str, NDArray[np.int64]], list[duplicates.Copy]]:
-    """The splits, the first of which is for training and loses the images that are like others; and which those are.
+    """The splits without near copies, which leave the first split, for training; and the copies.
 
     Args:
         source: the source, all images of which are decoded.
         splits: numbers of the images of each.
         skip_bad: whether images may be unusable.
-        num_workers: processes that look; they do not change the outcome.
+        num_workers: processes that compute fingerprints; they do not change the result.
 
     Raises:
         DataError: these are no images, one of them is unusable, or none is left for training.
@@ -45,21 +45,19 @@ def without_copies(
     return kept, dropped
 
 
-def report(
-    source: ImageSource, plans: Mapping[str, packing.Packing], notes: Mapping[str, Sequence[packing.PackNote]]
-) -> None:
-    """Say which images of splits that were packed are like others.
+def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing.PackNote]]) -> None:
+    """Print which images of splits that were packed are like others.
 
     Args:
-        source: where the images came from.
-        plans: of the splits.
-        notes: that packing them left, with fingerprints.
+        packings: of the splits, all of one source.
+        notes: the notes of each, with fingerprints.
     """
+    source = packings[0].source
     fingerprints = np.zeros((len(source), 2), dtype=np.uint64)
-    for name, plan in plans.items():
-        fingerprints[plan.order] = duplicates.read_fingerprints([note.fingerprints for note in notes[name]])
-    split = _split_of(source, {name: plan.order for name, plan in plans.items()})
-    _print(source, duplicates.find_copies(fingerprints, source.image), split, list(plans))
+    for packed, its_notes in zip(packings, notes, strict=True):
+        fingerprints[packed.order] = duplicates.read_fingerprints([note.fingerprints for note in its_notes])
+    split = _split_of(source, {packed.split: packed.order for packed in packings})
+    _print(source, duplicates.find_copies(fingerprints, source.image), split, [packed.split for packed in packings])
 
 
 def _split_of(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -4,14 +4,14 @@ Two images are copies if their pixels are equal. They are near copies if imageha
 low frequencies of the grey image in 32x32 pixels) differs in at most 6 bits, and their thumbnails (RGB, 32x32) also
 correlate to 0.9 or more: the same photograph stored again with another quality, size, brightness or contrast.
 
-Of 200 images of Tiny ImageNet (64x64) and Kodak's photographs, all copies are found that were stored as JPEG of quality
-40, halved and enlarged, or given a fifth more brightness or less contrast; about half of those cropped by 2% at each
-side or without colours; none that is mirrored or cropped by 10%. Of 5 x 10^7 pairs of 10,000 images of Tiny ImageNet,
-2 are found, both the same photograph in two classes.
+Measured on 200 images of Tiny ImageNet (64x64) and Kodak's photographs: all copies are found that were stored as JPEG
+of quality 40, halved and enlarged, or given a fifth more brightness or less contrast; about half of those cropped by 2%
+at each side or without colours; none that is mirrored or cropped by 10%. Of 5 x 10^7 pairs of 10,000 images of Tiny
+ImageNet, 2 are found; both are the same photograph in two classes.
 
-Of small drawings the hashes say nothing: 71% of 10,000 digits of MNIST have another one within 6 bits. So below 32
-pixels only equal images are looked for, and where there are more than two pairs an image (MNIST padded to 32 pixels)
-near copies are not listed. A hash takes 0.2 ms (64x64), finding the pairs of a million hashes 42 s.
+Hashes of small drawings do not separate them: 71% of 10,000 digits of MNIST have another one within 6 bits. So below 32
+pixels only equal images are searched, and near copies are not listed where they are more than two pairs an image, as of
+MNIST padded to 32 pixels. A hash takes 0.2 ms (64x64), finding the pairs of a million hashes 42 s.
 """
 
 import base64
@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tarflow_scale.shards.images import to_pillow
+
 __all__ = [
     "MIN_SIZE_PIXELS",
     "NO_FINGERPRINT",
@@ -43,17 +45,17 @@ __all__ = [
 ]
 
 MIN_SIZE_PIXELS = 32
-"""Side of the smallest images whose near copies are looked for."""
+"""Side of the smallest images whose near copies are searched."""
 _MAX_BITS = 6
 _MIN_CORRELATION = 0.9
 NO_FINGERPRINT = bytes(16)
-"""Stands for an image that cannot be used."""
+"""The fingerprint of an image that cannot be used."""
 _BLOCKS, _EQUAL_BLOCKS = 9, 3
-"""Of 9 blocks of a hash, 6 different bits leave at least 3 as they are."""
+"""If two hashes differ in 6 bits, at least 3 of their 9 blocks are equal."""
 _MAX_PAIRS_AN_IMAGE = 2
 _SIDE = 32
 _FLAT = 2.0
-"""Deviation, of 255 levels, below which an image is plain and is compared by its mean."""
+"""Standard deviation, of 255 levels, below which an image is plain and is compared by its mean."""
 _CACHED = 1 << 16
 _SHOWN = 3
 
@@ -65,12 +67,12 @@ def fingerprint(image: NDArray[np.uint8]) -> bytes:
 
 
 def text_of(fingerprints: Iterable[bytes]) -> str:
-    """Fingerprints as JSON can hold them."""
+    """Fingerprints as text for JSON."""
     return base64.b64encode(b"".join(fingerprints)).decode()
 
 
 def read_fingerprints(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """Digests and hashes ``(n, 2)`` of what `text_of` gave."""
+    """Digests and hashes ``(n, 2)`` from texts of `text_of`."""
     joined = b"".join(base64.b64decode(text) for text in texts)
     return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
 
@@ -78,8 +80,7 @@ def read_fingerprints(texts: Sequence[str]) -> NDArray[np.uint64]:
 def _perceptual_hash(image: NDArray[np.uint8]) -> bytes:
     import imagehash  # here, because with scipy it takes a second, and small images never need it
 
-    pixels = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
-    return np.packbits(imagehash.phash(pixels).hash).tobytes()
+    return np.packbits(imagehash.phash(to_pillow(image)).hash).tobytes()
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Copies:
 
     Args:
         first: ``(n,)`` int64, the number of the first image with equal pixels; -1 for images without a fingerprint.
-        near: of images that are the first ones of theirs, the numbers of those that they are near copies of.
-        are_told_apart: False if so many hashes are alike that near copies were not looked for.
+        near: near copies of such first images, among the first images, by number.
+        are_told_apart: False if so many hashes are alike that near copies were not searched.
     """
 
     first: NDArray[np.int64]
@@ -102,13 +103,13 @@ def find_copies(fingerprints: NDArray[np.uint64], image: Callable[[int], NDArray
 
     Args:
         fingerprints: ``(n, 2)``, see `read_fingerprints`.
-        image: image ``(C, H, W)`` uint8 by number; those that may be near copies are asked for.
+        image: returns an image ``(C, H, W)`` uint8 by number; called for images that may be near copies.
     """
     first = np.full(len(fingerprints), -1, dtype=np.int64)
-    there = np.flatnonzero(fingerprints[:, 0])
-    _, index, inverse = np.unique(fingerprints[there, 0], return_index=True, return_inverse=True)
-    first[there] = there[index][inverse]
-    distinct = np.sort(there[index])
+    usable = np.flatnonzero(fingerprints[:, 0])
+    _, index, inverse = np.unique(fingerprints[usable, 0], return_index=True, return_inverse=True)
+    first[usable] = usable[index][inverse]
+    distinct = np.sort(usable[index])
     hashed = distinct[fingerprints[distinct, 1] != 0]
     pairs = _alike(fingerprints[hashed, 1])
     if pairs is None:
@@ -119,14 +120,14 @@ def find_copies(fingerprints: NDArray[np.uint64], image: Callable[[int], NDArray
         if _correlate(thumbnail(a), thumbnail(b)):
             near[a].append(b)
             near[b].append(a)
-    return Copies(first, {number: sorted(others) for number, others in near.items()}, are_told_apart=True)
+    return Copies(first, {number: sorted(copies) for number, copies in near.items()}, are_told_apart=True)
 
 
 def _alike(hashes: NDArray[np.uint64]) -> NDArray[np.int64] | None:
-    """Pairs ``(p, 2)``, each in rising order, that differ in few bits; None if they are very many.
+    """Pairs ``(p, 2)``, each in rising order, that differ in few bits; None if there are too many.
 
-    Two hashes that differ in 6 bits are equal in 3 of 9 blocks, so for each choice of 3 blocks only those are compared
-    that are equal there: 84 sorts of all hashes, and one comparison in two million of all pairs.
+    Two hashes that differ in 6 bits are equal in 3 of 9 blocks. So for each choice of 3 blocks, only hashes with equal
+    blocks are compared: 84 sorts of all hashes, and one comparison for two million pairs.
     """
     num = len(hashes)
     pairs = np.zeros(0, dtype=np.int64)
@@ -137,27 +138,26 @@ def _alike(hashes: NDArray[np.uint64]) -> NDArray[np.int64] | None:
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         lows, step = np.arange(num), 0
-        found = [pairs]
+        parts = [pairs]
         while len(lows):
             step += 1
             lows = lows[lows + step < num]
             lows = lows[keys[lows] == keys[lows + step]]
             a, b = order[lows], order[lows + step]
             near = np.bitwise_count(hashes[a] ^ hashes[b]) <= _MAX_BITS
-            found.append(a[near] * num + b[near])
-            if sum(map(len, found[1:])) > _MAX_PAIRS_AN_IMAGE * num:
+            parts.append(a[near] * num + b[near])
+            if sum(map(len, parts[1:])) > _MAX_PAIRS_AN_IMAGE * num:
                 return None
-        pairs = np.unique(np.concatenate(found))
+        pairs = np.unique(np.concatenate(parts))
     return np.stack([pairs // num, pairs % num], axis=1) if num else np.zeros((0, 2), dtype=np.int64)
 
 
 def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    pixels = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).convert("RGB")
-    return np.asarray(pixels.resize((_SIDE, _SIDE), Image.Resampling.BOX))
+    return np.asarray(to_pillow(image).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX))
 
 
 def _correlate(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
-    x, y = (one.astype(np.float64).ravel() for one in (a, b))
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     if min(x.std(), y.std()) < _FLAT:
         return bool(abs(x - y).mean() < _FLAT)
     return bool(np.mean((x - x.mean()) * (y - y.mean())) >= _MIN_CORRELATION * x.std() * y.std())
@@ -170,7 +170,7 @@ class Copy:
     Args:
         image: its number.
         like: the other's.
-        is_equal: all pixels are the same.
+        is_equal: whether all pixels are the same.
     """
 
     image: int
@@ -179,12 +179,12 @@ class Copy:
 
 
 class _Places:
-    """Images that are like others, by the first image with equal pixels and by split.
+    """The images that are like others, by the first image with equal pixels and by split.
 
     Args:
         copies: see `find_copies`.
         split: ``(n,)`` number of the split of every image; -1 for images of none.
-        rank: by which one image comes before another.
+        rank: sort key that decides which image counts as the earlier one.
     """
 
     def __init__(self, copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int) -> None:
@@ -200,21 +200,21 @@ class _Places:
             self._lowest.setdefault((first, place), number)
 
     def copy(self, number: int, first: int, splits: Iterable[int], below: float = math.inf) -> Copy | None:
-        """The first image of the splits that an image is like, equal ones before others; None if there is none.
+        """The first image of some splits that an image is like, equal ones before others; None if there is none.
 
         Args:
             number: the image.
             first: the first one with its pixels.
-            splits: where to look.
-            below: only at images of a lower rank, as an index of `order`.
+            splits: the splits.
+            below: only images before this index of `order` count.
         """
-        found = [
+        candidates = [
             (near != first, self.order[like], like)
             for near in (first, *self._near.get(first, ()))
             for split in splits
             if (like := self._lowest.get((near, split), number)) != number and self.order[like] < below
         ]
-        return Copy(number, min(found)[2], not min(found)[0]) if found else None
+        return Copy(number, min(candidates)[2], not min(candidates)[0]) if candidates else None
 
 
 def copies_between(
@@ -225,71 +225,71 @@ def copies_between(
     Args:
         copies: see `find_copies`.
         split: ``(n,)`` number of the split of every image; -1 for images of none.
-        rank: by which one image comes before another.
+        rank: sort key that decides which image counts as the earlier one.
 
     Returns:
-        By the two splits, first that of the image, then that of the other; in order.
+        Copies by the split of the image and that of the other; in order.
     """
     places = _Places(copies, split, rank)
-    found: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
+    between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
     for first, members in places.members.items():
         for number in members:
             own = int(split[number])
             for other in range(own + 1):
                 copy = places.copy(number, first, [other], below=places.order[number] if other == own else math.inf)
                 if copy is not None:
-                    found[own, other].append(copy)
-    return {key: sorted(several, key=lambda copy: places.order[copy.image]) for key, several in sorted(found.items())}
+                    between[own, other].append(copy)
+    return {key: sorted(pairs, key=lambda copy: places.order[copy.image]) for key, pairs in sorted(between.items())}
 
 
 def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
-    """Images of the first split, for training, that are like an image of another one, or like one that stays.
+    """Images of the first split, for training, that are like an image of another split, or like one that is kept.
 
-    The others, which are held out, stay whole: a figure on a published test split is comparable only if all of its
-    images are scored, and a leak is closed as well by training without the copy.
+    Held-out splits stay complete: a figure on a published test split is comparable only if all of its images are
+    scored, and training without the copy removes the leak as well.
     """
     places = _Places(copies, split)
     held_out = range(1, int(split.max(initial=0)) + 1)
-    left: list[Copy] = []
-    staying: set[int] = set()
+    dropped: list[Copy] = []
+    kept: set[int] = set()
     for number in sorted(number for members in places.members.values() for number in members if split[number] == 0):
         first = int(copies.first[number])
         copy = places.copy(number, first, held_out)
         if copy is None:
-            stays = [(near != first, near) for near in (first, *copies.near.get(first, ())) if near in staying]
-            if not stays:
-                staying.add(first)
+            like = [(near != first, near) for near in (first, *copies.near.get(first, ())) if near in kept]
+            if not like:
+                kept.add(first)
                 continue
-            copy = Copy(number, min(places.members[min(stays)[1]]), not min(stays)[0])
-        left.append(copy)
-    return left
+            copy = Copy(number, min(places.members[min(like)[1]]), not min(like)[0])
+        dropped.append(copy)
+    return dropped
 
 
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """What was found, in lines for a person: numbers, and a few pairs, the same however images are numbered.
+    """A report in lines: numbers of copies, and a few pairs. It does not depend on how images are numbered.
 
     Args:
         copies: see `find_copies`.
         split: ``(n,)`` number of the split of every image; -1 for images of none.
         names: of the splits.
-        origin: what an image was called at its source.
+        origin: returns the name of an image at its source.
         size_pixels: side of the images.
     """
-    what = "copies and near copies"
+    title = "copies and near copies"
     if size_pixels < MIN_SIZE_PIXELS:
-        what = f"copies (near copies are not looked for below {MIN_SIZE_PIXELS} pixels, where hashes say nothing)"
+        title = f"copies (near copies are not looked for below {MIN_SIZE_PIXELS} pixels, where hashes say nothing)"
     elif not copies.are_told_apart:
-        what = (
+        title = (
             f"copies (near copies are not listed: there are more than {_MAX_PAIRS_AN_IMAGE} an image, as of drawings "
             f"or frames of films)"
         )
     lines: list[str] = []
-    for (own, other), several in copies_between(copies, split, origin).items():
-        num, equal = int((split == own).sum()), sum(copy.is_equal for copy in several)
+    for (own, other), pairs in copies_between(copies, split, origin).items():
+        num, equal = int((split == own).sum()), sum(copy.is_equal for copy in pairs)
         of = "an earlier one" if own == other else f"one in {names[other]}"
-        shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in several[:_SHOWN])
-        more = "; ..." if len(several) > _SHOWN else ""
-        lines.append(f"{names[own]}: {len(several):,} of {num:,} images are like {of} ({equal:,} equal): {shown}{more}")
-    return [f"{what}: {'none' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines)]
+        shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in pairs[:_SHOWN])
+        more = "; ..." if len(pairs) > _SHOWN else ""
+        lines.append(f"{names[own]}: {len(pairs):,} of {num:,} images are like {of} ({equal:,} equal): {shown}{more}")
+    return [f"{title}: {'none' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines)]

@@ -1,8 +1,8 @@
-"""Encoding in processes beside the one that makes the images.
+"""Encoding in other processes than the one that generates the images.
 
-A thread would not do: it shares the interpreter with the sampler, which on a small model or a fast device is busy in
-it all the time, so that an image would cost the sum of both. The processes are started by name and not by
-`multiprocessing`, which would have them import the main module of whoever makes the images, and all that this imports.
+A thread would share the interpreter with the sampler, which uses it all the time on a small model or a fast device, so
+that the times of both would add up. The processes are started as a module and not by `multiprocessing`, which would
+make them import the main module of the generating process, with all its imports.
 """
 
 import multiprocessing
@@ -26,12 +26,12 @@ from tarflow_scale.shards.images import Codec, encode_image
 __all__ = ["Encoder"]
 
 _AHEAD = 2
-"""Batches a process that may wait; with more, encoding is what is slow, and their maker waits."""
+"""Batches per process that may wait; with more, encoding is the bottleneck, and the caller waits."""
 _END_SECONDS = 10.0
 
 
 class Encoder:
-    """Encodes batches of images; its processes start with the first batches and end with it, or with this process.
+    """Encodes batches of images; its processes start with the first batches, and end with it or with this process.
 
     Args:
         num_processes: at most.
@@ -45,7 +45,7 @@ class Encoder:
         weakref.finalize(self, _end, self._threads, self._processes)
 
     def encoded(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[bytes]:
-        """A file for every image, in order; the next batch is asked for while earlier ones are encoded.
+        """The file of every image, in order; the next batch is requested while earlier ones are encoded.
 
         Args:
             batches: images ``(B, C, H, W)`` uint8.
@@ -60,16 +60,16 @@ class Encoder:
 
 
 class _Processes:
-    """Those that run, each used by one thread at a time."""
+    """The running processes; each is used by one thread at a time."""
 
     def __init__(self, codec: Codec, quality: int) -> None:
         self._how = codec, quality
         self._idle: list[_Process] = []
-        self._hopeless = False
+        self._gave_up = False
 
     def encode(self, images: NDArray[np.uint8]) -> list[bytes]:
-        """Files of a batch, by another process; by this one, should that die."""
-        if self._hopeless:
+        """Encode a batch in another process; in this one if that dies."""
+        if self._gave_up:
             return _encode(images, *self._how)
         process = None
         try:
@@ -79,10 +79,10 @@ class _Processes:
                 process = _Process()
             files = process.encode(images, *self._how)
         except (OSError, EOFError) as error:
-            self._hopeless = process is None or not process.has_encoded  # the next one would not start either
+            self._gave_up = process is None or not process.has_encoded  # another one would not start either
             warnings.warn(
                 f"a process that encodes images died ({type(error).__name__}; is memory short?); "
-                + ("images are encoded by the one that makes them" if self._hopeless else "another one starts"),
+                + ("images are encoded in the generating process" if self._gave_up else "another one starts"),
                 stacklevel=2,
             )
             if process is not None:
@@ -97,7 +97,7 @@ class _Processes:
 
 
 class _Process:
-    """``python -m tarflow_scale.shards.encoding`` and a connection to it, at whose end it ends."""
+    """``python -m tarflow_scale.shards.encoding``, which ends when its connection is closed."""
 
     def __init__(self) -> None:
         self.has_encoded = False
@@ -136,7 +136,7 @@ def _encode(images: NDArray[np.uint8], codec: Codec, quality: int) -> list[bytes
 
 
 def _serve(connection: Connection) -> None:
-    ignore_stop_signals()  # it ends when nobody is at the other end
+    ignore_stop_signals()  # it ends when the connection is closed
     while True:
         try:
             request: tuple[Any, Any, Any] = connection.recv()

@@ -1,8 +1,6 @@
-"""A packed data set as single files, ``<class>/<key>.png`` and ``<key>.json``, as image folders are read elsewhere."""
+"""A packed data set as single files, ``<class>/<key>.png`` and ``<key>.json``, which other programs read."""
 
-import io
 import json
-import tarfile
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
@@ -20,20 +18,20 @@ def check_folder(location: str, digest: str | None) -> None:
 
     Args:
         location: folder or URL.
-        digest: of the data set's manifest; None where it is not made yet.
+        digest: of the data set's manifest; None if the data set does not exist yet.
 
     Raises:
         DataError: the folder holds another data set, or anything else.
     """
-    there = storage.read_if_there(storage.join(location, _BEGUN))
-    if there is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
+    begun = storage.read_if_there(storage.join(location, _BEGUN))
+    if begun is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
         raise DataError(f"shards.folder={location} holds other files; choose another shards.folder")
-    if there is not None and (digest is None or there != digest.encode()):
+    if begun is not None and (digest is None or begun != digest.encode()):
         raise DataError(f"shards.folder={location} holds another data set; choose another shards.folder or delete it")
 
 
 def write_folder(path: str, location: str) -> int:
-    """Write every image and its facts as files; returns the number of images.
+    """Write every image and its ``.json`` as files; returns the number of images.
 
     Args:
         path: folder or URL of the data set.
@@ -48,37 +46,23 @@ def write_folder(path: str, location: str) -> int:
     digest, names = shards.manifest.digest.encode(), shards.manifest.class_names
     folders = _folders(names)
     storage.write_bytes(storage.join(location, _BEGUN), digest)
-    num = 0
-    for record in shards.manifest.shards:
-        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(storage.join(path, record.file)))) as tar:
-            for key, members in _samples(tar):
-                extension = image_extension(members)
-                assert extension is not None, "a packed sample has an image"
-                label = members.get("cls")
-                folder = folders[int(label)] if label is not None and folders else _UNLABELLED
-                if label is not None and names and "json" in members:
-                    facts = json.loads(members["json"]) | {"class": names[int(label)]}
-                    members["json"] = json.dumps(facts, ensure_ascii=False).encode()
-                for suffix in (extension, "json"):
-                    if suffix in members:
-                        storage.write_bytes(storage.join(location, folder, f"{key}.{suffix}"), members[suffix])
-                num += 1
+    for stored in shards.stored():
+        members = stored.members()
+        extension = image_extension(members)
+        assert extension is not None, "a packed sample has an image"
+        label = members.get("cls")
+        folder = folders[int(label)] if label is not None and folders else _UNLABELLED
+        if label is not None and names and "json" in members:
+            record = json.loads(members["json"]) | {"class": names[int(label)]}
+            members["json"] = json.dumps(record, ensure_ascii=False).encode()
+        for suffix in (extension, "json"):
+            if suffix in members:
+                storage.write_bytes(storage.join(location, folder, f"{stored.key}.{suffix}"), members[suffix])
     storage.write_bytes(storage.join(location, _WHOLE), digest)
-    return num
-
-
-def _samples(tar: tarfile.TarFile) -> list[tuple[str, dict[str, bytes]]]:
-    """Members of each sample of a tar, by key."""
-    found: dict[str, dict[str, bytes]] = {}
-    for member in tar:
-        key, _, suffix = member.name.partition(".")
-        file = tar.extractfile(member)
-        if file is not None:
-            found.setdefault(key, {})[suffix] = file.read()
-    return list(found.items())
+    return shards.manifest.num_images
 
 
 def _folders(names: tuple[str, ...]) -> list[str]:
-    """Classes as names of folders, each its own."""
+    """A different folder name for each class."""
     plain = ["".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(". ") or "_" for name in names]
     return [name if plain.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(plain)]

@@ -1,8 +1,8 @@
 """Headers of tars: ustar, GNU (long names, base-256 sizes) and PAX (path, linkpath, size), read in one pass.
 
-`plain_members` takes the headers that archivers write every day and stops at anything else. `members_by_tarfile` takes
-what the standard library does, several times slower, and decides about everything that is unusual or damaged. Where
-both read a tar, they find the same members.
+`plain_members` reads the headers that archivers usually write and stops at anything else. `members_by_tarfile` reads
+what the standard library reads, several times slower, and decides about headers that are unusual or damaged. If both
+read a tar, they return the same members.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
 """
@@ -12,7 +12,7 @@ import hashlib
 import struct
 import tarfile
 from collections.abc import Iterator
-from typing import IO, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple, cast
 
 __all__ = [
     "HashedStream",
@@ -31,7 +31,7 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _SKIP_BYTES = 1 << 20
 _MAX_EXTENDED_BYTES = 1 << 20
-"""No name is longer; a PAX header that is may be anything."""
+"""Longer extended headers are left to ``tarfile``; no name needs them."""
 _fields = struct.Struct("100s 24s 12s 12s 8s c 100s 72x 16s 155s 12x").unpack
 """Name; mode, owner and group; size; time; sum; type; link; device numbers; prefix of the name."""
 _KINDS: dict[bytes, Kind] = {
@@ -44,7 +44,7 @@ _KINDS: dict[bytes, Kind] = {
 
 
 class UnusualHeader(ValueError):
-    """A header that `plain_members` leaves to ``tarfile``: of a rare kind, or damaged."""
+    """A header that `plain_members` leaves to ``tarfile``, because it is of a rare kind or damaged."""
 
 
 class Member(NamedTuple):
@@ -73,7 +73,7 @@ class Member(NamedTuple):
 
 
 class HashedStream:
-    """A stream that is read forwards, once, while all of it goes through SHA-256.
+    """A stream that is read once, forwards, and hashed with SHA-256 on the way.
 
     Args:
         stream: at its first byte.
@@ -92,27 +92,36 @@ class HashedStream:
         return content
 
     def seek(self, position: int) -> int:
-        """Go forwards, to the end of the stream at most."""
-        assert position >= self._position
+        """Read forwards up to a position, or to the end of the stream.
+
+        Raises:
+            ValueError: the position is behind.
+        """
+        if position < self._position:
+            raise ValueError("it leads back to what was read")
         while self._position < position and self.read(min(position - self._position, _SKIP_BYTES)):
             pass
         return self._position
 
+    def tell(self) -> int:
+        """The number of bytes that were read."""
+        return self._position
+
 
 def padded(size: int) -> int:
-    """Bytes that content of ``size`` bytes takes in a tar."""
+    """Bytes that content of ``size`` bytes occupies in a tar."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def plain_members(stream: IO[bytes] | HashedStream, num_bytes: int) -> Iterator[Member]:
-    """Members of a tar up to the first block of zeros. When one is yielded, the stream is at its content.
+    """Members of a tar up to the first block of zeros. When a member is yielded, the stream is at its content.
 
     Args:
         stream: at the first byte; it may also be moved between two members.
         num_bytes: size of the tar.
 
     Raises:
-        UnusualHeader: a header is none of those that are read here, or content does not lie within the tar.
+        UnusualHeader: a header is of another kind, or a member ends after the tar.
     """
     position = 0
     while (member := _next_member(stream, position, num_bytes)) is not None:
@@ -148,35 +157,35 @@ def _next_member(stream: IO[bytes] | HashedStream, start: int, num_bytes: int) -
             pax = _records(content, num)
         else:
             long["path" if kind == b"L" else "linkpath"] = _text(content)
-    what = _KINDS.get(kind)
-    if what is None:
+    meaning = _KINDS.get(kind)
+    if meaning is None:
         raise UnusualHeader(f"type {kind!r}")
     path = _text(name)
     if kind == b"\0" and path.endswith("/"):
-        what = "folder"
+        meaning = "folder"
     if prefix[0]:
         path = f"{_text(prefix)}/{path}"
     path = pax.get("path", long.get("path", path))
-    if what == "folder" or "path" in pax:
+    if meaning == "folder" or "path" in pax:
         path = path.rstrip("/")
     if "size" in pax:
         num = int(pax["size"])
-    num = num if what == "file" else 0
+    num = num if meaning == "file" else 0
     if position + padded(num) > num_bytes:
         raise UnusualHeader("it ends in a member")
-    target = pax.get("linkpath", long.get("linkpath", _text(link))) if what.endswith("link") else ""
-    return Member(path, what, start, position, num, target)
+    target = pax.get("linkpath", long.get("linkpath", _text(link))) if meaning.endswith("link") else ""
+    return Member(path, meaning, start, position, num, target)
 
 
 @functools.lru_cache(maxsize=256)
 def _check_numbers(owner: bytes, device: bytes) -> None:
-    """See that fields that are of no use here are numbers; all headers of a writer have the same."""
+    """Check that the fields that are not used are numbers; cached, because all headers of a writer have the same."""
     for field in (owner[:8], owner[8:16], owner[16:], device[:8], device[8:]):
         _number(field)
 
 
 def _number(field: bytes) -> int:
-    """A field of octal digits, or a base-256 number that is not negative."""
+    """The value of a field of octal digits, or of a base-256 number that is not negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -196,7 +205,7 @@ def _text(field: bytes) -> str:
 
 def _records(content: bytes, size: int) -> dict[str, str]:
     """Keywords and values of a PAX header: records of ``length keyword=value`` and a line end."""
-    found: dict[str, str] = {}
+    records: dict[str, str] = {}
     position = 0
     while position < size:
         blank = content.find(b" ", position, position + 20)
@@ -208,13 +217,13 @@ def _records(content: bytes, size: int) -> dict[str, str]:
         if keyword.startswith(b"GNU.sparse"):
             raise UnusualHeader("a sparse member")
         if keyword in (b"path", b"linkpath", b"size"):
-            found[keyword.decode()] = _value(keyword, value)
+            records[keyword.decode()] = _value(keyword, value)
         else:
-            found[""] = ""  # so that a header of other records counts as one
+            records[""] = ""  # so that the caller sees that there was a header
         position = end
     if content[size:].strip(b"\0") or b"hdrcharset=" in content:
         raise UnusualHeader("a PAX header is damaged, or names are in a rare alphabet")
-    return found
+    return records
 
 
 def _value(keyword: bytes, value: bytes) -> str:
@@ -226,30 +235,27 @@ def _value(keyword: bytes, value: bytes) -> str:
         raise UnusualHeader("a name that is no UTF-8") from error
 
 
-def members_by_tarfile(stream: IO[bytes]) -> Iterator[Member]:
-    """Members of a tar as ``tarfile`` finds them; the stream may be moved between two members.
+def members_by_tarfile(stream: IO[bytes] | HashedStream) -> Iterator[Member]:
+    """Members of a tar as ``tarfile`` reads them. When a member is yielded, the stream is at its content.
 
     Raises:
         TarError, EOFError, ValueError, OverflowError: it is no tar, or a member is sparse or of negative size.
     """
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
         for member in tar:
             check_member(member)
-            what: Kind = _KINDS.get(member.type, "special")
-            if member.isdir():
-                what = "folder"
-            size = member.size if what == "file" else 0
-            target = member.linkname if what.endswith("link") else ""
-            yield Member(member.name, what, member.offset, member.offset_data, size, target)
+            kind: Kind = "folder" if member.isdir() else _KINDS.get(member.type, "special")
+            size = member.size if kind == "file" else 0
+            target = member.linkname if kind.endswith("link") else ""
+            yield Member(member.name, kind, member.offset, member.offset_data, size, target)
             tar.members = []  # type: ignore[assignment]  # which `tarfile` would keep, a kilobyte each
 
 
 def check_member(member: tarfile.TarInfo) -> None:
-    """See that a member's size is that of bytes in the tar.
+    """Check that a member's size is the number of its bytes in the tar.
 
     Raises:
-        TarError: it is negative, which would send readers back to what they have read, or that of a sparse file, which
-            may be anything.
+        TarError: it is negative, which would send readers backwards, or the member is sparse and may have any size.
     """
     if member.size < 0 or member.issparse():
         kind = "sparse" if member.issparse() else "of negative size"

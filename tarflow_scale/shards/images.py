@@ -29,9 +29,9 @@ __all__ = [
     "encode_png",
     "image_extension",
     "image_size",
-    "reads_alike",
     "reduce_depth",
     "resize_center_crop",
+    "to_pillow",
 ]
 
 
@@ -50,14 +50,13 @@ FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension
 class Reading(Record):
     """How image files of others become pixels; grey-scale images stay grey, all others (palettes, CMYK) become RGB.
 
-    Colour profiles are not applied. Data sets whose manifest has no such record were read without it: orientation tags
-    were ignored, transparent pixels had the colour that lies under them, and of several frames the first counted.
+    Colour profiles are not applied.
     """
 
     orientation: Literal["apply", "ignore"] = "apply"
-    """Whether an image is turned as its EXIF (or XMP) tag says; as viewers show it, or as it is stored."""
+    """``apply`` turns an image as its EXIF (or XMP) tag says, as viewers do; ``ignore`` leaves it as it is stored."""
     transparency: Literal["white", "black", "refuse"] = "white"
-    """What lies under transparent pixels, or that an image with any is refused. An alpha channel that is opaque
+    """The colour under transparent pixels; ``refuse`` refuses an image that has any. An alpha channel that is opaque
     everywhere is no transparency."""
 
 
@@ -70,12 +69,12 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
 
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF")
-"""What Pillow may take bytes for; most likely first."""
+"""Formats that Pillow tries, the most likely first."""
 _MAX_PIXELS = 89_478_485
-"""Larger images, 9,459 pixels squared, are refused before they are decoded; Pillow warns of them too."""
+"""Images with more pixels than 9,459 x 9,459 are refused before they are decoded; Pillow warns of them too."""
 _NAME_PIXELS, _NAME_PART, _NAME_LETTERS = 12, 30, 20
-"""Of class names on a sheet: their height, at least a part of its width, so that they stay readable where a wide sheet
-is shown small; and letters that are shown."""
+"""Class names on a sheet: their height in pixels, which is at least the sheet's width over ``_NAME_PART``, so that they
+are readable where a wide sheet is shown small; and the number of letters that are shown."""
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError),
     *(KeyError, IndexError, TypeError, RuntimeError, struct.error),  # damaged tags of TIFF and EXIF, damaged AVIF
@@ -92,7 +91,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's values of the orientation tag (CIPA DC-008, 4.6.4) to what makes an image upright."""
+"""Values of EXIF's orientation tag (CIPA DC-008, 4.6.4) to the operation that makes an image upright."""
 _BACK = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _SIDEWAYS = (5, 6, 7, 8)
 """Values of the tag that swap height and width."""
@@ -105,26 +104,27 @@ NPY_FAULTS = (
 
 def encode_image(image: NDArray[np.uint8], codec: Codec, quality: int = 95) -> bytes:
     """Bytes of an image ``(C, H, W)`` uint8 with 1 or 3 channels; ``quality`` is jpeg's."""
-    if codec == "png":
-        return encode_png(image)
     buffer = io.BytesIO()
-    if codec == "raw":
-        np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
-        return buffer.getvalue()
-    pixels = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
-    if codec == "webp":
-        pixels.save(buffer, format="WEBP", lossless=True, method=4)
-    else:
-        pixels.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    match codec:
+        case "png":
+            to_pillow(image).save(buffer, format="PNG", compress_level=6)
+        case "webp":
+            to_pillow(image).save(buffer, format="WEBP", lossless=True, method=4)
+        case "jpeg":
+            to_pillow(image).save(buffer, format="JPEG", quality=quality, subsampling=0)
+        case "raw":
+            np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
     return buffer.getvalue()
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
     """Lossless PNG of an image ``(C, H, W)`` uint8 with 1 or 3 channels."""
-    buffer = io.BytesIO()
-    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
+    return encode_image(image, "png")
+
+
+def to_pillow(image: NDArray[np.uint8]) -> Image.Image:
+    """An image ``(C, H, W)`` uint8 with 1 or 3 channels as Pillow has it."""
+    return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
 def decode_image(
@@ -135,12 +135,12 @@ def decode_image(
     Args:
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
         origin: what to call it in an error.
-        shape: what it must have; None takes what comes. A grey image becomes RGB if ``shape`` wants it.
-        reading: see `Reading`; None for what `encode_image` wrote, which has neither tags nor transparency.
+        shape: the required shape; None accepts any. A grey image becomes RGB if ``shape`` has three channels.
+        reading: see `Reading`; None for files of `encode_image`, which have neither tags nor transparency.
 
     Raises:
-        DataError: the bytes are not an image, or one of another shape, or a huge one; the latter two are found
-            before any pixel is decoded. With a ``reading`` also: several frames, or what it refuses.
+        DataError: the bytes are not an image, or the image has another shape or is huge, which is found before a
+            pixel is decoded. With a ``reading`` also: it has several frames, or what the reading refuses.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
@@ -186,29 +186,12 @@ def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation tag; 1, upright, where there is none or it cannot be read."""
+    """The orientation tag; 1, which means upright, if there is none or it cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
-    except _FAULTS:  # viewers show an image with a damaged EXIF block as it is stored, and so do we
+    except _FAULTS:  # viewers show an image with a damaged EXIF block as it is stored
         return 1
-
-
-def reads_alike(content: bytes, origin: str, reading: Reading) -> bool:
-    """Whether an image has the same pixels with a `Reading` as without; what cannot be decoded either way has."""
-    if content.startswith(b"\x93NUMPY"):
-        return True
-    try:
-        image = _opened(content, origin, None)
-        if not image.has_transparency_data and _orientation(image) == 1 and image.format != "TIFF":
-            return _frames(image) == 1
-        before = decode_image(content, origin)
-    except (*_FAULTS, DataError):
-        return True
-    try:
-        return np.array_equal(before, decode_image(content, origin, reading=reading))
-    except DataError:
-        return False
 
 
 def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
@@ -227,7 +210,7 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """``(C, H, W)`` that `decode_image` would give, from the header alone (and from tags, which a PNG may have last).
+    """``(C, H, W)`` of what `decode_image` returns, from the header alone (and tags, which a PNG may have last).
 
     Raises:
         DataError: the bytes are not an image.
@@ -243,7 +226,7 @@ def image_size(content: bytes, origin: str, reading: Reading | None = None) -> t
 
 
 def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, int]:
-    """``(C, H, W)`` as it will be decoded; Pillow gives a TIFF's size upright, others' as they are stored."""
+    """``(C, H, W)`` after decoding; Pillow reports the upright size of a TIFF and the stored size of others."""
     channels = 1 if image.mode in _GREY else 3
     width, height = image.size
     is_turned = reading is not None and (reading.orientation == "ignore") == (image.format == "TIFF")
@@ -253,7 +236,7 @@ def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, in
 
 
 def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image:
-    """The header of an image file that may be decoded."""
+    """An image file after its header was read and checked."""
     if not content:
         raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -267,15 +250,16 @@ def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image
 
 
 def _frames(image: Image.Image) -> int:
-    """Frames of an animation, pages of a TIFF; the main picture of a phone's JPEG (MPO) counts alone."""
+    """Frames of an animation, or pages of a TIFF; of a phone's JPEG (MPO), only the main picture counts."""
     return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether channels of a TIFF have more than 8 bits or a sign, of which Pillow would take the high byte.
+    """Whether an image has channels that Pillow would reduce wrongly to 8 bits, by taking the high byte.
 
-    In scientific files that is often empty. A PNG's colours of 16 bits span the whole range, so there it is right,
-    unless one of them is transparent, which Pillow compares with the high bytes.
+    This holds for TIFFs whose channels are signed or have more than 8 bits: in scientific files the high byte is often
+    empty. 16-bit colours of a PNG use the whole range, so the high byte is right, unless one colour is declared
+    transparent, because Pillow compares it with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
@@ -285,7 +269,7 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 def _undecodable(origin: str, error: Exception) -> DataError:
-    # Pillow names the buffer that it could not identify, which is another one every time.
+    # Pillow's message has the address of the buffer, which differs in every run.
     reason = "no image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
     return DataError(f"{origin} cannot be decoded ({reason or type(error).__name__}); replace or remove the image")
 
@@ -296,15 +280,14 @@ def resize_center_crop(
     """Bring the short side of ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square.
 
     Raises:
-        DataError: the image is so long and narrow that it would be a huge one on the way.
+        DataError: the image is so long and narrow that the resized image would be huge.
     """
     _, height, width = image.shape
     scale = size / min(height, width)
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
     if new_height * new_width > _MAX_PIXELS:
         raise DataError(f"an image must not be a thread (got {height}x{width} pixels for {size}x{size}); remove it")
-    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    resized = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[resample.upper()]))
+    resized = np.asarray(to_pillow(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]
     return cropped[None] if cropped.ndim == 2 else np.ascontiguousarray(cropped.transpose(2, 0, 1))
@@ -322,9 +305,9 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
     Args:
         images: what is shown.
         columns: images side by side.
-        zoom: pixels of the sheet a pixel of an image.
-        names: class of each image. Where every column holds one class, its name is above the column; else each image
-            has its own above it.
+        zoom: width and height on the sheet of one pixel of an image.
+        names: class of each image. If every column holds one class, its name is above the column; else a name is above
+            each image.
     """
     num, channels, height, width = images.shape
     rows = -(-num // columns)
@@ -345,7 +328,7 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
 
 
 def _strips(rows: Sequence[Sequence[str]], cell: int, width: int) -> list[NDArray[np.uint8]]:
-    """For each row a strip ``(1, h, width)``, names above cells of ``cell`` pixels; upright where one does not fit."""
+    """For each row a strip ``(1, h, width)`` of names above cells of ``cell`` pixels; vertical if one does not fit."""
     size = max(_NAME_PIXELS, width // _NAME_PART)
     font = ImageFont.load_default(size)
     short = [[name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 2]}.." for name in row] for row in rows]

@@ -1,7 +1,7 @@
 """The index beside each tar: where every sample starts, and a checksum of its bytes.
 
-With it a sample, or a run of samples, is one range read, and a reader that never sees the whole shard still
-notices a flipped bit.
+With it, a sample or consecutive samples are one range read, and a reader that does not read the whole shard still
+detects a flipped bit.
 """
 
 import io
@@ -22,8 +22,8 @@ __all__ = ["ShardIndex", "checksum", "read_index"]
 def checksum(content: bytes | memoryview) -> int:
     """CRC-32 of the first and of the second half of a sample's bytes, tar headers and padding included; 64 bits.
 
-    It is for accidents, at every read; the manifest's SHA-256 is for everything. A cryptographic hash of a 512 px JPEG
-    takes a fifth of the time of decoding it, this a twentieth.
+    It detects accidental damage at every read; the SHA-256 of the manifest detects any change. A cryptographic hash of
+    a 512 px JPEG takes a fifth of the time of decoding it, this checksum a twentieth.
     """
     view = memoryview(content)
     middle = len(view) // 2
@@ -61,8 +61,8 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
         num_bytes: size the manifest gives the shard.
 
     Raises:
-        DataError: when it is damaged or of another shard.
-        StorageError: when it cannot be read.
+        DataError: it is damaged or of another shard.
+        StorageError: it cannot be read.
     """
     content = storage.read_bytes(location)
     if storage.digest(content) != sha256:
@@ -72,9 +72,9 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
             arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
     except (*NPY_FAULTS, AttributeError) as error:
         raise DataError(f"{location} is no index ({' '.join(str(error).split())}); pack the data set again") from error
-    found = str(arrays.get("algorithm", "an older one"))
-    if found != _ALGORITHM:
-        raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {found}); pack the data set again")
+    algorithm = str(arrays.get("algorithm", "none"))
+    if algorithm != _ALGORITHM:
+        raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {algorithm}); pack the data set again")
     index = ShardIndex(*(arrays.get(name, np.zeros((), kind)) for name, kind in _ARRAYS.items()))
     for name, kind in _ARRAYS.items():
         array = getattr(index, name)

@@ -1,8 +1,6 @@
-"""Looking at a data set: is every byte what was packed, and what is in it."""
+"""Inspection of a packed data set: whether every byte is what was packed, and what is in it."""
 
-import json
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +12,11 @@ from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
-from tarflow_scale.shards.reader import CorruptSample, ShardSet, StoredSample
+from tarflow_scale.shards.reader import CorruptSample, ShardSet
 from tarflow_scale.shards.sources.splits import PACKED
 from tarflow_scale.shards.vectors import floats
 
-__all__ = ["Statistics", "check", "statistics"]
+__all__ = ["check", "statistics"]
 
 _RUN = 256
 _SHEET_IMAGES = 64
@@ -27,56 +25,47 @@ _LISTED_CLASSES = 12
 
 
 def check(path: str) -> int:
-    """Verify every sha256, count, checksum, image and label of a data set; the number of samples.
+    """Verify every sha256, count, checksum, image and label of a data set; returns the number of samples.
 
     Raises:
-        DataError: what is wrong, the first of it, and how much in all.
+        DataError: the first fault, and how many there are.
     """
     shards = ShardSet(path)
-    as_found = shards.manifest.codec == AS_FOUND  # others number the samples of each tar anew
-    wrong: list[str] = []
+    as_found = shards.manifest.codec == AS_FOUND  # keys of such tars may repeat from tar to tar
+    faults: list[str] = []
     keys: Counter[str] = Counter()
     with console.progress_bar(shards.manifest.num_images, "check") as bar:
         for number, record in enumerate(shards.manifest.shards):
             try:
                 shards.verify_shard(record)
             except DataError as error:
-                wrong.append(str(error))
+                faults.append(str(error))
             for low in range(0, record.samples, _RUN):
                 try:
                     run = shards.read_run(number, low, min(low + _RUN, record.samples))
-                except DataError as error:  # its index is damaged, as was said
-                    wrong += [] if wrong and record.file.removesuffix(".tar") in wrong[-1] else [str(error)]
+                except DataError as error:  # its index is damaged, which verify_shard has reported
+                    faults += [] if faults and record.file.removesuffix(".tar") in faults[-1] else [str(error)]
                     break
                 for stored in run:
                     keys[f"{record.file}:{stored.key}" if as_found else stored.key] += 1
                     try:
                         shards.decode(stored)
                     except CorruptSample as error:
-                        wrong.append(str(error))
+                        faults.append(str(error))
                 bar.update(len(run))
     double = [key for key, times in keys.items() if times > 1]
     if double:
-        wrong.append(f"keys of a data set must differ (got {double[0]} {keys[double[0]]} times); pack it again")
-    if wrong:
-        raise DataError(f"{path} has {len(wrong)} faults, the first: {wrong[0]}")
+        faults.append(f"keys of a data set must differ (got {double[0]} {keys[double[0]]} times); pack it again")
+    if faults:
+        raise DataError(f"{path} has {len(faults)} faults, the first: {faults[0]}")
     return shards.manifest.num_images
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What `statistics` found: a table; of images, lines about near copies, and where the contact sheet is."""
+def statistics(path: str) -> list[str]:
+    """Sizes, classes and near copies of a data set, in lines; writes a contact sheet of 64 images beside its manifest.
 
-    table: str
-    copies: list[str]
-    sheet: str | None
-
-
-def statistics(path: str) -> Statistics:
-    """Sizes, classes and near copies of a data set, and a contact sheet of 64 images over it, beside its manifest.
-
-    Near copies are looked for in the other splits that were packed with it too, so all images are decoded. Of vectors,
-    mean, deviation and range of each number in place of these.
+    Near copies are also looked for in the other splits that were packed with it, so all images are decoded. For
+    vectors, the lines have mean, deviation and range of each number instead.
 
     Raises:
         DataError: it is no data set, or an image of the sheet is corrupt.
@@ -86,11 +75,9 @@ def statistics(path: str) -> Statistics:
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
     labels = Counter[int]()
     with console.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
-        for number, record in enumerate(manifest.shards if manifest.num_classes else ()):
-            for low in range(0, record.samples, _RUN):
-                for stored in shards.read_run(number, low, min(low + _RUN, record.samples)):
-                    labels[shards.label(stored)] += 1
-                    bar.update(1)
+        for stored in shards.stored() if manifest.num_classes else ():
+            labels[shards.label(stored)] += 1
+            bar.update(1)
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),
         ("samples", f"{manifest.num_images:,} {manifest.samples_in_words}, {manifest.codec}"),
@@ -100,74 +87,62 @@ def statistics(path: str) -> Statistics:
         ("classes", _class_row(labels, manifest.class_names)),
     ]
     if manifest.vectors is not None:
-        return Statistics(console.table([*rows, *_columns(shards, manifest.vectors)], ("", path)), [], None)
+        return [console.table([*rows, *_columns(shards, manifest.vectors)], ("", path))]
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
     storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
-    return Statistics(console.table(rows, ("", path)), _copies(_with_siblings(path, shards)), sheet)
+    return [console.table(rows, ("", path)), *_copies(_with_siblings(path, shards)), f"contact sheet: {sheet}"]
 
 
 def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
     """All splits that were packed together, in the order of `PACKED`."""
     folder, _, own = path.rstrip("/").rpartition("/")
-    there = {own: shards}
+    splits = {own: shards}
     for name in storage.list_names(folder or ".") if own == shards.manifest.split else ():
         other = storage.join(folder or ".", name)
         if name != own and storage.exists(storage.join(other, MANIFEST_NAME)):
             sibling = ShardSet(other)
             if (sibling.manifest.recipe, sibling.manifest.split) == (shards.manifest.recipe, name):
-                there[name] = sibling
-    return [there[name] for name in sorted(there, key=(*PACKED, *there).index)]
+                splits[name] = sibling
+    return [splits[name] for name in sorted(splits, key=(*PACKED, *splits).index)]
 
 
 def _copies(splits: list[ShardSet]) -> list[str]:
     """Near copies within and across splits, in lines."""
-    found: list[bytes] = []
+    fingerprints: list[bytes] = []
     origins: list[str] = []
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
     with console.progress_bar(int(firsts[-1]), "look for copies") as bar:
         for shards in splits:
-            for low in range(0, shards.manifest.num_images, _RUN):
-                run = shards.read(np.arange(low, min(low + _RUN, shards.manifest.num_images)))
-                found += [_fingerprint(shards, stored) for stored in run]
-                origins += [_origin(stored) for stored in run]
-                bar.update(len(run))
+            for stored in shards.stored():
+                try:
+                    fingerprints.append(duplicates.fingerprint(shards.decode(stored)[0]))
+                    origins.append(shards.origin_of(stored))
+                except CorruptSample:  # which --check lists
+                    fingerprints.append(duplicates.NO_FINGERPRINT)
+                    origins.append("")
+                bar.update(1)
 
     def image(number: int) -> NDArray[np.uint8]:
         place = int(np.searchsorted(firsts, number, side="right")) - 1
         return splits[place].decode(splits[place].read(np.array([number - firsts[place]]))[0])[0]
 
-    copies = duplicates.find_copies(duplicates.read_fingerprints([duplicates.text_of(found)]), image)
+    copies = duplicates.find_copies(duplicates.read_fingerprints([duplicates.text_of(fingerprints)]), image)
     split = np.repeat(np.arange(len(splits)), np.diff(firsts))
     names = [shards.manifest.split for shards in splits]
     size = splits[0].manifest.image_size_pixels
     return duplicates.described(copies, split, names, origins.__getitem__, size)
 
 
-def _fingerprint(shards: ShardSet, stored: StoredSample) -> bytes:
-    try:
-        return duplicates.fingerprint(shards.decode(stored)[0])
-    except CorruptSample:  # which --check lists
-        return duplicates.NO_FINGERPRINT
-
-
-def _origin(stored: StoredSample) -> str:
-    """What an image was called at its source; its key if that is not recorded."""
-    try:
-        return str(json.loads(stored.members()["json"])["origin"])
-    except (KeyError, ValueError, TypeError):
-        return stored.key
-
-
-def _columns(shards: ShardSet, facts: VectorFacts) -> list[tuple[str, str]]:
-    """Mean, deviation and range of each number of vectors, and of what they are given with."""
+def _columns(shards: ShardSet, vectors: VectorFacts) -> list[tuple[str, str]]:
+    """Mean, deviation and range of each number of vectors and of their conditions."""
     num = shards.manifest.num_images
-    parts = [np.concatenate(floats(batch.images, facts), axis=1) for batch in shards.batches(0, num, _RUN)]
+    parts = [np.concatenate(floats(batch.images, vectors), axis=1) for batch in shards.batches(0, num, _RUN)]
     columns = np.concatenate(parts).astype(np.float64).T
-    names = [f"value {i}" for i in range(facts.num_values)] + [f"given {i}" for i in range(facts.num_conditions)]
+    names = [f"value {i}" for i in range(vectors.num_values)] + [f"given {i}" for i in range(vectors.num_conditions)]
     return [
-        (name, f"{one.mean():.4g} +- {one.std():.4g}, from {one.min():.4g} to {one.max():.4g}")
-        for name, one in zip(names, columns, strict=True)
+        (name, f"{column.mean():.4g} +- {column.std():.4g}, from {column.min():.4g} to {column.max():.4g}")
+        for name, column in zip(names, columns, strict=True)
     ]
 
 

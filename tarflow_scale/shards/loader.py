@@ -1,20 +1,20 @@
 """Slots to batches: what training reads.
 
-Every slot of the global batch is a stream of samples (`tarflow_scale.shards.order`). A rank owns a run of slots, and
-its worker processes own runs of that run; a batch is the next sample of every slot, in the order of the slots. So
-neither ranks nor workers change what is in a global batch, and each byte is fetched once in an epoch.
+Every slot of the global batch is a stream of samples (`tarflow_scale.shards.order`). A rank owns consecutive slots, and
+divides them among its worker processes; a batch is the next sample of every slot, in the order of the slots. So the
+numbers of ranks and workers do not change what is in a global batch, and each byte is fetched once in an epoch.
 
-A stream holds the stored bytes of the block that it is in. Where reads wait for a store, threads fetch what comes
-next meanwhile, so far as it fits in two blocks together with the first: one block, or the several short ones with
-which an epoch ends and the next begins.
+A stream holds the stored bytes of its current block. Where reads wait for a store, threads meanwhile fetch the blocks
+that follow, as long as they fit in two blocks together with the current one: one block, or the several short ones at
+the end of an epoch and the beginning of the next.
 
-A corrupt sample is replaced by its successor in the manifest's order, on every rank and at every restart the same.
+A corrupt sample is replaced by its successor in the manifest's order, the same on every rank and after every restart.
 """
 
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,16 +40,22 @@ from tarflow_scale.shards.ring import SharedRing
 __all__ = ["Loader", "augment"]
 
 _MAX_SUCCESSORS = 100
-"""Corrupt samples in a row before replacing is given up."""
+"""Corrupt samples in a row after which the run stops."""
 _REMOTE_THREADS = 16
-"""Reads in flight in a process while a store answers; local files are read in place."""
+"""Concurrent reads of a process from a store; local files are read without threads."""
 _PREFETCH_BATCHES = 2
 """Batches that each worker process keeps ready."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of one slot: where it lies, in which order it is taken, and how much of it is over already."""
+    """A block of one slot.
+
+    Args:
+        epoch: the epoch.
+        runs: where its samples are: shard, first sample, sample after the last.
+        order: the order in which its samples are taken; without those before the step at which reading starts.
+    """
 
     epoch: int
     runs: list[tuple[int, int, int]]
@@ -57,19 +63,8 @@ class _Block:
 
     @property
     def num_samples(self) -> int:
-        """What reading it makes stay in memory."""
+        """Samples that are in memory after it was read."""
         return sum(stop - start for _, start, stop in self.runs)
-
-
-class _Later:
-    """What looks like a future, but reads when it is asked."""
-
-    def __init__(self, read: Callable[[], list[StoredSample]]) -> None:
-        self._read = read
-
-    def result(self) -> list[StoredSample]:
-        """Read."""
-        return self._read()
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,8 @@ class Loader:
         slots: this rank's slots.
         config: how they are read.
         seed: of augmentation.
-        quarantine_path: local file for corrupt samples; None writes none.
-        pin_memory: put images in page-locked memory, from which a GPU copies while it computes.
+        quarantine_path: local file that lists corrupt samples; None writes none.
+        pin_memory: put images in page-locked memory, so that copies to a GPU overlap with computation.
     """
 
     mix: Mix
@@ -93,10 +88,10 @@ class Loader:
     pin_memory: bool = False
 
     def batches(self, images_seen: int) -> Generator[Batch]:
-        """Batches for ever, from the global batch that follows ``images_seen`` images; their images are NHWC in memory.
+        """Endless batches, from the global batch that follows ``images_seen`` images; images are NHWC in memory.
 
-        Resuming reads at most one block per slot again. Each batch holds ``len(slots)`` samples. Close the generator
-        to stop its workers.
+        Each batch has ``len(slots)`` samples. Resuming reads at most one block per slot a second time. Close the
+        generator to stop its workers.
 
         Raises:
             DataError: too many corrupt samples in a row; a shard that cannot be read; a worker that was killed.
@@ -109,16 +104,13 @@ class Loader:
 
     def first(self) -> Batch:
         """The first batch of the run, read in this process."""
-        batches = self._own_batches(0)
-        try:
+        with closing(self._own_batches(0)) as batches:
             return next(batches)
-        finally:
-            batches.close()
 
-    def _own_batches(self, step: int, rooms: Iterator[NDArray[np.uint8]] | None = None) -> Generator[Batch]:
-        """Batches that are made in this process; their images in new memory, or in given arrays."""
+    def _own_batches(self, step: int, buffers: Iterator[NDArray[np.uint8]] | None = None) -> Generator[Batch]:
+        """Batches that this process reads; their images are in new memory, or in the given buffers."""
         shape = self._image_shape(len(self.slots))
-        rooms = rooms or (_empty_images(shape, self.pin_memory) for _ in repeat(None))
+        buffers = buffers or (_empty_images(shape, self.pin_memory) for _ in repeat(None))
         quarantine = Quarantine(self.quarantine_path)
         threads = self.config.read_threads
         if threads is None:
@@ -127,7 +119,7 @@ class Loader:
         try:
             streams = [_SlotStream(*self.mix.part_of(slot), step, pool) for slot in self.slots]
             while True:
-                yield self._collate([next(stream) for stream in streams], quarantine, next(rooms))
+                yield self._collate([next(stream) for stream in streams], quarantine, next(buffers))
         finally:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -135,15 +127,15 @@ class Loader:
     def _collate(
         self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine, images: NDArray[np.uint8]
     ) -> Batch:
-        facts: list[tuple[int, int, int]] = []
+        rows: list[tuple[int, int, int]] = []
         replaced = 0
-        for room, (part, stored, epoch) in zip(images, taken, strict=True):
+        for pixels, (part, stored, epoch) in zip(images, taken, strict=True):
             image, label, number = _decode_or_replace(part, stored, quarantine)
             replaced += number != stored.number
             number += part.first_sample
-            room[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
-            facts.append((label, number, epoch))
-        labels, samples, epochs = np.array(facts, dtype=np.int64).T.copy()
+            pixels[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
+            rows.append((label, number, epoch))
+        labels, samples, epochs = np.array(rows, dtype=np.int64).T.copy()
         return Batch(images, labels, samples, epochs, replaced)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
@@ -153,23 +145,22 @@ class Loader:
             loader = DataLoader(
                 _WorkerDataSet(self, step, workers, ring),
                 batch_size=None,
-                collate_fn=_as_it_is,
+                collate_fn=_unchanged,
                 num_workers=workers,
                 prefetch_factor=_PREFETCH_BATCHES,
-                # A fork would copy locks that threads of stores and of torch hold. A fork server would outlive a rank
-                # that is killed, and its workers with it: they look whether their parent is there, and that would be
-                # the server.
+                # A fork would copy locks that threads of stores and of torch hold. Workers of a fork server would
+                # outlive a rank that is killed: they end with their parent, which would be the server.
                 multiprocessing_context="spawn",
                 worker_init_fn=_start_worker,
             )
             with stop_signals_held():
                 items = iter(loader)
-            # DataLoader's handler would raise in whatever line runs when a worker dies; `_part` notices later.
+            # DataLoader's handler would raise wherever the rank is when a worker dies; `_part` reports it instead.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while True:
                 parts = [self._part(items) for _ in range(workers)]
                 images = _empty_images((num, channels, height, width), self.pin_memory)
-                arrays = [ring.arrays[i, part.room, : len(part.labels)] for i, part in enumerate(parts)]
+                arrays = [ring.arrays[i, part.buffer, : len(part.labels)] for i, part in enumerate(parts)]
                 np.concatenate(arrays, out=images.transpose(0, 2, 3, 1))
                 yield Batch(
                     images=images,
@@ -207,9 +198,9 @@ def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One worker's part of a batch; its images are in a room of the ring, which is filled anew three parts later."""
+    """One worker's part of a batch; its images are in a buffer of the ring, which is reused three parts later."""
 
-    room: int
+    buffer: int
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
@@ -217,17 +208,17 @@ class _Part:
 
 
 def _start_worker(_: int) -> None:
-    """Launchers send their signals to all processes of a rank; it is for the rank to save and stop its workers."""
+    """Ignore stop signals, which launchers send to all processes of a rank: the rank saves and stops its workers."""
     ignore_stop_signals()
     die_with_parent()
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
 class _WorkerDataSet(IterableDataset[Any]):
-    """What one worker process of a `Loader` yields: its part of every batch, or the failure that ends it."""
+    """The parts of batches that one worker process of a `Loader` reads, or the error that ends it."""
 
     def __init__(self, loader: Loader, step: int, workers: int, ring: SharedRing) -> None:
         self._loader = loader
@@ -240,24 +231,24 @@ class _WorkerDataSet(IterableDataset[Any]):
         assert info is not None
         slots = np.array_split(np.arange(self._loader.slots.start, self._loader.slots.stop), self._workers)[info.id]
         own = replace(self._loader, slots=range(int(slots[0]), int(slots[-1]) + 1), pin_memory=False)
-        rooms = self._ring.arrays[info.id, :, : len(slots)].transpose(0, 1, 4, 2, 3)
+        buffers = self._ring.arrays[info.id, :, : len(slots)].transpose(0, 1, 4, 2, 3)
         try:
-            batches = own._own_batches(self._step, cycle(rooms))  # pyright: ignore[reportPrivateUsage]
-            for room, batch in zip(cycle(range(len(rooms))), batches, strict=False):
-                yield _Part(room, batch.labels, batch.samples, batch.epochs, batch.num_replaced)
+            batches = own._own_batches(self._step, cycle(buffers))  # pyright: ignore[reportPrivateUsage]
+            for buffer, batch in zip(cycle(range(len(buffers))), batches, strict=False):
+                yield _Part(buffer, batch.labels, batch.samples, batch.epochs, batch.num_replaced)
         except UserError as error:
             yield error  # as a value, because DataLoader would wrap it in its traceback
 
 
 class _SlotStream:
-    """One slot's samples from ``step`` on, for ever; begins at once to read the first blocks."""
+    """Endless samples of one slot from ``step`` on; starts to read the first blocks at once."""
 
     def __init__(self, part: MixPart, slot: int, step: int, pool: ThreadPoolExecutor | None) -> None:
         self._part = part
         self._pool = pool
         self._blocks = _blocks(part, slot, step)
         self._due = next(self._blocks)
-        self._ahead: deque[tuple[_Block, Future[list[StoredSample]] | _Later]] = deque()
+        self._ahead: deque[tuple[_Block, Callable[[], list[StoredSample]]]] = deque()
         self._read_ahead(0)
         self._samples = self._walk()
 
@@ -266,18 +257,18 @@ class _SlotStream:
 
     def _walk(self) -> Iterator[tuple[MixPart, StoredSample, int]]:
         while True:
-            block, coming = self._ahead.popleft()
-            stored = coming.result()
+            block, samples_of = self._ahead.popleft()
+            stored = samples_of()
             self._read_ahead(block.num_samples)
             for place in block.order:
                 yield self._part, stored[place], block.epoch
 
     def _read_ahead(self, held: int) -> None:
-        """Have the next block read, and more of them while they fit in two whole blocks with the ``held`` samples."""
+        """Queue the next block, and more while they fit in two whole blocks together with the ``held`` samples."""
         held += sum(block.num_samples for block, _ in self._ahead)
         while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
             read = partial(self._read, self._due)
-            self._ahead.append((self._due, _Later(read) if self._pool is None else self._pool.submit(read)))
+            self._ahead.append((self._due, read if self._pool is None else self._pool.submit(read).result))
             held += self._due.num_samples
             self._due = next(self._blocks)
 

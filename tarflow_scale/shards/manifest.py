@@ -1,4 +1,4 @@
-"""The manifest: what makes a folder of tars a data set. Written last; no manifest, no data set."""
+"""The manifest, which makes a folder of tars a data set. It is written last; without it there is no data set."""
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name",
 
 MANIFEST_NAME = "manifest.json"
 AS_FOUND = "as found"
-"""Codec of tars that others wrote and that were indexed where they are."""
+"""Codec of tars that others wrote and that were indexed in place."""
 
 
 class ShardRecord(FileRecord):
@@ -27,7 +27,7 @@ class Manifest(Record):
     """A data set on disk.
 
     Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image; or ``.webp .jpg .npy``),
-    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (facts about the sample). Vectors: see
+    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (such as its origin). Vectors: see
     `tarflow_scale.shards.vectors`.
     """
 
@@ -47,15 +47,15 @@ class Manifest(Record):
     """SHA-256 of the configuration that made it; the same command again has nothing to do."""
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
     vectors: VectorFacts | None = None
-    """Of vectors, which have their length for channels and one pixel; None for images."""
+    """Shape of vectors, whose manifest has their length as channels and one pixel; None for images."""
     reading: Reading | None = None
-    """How image files became pixels; None where the source had no files, and in data sets of earlier versions."""
+    """How image files became pixels; None if the source had no image files."""
 
     dropped_copies: int | None = Field(default=None, ge=0)
-    """Images that were left out because they are like others, equal or nearly; None where all were kept."""
+    """Images that were left out because they are equal to others, or nearly; None if near copies were kept."""
 
     def to_json(self) -> bytes:
-        """Canonical JSON; what a data set does not have is left out, so that digests of earlier versions hold."""
+        """Canonical JSON without the optional fields that are None, so that a new field does not change digests."""
         absent = {name for name in ("vectors", "reading", "dropped_copies") if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=absent))
 
@@ -76,14 +76,14 @@ class Manifest(Record):
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of what loaders carry: an image, or the bytes of a vector."""
+        """``(C, H, W)`` of an image, or of the bytes of a vector, as loaders carry them."""
         if self.vectors is not None:
             return bytes_shape(self.vectors)
         return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
 
     @property
     def num_conditions(self) -> int | None:
-        """Numbers that each sample is given with; None without any."""
+        """Numbers of each sample's condition; None without conditions."""
         return (self.vectors.num_conditions if self.vectors else 0) or None
 
     @property
@@ -100,7 +100,7 @@ class Manifest(Record):
         return storage.digest(self.to_json())
 
     def facts(self) -> DataSetFacts:
-        """What a model version keeps of the data it was trained on."""
+        """The part that a model version keeps of the data it was trained on."""
         return DataSetFacts(
             name=self.name,
             split=self.split,
@@ -122,14 +122,14 @@ def read_manifest(path: str) -> Manifest:
     """The manifest of the data set at ``path``.
 
     Raises:
-        DataError: when there is none, so that a half-written data set is not one.
+        DataError: there is none, as in a half-written data set.
     """
     location = storage.join(path, MANIFEST_NAME)
     if not storage.exists(location):
         parts = [storage.join(path, split) for split in ("train", "test")]
-        there = [part for part in parts if storage.exists(storage.join(part, MANIFEST_NAME))]
-        cure = "run 'tarflow-scale prepare', or again if it was interrupted"
-        if there:
-            cure = f"name {' or '.join(there)}"
+        packed = [part for part in parts if storage.exists(storage.join(part, MANIFEST_NAME))]
+        cure = (
+            f"name {' or '.join(packed)}" if packed else "run 'tarflow-scale prepare', or again if it was interrupted"
+        )
         raise DataError(f"{path} is not a data set (no {MANIFEST_NAME}); {cure}")
     return Manifest.from_json(storage.read_bytes(location), location, DataError)

@@ -1,4 +1,4 @@
-"""Which data sets a global batch is made of: slots in proportion to weights, each set with its own line and epoch."""
+"""Mixtures of data sets: each fills slots of the global batch in proportion to its weight, with an order of its own."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from tarflow_scale.shards.reader import ShardSet
 __all__ = ["Mix", "MixPart", "open_mix"]
 
 _SEED_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of the sets of a mix, so that two sets of equal shards are not walked alike."""
+"""Difference between the seeds of the sets of a mix, so that sets with equal shards have different orders."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MixPart:
     Args:
         shards: the data set.
         spec: its order; its ``num_slots`` are the slots that it fills.
-        first_slot: the first of them in the global batch.
+        first_slot: the first of these in the global batch.
         first_sample: number of its first sample among the samples of all sets.
         weight: as configured.
     """
@@ -60,11 +60,11 @@ class Mix:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Stored bytes of a sample, of the set and shard where they are most."""
-        return max(-(-one.bytes // one.samples) for part in self.parts for one in part.shards.manifest.shards)
+        """Stored bytes of a sample, in the shard where they are most."""
+        return max(-(-shard.bytes // shard.samples) for part in self.parts for shard in part.shards.manifest.shards)
 
     def part_of(self, slot: int) -> tuple[MixPart, int]:
-        """The data set that fills a slot of the global batch, and which of its slots that is."""
+        """The data set that fills a slot of the global batch, and the number of the slot among its own."""
         part = next(part for part in reversed(self.parts) if part.first_slot <= slot)
         return part, slot - part.first_slot
 
@@ -76,15 +76,15 @@ def line_of(spec: OrderSpec, epoch: int) -> Line:
 
 
 def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
-    """Open the data sets of a run and share out the slots of its global batch.
+    """Open the data sets of a run and divide the slots of its global batch among them.
 
     Raises:
         DataError: a set cannot be read, does not fit the first one, or gets no slot.
     """
-    sets = [ShardSet(config.path, config.verify), *(ShardSet(one.path, config.verify) for one in config.mix)]
+    sets = [ShardSet(config.path, config.verify), *(ShardSet(part.path, config.verify) for part in config.mix)]
     for other in sets[1:]:
         _check_alike(sets[0], other)
-    weights = np.array([config.weight, *(one.weight for one in config.mix)])
+    weights = np.array([config.weight, *(part.weight for part in config.mix)])
     parts: list[MixPart] = []
     first_slot = first_sample = 0
     for number, (shards, slots) in enumerate(zip(sets, share_slots(weights, global_batch_size), strict=True)):

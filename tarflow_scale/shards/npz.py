@@ -1,7 +1,7 @@
 """A packed data set as the ``.npz`` that ADM's evaluator takes: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` labels (N,).
 
-That evaluator (openai/guided-diffusion, evaluations/evaluator.py) is what ImageNet papers print numbers of. Images are
-streamed, so a file of 50,000 costs the memory of a batch. Grey images get three equal channels.
+ImageNet papers report numbers of that evaluator (openai/guided-diffusion, evaluations/evaluator.py). Images are
+streamed, so a file of 50,000 needs the memory of one batch. Grey images get three equal channels.
 """
 
 import zipfile
@@ -20,11 +20,11 @@ _BATCH = 256
 
 
 def check_npz(location: str, digest: str | None) -> None:
-    """Refuse a place where a file of another data set, or anything else, is.
+    """Refuse a location that has a file of another data set, or anything else.
 
     Args:
         location: of the file.
-        digest: of the data set's manifest; None where it is not made yet.
+        digest: of the data set's manifest; None if the data set does not exist yet.
 
     Raises:
         DataError: there is such a file, or a folder.
@@ -47,7 +47,7 @@ def write_npz(path: str, location: str) -> int:
 
     Args:
         path: folder or URL of the data set.
-        location: of the file, which appears whole or not at all.
+        location: of the file, which appears complete or not at all.
 
     Raises:
         DataError: a sample is not what was packed.
@@ -61,9 +61,9 @@ def write_npz(path: str, location: str) -> int:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}
             np.lib.format.write_array_header_1_0(member, header)
-            for images, some in _batches(shards):
+            for images, batch_labels in _batches(shards):
                 member.write(images.tobytes())
-                labels.append(some)
+                labels.append(batch_labels)
         if manifest.class_names:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.concatenate(labels), allow_pickle=False)

@@ -1,15 +1,15 @@
 """The order of samples: slot streams, a pure function of (seed, epoch).
 
-The shards of an epoch are permuted and laid end to end; the line is rotated by a random offset and cut into G equal
-stretches, G being the global batch size. Slot j of every global batch walks stretch j: in blocks of ``shuffle_block``
-samples, which are visited in a random order and permuted inside. The first block that slot j visits is shorter by
+The shards of an epoch are permuted and laid end to end; this line is rotated by a random offset and cut into G equal
+stretches, where G is the global batch size. Slot j of every global batch walks stretch j in blocks of ``shuffle_block``
+samples; the blocks are visited in a random order and permuted inside. The first block that slot j visits is shorter by
 floor(j * shuffle_block / G), so that the slots do not all refill on the same step.
 
 What follows:
 
 * The state of a loader is one integer, the images seen. Step t of an epoch takes element t of every slot.
 * Whatever the world size or the number of workers, the global batches are the same: a rank owns a run of slots.
-* Every rank takes the same number of steps. At most G - 1 samples sit out an epoch; the rotation changes which.
+* Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples; the rotation changes which.
 * A block is one contiguous range of the line, hence one or a few range reads, and no byte is read twice in an epoch.
 
 Why (n samples, G slots, stretches of s = floor(n / G) samples):
@@ -22,8 +22,8 @@ Why (n samples, G slots, stretches of s = floor(n / G) samples):
   r of R owns slots [r G / R, (r + 1) G / R), in order, and a batch is the slots in order; joined over ranks it is the
   slots 0 to G - 1, whatever R is. Worker processes divide a rank's run in the same way.
 * *Resume is exact.* After i images (a multiple of G) the next step is t = i / G, its epoch floor(t / s), its element
-  t mod s. Nothing else is remembered, so starting there equals having come there. What must be read is, of each slot,
-  the block that holds the element: at most one block a slot.
+  t mod s. There is no other state, so starting at this step equals having arrived there. Each slot must read the block
+  that holds the element: at most one block a slot.
 * *Equal steps.* Every slot has s elements, hence every rank has s steps an epoch, whatever the sizes of shards.
 
 `tests/shards/test_order.py` and `tests/shards/test_loader.py` check these as properties of random data sets.
@@ -45,7 +45,7 @@ __all__ = ["Line", "OrderSpec", "SlotWalk", "steps_per_epoch"]
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """What the order depends on.
+    """Everything that the order depends on.
 
     Args:
         samples_per_shard: number of samples of each shard, in the manifest's order.
@@ -87,12 +87,6 @@ class Line:
         lengths = np.asarray(spec.samples_per_shard, dtype=np.int64)[self._shards]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._rotation = integer(spec.num_samples, Purpose.ROTATION, spec.seed, epoch)
-
-    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard numbers (in the manifest's order) and indices within them, for positions on the line."""
-        absolute = (positions + self._rotation) % self.spec.num_samples
-        place = np.searchsorted(self._starts, absolute, side="right") - 1
-        return self._shards[place], absolute - self._starts[place]
 
     def runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Line positions ``[start, stop)`` as runs ``(shard number, first index in it, index after the last)``."""
@@ -157,9 +151,3 @@ class SlotWalk:
         """The order in which the samples of a visited block are taken: a permutation of ``range(length)``."""
         lane = (self._slot << 32) | block
         return permutation(int(self.block_lengths[block]), Purpose.SAMPLE_ORDER, self._spec.seed, self._epoch, lane)
-
-    def position(self, step: int) -> int:
-        """Line position of the sample that this slot gives to ``step``."""
-        block = self.block_at(step)
-        start, _ = self.block_range(block)
-        return start + int(self.block_order(block)[step - int(self.visit_starts[block])])

@@ -1,12 +1,12 @@
-"""Packing: numbers of images to shards, in this process or in several, again from where it was killed.
+"""Packing: numbers of images to shards, in this process or in several, resumed where an earlier packing was killed.
 
-A shard is a unit of work and depends on the plan alone, so packing has the same bytes whoever does it. Beside each
-finished shard lies a note, ``.train-00000.packed.json``, with its record and the plan it belongs to; a packing that
-goes on trusts a shard whose note is of the same plan and whose bytes have the digests of the note. The notes go when
+A shard is a unit of work and depends on its `Packing` alone, so any process writes the same bytes. Beside each finished
+shard lies a note, ``.train-00000.packed.json``, with its record and the digest of its `Packing`; a packing that resumes
+trusts a shard if its note has the same digest and its bytes have the digests of the note. The notes are removed when
 the manifest is published.
 
-A folder is written to only if it was empty when packing began, which a marker in it says, ``.packing``; what is in a
-folder without a marker or a manifest belongs to somebody else, whatever it is called.
+A folder is written to only if it was empty when packing began, which the marker ``.packing`` in it says. Files in a
+folder without a marker or a manifest are not ours, whatever their names are.
 """
 
 import json
@@ -27,11 +27,11 @@ from tarflow_scale.records import Record
 from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import Codec
-from tarflow_scale.shards.manifest import ShardRecord, index_name
+from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
 from tarflow_scale.shards.vectors import vector_members
 from tarflow_scale.shards.workers import in_workers
-from tarflow_scale.shards.writer import PackedShard, Sample
+from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
 
 __all__ = [
     "PackNote",
@@ -39,19 +39,17 @@ __all__ = [
     "SkippedImage",
     "claim",
     "clear",
-    "list_dropped",
-    "list_skipped",
     "pack",
+    "publish",
     "read_fingerprints",
     "refuse_foreign",
-    "remove_notes",
 ]
 
 _MARKER = ".packing"
 _REMOTE_READS = 16
-"""Images of a store that are read at once by a process; local ones are read as they are needed."""
+"""Images that a process reads at the same time from a store; local ones are read as they are needed."""
 _UNIT = 1000
-"""Images of a unit of work that only looks at them."""
+"""Images of a unit of work that computes fingerprints."""
 
 
 class SkippedImage(Record):
@@ -62,18 +60,19 @@ class SkippedImage(Record):
 
 
 class PackNote(Record):
-    """What one unit of work left: the shard's record, None if no image of it could be used."""
+    """The result of one unit of work: the shard's record, None if none of its images could be used."""
 
-    plan: str
+    digest: str
+    """Of the `Packing`."""
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
     fingerprints: str = ""
-    """Of all images of the plan, if they were asked for; see `tarflow_scale.shards.duplicates`."""
+    """Of all images of the shard, where they are wanted; see `tarflow_scale.shards.duplicates`."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The plan of one split.
+    """How one split is packed.
 
     Args:
         source: where the images are.
@@ -82,9 +81,10 @@ class Packing:
         order: numbers of its images in the source, in the order in which they are packed.
         samples_per_shard: images of a shard.
         codec, quality: how images are encoded.
-        skip_bad: leave images out that cannot be used, instead of failing.
-        plan: digest of everything that the bytes depend on.
-        fingerprints: keep what tells near copies in the notes.
+        skip_bad: leave out images that cannot be used, instead of failing.
+        digest: of everything that the bytes depend on.
+        fingerprints: keep fingerprints in the notes, which find near copies.
+        dropped: images that are left out because they are like others; None if near copies are kept.
     """
 
     source: ImageSource
@@ -95,8 +95,9 @@ class Packing:
     codec: Codec
     quality: int
     skip_bad: bool
-    plan: str
+    digest: str
     fingerprints: bool = False
+    dropped: list[duplicates.Copy] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -108,7 +109,7 @@ class Packing:
         return f"{self.split}-{number:05d}.tar"
 
     def done(self, number: int) -> PackNote | None:
-        """The note of a shard that an earlier run finished, if it is whole and of this plan."""
+        """The note of a shard that an earlier run finished, if the shard is intact and of this packing."""
         location = storage.join(self.path, _note_name(self.tar_name(number)))
         if not storage.exists(location):
             return None
@@ -116,7 +117,7 @@ class Packing:
             note = PackNote.model_validate_json(storage.read_bytes(location))
         except ValidationError:
             return None
-        if note.plan != self.plan or (self.fingerprints and not note.fingerprints):
+        if note.digest != self.digest or (self.fingerprints and not note.fingerprints):
             return None
         if note.record is None:
             return note
@@ -130,7 +131,7 @@ class Packing:
         return note
 
     def pack(self, number: int) -> PackNote:
-        """Pack one shard and leave its note.
+        """Pack one shard and write its note.
 
         Raises:
             BadImage: an image cannot be used, and none may be skipped.
@@ -144,7 +145,7 @@ class Packing:
             packed = PackedShard.of(self.tar_name(number), chain([first], samples), self.codec, self.quality)
             record = packed.write(self.path)
         note = PackNote(
-            plan=self.plan, record=record, skipped=tuple(skipped), fingerprints=duplicates.text_of(fingerprints)
+            digest=self.digest, record=record, skipped=tuple(skipped), fingerprints=duplicates.text_of(fingerprints)
         )
         storage.write_bytes(storage.join(self.path, _note_name(self.tar_name(number))), note.to_json())
         return note
@@ -155,20 +156,21 @@ class Packing:
         members = self.order[first : first + self.samples_per_shard].tolist()
         for place, (image, pixels) in enumerate(zip(members, self._images(members), strict=True)):
             origin = self.source.origin(image)
+            is_bad = isinstance(pixels, BadImage)
             if self.fingerprints:
-                fingerprints.append(_fingerprint(pixels))
-            if isinstance(pixels, BadImage):
+                fingerprints.append(duplicates.NO_FINGERPRINT if is_bad else duplicates.fingerprint(pixels))
+            if is_bad:
                 if not self.skip_bad:
                     raise pixels
                 skipped.append(SkippedImage(origin=origin, reason=str(pixels)))
                 continue
             label = int(self.source.labels[image]) if labelled else None
-            facts = self.source.vectors
-            stored = pixels if facts is None else vector_members(pixels, facts)
+            vectors = self.source.vectors
+            stored = pixels if vectors is None else vector_members(pixels, vectors)
             yield Sample(f"{first + place:08d}", stored, label, {"origin": origin})
 
     def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
-        """The images, a few of them read ahead where the source is a store."""
+        """The images; where the source is a store, some are read ahead."""
         if not self.source.is_remote:
             yield from map(self._image, members)
             return
@@ -186,21 +188,17 @@ class Packing:
             return error
 
 
-def _fingerprint(image: NDArray[np.uint8] | BadImage) -> bytes:
-    return duplicates.NO_FINGERPRINT if isinstance(image, BadImage) else duplicates.fingerprint(image)
-
-
 def _fingerprints(unit: int, source: ImageSource, skip_bad: bool) -> str:
     """Fingerprints of the images of one unit of work."""
-    found: list[bytes] = []
+    fingerprints: list[bytes] = []
     for number in range(unit * _UNIT, min((unit + 1) * _UNIT, len(source))):
         try:
-            found.append(duplicates.fingerprint(source.image(number)))
+            fingerprints.append(duplicates.fingerprint(source.image(number)))
         except BadImage:
             if not skip_bad:
                 raise
-            found.append(duplicates.NO_FINGERPRINT)
-    return duplicates.text_of(found)
+            fingerprints.append(duplicates.NO_FINGERPRINT)
+    return duplicates.text_of(fingerprints)
 
 
 def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> NDArray[np.uint64]:
@@ -221,7 +219,7 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
 
 
 def pack(packing: Packing, num_workers: int) -> list[PackNote]:
-    """Pack all shards that are not packed yet; the notes of all, in order.
+    """Pack all shards that are not packed yet; returns the notes of all, in order.
 
     Raises:
         BadImage: an image cannot be used.
@@ -231,7 +229,7 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     notes = {number: note for number in range(packing.num_shards) if (note := packing.done(number)) is not None}
     missing = [number for number in range(packing.num_shards) if number not in notes]
     if notes:
-        print(f"{packing.path}: going on, {len(notes)} of {packing.num_shards} shards are packed")
+        print(f"{packing.path}: continuing, {len(notes)} of {packing.num_shards} shards are packed")
     with console.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
         size = packing.samples_per_shard
         bar.update(sum(min(size, len(packing.order) - number * size) for number in notes))
@@ -246,10 +244,10 @@ def _note_name(tar_name: str) -> str:
 
 
 def refuse_foreign(path: str) -> None:
-    """See that a folder without a manifest is empty, or ours.
+    """Check that a folder without a manifest is empty, or holds an unfinished packing.
 
     Raises:
-        DataError: it holds files of somebody else.
+        DataError: it holds other files.
     """
     names = storage.list_names(path)
     if names and _MARKER not in names:
@@ -257,42 +255,38 @@ def refuse_foreign(path: str) -> None:
 
 
 def claim(path: str) -> None:
-    """Make an empty folder ours."""
+    """Mark an empty folder as an unfinished packing."""
     storage.write_bytes(storage.join(path, _MARKER), b"tarflow-scale prepare is not done here")
 
 
 def clear(path: str) -> None:
-    """Remove what an unfinished packing left."""
+    """Remove an unfinished packing."""
     if _MARKER in storage.list_names(path):
         storage.remove_tree(path)
 
 
-def list_skipped(packing: Packing, notes: list[PackNote]) -> None:
-    """List images that were left out in ``skipped.jsonl``, if there are any."""
-    skipped = [one for note in notes for one in note.skipped]
-    if skipped:
-        lines = "".join(json.dumps(one.model_dump()) + "\n" for one in skipped)
-        storage.write_bytes(storage.join(packing.path, "skipped.jsonl"), lines.encode())
-
-
-def list_dropped(packing: Packing, copies: list[duplicates.Copy]) -> None:
-    """List images that were dropped, and which ones they are like, in ``dropped.jsonl``, if there are any."""
-    if copies:
-        origin = packing.source.origin
-        rows = [{"origin": origin(one.image), "like": origin(one.like), "is_equal": one.is_equal} for one in copies]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        storage.write_bytes(storage.join(packing.path, "dropped.jsonl"), lines.encode())
-
-
-def remove_notes(packing: Packing) -> None:
-    """Remove notes and marker of a packing whose manifest is published."""
+def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None:
+    """Make a packed split a data set: list the images that were left out, write the manifest, remove the notes."""
+    origin = packing.source.origin
+    lists = {
+        "skipped.jsonl": [image.model_dump() for note in notes for image in note.skipped],
+        "dropped.jsonl": [
+            {"origin": origin(copy.image), "like": origin(copy.like), "is_equal": copy.is_equal}
+            for copy in packing.dropped or []
+        ],
+    }
+    for name, rows in lists.items():
+        if rows:
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            storage.write_bytes(storage.join(packing.path, name), lines.encode())
+    publish_manifest(packing.path, manifest)
     for number in range(packing.num_shards):
         storage.remove(storage.join(packing.path, _note_name(packing.tar_name(number))))
     storage.remove(storage.join(packing.path, _MARKER))
 
 
 def _remove_others(packing: Packing) -> None:
-    """Remove half-written files, and shards beyond the plan's; all that is here was written by us."""
+    """Remove half-written files and shards beyond the packing's, which an earlier packing left."""
     wanted = {_MARKER}
     for number in range(packing.num_shards):
         tar = packing.tar_name(number)

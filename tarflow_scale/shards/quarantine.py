@@ -1,4 +1,4 @@
-"""Corrupt samples are written down, counted, and stop the run when there are too many."""
+"""Corrupt samples are listed, counted, and stop the run if there are too many."""
 
 import json
 import os
@@ -10,16 +10,16 @@ from tarflow_scale.shards.reader import CorruptSample
 __all__ = ["Quarantine", "check_share"]
 
 _ALLOWANCE_SAMPLES = 10_000
-"""A run of fewer samples is judged as if it had read so many, so that one early fault does not stop it."""
+"""The share is computed as if the run had read at least so many samples, so that one early fault does not stop it."""
 
 
 def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str) -> None:
-    """Whether a run, all its ranks and workers together, has met too many corrupt samples.
+    """Refuse to continue if all ranks and workers of a run together met too many corrupt samples.
 
     Args:
         num_replaced: corrupt samples so far.
         num_read: samples so far.
-        max_fraction: what is allowed, ``data.max_corrupt_fraction``.
+        max_fraction: the allowed share, ``data.max_corrupt_fraction``.
         path: folder of the lists, for the message.
 
     Raises:
@@ -36,7 +36,7 @@ class Quarantine:
     """The list of corrupt samples of one rank.
 
     Args:
-        path: local JSONL file, one line ``{"shard", "sample", "key", "reason"}`` for each corrupt sample; several
+        path: local JSONL file with a line ``{"shard", "sample", "key", "reason"}`` for each corrupt sample; several
             processes may append to it. None writes nothing.
     """
 
@@ -45,7 +45,7 @@ class Quarantine:
         self._known: set[tuple[str, int]] | None = None
 
     def add(self, fault: CorruptSample) -> None:
-        """Write down a corrupt sample, unless it is there already."""
+        """Append a corrupt sample, unless it is listed already."""
         if self._path is None:
             return
         if self._known is None:
@@ -72,5 +72,5 @@ def _read_known(path: str) -> set[tuple[str, int]]:
                 record = json.loads(line)
                 known.add((record["shard"], record["sample"]))
             except (ValueError, KeyError, TypeError):
-                continue  # a line that a kill cut short is written again
+                continue  # a line that was cut short by a kill is appended again
     return known

@@ -1,6 +1,6 @@
 """A data set that is open for reading: range reads, a checksum at every read, bytes to images and labels.
 
-Evaluation reads it strictly: a sample that is not what was packed is an error. Training replaces such a sample
+In evaluation, a sample that is not what was packed is an error. Training replaces such a sample
 (`tarflow_scale.shards.loader`).
 """
 
@@ -9,7 +9,7 @@ import io
 import json
 import struct
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError, StorageError
-from tarflow_scale.shards.headers import Member, UnusualHeader, members_by_tarfile, plain_members
+from tarflow_scale.shards.headers import UnusualHeader, members_by_tarfile, plain_members
 from tarflow_scale.shards.images import decode_image, image_extension
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import AS_FOUND, Manifest, ShardRecord, index_name, read_manifest
@@ -33,9 +33,11 @@ _header = struct.Struct("100s 24x 12s 20x c").unpack_from
 """Name, size in octal digits, and kind of a tar header."""
 _REGULAR = (b"0", b"\0")
 _RETRIES = 5
+_RUN = 256
+"""Samples that are read together where all are read."""
 _ORIGIN_CHARACTERS = 300
 FIRST_WAIT_SECONDS = 0.5
-"""Waits double: a shard may be gone for 15 seconds, which outlasts a fail-over of most stores."""
+"""Waits double: a shard may be unreachable for 15 seconds, longer than the fail-over of most stores."""
 
 
 class CorruptSample(DataError):
@@ -43,7 +45,7 @@ class CorruptSample(DataError):
 
     Args:
         sample: the sample.
-        reason: what is wrong with it, in words that complete "sample 7 of train-00001.tar ...".
+        reason: the fault, in words that complete "sample 7 of train-00001.tar ...".
     """
 
     def __init__(self, sample: "StoredSample", reason: str) -> None:
@@ -52,22 +54,20 @@ class CorruptSample(DataError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        sample = self.sample
-        return _corrupt_sample, (bytes(sample.content), sample[1:], self.reason)
-
-
-def _corrupt_sample(content: bytes, facts: tuple[Any, ...], reason: str) -> CorruptSample:
-    return CorruptSample(StoredSample(memoryview(content), *facts), reason)
+        return CorruptSample, (self.sample._replace(content=bytes(self.sample.content)), self.reason)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples that are processed together.
 
-    images: ``(B, C, H, W)`` uint8, in memory maybe with channels last; of vectors, their bytes
-    (`tarflow_scale.shards.vectors`). labels: ``(B,)`` int64, -1 without labels.
-    samples: ``(B,)`` int64, numbers in the manifest's order. epochs: ``(B,)`` int64, of training; 0 in evaluation.
-    num_replaced: how many stand in for corrupt ones.
+    Args:
+        images: ``(B, C, H, W)`` uint8, perhaps with channels last in memory; of vectors, their bytes
+            (`tarflow_scale.shards.vectors`).
+        labels: ``(B,)`` int64, -1 without labels.
+        samples: ``(B,)`` int64, numbers in the manifest's order.
+        epochs: ``(B,)`` int64, of training; 0 in evaluation.
+        num_replaced: how many samples replace corrupt ones.
     """
 
     images: NDArray[np.uint8]
@@ -84,18 +84,18 @@ class Batch:
 
 
 class StoredSample(NamedTuple):
-    """A sample as it was read: its bytes in the tar, and where they should have come from.
+    """A sample as it was read: its bytes in the tar, and where it is.
 
     Args:
-        content: tar headers and padding included, within what was read; shorter where the tar ends early.
-        checksum: what the index says.
+        content: bytes with tar headers and padding; too short if the tar ends early.
+        checksum: of the index.
         number: in the manifest's order.
         place: in its shard.
         file: name of the shard.
         path: of the data set.
     """
 
-    content: memoryview
+    content: memoryview | bytes
     checksum: int
     number: int
     place: int
@@ -104,7 +104,7 @@ class StoredSample(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Which sample it is, in words."""
+        """The sample, in words."""
         return f"sample {self.place} of {self.file} in {self.path}"
 
     @property
@@ -112,8 +112,8 @@ class StoredSample(NamedTuple):
         """WebDataset's key: the path up to the first dot of the base name; unreadable bytes of it are replaced."""
         name = bytes(self.content[:100]).split(b"\0", 1)[0].decode(errors="replace")
         if bytes(self.content[156:157]) not in _REGULAR:
-            with contextlib.suppress(tarfile.TarError, ValueError, OSError), _tar(self.content) as tar:
-                name = (tar.next() or tarfile.TarInfo(name)).name
+            with contextlib.suppress(tarfile.TarError, ValueError, OSError):
+                name = next((member.name for member in members_by_tarfile(_stream(self.content))), name)
         folder, slash, base = name.rpartition("/")
         return f"{folder}{slash}{base.partition('.')[0]}"
 
@@ -154,10 +154,10 @@ class ShardSet:
             self._check_shard(shard, sizes, full=verify == "full")
 
     def read_run(self, shard: int, start: int, stop: int) -> list[StoredSample]:
-        """Samples ``[start, stop)`` of a shard, by one range read; their checksums are looked at when they are used.
+        """Samples ``[start, stop)`` of a shard, by one range read; their checksums are verified when they are used.
 
         Raises:
-            DataError: when the shard cannot be read, though it was tried again for a while.
+            DataError: the shard cannot be read, after several retries.
         """
         record = self.manifest.shards[shard]
         index = self._index(shard)
@@ -171,19 +171,22 @@ class ShardSet:
             for place, low, high, known in zip(range(start, stop), offsets[:-1], offsets[1:], checksums, strict=True)
         ]
 
-    def read_scattered(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> list[StoredSample]:
-        """Samples given by (shard, place in shard), in the given order; neighbours are read together."""
+    def read(self, samples: NDArray[np.int64]) -> list[StoredSample]:
+        """Samples by their number in the manifest's order, in the given order; neighbours are read together."""
+        shards = np.searchsorted(self._first, samples, side="right") - 1
+        places = samples - self._first[shards]
         breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(places) != 1)) + 1
-        samples: list[StoredSample] = []
+        stored: list[StoredSample] = []
         for low, high in zip([0, *breaks], [*breaks, len(shards)], strict=True):
             first = int(places[low])
-            samples.extend(self.read_run(int(shards[low]), first, first + int(high - low)))
-        return samples
+            stored.extend(self.read_run(int(shards[low]), first, first + int(high - low)))
+        return stored
 
-    def read(self, samples: NDArray[np.int64]) -> list[StoredSample]:
-        """Samples by their number in the manifest's order."""
-        shards = np.searchsorted(self._first, samples, side="right") - 1
-        return self.read_scattered(shards, samples - self._first[shards])
+    def stored(self) -> Iterator[StoredSample]:
+        """All samples in the manifest's order; some hundreds are in memory."""
+        for shard, record in enumerate(self.manifest.shards):
+            for start in range(0, record.samples, _RUN):
+                yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
         """Image ``(C, H, W)`` uint8, or the bytes of a vector, and label, -1 without labels.
@@ -222,31 +225,31 @@ class ShardSet:
         """
         return self.decoded(self.read(samples))
 
-    def decoded(self, several: Sequence[StoredSample]) -> Batch:
-        """Samples that were read, as a batch.
+    def decoded(self, stored: Sequence[StoredSample]) -> Batch:
+        """A batch of samples that were read.
 
         Raises:
             DataError: one of them is corrupt.
         """
-        decoded = [self.decode(stored) for stored in several]
+        decoded = [self.decode(sample) for sample in stored]
         return Batch(
             images=np.ascontiguousarray(np.stack([image for image, _ in decoded])),
             labels=np.array([label for _, label in decoded], dtype=np.int64),
-            samples=np.array([stored.number for stored in several], dtype=np.int64),
+            samples=np.array([sample.number for sample in stored], dtype=np.int64),
             epochs=np.zeros(len(decoded), dtype=np.int64),
         )
 
     def origin_of(self, stored: StoredSample) -> str:
-        """The file that `prepare` packed, as it noted it; the key of samples that others packed or a model made.
+        """The name of the file that `prepare` packed; the key of samples that others packed or a model made.
 
         Raises:
             DataError: the sample is corrupt.
         """
         try:
-            facts = json.loads(self._members(stored).get("json", b"{}"))
+            record = json.loads(self._members(stored).get("json", b"{}"))
         except ValueError:
-            facts = {}
-        origin = facts.get("origin") if isinstance(facts, dict) else None
+            record = {}
+        origin = record.get("origin") if isinstance(record, dict) else None
         return origin[:_ORIGIN_CHARACTERS] if isinstance(origin, str) else stored.key
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
@@ -255,7 +258,7 @@ class ShardSet:
             yield self.take(np.arange(low, min(low + batch_size, stop)))
 
     def _members(self, stored: StoredSample) -> dict[str, bytes]:
-        """Members of a sample, read once more if it is not what was packed: the fault may have been on the way."""
+        """Members of a sample, which is read again if it is corrupt: the fault may be one of transfer."""
         try:
             return stored.members()
         except CorruptSample:
@@ -286,10 +289,10 @@ class ShardSet:
                     f"{storage.join(self.path, name)} is missing, though the manifest names it; restore it or pack the "
                     f"data set again"
                 )
-        location, found = storage.join(self.path, record.file), sizes[record.file]
-        if found != record.bytes:
+        location, size = storage.join(self.path, record.file), sizes[record.file]
+        if size != record.bytes:
             raise DataError(
-                f"{location} does not match its manifest (got {found} bytes, not {record.bytes}); pack the data again"
+                f"{location} does not match its manifest (got {size} bytes, not {record.bytes}); pack the data again"
             )
         if full:
             self.verify_shard(record)
@@ -323,8 +326,8 @@ def _patiently(read: Callable[[], T]) -> T:
 def members_of(content: bytes | memoryview) -> dict[str, bytes]:
     """Extension to content of the tar members of one sample; of two members with one extension, the first counts.
 
-    Plain headers, which is all that our writer makes, are read here; others by `tarflow_scale.shards.headers`. What
-    follows a sample in a tar of others, say a file that a computer left there, cannot replace a member of it.
+    Plain headers, the only ones of our writer, are read here; others by `tarflow_scale.shards.headers`. Because the
+    first member counts, a file that an operating system left behind a sample cannot replace a member of it.
 
     Raises:
         TarError, ValueError: not a run of tar members.
@@ -347,24 +350,20 @@ def members_of(content: bytes | memoryview) -> dict[str, bytes]:
 
 
 def _members_with_extended_headers(content: bytes | memoryview) -> dict[str, bytes]:
-    stream = io.BytesIO(bytes(content) + bytes(2 * _TAR_BLOCK))
     try:
-        return _contents(stream, plain_members(stream, len(content) + 2 * _TAR_BLOCK))
+        headers = list(plain_members(_stream(content), len(content) + 2 * _TAR_BLOCK))
     except UnusualHeader:
-        return _contents(stream, members_by_tarfile(io.BytesIO(stream.getvalue())))
-
-
-def _contents(stream: io.BytesIO, found: Iterable[Member]) -> dict[str, bytes]:
-    view = stream.getbuffer()
+        headers = list(members_by_tarfile(_stream(content)))
     members: dict[str, bytes] = {}
-    for member in found:
-        if member.kind == "file":
-            members.setdefault(_extension(member.name), bytes(view[member.data : member.data + member.size]))
+    for header in headers:
+        if header.kind == "file":
+            members.setdefault(_extension(header.name), bytes(content[header.data : header.data + header.size]))
     return members
 
 
-def _tar(content: bytes | memoryview) -> tarfile.TarFile:
-    return tarfile.open(fileobj=io.BytesIO(bytes(content) + bytes(2 * _TAR_BLOCK)), mode="r:")
+def _stream(content: bytes | memoryview) -> io.BytesIO:
+    """Members of a tar as a tar of their own."""
+    return io.BytesIO(bytes(content) + bytes(2 * _TAR_BLOCK))
 
 
 def _extension(name: str) -> str:

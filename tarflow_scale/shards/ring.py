@@ -1,7 +1,7 @@
-"""Images from loader processes to their rank without a copy on the way: rings of arrays in shared memory.
+"""Images from loader processes to their rank without copies: rings of arrays in shared memory.
 
-A pipe copies every image four times, on processors that should decode. Shared memory here is an anonymous file, not
-``/dev/shm``, of which a container has 64 MiB unless told otherwise.
+A pipe would copy every image four times, with processor time that decoding needs. The shared memory is an anonymous
+file, not in ``/dev/shm``, which has 64 MiB in a container by default.
 """
 
 import mmap
@@ -16,11 +16,11 @@ __all__ = ["SharedRing"]
 
 
 class SharedRing:
-    """Zeroed uint8 arrays that processes share; pickled to a child, it is the same memory there.
+    """Zeroed uint8 arrays that processes share; a pickled ring is the same memory in a child process.
 
     Args:
         shape: of all arrays together.
-        descriptor: of the memory to attach; None makes new memory.
+        descriptor: of memory to attach; None creates new memory.
 
     Raises:
         OSError: no memory is left.
@@ -37,7 +37,7 @@ class SharedRing:
         return _attached, (self.arrays.shape, DupFd(self._descriptor))
 
     def close(self) -> None:
-        """Give up the descriptor; the memory goes with the last array."""
+        """Close the descriptor; the memory is freed with the last array."""
         os.close(self._descriptor)
 
 

@@ -1,8 +1,8 @@
 """Vectors in shards: arrays in NumPy's format, which any WebDataset reader reads.
 
-A sample of D numbers has a member ``{key}.npy`` ``(D,)`` float32; K numbers that it is given with, its condition, are
-``{key}.condition.npy`` ``(K,)``. On their way through loaders they are their bytes, ``(1, 1, 4 (D + K))`` uint8, so
-that memory, workers and resuming are those of images.
+A sample of D numbers has a member ``{key}.npy`` ``(D,)`` float32; the K numbers of its condition are
+``{key}.condition.npy`` ``(K,)``. Loaders carry their bytes, ``(1, 1, 4 (D + K))`` uint8, so that memory, workers and
+resuming work as for images.
 """
 
 import io
@@ -19,20 +19,20 @@ from tarflow_scale.shards.images import NPY_FAULTS
 __all__ = ["VALUES", "bytes_shape", "decode_vector", "encode_vector", "floats", "vector_members"]
 
 VALUES, _CONDITION = "npy", "condition.npy"
-"""Extensions of members; the first is also what a manifest has for a codec."""
+"""Extensions of members; the first is also the codec in the manifest."""
 _FLOAT = np.dtype("<f4")
 
 
-def bytes_shape(facts: VectorFacts) -> tuple[int, int, int]:
+def bytes_shape(vectors: VectorFacts) -> tuple[int, int, int]:
     """``(1, 1, 4 (D + K))``, the shape of a vector's bytes."""
-    return 1, 1, _FLOAT.itemsize * (facts.num_values + facts.num_conditions)
+    return 1, 1, _FLOAT.itemsize * (vectors.num_values + vectors.num_conditions)
 
 
-def vector_members(stored: UInt8[np.ndarray, "1 1 W"], facts: VectorFacts) -> dict[str, bytes]:
+def vector_members(stored: UInt8[np.ndarray, "1 1 W"], vectors: VectorFacts) -> dict[str, bytes]:
     """Members of a sample, by extension, from its bytes."""
-    values, condition = floats(stored[None], facts)
+    values, condition = floats(stored[None], vectors)
     members = {VALUES: encode_vector(values[0])}
-    return members | ({_CONDITION: encode_vector(condition[0])} if facts.num_conditions else {})
+    return members | ({_CONDITION: encode_vector(condition[0])} if vectors.num_conditions else {})
 
 
 def encode_vector(values: Float[np.ndarray, " D"]) -> bytes:
@@ -42,15 +42,15 @@ def encode_vector(values: Float[np.ndarray, " D"]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_vector(members: Mapping[str, bytes], facts: VectorFacts) -> UInt8[np.ndarray, "1 1 W"]:
+def decode_vector(members: Mapping[str, bytes], vectors: VectorFacts) -> UInt8[np.ndarray, "1 1 W"]:
     """A sample's bytes from its members.
 
     Raises:
         DataError: a member is missing, of another shape or type, or not finite.
     """
-    parts = [_read(members, VALUES, facts.num_values)]
-    if facts.num_conditions:
-        parts.append(_read(members, _CONDITION, facts.num_conditions))
+    parts = [_read(members, VALUES, vectors.num_values)]
+    if vectors.num_conditions:
+        parts.append(_read(members, _CONDITION, vectors.num_conditions))
     return np.concatenate(parts).view(np.uint8)[None, None]
 
 
@@ -69,8 +69,8 @@ def _read(members: Mapping[str, bytes], extension: str, length: int) -> NDArray[
 
 
 def floats(
-    stored: UInt8[np.ndarray, "B 1 1 W"], facts: VectorFacts
+    stored: UInt8[np.ndarray, "B 1 1 W"], vectors: VectorFacts
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"]]:
     """Values ``(B, D)`` and conditions ``(B, K)``, float32, from the bytes of vectors."""
     numbers = np.ascontiguousarray(stored).reshape(len(stored), -1).view(_FLOAT)
-    return numbers[:, : facts.num_values], numbers[:, facts.num_values :]
+    return numbers[:, : vectors.num_values], numbers[:, vectors.num_values :]

@@ -1,4 +1,4 @@
-"""A function over many inputs, in this process or in several."""
+"""Apply a function to many inputs, in this process or in several."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +19,13 @@ _function_of_worker: list[Callable[[Any], Any]] = []
 
 
 def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Results in the order of the inputs, and errors too, whichever worker is faster.
+    """Results, and errors too, in the order of the inputs.
 
     Args:
         function: of a module, or a `functools.partial` of one, or a method of an object that can be pickled; every
-            worker gets it once.
-        inputs: what it is applied to.
-        num_workers: processes; with one, or one input, everything happens here.
+            worker receives it once.
+        inputs: its inputs.
+        num_workers: processes; with one, or one input, the calling process does the work.
 
     Raises:
         UserError: a worker was killed.
@@ -38,8 +38,8 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
     try:
         yield from pool.map(_apply, inputs)
     except BrokenProcessPool as error:
-        raise UserError(  # not DataError: what is packed stays, to go on from
-            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to go on"
+        raise UserError(  # not DataError, so that what is packed stays and packing resumes
+            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -50,5 +50,5 @@ def _start(function: Callable[[Any], Any]) -> None:
     _function_of_worker[:] = [function]
 
 
-def _apply(one: Any) -> Any:
-    return _function_of_worker[0](one)
+def _apply(value: Any) -> Any:
+    return _function_of_worker[0](value)

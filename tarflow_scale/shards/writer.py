@@ -1,7 +1,7 @@
 """Samples to shards: reproducible tars, an index beside each, the manifest last.
 
-The tars are, to the byte, what webdataset's ``TarWriter`` writes, but its package imports torch (700 MiB in every
-process that packs), so the headers are made here; a test compares the two.
+The tars are byte for byte those of webdataset's ``TarWriter``. Its package imports torch (700 MiB in every process that
+packs), so the headers are made here; a test compares the two.
 """
 
 import functools
@@ -22,26 +22,26 @@ from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, 
 __all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest"]
 
 _MODIFIED_SECONDS = 0
-"""Time stamp of every member: equal samples give equal bytes. An integer, because a float needs pax headers."""
+"""Time stamp of every member, so that equal samples give equal bytes. An integer; a float needs pax headers."""
 _MODE, _OWNER = 0o444, "bigdata"
-"""Permissions, and user and group, of every member; as webdataset has them."""
+"""Permissions, and user and group, of every member, as in webdataset."""
 
 _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
 """Fields of a tar header (POSIX ustar): a name, and two octal numbers."""
 _LARGE_BYTES = 8**11
-"""What no longer fits into the size of a header."""
+"""The smallest size that does not fit into a header."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image ``(C, H, W)`` uint8, or the members that stand for it by extension, with its label and facts."""
+    """One image ``(C, H, W)`` uint8, or members by extension in its place, with its label and what ``.json`` holds."""
 
     key: str
     image: NDArray[np.uint8] | Mapping[str, bytes]
     label: int | None
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> tuple[bytes, ShardIndex]:
@@ -54,7 +54,7 @@ def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 9
         members = dict(encoded)
         if sample.label is not None:
             members["cls"] = str(sample.label).encode()
-        members["json"] = json.dumps(sample.facts, sort_keys=True).encode()
+        members["json"] = json.dumps(sample.metadata, sort_keys=True).encode()
         content = _tarred(sample.key, members)
         parts.append(content)
         offsets.append(offsets[-1] + len(content))
@@ -73,7 +73,7 @@ def _tarred(key: str, members: dict[str, bytes]) -> bytes:
 
 
 def _header(key: str, extension: str, size: int) -> bytes | bytearray:
-    """The header of a member; where only name and size differ from another one's, in a tenth of `tarfile`'s time."""
+    """The header of a member; for plain names and sizes, in a tenth of `tarfile`'s time."""
     name = f"{key}.{extension}".encode(errors="surrogateescape")
     if len(name) > _NAME.stop or not name.isascii() or size >= _LARGE_BYTES:
         return _any_header(f"{key}.{extension}", size)
@@ -86,7 +86,7 @@ def _header(key: str, extension: str, size: int) -> bytes | bytearray:
 
 
 def _any_header(name: str, size: int) -> bytes:
-    """A header for a name of any length and alphabet, with pax records where a plain header cannot hold it."""
+    """A header for any name and size, with pax records if a plain header has no room."""
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode = size, _MODIFIED_SECONDS, _MODE
     info.uname = info.gname = _OWNER
@@ -95,7 +95,7 @@ def _any_header(name: str, size: int) -> bytes:
 
 @functools.cache
 def _blank_header() -> tuple[bytes, int]:
-    """A header without name, size and sum; and what its bytes add to the sum."""
+    """A header without name, size and sum; and the sum of its bytes."""
     header = bytearray(_any_header("", 0))
     header[_NAME], header[_SIZE], header[_SUM] = bytes(100), bytes(12), b" " * 8
     return bytes(header), sum(header)
@@ -124,13 +124,13 @@ class PackedShard:
         return cls(tar, index_bytes, record)
 
     def write(self, path: str) -> ShardRecord:
-        """Write index and tar, each whole or not at all, the index first; returns the record."""
+        """Write index and tar, each atomically, the index first; returns the record."""
         storage.write_bytes(storage.join(path, index_name(self.record.file)), self.index)
         storage.write_bytes(storage.join(path, self.record.file), self.tar)
         return self.record
 
 
 def publish_manifest(path: str, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a data set; what killed writers left there goes."""
+    """Remove what killed writers left, and write the manifest, which makes the folder a data set."""
     storage.remove_abandoned(path)
     storage.write_bytes(storage.join(path, MANIFEST_NAME), manifest.to_json())

@@ -14,7 +14,7 @@ from tarflow_scale.metrics.baseline import PixelGaussian
 from tarflow_scale.metrics.bits import gaussian_nats
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.verbs.prepare import run as prepare
+from tarflow_scale.verbs.prepare.driver import run as prepare
 
 
 def test_likelihood_is_that_of_the_multivariate_normal() -> None:

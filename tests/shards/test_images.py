@@ -19,7 +19,6 @@ from tarflow_scale.shards.images import (
     decode_image,
     encode_png,
     image_size,
-    reads_alike,
     reduce_depth,
     resize_center_crop,
 )
@@ -80,7 +79,6 @@ def test_orientation_tags_are_applied_or_ignored_in_size_and_pixels(format: str,
         assert image.shape == image_size(content, "x", reading)
         assert image.shape[1:] == expected.shape
         assert abs(image[0].astype(int) - expected).max() <= 8
-    assert reads_alike(content, "x", Reading()) == (tag == 1 or format == "TIFF")  # Pillow turns a TIFF anyway
 
 
 def test_a_damaged_exif_block_is_no_orientation() -> None:
@@ -106,7 +104,6 @@ def test_transparency_lies_over_what_the_setting_says(format: str, ground: Liter
     assert pixels[0].tolist() == [255 if ground == "white" else 0] * 3
     assert abs(pixels[1] - np.array(HALF[ground])).max() <= 1
     assert pixels[2].tolist() == list(COLOUR)
-    assert not reads_alike(content, "x", Reading())
 
 
 TRANSPARENT = {
@@ -143,7 +140,6 @@ def test_an_opaque_alpha_channel_is_no_transparency(content: bytes) -> None:
     reading = Reading(transparency="refuse")
     assert np.array_equal(decode_image(content, "x", reading=reading), decode_image(content, "x"))
     assert decode_image(content, "x", reading=reading)[:, 0, 0].tolist() == list(COLOUR)
-    assert reads_alike(content, "x", reading)
 
 
 def deep_png(key: bytes | None) -> bytes:
@@ -221,7 +217,6 @@ def test_less_common_files_are_decoded_right(kind: str) -> None:
     image = decode_image(content, "x", reading=Reading())
     assert image.shape == image_size(content, "x", Reading())
     assert abs(image[:, 0, 0].astype(int) - expected).max() <= 2
-    assert reads_alike(content, "x", Reading())
 
 
 def npy_that_declares(shape: tuple[int, ...]) -> bytes:

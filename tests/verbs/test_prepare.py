@@ -23,7 +23,7 @@ from tarflow_scale.shards import packing, workers
 from tarflow_scale.shards.images import decode_image, encode_png
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
-from tarflow_scale.verbs.prepare import _stratified
+from tarflow_scale.verbs.prepare.split import stratified
 from tests.conftest import SAMPLES, TOP
 from tests.shards.sources.test_archives import write_cifar10
 
@@ -57,7 +57,7 @@ def test_one_sort_splits_as_a_scan_for_each_class_did(classes: int, fraction: fl
         members = np.flatnonzero(labels == label)
         chosen = permutation(len(members), Purpose.SPLIT, 7, int(label))[: round(len(members) * fraction)]
         expected[members[chosen]] = True
-    assert np.array_equal(_stratified(labels, fraction, 7), expected)
+    assert np.array_equal(stratified(labels, fraction, 7), expected)
 
 
 def test_packing_mixes_the_classes(digits: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
     assert len(list((tmp_path / "out/train").glob(".*.packed.json"))) >= 3
     monkeypatch.undo()
     assert cli.main(arguments) == 0
-    assert "going on" in capsys.readouterr().out
+    assert "continuing" in capsys.readouterr().out
     assert cli.main([*arguments[:-2], f"shards.path={tmp_path}/whole"]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

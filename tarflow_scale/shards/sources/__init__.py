@@ -1,8 +1,7 @@
 """Sources of images for ``prepare``; `open_source` opens the one that a configuration names."""
 
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
-from tarflow_scale.shards.images import Reading
-from tarflow_scale.shards.sources.source import BadImage, ImageSource, ReducedSource, Shaping
+from tarflow_scale.shards.sources.source import BadImage, ImageSource
 
 __all__ = ["BadImage", "ImageSource", "open_source"]
 
@@ -12,19 +11,18 @@ def open_source(config: SourceConfig, split: SplitConfig | None = None, num_work
 
     Args:
         config: the configuration.
-        split: how the source is divided into splits.
-        num_workers: processes that scan a large source.
+        split: which parts of the source are which split.
+        num_workers: processes that scan it, where it is large.
     """
-    source = _whole_source(config, split or SplitConfig(), num_workers)
-    if config.bit_depth is None or config.bit_depth == source.bit_depth:
-        return source
-    return ReducedSource(source, config.bit_depth)
+    source = _source(config, split or SplitConfig(), num_workers)
+    source.check_labels()
+    if config.bit_depth is not None:
+        source.keep_bits(config.bit_depth)
+    return source
 
 
-def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) -> ImageSource:
-    """Modules are imported when they are needed, because scikit-learn and pyarrow are slow to import."""
-    reading = Reading(orientation=config.orientation, transparency=config.transparency)
-    shaping = Shaping(config.size_pixels, config.resize, config.resample, config.bad_images == "skip", reading)
+def _source(config: SourceConfig, split: SplitConfig, num_workers: int) -> ImageSource:
+    """Imports only the module of the source's kind, because scikit-learn and pyarrow take seconds to import."""
     path = config.path or ""
     match config.kind:
         case "digits":
@@ -34,27 +32,27 @@ def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) ->
         case "folder":
             from tarflow_scale.shards.sources.image_files import FolderSource
 
-            return FolderSource(config, split, shaping)
+            return FolderSource(config, split)
         case "zip":
             from tarflow_scale.shards.sources.image_files import ZipSource
 
-            return ZipSource(config, split, shaping)
+            return ZipSource(config, split)
         case "mnist":
             from tarflow_scale.shards.sources.mnist import MnistSource
 
             return MnistSource(path)
         case "cifar":
-            from tarflow_scale.shards.sources.arrays import CifarSource
+            from tarflow_scale.shards.sources.cifar import CifarSource
 
             return CifarSource(path)
         case "imagenet_npz":
-            from tarflow_scale.shards.sources.arrays import DownsampledImageNetSource
+            from tarflow_scale.shards.sources.imagenet import DownsampledImageNetSource
 
             return DownsampledImageNetSource(path)
         case "parquet":
             from tarflow_scale.shards.sources.parquet import ParquetSource
 
-            return ParquetSource(config, split, shaping)
+            return ParquetSource(config, split)
         case "vectors":
             from tarflow_scale.shards.sources.vector_files import VectorSource
 
@@ -62,4 +60,4 @@ def _whole_source(config: SourceConfig, split: SplitConfig, num_workers: int) ->
         case "webdataset":
             from tarflow_scale.shards.sources.tars import TarSource
 
-            return TarSource(config, split, shaping, num_workers)
+            return TarSource(config, split, num_workers)

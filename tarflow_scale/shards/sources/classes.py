@@ -1,11 +1,12 @@
-"""Labels as people have them, numbers or text, in members, columns and tables; and the classes that they make."""
+"""Labels in members, columns and tables, numbers or text; and the classes that they make."""
 
 import csv
 import io
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources.splits import named
 
 __all__ = [
     "as_label",
@@ -26,43 +28,40 @@ __all__ = [
 ]
 
 _MAX_LABEL = 2**20
-"""More classes than any data set has; a larger label is a mistake, and would be as many class names."""
-
+"""No data set has as many classes; a larger label is a mistake, and would need as many class names."""
 _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
-"""What the first column of a table of class names is called, where it has a header."""
+"""Names of the first column of a table of class names that has a header."""
 
 
-def as_label(value: Any, what: str) -> int | str | None:
-    """A label: a number that is not negative, text, or None for -1, which is the usual sign of no label.
+def as_label(value: Any, origin: str) -> int | str | None:
+    """A label: a number that is not negative, text, or None for -1, which usually means no label.
 
     Args:
-        value: what stands for the label: a number, or text with or without line ends around it.
-        what: the sample, for messages.
+        value: a number, or text with or without line ends around it.
+        origin: the sample, for messages.
 
     Raises:
         DataError: it is anything else: several labels, a fraction, empty text.
     """
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    if isinstance(text, np.integer):
-        text = int(text)
-    if isinstance(text, str):
-        text = text.lstrip("\ufeff").strip()
-        if re.fullmatch(r"-?\d{1,9}", text):
-            text = int(text)
-        elif re.fullmatch(r"-?\d+", text):
-            raise DataError(
-                f"a label must be a whole number up to {_MAX_LABEL} (got {text:.40} for {what}); correct it"
-            )
-    if isinstance(text, bool) or not isinstance(text, int | str) or text == "":
+    label = value.decode(errors="replace") if isinstance(value, bytes) else value
+    if isinstance(label, np.integer):
+        label = int(label)
+    if isinstance(label, str):
+        label = label.lstrip("\ufeff").strip()
+        if re.fullmatch(r"-?\d{1,9}", label):
+            label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise DataError(
-            f"a label must be one whole number or text (got {str(value)[:40]!r} for {what}); correct it, or name what "
-            f"holds the class with source.label_column"
+            f"a label must be one whole number or text (got {str(value)[:40]!r} for {origin}); correct it, or name "
+            f"what holds the class with source.label_column"
         )
-    if isinstance(text, int) and text == -1:
+    if label == -1:
         return None
-    if isinstance(text, int) and not 0 <= text <= _MAX_LABEL:
-        raise DataError(f"a label must be a whole number up to {_MAX_LABEL} (got {text} for {what}); correct it")
-    return text
+    if not 0 <= label <= _MAX_LABEL if isinstance(label, int) else re.fullmatch(r"-?\d+", label):
+        raise DataError(
+            f"a label must be a whole number up to {_MAX_LABEL} (got {label!s:.40} for {origin}); correct it"
+        )
+    return label
 
 
 def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
@@ -78,34 +77,44 @@ def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
 
 
 def classes_of_labels(
-    labels: Sequence[int | str], names: Mapping[int | str, str] | None, what: str
+    labels: Sequence[int | str | None], names_path: str | None, origin: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of labels.
+    """Class names and numbers of labels; no names and zeros where all labels are None.
 
-    Numbers stay what they are. Text becomes the classes in alphabetical order, or in the order of ``names``.
+    Numbers stay what they are. Text becomes the classes in alphabetical order, or in the order of a table of names.
 
     Args:
-        labels: of every image.
-        names: the table of `read_label_names`, if there is one.
-        what: the source, for messages.
+        labels: of every image; all are None, or none.
+        names_path: the table of `read_label_names`, if there is one.
+        origin: the source, for messages.
 
     Raises:
         DataError: numbers and text are mixed, or a label is not in the table.
     """
-    refuse_mixture(labels, what)
-    if names is not None:
-        return _named_classes(labels, names, what)
-    text = [label for label in labels if isinstance(label, str)]
-    if not text:
-        numbers = np.array(labels, dtype=np.int64)
+    given = [label for label in labels if label is not None]
+    if not given:
+        return (), np.zeros(len(labels), dtype=np.int64)
+    refuse_mixture(given, origin)
+    names = read_label_names(names_path)
+    if names is None and isinstance(given[0], int):
+        numbers = np.array(given, dtype=np.int64)
         return numbered_classes(numbers), numbers
-    classes = tuple(sorted(set(text)))
-    number_of = {name: number for number, name in enumerate(classes)}
-    return classes, np.array([number_of[label] for label in text], dtype=np.int64)
+    names = names or {name: name for name in sorted(map(str, set(given)))}
+    missing = next((label for label in given if label not in names), None)
+    if missing is not None:
+        raise DataError(
+            f"source.label_names must name every label (got none for {missing!r} of {origin}; it names "
+            f"{', '.join(map(repr, list(names)[:3]))} ..); complete it"
+        )
+    keys = [key for key in names if isinstance(key, int)]
+    if len(keys) == len(names):
+        return tuple(names.get(label, str(label)) for label in range(max(keys) + 1)), np.array(given, dtype=np.int64)
+    number_of = {key: number for number, key in enumerate(names)}
+    return tuple(names.values()), np.array([number_of[label] for label in given], dtype=np.int64)
 
 
-def refuse_mixture(labels: Sequence[int | str | None], what: str) -> None:
-    """See that labels are of one kind.
+def refuse_mixture(labels: Sequence[int | str | None], origin: str) -> None:
+    """Refuse labels of two kinds.
 
     Raises:
         DataError: some are numbers and some are text.
@@ -114,26 +123,9 @@ def refuse_mixture(labels: Sequence[int | str | None], what: str) -> None:
     number = next((label for label in labels if isinstance(label, int)), None)
     if text is not None and number is not None:
         raise DataError(
-            f"labels must be all numbers or all text (got {number} and {text!r} in {what}); correct them, or name what "
-            f"holds the label with source.label_column"
+            f"labels must be all numbers or all text (got {number} and {text!r} in {origin}); correct them, or name "
+            f"what holds the label with source.label_column"
         )
-
-
-def _named_classes(
-    labels: Sequence[int | str], names: Mapping[int | str, str], what: str
-) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    missing = next((label for label in labels if label not in names), None)
-    if missing is not None:
-        raise DataError(
-            f"source.label_names must name every label (got none for {missing!r} of {what}; it names "
-            f"{', '.join(map(repr, list(names)[:3]))} ..); complete it"
-        )
-    numbers = [key for key in names if isinstance(key, int)]
-    if len(numbers) == len(names):
-        classes = tuple(names.get(label, str(label)) for label in range(max(numbers) + 1))
-        return classes, np.array(labels, dtype=np.int64)
-    number_of = {key: number for number, key in enumerate(names)}
-    return tuple(names.values()), np.array([number_of[label] for label in labels], dtype=np.int64)
 
 
 def read_label_names(path: str | None) -> dict[int | str, str] | None:
@@ -151,15 +143,15 @@ def read_label_names(path: str | None) -> dict[int | str, str] | None:
         raise DataError(f"there is no {path}; check source.label_names")
     content = storage.read_bytes(path)
     if path.endswith(".json"):
-        found = parse_json(content, path)
-        if isinstance(found, list):
-            pairs = [(number, str(name)) for number, name in enumerate(found)]
-        elif isinstance(found, dict) and all(type(value) is int for value in found.values()):
-            pairs = sorted((number, str(name)) for name, number in found.items())
-        elif isinstance(found, dict):
-            pairs = [(as_label(key, path), str(value)) for key, value in found.items()]
+        names = parse_json(content, path)
+        if isinstance(names, list):
+            pairs = [(number, str(name)) for number, name in enumerate(names)]
+        elif isinstance(names, dict) and all(type(value) is int for value in names.values()):
+            pairs = sorted((number, str(name)) for name, number in names.items())
+        elif isinstance(names, dict):
+            pairs = [(as_label(key, path), str(value)) for key, value in names.items()]
         else:
-            raise DataError(f"{path} must hold a list or mapping of names (got {type(found).__name__}); correct it")
+            raise DataError(f"{path} must hold a list or mapping of names (got {type(names).__name__}); correct it")
     else:
         rows = rows_of(content, path)
         if rows and len(rows[0]) > 1 and rows[0][0].lower() in _KEY_COLUMNS:
@@ -174,19 +166,19 @@ def read_label_names(path: str | None) -> dict[int | str, str] | None:
     return table
 
 
-def parse_json(content: bytes, what: str) -> Any:
-    """JSON, with or without a byte order mark.
+def parse_json(content: bytes, origin: str) -> Any:
+    """The value of JSON, with or without a byte order mark.
 
     Raises:
-        DataError: it is none.
+        DataError: it is no JSON.
     """
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} must be JSON ({' '.join(str(error).split())}); correct it") from error
+        raise DataError(f"{origin} must be JSON ({' '.join(str(error).split())}); correct it") from error
 
 
-def rows_of(content: bytes, what: str) -> list[list[str]]:
+def rows_of(content: bytes, origin: str) -> list[list[str]]:
     """Rows of a table of text: separated by tabs, commas, semicolons, bars or blanks, whichever all rows have.
 
     Raises:
@@ -195,7 +187,7 @@ def rows_of(content: bytes, what: str) -> list[list[str]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{what} must be UTF-8 text (got byte {error.start}); save it as UTF-8") from error
+        raise DataError(f"{origin} must be UTF-8 text (got byte {error.start}); save it as UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip()]
     for separator in ("\t", ",", ";", "|"):
         if lines and all(separator in line for line in lines):
@@ -207,7 +199,7 @@ def rows_of(content: bytes, what: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """What a user must know of the classes: those of one split only, and names that differ too little.
+    """Lines about names that differ too little, classes without images, and classes that one split lacks.
 
     Args:
         class_names: in the order of their labels.
@@ -216,31 +208,31 @@ def class_warnings(
         packed: names of splits.
     """
     lines: list[str] = []
-    plain: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}
     for name in class_names:
-        plain.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
-    for names in plain.values():
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(repr(name))
+    for names in alike.values():
         if len(names) > 1:
-            shown = " and ".join(repr(name) for name in names)
             lines.append(
-                f"warning: classes {shown} differ only by case or Unicode form; rename one if they are the same"
+                f"warning: classes {' and '.join(names)} differ only by case or Unicode form; rename one if they are "
+                f"the same"
             )
-    empty = sorted(set(range(len(class_names))) - set(np.unique(labels).tolist()))
+
+    def listed(missing: set[int]) -> str:
+        return named([class_names[label] for label in sorted(missing)], 5)
+
+    num = len(class_names)
+    empty = set(range(num)) - set(np.unique(labels).tolist())
     if empty:
-        shown = ", ".join(class_names[label] for label in empty[:5]) + (", .." if len(empty) > 5 else "")
-        lines.append(f"warning: {len(empty)} of {len(class_names)} classes have no image: {shown}")
+        lines.append(f"warning: {len(empty)} of {num} classes have no image: {listed(empty)}")
     if official is None or not class_names:
         return lines
     seen = {code: set(np.unique(labels[official == code]).tolist()) for code in np.unique(official).tolist()}
-    for code, here in seen.items():
-        for other, there in seen.items():
-            alone = sorted(here - there)
-            if code != other and alone:
-                shown = ", ".join(str(class_names[int(label)]) for label in alone[:5]) + (
-                    ", .." if len(alone) > 5 else ""
-                )
-                lines.append(
-                    f"warning: {len(alone)} of {len(class_names)} classes are in {packed[code]} and not in "
-                    f"{packed[other]}: {shown}"
-                )
+    for code, other in permutations(seen, 2):
+        alone = seen[code] - seen[other]
+        if alone:
+            lines.append(
+                f"warning: {len(alone)} of {num} classes are in {packed[code]} and not in {packed[other]}: "
+                f"{listed(alone)}"
+            )
     return lines

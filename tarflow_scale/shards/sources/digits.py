@@ -21,16 +21,14 @@ class DigitsSource(ImageSource):
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
-        super().__init__(
-            name="digits",
-            description="scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)",
-            class_names=tuple(str(digit) for digit in range(10)),
-            bit_depth=4,
-            labels=digits.target.astype(np.int64),
-            digest=storage.digest(digits.images.tobytes()),
-        )
+        self.name = "digits"
+        self.description = "scikit-learn load_digits (UCI optical recognition of handwritten digits, test part)"
+        self.class_names = tuple(str(digit) for digit in range(10))
+        self.bit_depth = 4
+        self.labels = digits.target.astype(np.int64)
+        self.digest = storage.digest(digits.images.tobytes())
         self._levels = np.minimum(digits.images, 15).astype(np.uint8)
 
-    def image(self, number: int) -> NDArray[np.uint8]:
+    def _image(self, number: int) -> NDArray[np.uint8]:
         """Image ``number`` as ``(1, 8, 8)`` uint8."""
         return self._levels[number][None] * np.uint8(17)

@@ -12,7 +12,7 @@ from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources.layout import lay_out
-from tarflow_scale.shards.sources.source import BadImage, EncodedSource, Shaping
+from tarflow_scale.shards.sources.source import BadImage, EncodedSource
 
 __all__ = ["FolderSource", "ZipSource"]
 
@@ -29,18 +29,14 @@ def _plain_name(name: str) -> str:
 
 
 class FolderSource(EncodedSource):
-    """Images below a folder.
-
-    Args:
-        config: names the folder, local or URL.
-        split: which parts of it are which split.
-        shaping: what is done to sizes.
+    """Images below a folder, local or at a URL.
 
     Raises:
-        DataError: no folder, no images in it, or a layout that could be read in two ways.
+        DataError: no folder, no images in it, or an ambiguous layout.
     """
 
-    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
+    def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
+        super().__init__(config)
         path = config.path or ""
         if not storage.is_folder(path):
             kinds = {".tar": "webdataset", ".zip": "zip", ".parquet": "parquet"}
@@ -49,24 +45,20 @@ class FolderSource(EncodedSource):
             raise DataError(f"source.path must be a folder (got {path}); {cure}")
         self._path = path
         self.is_remote = storage.is_remote(path)
-        facts = {file.name: file for file in storage.walk(path)}
-        found = lay_out(list(facts), lambda name: storage.read_bytes(self._place(name)), config, split, path)
-        order = np.argsort(found.labels, kind="stable")
-        self._names = [found.names[i] for i in order]
-        self.ignored, self.lines = found.ignored, found.lines
-        labels = found.labels[order]
-        sizes = [f"{name} {facts[name].num_bytes}" for name in self._names]
-        naming = [str(labels.tolist()), *found.class_names] if found.by_table or config.label_names else []
-        super().__init__(
-            shaping,
-            name=storage.base_name(path),
-            description=f"image folder, {found.words}" if found.words else "image folder",
-            class_names=found.class_names,
-            labels=labels,
-            digest=_digest([*sizes, *naming]),
-            official=None if found.official is None else found.official[order],
-            version=_digest(f"{line} {facts[name].version}" for line, name in zip(sizes, self._names, strict=True)),
-        )
+        files = {file.name: file for file in storage.walk(path)}
+        images = lay_out(list(files), lambda name: storage.read_bytes(self._place(name)), config, split, path)
+        order = np.argsort(images.labels, kind="stable")
+        self._names = [images.names[i] for i in order]
+        self.name = storage.base_name(path)
+        self.class_names, self.labels = images.class_names, images.labels[order]
+        self.official = None if images.official is None else images.official[order]
+        self.ignored, self.lines = images.ignored, images.lines
+        sizes = [f"{name} {files[name].num_bytes}" for name in self._names]
+        naming = [str(self.labels.tolist()), *self.class_names] if images.by_table or config.label_names else []
+        self.digest = _digest([*sizes, *naming])
+        self.version = _digest(f"{line} {files[name].version}" for line, name in zip(sizes, self._names, strict=True))
+        self._describe("image folder", images.words)
+        self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
         """The file."""
@@ -85,27 +77,24 @@ class FolderSource(EncodedSource):
 
 
 class ZipSource(EncodedSource):
-    """Images in a zip, by the rules of `FolderSource`; of a zip at a URL, ranges are read."""
+    """Images in a zip, with the rules of `FolderSource`; of a zip at a URL, only ranges are read."""
 
-    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
+    def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
+        super().__init__(config)
         self._path = config.path or ""
         self._zip: zipfile.ZipFile | None = None
         infos = {name: info for name, info in self._open().NameToInfo.items() if not name.endswith("/")}
-        found = lay_out(sorted(infos), self._member, config, split, self._path)
-        self._names = found.names
-        self.ignored, self.lines = found.ignored, found.lines
-        is_numbered = found.class_names == tuple(map(str, range(len(found.class_names))))
-        naming = found.class_names if (found.by_table or config.label_names) and not is_numbered else ()
-        facts = [f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names]
-        super().__init__(
-            shaping,
-            name=storage.base_name(self._path).removesuffix(".zip"),
-            description=f"zip of images, {found.words}" if found.words else "zip of images",
-            class_names=found.class_names,
-            labels=found.labels,
-            digest=_digest([*facts, str(found.labels.tolist()), *naming]),
-            official=found.official,
-        )
+        images = lay_out(sorted(infos), self._member, config, split, self._path)
+        self._names = images.names
+        self.name = storage.base_name(self._path).removesuffix(".zip")
+        self.class_names, self.labels, self.official = images.class_names, images.labels, images.official
+        self.ignored, self.lines = images.ignored, images.lines
+        is_numbered = self.class_names == tuple(map(str, range(len(self.class_names))))
+        naming = self.class_names if (images.by_table or config.label_names) and not is_numbered else ()
+        contents = [f"{name} {infos[name].file_size} {infos[name].CRC}" for name in self._names]
+        self.digest = _digest([*contents, str(self.labels.tolist()), *naming])
+        self._describe("zip of images", images.words)
+        self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
         """The member, whose CRC the zip checks."""

@@ -1,4 +1,4 @@
-"""Files that operating systems and programs leave beside the images, and kinds of files in words."""
+"""Files that operating systems and programs leave among images, and kinds of files in words."""
 
 import re
 
@@ -12,12 +12,12 @@ _JUNK = re.compile(
 
 
 def junk_kind(path: str) -> str | None:
-    """What a path is if no person put it there: ``._*``, ``.DS_Store``, ``__MACOSX``; None for other paths."""
-    found = _JUNK.search(path)
-    return None if found is None else "._*" if found["fork"] else found["other"]
+    """The kind of a hidden or system file: ``._*``, ``.DS_Store``, ``__MACOSX``; None for other paths."""
+    match = _JUNK.search(path)
+    return None if match is None else "._*" if match["fork"] else match["other"]
 
 
 def kind_of(path: str) -> str:
-    """The kind of a file in words: of `junk_kind`, or ``*.txt``, or its name if it has no end."""
+    """The kind of a file in words: of `junk_kind`, or ``*.txt``, or its name if it has no extension."""
     base = path.rpartition("/")[2]
     return junk_kind(path) or (f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base)

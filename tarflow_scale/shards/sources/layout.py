@@ -1,11 +1,11 @@
 """Splits and classes of image files, from their paths: the rules for folders and zips.
 
-1. Hidden files and those of operating systems are passed over. Folders that hold all the others are looked through.
+1. Hidden files and those of operating systems are ignored. A folder that holds all the others is skipped.
 2. Splits: by patterns, else by the folders at the top (``train/cat/1.png``), else by those below the classes
-   (``cat/train/1.png``), else by all file names (``train_1.png``). See `splits` for what counts.
-3. Classes: by a label table (see `tables`), else by the first folder that is left (``train/cat/images/1.png``).
-   Folders that only hold images, as ``images`` does, are no classes where nothing lies beside them.
-4. What could be read in two ways is refused, with the setting that decides.
+   (``cat/train/1.png``), else by all file names (``train_1.png``). `splits` says which names mean a split.
+3. Classes: by a label table (see `label_tables`), else by the first remaining folder (``train/cat/images/1.png``).
+   A folder such as ``images`` that only holds images is no class if there is nothing beside it.
+4. An ambiguous layout is refused; the message names the setting that decides.
 """
 
 from collections import Counter
@@ -18,64 +18,46 @@ from numpy.typing import NDArray
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
-from tarflow_scale.shards.sources.classes import classes_of_labels, read_label_names
+from tarflow_scale.shards.sources import splits
+from tarflow_scale.shards.sources.classes import classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
 from tarflow_scale.shards.sources.label_tables import LabelTables
-from tarflow_scale.shards.sources.splits import (
-    Group,
-    Patterns,
-    Role,
-    counted,
-    looks_split,
-    other_words,
-    paired,
-    role_of,
-    settle,
-    unread_lists,
-)
+from tarflow_scale.shards.sources.split_choice import Group, settle
 
 __all__ = ["ImageFiles", "lay_out"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
-"""Folders that hold the images of a split or class and nothing else."""
+"""Folders that only hold the images of a split or class."""
 _PARTS = (
     *_CONTAINERS,
-    "masks",
-    "mask",
-    "labels",
-    "annotations",
-    "segmentation",
-    "groundtruth",
-    "gt",
-    "depth",
-    "thumbs",
+    *("masks", "mask", "labels", "annotations", "segmentation", "groundtruth", "gt", "depth", "thumbs"),
 )
-"""Folders that hold parts of the same samples, when they lie beside each other."""
+"""Folders that hold parts of the same samples, if they are beside each other."""
 _TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
 
 
 @dataclass
 class _Image:
-    """An image: its path, its split, and the folders and file name that may still tell its class."""
+    """An image: its path, its split, and the folders and file name that have not been interpreted yet."""
 
     path: str
-    role: Role | None
+    role: splits.Role | None
     parts: list[str]
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """What the paths of a source say.
+    """Splits and classes of the images of a source.
 
     Args:
         names: paths of the images that are packed, sorted.
         labels: ``(n,)`` of each; zeros without classes.
         class_names: in the order of the labels; empty without classes.
         official: ``(n,)``, see `ImageSource`.
-        lines: for the plan.
+        lines: to be printed before packing.
         words: about the split, for the manifest; empty without one.
-        ignored: files that are passed over, by kind.
+        ignored: number of other files, by kind.
         by_table: whether labels come from a table and not from the paths.
     """
 
@@ -92,57 +74,54 @@ class ImageFiles:
 def lay_out(
     files: Sequence[str], read: Callable[[str], bytes], config: SourceConfig, split: SplitConfig, where: str
 ) -> ImageFiles:
-    """Splits and classes of the images among ``files``.
+    """Find splits and classes of the images among ``files``.
 
     Args:
         files: paths below the source, sorted.
-        read: the content of one of them.
+        read: reads one of them.
         config: names a label table, a column of it, or a table of class names.
         split: patterns, and whether names count.
         where: the source, for messages.
 
     Raises:
-        DataError: no images, a layout that could be read in two ways, or labels that do not cover the images.
+        DataError: no images, an ambiguous layout, or labels that do not cover the images.
     """
-    found = [name for name in files if name.lower().endswith(_EXTENSIONS) and junk_kind(name) is None]
-    ignored = Counter(kind_of(name) for name in set(files).difference(found))
-    if not found:
+    names = [name for name in files if name.lower().endswith(_EXTENSIONS) and junk_kind(name) is None]
+    if not names:
         raise DataError(
             f"no images in {where} (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or without); check "
             f"source.path"
         )
-    lines: list[str] = []
-    images, num_ignored = _decide(found, split, where)
-    if num_ignored:
-        lines.append(f"left out by split.ignore: {counted(num_ignored, 'image')}")
-    lines += _look_through(images)
+    images = _decide(names, split, where)
+    num_ignored = len(names) - len(images)
+    lines = [f"left out by split.ignore: {splits.counted(num_ignored, 'image')}"] if num_ignored else []
+    lines += _skip_top_folders(images)
     if split.by_name:
-        lines += _recognise(images, where)
+        lines += _recognize(images, where)
     groups = _groups(images, where)
-    lines += _look_through_splits(images)
+    lines += _skip_folders_of_splits(images)
     if split.by_name and not groups:
-        lines += unread_lists([name for name in files if junk_kind(name) is None])
+        lines += splits.unread_lists([name for name in files if junk_kind(name) is None])
     tables = LabelTables(files, read, config, split, where)
-    by_role = {role: [image for image in images if image.role == role] for role in groups or [None]}
     labels: dict[str, int | str | None] = {}
-    for role, members in by_role.items():
-        found_here = tables.labels_of([image.path for image in members], flat=all(len(i.parts) == 1 for i in members))
-        if found_here is None:
-            found_here = _classes_of(members, split, where)
-        labels |= dict(zip((image.path for image in members), found_here, strict=True))
-        if role is not None:
-            groups[role].labelled = found_here[0] is not None
+    for role in groups or [None]:
+        members = [image for image in images if image.role == role]
+        paths = [image.path for image in members]
+        of_members = tables.labels_of(paths, flat=all(len(image.parts) == 1 for image in members))
+        if of_members is None:
+            of_members = _classes_of(members, split, where)
+        labels |= dict(zip(paths, of_members, strict=True))
+        if role is not None and of_members[0] is not None:
+            groups[role].num_labelled = len(members)
     tables.check()
     settled = settle(groups, split)
-    kept = [image for image in images if not groups or image.role in settled.packed]
+    kept = [image for image in images if settled.keeps(image.role)]
     class_names, numbers = _numbered({image.path: labels[image.path] for image in kept}, config, where)
-    lines = [*lines, *tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
-    if len(class_names) < 2:
-        lines.append(
-            f"warning: one class, {class_names[0]}; set source.path to its folder if it is none"
-            if class_names
-            else "no classes: no class folders and no label table"
-        )
+    lines += [*tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
+    if not class_names:
+        lines.append("no classes: no class folders and no label table")
+    elif len(class_names) == 1:
+        lines.append(f"warning: one class, {class_names[0]}; set source.path to its folder if it is none")
     return ImageFiles(
         names=[image.path for image in kept],
         labels=numbers,
@@ -150,14 +129,14 @@ def lay_out(
         official=settled.codes([image.role for image in kept]),
         lines=tuple(lines),
         words=settled.words,
-        ignored=ignored,
+        ignored=Counter(kind_of(name) for name in set(files).difference(names)),
         by_table=tables.used,
     )
 
 
-def _decide(names: list[str], split: SplitConfig, where: str) -> tuple[list[_Image], int]:
-    """The images, with the splits that patterns decide; and how many are left out."""
-    patterns = Patterns(split)
+def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
+    """The images that no pattern ignores, with the splits that patterns decide."""
+    patterns = splits.Patterns(split)
     images: list[_Image] = []
     for name in names:
         decision = patterns.decide(name) if patterns else None
@@ -166,31 +145,37 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> tuple[list[_Ima
             images.append(_Image(name, None, parts))
         elif decision[0] != "ignore":
             depth = decision[1].count("/")
-            if depth < len(parts) - 1:  # the folder of the split says no class
+            if depth < len(parts) - 1:  # the folder of the split is no class
                 del parts[depth]
             images.append(_Image(name, decision[0], parts))
     patterns.check(where)
     if not images:
         raise DataError(f"split.ignore must leave images (got none of {len(names)} in {where}); narrow it")
-    return images, len(names) - len(images)
+    return images
 
 
-def _look_through(images: list[_Image]) -> list[str]:
+def _common_top(images: list[_Image], below: int) -> str:
+    """The top folder that holds all images, each with at least ``below`` more parts; empty if there is none."""
+    tops = {image.parts[0] if len(image.parts) > below else "" for image in images}
+    return tops.pop() if len(tops) == 1 else ""
+
+
+def _drop_top(images: list[_Image]) -> None:
+    for image in images:
+        del image.parts[0]
+
+
+def _skip_top_folders(images: list[_Image]) -> list[str]:
     """Drop folders that hold all the others."""
     dropped: list[str] = []
-    while True:
-        tops = {image.parts[0] if len(image.parts) > 2 else "" for image in images}
-        top = next(iter(tops))
-        if len(tops) > 1 or not top or role_of(top) is not None:
-            break
-        for image in images:
-            del image.parts[0]
+    while (top := _common_top(images, 2)) and splits.role_of(top) is None:
+        _drop_top(images)
         dropped.append(top)
     return [f"looked through the folder {'/'.join(dropped)}, which holds all images"] if dropped else []
 
 
-def _recognise(images: list[_Image], where: str) -> list[str]:
-    """Give images without a pattern the split that their folders or names mean."""
+def _recognize(images: list[_Image], where: str) -> list[str]:
+    """Give images that no pattern decides the split that their folders or names mean."""
     undecided = [image for image in images if image.role is None]
     lines: list[str] = []
     for level in (0, 1):
@@ -207,24 +192,23 @@ def _recognise(images: list[_Image], where: str) -> list[str]:
     return lines
 
 
-def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[str]]:
-    """The splits that folders beside each other mean, if they are splits; and what to say of them if not."""
-    roles = {name: role_of(name) for name in folders}
+def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
+    """The splits that folders beside each other mean, if they are splits; and a warning if one only may be."""
+    roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
-    exact = [name for name in meant if looks_split(name)]
+    exact = [name for name in meant if splits.looks_split(name)]
     both = {"train", "several"} & set(meant.values()) and {"test", "validation"} & set(meant.values())
     strong = exact or both
-    pair = paired(folders)
+    pair = splits.paired(folders)
     if not strong and not pair:
         odd = next((name for name in meant if len(folders) > 1), None)
         return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
     times = Counter(meant.values())
-    same_rest = len({other_words(name) for name in meant}) == 1
+    same_rest = len({splits.other_words(name) for name in meant}) == 1
     if meant and len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
         return meant, []
-    shown = ", ".join(folders[:6]) + (", .." if len(folders) > 6 else "")
     raise DataError(
-        f"folders must all be splits, or all be classes (got {shown} in {where}, where "
+        f"folders must all be splits, or all be classes (got {splits.named(folders, 6)} in {where}, where "
         f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
         f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
@@ -232,10 +216,10 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, Role], list[
 
 def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
     for image in images:
-        found = next((part for part in image.parts[:-1] if looks_split(part)), None)
-        if found is not None:
+        folder = next((part for part in image.parts[:-1] if splits.looks_split(part)), None)
+        if folder is not None:
             raise DataError(
-                f"a folder with the name of a split must be one (got {found} in {image.path} of {where}, beside or "
+                f"a folder with the name of a split must be one (got {folder} in {image.path} of {where}, beside or "
                 f"below folders that are none); say which is which with split.train, split.test and split.ignore, or "
                 f"set split.by_name=false if it is a class"
             )
@@ -243,7 +227,7 @@ def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
 
 def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     """Splits by file names, where all of them mean one."""
-    roles = [role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
+    roles = [splits.role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
     times = Counter(role for role in roles if role is not None)
     if "train" not in times or not times.keys() & {"test", "validation"}:
         return []
@@ -260,9 +244,9 @@ def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     return [f"warning: some file names may mean a split, which is not used ({shown} of {len(roles)})"]
 
 
-def _groups(images: list[_Image], where: str) -> dict[Role, Group]:
-    """What is in each split; empty without splits."""
-    groups: dict[Role, Group] = {}
+def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
+    """The images of each split; empty without splits."""
+    groups: dict[splits.Role, Group] = {}
     for image in images:
         if image.role is not None:
             groups.setdefault(image.role, Group()).num_images += 1
@@ -280,24 +264,18 @@ def _groups(images: list[_Image], where: str) -> dict[Role, Group]:
     return groups
 
 
-def _look_through_splits(images: list[_Image]) -> list[str]:
-    """Drop folders within splits that hold images and say nothing: ``train/train/cat``, ``val/images``."""
+def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
+    """Drop folders within splits that hold images and mean nothing: ``train/train/cat``, ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
-        while len(tops := {image.parts[0] if len(image.parts) > 1 else "" for image in members}) == 1:
-            top = tops.pop()
-            says_nothing = top.lower() in _CONTAINERS or (role is not None and role_of(top) == role)
-            if not top or not says_nothing:
+        while top := _common_top(members, 1):
+            if top.lower() not in _CONTAINERS and (role is None or splits.role_of(top) != role):
                 break
-            for image in members:
-                del image.parts[0]
+            _drop_top(members)
             dropped.add(top)
-    everywhere = {image.parts[0] if len(image.parts) > 2 else "" for image in images}
-    top = next(iter(everywhere))
-    if len(everywhere) == 1 and top:
-        for image in images:
-            del image.parts[0]
+    if top := _common_top(images, 2):
+        _drop_top(images)
         dropped.add(top)
     return [f"looked through folders within the splits: {', '.join(sorted(dropped))}"] if dropped else []
 
@@ -312,8 +290,8 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     if "" in classes:
         stray = images[folders.index("")].path
         raise DataError(
-            f"images must lie all in class folders, or all in one (got {stray} beside them in {where}); move it, or "
-            f"leave it out with split.ignore"
+            f"images must all be in class folders, or all in one (got {stray} beside them in {where}); move it, "
+            f"or leave it out with split.ignore"
         )
     if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
         raise DataError(
@@ -333,7 +311,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse folders below which the same folders lie: they may be splits or domains, with the classes below them."""
+    """Refuse class folders that hold the same folders: they may be splits or domains above the classes."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
@@ -347,7 +325,7 @@ def _refuse_classes_below(images: list[_Image], where: str) -> None:
 
 
 def _refuse_twins(images: list[_Image], where: str) -> None:
-    """Refuse sets where most images come twice: as image and mask, say."""
+    """Refuse sources where most images come in pairs, such as an image and its mask."""
     stems = Counter(image.path.rpartition(".")[0] for image in images)
     twins = sum(count for count in stems.values() if count > 1)
     masks = [stem for stem in stems for end in _TWIN_ENDS if stem.endswith(end) and stem.removesuffix(end) in stems]
@@ -363,25 +341,25 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
 def _numbered(
     labels: dict[str, int | str | None], config: SourceConfig, where: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names, and their numbers for images by path, whose labels come from folders or tables."""
+    """Class names and numbers of images, from their labels by path."""
     given = [label for label in labels.values() if label is not None]
-    if not given:
-        return (), np.zeros(len(labels), np.int64)
-    if len(given) < len(labels):
+    if 0 < len(given) < len(labels):
         missing = next(path for path, label in labels.items() if label is None)
         raise DataError(f"all images must have labels, or none (got none for {missing} of {where}); label or remove it")
+    given = list(labels.values())
     if any(isinstance(label, str) for label in given):
         given = [str(label) for label in given]
-    names = read_label_names(config.label_names)
-    if names is not None and all(str(label).isdigit() for label in given):
-        given = [int(label) for label in given]
-    return classes_of_labels(given, names, where)
+    if config.label_names is not None and all(str(label).isdigit() for label in given):
+        given = [int(str(label)) for label in given]
+    return classes_of_labels(given, config.label_names, where)
 
 
 def _deeper_folders(images: list[_Image], by_table: bool) -> list[str]:
-    """Say that folders below the classes are no classes."""
+    """A line about folders below the classes, which are no classes."""
     deeper = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
-    named = [name for name in sorted(deeper) if name.rpartition("/")[2].lower() not in _CONTAINERS]
-    if by_table or not named:
+    deeper = [name for name in sorted(deeper) if name.rpartition("/")[2].lower() not in _CONTAINERS]
+    if by_table or not deeper:
         return []
-    return [f"folders below the class folders are no classes ({counted(len(named), 'folder')}, such as {named[0]})"]
+    return [
+        f"folders below the class folders are no classes ({splits.counted(len(deeper), 'folder')}, such as {deeper[0]})"
+    ]

@@ -1,4 +1,4 @@
-"""MNIST and what is published in its format: one ``.npz``, or four IDX files, plain or gzipped.
+"""MNIST and other data sets in its format: one ``.npz``, or four IDX files, plain or gzipped.
 
 The split is the official one. IDX: two zero bytes, a type (8 is uint8), the number of axes, each axis as a
 big-endian uint32, then the values in row-major order (yann.lecun.com/exdb/mnist).
@@ -31,7 +31,7 @@ _IDX_NAMES = {
 }
 _IDX_UINT8 = 8
 _MAX_FILE_BYTES = 1 << 30
-"""The largest file in this format that is known, of EMNIST, has 550 MB."""
+"""The largest known file in this format, of EMNIST, has 550 MB."""
 
 
 class MnistSource(ArraySource):
@@ -46,8 +46,8 @@ class MnistSource(ArraySource):
     """
 
     def __init__(self, path: str) -> None:
-        arrays, others = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
-        self.lines = (f"left out: arrays {', '.join(others)}, which are neither train nor test",) if others else ()
+        arrays, unused = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
+        self.lines = (f"left out: arrays {', '.join(unused)}, which are neither train nor test",) if unused else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
@@ -56,7 +56,7 @@ class MnistSource(ArraySource):
                 f"{arrays['test', 'x'].shape[1:]} in {path}); check the files"
             )
         name = path.rstrip("/").rpartition("/")[2].removesuffix(".npz")
-        train, test = ((arrays[of, "x"][:, None], arrays[of, "y"].astype(np.int64)) for of in ("train", "test"))
+        train, test = ((arrays[part, "x"][:, None], arrays[part, "y"].astype(np.int64)) for part in ("train", "test"))
         super().__init__(name, "MNIST format, official split", (), train, test)
 
 
@@ -64,7 +64,7 @@ def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
     """Values of an IDX file of unsigned bytes.
 
     Raises:
-        DataError: it is none, or is shorter or longer than its header says.
+        DataError: it is no such file, or its length is not what its header says.
     """
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UINT8:
         raise DataError(f"{name} is not an IDX file of unsigned bytes (starts with {content[:4]!r}); check the file")
@@ -86,22 +86,18 @@ def _read_idx_folder(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
 
 
 def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
-    """One of the four files, whose name may have a dot before ``idx``, and ``.gz`` at its end.
-
-    Raises:
-        DataError: there is none, or it cannot be unpacked.
-    """
+    """One of the four files; its name may have a dot before ``idx``, and end with ``.gz``."""
     dotted = name.replace("-idx", ".idx")
-    found = next((one for one in (name, dotted, f"{name}.gz", f"{dotted}.gz") if one in names), None)
-    if found is None:
+    present = next((file for file in (name, dotted, f"{name}.gz", f"{dotted}.gz") if file in names), None)
+    if present is None:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         raise DataError(
             f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; source.path is an "
             f".npz file or the folder of IDX files"
         )
-    location = storage.join(path, found)
+    location = storage.join(path, present)
     content = storage.read_bytes(location)
-    if not found.endswith(".gz"):
+    if not present.endswith(".gz"):
         return read_idx(content, location)
     try:
         with gzip.open(io.BytesIO(content)) as file:
@@ -126,7 +122,7 @@ def _read_npz(path: str) -> tuple[dict[tuple[str, str], NDArray[np.uint8]], list
                 for split in ("train", "test")
                 for part in ("x", "y")
             }
-            return {of: file[key] for of, key in keys.items()}, sorted(set(file.files) - set(keys.values()))
+            return {part: file[key] for part, key in keys.items()}, sorted(set(file.files) - set(keys.values()))
     except NPY_FAULTS as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
 
@@ -139,14 +135,14 @@ def _npz_key(names: set[str], split: str, part: str, path: str) -> str:
     raise DataError(f"{path} must hold {' or '.join(candidates)} (got {', '.join(sorted(names))}); rename its arrays")
 
 
-def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], what: str) -> None:
+def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], origin: str) -> None:
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
         raise DataError(
-            f"images must be square, (n, H, H) uint8 (got {images.shape} {images.dtype} in {what}); convert them"
+            f"images must be square, (n, H, H) uint8 (got {images.shape} {images.dtype} in {origin}); convert them"
         )
     integers = np.issubdtype(labels.dtype, np.integer)
     if not integers or labels.shape != (len(images),) or len(labels) == 0 or int(labels.min()) < 0:
         raise DataError(
             f"there must be one label of at least 0 for each of {len(images)} images (got {labels.shape} "
-            f"{labels.dtype} in {what}); check the labels"
+            f"{labels.dtype} in {origin}); check the labels"
         )

@@ -1,9 +1,9 @@
 """Parquet tables with image bytes, as Hugging Face data sets are stored.
 
 A column holds images as ``struct<bytes, path>`` or as binary, another the label: a number, text, or a dictionary; names
-of classes are in the schema's metadata. Rows of Parquet lie compressed in groups and cannot be read one by one, so the
-image bytes of the splits that are packed are copied into one temporary file first (in ``TMPDIR``, as large as the
-images, gone when the process ends).
+of classes are in the schema's metadata. Rows of Parquet are compressed in groups and cannot be read one by one, so the
+image bytes of the splits that are packed are first copied into one temporary file (in ``TMPDIR``, as large as the
+images, removed when the process ends).
 """
 
 import hashlib
@@ -20,10 +20,11 @@ from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
-from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, read_label_names
+from tarflow_scale.shards.sources import splits
+from tarflow_scale.shards.sources.classes import as_label, classes_of_labels
 from tarflow_scale.shards.sources.junk import junk_kind, kind_of
-from tarflow_scale.shards.sources.source import EncodedSource, Shaping
-from tarflow_scale.shards.sources.splits import SPLIT_COLUMNS, Group, Role, refuse_split_column, roles_of_files, settle
+from tarflow_scale.shards.sources.source import EncodedSource
+from tarflow_scale.shards.sources.split_choice import SourceFile, settle_files
 from tarflow_scale.shards.sources.spool import Spool
 
 __all__ = ["ParquetSource"]
@@ -35,34 +36,30 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class _Table:
-    """A table: its path below the source, where it lies, its columns, and the label of every row."""
+    """A table: its path below the source, its location, its columns, and the label of every row."""
 
     name: str
     location: str
-    role: Role | None
+    role: splits.Role | None
     image_column: str
     label_column: str | None
-    others: tuple[str, ...]
+    other_columns: tuple[str, ...]
     labels: list[int | str | None]
     class_names: tuple[str, ...]
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may say the split.
-
-    Args:
-        config: names the file or folder, and perhaps the columns.
-        split: which tables are which split.
-        shaping: what is done to sizes.
+    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may mean splits.
 
     Raises:
         DataError: no pyarrow, no tables, no column of images or several, or tables that do not fit together.
     """
 
-    def __init__(self, config: SourceConfig, split: SplitConfig, shaping: Shaping) -> None:
+    def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
+        super().__init__(config)
         path = config.path or ""
         files, self.ignored = _tables(path)
-        roles = roles_of_files([name for name, _ in files], split, "tables")
+        roles = splits.roles_of_files([name for name, _ in files], split, "tables")
         tables = [
             _read_table(name, location, role, config, split)
             for (name, location), role in zip(files, roles, strict=True)
@@ -70,11 +67,12 @@ class ParquetSource(EncodedSource):
         ]
         if not tables:
             raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
-        settled = settle(_groups(tables), split)
-        self.lines = (*settled.lines, *dict.fromkeys(map(_said, tables)))
-        kept = [table for table in tables if table.role is None or table.role in settled.packed]
-        class_names, labels = _labels_of(kept, config, path)
-        naming = f" {class_names}" if config.label_names else ""
+        settled = settle_files([_file_of(table) for table in tables], split)
+        self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
+        kept = [table for table in tables if settled.keeps(table.role)]
+        self.class_names, self.labels = _labels_of(kept, config, path)
+        self.official = settled.codes([table.role for table in kept for _ in table.labels])
+        self.name = storage.base_name(path).removesuffix(".parquet")
         self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
@@ -89,15 +87,10 @@ class ParquetSource(EncodedSource):
                     self._rows.append((table.name, row))
                 bar.update(1)
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
-        super().__init__(
-            shaping,
-            name=storage.base_name(path).removesuffix(".parquet"),
-            description=f"parquet tables, {settled.words}" if settled.words else "parquet tables",
-            class_names=class_names,
-            labels=labels,
-            digest=storage.digest(f"{content.hexdigest()} {sizes} {labels.tolist()}{naming}".encode()),
-            official=settled.codes([table.role for table in kept for _ in table.labels]),
-        )
+        naming = f" {self.class_names}" if config.label_names else ""
+        self.digest = storage.digest(f"{content.hexdigest()} {sizes} {self.labels.tolist()}{naming}".encode())
+        self._describe("parquet tables", settled.words)
+        self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
         """The bytes in the table."""
@@ -110,7 +103,7 @@ class ParquetSource(EncodedSource):
 
 
 def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """Names and places of the tables, and the other files by kind."""
+    """Names and locations of the tables, and the other files by kind."""
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check source.path")
     if not storage.is_folder(path):
@@ -122,7 +115,7 @@ def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
     return [(name, storage.join(path, name)) for name in names], Counter(map(kind_of, set(files).difference(names)))
 
 
-def _read_table(name: str, location: str, role: Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
+def _read_table(name: str, location: str, role: splits.Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
     """The columns of a table, and its labels; no image is read."""
     table = _open(location)
     image_column, label_column = _columns(table, config, location)
@@ -132,52 +125,29 @@ def _read_table(name: str, location: str, role: Role | None, config: SourceConfi
         labels = [as_label(cell, f"row {row} of {location}") for row, cell in enumerate(cells)]
     columns = table.schema_arrow.names
     for column in columns if split.by_name else ():
-        if column.lower() in SPLIT_COLUMNS and column != label_column:
-            refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
-    others = tuple(column for column in columns if column not in (image_column, label_column))
-    return _Table(name, location, role, image_column, label_column, others, labels, _class_names(table, label_column))
+        if column.lower() in splits.SPLIT_COLUMNS and column != label_column:
+            splits.refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
+    other_columns = tuple(column for column in columns if column not in (image_column, label_column))
+    class_names = _class_names(table, label_column)
+    return _Table(name, location, role, image_column, label_column, other_columns, labels, class_names)
 
 
-def _said(table: _Table) -> str:
-    """Which columns of a table were taken."""
-    others = f" (other columns: {', '.join(table.others[:10])})" if table.others else ""
-    if table.label_column is None:
-        return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
-    return f"labels: column {table.label_column}{others}"
+def _columns_used(table: _Table) -> str:
+    """Which columns of a table are used, in words."""
+    others = f" (other columns: {', '.join(table.other_columns[:10])})" if table.other_columns else ""
+    if table.label_column is not None:
+        return f"labels: column {table.label_column}{others}"
+    return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
 
 
-def _groups(tables: Sequence[_Table]) -> dict[Role, Group]:
-    """What is in each split; empty without splits.
-
-    Raises:
-        DataError: tables of one split differ in whether they have labels, or a table has labels for some rows.
-    """
-    groups: dict[Role | None, Group] = {}
-    for table in tables:
-        missing = table.labels.count(None)
-        if 0 < missing < len(table.labels):
-            row = table.labels.index(None)
-            raise DataError(
-                f"all rows of a table must have labels, or none (got none or -1 for row {row} of {table.location} and "
-                f"{missing - 1} more); label or remove them"
-            )
-        group = groups.setdefault(table.role, Group(labelled=missing == 0))
-        if table.labels and group.labelled != (missing == 0) and group.num_images:
-            raise DataError(
-                f"all tables must have labels, or none (got both, the second in {table.location}); name their splits "
-                f"with split.train, split.test and split.ignore"
-            )
-        group.names.append(table.name)
-        group.num_images += len(table.labels)
-    return {role: group for role, group in groups.items() if role is not None}
+def _file_of(table: _Table) -> SourceFile:
+    unlabelled = table.labels.count(None)
+    first = f"row {table.labels.index(None)} of {table.location}" if unlabelled else ""
+    return SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of all rows.
-
-    Raises:
-        DataError: tables name their classes differently.
-    """
+    """Class names and numbers of all rows, of tables that name their classes alike."""
     first = tables[0]
     other = next((table for table in tables if table.class_names != first.class_names), None)
     if other is not None:
@@ -186,13 +156,9 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
             f"{other.name}); pack them as sources of their own, or convert one"
         )
     labels = [label for table in tables for label in table.labels]
-    given = [label for label in labels if label is not None]
-    if not given:
-        return (), np.zeros(len(labels), np.int64)
-    names = read_label_names(config.label_names)
-    if first.class_names and names is None and not any(isinstance(label, str) for label in given):
-        return first.class_names, np.array(given, dtype=np.int64)
-    return classes_of_labels(given, names, path)
+    if first.class_names and config.label_names is None and all(isinstance(label, int) for label in labels):
+        return first.class_names, np.array(labels, dtype=np.int64)
+    return classes_of_labels(labels, config.label_names, path)
 
 
 def _shown(table: _Table) -> str:
@@ -225,11 +191,7 @@ def _open(location: str) -> Any:
 
 
 def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str | None]:
-    """The columns of images and of labels.
-
-    Raises:
-        DataError: there is none of images, or several, or none of the name that the configuration gives.
-    """
+    """The column of images, and that of labels if there is one."""
     names = table.schema_arrow.names
     for setting, asked in (("image_member", config.image_member), ("label_column", config.label_column)):
         if asked is not None and asked not in names:
@@ -272,8 +234,8 @@ def _class_names(table: Any, label_column: str | None) -> tuple[str, ...]:
         return ()
 
 
-def _bytes_of(value: Any, what: str) -> bytes:
+def _bytes_of(value: Any, origin: str) -> bytes:
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
-        raise DataError(f"{what} must hold image bytes (got {type(content).__name__}); embed the images in the table")
+        raise DataError(f"{origin} must hold image bytes (got {type(content).__name__}); embed the images in the table")
     return content

@@ -1,17 +1,15 @@
 """Which part of a source is which split: one set of rules for folders, zips, tables and tars.
 
 1. A pattern of the configuration decides: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
-2. Elsewhere the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``, ``seg_test``,
-   ``imagenet-val-000003.tar``. The words and what they mean are in `_WORDS`.
+2. Without a pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
+   ``seg_test``, ``imagenet-val-000003.tar``. `_WORDS` has the words and their meanings.
 3. If no name means a split, the source has none, and ``split.test_fraction`` of each class is held out.
 4. Names that mean a split beside names that do not are refused: the configuration must say which is which.
-5. What is packed beside ``train``: the splits that patterns name; else the test split; else the validation split. A
-   split without labels is left out where ``train`` has labels. Everything that is left out is reported.
+5. `tarflow_scale.shards.sources.split_choice` decides which of the splits are packed.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -23,18 +21,16 @@ from tarflow_scale.errors import DataError
 __all__ = [
     "PACKED",
     "SPLIT_COLUMNS",
-    "Group",
     "Patterns",
     "Role",
-    "Settled",
     "counted",
     "looks_split",
+    "named",
     "other_words",
     "paired",
     "refuse_split_column",
     "role_of",
     "roles_of_files",
-    "settle",
     "train_then_test",
     "unread_lists",
 ]
@@ -65,7 +61,7 @@ def words_of(name: str) -> list[str]:
 
 
 def role_of(name: str, strong: bool = False) -> Role | None:
-    """The split that a name means, or ``several``; ``strong``: by words that are hardly ever a class."""
+    """The split that a name means, or ``several``; ``strong`` counts only words that are hardly ever a class."""
     roles = {_WORDS[word] for word in words_of(name) if word in _WORDS and (not strong or word in _STRONG)}
     return None if not roles else roles.pop() if len(roles) == 1 else "several"
 
@@ -82,7 +78,7 @@ def looks_split(name: str) -> bool:
 
 
 def paired(names: Sequence[str]) -> tuple[str, str] | None:
-    """Two names that differ in ``train`` and a word for held-out images alone, as ``mytrain0`` and ``mytest0`` do."""
+    """Two names that differ only in ``train`` and a word for held-out images, such as ``mytrain0`` and ``mytest0``."""
     by_lower = {name.lower(): name for name in names}
     for lower, name in by_lower.items():
         for word in ("test", "validation", "valid", "val", "dev", "eval"):
@@ -93,28 +89,26 @@ def paired(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def unread_lists(files: Iterable[str]) -> list[str]:
-    """A line about lists such as ``meta/train.txt`` and ``meta/test.txt``, which may say a split and are not read."""
-    stems = {file: file.rpartition("/")[2].rpartition(".")[0] for file in files if file.lower().endswith(_LISTS)}
-    roles = {
-        file: role_of(stem, strong=True) if _SPLITS.isdisjoint(words_of(stem)) else "several"
-        for file, stem in stems.items()
-    }
-    found = [file for file, role in roles.items() if role is not None]
-    meant = {roles[file] for file in found}
-    if "several" not in meant and not {"train"} < meant:
+    """A line about lists such as ``meta/train.txt`` and ``meta/test.txt``, which may define splits and are not read."""
+    roles: dict[str, Role] = {}
+    for file in files:
+        stem = file.rpartition("/")[2].rpartition(".")[0]
+        role = role_of(stem, strong=True) if _SPLITS.isdisjoint(words_of(stem)) else "several"
+        if role is not None and file.lower().endswith(_LISTS):
+            roles[file] = role
+    if "several" not in roles.values() and not {"train"} < set(roles.values()):
         return []
-    shown = ", ".join(found[:4]) + (", .." if len(found) > 4 else "")
     return [
-        f"warning: files that may say the split are not read ({shown}); divide the images by them, or name the splits "
-        f"with split.train and split.test"
+        f"warning: files that may say the split are not read ({named(list(roles), 4)}); divide the images by them, or "
+        f"name the splits with split.train and split.test"
     ]
 
 
-def refuse_split_column(column: str, values: Iterable[object], what: str) -> None:
-    """See that a column of a table is not that of splits, which is not read.
+def refuse_split_column(column: str, values: Iterable[object], table: str) -> None:
+    """Refuse a column of a table that defines splits, by its name and values, because such columns are not read.
 
     Raises:
-        DataError: it is, by its name and values.
+        DataError: it does.
     """
     if column.lower() not in SPLIT_COLUMNS:
         return
@@ -122,13 +116,13 @@ def refuse_split_column(column: str, values: Iterable[object], what: str) -> Non
     roles = {role_of(value) for value in different if isinstance(value, str)}
     if ("train" in roles and roles & {"test", "validation"}) or (column.lower() in _FLAGS and len(different) > 1):
         raise DataError(
-            f"splits must be files or folders, or patterns of their names (got the column {column} of {what}); divide "
+            f"splits must be files or folders, or patterns of their names (got the column {column} of {table}); divide "
             f"the images by it, or set split.by_name=false to pool them"
         )
 
 
 class Patterns:
-    """The patterns of the configuration, and which of them have matched.
+    """The patterns of the configuration, and which of them matched.
 
     A pattern matches a path, a folder above it, or the name of either; ``*`` matches any text.
     """
@@ -147,24 +141,23 @@ class Patterns:
             DataError: two patterns decide differently.
         """
         parts = path.split("/")
-        found: dict[str, str] = {}
+        decisions: dict[str, str] = {}
         for depth in range(1, len(parts) + 1):
             above, name = "/".join(parts[:depth]), parts[depth - 1]
             for decision, patterns in self._patterns.items():
                 for pattern in patterns:
                     if fnmatchcase(above, pattern.rstrip("/")) or fnmatchcase(name, pattern.rstrip("/")):
                         self._matched.add((decision, pattern))
-                        found.setdefault(decision, above)
-        if "ignore" in found:
-            return "ignore", found["ignore"]
-        if len(found) > 1:
-            raise DataError(
-                f"patterns of split must not overlap (got {' and '.join(sorted(found))} for {path}); narrow one of them"
-            )
-        return next(iter(found.items()), None)
+                        decisions.setdefault(decision, above)
+        if "ignore" in decisions:
+            return "ignore", decisions["ignore"]
+        if len(decisions) > 1:
+            both = " and ".join(sorted(decisions))
+            raise DataError(f"patterns of split must not overlap (got {both} for {path}); narrow one of them")
+        return next(iter(decisions.items()), None)
 
     def check(self, where: str) -> None:
-        """See that every pattern matched something.
+        """Check that every pattern matched something.
 
         Raises:
             DataError: one did not.
@@ -178,194 +171,66 @@ class Patterns:
                     )
 
 
-def roles_of_files(names: Sequence[str], split: SplitConfig, what: str) -> list[Role | None]:
+def roles_of_files(names: Sequence[str], split: SplitConfig, kind: str) -> list[Role | None]:
     """The split of every table or tar, by its path below the source: by its file name, or by the folders above it.
 
     Args:
         names: paths below the source.
         split: patterns, and whether names count.
-        what: ``tables`` or ``tars``, for messages.
+        kind: ``tables`` or ``tars``, for messages.
 
     Returns:
-        Roles in order; all None if no name means a split, ``ignore`` for what a pattern leaves out.
+        Roles in order; all None if no name means a split, ``ignore`` for files that a pattern leaves out.
 
     Raises:
         DataError: some names mean a split and others do not.
     """
     patterns = Patterns(split)
-    decided = [patterns.decide(name) for name in names]
-    patterns.check(what)
     roles: list[Role | None] = []
-    for name, decision in zip(names, decided, strict=True):
-        if decision is not None:
-            roles.append(decision[0])
-        else:
-            roles.append(_role_of_path(name) if split.by_name else None)
+    for name in names:
+        decision = patterns.decide(name)
+        roles.append(decision[0] if decision is not None else _role_of_path(name) if split.by_name else None)
+    patterns.check(kind)
     if not any(role in ("train", "validation", "test") for role in roles):
         pair = paired(names) if split.by_name else None
         if pair is not None:
             raise DataError(
-                f"{what} whose names may mean splits must be said to be some (got {pair[0]} and {pair[1]}); name them "
-                f"with split.train and split.test, or set split.by_name=false"
+                f"{kind} whose names may mean splits must be assigned to splits (got {pair[0]} and {pair[1]}); name "
+                f"them with split.train and split.test, or set split.by_name=false"
             )
         return [role if role == "ignore" else None for role in roles]
     unknown = next((name for name, role in zip(names, roles, strict=True) if role is None), None)
     if unknown is not None:
         known = next(name for name, role in zip(names, roles, strict=True) if role not in (None, "ignore"))
         raise DataError(
-            f"{what} must all belong to a split, or none (got {known} beside {unknown}); say which is which with "
+            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); say which is which with "
             f"split.train, split.test and split.ignore, or set split.by_name=false"
         )
     return roles
 
 
 def _role_of_path(path: str) -> Role | None:
-    """By the file's name, else by the nearest folder that means a split."""
+    """The split that the file's name means, else the nearest folder that means one."""
     for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
-        found = role_of(part)
-        if found == "several":
+        role = role_of(part)
+        if role == "several":
             raise DataError(
                 f"a name must mean one split (got {part} in {path}); say which with split.train, split.test and "
                 f"split.ignore, or set split.by_name=false"
             )
-        if found is not None:
-            return found
+        if role is not None:
+            return role
     return None
-
-
-@dataclass
-class Group:
-    """What is in one split of a source.
-
-    Args:
-        names: folders, tables or tars that make it.
-        num_images: how many images it has.
-        labelled: whether its images have labels.
-    """
-
-    names: list[str] = field(default_factory=list)
-    num_images: int = 0
-    labelled: bool = False
-
-    @property
-    def words(self) -> str:
-        """``train-0.parquet`` or ``train-0.parquet and 3 more``."""
-        more = len(self.names) - 1
-        return f"{self.names[0]} and {more} more" if more else self.names[0]
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What is done with the splits of a source.
-
-    Args:
-        packed: name under which each role is packed; roles that are left out are missing.
-        official: whether the source has a training and a held-out split; if not, all is packed as one and divided.
-        lines: what a user must know, for the plan.
-        words: for the manifest; empty without a split.
-    """
-
-    packed: dict[Role, str]
-    official: bool
-    lines: tuple[str, ...]
-    words: str
-
-    def codes(self, roles: Sequence[Role | None]) -> NDArray[np.int8] | None:
-        """Index in `PACKED` of every image, from its role; None without an official split."""
-        if not self.official:
-            return None
-        return np.array([PACKED.index(self.packed[role or ""]) for role in roles], dtype=np.int8)
-
-
-def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
-    """Choose what is packed of the splits that were found.
-
-    Raises:
-        DataError: there is no training split, or a split that a pattern names does not fit ``train``.
-    """
-    held_out: tuple[Role, ...] = ("test", "validation")
-    named = [role for role in held_out if split.patterns[role]]
-    if not groups:
-        return Settled({}, official=False, lines=(), words="")
-    missing = next((role for role in named if role not in groups), None)
-    if missing is not None:
-        raise DataError(
-            f"split.{missing} must match images that are not left out (got none: split.ignore matches them too, or "
-            f"there are no images in what it matches); correct it"
-        )
-    if len(groups) == 1:
-        role, group = next(iter(groups.items()))
-        line = f"{group.words}: the only split ({role}); it is divided like images without a split"
-        return Settled({role: "train"}, official=False, lines=(line,), words=f"{role} split alone")
-    if "train" not in groups:
-        raise DataError(
-            f"a source with splits must have one for training (got {_list(groups)}); name it with split.train"
-        )
-    labelled = groups["train"].labelled
-    fits = {role: group for role, group in groups.items() if group.labelled == labelled and role != "other"}
-    if split.kind == "stratified":
-        return _pooled(groups, fits)
-    wrong = next((role for role in named if role not in fits), None)
-    if wrong is not None:
-        have, want = ("no labels", "labels") if labelled else ("labels", "no labels")
-        raise DataError(
-            f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
-            f"{groups['train'].words}); remove the pattern, or pack it as a source of its own"
-        )
-    chosen: dict[Role, str] = {role: role for role in named}
-    if not chosen:
-        chosen = {role: "test" for role in held_out if role in fits}
-        chosen = dict(list(chosen.items())[:1])
-    if not labelled and not chosen:
-        others = [role for role in held_out if role in groups]
-        if others:
-            raise DataError(
-                f"training images must have labels where the held-out ones have (got none in {groups['train'].words}, "
-                f"labels in {groups[others[0]].words}); label them, or leave the others out with split.ignore"
-            )
-    packed: dict[Role, str] = {"train": "train", **chosen}
-    lines = [f"{groups[role].words}: {name} ({role} split, {_images(groups[role])})" for role, name in packed.items()]
-    lines += [_left_out(role, group, labelled) for role, group in groups.items() if role not in packed]
-    if not chosen:
-        lines.append("no held-out split with labels: split.test_fraction of each class is held out of train")
-        return Settled(packed, official=False, lines=tuple(lines), words="training split alone")
-    left = ", ".join(f"{role} left out" for role in groups if role not in packed)
-    words = ", ".join(role if name == role else f"{role} as {name}" for role, name in packed.items())
-    return Settled(
-        packed, official=True, lines=tuple(lines), words=f"official split ({words}{f'; {left}' if left else ''})"
-    )
-
-
-def _pooled(groups: dict[Role, Group], fits: dict[Role, Group]) -> Settled:
-    """All that fits, in one."""
-    lines = [f"split.kind=stratified: {_list(fits)} are pooled and divided again"]
-    lines += [_left_out(role, group, True) for role, group in groups.items() if role not in fits]
-    return Settled(
-        dict.fromkeys(fits, "train"), official=False, lines=tuple(lines), words=f"pooled ({', '.join(fits)})"
-    )
-
-
-def _left_out(role: Role, group: Group, labelled: bool) -> str:
-    if labelled and not group.labelled:
-        why = "has no labels; pack it as a source of its own to use it"
-    elif role in PACKED:
-        why = f"is not packed; name it with split.{role} to pack it"
-    else:
-        why = "is neither for training nor held out; name it with split.train or split.test to pack it"
-    return f"left out: {group.words} ({role} split, {_images(group)}) {why}"
-
-
-def _images(group: Group) -> str:
-    return counted(group.num_images, "image")
-
-
-def _list(groups: dict[Role, Group]) -> str:
-    return ", ".join(f"{role} in {group.words}" for role, group in groups.items())
 
 
 def counted(number: int, noun: str) -> str:
     """``1 image``, ``2,000 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def named(names: Sequence[str], most: int) -> str:
+    """``cat, dog, ..``: the first names of a list."""
+    return ", ".join(names[:most]) + (", .." if len(names) > most else "")
 
 
 def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:

@@ -1,4 +1,4 @@
-"""A temporary copy of images that cannot be read one by one where they lie."""
+"""A temporary copy of images that cannot be read one by one where they are."""
 
 import os
 import tempfile
@@ -10,17 +10,17 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """A temporary file without a name, which worker processes read too; nothing is left of it, however all end."""
+    """A temporary file without a name, which worker processes can read; it vanishes when this process ends."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="tarflow-scale-")  # noqa: SIM115
         self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def write(self, content: bytes) -> None:
-        """Append; it can be read at once.
+        """Append; it can be read immediately.
 
         Raises:
-            DataError: there is no room.
+            DataError: the file system is full.
         """
         assert self._file is not None
         try:

@@ -1,4 +1,4 @@
-"""Which tars a path means: those in a folder and below it, one tar, or the tars of a pattern."""
+"""The tars that a path names: those in a folder and below it, one tar, or the tars of a pattern."""
 
 import re
 from collections import Counter
@@ -31,8 +31,8 @@ class FoundTars:
     Args:
         root: folder or URL that all of them are below.
         names: their paths below it.
-        ignored: other files there, by kind.
-        lines: what a user must know of them, for the plan.
+        ignored: number of other files there, by kind.
+        lines: to be printed before packing.
     """
 
     root: str
@@ -42,7 +42,7 @@ class FoundTars:
 
 
 def find_tars(path: str) -> FoundTars:
-    """The tars that ``source.path`` means.
+    """The tars that ``source.path`` names.
 
     Args:
         path: a folder, a tar, or a pattern of tars: ``{000..031}`` and ``{a,b}`` as webdataset expands them, several
@@ -55,25 +55,25 @@ def find_tars(path: str) -> FoundTars:
         return _of_folder(path) if storage.is_folder(path) else _of_names([path])
     if not _WILD.search(path) and not re.search(r"[{]|::", path):
         raise DataError(f"there is no {path}; check source.path")
-    return _of_names([one for pattern in _expanded(path) for one in _matches(pattern, path)])
+    return _of_names([tar for pattern in _expanded(path) for tar in _matches(pattern, path)])
 
 
 def tars_of_folder(path: str) -> FoundTars:
-    """The tars that lie in a folder itself; those below it are counted among the other files.
+    """The tars directly in a folder; those in folders below it are counted among the other files.
 
     Raises:
         DataError: there are none, or one is compressed.
     """
-    found = _of_folder(path)
-    names = [name for name in found.names if "/" not in name]
-    below = [name for name in found.names if "/" in name]
+    tars = _of_folder(path)
+    names = [name for name in tars.names if "/" not in name]
+    below = [name for name in tars.names if "/" in name]
     if not names:
         raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder by itself")
-    return FoundTars(path, names, found.ignored + Counter({"tar in a folder below": len(below)}))
+    return FoundTars(path, names, tars.ignored + Counter({"tar in a folder below": len(below)}))
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
-    """See that a tar can be read at random.
+    """Refuse a compressed tar, whose samples cannot be read at random.
 
     Args:
         name: of the tar.
@@ -104,18 +104,14 @@ def _of_folder(path: str) -> FoundTars:
             ignored[kind_of(name)] += 1
     if not names:
         raise DataError(f"no .tar in {path}; check source.path")
-    return _without_packed(FoundTars(path, names, ignored), files)
-
-
-def _without_packed(found: FoundTars, files: Sequence[str]) -> FoundTars:
-    """Without the data sets that were packed below the folder of a source, unless there is nothing else."""
+    # Data sets that were packed below the folder of a source are left out, unless there is nothing else.
     packed = {name.rpartition("/")[0] for name in files if name.endswith(f"/{MANIFEST_NAME}")}
-    others = [name for name in found.names if name.rpartition("/")[0] not in packed]
-    if not packed or not others or len(others) == len(found.names):
-        return found
-    left = sorted(packed & {name.rpartition("/")[0] for name in found.names})
+    unpacked = [name for name in names if name.rpartition("/")[0] not in packed]
+    if not unpacked or len(unpacked) == len(names):
+        return FoundTars(path, names, ignored)
+    left = sorted(packed & {name.rpartition("/")[0] for name in names})
     line = f"left out: {', '.join(left)} (packed data set); give it as source.path to pack it again"
-    return FoundTars(found.root, others, found.ignored, (line,))
+    return FoundTars(path, unpacked, ignored, (line,))
 
 
 def _of_names(paths: list[str]) -> FoundTars:
@@ -149,7 +145,7 @@ def _expanded(path: str) -> list[str]:
     from webdataset.shardlists import expand_urls  # here, because it takes seconds and imports torch
 
     try:
-        return [str(one) for one in expand_urls(path)]
+        return [str(url) for url in expand_urls(path)]
     except (ValueError, AssertionError) as error:
         raise DataError(
             f"source.path must be a folder, a tar or a pattern such as tars/{{00..31}}.tar (got {path}: {error}); "
@@ -158,7 +154,7 @@ def _expanded(path: str) -> list[str]:
 
 
 def _matches(pattern: str, path: str) -> list[str]:
-    """Tars that a pattern without braces means, sorted."""
+    """Tars that match a pattern without braces, sorted."""
     if not _WILD.search(pattern):
         if not storage.exists(pattern):
             raise DataError(f"there is no {pattern} (of source.path={path}); check the pattern")

@@ -21,12 +21,12 @@ __all__ = ["VectorSource"]
 
 
 class VectorSource(ImageSource):
-    """Vectors of numbers, as they are: nothing is scaled or centred.
+    """Vectors of numbers, neither scaled nor centred.
 
-    * ``.npz``: ``x (N, D)``, and as they are there ``labels (N,)`` of whole numbers and ``conditions (N, K)``; with
-      ``x_test`` and so on the source divides itself.
-    * ``.csv``: a header and a row a sample. ``label_column`` is a class by its name, ``condition_columns`` are what a
-      sample is given with, all other columns are its values.
+    * ``.npz``: ``x (N, D)``, and perhaps ``labels (N,)`` of whole numbers and ``conditions (N, K)``; ``x_test`` and so
+      on are an official test split.
+    * ``.csv``: a header and a row for each sample. ``label_column`` has the class, ``condition_columns`` the condition
+      of a sample; all other columns are its values.
 
     Args:
         path: file or URL.
@@ -57,17 +57,12 @@ class VectorSource(ImageSource):
         if not np.isfinite(self._numbers).all():
             row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
             raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); correct or drop it")
-        super().__init__(
-            name=PurePosixPath(path).stem,
-            description=f"vectors from {PurePosixPath(path).name}",
-            class_names=names,
-            bit_depth=8,
-            labels=labels,
-            digest=storage.digest(content),
-            official=official,
-        )
+        self.name = PurePosixPath(path).stem
+        self.description = f"vectors from {PurePosixPath(path).name}"
+        self.class_names, self.labels, self.official = names, labels, official
+        self.digest = storage.digest(content)
 
-    def image(self, number: int) -> NDArray[np.uint8]:
+    def _image(self, number: int) -> NDArray[np.uint8]:
         """The bytes of vector ``number``, ``(1, 1, 4 (D + K))`` uint8."""
         return self._numbers[number].view(np.uint8)[None, None]
 
@@ -89,17 +84,11 @@ def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.int8] | No
         name.endswith("_test") and "x_test" not in arrays for name in arrays
     ):
         raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); correct it")
-    labels = [y for _, _, y in parts if y is not None]
-    num = sum(len(x) for x, _, _ in parts)
-    all_labels = np.concatenate(labels) if labels else np.zeros(num, np.int64)
-    official = train_then_test(len(parts[0][0]), num) if len(parts) > 1 else None
-    return (
-        np.concatenate([x for x, _, _ in parts]),
-        np.concatenate([c for _, c, _ in parts]),
-        all_labels,
-        numbered_classes(all_labels) if labels else (),
-        official,
-    )
+    x, conditions = np.concatenate([x for x, _, _ in parts]), np.concatenate([c for _, c, _ in parts])
+    given = [y for _, _, y in parts if y is not None]
+    labels = np.concatenate(given) if given else np.zeros(len(x), np.int64)
+    official = train_then_test(len(parts[0][0]), len(x)) if len(parts) > 1 else None
+    return x, conditions, labels, numbered_classes(labels) if given else (), official
 
 
 def _part(
@@ -150,13 +139,13 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         given = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
         if None in given:
             raise DataError(f"labels of {path} must not be -1 (got it in line {given.index(None) + 2}); drop the row")
-        names, labels = classes_of_labels([label for label in given if label is not None], None, path)
+        names, labels = classes_of_labels(given, None, path)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
 
 
 def _check_header(header: list[str], path: str) -> None:
-    """Name what other programs write that this one does not take."""
-    separator = next((one for one in (";", "\t", "|") if len(header) == 1 and one in header[0]), None)
+    """Refuse headers that other programs write and that would be misread."""
+    separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if separator is not None:
         raise DataError(f"columns of {path} must be separated by commas (got {separator!r}); save it with commas")
     if "" in header or any(re.fullmatch(r"Unnamed: \d+", name) for name in header):
@@ -175,16 +164,16 @@ def _is_number(text: str) -> bool:
 
 
 def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:
-    """Numbers of a row, 0 in the place of its label."""
+    """Numbers of a row, with 0 instead of its label."""
     if len(row) != len(header):
         raise DataError(f"rows of {path} must have {len(header)} columns (got {len(row)} in line {line}); correct it")
-    found: list[float] = []
+    numbers: list[float] = []
     for name, text in zip(header, row, strict=True):
         try:
-            found.append(0.0 if name == label_column else float(text))
+            numbers.append(0.0 if name == label_column else float(text))
         except ValueError:
             raise DataError(
                 f"columns of {path} must be numbers (got {text[:40]!r} in line {line}, column {name}); if it is the "
                 f"label, set source.label_column"
             ) from None
-    return found
+    return numbers

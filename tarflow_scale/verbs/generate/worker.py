@@ -125,7 +125,7 @@ class ShardMaker:
         if attempt:
             facts["attempt"] = attempt
         extension = VALUES if plan.is_of_vectors else CODECS[plan.codec]
-        return Sample(key=f"{index:09d}", image={extension: file}, label=label, facts=facts)
+        return Sample(key=f"{index:09d}", image={extension: file}, label=label, metadata=facts)
 
 
 def _record_location(path: str, unit: ShardUnit) -> str:

@@ -13,7 +13,7 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import ImageSource, open_source
 from tarflow_scale.shards.sources.mnist import MnistSource
-from tarflow_scale.verbs.prepare import run as prepare
+from tarflow_scale.verbs.prepare.driver import run as prepare
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

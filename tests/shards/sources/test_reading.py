@@ -1,4 +1,4 @@
-"""How image files of others become pixels: one list of formats, orientation and transparency, older data sets."""
+"""How image files of others become pixels: one list of formats, orientation and transparency."""
 
 import io
 import json
@@ -15,10 +15,9 @@ from tarflow_scale import cli
 from tarflow_scale.config.prepare import PrepareConfig, SourceConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
-from tarflow_scale.shards.manifest import Manifest, read_manifest
+from tarflow_scale.shards.manifest import read_manifest
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
-from tarflow_scale.verbs.prepare import _Recipe
 
 HALVES = np.repeat(np.array([[10, 200]], np.uint8), 8, axis=1).repeat(16, axis=0)
 """16x16: dark on the left, bright on the right."""
@@ -33,10 +32,6 @@ def saved(format: str, tag: int = 1, **options: Any) -> bytes:
         options["exif"] = exif
     Image.fromarray(HALVES).save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def write(kind: str, path: Path, members: dict[str, bytes]) -> str:
@@ -121,8 +116,8 @@ def test_transparency_is_laid_over_what_the_setting_says(
     assert code == 0
     assert f"transparency over {setting}" in capsys.readouterr().out
     shards = ShardSet(f"{tmp_path}/out/train")
-    found = {tuple(image[:, 0, 0].tolist()) for image in shards.take(np.arange(2)).images}
-    assert found == {(200, 100, 50), (255,) * 3 if setting == "white" else (0,) * 3}
+    colours = {tuple(image[:, 0, 0].tolist()) for image in shards.take(np.arange(2)).images}
+    assert colours == {(200, 100, 50), (255,) * 3 if setting == "white" else (0,) * 3}
 
 
 def test_tars_in_place_are_read_by_the_manifest(tmp_path: Path) -> None:
@@ -131,73 +126,12 @@ def test_tars_in_place_are_read_by_the_manifest(tmp_path: Path) -> None:
     assert cli.main([*arguments, "source.in_place=true"]) == 0
     assert np.array_equal(ShardSet(str(path)).take(np.arange(1)).images[0, 0], HALVES[:, ::-1])
     manifest = json.loads((path / "manifest.json").read_bytes())
-    assert manifest.pop("reading") == {"orientation": "apply", "transparency": "white"}
-    (path / "manifest.json").write_text(json.dumps(manifest))  # as an earlier version wrote it
-    assert np.array_equal(ShardSet(str(path)).take(np.arange(1)).images[0, 0], HALVES)
+    assert manifest["reading"] == {"orientation": "apply", "transparency": "white"}
     assert cli.main(["prepare", "--check", str(path)]) == 0
 
 
-RECIPE = "5350899a30f6172ea02e8c8c4ba026fabaaec8eed8538c18000ba53b02cdc3b5"
-"""Of the folder below, as ``prepare`` at commit b8a8d6a wrote it, which had no settings about tags or transparency."""
-
-
-def test_a_data_set_of_an_earlier_version_stays_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "images").mkdir()
-    for number in range(10):
-        Image.fromarray(np.full((8, 8), 9 * number, np.uint8)).save(tmp_path / f"images/{number}.bmp")
-    arguments = ["prepare", "source.kind=folder", f"source.path={tmp_path}/images", "shards.codec=raw"]
-    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
-    for split in ("train", "test"):
-        as_earlier(tmp_path / "out" / split, RECIPE)
-    before = contents(tmp_path / "out")
-    capsys.readouterr()
-    assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
-    assert "nothing to do, this data set is packed" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == before
-    assert read_manifest(f"{tmp_path}/out/train").to_json() == (tmp_path / "out/train/manifest.json").read_bytes()
-
-
-def as_earlier(path: Path, recipe: str) -> None:
-    """Make a manifest what the version before these settings wrote."""
-    content = json.loads((path / "manifest.json").read_bytes())
-    del content["reading"]
-    manifest = Manifest.model_validate(content | {"recipe": recipe})
-    (path / "manifest.json").write_bytes(manifest.to_json())
-
-
-@pytest.mark.parametrize("kind", ["turned", "transparent", "animated"])
-def test_a_data_set_of_an_earlier_version_with_other_pixels_is_named(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    members = {f"{number}.png": saved("PNG") for number in range(5)}
-    source = Path(write("folder", tmp_path / "images", members))
-    arguments = ["source.kind=folder", f"source.path={source}", f"shards.path={tmp_path}/out", "split.test_fraction=0"]
-    special = {
-        "turned": saved("PNG", tag=8),
-        "transparent": transparent(),
-        "animated": saved("PNG", save_all=True, append_images=[Image.new("L", (16, 16))]),
-    }[kind]
-    (source / "3.png").write_bytes(special)
-    config = PrepareConfig.load(None, [*arguments, "source.bad_images=skip", "source.max_bad_fraction=0.5"])
-    more = ["source.bad_images=skip", "source.max_bad_fraction=0.5"]
-    assert cli.main(["prepare", *arguments, *more]) == 0
-    as_earlier(tmp_path / "out/train", _Recipe(open_source(config.source), config)._earlier)
-    capsys.readouterr()
-    assert cli.main(["prepare", *arguments, *more]) == 2
-    error = capsys.readouterr().err
-    assert "was packed by an earlier version, which ignored orientation tags" in error
-    assert "(got 3.png, which is read otherwise now)" in error
-
-
-def transparent() -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.repeat(HALVES[..., None], 4, axis=2)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_sources_without_files_keep_the_digests_of_their_data_sets(digits: Path) -> None:
-    """The recipe is what ``prepare`` at commit b8a8d6a wrote."""
+def test_settings_about_files_do_not_change_recipes_of_sources_without_files(digits: Path) -> None:
+    """The recipe is what ``prepare`` at commit b8a8d6a wrote, which had no settings about tags or transparency."""
     assert read_manifest(f"{digits}/train").recipe == "29651fce8e7ce68a0b7520173e4976fbe62b278a41060dbaf280b93860c385bb"
 
 

@@ -92,7 +92,7 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert source.class_names == ()
     assert [int(source.image(i)[0, 0, 0]) for i in range(2)] == [1, 2]
     write(tmp_path / "c/d.png", (3, 4, 4))
-    with pytest.raises(DataError, match=r"all in class folders, or all in one \(got a.png beside them"):
+    with pytest.raises(DataError, match=r"all be in class folders, or all in one \(got a.png beside them"):
         open_source(folder(tmp_path))
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources import open_source
 from tarflow_scale.shards.sources.vector_files import VectorSource
 from tarflow_scale.shards.vectors import floats
 
@@ -62,7 +64,7 @@ def test_names_of_classes_and_an_official_split(tmp_path: Path) -> None:
 def test_mistakes_in_an_npz(tmp_path: Path, arrays: dict[str, Any], reason: str) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=reason):
-        VectorSource(str(tmp_path / "a.npz"))
+        open_source(SourceConfig(kind="vectors", path=str(tmp_path / "a.npz")))
 
 
 @pytest.mark.parametrize(

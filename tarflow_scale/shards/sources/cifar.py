@@ -1,0 +1,230 @@
+"""CIFAR-10 and -100 in both of their formats.
+
+CIFAR's Python version consists of pickles. They are read by an unpickler that knows NumPy arrays of plain numbers,
+numbers, strings and containers; it refuses anything else, so that no file can run code. NumPy's own unpickling is not
+called, because it trusts a pickled dtype that claims to have no pointers (www.cs.toronto.edu/~kriz/cifar.html).
+"""
+
+import io
+import pickle
+import re
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale import storage
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.headers import check_member
+from tarflow_scale.shards.sources.arrays import ArraySource, ImagesAndLabels
+
+__all__ = ["CifarSource", "restricted_unpickle"]
+
+_SIDE = 32
+_NUM_VALUES = 3 * _SIDE * _SIDE
+_MAX_ARCHIVE_BYTES = 1 << 29
+"""CIFAR has 186 MB."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A published form of a data set.
+
+    Args:
+        name: of the data set.
+        train, test: files of batches.
+        names: file of class names.
+        label_key, names_key: of labels and of class names in pickles.
+        label_bytes: label bytes of a row of a binary file, the last of which counts; 0 for pickles.
+        num_classes: of binary files, whose labels may be any byte.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    test: str
+    names: str
+    label_key: bytes = b""
+    names_key: bytes = b""
+    label_bytes: int = 0
+    num_classes: int = 0
+
+
+_CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+_FORMATS = (
+    _Format("cifar10", _CIFAR10_TRAIN, "test_batch", "batches.meta", b"labels", b"label_names"),
+    _Format(
+        "cifar10",
+        tuple(f"{name}.bin" for name in _CIFAR10_TRAIN),
+        "test_batch.bin",
+        "batches.meta.txt",
+        label_bytes=1,
+        num_classes=10,
+    ),
+    _Format("cifar100", ("train",), "test", "meta", b"fine_labels", b"fine_label_names"),
+    _Format("cifar100", ("train.bin",), "test.bin", "fine_label_names.txt", label_bytes=2, num_classes=100),
+)
+
+
+class CifarSource(ArraySource):
+    """CIFAR-10 or -100 with the official split, from pickles or binaries, unpacked or as ``.tar.gz``.
+
+    Args:
+        path: folder (or URL) of the batches, or the archive. Labels of CIFAR-100 are the fine ones.
+
+    Raises:
+        DataError: a batch is missing or damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        files = _read_files(path)
+        form = next((form for form in _FORMATS if form.train[0] in files), None)
+        if form is None:
+            raise DataError(
+                f"no CIFAR batches in {path} (looked for data_batch_1, train, data_batch_1.bin, train.bin); "
+                f"check source.path"
+            )
+        batches = [_batch(files, name, form) for name in form.train]
+        train = np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
+        test = _batch(files, form.test, form)
+        super().__init__(form.name, f"{form.name}, official split", _class_names(files, form), train, test)
+
+
+def _read_files(path: str) -> dict[str, bytes]:
+    """Base name to content of the files of a folder or of a tar."""
+    if not storage.exists(path):
+        raise DataError(f"there is no {path}; check source.path")
+    if not path.endswith((".tar.gz", ".tgz", ".tar")):
+        return {name: storage.read_bytes(storage.join(path, name)) for name in storage.list_sizes(path)}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(storage.read_bytes(path))) as tar:
+            files, total = dict[str, bytes](), 0
+            for member in tar:
+                check_member(member)
+                total += member.size
+                if total > _MAX_ARCHIVE_BYTES:
+                    raise DataError(
+                        f"{path} must hold files of CIFAR alone (got {total:,} bytes up to {member.name!r:.80}); "
+                        f"download it again"
+                    )
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is not None:
+                    files[member.name.rsplit("/", 1)[-1]] = file.read()
+            return files
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked ({error}); download it again") from error
+
+
+def _batch(files: dict[str, bytes], name: str, form: _Format) -> ImagesAndLabels:
+    if name not in files:
+        raise DataError(f"the batch {name} is missing (got {', '.join(sorted(files)[:8])}); download CIFAR again")
+    data, labels = (_binary if form.label_bytes else _pickled)(files[name], name, form)
+    if data.ndim != 2 or data.shape[1] != _NUM_VALUES or labels.shape != (len(data),) or labels.dtype.kind != "i":
+        raise DataError(
+            f"{name} must hold one label for each image of {_NUM_VALUES} values (got {labels.shape} and "
+            f"{data.shape}); download it again"
+        )
+    return data.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
+
+
+def _pickled(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    batch = restricted_unpickle(content, name)
+    data, labels = _value(batch, b"data"), _value(batch, form.label_key)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or not isinstance(labels, list):
+        raise DataError(
+            f"{name} must hold data and {form.label_key.decode()} (got {type(batch).__name__}); download it again"
+        )
+    try:
+        return data, np.array(labels)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"labels of {name} are no list of numbers ({error}); download it again") from error
+
+
+def _binary(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    row = form.label_bytes + _NUM_VALUES
+    if not content or len(content) % row:
+        raise DataError(f"{name} must hold rows of {row} bytes (got {len(content)} bytes); download it again")
+    rows = np.frombuffer(content, np.uint8).reshape(-1, row)
+    labels = rows[:, form.label_bytes - 1].astype(np.int64)
+    if labels.max() >= form.num_classes:
+        raise DataError(
+            f"labels of {name} must lie in 0..{form.num_classes - 1} (got {labels.max()}); download it again"
+        )
+    return rows[:, form.label_bytes :], labels
+
+
+def _class_names(files: Mapping[str, bytes], form: _Format) -> tuple[str, ...]:
+    if form.label_bytes:
+        return tuple(files.get(form.names, b"").decode(errors="replace").split())
+    texts = _value(restricted_unpickle(files[form.names], form.names), form.names_key) if form.names in files else None
+    return tuple(text.decode() if isinstance(text, bytes) else str(text) for text in texts or ())
+
+
+def _value(mapping: Any, key: bytes) -> Any:
+    """Value of a key that Python 2 or Python 3 wrote; None without one."""
+    return mapping.get(key, mapping.get(key.decode())) if isinstance(mapping, dict) else None
+
+
+class _PlainType:
+    """Replaces ``numpy.dtype`` in a pickle; accepts types of numbers only."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        text = name.decode("ascii") if isinstance(name, bytes) else name
+        if not isinstance(text, str) or not re.fullmatch(r"[biuf][1248]", text):
+            raise pickle.UnpicklingError(f"it has an array of {name!r:.40}")
+        self.plain = np.dtype(text)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """``(version, byte order, ...)``; the rest describes structured types, or is known."""
+        order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it has a byte order {order!r:.40}")
+        self.plain = self.plain.newbyteorder(order)
+
+
+class _PlainArray:
+    """Replaces an array in a pickle until the whole pickle is read."""
+
+    def __init__(self, *_: object) -> None:
+        self.array: NDArray[Any] = np.zeros(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """``(version, shape, dtype, whether the order is Fortran's, bytes)``."""
+        _, shape, kind, fortran, content = state
+        if not isinstance(kind, _PlainType) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("it has an array of something else than numbers")
+        self.array = np.frombuffer(content, kind.plain).reshape(shape, order="F" if fortran else "C")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy._core.multiarray", "_reconstruct"): _PlainArray,
+    ("numpy", "ndarray"): _PlainArray,
+    ("numpy", "dtype"): _PlainType,
+    ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # how protocol 2 writes bytes
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def restricted_unpickle(content: bytes, origin: str) -> Any:
+    """The content of a pickle: an array, or a dictionary whose values may be arrays; bytes of Python 2 stay bytes.
+
+    Raises:
+        DataError: it is no pickle, or has anything else than containers, numbers, strings and arrays of numbers.
+    """
+    try:
+        loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        if isinstance(loaded, dict):
+            return {key: value.array if isinstance(value, _PlainArray) else value for key, value in loaded.items()}
+        return loaded.array if isinstance(loaded, _PlainArray) else loaded
+    except Exception as error:  # a damaged pickle can raise anything
+        raise DataError(f"{origin} is not a pickle of plain arrays ({error}); download it again") from error

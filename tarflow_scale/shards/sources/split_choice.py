@@ -1,0 +1,187 @@
+"""Which splits of a source are packed, and under which names.
+
+Beside ``train``, the splits that patterns name are packed; else the test split; else the validation split. A split
+without labels is left out if ``train`` has labels. Everything that is left out is reported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarflow_scale.config.prepare import SplitConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.sources.splits import PACKED, Role, counted
+
+__all__ = ["Group", "Settled", "SourceFile", "settle", "settle_files"]
+
+
+@dataclass
+class Group:
+    """The images of one split of a source.
+
+    Args:
+        names: folders, tables or tars that make it.
+        num_images: how many images it has.
+        num_labelled: how many of them have labels: all, or none.
+    """
+
+    names: list[str] = field(default_factory=list)
+    num_images: int = 0
+    num_labelled: int = 0
+
+    @property
+    def words(self) -> str:
+        """``train-0.parquet`` or ``train-0.parquet and 3 more``."""
+        more = len(self.names) - 1
+        return f"{self.names[0]} and {more} more" if more else self.names[0]
+
+
+class SourceFile(NamedTuple):
+    """A table or tar, which belongs to one split as a whole.
+
+    Args:
+        name: path below the source.
+        role: its split; None in a source without splits.
+        num_images: how many images it has.
+        num_labelled: how many of them have labels.
+        unlabelled: the first image without a label, for messages; empty if all have one.
+    """
+
+    name: str
+    role: Role | None
+    num_images: int
+    num_labelled: int
+    unlabelled: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Which splits of a source are packed.
+
+    Args:
+        packed: name under which each role is packed; roles that are left out are missing.
+        official: whether the source has a training and a held-out split; if not, all is packed as one and divided.
+        lines: what a user must know, to be printed.
+        words: for the manifest; empty without a split.
+    """
+
+    packed: dict[Role, str]
+    official: bool
+    lines: tuple[str, ...]
+    words: str
+
+    def keeps(self, role: Role | None) -> bool:
+        """Whether images of a role are packed."""
+        return role is None or role in self.packed
+
+    def codes(self, roles: Sequence[Role | None]) -> NDArray[np.int8] | None:
+        """Index in `PACKED` of every image, from its role; None without an official split."""
+        if not self.official:
+            return None
+        return np.array([PACKED.index(self.packed[role or ""]) for role in roles], dtype=np.int8)
+
+
+def settle_files(files: Sequence[SourceFile], split: SplitConfig) -> Settled:
+    """Choose which splits of tables or tars are packed.
+
+    Raises:
+        DataError: some images of a split have labels and some have none, or as `settle`.
+    """
+    groups: dict[Role | None, Group] = {}
+    for file in files:
+        if file.num_images:
+            group = groups.setdefault(file.role, Group())
+            group.names.append(file.name)
+            group.num_images += file.num_images
+            group.num_labelled += file.num_labelled
+    for role, group in groups.items():
+        if 0 < group.num_labelled < group.num_images:
+            first = next(file.unlabelled for file in files if file.role == role and file.unlabelled)
+            raise DataError(
+                f"all samples must have labels, or none (got none for {first}); label or remove it, or leave its file "
+                f"out with split.ignore"
+            )
+    return settle({role: group for role, group in groups.items() if role is not None}, split)
+
+
+def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
+    """Choose which splits are packed.
+
+    Raises:
+        DataError: there is no training split, or a split that a pattern names does not fit ``train``.
+    """
+    held_out: tuple[Role, ...] = ("test", "validation")
+    wanted = [role for role in held_out if split.patterns[role]]
+    if not groups:
+        return Settled({}, official=False, lines=(), words="")
+    missing = next((role for role in wanted if role not in groups), None)
+    if missing is not None:
+        raise DataError(
+            f"split.{missing} must match images that are not left out (got none: split.ignore matches them too, or "
+            f"there are no images in what it matches); correct it"
+        )
+    if len(groups) == 1:
+        role, group = next(iter(groups.items()))
+        line = f"{group.words}: the only split ({role}); it is divided like images without a split"
+        return Settled({role: "train"}, official=False, lines=(line,), words=f"{role} split alone")
+    if "train" not in groups:
+        raise DataError(
+            f"a source with splits must have one for training (got {_listed(groups)}); name it with split.train"
+        )
+    train = groups["train"]
+    labelled = train.num_labelled > 0
+    fits = {role: group for role, group in groups.items() if (group.num_labelled > 0) == labelled and role != "other"}
+    if split.kind == "stratified":
+        lines = [f"split.kind=stratified: {_listed(fits)} are pooled and divided again"]
+        lines += [_left_out(role, group, labelled=True) for role, group in groups.items() if role not in fits]
+        return Settled(
+            dict.fromkeys(fits, "train"), official=False, lines=tuple(lines), words=f"pooled ({', '.join(fits)})"
+        )
+    wrong = next((role for role in wanted if role not in fits), None)
+    if wrong is not None:
+        have, want = ("no labels", "labels") if labelled else ("labels", "no labels")
+        raise DataError(
+            f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
+            f"{train.words}); remove the pattern, or pack it as a source of its own"
+        )
+    chosen: dict[Role, str] = {role: role for role in wanted}
+    if not chosen:
+        chosen = {role: "test" for role in held_out if role in fits}
+        chosen = dict(list(chosen.items())[:1])
+    unfit = next((role for role in held_out if role in groups), None)
+    if not labelled and not chosen and unfit is not None:
+        raise DataError(
+            f"training images must have labels where the held-out ones have (got none in {train.words}, "
+            f"labels in {groups[unfit].words}); label them, or leave the others out with split.ignore"
+        )
+    packed: dict[Role, str] = {"train": "train", **chosen}
+    lines = [f"{groups[role].words}: {name} ({role} split, {_images(groups[role])})" for role, name in packed.items()]
+    lines += [_left_out(role, group, labelled) for role, group in groups.items() if role not in packed]
+    if not chosen:
+        lines.append("no held-out split with labels: split.test_fraction of each class is held out of train")
+        return Settled(packed, official=False, lines=tuple(lines), words="training split alone")
+    words = ", ".join(role if name == role else f"{role} as {name}" for role, name in packed.items())
+    left_out = [f"{role} left out" for role in groups if role not in packed]
+    words = f"official split ({'; '.join(filter(None, (words, ', '.join(left_out))))})"
+    return Settled(packed, official=True, lines=tuple(lines), words=words)
+
+
+def _left_out(role: Role, group: Group, labelled: bool) -> str:
+    if labelled and not group.num_labelled:
+        why = "has no labels; pack it as a source of its own to use it"
+    elif role in PACKED:
+        why = f"is not packed; name it with split.{role} to pack it"
+    else:
+        why = "is neither for training nor held out; name it with split.train or split.test to pack it"
+    return f"left out: {group.words} ({role} split, {_images(group)}) {why}"
+
+
+def _images(group: Group) -> str:
+    return counted(group.num_images, "image")
+
+
+def _listed(groups: dict[Role, Group]) -> str:
+    return ", ".join(f"{role} in {group.words}" for role, group in groups.items())

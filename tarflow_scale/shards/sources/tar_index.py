@@ -1,0 +1,161 @@
+"""Indexes of WebDataset tars that others wrote, with which they are a data set as they are."""
+
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from tarflow_scale import storage
+from tarflow_scale.config.prepare import SourceConfig, SplitConfig
+from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import Reading, image_extension, image_size
+from tarflow_scale.shards.index import ShardIndex, checksum
+from tarflow_scale.shards.manifest import ShardRecord
+from tarflow_scale.shards.reader import members_of
+from tarflow_scale.shards.sources.split_choice import settle_files
+from tarflow_scale.shards.sources.splits import role_of
+from tarflow_scale.shards.sources.tar_files import tars_of_folder
+from tarflow_scale.shards.sources.tar_rules import Rules
+from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
+from tarflow_scale.shards.sources.tars import classes_of_tars, file_of, for_each_tar
+
+__all__ = ["IndexedTars", "index_tars"]
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+"""Names of shards that a manifest accepts."""
+_AGAIN = "leave out source.in_place to pack them again"
+
+
+@dataclass(frozen=True)
+class IndexedTars:
+    """Tars that can be a data set where they are.
+
+    Args:
+        records: of the tars.
+        indexes: bytes of their indexes.
+        size_pixels: side of the images.
+        num_channels: of the images.
+        class_names: empty without labels.
+        ignored: members that belong to no sample, by kind.
+    """
+
+    records: tuple[ShardRecord, ...]
+    indexes: tuple[bytes, ...]
+    size_pixels: int
+    num_channels: int
+    class_names: tuple[str, ...]
+    ignored: Counter[str]
+
+
+@dataclass(frozen=True)
+class _IndexedTar:
+    scanned: ScannedTar
+    record: ShardRecord
+    index: bytes
+    shapes: dict[tuple[int, int, int], str]
+
+
+def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> IndexedTars:
+    """Index the tars of a folder; a worker holds one sample at a time, and nothing is written.
+
+    Raises:
+        DataError: tars that cannot be a data set as they are: damaged, of several splits, of other sizes or channels,
+            or with images or labels that training would not find.
+    """
+    path = config.path or ""
+    if storage.exists(path) and not storage.is_folder(path):
+        raise DataError(f"source.in_place needs a folder of tars (got {path}); give the folder")
+    source = tars_of_folder(path)
+    _check_names(source.names, path)
+    index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
+    tars = for_each_tar(index, source.names, "index", num_workers)
+    scanned = [tar.scanned for tar in tars]
+    settle_files([file_of(tar, None) for tar in scanned], SplitConfig())
+    class_names, _ = classes_of_tars(scanned, config)
+    shapes = {shape: place for tar in reversed(tars) for shape, place in tar.shapes.items()}
+    sizes = {shape[1:] for shape in shapes}
+    if len(sizes) > 1 or any(height != width for height, width in sizes):
+        got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
+        raise DataError(f"images must be squares of one size (got {got}); leave out source.in_place to pack again")
+    return IndexedTars(
+        records=tuple(tar.record for tar in tars),
+        indexes=tuple(tar.index for tar in tars),
+        size_pixels=next(iter(sizes))[0],
+        num_channels=max(shape[0] for shape in shapes),
+        class_names=class_names,
+        ignored=sum((tar.ignored for tar in scanned), source.ignored),
+    )
+
+
+def _check_names(names: Sequence[str], path: str) -> None:
+    """Check that a manifest can name the tars, and that they are of one split."""
+    roles = {role_of(name.removesuffix(".tar")): name for name in reversed(names)}
+    if len(roles) > 1:
+        splits = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())
+        raise DataError(
+            f"a data set in place has one split (got {splits} of {path}); move each split to a folder of its own, or "
+            f"leave out source.in_place to pack them again"
+        )
+    for name in names:
+        if not _FILE_NAME.fullmatch(name):
+            raise DataError(f"a shard needs a plain name of letters, digits and ._- (got {name!r}); rename it")
+
+
+def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _IndexedTar:
+    location = storage.join(root, name)
+    scanned = scan_tar(name, root, rules)
+    if scanned.linked:
+        raise DataError(f"links cannot be read in place (got one in the sample {scanned.linked} of {root}); {_AGAIN}")
+    if scanned.num_without or not len(scanned):
+        raise DataError(f"every sample must have an image ({scanned.without}); remove it, or {_AGAIN}")
+    # Bytes between two samples, of a folder for instance, count to the first of them, so that samples are contiguous.
+    offsets = [*scanned.places[:, 0].tolist(), int(scanned.places[-1, 1])]
+    sums: list[int] = []
+    shapes: dict[tuple[int, int, int], str] = {}
+    for number, key in enumerate(scanned.keys):
+        part = storage.read_range(location, offsets[number], offsets[number + 1])
+        first = int(scanned.places[number, 2]) - offsets[number]
+        image = part[first : first + int(scanned.places[number, 3])]
+        place = f"{location}:{key}"
+        _check_as_read(part, image, scanned.labels[int(scanned.codes[number])], place)
+        sums.append(checksum(part))
+        shapes.setdefault(image_size(image, place, reading), place)
+    index = ShardIndex(np.array(offsets, np.int64), np.array(sums, np.uint64)).to_bytes()
+    record = ShardRecord(
+        file=name,
+        samples=len(scanned),
+        bytes=storage.size_bytes(location),
+        sha256=scanned.sha256,
+        index_sha256=storage.digest(index),
+    )
+    return _IndexedTar(scanned, record, index, shapes)
+
+
+def _check_as_read(content: bytes, image: bytes, label: int | str | None, place: str) -> None:
+    """Check that training will read the image and the label that the scan found in a sample.
+
+    Raises:
+        DataError: it would read another member as the image, or another label, or nothing.
+    """
+    try:
+        members = members_of(content)
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{place} cannot be read in place ({' '.join(str(error).split())}); {_AGAIN}") from error
+    extension = image_extension(members)
+    if extension is None or members[extension] != image:
+        raise DataError(
+            f"the image of a sample in place must be the member that training reads first (got "
+            f"{', '.join(sorted(members))} for {place}, of which it reads {extension or 'none'}); {_AGAIN}"
+        )
+    if label is None:
+        return
+    if "cls" not in members:
+        holder = "the .json" if "json" in members else "another member"
+        raise DataError(f"labels must be in .cls (got one in {holder} of {place}); {_AGAIN}")
+    text = members["cls"].strip()
+    if not text.isdigit() or int(text) != label:
+        raise DataError(f"labels in place must be whole numbers in .cls (got {text[:20]!r} for {place}); {_AGAIN}")

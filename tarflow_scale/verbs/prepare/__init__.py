@@ -1,0 +1,1 @@
+"""Verb ``prepare``: images to WebDataset shards."""

@@ -1,0 +1,40 @@
+"""Which data set a source and a configuration make, as a digest that its manifest keeps."""
+
+from tarflow_scale import storage
+from tarflow_scale.config.base import Section
+from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig, SplitConfig
+from tarflow_scale.records import canonical_json
+from tarflow_scale.shards.sources import ImageSource
+
+__all__ = ["recipe_digest"]
+
+_WHERE_SET = {
+    "source": ("label_column", "label_table", "label_names", "image_member", "condition_columns"),
+    "split": ("by_name", "train", "validation", "test", "ignore"),
+}
+"""Settings that count only where they differ from their defaults, so that a new setting changes no digest."""
+
+
+def recipe_digest(source: ImageSource, config: SourceConfig, split: SplitConfig, shards: PackedShardsConfig) -> str:
+    """SHA-256 of the settings that decide the bytes of the data set, and of what the source holds.
+
+    Paths and the number of workers do not count, nor does ``near_duplicates`` unless images are dropped.
+    """
+    of_source = {"path", *_at_default(config, _WHERE_SET["source"])}
+    if source.vectors is not None:
+        of_source -= {"label_column", "condition_columns"}
+    if source.reading is None:
+        of_source |= {"orientation", "transparency"}
+    of_split = _at_default(split, _WHERE_SET["split"])
+    if split.near_duplicates != "drop":
+        of_split.add("near_duplicates")
+    settings = {
+        "source": config.model_dump(mode="json", exclude=of_source),
+        "split": split.model_dump(mode="json", exclude=of_split),
+        "shards": shards.model_dump(mode="json", exclude={"path", "num_workers"}),
+    }
+    return storage.digest(canonical_json([settings, source.digest]))
+
+
+def _at_default(section: Section, names: tuple[str, ...]) -> set[str]:
+    return {name for name in names if getattr(section, name) == type(section).model_fields[name].default}
