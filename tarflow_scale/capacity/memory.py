@@ -27,9 +27,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.config.train import ParallelismConfig, TrainConfig
+from tarflow_scale.config.train import ParallelismConfig, Recipe
 
-__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of"]
+__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of", "memory_per_rank"]
 
 BUCKET_ELEMENTS = 50_000_000
 """Numbers that are reduced or gathered at once."""
@@ -218,21 +218,19 @@ def _moments(
     return found
 
 
-def memory_per_rank(
-    config: TrainConfig, event_shape: tuple[int, ...], size: ModelSize, ranks: int, cuda: bool
-) -> Memory:
+def memory_per_rank(recipe: Recipe, event_shape: tuple[int, ...], size: ModelSize, ranks: int, cuda: bool) -> Memory:
     """What a rank needs at its worst moment.
 
     Args:
-        config: of the run.
+        recipe: sections of the run.
         event_shape: of the images that the model sees.
         size: of the flow.
         ranks: world size.
         cuda: whether ranks are GPUs.
     """
-    training, parallelism = config.training, config.parallelism
+    training, parallelism = recipe.training, recipe.parallelism
     footprint = activation_footprint(
-        config.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
+        recipe.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
     )
     accumulates = training.global_batch_size > training.micro_batch_size * ranks
     averages = len(training.ema_half_life_images)

@@ -20,6 +20,7 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "ParallelismConfig",
+    "Recipe",
     "ScheduleConfig",
     "SpikeConfig",
     "TrainConfig",
@@ -275,8 +276,22 @@ class LoggingConfig(Section):
     the dense bf16 peak of common GPUs, and logs no utilisation for others."""
 
 
+class Recipe(Section):
+    """The sections that memory, traffic and speed of a training step depend on."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    parallelism: ParallelismConfig
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
+        return self
+
+
 class TrainConfig(Root):
-    """Shards in, checkpoints, a log, sample grids and a registered model version out."""
+    """Shards in; checkpoints, a log, sample grids and a registered model version out."""
 
     data: DataConfig
     model: ModelConfig
@@ -290,62 +305,17 @@ class TrainConfig(Root):
     registry: RegistryConfig
 
     @model_validator(mode="after")
-    def _counts_divide(self) -> Self:
-        batch, micro = self.training.global_batch_size, self.training.micro_batch_size
-        if batch % micro:
+    def _sections_fit(self) -> Self:
+        _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
+        guidance, kind = self.logging.preview_guidance, self.model.kind
+        if guidance > 0 and not self.model.class_conditional:
             raise ValueError(
-                f"training.global_batch_size must be a multiple of training.micro_batch_size "
-                f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+                f"logging.preview_guidance needs model.class_conditional (got {guidance} and false); set it to 0"
             )
-        if self.logging.preview_guidance > 0 and not self.model.class_conditional:
+        if guidance > 0 and kind not in ("tarflow", "glow", "realnvp"):
             raise ValueError(
-                f"logging.preview_guidance needs model.class_conditional (got {self.logging.preview_guidance} and "
-                f"false); set it to 0"
+                f"logging.preview_guidance has no effect on model.kind={kind} (got {guidance}); set it to 0"
             )
-        if self.model.logit_alpha is not None and self.training.noise.kind != "uniform":
-            raise ValueError(
-                f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
-                f"{self.training.noise.kind}); remove either"
-            )
-        if self.model.dequantization is not None and self.training.noise.kind != "uniform":
-            raise ValueError(
-                f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
-                f"{self.training.noise.kind}); remove either"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _model_allows(self) -> Self:
-        kind, parallelism = self.model.kind, self.parallelism
-        if parallelism.activations == "rebuild" and kind != "glow":
-            raise ValueError(
-                f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
-                f"{kind}); use checkpoint"
-            )
-        batch = isinstance(self.model, RealNVPConfig) and self.model.normalization == "batch"
-        if (batch or kind == "continuous") and parallelism.activations != "keep":
-            raise ValueError(
-                f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
-                f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
-            )
-        if kind == "continuous" and parallelism.zero_stage == 3:
-            raise ValueError(
-                "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
-            )
-        if kind in ("maf", "iaf", "continuous") and (parallelism.compile or self.optimizer.kind == "muon"):
-            raise ValueError(
-                f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them "
-                f"out"
-            )
-        if kind not in ("tarflow", "glow", "realnvp") and self.logging.preview_guidance > 0:
-            raise ValueError(
-                f"logging.preview_guidance has no effect on model.kind={kind} (got {self.logging.preview_guidance}); "
-                f"set it to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_fits(self) -> Self:
         warmup, decay, total = self.schedule.warmup_images, self.schedule.decay_images, self.training.total_images
         if warmup + (decay or 0) >= total:
             names, got = "schedule.warmup_images", str(warmup)
@@ -355,16 +325,66 @@ class TrainConfig(Root):
                 f"{names} must be below training.total_images (got {got}, and {total}); lower the former or raise the "
                 f"latter"
             )
-        if self.optimizer.kind == "muon" and self.parallelism.zero_stage not in (1, 2):
-            raise ValueError(
-                f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {self.parallelism.zero_stage}); change "
-                f"either"
-            )
-        if self.optimizer.kind == "muon" and self.parallelism.offload != "none":
-            raise ValueError(
-                f"optimizer.kind=muon needs parallelism.offload=none (got {self.parallelism.offload}); change either"
-            )
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """The sections that memory and speed depend on."""
+        return Recipe(model=self.model, optimizer=self.optimizer, training=self.training, parallelism=self.parallelism)
+
+
+def _check_recipe(
+    model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, parallelism: ParallelismConfig
+) -> None:
+    """Rules between sections.
+
+    Raises:
+        ValueError: two of them contradict each other.
+    """
+    batch, micro, kind = training.global_batch_size, training.micro_batch_size, model.kind
+    if batch % micro:
+        raise ValueError(
+            f"training.global_batch_size must be a multiple of training.micro_batch_size "
+            f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+        )
+    if model.logit_alpha is not None and training.noise.kind != "uniform":
+        raise ValueError(
+            f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
+            f"{training.noise.kind}); remove either"
+        )
+    if model.dequantization is not None and training.noise.kind != "uniform":
+        raise ValueError(
+            f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
+            f"{training.noise.kind}); remove either"
+        )
+    if parallelism.activations == "rebuild" and kind != "glow":
+        raise ValueError(
+            f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
+            f"{kind}); use checkpoint"
+        )
+    batch_norm = isinstance(model, RealNVPConfig) and model.normalization == "batch"
+    if (batch_norm or kind == "continuous") and parallelism.activations != "keep":
+        raise ValueError(
+            f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
+            f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
+        )
+    if kind == "continuous" and parallelism.zero_stage == 3:
+        raise ValueError(
+            "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
+        )
+    muon = optimizer.kind == "muon"
+    if kind in ("maf", "iaf", "continuous") and (parallelism.compile or muon):
+        raise ValueError(
+            f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them out"
+        )
+    if muon and parallelism.zero_stage not in (1, 2):
+        raise ValueError(
+            f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {parallelism.zero_stage}); change either"
+        )
+    if muon and parallelism.offload != "none":
+        raise ValueError(
+            f"optimizer.kind=muon needs parallelism.offload=none (got {parallelism.offload}); change either"
+        )
 
 
 VERB = Verb(

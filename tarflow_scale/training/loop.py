@@ -33,7 +33,6 @@ from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
-from tarflow_scale.training.schedule import learning_rate_fraction
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
@@ -59,7 +58,7 @@ class Loop:
         conditional: whether the flow takes labels, or what vectors are given with.
         course: where the run stands, and its learning rate.
         training, checkpoints, logging: the sections.
-        validation: held-out images, or None; and the images between looks at them.
+        validation: held-out images, or None.
         meter: measures speed.
         preview: draws a sample grid.
     """
@@ -74,7 +73,7 @@ class Loop:
     training: TrainingConfig
     checkpoints: CheckpointConfig
     logging: LoggingConfig
-    validation: tuple[Validation, int] | None
+    validation: Validation | None
     meter: Meter
     preview: Preview
 
@@ -126,7 +125,7 @@ class Loop:
     def _step(self, batch: Batch, progress: Progress) -> StepResult:
         seen = progress.images_seen
         torch.manual_seed(_dropout_seed(self.training.seed, seen, distributed.rank()))
-        rate = learning_rate_fraction(seen, self.course.total_images, self.course.config.schedule)
+        rate = self.course.rate_fraction_at(seen)
         reject = None if self.training.spike.rule == "off" else progress.losses.is_spike
         result = self.engine.step(self._micro_batches(batch), rate, reject)
         progress.images_seen += self.training.global_batch_size
@@ -222,10 +221,10 @@ class Loop:
 
     def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
         """Nats per dimension of held-out images, when it is time."""
-        if self.validation is None or not (done or _crossed(before, now, self.validation[1])):
+        if self.validation is None or not (done or _crossed(before, now, self.validation.every_images)):
             return None
         with self.meter.spending("validation"):
-            progress.held_out = self.validation[0].nats_per_dim(self.engine, self.averages)
+            progress.held_out = self.validation.nats_per_dim(self.engine, self.averages)
         return progress.held_out
 
     def _save(self, progress: Progress, uploads: Uploader) -> None:

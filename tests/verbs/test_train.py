@@ -35,7 +35,7 @@ from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.noise import model_input
 from tarflow_scale.training.validation import _NOISE_SEED
 from tarflow_scale.verbs.evaluate import worker
-from tarflow_scale.verbs.train.driver import _batch_statistics
+from tarflow_scale.verbs.train.identity import batch_statistics
 from tests.conftest import TOP, Trained, command, train_arguments
 
 VOLATILE = {
@@ -95,7 +95,7 @@ def test_a_first_run_can_be_watched(digits: Path, tmp_path: Path) -> None:
     )
     said = [
         "importing PyTorch",
-        "initialising the flow",
+        "initializing the flow",
         "starting DeepSpeed",
         "training begins: up to 96; figures every",
     ]
@@ -222,8 +222,8 @@ def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Traine
     result = command(*train_arguments(trained.data, trained.run, trained.registry))
     assert result.returncode == 0, result.stderr
     assert "nothing to train" in result.stdout
-    assert f"the model is registered as small@1 in {trained.registry} already" in result.stdout
-    assert "comes next" not in result.stdout
+    assert f"the model is already registered as small@1 in {trained.registry}" in result.stdout
+    assert "next:" not in result.stdout
     assert curve(trained.run) == before
     assert len(Registry(str(trained.registry), "small").state().versions) == 1
 
@@ -279,7 +279,8 @@ def test_statistics_of_batches_make_the_division_of_a_batch_part_of_a_run(digits
 def test_no_other_run_depends_on_how_a_batch_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     def facts(*overrides: str, ranks: int = 2) -> dict[str, Any]:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        return _batch_statistics(load_config(TrainConfig, TOP / "configs/train/digits-realnvp.yaml", list(overrides)))
+        config = load_config(TrainConfig, TOP / "configs/train/digits-realnvp.yaml", list(overrides))
+        return batch_statistics(config.model, config.training)
 
     batch, micro = "model.normalization=batch", "training.micro_batch_size="
     assert facts() == facts(f"{micro}16") == facts(ranks=1) == {}
@@ -296,7 +297,7 @@ def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:
         result = command(*arguments, *more)
         assert result.returncode == 2
         assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
-        assert "initialising" not in result.stdout
+        assert "initializing" not in result.stdout
         assert "operations" not in result.stdout
 
 

@@ -1,4 +1,4 @@
-"""Where work reads and writes: the run folder's disk, data sets, stores, weights of extractors."""
+"""Checks of the places that jobs read and write: the disk of the run folder, data sets, stores, extractor weights."""
 
 import os
 import shutil
@@ -7,8 +7,11 @@ import uuid
 from collections.abc import Callable
 
 from tarflow_scale import storage
-from tarflow_scale.config.doctor import CheckedMetricsConfig, DoctorConfig
+from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.doctor import CheckedMetricsConfig
+from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.protocols import load_protocol
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import RegistryError, StorageError, UserError
 from tarflow_scale.registry import Registry, Store
 from tarflow_scale.verbs.doctor.finding import Finding, failed, from_message, ok, skipped, warning
@@ -27,41 +30,50 @@ _SKEW_SECONDS = 60.0
 """Clocks that differ by more make ages of files meaningless; S3 refuses requests at 15 minutes."""
 
 
-def disk(config: DoctorConfig) -> list[Finding]:
-    """Free space at the run folder, against the checkpoints of the run where one is described."""
-    place = nearest(storage.local(config.logging.path if config.logging else "."))
+def disk(
+    logging: LoggingConfig | None,
+    data: DataConfig | None,
+    model: ModelConfig | None,
+    training: TrainingConfig | None,
+    checkpoint: CheckpointConfig | None,
+) -> list[Finding]:
+    """Free space at the run folder, compared with the checkpoints of the run if the configuration describes one."""
+    place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
-    needed, why = _needed_bytes(config)
-    found = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {why}"
+    needed, reason = _LEAST_BYTES, "at least"
+    if data is not None and model is not None and training is not None and checkpoint is not None:
+        needed, reason = _checkpoint_bytes(data, model, training, checkpoint)
+    space = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {reason}"
     if free < needed:
-        return [failed("disk", found, "make room, choose another logging.path, or keep fewer checkpoints")]
-    return [ok("disk", found)]
+        return [failed("disk", space, "free space, choose another logging.path, or keep fewer checkpoints")]
+    return [ok("disk", space)]
 
 
-def _needed_bytes(config: DoctorConfig) -> tuple[float, str]:
-    if config.model is None or config.training is None or config.checkpoint is None or config.data is None:
-        return _LEAST_BYTES, "at least"
+def _checkpoint_bytes(
+    data: DataConfig, model: ModelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
+) -> tuple[int, str]:
+    """Bytes of all checkpoints that a run keeps, and a reason in words."""
     from tarflow_scale.shards.manifest import read_manifest
 
     try:
-        manifest = read_manifest(config.data.path)
+        manifest = read_manifest(data.path)
     except UserError:
-        return _LEAST_BYTES, "at least (how large a checkpoint is shows once data.path is a data set)"
+        return _LEAST_BYTES, "at least (the size of a checkpoint is known once data.path is a data set)"
     import torch
 
     from tarflow_scale.flows import build
 
-    crop = config.data.augmentation.crop_pixels
+    crop = data.augmentation.crop_pixels
     shape = manifest.event_shape if crop is None else (manifest.num_channels, crop, crop)
     with torch.device("meta"):
-        flow = build(config.model, shape, manifest.num_classes or None, manifest.num_conditions)
+        flow = build(model, shape, manifest.num_classes or None, manifest.num_conditions)
     num_parameters = sum(parameter.numel() for parameter in flow.parameters())
     # fp32 weights, two moments of the optimizer, and the averages.
-    one = 4 * num_parameters * (3 + len(config.training.ema_half_life_images))
-    kept = config.checkpoint.keep_last + 1  # the newest is whole before the oldest goes
-    if config.checkpoint.keep_every_images is not None:
-        kept += config.training.total_images // config.checkpoint.keep_every_images
-    return kept * one, f"for {kept} checkpoints of {num_parameters:,} parameters"
+    each = 4 * num_parameters * (3 + len(training.ema_half_life_images))
+    kept = checkpoint.keep_last + 1  # the newest is complete before the oldest is removed
+    if checkpoint.keep_every_images is not None:
+        kept += training.total_images // checkpoint.keep_every_images
+    return kept * each, f"for {kept} checkpoints of {num_parameters:,} parameters"
 
 
 def data_set(key: str, path: str) -> list[Finding]:
