@@ -11,8 +11,8 @@ __all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Sizes", "print_answer"]
 
 _GB, _MB = 1e9, 1e6
 DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
-"""Pixels' bytes that one core decodes and collates: 64 px PNG and 512 px JPEG, ``images_per_second_png64_ours_0`` and
-``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
+"""Bytes of pixels that one core decodes and collates in a second: 64 px PNG and 512 px JPEG, from
+``images_per_second_png64_ours_0`` and ``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the verb ``doctor`` is told of the work: sections of other verbs, by their names, and a few of its own."""
+"""Configuration of the verb ``doctor``: sections of other verbs, under their names, and a few of its own."""
 
 from typing import Any, Literal, get_args
 
@@ -30,7 +30,7 @@ CheckName = Literal[
     "data", "store", "weights", "cluster",
 ]  # fmt: skip
 CHECKS: tuple[CheckName, ...] = get_args(CheckName)
-"""Every check, in the order in which they are made."""
+"""All checks, in order."""
 
 
 class ChecksConfig(Section):
@@ -39,16 +39,16 @@ class ChecksConfig(Section):
     only: tuple[CheckName, ...] = CHECKS
     """The checks to make."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """A check that takes longer is cut off, and has failed."""
+    """A check that takes longer is ended, and fails."""
 
 
 class RanksConfig(Section):
-    """The check of collectives. Under a launcher all its ranks take part, and these are not started."""
+    """The check of collectives. Under a launcher all its ranks take part, and the check starts none."""
 
     num_ranks: int = Field(default=2, ge=0)
-    """Gloo ranks to start on this machine where no launcher did; 0 starts none."""
+    """Gloo ranks to start on this machine if there is no launcher; 0 starts none."""
     timeout_seconds: float = Field(default=30.0, gt=0)
-    """How long a rank waits for the others, once for them to come and once for them to sum."""
+    """How long a rank waits for the others, once to answer and once to finish the all-reduce."""
 
 
 class StoreConfig(Section):
@@ -59,31 +59,31 @@ class StoreConfig(Section):
 
 
 class FindingsConfig(Section):
-    """Where the findings are written as well."""
+    """A file with the findings."""
 
     path: str
     """File or URL, JSON."""
 
 
 class CheckedMetricsConfig(MetricsConfig):
-    """What is measured, and the weights that it needs; weights alone will do."""
+    """Protocols and the weights that they need; protocols are optional."""
 
     protocols: tuple[str, ...] = ()
-    """Protocol files, which name extractors and the sha256 that their weights must have."""
+    """Protocol files, which name extractors and the sha256 of their weights."""
 
 
 class WrittenShardsConfig(GeneratedShardsConfig):
     """Where ``prepare`` or ``generate`` writes."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Of ``prepare``; not looked at."""
+    """Of ``prepare``; not checked."""
 
 
 class DoctorConfig(Root):
-    """Nothing is required. Without arguments it looks at this machine; each section adds what such a job needs.
+    """All sections are optional. Without any, the verb checks this machine; a section adds the checks of its jobs.
 
-    A file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` will do as it is; its sections that ask
-    nothing of a machine, such as ``optimizer``, are passed over.
+    A file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` works unchanged; sections that need no
+    check, such as ``optimizer``, are ignored.
     """
 
     checks: ChecksConfig = ChecksConfig()
@@ -96,14 +96,14 @@ class DoctorConfig(Root):
     calibration: DataSetConfig | None = None
     """Of ``score``: held-out normal images."""
     anomalies: DataSetConfig | None = None
-    """Of ``score``: images that are known to be anomalous."""
+    """Of ``score``: known anomalous images."""
     validation: ValidationConfig | None = None
     shards: WrittenShardsConfig | None = None
     scoring: ScoringConfig | None = None
     metrics: CheckedMetricsConfig | None = None
     cluster: ClusterConfig | None = None
     model: ModelConfig | None = None
-    """Of ``train``, whose manual has its keys."""
+    """Of ``train``; see its manual for the keys."""
     training: TrainingConfig | None = None
     parallelism: ParallelismConfig = ParallelismConfig()
     checkpoint: CheckpointConfig | None = None
@@ -116,43 +116,43 @@ class DoctorConfig(Root):
         if foreign := {"report", "gate", "weights", "command"} & set(raw):
             raise ValueError(
                 f"doctor takes files of prepare, train, evaluate, generate and score (got section {min(foreign)}, "
-                f"which is of another verb); give one of these, or none for this machine alone"
+                f"which is of another verb); give one of these, or no file to check only this machine"
             )
-        passed_over = {name for job in jobs for name in job.model_fields} - set(cls.model_fields)
-        return {name: section for name, section in raw.items() if name not in passed_over}
+        ignored = {name for job in jobs for name in job.model_fields} - set(cls.model_fields)
+        return {name: section for name, section in raw.items() if name not in ignored}
 
     @property
     def data_sets(self) -> dict[str, str]:
-        """Data sets that are read: path by key."""
+        """Paths of the data sets that a job reads, by key."""
         sections = ("data", "validation", "reference", "calibration", "anomalies")
-        found = {f"{name}.path": getattr(self, name).path for name in sections if getattr(self, name) is not None}
-        return found | {f"data.mix.{i}.path": one.path for i, one in enumerate(self.data.mix if self.data else ())}
+        paths = {f"{name}.path": getattr(self, name).path for name in sections if getattr(self, name) is not None}
+        return paths | {f"data.mix.{i}.path": part.path for i, part in enumerate(self.data.mix if self.data else ())}
 
     @property
     def writes_registry(self) -> bool | None:
-        """Whether the job writes to its registry: None where nothing but a registry is described."""
+        """Whether the job writes to its registry; None if the configuration describes no job."""
         if self.training is not None or self.metrics is not None:
             return True
         return False if self.shards is not None or self.scoring is not None else None
 
     @property
     def written(self) -> dict[str, str]:
-        """Folders and URLs that jobs write to, but for the run folder: path by key."""
-        found = {
+        """Folders and URLs that a job writes to, except for the run folder, by key."""
+        paths = {
             f"{name}.path": getattr(self, name).path
             for name in ("store", "registry", "shards", "scoring")
             if getattr(self, name) is not None and (name != "registry" or self.writes_registry is not False)
         }
         if self.reference is not None:
-            found["reference.cache"] = self.reference.cache
+            paths["reference.cache"] = self.reference.cache
         if self.checkpoint is not None and self.checkpoint.upload_path is not None:
-            found["checkpoint.upload_path"] = self.checkpoint.upload_path
-        return found
+            paths["checkpoint.upload_path"] = self.checkpoint.upload_path
+        return paths
 
 
 VERB = Verb(
     "verbs.doctor.driver",
     DoctorConfig,
-    "see whether this machine, and its cluster, can do the work; exit code 1 says that it cannot",
+    "check whether this machine, and its cluster, can do the work; exit code 1 if not",
     "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
 )

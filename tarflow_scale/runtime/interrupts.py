@@ -1,7 +1,7 @@
-"""Ctrl-C while modules are imported, when nothing is begun and nothing has to be put in order: the process ends.
+"""Ctrl-C during imports ends the process at once, because there is no work yet to clean up.
 
-Python's own way is an exception. In an import it shows a traceback, aborts the process where C++ code calls Python, or
-is dropped where it comes up in a callback, and the work goes on as if nobody had asked it to stop.
+Python raises an exception instead. During an import the exception shows a traceback, aborts the process if C++ code
+calls Python, or is dropped in a callback, so that the work continues.
 """
 
 import os
@@ -16,19 +16,19 @@ INTERRUPTED_CODE = 130
 
 
 def end_process() -> None:
-    """From here on Ctrl-C ends this process at once, unless the caller has had it ignored, as nohup does."""
+    """From now on Ctrl-C ends this process at once, unless the parent made it ignore SIGINT, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_exceptions() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt again, where `end_process` has changed that."""
+    """From now on Ctrl-C raises KeyboardInterrupt again, if `end_process` has changed that."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # standard error is closed
             os.write(2, f"{INTERRUPTED}\n".encode())
     os._exit(INTERRUPTED_CODE)

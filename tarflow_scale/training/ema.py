@@ -1,8 +1,8 @@
-"""Exponential moving averages of the weights, kept where the fp32 masters are kept.
+"""Exponential moving averages of the weights, divided among ranks like the fp32 masters.
 
-At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank holds all weights, rank r averages
-slice r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is
-gathered, parameter by parameter, only to be saved, exported, validated or sampled from.
+At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank has all weights, rank r averages slice
+r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is gathered,
+parameter by parameter, only to save, export, validate or sample from it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class WeightAverages:
 
     Args:
         engine: the engine.
-        half_lives_images: a half-life for each average; shorter at the start of training, see `average_decay`.
+        half_lives_images: the half-life of each average; it is shorter at the start of training, see `average_decay`.
     """
 
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class WeightAverages:
     @property
     def num_bytes(self) -> int:
         """Memory of all averages on this rank."""
-        return sum(one.numel() * one.element_size() for averages in self._averages.values() for one in averages)
+        return sum(view.numel() * view.element_size() for averages in self._averages.values() for view in averages)
 
     def full(self, half_life: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and whole average of every parameter, one at a time; all ranks must iterate to the end.
@@ -82,7 +82,7 @@ class WeightAverages:
 
 
 class _Slice:
-    """This rank's part ``[start, stop)`` of a flattened tensor that every rank holds whole."""
+    """This rank's part ``[start, stop)`` of a flattened tensor that every rank has completely."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start = start

@@ -75,7 +75,7 @@ def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
         if changed := changes(yaml.safe_load(before), resolved):
             kept = folder / f"config-until-{images_seen:012d}.yaml"
             storage.write_bytes(str(kept), before)
-            print(f"going on with other settings: {changed} (the earlier ones: {kept})")
+            print(f"continuing with other settings: {changed} (the earlier ones: {kept})")
     storage.write_bytes(str(current), yaml.safe_dump(resolved, sort_keys=False).encode())
     environment = {
         "config_digest": storage.digest(canonical_json(resolved)),

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, and if asked for TensorBoard and Weights & Biases."""
+"""The log of a run: JSON lines, and optionally TensorBoard and Weights & Biases."""
 
 import json
 import math
@@ -23,8 +23,8 @@ class JsonLog:
 
     Args:
         path: the file.
-        keep_until_images: on resuming, lines with ``images`` beyond this are removed, because they will be written
-            again; None keeps all.
+        keep_until_images: lines with more ``images`` are removed, because a resumed run writes them again; None keeps
+            all.
     """
 
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
@@ -32,7 +32,7 @@ class JsonLog:
         kept = _whole_lines(path, math.inf if keep_until_images is None else keep_until_images)
         staged = path.with_name(f".{path.name}.partial")
         staged.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        staged.replace(path)  # at once, so that a kill here loses nothing
+        staged.replace(path)  # atomic, so that a kill here loses nothing
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -52,10 +52,10 @@ class JsonLog:
 
 
 class Log:
-    """Records with ``images``, to several places at once; to none on ranks that do not log.
+    """Writes records to several sinks; to none on ranks that do not log.
 
     Args:
-        sinks: the places.
+        sinks: functions that take a record.
     """
 
     def __init__(self, sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> None:
@@ -68,10 +68,10 @@ class Log:
 
 
 def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
-    """See that what is to be logged to is installed.
+    """Check that the packages for logging are installed.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: a package is missing.
     """
     for wanted, package, key in (
         (tensorboard, "tensorboard", "logging.tensorboard"),
@@ -83,16 +83,16 @@ def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
 
 @contextmanager
 def open_log(
-    folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, facts: Mapping[str, Any]
+    folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, settings: Mapping[str, Any]
 ) -> Generator[Log]:
-    """``log.jsonl``, and if asked for TensorBoard's events and a run of Weights & Biases.
+    """Open ``log.jsonl``, and if wanted TensorBoard's event files and a run of Weights & Biases.
 
     Args:
-        folder: of the run.
-        keep_until_images: what lies beyond will be logged again.
+        folder: the run folder.
+        keep_until_images: records after this will be written again.
         tensorboard: whether to write ``tensorboard/``.
         wandb_project: project, or None.
-        facts: the configuration that Weights & Biases shows.
+        settings: the configuration that Weights & Biases shows.
     """
     with ExitStack() as stack:
         sinks: list[Callable[[Mapping[str, Any]], None]] = []
@@ -112,7 +112,7 @@ def open_log(
                 id=_wandb_id(folder),
                 resume="allow",
                 dir=str(folder),
-                config=dict(facts),
+                config=dict(settings),
             )
             stack.callback(run.finish)
             sinks.append(lambda record: run.log(dict(record), step=record["images"]))
@@ -120,10 +120,10 @@ def open_log(
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this folder's run of Weights & Biases: random, made once, and kept in ``wandb-id.json``.
+    """The id of this folder's run of Weights & Biases: a random id, kept in ``wandb-id.json``.
 
-    A folder that was moved, restored or mounted elsewhere has the path or the inode that the file names, and goes on
-    with its run. A copy has neither and becomes a run of its own; otherwise two runs would write to one.
+    A folder that was moved, restored or mounted elsewhere still has the path or the inode in the file, and continues
+    its run. A copy of a folder has neither and gets a new id; otherwise two folders would write to the same run.
 
     Raises:
         ConfigError: the file is damaged.
