@@ -37,7 +37,7 @@ def environment() -> list[Finding]:
 
 
 def _interfaces() -> Finding | None:
-    """Check network interfaces. NCCL takes prefixes, or with ``=`` names, or with ``^`` exclusions; gloo takes names."""
+    """Check network interfaces. NCCL takes prefixes, ``=`` for names, ``^`` for exclusions; gloo takes names."""
     there = [name for _, name in socket.if_nameindex()]
     far = distributed.world_size() > distributed.local_world_size()
     for variable, exact in (("NCCL_SOCKET_IFNAME", False), ("GLOO_SOCKET_IFNAME", True)):
