@@ -43,13 +43,6 @@ def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
     assert [name for name, count in (modules + classes).items() if count > 1] == []
 
 
-def test_tests_mirror_the_package() -> None:
-    modules = {path.relative_to(TOP / "tarflow_scale") for path in (TOP / "tarflow_scale").rglob("*.py")}
-    for test in (TOP / "tests").rglob("test_*.py"):
-        folder = test.relative_to(TOP / "tests").parent
-        assert folder == Path() or any(module.parent == folder for module in modules), test
-
-
 def roots(kind: type[Root] = Root) -> set[str]:
     """Names of the configurations of verbs."""
     return {kind.__name__}.union(*map(roots, kind.__subclasses__()))
@@ -83,6 +76,13 @@ def test_only_entry_functions_take_a_whole_configuration() -> None:
             tree = ast.parse(path.read_text())
             takers |= {(module, name) for name, text in annotations(tree) if whole & set(re.findall(r"\w+", text))}
     assert sorted(takers - entries) == []
+
+
+def test_tests_mirror_the_package() -> None:
+    modules = {path.relative_to(TOP / "tarflow_scale") for path in (TOP / "tarflow_scale").rglob("*.py")}
+    for test in (TOP / "tests").rglob("test_*.py"):
+        folder = test.relative_to(TOP / "tests").parent
+        assert folder == Path() or any(module.parent == folder for module in modules), test
 
 
 def test_the_readme_shows_what_the_results_file_says() -> None:

@@ -1,1 +1,1 @@
-"""What a recipe needs of GPUs: operations, memory, traffic, time."""
+"""What a training recipe needs: floating-point operations, memory, network traffic and time."""

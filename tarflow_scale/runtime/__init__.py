@@ -1,1 +1,1 @@
-"""This process and its machine: ranks, signals, cores, the console, and what made a result."""
+"""This process and its machine: ranks, signals, CPU cores, the console, and the provenance of results."""

@@ -1,7 +1,7 @@
-"""Ctrl-C during imports ends the process at once, because there is no work yet to clean up.
+"""Ctrl-C while modules are imported: the process ends at once, because no work has started.
 
-Python raises an exception instead. During an import the exception shows a traceback, aborts the process if C++ code
-calls Python, or is dropped in a callback, so that the work continues.
+Python's default is to raise KeyboardInterrupt. During an import this prints a traceback, aborts the process if C++ code
+has called Python, or is lost if it is raised in a callback.
 """
 
 import os
@@ -16,13 +16,13 @@ INTERRUPTED_CODE = 130
 
 
 def end_process() -> None:
-    """From now on Ctrl-C ends this process at once, unless the parent made it ignore SIGINT, as nohup does."""
+    """Make Ctrl-C end this process at once, unless the caller made the process ignore it, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def raise_exceptions() -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt again, if `end_process` has changed that."""
+    """Make Ctrl-C raise KeyboardInterrupt again, if `end_process` has changed that."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

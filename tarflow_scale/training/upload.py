@@ -82,7 +82,7 @@ class Uploader:
     def _listed(target: str) -> dict[str, int]:
         try:
             return storage.list_sizes(target)
-        except StorageError:  # it does not exist yet, or the store fails for a while
+        except StorageError:  # not there yet, or the store fails for a while
             return {}
 
     @staticmethod
