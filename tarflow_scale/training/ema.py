@@ -28,7 +28,7 @@ class WeightAverages:
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:
         self.half_lives = tuple(half_lives_images)
         self._engine = engine
-        self._own = [_Slice.of(flat) for flat in engine.masters()] if engine.stage == 0 else None
+        self._own = [_own_part(master) for master in engine.masters()] if engine.stage == 0 else None
         self._averages = {half_life: [view.clone() for view in self._views()] for half_life in self.half_lives}
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class WeightAverages:
             return
         for name, own, average in zip(self._engine.names, self._own, averages, strict=True):
             whole = torch.zeros_like(self._engine.full_weight(name))
-            whole.view(-1)[own.start : own.stop] = average
+            whole.view(-1)[own] = average
             yield name, all_reduce_sum(whole)
 
     def load(self, half_life: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -71,25 +71,18 @@ class WeightAverages:
             return
         places = {name: i for i, name in enumerate(self._engine.names)}
         for name, value in weights:
-            own = self._own[places[name]]
-            averages[places[name]].copy_(value.reshape(-1)[own.start : own.stop])
+            i = places[name]
+            averages[i].copy_(value.reshape(-1)[self._own[i]])
 
     def _views(self) -> list[Tensor]:
         masters = self._engine.masters()
         if self._own is None:
             return masters
-        return [master.view(-1)[own.start : own.stop] for master, own in zip(masters, self._own, strict=True)]
+        return [master.view(-1)[own] for master, own in zip(masters, self._own, strict=True)]
 
 
-class _Slice:
-    """This rank's part ``[start, stop)`` of a flattened tensor that every rank has completely."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start = start
-        self.stop = stop
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Slice":
-        share = -(-tensor.numel() // world_size())
-        start = min(rank() * share, tensor.numel())
-        return cls(start, min(start + share, tensor.numel()))
+def _own_part(tensor: Tensor) -> slice:
+    """This rank's part of a flattened tensor that every rank has completely."""
+    share = -(-tensor.numel() // world_size())
+    start = min(rank() * share, tensor.numel())
+    return slice(start, min(start + share, tensor.numel()))

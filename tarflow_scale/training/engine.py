@@ -333,20 +333,21 @@ class Engine:
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
 
     @contextmanager
-    def exchanged(self, others: Sequence[Tensor | None]) -> Generator[None]:
+    def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
         """Swap the masters with tensors of the same layout, so that `full_weight` and `set_master` act on those."""
-        self._swap(others)
+
+        def swap() -> None:
+            for master, tensor in zip(self.masters(), tensors, strict=True):
+                if tensor is not None:
+                    kept = master.clone()
+                    master.copy_(tensor)
+                    tensor.copy_(kept)
+
+        swap()
         try:
             yield
         finally:
-            self._swap(others)
-
-    def _swap(self, others: Sequence[Tensor | None]) -> None:
-        for master, other in zip(self.masters(), others, strict=True):
-            if other is not None:
-                kept = master.clone()
-                master.copy_(other)
-                other.copy_(kept)
+            swap()
 
     def _flat_moments(self, moment: str) -> list[Tensor | None]:
         """A moment of AdamW if Muon has the other groups, where DeepSpeed's own function fails (0.19.8)."""

@@ -82,7 +82,7 @@ class Loop:
 
         Args:
             progress: where to begin; it is updated.
-            log: receives the figures, on rank 0.
+            log: receives the figures.
 
         Raises:
             UserError: too many steps in a row were not finite, the loss jumped too often, or a checkpoint cannot be
@@ -218,7 +218,7 @@ class Loop:
         if validated is not None:
             held_out = {"nats": validated, "bits": bits_per_dim(validated, self.pixels)}
             record |= {f"validation_{unit}_per_dim": value for unit, value in held_out.items()}
-        log.write(record)
+        log(record)
 
     def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
         """Nats per dimension of held-out images; None if validation is not due."""

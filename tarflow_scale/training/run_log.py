@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import util
 from pathlib import Path
@@ -15,6 +15,8 @@ from tarflow_scale.errors import ConfigError
 
 __all__ = ["JsonLog", "Log", "check_log_packages", "open_log"]
 
+Log = Callable[[Mapping[str, Any]], None]
+"""Writes a record."""
 _WANDB_ID = "wandb-id.json"
 
 
@@ -51,22 +53,6 @@ class JsonLog:
         self.close()
 
 
-class Log:
-    """Writes records to several sinks; to none on ranks that do not log.
-
-    Args:
-        sinks: functions that take a record.
-    """
-
-    def __init__(self, sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> None:
-        self._sinks = sinks
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one record."""
-        for sink in self._sinks:
-            sink(record)
-
-
 def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
     """Check that the packages for logging are installed.
 
@@ -95,8 +81,7 @@ def open_log(
         settings: the configuration that Weights & Biases shows.
     """
     with ExitStack() as stack:
-        sinks: list[Callable[[Mapping[str, Any]], None]] = []
-        sinks.append(stack.enter_context(JsonLog(folder / "log.jsonl", keep_until_images)).write)
+        sinks: list[Log] = [stack.enter_context(JsonLog(folder / "log.jsonl", keep_until_images)).write]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -116,7 +101,12 @@ def open_log(
             )
             stack.callback(run.finish)
             sinks.append(lambda record: run.log(dict(record), step=record["images"]))
-        yield Log(sinks)
+
+        def write(record: Mapping[str, Any]) -> None:
+            for sink in sinks:
+                sink(record)
+
+        yield write
 
 
 def _wandb_id(folder: Path) -> str:
@@ -141,8 +131,6 @@ def _wandb_id(folder: Path) -> str:
         if is_copy:
             print(f"{folder} is a copy of {before['path']}: a new run of Weights & Biases", file=sys.stderr, flush=True)
             identity = uuid.uuid4().hex
-    elif (folder / "wandb").is_dir():  # of an earlier version of this package, which took the name
-        identity = folder.resolve().name
     else:
         identity = uuid.uuid4().hex
     staged = kept.with_name(f".{kept.name}.partial")

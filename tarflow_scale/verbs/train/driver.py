@@ -14,7 +14,7 @@ that receives a stop signal saves a checkpoint and ends with exit code 75. A run
 its latest complete checkpoint; on the same number of ranks it repeats them to the same weights.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -168,7 +168,7 @@ def _recorded(
 ) -> Generator[run_log.Log]:
     """Write the records of the run folder on rank 0: settings, log, status."""
     if not distributed.is_main():
-        yield run_log.Log()
+        yield lambda record: None
         return
     describe_run(logging.path, resolved, progress.images_seen)
 
@@ -179,13 +179,17 @@ def _recorded(
 
     status("running")
     try:
+        folder, project = storage.local(logging.path), logging.wandb_project
         with (
-            run_log.open_log(
-                storage.local(logging.path), progress.images_seen, logging.tensorboard, logging.wandb_project, resolved
-            ) as log,
-            CurveFile(logging.path) as curve,
+            run_log.open_log(folder, progress.images_seen, logging.tensorboard, project, resolved) as log,
+            CurveFile(logging.path) as curve,  # reads the log
         ):
-            yield run_log.Log([log.write, curve.take])
+
+            def write(record: Mapping[str, Any]) -> None:
+                log(record)
+                curve.take(record)
+
+            yield write
     except Interrupted as error:
         status("stopped", str(error))
         raise
