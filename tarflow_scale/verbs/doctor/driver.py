@@ -172,9 +172,8 @@ def _findings(checks: list[_Check]) -> Iterator[Finding]:
 
 def _answers(check: _Check) -> list[Finding]:
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="tarflow-scale-"
-        ) as folder:  # of this process, so that it is removed if the child is killed
+        # A folder of this process is removed even if the child is killed.
+        with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
             return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
         _undo(check)
@@ -182,11 +181,8 @@ def _answers(check: _Check) -> list[Finding]:
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
     except ChildProcessError as error:
         _undo(check)
-        return [
-            failed(
-                check.name, f"the check crashed, {error}", "repair what the message names, usually by reinstalling it"
-            )
-        ]
+        advice = "repair what the message names, usually by reinstalling it"
+        return [failed(check.name, f"the check crashed, {error}", advice)]
     except OSError as error:  # of this process
         advice = "set TMPDIR to a folder that can be written and has room"
         return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]

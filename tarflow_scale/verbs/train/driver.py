@@ -24,8 +24,7 @@ import torch
 from tarflow_scale import storage
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
 from tarflow_scale.config.data import DataConfig
-from tarflow_scale.config.model import ModelConfig
-from tarflow_scale.config.train import LoggingConfig, TrainConfig, TrainingConfig
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, Recipe, TrainConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
 from tarflow_scale.flows import Flow
 from tarflow_scale.pages.runs import CURVE_NAME, CurveFile
@@ -46,7 +45,7 @@ from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress
 from tarflow_scale.training.zero import deepspeed_config, model_size
 from tarflow_scale.verbs.train.identity import identity_of
-from tarflow_scale.verbs.train.inputs import open_inputs
+from tarflow_scale.verbs.train.inputs import Inputs, open_inputs
 from tarflow_scale.verbs.train.overview import print_overview
 from tarflow_scale.verbs.train.preview import preview_of
 from tarflow_scale.verbs.train.publish import Publication
@@ -61,94 +60,103 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         UserError: the data set, the counts or the run folder do not fit the configuration.
         Interrupted: the run was asked to stop and can continue.
     """
-    data, model, training, parallelism = config.data, config.model, config.training, config.parallelism
-    logging, resolved = config.logging, config.model_dump(mode="json")
-    inputs = open_inputs(data, config.validation, model, training)
-    manifest = inputs.manifest
+    data, logging, recipe = config.data, config.logging, config.recipe
+    inputs = open_inputs(data, config.validation, recipe.model, recipe.training)
     with torch.device("meta"):
-        size = model_size(flow_of(model, manifest))
+        size = model_size(flow_of(recipe.model, inputs.manifest))
     ranks = distributed.world_size()
-    deepspeed_config(config.optimizer, training, parallelism, size.parameters, ranks)
+    deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, size.parameters, ranks)
     run_log.check_log_packages(logging.tensorboard, logging.wandb_project)
     course = Course(
         logging.path,
         config.checkpoint.upload_path,
-        training,
+        recipe.training,
         config.schedule,
-        config.optimizer.peak_lr,
-        identity_of(inputs.mix, data, config.recipe),
+        recipe.optimizer.peak_lr,
+        identity_of(inputs.mix, data, recipe),
     )
     latest = course.latest(reads_files=False)
     if distributed.is_main():
         output = f"{logging.path}, registry {config.registry.path}"
-        print_overview(config.recipe, inputs.mix, manifest, size, data.shuffle_block, course.begins(latest), output)
+        print_overview(recipe, inputs, size, data.shuffle_block, course.begins(latest), output)
     if dry_run:
         if latest is not None and (line := course.rate_change(latest[1])):
             _say(line)
         return
 
-    with _joined(training.threads, logging.path) as device:
-        torch.manual_seed(training.seed)
-        flow = flow_of(model, manifest)
-        flow.pixels, flow.activations = inputs.pixels, parallelism.activations
-        reader = _loader(inputs.mix, data, training.seed, logging.path, device)
-        _say("initializing the flow on the first images")
-        _initialize(flow.to(device), reader, training, model.class_conditional)
-        _say("starting DeepSpeed")
-        engine = Engine(flow, device, config.optimizer, training, parallelism)
-        loop = Loop(
-            engine=engine,
-            averages=WeightAverages(engine, training.ema_half_life_images),
-            reader=reader,
-            pixels=inputs.pixels,
-            vectors=manifest.vectors,
-            conditional=model.class_conditional,
-            course=course,
-            training=training,
-            checkpoints=config.checkpoint,
-            logging=logging,
-            validation=inputs.validation,
-            meter=_meter(model, manifest.event_shape, logging.peak_flops or peak_flops_of(device)),
-            preview=preview_of(model, manifest, inputs.pixels, logging.path, logging.preview_guidance, device),
-        )
-        progress = loop.resume()
-        _say(_next_steps(logging, progress.images_seen, course.total_images))
-        with _recorded(logging, resolved, progress, course.total_images) as log:
-            loop.fit(progress, log)
-        half_lives = training.ema_half_life_images
-        publication = Publication(
-            logging.path,
-            config.registry,
-            inputs.mix.manifest.facts(),
-            size.parameters,
-            half_lives[0],
-            canonical_json(resolved),
-        )
-        for half_life in reversed(half_lives):
-            weights = loop.averaged_weights(half_life)
-            if distributed.is_main():
-                publication.publish(flow, weights, half_life, progress.images_seen)
+    publication = Publication(
+        logging.path,
+        config.registry,
+        inputs.mix.manifest.facts(),
+        size.parameters,
+        recipe.training.ema_half_life_images[0],
+        config.model_dump(mode="json"),
+    )
+    follow_launcher()
+    if ranks > 1:
+        _say(f"waiting for all {ranks} ranks")
+    device = start_process_group(recipe.training.threads)
+    check_shared(logging.path, device)
+    with ExitStack() as held:
+        distributed.from_main(lambda: held.enter_context(exclusive(storage.local(logging.path), STOP_SECONDS)))
+        _train(recipe, data, config.checkpoint, logging, inputs, course, publication, device)
+    distributed.barrier()
+    distributed.shut_down()
+
+
+def _train(
+    recipe: Recipe,
+    data: DataConfig,
+    checkpoint: CheckpointConfig,
+    logging: LoggingConfig,
+    inputs: Inputs,
+    course: Course,
+    publication: Publication,
+    device: torch.device,
+) -> None:
+    model, training, manifest = recipe.model, recipe.training, inputs.manifest
+    torch.manual_seed(training.seed)
+    flow = flow_of(model, manifest)
+    flow.pixels, flow.activations = inputs.pixels, recipe.parallelism.activations
+    reader = _loader(inputs.mix, data, training.seed, logging.path, device)
+    _say("initializing the flow on the first images")
+    _initialize(flow.to(device), reader, training, model.class_conditional)
+    _say("starting DeepSpeed")
+    engine = Engine(flow, device, recipe.optimizer, training, recipe.parallelism)
+    loop = Loop(
+        engine=engine,
+        averages=WeightAverages(engine, training.ema_half_life_images),
+        reader=reader,
+        pixels=inputs.pixels,
+        vectors=manifest.vectors,
+        conditional=model.class_conditional,
+        course=course,
+        training=training,
+        checkpoints=checkpoint,
+        logging=logging,
+        validation=inputs.validation,
+        meter=Meter(
+            flops_per_image=training_flops(model, manifest.event_shape),
+            tokens_per_image=tokens_per_image(model, manifest.event_shape),
+            peak_flops=logging.peak_flops or peak_flops_of(device),
+            ranks=distributed.world_size(),
+        ),
+        preview=preview_of(model, manifest, inputs.pixels, logging.path, logging.preview_guidance, device),
+    )
+    progress = loop.resume()
+    _say(_next_steps(logging, progress.images_seen, course.total_images))
+    with _recorded(logging, publication.configuration, progress, course.total_images) as log:
+        loop.fit(progress, log)
+    for half_life in reversed(training.ema_half_life_images):
+        weights = loop.averaged_weights(half_life)
+        if distributed.is_main():
+            publication.publish(flow, weights, half_life, progress.images_seen)
 
 
 def _say(text: str) -> None:
     """Print a line on rank 0."""
     if distributed.is_main():
         print(text)
-
-
-@contextmanager
-def _joined(threads: int, path: str) -> Generator[torch.device]:
-    """Join the other ranks, lock the run folder until the end, and give this rank's device."""
-    follow_launcher()
-    if (ranks := distributed.world_size()) > 1:
-        _say(f"waiting for all {ranks} ranks")
-    device = start_process_group(threads)
-    check_shared(path, device)
-    with ExitStack() as held:
-        distributed.from_main(lambda: held.enter_context(exclusive(storage.local(path), STOP_SECONDS)))
-        yield device
-    distributed.barrier()
-    distributed.shut_down()
 
 
 def _next_steps(logging: LoggingConfig, images_seen: int, total_images: int) -> str:
@@ -210,11 +218,6 @@ def _loader(mix: Mix, data: DataConfig, seed: int, path: str, device: torch.devi
         quarantine_path=str(storage.local(path) / f"quarantine-{rank:05d}.jsonl"),
         pin_memory=device.type == "cuda",
     )
-
-
-def _meter(model: ModelConfig, event_shape: tuple[int, ...], peak_flops: float | None) -> Meter:
-    flops, tokens = training_flops(model, event_shape), tokens_per_image(model, event_shape)
-    return Meter(flops, tokens, peak_flops, distributed.world_size())
 
 
 def _initialize(flow: Flow, reader: Loader, training: TrainingConfig, conditional: bool) -> None:

@@ -11,6 +11,7 @@ from tarflow_scale.runtime import console, distributed
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, MixPart
 from tarflow_scale.shards.order import steps_per_epoch
+from tarflow_scale.verbs.train.inputs import Inputs
 
 __all__ = ["print_overview"]
 
@@ -20,20 +21,20 @@ _REMOTE_READ_BYTES = 1_000_000
 
 
 def print_overview(
-    recipe: Recipe, mix: Mix, manifest: Manifest, size: ModelSize, shuffle_block: int, begins: str, output: str
+    recipe: Recipe, inputs: Inputs, size: ModelSize, shuffle_block: int, begins: str, output: str
 ) -> None:
     """Print the table.
 
     Args:
         recipe: model, optimizer, training and parallelism.
-        mix: the training data.
-        manifest: their manifest, with the size of the images that the model sees.
+        inputs: the data sets.
         size: number of parameters.
         shuffle_block: samples of a block, ``data.shuffle_block``.
         begins: in words, where training begins.
         output: in words, where results go.
     """
     training, parallelism, ranks = recipe.training, recipe.parallelism, distributed.world_size()
+    mix, manifest = inputs.mix, inputs.manifest
     steps = -(-training.total_images // training.global_batch_size)
     memory = memory_per_rank(recipe, manifest.event_shape, size, ranks, torch.cuda.is_available())
     state = memory.total - memory.activations - memory.context

@@ -3,6 +3,7 @@
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from tarflow_scale.config.versions import RegistryConfig
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.weights import flow_files
-from tarflow_scale.records import DataSetFacts
+from tarflow_scale.records import DataSetFacts, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import provenance
 from tarflow_scale.training.checkpoint import newest as newest_checkpoint
@@ -32,7 +33,7 @@ class Publication:
         num_parameters: of the flow.
         first_half_life: of the averages, in images; this average is exported to ``model/``, the others to
             ``model-ema-<half-life>/``.
-        configuration: the resolved configuration, as canonical JSON.
+        configuration: the resolved configuration.
     """
 
     folder: str
@@ -40,14 +41,14 @@ class Publication:
     data: DataSetFacts
     num_parameters: int
     first_half_life: int
-    configuration: bytes
+    configuration: dict[str, Any]
 
     def publish(self, flow: Flow, weights: dict[str, Tensor], half_life: int, images_seen: int) -> None:
         """Export and register one average."""
         data = self.data
         if data.vectors is None:
             data = data.model_copy(update={"image_size_pixels": flow.event_shape[1]})
-        files = flow_files(flow, weights)
+        files, configuration = flow_files(flow, weights), canonical_json(self.configuration)
         exported = "model" if half_life == self.first_half_life else f"model-ema-{half_life}"
         for name, content in files.items():
             storage.write_bytes(f"{self.folder}/{exported}/{name}", content)
@@ -64,13 +65,13 @@ class Publication:
                 "parameters": self.num_parameters,
                 "images_seen": images_seen,
                 "ema_half_life_images": half_life,
-                "config_digest": storage.digest(self.configuration),
+                "config_digest": storage.digest(configuration),
                 "git_commit": provenance.git_commit(),
                 "packages": provenance.package_versions(),
                 "checkpoint": newest_checkpoint(f"{self.folder}/checkpoints"),
             },
             f"end of training {self.folder}",
-            self.configuration,
+            configuration,
         )
         name = f"{self.registry.model}@{version.version}"
         if version.version in known:
