@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
-from tarflow_scale.config.model import ModelConfig, RealNVPConfig
+from tarflow_scale.config.model import Activations, ModelConfig
 from tarflow_scale.config.verb import Verb
 from tarflow_scale.config.versions import RegistryConfig
 
@@ -206,7 +206,7 @@ class ParallelismConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
-    activations: Literal["keep", "checkpoint", "rebuild"] = "keep"
+    activations: Activations = "keep"
     """``checkpoint``: save only the inputs of layers, and run each layer again in the backward pass.
     ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth. Both take more time."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -307,14 +307,14 @@ class TrainConfig(Root):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
-        guidance, kind = self.logging.preview_guidance, self.model.kind
+        guidance = self.logging.preview_guidance
         if guidance > 0 and not self.model.class_conditional:
             raise ValueError(
                 f"logging.preview_guidance needs model.class_conditional (got {guidance} and false); set it to 0"
             )
-        if guidance > 0 and kind not in ("tarflow", "glow", "realnvp"):
+        if guidance > 0 and not self.model.capabilities.guidance:
             raise ValueError(
-                f"logging.preview_guidance has no effect on model.kind={kind} (got {guidance}); set it to 0"
+                f"logging.preview_guidance has no effect on model.kind={self.model.kind} (got {guidance}); set it to 0"
             )
         warmup, decay, total = self.schedule.warmup_images, self.schedule.decay_images, self.training.total_images
         if warmup + (decay or 0) >= total:
@@ -341,7 +341,8 @@ def _check_recipe(
     Raises:
         ValueError: two of them contradict each other.
     """
-    batch, micro, kind = training.global_batch_size, training.micro_batch_size, model.kind
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    kind, capabilities = model.kind, model.capabilities
     if batch % micro:
         raise ValueError(
             f"training.global_batch_size must be a multiple of training.micro_batch_size "
@@ -357,23 +358,17 @@ def _check_recipe(
             f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
             f"{training.noise.kind}); remove either"
         )
-    if parallelism.activations == "rebuild" and kind != "glow":
+    if parallelism.activations not in capabilities.activations:
         raise ValueError(
-            f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
-            f"{kind}); use checkpoint"
+            f"parallelism.activations must be {' or '.join(capabilities.activations)} for this model (got "
+            f"{parallelism.activations} and model.kind={kind}); use {capabilities.activations[-1]}"
         )
-    batch_norm = isinstance(model, RealNVPConfig) and model.normalization == "batch"
-    if (batch_norm or kind == "continuous") and parallelism.activations != "keep":
+    if parallelism.zero_stage == 3 and not capabilities.divided_weights:
         raise ValueError(
-            f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
-            f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
-        )
-    if kind == "continuous" and parallelism.zero_stage == 3:
-        raise ValueError(
-            "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
+            f"parallelism.zero_stage=3 divides weights that this model needs whole (got model.kind={kind}); use 2"
         )
     muon = optimizer.kind == "muon"
-    if kind in ("maf", "iaf", "continuous") and (parallelism.compile or muon):
+    if not capabilities.separate_networks and (parallelism.compile or muon):
         raise ValueError(
             f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them out"
         )

@@ -6,7 +6,7 @@ Ranks, ZeRO stage, logging and length may change; `batch_statistics` has the one
 from typing import Any
 
 from tarflow_scale.config.data import DataConfig
-from tarflow_scale.config.model import ModelConfig, RealNVPConfig
+from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.train import Recipe, TrainingConfig
 from tarflow_scale.runtime import distributed
 from tarflow_scale.shards.mix import Mix
@@ -43,7 +43,7 @@ def batch_statistics(model: ModelConfig, training: TrainingConfig) -> dict[str, 
     A pass takes a micro batch of every rank. If that is the whole batch, its division among ranks has no effect;
     otherwise the division decides which images share statistics.
     """
-    if not (isinstance(model, RealNVPConfig) and model.normalization == "batch"):
+    if not model.capabilities.batch_statistics:
         return {}
     division = [training.micro_batch_size, distributed.world_size()]
     whole = training.global_batch_size
