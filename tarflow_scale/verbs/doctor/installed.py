@@ -123,31 +123,24 @@ def compiler() -> list[Finding]:
     """Check that C++ compiles with Python's headers: DeepSpeed builds operators, torch.compile builds kernels."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
+        text = os.environ.get(variable)
         try:
-            commands[name] = shlex.split(os.environ.get(variable) or name)
+            command = shlex.split(text or name)
         except ValueError as error:
-            words = f"{variable}={os.environ[variable]} is no command ({error})"
-            return [failed("compiler", words, f"correct its quotes, or unset {variable}")]
+            problem = f"{variable}={text} is no command ({error})"
+            return [failed("compiler", problem, f"correct its quotes, or unset {variable}")]
+        if text and command != [name] and not (command and shutil.which(command[0])):
+            problem = f"{variable}={text} names no command on the PATH"
+            return [failed("compiler", problem, f"correct {variable} or unset it")]
+        commands[name] = command
     advice = "install them, e.g. apt-get install gcc g++"
-    for name, variable in (("gcc", "CC"), ("g++", "CXX")):
-        if (
-            variable in os.environ
-            and commands[name] != [name]
-            and (not commands[name] or not shutil.which(commands[name][0]))
-        ):
-            words = f"{variable}={os.environ[variable]} names no command on the PATH"
-            return [failed("compiler", words, f"correct {variable} or unset it")]
     if missing := [name for name, command in commands.items() if shutil.which(command[0]) is None]:
         return [failed("compiler", f"no {' and no '.join(missing)} on the PATH", advice)]
     command = commands["g++"]
     if error := _compile(command, "#include <vector>\n"):
         return [failed("compiler", f"{shlex.join(command)} does not compile ({error})", advice)]
     if error := _compile(command, "#include <Python.h>\n"):
-        return [
-            warning(
-                "compiler", f"Python's headers are missing ({error})", "torch.compile needs them: install python3-dev"
-            )
-        ]
+        return [warning("compiler", f"no Python.h ({error})", "torch.compile needs it: install python3-dev")]
     version = subprocess.run(
         [*command, "-dumpfullversion"], capture_output=True, text=True, errors="replace", check=False
     ).stdout
