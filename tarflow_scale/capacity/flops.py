@@ -2,8 +2,8 @@
 
 A multiplication and an addition are two operations. The count includes matrix products and convolutions and leaves out
 elementwise operations, as is usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare it with
-`torch.utils.flop_counter`, which cannot replace it: that counts causal attention whole, counts what a batch of one
-pays for Glow's triangular matrices, and cannot trace a continuous flow.
+`torch.utils.flop_counter`. That cannot replace it: it counts the masked half of causal attention, and without real
+tensors it cannot run flows that read values, as ActNorm and ODE solvers do.
 
 TarFlow, a block of K layers of width C on T tokens of F features:
 
