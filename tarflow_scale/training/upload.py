@@ -38,6 +38,11 @@ class Uploader:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether an upload is running."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, folder: str, own_files: Sequence[str]) -> None:
         """Start the upload of a complete checkpoint, after the one before; ``own_files`` are those of this rank."""
         self.wait()
