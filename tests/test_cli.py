@@ -65,7 +65,7 @@ def test_the_manual_tells_sections_of_a_kind_apart(capsys: pytest.CaptureFixture
         text = capsys.readouterr().out
         headings = [line.split(":  ", 1)[1] for line in text.splitlines() if ":  " in line]
         assert len(headings) == len(set(headings))
-    assert "  model (none)\n      Of `train`; see its manual for the keys.\n" in text
+    assert "  model (none)\n      Section of `train`; see its manual for the keys.\n" in text
 
 
 def test_models_and_promote_import_nothing_heavy(trained: object, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Configuration of the verb ``doctor``: sections of other verbs, under their names, and a few of its own."""
+"""Configuration of the verb ``doctor``: the sections of other verbs, and a few of its own."""
 
 from typing import Any, Literal, get_args
 
@@ -30,60 +30,60 @@ CheckName = Literal[
     "data", "store", "weights", "cluster",
 ]  # fmt: skip
 CHECKS: tuple[CheckName, ...] = get_args(CheckName)
-"""All checks, in order."""
+"""All checks, in the order in which they run."""
 
 
 class ChecksConfig(Section):
-    """Which checks are made, and how long each may take."""
+    """Which checks run, and how long each may take."""
 
     only: tuple[CheckName, ...] = CHECKS
-    """The checks to make."""
+    """The checks to run."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """A check that takes longer is ended, and fails."""
+    """A check that takes longer is stopped and counts as failed."""
 
 
 class RanksConfig(Section):
-    """The check of collectives. Under a launcher all its ranks take part, and the check starts none."""
+    """The check of collective operations. Under a launcher all its ranks take part, and no others are started."""
 
     num_ranks: int = Field(default=2, ge=0)
-    """Gloo ranks to start on this machine if there is no launcher; 0 starts none."""
+    """Number of gloo ranks to start on this machine without a launcher; 0 starts none."""
     timeout_seconds: float = Field(default=30.0, gt=0)
-    """How long a rank waits for the others, once to answer and once to finish the all-reduce."""
+    """How long a rank waits for the others to connect, and again for the sum."""
 
 
 class StoreConfig(Section):
-    """A place that jobs write to and read from."""
+    """A folder or store that jobs write to and read from."""
 
     path: str
     """Folder or URL."""
 
 
 class FindingsConfig(Section):
-    """A file with the findings."""
+    """Where the findings are also written."""
 
     path: str
     """File or URL, JSON."""
 
 
 class CheckedMetricsConfig(MetricsConfig):
-    """Protocols and the weights that they need; protocols are optional."""
+    """Protocols and weights to check; either may be given alone."""
 
     protocols: tuple[str, ...] = ()
-    """Protocol files, which name extractors and the sha256 of their weights."""
+    """Protocol files, which name extractors and the required sha256 of their weights."""
 
 
 class WrittenShardsConfig(GeneratedShardsConfig):
     """Where ``prepare`` or ``generate`` writes."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Of ``prepare``; not checked."""
+    """A key of ``prepare``; it is not checked."""
 
 
 class DoctorConfig(Root):
-    """All sections are optional. Without any, the verb checks this machine; a section adds the checks of its jobs.
+    """Nothing is required. Without arguments it checks this machine; each section adds the needs of such a job.
 
-    A file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` works unchanged; sections that need no
-    check, such as ``optimizer``, are ignored.
+    It also accepts a file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score``, and ignores sections that
+    a machine cannot fail, such as ``optimizer``.
     """
 
     checks: ChecksConfig = ChecksConfig()
@@ -94,16 +94,16 @@ class DoctorConfig(Root):
     data: DataConfig | None = None
     reference: ReferenceConfig | None = None
     calibration: DataSetConfig | None = None
-    """Of ``score``: held-out normal images."""
+    """Held-out normal images of ``score``."""
     anomalies: DataSetConfig | None = None
-    """Of ``score``: known anomalous images."""
+    """Known anomalies of ``score``."""
     validation: ValidationConfig | None = None
     shards: WrittenShardsConfig | None = None
     scoring: ScoringConfig | None = None
     metrics: CheckedMetricsConfig | None = None
     cluster: ClusterConfig | None = None
     model: ModelConfig | None = None
-    """Of ``train``; see its manual for the keys."""
+    """Section of ``train``; see its manual for the keys."""
     training: TrainingConfig | None = None
     parallelism: ParallelismConfig = ParallelismConfig()
     checkpoint: CheckpointConfig | None = None
@@ -116,28 +116,28 @@ class DoctorConfig(Root):
         if foreign := {"report", "gate", "weights", "command"} & set(raw):
             raise ValueError(
                 f"doctor takes files of prepare, train, evaluate, generate and score (got section {min(foreign)}, "
-                f"which is of another verb); give one of these, or no file to check only this machine"
+                f"which belongs to another verb); give one of these, or no file to check only this machine"
             )
         ignored = {name for job in jobs for name in job.model_fields} - set(cls.model_fields)
         return {name: section for name, section in raw.items() if name not in ignored}
 
     @property
     def data_sets(self) -> dict[str, str]:
-        """Paths of the data sets that a job reads, by key."""
+        """Data sets that the job reads: path by key."""
         sections = ("data", "validation", "reference", "calibration", "anomalies")
         paths = {f"{name}.path": getattr(self, name).path for name in sections if getattr(self, name) is not None}
-        return paths | {f"data.mix.{i}.path": part.path for i, part in enumerate(self.data.mix if self.data else ())}
+        return paths | {f"data.mix.{i}.path": data.path for i, data in enumerate(self.data.mix if self.data else ())}
 
     @property
     def writes_registry(self) -> bool | None:
-        """Whether the job writes to its registry; None if the configuration describes no job."""
+        """Whether the job writes to its registry; None if only a registry is given."""
         if self.training is not None or self.metrics is not None:
             return True
         return False if self.shards is not None or self.scoring is not None else None
 
     @property
     def written(self) -> dict[str, str]:
-        """Folders and URLs that a job writes to, except for the run folder, by key."""
+        """Folders and URLs that the job writes to, except the run folder: path by key."""
         paths = {
             f"{name}.path": getattr(self, name).path
             for name in ("store", "registry", "shards", "scoring")
@@ -153,6 +153,6 @@ class DoctorConfig(Root):
 VERB = Verb(
     "verbs.doctor.driver",
     DoctorConfig,
-    "check whether this machine, and its cluster, can do the work; exit code 1 if not",
+    "check whether this machine and its cluster can do the work; exit code 1 if not",
     "tarflow-scale doctor configs/train/digits.yaml store.path=s3://bucket/folder cluster.address=10.0.0.1:6379",
 )

@@ -69,7 +69,7 @@ class Progress:
 
 
 def bits_per_dim(nats_per_dim: float | None, pixels: PixelFormat) -> float | None:
-    """A loss in bits/dim; None unless pixels are uniformly dequantized."""
+    """A loss in bits/dim; only uniform dequantization has any."""
     if nats_per_dim is None or pixels.noise != "uniform":
         return None
     return nats_per_dim / math.log(2) + pixels.bit_depth - 1

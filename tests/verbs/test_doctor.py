@@ -425,7 +425,7 @@ FAULTS = [
     Fault(short_shard, "data", "has 100 bytes, and its manifest says", "restore the shard"),
     Fault(read_only_store, "store", "(Read-only file system)", "check the path, permissions and space"),
     Fault(store_without_winners, "store", "s3://bucket has no create-if-absent (160 of 8", "use a store that has it"),
-    Fault(store_that_hangs, "store", "no answer within 4 s", "see whether a file system"),
+    Fault(store_that_hangs, "store", "no answer within 4 s", "find out what hangs"),
     Fault(corrupt_weights, "weights", "weights.pth is not the extractor of fid (sha256", "replace it"),
     Fault(no_cluster, "cluster", "no Ray cluster answers at 127.0.0.1", "start one (ray start --head)"),
     Fault(wrong_token, "cluster", "a wrong one or none: that of RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH to a file"),

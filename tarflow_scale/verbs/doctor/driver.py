@@ -173,7 +173,7 @@ def _answers(check: _Check) -> list[Finding]:
             return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
         _undo(check)
-        advice = "see whether a file system, a driver or a server hangs, or raise checks.timeout_seconds"
+        advice = "find out what hangs (a file system, a driver, a server), or raise checks.timeout_seconds"
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
     except ChildProcessError as error:
         _undo(check)
