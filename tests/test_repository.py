@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tarflow_scale.cli import main
+from tarflow_scale.cli import _VERBS, main  # pyright: ignore[reportPrivateUsage]
+from tarflow_scale.config.base import Root
 from tests.conftest import TOP, Trained
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False).stdout.split()
@@ -39,6 +41,41 @@ def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
         modules[f"config.{name}" if is_configuration else name] += path.stem != "__init__"
         classes.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
     assert [name for name, count in (modules + classes).items() if count > 1] == []
+
+
+def roots(kind: type[Root] = Root) -> set[str]:
+    """Names of the configurations of verbs."""
+    return {kind.__name__}.union(*map(roots, kind.__subclasses__()))
+
+
+def annotations(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Names of functions and classes, each with the annotation of one of its parameters or attributes."""
+    for node in ast.walk(tree):
+        annotated: list[ast.AST] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            annotated = [child for child in ast.walk(node.args) if isinstance(child, ast.arg) and child.annotation]
+        elif isinstance(node, ast.ClassDef):
+            annotated = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+        for child in annotated:
+            yield node.name, ast.unparse(child.annotation)  # type: ignore[attr-defined]
+
+
+def test_only_entry_functions_take_a_whole_configuration() -> None:
+    """A verb's entry function takes the configuration apart; all other functions and classes get their sections."""
+    entries = {
+        (f"{verb.module.replace('.', '/')}.py", function)
+        for verb in _VERBS.values()
+        for function in (verb.function, *(flag.function for flag in verb.flags))
+    }
+    package, whole = TOP / "tarflow_scale", roots()
+    assert {"Root", "TrainConfig", "PlanConfig", "DoctorConfig"} <= whole
+    takers: set[tuple[str, str]] = set()
+    for path in package.rglob("*.py"):
+        module = str(path.relative_to(package))
+        if module != "cli.py" and not module.startswith("config/"):  # where configurations are read and declared
+            tree = ast.parse(path.read_text())
+            takers |= {(module, name) for name, text in annotations(tree) if whole & set(re.findall(r"\w+", text))}
+    assert sorted(takers - entries) == []
 
 
 def test_tests_mirror_the_package() -> None:

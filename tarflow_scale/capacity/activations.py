@@ -1,18 +1,19 @@
-"""Memory of a training step beside weights and optimizer, from a configuration alone.
+"""Memory of activations in a training step, computed from a configuration.
 
-Autograd keeps for the backward pass what each operation needs, and shares it where two need the same. Counted in
-numbers of 4 bytes, or 2 (``n`` below) inside networks under bf16 autocast; the tests count what PyTorch really saves:
+Autograd saves the tensors that each operation needs in the backward pass, and saves a tensor once if two operations
+need it. Numbers take 4 bytes, or 2 (``n`` below) inside networks under bf16 autocast. The tests compare these formulas
+with the tensors that PyTorch saves:
 
 * TarFlow, a layer of width C, per token: two inputs of LayerNorm (4 bytes each), two outputs, queries, keys, values,
-  what attention gives, and 4 C before and after GELU, so ``8 C + 14 n C`` bytes; a block, of D features: the input of
-  its last layer, and 3 D of the affine map (1 D where volume is preserved, 4 D with bounded log-scales).
+  the output of attention, and 4 C before and after GELU, so ``8 C + 14 n C`` bytes; a block, of D features: the input
+  of its last layer, and 3 D of the affine map (1 D if volume is preserved, 4 D with bounded log-scales).
 * Glow, a step on c channels with a network of width W, per pixel: ``4 n W`` bytes of the network and ``26 c`` around it
-  (`_AROUND_COUPLING`); and eight c x c matrices where the 1x1 convolution is composed of triangles.
+  (`_AROUND_COUPLING`); and eight c x c matrices if the 1x1 convolution is a product of triangular matrices.
 * RealNVP: 4 W a residual block and 2 W more, 10 c around it. NICE and the RealNVP of vectors: each hidden layer once.
-* MAF, IAF: each hidden layer once, 4.3 D around it, and the masked copy of every weight; IAF so in D + 1 passes.
+* MAF, IAF: each hidden layer once, 4.3 D around it, and the masked copy of every weight; IAF the same in D + 1 passes.
 
-Where activations are checkpointed or rebuilt, only feature maps between units are kept, and one unit at a time works
-with all of its own. ``working`` also has the gradients in flight inside a unit, about the largest feature map and half.
+If activations are checkpointed or rebuilt, only feature maps between units are saved, and one unit at a time has all of
+its activations. ``working`` also counts the gradients inside that unit, about 1.5 times the largest feature map.
 """
 
 import math
@@ -39,7 +40,7 @@ __all__ = ["Footprint", "activation_footprint"]
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
 """Bytes a channel and pixel that ActNorm, 1x1 convolution and coupling keep, by kind and bytes inside the network: a
-copy before and after the convolution, the half that the network sees, and what makes shift and scale."""
+copy before and after the convolution, the half that the network sees, and the tensors of shift and scale."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Footprint:
     """Bytes of a micro batch on one rank.
 
     Args:
-        kept: from the forward pass to the backward pass.
-        working: on top of it while the backward pass of one unit runs.
+        kept: saved from the forward pass to the backward pass.
+        working: on top, while the backward pass of one unit runs.
     """
 
     kept: float
@@ -58,18 +59,18 @@ class Footprint:
 def activation_footprint(
     config: ModelConfig, event_shape: tuple[int, ...], batch: int, activations: Activations, bf16: bool
 ) -> Footprint:
-    """What a forward and backward pass of ``batch`` images need; proportional to ``batch``, but for constants.
+    """Memory of a forward and backward pass of ``batch`` images; proportional to ``batch``, except for constants.
 
-    Weights in bf16, which autocast makes for the forward pass, are not in it.
+    It leaves out the bf16 copies of weights that autocast makes for the forward pass.
     """
     network = 2 if bf16 else 4
-    found = _of_flow(config, event_shape, batch, activations, network)
+    footprint = _of_flow(config, event_shape, batch, activations, network)
     noise = config.dequantization
     if noise is None:
-        return found
+        return footprint
     channels, rows, columns = event_shape
-    one = batch * rows * columns * (4.0 * network * noise.width + 28.0 * channels)
-    return Footprint(found.kept + noise.couplings * one, max(found.working, one / 4))
+    coupling = batch * rows * columns * (4.0 * network * noise.width + 28.0 * channels)
+    return Footprint(footprint.kept + noise.couplings * coupling, max(footprint.working, coupling / 4))
 
 
 def _of_flow(
@@ -81,23 +82,23 @@ def _of_flow(
         case GlowConfig():
             return _glow(config, shape, batch, activations, network)
         case RealNVPConfig() if len(shape) == 1:
-            one = batch * network * config.width * (2.0 * config.residual_blocks + 1)
+            unit = batch * network * config.width * (2.0 * config.residual_blocks + 1)
             maps = batch * 4.0 * (COUPLINGS * config.levels + 5) * shape[0]
-            return _units([one] * COUPLINGS * config.levels, maps, activations, 2.0 * batch * network * config.width)
+            return _units([unit] * COUPLINGS * config.levels, maps, activations, 2.0 * batch * network * config.width)
         case RealNVPConfig():
             return _realnvp(config, shape, batch, activations, network)
         case NICEConfig():
-            one = batch * float(network) * config.width * config.hidden_layers
+            unit = batch * float(network) * config.width * config.hidden_layers
             maps = batch * 4.0 * (config.couplings / 2 + 1.5) * math.prod(shape)
-            return _units([one] * config.couplings, maps, activations, 2.0 * batch * network * config.width)
+            return _units([unit] * config.couplings, maps, activations, 2.0 * batch * network * config.width)
         case MAFConfig() | IAFConfig():
             dims = math.prod(shape)
             passes = 1 if config.kind == "maf" else dims + 1
             inputs = dims + config.label_width * config.class_conditional
             masked = 2.0 * linear_flops([inputs, *config.hidden_widths, 2 * dims])  # 4 bytes a weight
-            one = passes * (masked + batch * 4.0 * (sum(config.hidden_widths) + 4.3 * dims))
+            unit = passes * (masked + batch * 4.0 * (sum(config.hidden_widths) + 4.3 * dims))
             maps = batch * 4.0 * config.transforms * dims
-            return _units([one] * config.transforms, 0.0 if activations == "keep" else maps, activations, masked)
+            return _units([unit] * config.transforms, 0.0 if activations == "keep" else maps, activations, masked)
         case ContinuousConfig():
             places = math.prod(shape[1:])
             evaluation = 24.0 * batch * places * config.width * config.hidden_layers
@@ -107,7 +108,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """All units' own, or one at a time beside the maps between them."""
+    """Activations of all units, or of one unit beside the feature maps between units."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)
@@ -131,7 +132,7 @@ def _tarflow(
 
 def _glow(config: GlowConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int) -> Footprint:
     channels, height, width = shape
-    image = 4.0 * batch * math.prod(shape)  # several of its size are kept of latents and their priors
+    image = 4.0 * batch * math.prod(shape)  # latents and their priors save several tensors of this size
     kept, maps, anchors, largest = 4 * image, 4 * image, (0.7 + 0.8 * config.levels) * image, 0.0
     around = _AROUND_COUPLING[config.coupling, network]
     for level in range(config.levels):

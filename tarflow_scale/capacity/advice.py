@@ -1,4 +1,4 @@
-"""What to do so that a run fits its GPUs: every ZeRO stage tried, and where none fits, what would."""
+"""How to make a run fit its GPUs: it tries every ZeRO stage, and where none fits, other settings."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from pydantic import ValidationError
 
 from tarflow_scale.capacity.memory import Memory, ModelSize, memory_per_rank
 from tarflow_scale.capacity.steps import Cluster, StepTime, Work, step_of
-from tarflow_scale.config.train import TrainConfig
+from tarflow_scale.config.train import Recipe
 
 __all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_micro_batch", "variant"]
 
 USABLE = 0.95
-"""Of a card's memory; the rest is left to the allocator's gaps."""
+"""Fraction of a card's memory that a plan may use; the allocator's fragmentation takes the rest."""
 _ALIKE = 0.05
-"""Differences of time that the arithmetic does not resolve: hooks and launches of kernels are not in it."""
+"""Relative differences of time below this are noise: the arithmetic leaves out hooks and kernel launches."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 
@@ -24,7 +24,7 @@ _GB = 1e9
 class Scenario:
     """A recipe and the GPUs it is planned for; ``mfu`` is of one GPU, ``flops_per_image`` of a training step."""
 
-    config: TrainConfig
+    recipe: Recipe
     event_shape: tuple[int, ...]
     size: ModelSize
     flops_per_image: float
@@ -32,23 +32,23 @@ class Scenario:
     mfu: float
     gpus: int
 
-    def work(self, config: TrainConfig) -> Work:
-        """What a variant of the recipe computes."""
-        return Work(self.flops_per_image, self.size, config.parallelism, config.training.micro_batch_size)
+    def work(self, recipe: Recipe) -> Work:
+        """What a step of a variant of the recipe computes."""
+        return Work(self.flops_per_image, self.size, recipe.parallelism, recipe.training.micro_batch_size)
 
-    def memory(self, config: TrainConfig) -> Memory:
-        """What a GPU needs for a variant of the recipe."""
-        return memory_per_rank(config, self.event_shape, self.size, self.gpus, cuda=True)
+    def memory(self, recipe: Recipe) -> Memory:
+        """Memory of a GPU for a variant of the recipe."""
+        return memory_per_rank(recipe, self.event_shape, self.size, self.gpus, cuda=True)
 
-    def step(self, config: TrainConfig) -> StepTime:
-        """A step of a variant of the recipe, with its global batch."""
-        work = self.work(config)
-        return step_of(work, self.cluster, self.mfu, self.gpus, config.training.global_batch_size)
+    def step(self, recipe: Recipe) -> StepTime:
+        """Time of a step of a variant of the recipe, with its global batch."""
+        work = self.work(recipe)
+        return step_of(work, self.cluster, self.mfu, self.gpus, recipe.training.global_batch_size)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A ZeRO stage: what it needs, whether that is there, how fast it is, and the largest micro batch with it."""
+    """A ZeRO stage: the memory it needs, whether it fits, its speed, and its largest micro batch."""
 
     stage: int
     memory: Memory
@@ -58,36 +58,28 @@ class StagePlan:
 
 
 def fits(memory: Memory, cluster: Cluster) -> bool:
-    """Whether a GPU has that much."""
+    """Whether the memory fits a GPU of the cluster."""
     return memory.total <= USABLE * cluster.card.memory_bytes
 
 
 def by_stage(scenario: Scenario) -> list[StagePlan]:
-    """All stages that the recipe allows; with its offload where the stage allows that."""
-    found: list[StagePlan] = []
+    """All stages that the other settings of the recipe allow."""
+    stages: list[StagePlan] = []
     for stage in range(4):
-        config = variant(scenario.config, parallelism={"zero_stage": stage})
-        if config is None:
-            continue
-        memory = scenario.memory(config)
-        found.append(
-            StagePlan(
-                stage,
-                memory,
-                fits(memory, scenario.cluster),
-                scenario.step(config),
-                largest_micro_batch(scenario, config),
-            )
-        )
-    return found
+        recipe = variant(scenario.recipe, {"parallelism.zero_stage": stage})
+        if recipe is not None:
+            memory, step = scenario.memory(recipe), scenario.step(recipe)
+            fitting = fits(memory, scenario.cluster)
+            stages.append(StagePlan(stage, memory, fitting, step, largest_micro_batch(scenario, recipe)))
+    return stages
 
 
-def largest_micro_batch(scenario: Scenario, config: TrainConfig) -> int:
-    """Images of a forward pass that still fit, whatever divides the batch; 0 if not even one does."""
+def largest_micro_batch(scenario: Scenario, recipe: Recipe) -> int:
+    """Images of a forward pass that fit, whether or not they divide the batch; 0 if one image does not fit."""
 
     def enough(images: int) -> bool:
-        training = config.training.model_copy(update={"micro_batch_size": images})
-        return fits(scenario.memory(config.model_copy(update={"training": training})), scenario.cluster)
+        training = recipe.training.model_copy(update={"micro_batch_size": images})
+        return fits(scenario.memory(recipe.model_copy(update={"training": training})), scenario.cluster)
 
     return _largest(enough)
 
@@ -104,21 +96,22 @@ def _largest(enough: Callable[[int], bool]) -> int:
     return low
 
 
-def variant(config: TrainConfig, **sections: dict[str, Any]) -> TrainConfig | None:
-    """The recipe with other settings; None if they do not go together."""
-    raw = config.model_dump()
-    for section, settings in sections.items():
-        raw[section] |= settings
+def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
+    """The recipe with other values of keys such as ``parallelism.zero_stage``; None if its rules forbid them."""
+    raw = recipe.model_dump()
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        raw[section][name] = value
     try:
-        return type(config).model_validate(raw)
+        return Recipe.model_validate(raw)
     except ValidationError:
         return None
 
 
 def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
-    """In words: the lowest stage that fits and is about as fast as any; or what makes the recipe fit."""
+    """Lines of text: the lowest stage that fits and is about as fast as any, or changes that make the recipe fit."""
     fitting = [plan for plan in stages if plan.fits]
-    own = scenario.config.parallelism.zero_stage
+    own = scenario.recipe.parallelism.zero_stage
     if fitting:
         fastest = min(plan.step.seconds for plan in fitting)
         fast = [plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest]
@@ -132,7 +125,7 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
     changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(scenario)]
     if not changes:
         cards = f"{scenario.gpus} x {scenario.cluster.card.name}"
-        return [f"no stage fits {cards}, nor with less of anything known here; take more GPUs, or larger ones"]
+        return [f"no stage fits {cards}, nor does any change that this command knows; use more GPUs, or larger ones"]
     return ["no stage fits as configured; one of these does:", *(f"  {change}" for change in changes)]
 
 
@@ -142,35 +135,31 @@ def _more(configured: StagePlan | None, best: StagePlan) -> str:
 
 
 def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
-    """The least change of each kind that is enough, the stage as configured if that will do."""
-    own = scenario.config.parallelism.zero_stage
+    """The smallest sufficient change of each kind, at the configured stage if possible."""
+    own = scenario.recipe.parallelism.zero_stage
     stages = sorted(range(4), key=lambda stage: (stage != own, stage))
     for kind in _changes(scenario):
         for settings in kind:
-            found = next((one for stage in stages if (one := _if_it_fits(scenario, settings, stage))), None)
-            if found is not None:
-                yield found
+            tried = (_if_it_fits(scenario, settings, stage) for stage in stages)
+            if (change := next(filter(None, tried), None)) is not None:
+                yield change
                 break
 
 
 def _changes(scenario: Scenario) -> list[list[dict[str, Any]]]:
-    """Kinds of change, and in each the settings to try, from the least change to the greatest."""
-    batch, own = scenario.config.training.global_batch_size, scenario.config.training.micro_batch_size
+    """Kinds of change, and for each the settings to try, from the smallest change to the largest."""
+    batch, own = scenario.recipe.training.global_batch_size, scenario.recipe.training.micro_batch_size
     smaller = [images for images in range(own - 1, 0, -1) if batch % (images * scenario.gpus) == 0]
     recompute = [{"parallelism.activations": how} for how in ("checkpoint", "rebuild")]
     offload = [{"parallelism.offload": how} for how in ("optimizer", "all")]
     micro = [{"training.micro_batch_size": images} for images in smaller]
-    both = [one | other for one in recompute for other in offload]
-    return [micro, recompute, offload, both, [one | other for one in both for other in micro]]
+    both = [first | second for first in recompute for second in offload]
+    return [micro, recompute, offload, both, [first | second for first in both for second in micro]]
 
 
 def _if_it_fits(scenario: Scenario, settings: dict[str, Any], stage: int) -> tuple[str, Memory] | None:
-    changed = settings | ({} if stage == scenario.config.parallelism.zero_stage else {"parallelism.zero_stage": stage})
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in changed.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    config = variant(scenario.config, **sections)
-    if config is None or not fits(memory := scenario.memory(config), scenario.cluster):
+    changed = settings | ({} if stage == scenario.recipe.parallelism.zero_stage else {"parallelism.zero_stage": stage})
+    recipe = variant(scenario.recipe, changed)
+    if recipe is None or not fits(memory := scenario.memory(recipe), scenario.cluster):
         return None
     return " ".join(f"{key}={value}" for key, value in changed.items()), memory

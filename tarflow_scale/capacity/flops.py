@@ -1,7 +1,9 @@
-"""Operations of a training step, from a configuration alone: what utilisation is a fraction of.
+"""Operations of a training step, computed from a configuration; the basis of model FLOPs utilisation.
 
-A multiplication and an addition are two operations. Counted are the matrix products and convolutions; what is done
-element by element is left out, as is usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B).
+A multiplication and an addition are two operations. The count includes matrix products and convolutions and leaves out
+elementwise operations, as is usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare it with
+`torch.utils.flop_counter`. That cannot replace it: it counts the masked half of causal attention, and without real
+tensors it cannot run flows that read values, as ActNorm and ODE solvers do.
 
 TarFlow, a block of K layers of width C on T tokens of F features:
 
@@ -15,9 +17,9 @@ and for every level but the last 2 P 9 (c / 2) c for its prior. RealNVP, a coupl
 
     2 P (9 c W + 18 R W^2 + 9 W 2 c)
 
-NICE, MAF: twice the weights of their linear layers; IAF scores in D + 1 such passes. A continuous flow evaluates its
-dynamics as often as its solver likes: counted are those of one step, each with the product for its trace, so its
-utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels and in a network of width W,
+NICE, MAF: twice the weights of their linear layers; IAF scores in D + 1 such passes. The number of evaluations of a
+continuous flow depends on its solver: the count is that of one step, each evaluation with the product for its trace, so
+its utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels in a network of width W,
 
     2 P 9 (2 c W + W^2 + W 2 c)
 """
@@ -89,7 +91,7 @@ def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
 def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
     """Operations of a training step for one image: forward, and twice as many backward.
 
-    What a step computes again to save memory is not counted, so that utilisation does not reward it.
+    Recomputation that saves memory does not count, so it does not raise the utilisation.
     """
     return 3 * forward_flops(config, event_shape)
 

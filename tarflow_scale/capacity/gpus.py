@@ -1,7 +1,7 @@
-"""The GPUs that a plan can be made for: what their makers' data sheets say of them. The one table of cards.
+"""GPUs and their figures from NVIDIA's data sheets.
 
-Peaks are dense (the sheets' large numbers count zeros that sparsity skips). Links are bytes a second in one direction:
-the sheets add both. The network is that of the maker's own eight-GPU machine, by GPU; a rented one may have less.
+Peaks are dense (the sheets' larger numbers assume sparsity). Link speeds are bytes a second in one direction, where the
+sheets add both. The network is that of the maker's own eight-GPU machine, per GPU; a rented machine may have less.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class Card:
     """A GPU.
 
     Args:
-        name: what it is called on the command line.
-        device: a part of the name that CUDA gives it.
-        memory_bytes: of the card.
+        name: its name on the command line.
+        device: a part of its CUDA device name.
+        memory_bytes: memory of the card.
         bf16_flops: dense tensor-core peak, operations a second (V100: fp16).
         fp32_flops: peak without tensor cores, for ``precision=fp32``.
         link_bytes_per_second: to the other cards of its machine, one direction: NVLink, or PCIe where it has none.
         network_bytes_per_second: to other machines, one direction.
-        network: what that is, in words.
+        network: the same in words.
     """
 
     name: str
@@ -51,15 +51,15 @@ CARDS = (
     Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s a GPU"),
 )
 """From NVIDIA's data sheets: H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10, V100, and the Ada
-architecture's white paper; L40S, A10, H100 PCIe and RTX 4090 have no machine of the maker's, so their networks are
+architecture's white paper. NVIDIA sells no machine with L40S, A10, H100 PCIe or RTX 4090, so their networks are
 assumptions."""
 
 
 def card_named(name: str) -> Card:
-    """The card of that name, whatever its case.
+    """The card with a name, in any case.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no card has this name.
     """
     for card in CARDS:
         if card.name == name.lower():
@@ -68,6 +68,6 @@ def card_named(name: str) -> Card:
 
 
 def card_of_device(device_name: str) -> Card | None:
-    """The card whose device has this name on CUDA; the most particular one, None if it is not known."""
-    found = [card for card in CARDS if card.device in device_name]
-    return max(found, key=lambda card: len(card.device), default=None)
+    """The card with the longest match to a CUDA device name; None for an unknown device."""
+    matching = [card for card in CARDS if card.device in device_name]
+    return max(matching, key=lambda card: len(card.device), default=None)

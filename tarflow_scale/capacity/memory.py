@@ -1,25 +1,25 @@
-"""Memory of a rank at its worst moment, part by part, from a configuration alone.
+"""Peak memory of a rank, part by part, computed from a configuration.
 
-What is held from step to step, in bytes a parameter on N ranks with E moving averages (Rajbhandari et al., "ZeRO",
-arXiv 1910.02054, section 3, for fp32 weights, and what DeepSpeed 0.19.8 does):
+Memory that stays allocated, in bytes per parameter on N ranks with E moving averages (Rajbhandari et al., "ZeRO",
+arXiv 1910.02054, section 3, for fp32 weights, and the behaviour of DeepSpeed 0.19.8):
 
     stage 0     weights 4, moments 8, averages 4 E / N
     stage 1, 2  weights 4, masters 4 / N, moments 8 / N, averages 4 E / N
     stage 3     weights 4 / N, masters 4 / N, moments 8 / N, averages 4 E / N, gradients 4 / N, a bucket
 
-The rest comes and goes, and never all of it at once; the worst of four moments counts:
+The rest is temporary and never allocated all at once. The peak is the largest of four phases of a step:
 
-    forward     what is kept for the backward pass, weights in bf16, and at stage 3 the weights gathered: up to a
-                billion of them, which DeepSpeed does not give back before the backward pass, and a prefetch in flight
+    forward     activations saved for the backward pass, weights in bf16, and at stage 3 the gathered weights: up to a
+                billion of them, which DeepSpeed keeps until the backward pass, and a prefetch in flight
     backward    the same without the prefetch, the first unit's gradients, and at stages 1 and 2 the reduction buckets
-    reduction   gradients (stage 0: all; stage 1: all where they accumulate or nothing overlaps, else this rank's;
+    reduction   gradients (stage 0: all; stage 1: all if they accumulate or nothing overlaps, else this rank's;
                 stage 2: this rank's), the buckets, and the contiguous copy that is sent
     update      this rank's gradients, and a contiguous copy of them
 
-Gradients are freed after a step, so where none accumulate they are not there while activations are. Muon has one
-moment, and a copy of it that is staged so that a step can be refused. With bf16 autocast the weights of linear layers
-and convolutions are sent in bf16, in buckets of their own. On GPUs there are two buckets, so that reductions overlap
-with the backward pass; on a CPU one, whose pages take no memory until they are written. Checked against processes in
+Gradients are freed after a step, so unless they accumulate, gradients and activations are not allocated together. Muon
+has one moment, and a second copy of it so that a step can be rejected. With bf16 autocast the gradients of linear
+layers and convolutions are sent in bf16, in their own buckets. GPUs have two buckets, so that reductions overlap with
+the backward pass; a CPU has one, whose pages take no memory until they are written. Measurements of processes are in
 ``evals/results/capacity-cpu.json``.
 """
 
@@ -27,18 +27,18 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.config.train import ParallelismConfig, TrainConfig
+from tarflow_scale.config.train import ParallelismConfig, Recipe
 
-__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of"]
+__all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of", "memory_per_rank"]
 
 BUCKET_ELEMENTS = 50_000_000
-"""Numbers that are reduced or gathered at once."""
+"""Size of a bucket: numbers that are reduced or gathered at once."""
 LIVE_ELEMENTS = 1_000_000_000
-"""Weights that stay gathered at stage 3 from one use to the next: DeepSpeed's default, kept."""
+"""Weights that stage 3 keeps gathered between two uses; DeepSpeed's default."""
 _STAGE_0_ELEMENTS = 500_000_000
 """Numbers that DeepSpeed reduces at once at stage 0."""
 _CUDA_CONTEXT_BYTES = 1.5e9
-"""CUDA context, kernels, NCCL's channels, cuBLAS's workspace: an assumption, not measured here."""
+"""CUDA context, kernels, NCCL channels and cuBLAS workspace; an assumption, not measured."""
 
 Stage = Literal[0, 1, 2, 3]
 
@@ -48,8 +48,9 @@ class ModelSize:
     """Parameters of a flow.
 
     Args:
-        parameters: all.
-        low_precision: those of plain linear layers and convolutions, which bf16 autocast casts and DeepSpeed sends so.
+        parameters: all parameters.
+        low_precision: parameters of plain linear layers and convolutions, which bf16 autocast casts and whose gradients
+            DeepSpeed sends in bf16.
     """
 
     parameters: int
@@ -61,9 +62,9 @@ class Ranks:
     """How a run is divided.
 
     Args:
-        num: ranks.
-        accumulates: whether a rank takes several micro batches a step.
-        cuda: whether they are GPUs.
+        num: number of ranks.
+        accumulates: whether a rank takes several micro batches in a step.
+        cuda: whether the ranks are GPUs.
     """
 
     num: int
@@ -73,7 +74,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at its worst moment; ``in_main`` is on top, in main memory."""
+    """Bytes of a rank in the phase of its peak; ``in_main`` comes on top, in main memory."""
 
     moment: Literal["forward", "backward", "reduction", "update"]
     weights: float
@@ -87,13 +88,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """Bytes on the device."""
         return sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name, in the order of the table."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("moment", "in_main")}
+        """Bytes by name, in the order of the table."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("moment", "in_main")}
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ class _Moment:
 def memory_of(
     size: ModelSize, footprint: Footprint, parallelism: ParallelismConfig, num_averages: int, ranks: Ranks
 ) -> Memory:
-    """What a rank needs.
+    """Peak memory of a rank.
 
     Args:
-        size: of the flow.
-        footprint: of one micro batch.
+        size: parameters of the flow.
+        footprint: activations of one micro batch.
         parallelism: the section.
-        num_averages: moving averages.
-        ranks: how many, and how they work.
+        num_averages: number of moving averages.
+        ranks: number and kind of ranks.
     """
     parameters, share = float(size.parameters), 1 / ranks.num
     stage: Stage = parallelism.zero_stage
@@ -131,7 +132,7 @@ def memory_of(
     partition = 4 * parameters * share if stage == 3 else 0.0
     bucket = _Buckets.of(size, stage, parallelism.precision == "bf16", ranks.cuda)
     in_main = 0.0
-    if parallelism.offload != "none":  # with the gradients that the CPU updates from
+    if parallelism.offload != "none":  # including the gradients, because the CPU makes the update
         in_main = masters + moments + averages + 4 * parameters * share
         masters = moments = averages = partition = 0.0
     if parallelism.offload == "all":
@@ -152,7 +153,7 @@ def memory_of(
 
 @dataclass(frozen=True)
 class _Buckets:
-    """Bytes of reduction buckets: held always, or in the backward pass; of the copy that is sent; of a prefetch."""
+    """Bytes of reduction buckets, always or in the backward pass; of the copy that is sent; of a prefetch."""
 
     always: float
     backward: float
@@ -164,7 +165,7 @@ class _Buckets:
         most = min(BUCKET_ELEMENTS, size.parameters)
         low = min(most, size.low_precision) if bf16 else 0
         rest = min(most, size.parameters - (size.low_precision if bf16 else 0))
-        if cuda:  # allocated whole, one for each precision that there is
+        if cuda:  # allocated whole, one for each precision
             low, rest = (most if low else 0), (most if rest else 0)
         travelling = 2 if bf16 and size.low_precision else 4  # bytes of most numbers
         if stage == 0:
@@ -184,18 +185,18 @@ def _moments(
     casts = 2.0 * size.low_precision if parallelism.precision == "bf16" and stage < 3 else 0.0
     kept_casts = casts if parallelism.activations == "keep" else 0.0
     on_device = parallelism.offload == "none"
-    # Gradients of earlier micro batches; at stage 3 in the partition that is held anyway.
+    # Gradients of earlier micro batches; at stage 3 they are part of the partition.
     held = {0: whole, 1: whole, 2: own if on_device else 0.0, 3: 0.0}[stage] if ranks.accumulates else 0.0
     gathered = 4 * min(parameters, LIVE_ELEMENTS) if stage == 3 else 0.0
-    eager = bucket.backward if ranks.cuda else 0.0  # on a CPU its pages are written while activations are freed
-    found = [
+    eager = bucket.backward if ranks.cuda else 0.0  # a CPU writes its pages while activations are freed
+    moments = [
         _Moment("forward", gathered, held, footprint.kept + casts, bucket.prefetch),
         _Moment("backward", gathered, held, footprint.kept + footprint.working + kept_casts, eager),
     ]
     match stage:
         case 0:
             copied = 0.0 if alone else 4 * min(parameters, _STAGE_0_ELEMENTS)
-            found += [
+            moments += [
                 _Moment("backward", 0.0, whole, footprint.working),
                 _Moment("reduction", 0.0, whole, 0.0, copied),
                 _Moment("update", 0.0, whole),
@@ -204,35 +205,33 @@ def _moments(
             late = stage == 1 and (ranks.accumulates or not ranks.cuda)
             in_bucket = min(1.0, BUCKET_ELEMENTS / max(parameters, 1.0))
             mine = own if on_device else 0.0
-            # What lies in a bucket is not outside it.
+            # Gradients in a bucket are not counted twice.
             gradients = whole * (1 - in_bucket) if late else mine * (1 - in_bucket) + held
-            found += [
+            moments += [
                 _Moment("reduction", 0.0, gradients, footprint.working, bucket.backward + bucket.sent),
                 _Moment("update", 0.0, 2 * mine),
             ]
         case 3:
-            found += [
+            moments += [
                 _Moment("reduction", 0.0, 0.0, footprint.working, bucket.sent),
                 _Moment("update", 0.0, own if on_device else 0.0),
             ]
-    return found
+    return moments
 
 
-def memory_per_rank(
-    config: TrainConfig, event_shape: tuple[int, ...], size: ModelSize, ranks: int, cuda: bool
-) -> Memory:
-    """What a rank needs at its worst moment.
+def memory_per_rank(recipe: Recipe, event_shape: tuple[int, ...], size: ModelSize, ranks: int, cuda: bool) -> Memory:
+    """Peak memory of a rank.
 
     Args:
-        config: of the run.
-        event_shape: of the images that the model sees.
-        size: of the flow.
+        recipe: the sections of the run.
+        event_shape: shape of the model's input.
+        size: parameters of the flow.
         ranks: world size.
         cuda: whether ranks are GPUs.
     """
-    training, parallelism = config.training, config.parallelism
+    training, parallelism = recipe.training, recipe.parallelism
     footprint = activation_footprint(
-        config.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
+        recipe.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
     )
     accumulates = training.global_batch_size > training.micro_batch_size * ranks
     averages = len(training.ema_half_life_images)

@@ -1,28 +1,28 @@
-"""Speed, traffic and scaling of a run on N GPUs, from a stated utilisation: arithmetic alone, no device.
+"""Speed, traffic and scaling of a run on N GPUs, computed from an assumed utilisation.
 
 Compute. A rank's step of n images takes ``n F / (u R)`` seconds: F operations of a training step for an image
 (`tarflow_scale.capacity.flops`), R the peak of the card, u the model FLOPs utilisation (MFU) of one card, which counts
 no recomputation. Published for transformers in bf16 on H100s: 41.8 % at 1 B parameters on 8 GPUs and 40.9 % on 64
-(llm-foundry, FSDP); 44.3 % at 1.3 B on a node (nanotron); hence 40 % unless told, and three quarters of it where
-activations are computed again, since that is one more forward pass for three. For other cards and for convolutional
-flows we know no such figure, and take the same.
+(llm-foundry, FSDP); 44.3 % at 1.3 B on a node (nanotron); hence the default of 40 %, and three quarters of it if
+activations are recomputed, since a fourth pass is then added to three. We know no figures for other cards and for
+convolutional flows, and assume the same.
 
 Traffic. In a ring, each of N ranks sends and receives ``2 (N-1)/N M`` bytes to sum M bytes on all ranks, and half of
-that to gather M bytes or to leave each rank its part of a sum (Patarasuk and Yuan, 2009). A step moves, for P
+that to gather M bytes or to give each rank its part of a sum (Patarasuk and Yuan, 2009). A step moves, for P
 parameters (``g`` bytes a gradient: 4, or 2 for weights that bf16 autocast casts):
 
-    stage 0     sum of 4 P, once a step, after the backward pass
-    stage 1     sum of g P, once a step, during the last backward pass; then a gathering of 4 P, the new weights
-    stage 2     sum of g P, for every micro batch, during its backward pass; then a gathering of 4 P
-    stage 3     gathering of g P and partial sum of g P, for every micro batch, both during the passes; one gathering
-                more in the backward pass of models above a billion parameters
+    stage 0     all-reduce of 4 P, once a step, after the backward pass
+    stage 1     all-reduce of g P, once a step, during the last backward pass; then an all-gather of 4 P, the weights
+    stage 2     all-reduce of g P, for every micro batch, during its backward pass; then an all-gather of 4 P
+    stage 3     all-gather of g P and reduce-scatter of g P, for every micro batch, both during the passes; a second
+                all-gather in the backward pass of models above a billion parameters
 
-ZeRO's paper (arXiv 1910.02054, section 7) has partial sums at stages 1 and 2, hence 2 P numbers a step. DeepSpeed
-0.19.8 sums whole buckets on all ranks there, which makes it 3 P; gloo counts so (``evals/results/capacity-cpu.json``).
+ZeRO's paper (arXiv 1910.02054, section 7) has a reduce-scatter at stages 1 and 2, hence 2 P numbers a step. DeepSpeed
+0.19.8 all-reduces whole buckets there, hence 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
 
-Time of traffic. Bytes over the slowest link of the ring: NVLink inside a machine; between machines what their network
-cards give together, since rings run through all of them; each times `LINK_EFFICIENCY`. And for each bucket
-``2 ceil(log2 N)`` latencies, as in a tree. What a pass can hide, it hides.
+Time of traffic. Bytes over the slowest link of the ring: NVLink inside a machine; between machines the sum of their
+network cards, since rings run through all of them; each times `LINK_EFFICIENCY`. Each bucket adds ``2 ceil(log2 N)``
+latencies, as in a tree. Traffic overlaps with the passes as far as DeepSpeed allows.
 """
 
 import math
@@ -47,11 +47,11 @@ __all__ = [
 
 DEFAULT_MFU = 0.4
 RECOMPUTING = 3 / 4
-"""Of the utilisation is left where activations are computed again: 3 passes of use in 4."""
+"""Factor on the utilisation if activations are recomputed: 3 useful passes of 4."""
 LINK_EFFICIENCY = 0.8
-"""Of a link's nominal speed; an assumption."""
+"""Fraction of a link's nominal speed that traffic reaches; an assumption."""
 LATENCY_SECONDS = 10e-6
-"""From one rank to the next; an assumption."""
+"""Latency from one rank to the next; an assumption."""
 MOST_GPUS = 1024
 
 
@@ -61,8 +61,8 @@ class Cluster:
 
     Args:
         card: the GPU.
-        gpus_per_node: of a machine.
-        network_bytes_per_second: between machines, for each GPU, one direction.
+        gpus_per_node: GPUs of a machine.
+        network_bytes_per_second: between machines, per GPU, in one direction.
     """
 
     card: Card
@@ -70,7 +70,7 @@ class Cluster:
     network_bytes_per_second: float
 
     def link(self, gpus: int) -> float:
-        """Bytes a second that a ring of so many GPUs passes on in one direction."""
+        """Bytes a second of a ring of ``gpus`` GPUs in one direction."""
         inside = self.card.link_bytes_per_second
         if gpus > self.gpus_per_node:
             inside = min(inside, self.gpus_per_node * self.network_bytes_per_second)
@@ -79,13 +79,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and how.
+    """The work of a training step.
 
     Args:
-        flops_per_image: of a training step.
+        flops_per_image: operations of a training step.
         size: parameters.
         parallelism: the section.
-        micro_batch_size: images of a forward pass, at most.
+        micro_batch_size: most images of a forward pass.
     """
 
     flops_per_image: float
@@ -96,12 +96,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends, and as many that it receives, in a step.
+    """Bytes that a rank sends in a step; it receives the same number.
 
     Args:
-        summed: of gradients. gathered: of weights.
-        hideable: of both, that travel while the passes compute.
-        num_collectives: sums and gatherings.
+        summed: bytes of gradients.
+        gathered: bytes of weights.
+        hideable: bytes of both that can overlap with the passes.
+        num_collectives: number of all-reduces, reduce-scatters and all-gathers.
     """
 
     summed: float
@@ -123,14 +124,14 @@ def default_mfu(parallelism: ParallelismConfig) -> float:
 def traffic_of(
     size: ModelSize, parallelism: ParallelismConfig, ranks: int, micro_batches: int, cuda: bool = True
 ) -> Traffic:
-    """What a rank sends in a step.
+    """Bytes that a rank sends in a step.
 
     Args:
         size: parameters.
         parallelism: the section.
-        ranks: N.
-        micro_batches: that a rank takes in a step.
-        cuda: GPUs overlap traffic and passes, and NCCL has partial sums; gloo sums on all ranks instead.
+        ranks: number of ranks.
+        micro_batches: micro batches of a rank in a step.
+        cuda: GPUs overlap traffic with passes, and NCCL has reduce-scatter; gloo does an all-reduce instead.
     """
     parameters, passed_on = float(size.parameters), (ranks - 1) / ranks
     low = size.low_precision if parallelism.precision == "bf16" else 0
@@ -158,11 +159,11 @@ class StepTime:
     """An optimizer step on N GPUs.
 
     Args:
-        images: of all ranks.
-        compute_seconds: of the passes.
-        traffic: of a rank.
-        traffic_seconds: if nothing hid it.
-        waiting_seconds: of that, what the passes do not hide.
+        images: images of all ranks.
+        compute_seconds: time of the passes.
+        traffic: bytes of a rank.
+        traffic_seconds: time of the traffic.
+        waiting_seconds: the part of it that does not overlap with the passes.
     """
 
     images: int
@@ -173,17 +174,17 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All."""
+        """Time of the step."""
         return self.compute_seconds + self.waiting_seconds
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks."""
+        """Speed of all ranks together."""
         return self.images / self.seconds
 
 
 def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) -> StepTime:
-    """A step of ``images`` on ``gpus``, which must divide them."""
+    """Time of a step of ``images`` on ``gpus``, which must divide them."""
     each = images // gpus
     micro = -(-each // work.micro_batch_size)
     peak = cluster.card.bf16_flops if work.parallelism.precision == "bf16" else cluster.card.fp32_flops
@@ -194,19 +195,19 @@ def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) ->
     latency = traffic.num_collectives * 2 * math.ceil(math.log2(gpus)) * LATENCY_SECONDS
     moving = traffic.total / cluster.link(gpus) + latency
     hideable = moving * traffic.hideable / traffic.total
-    # Two thirds of the passes go backward; at stage 1 only the last micro batch's, at stage 3 both directions count.
+    # Two thirds of the time is backward. Stage 1 overlaps with the last micro batch's, stage 3 with both directions.
     behind = {0: 0.0, 1: 2 / 3 / micro, 2: 2 / 3, 3: 1.0}[work.parallelism.zero_stage] * compute
     return StepTime(images, compute, traffic, moving, moving - min(hideable, behind))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A number of GPUs on the curve; None where the batch cannot be divided among them.
+    """A point of the scaling curve.
 
     Args:
-        gpus: N.
-        weak: every GPU takes a micro batch, so the global batch grows with N.
-        strong: the global batch is what it is.
+        gpus: number of GPUs.
+        weak: a step in which every GPU takes a micro batch, so the global batch grows with the GPUs.
+        strong: a step with the recipe's global batch; None if it does not divide among the GPUs.
     """
 
     gpus: int
@@ -215,7 +216,7 @@ class Point:
 
 
 def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> list[Point]:
-    """Steps on 1 to 1,024 GPUs, doubling."""
+    """Steps on 1, 2, 4, ..., 1,024 GPUs."""
     points: list[Point] = []
     for power in range(round(math.log2(MOST_GPUS)) + 1):
         gpus = 2**power
@@ -231,5 +232,5 @@ def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> l
 
 
 def efficiency(step: StepTime, gpus: int, alone: StepTime) -> float:
-    """Images a second of one of ``gpus``, as a fraction of those of ``alone``, a step on one GPU."""
+    """Images a second per GPU of ``step`` on ``gpus`` GPUs, as a fraction of ``alone``, a step on one GPU."""
     return step.images_per_second / gpus / alone.images_per_second

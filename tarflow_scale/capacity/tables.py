@@ -1,4 +1,4 @@
-"""A plan in words and tables: memory by stage, speed, traffic, data, the curve, and what was assumed."""
+"""Prints a plan: memory by stage, speed, traffic, data, scaling, and the assumptions."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,29 @@ from tarflow_scale.capacity.memory import ModelSize
 from tarflow_scale.capacity.steps import LATENCY_SECONDS, LINK_EFFICIENCY, Point, default_mfu, efficiency, step_of
 from tarflow_scale.runtime import console
 
-__all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "RecipeFacts", "print_answer"]
+__all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Sizes", "print_answer"]
 
 _GB, _MB = 1e9, 1e6
 DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
-"""Pixels' bytes that one core decodes and collates: 64 px PNG and 512 px JPEG, ``images_per_second_png64_ours_0`` and
-``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
+"""Bytes of pixels that one core decodes and collates in a second: 64 px PNG and 512 px JPEG, from
+``images_per_second_png64_ours_0`` and ``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
 
 
 @dataclass(frozen=True)
-class RecipeFacts:
-    """What is known of the data and of the flow for it; None where no data set says.
+class Sizes:
+    """Sizes of the data and of the model.
 
     Args:
-        event_shape: of what the model sees.
-        decoded_bytes: of a stored sample.
-        packed_bytes: of a sample on disk.
-        source: where this is from, in words.
+        event_shape: shape of the model's input.
+        model: number of parameters.
+        decoded_bytes: bytes of a stored sample when decoded.
+        packed_bytes: mean bytes of a sample on disk; None if there is no data set yet.
+        codec: how images are stored; None for vectors, or if there is no data set yet.
+        source: where the sizes come from, in words.
     """
 
     event_shape: tuple[int, ...]
-    size: ModelSize
+    model: ModelSize
     decoded_bytes: int
     packed_bytes: float | None
     codec: str | None
@@ -36,10 +38,16 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class Answer:
-    """All that is printed; ``price`` is $ of a GPU and hour."""
+    """The contents of a plan.
+
+    Args:
+        points: the scaling curve.
+        price: $ for a GPU and hour, or None.
+        mfu_stated: whether the user gave the MFU.
+    """
 
     scenario: Scenario
-    facts: RecipeFacts
+    sizes: Sizes
     stages: list[StagePlan]
     points: list[Point]
     price: float | None
@@ -47,22 +55,22 @@ class Answer:
 
 
 def print_answer(answer: Answer) -> None:
-    """Print it, section after section."""
+    """Print all sections."""
     sections = (_recipe, _memory, _speed, _traffic, _data, _scaling, _assumptions)
     print("\n\n".join(section(answer) for section in sections))
 
 
 def _recipe(answer: Answer) -> str:
-    scenario, training = answer.scenario, answer.scenario.config.training
-    parallelism, card = scenario.config.parallelism, scenario.cluster.card
+    scenario, training = answer.scenario, answer.scenario.recipe.training
+    parallelism, card = scenario.recipe.parallelism, scenario.cluster.card
     each = training.micro_batch_size * scenario.gpus
     nodes = -(-scenario.gpus // scenario.cluster.gpus_per_node)
     steps = -(-training.total_images // training.global_batch_size)
     shape = "x".join(map(str, scenario.event_shape))
     flops = scenario.flops_per_image
     rows = [
-        ("model", f"{scenario.config.model.kind}, {scenario.size.parameters:,} parameters, for {shape} "
-         f"({answer.facts.source})"),
+        ("model", f"{scenario.recipe.model.kind}, {scenario.size.parameters:,} parameters, for {shape} "
+         f"({answer.sizes.source})"),
         ("GPUs", f"{scenario.gpus} x {card.name}, {card.memory_bytes / _GB:.0f} GB, "
          f"on {nodes} machine{'s' * (nodes > 1)}"),
         ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
@@ -80,7 +88,7 @@ def _memory(answer: Answer) -> str:
     names = list(answer.stages[0].memory.parts)
     rows: list[tuple[str, ...]] = []
     for plan in answer.stages:
-        own = plan.stage == scenario.config.parallelism.zero_stage
+        own = plan.stage == scenario.recipe.parallelism.zero_stage
         rows.append(
             (
                 f"{plan.stage}{' *' if own else ''}",
@@ -93,7 +101,7 @@ def _memory(answer: Answer) -> str:
                 f"{plan.largest_micro_batch:,}" if plan.largest_micro_batch else "none",
             )
         )
-    header = ("stage", *names, "GB a GPU", "of it", "fits", "worst in", "main, GB a machine", "largest micro batch")
+    header = ("stage", *names, "GB a GPU", "used", "fits", "peak in", "host GB a machine", "largest micro batch")
     lines = [
         console.table(rows, header),
         "* as configured",
@@ -103,25 +111,22 @@ def _memory(answer: Answer) -> str:
 
 
 def _figure(value: float) -> str:
-    """Four digits, and all of those before the point."""
+    """Four significant digits, or all digits of a number above 1,000."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _speed(answer: Answer) -> str:
-    scenario, step, training = (
-        answer.scenario,
-        answer.scenario.step(answer.scenario.config),
-        answer.scenario.config.training,
-    )
+    scenario, training = answer.scenario, answer.scenario.recipe.training
+    step = scenario.step(scenario.recipe)
     hours = training.total_images / step.images_per_second / 3600
     given = "stated" if answer.mfu_stated else "assumed, see below"
-    alone = step_of(scenario.work(scenario.config), scenario.cluster, scenario.mfu, 1, training.micro_batch_size)
+    alone = step_of(scenario.work(scenario.recipe), scenario.cluster, scenario.mfu, 1, training.micro_batch_size)
     rows = [
-        ("utilisation of a GPU", f"{scenario.mfu:.0%} ({given})"),
+        ("GPU utilisation (MFU)", f"{scenario.mfu:.0%} ({given})"),
         ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
         ("images a second", f"{_figure(step.images_per_second)}, "
          f"{_figure(step.images_per_second / scenario.gpus)} a GPU"),
-        ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of one GPU's images a second, each"),
+        ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of the speed of one GPU, per GPU"),
         ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
          f"{hours * scenario.gpus / 24:,.1f} GPU days"),
     ]  # fmt: skip
@@ -134,7 +139,7 @@ def _traffic(answer: Answer) -> str:
     scenario = answer.scenario
     rows = [
         (
-            f"{plan.stage}{' *' if plan.stage == scenario.config.parallelism.zero_stage else ''}",
+            f"{plan.stage}{' *' if plan.stage == scenario.recipe.parallelism.zero_stage else ''}",
             f"{plan.step.traffic.summed / _GB:.2f}",
             f"{plan.step.traffic.gathered / _GB:.2f}",
             f"{plan.step.traffic_seconds * 1e3:,.0f}",
@@ -144,30 +149,30 @@ def _traffic(answer: Answer) -> str:
         )
         for plan in answer.stages
     ]
-    header = ("stage", "GB summed", "GB gathered", "ms moving", "ms hidden", "ms waiting", "ms a step")
+    header = ("stage", "GB summed", "GB gathered", "ms traffic", "ms hidden", "ms waiting", "ms a step")
     over = (
-        f"over {scenario.cluster.link(scenario.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, so much in a step"
+        f"over {scenario.cluster.link(scenario.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, this much in a step"
     )
     return f"{console.table(rows, header)}\n{over}"
 
 
 def _data(answer: Answer) -> str:
-    scenario, facts = answer.scenario, answer.facts
-    rate = scenario.step(scenario.config).images_per_second * min(1.0, scenario.cluster.gpus_per_node / scenario.gpus)
-    packed = facts.packed_bytes or float(facts.decoded_bytes)
-    bound = "" if facts.packed_bytes else " at most, as if nothing were compressed"
-    codecs = [facts.codec] if facts.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
-    cores = [f"{rate * facts.decoded_bytes / DECODED_BYTES_PER_SECOND[codec]:.2g} ({codec})" for codec in codecs]
+    scenario, sizes = answer.scenario, answer.sizes
+    rate = scenario.step(scenario.recipe).images_per_second * min(1.0, scenario.cluster.gpus_per_node / scenario.gpus)
+    packed = sizes.packed_bytes or float(sizes.decoded_bytes)
+    bound = "" if sizes.packed_bytes else " at most, as if nothing were compressed"
+    codecs = [sizes.codec] if sizes.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
+    cores = [f"{rate * sizes.decoded_bytes / DECODED_BYTES_PER_SECOND[codec]:.2g} ({codec})" for codec in codecs]
     rows = [
         ("images a second", f"{_figure(rate)} a machine"),
         ("from the store", f"{rate * packed / _MB:,.3g} MB/s a machine{bound}"),
-        ("cores that decode", f"{' or '.join(cores)} a machine"),
+        ("decoding cores", f"{' or '.join(cores)} a machine"),
     ]
     return console.table(rows, ("data", ""))
 
 
 def _scaling(answer: Answer) -> str:
-    training, alone = answer.scenario.config.training, answer.points[0].weak
+    training, alone = answer.scenario.recipe.training, answer.points[0].weak
     rows: list[tuple[str, ...]] = []
     for point in answer.points:
         strong = ("-", "-", "-")
@@ -195,36 +200,35 @@ def _scaling(answer: Answer) -> str:
     table = console.table(rows, header)
     return (
         f"{table}\nweak: every GPU takes a micro batch of {training.micro_batch_size}, so the global batch grows; "
-        f"strong: the recipe's global batch, divided (-: it cannot be)"
+        f"strong: the GPUs share the recipe's global batch (-: it does not divide)"
     )
 
 
 def _assumptions(answer: Answer) -> str:
     scenario, cluster = answer.scenario, answer.scenario.cluster
-    parallelism = scenario.config.parallelism
+    parallelism = scenario.recipe.parallelism
     inside, between = cluster.card.link_bytes_per_second / _GB, cluster.network_bytes_per_second / _GB
     lines = [
-        f"MFU {scenario.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, whatever the micro batch; "
+        f"MFU {scenario.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, at every micro batch; "
         f"published for bf16 transformers on H100: 35 to 46 % (the default is {default_mfu(parallelism):.0%})",
-        f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between (maker's: {cluster.card.network}), "
-        f"{LINK_EFFICIENCY:.0%} of them reached, "
-        f"{LATENCY_SECONDS * 1e6:g} us a hop",
-        "traffic hides behind the passes where DeepSpeed overlaps it: stages 1 to 3; the optimizer's update, loading, "
-        "checkpoints, validation and previews cost nothing, though the first counts where a GPU has few images",
-        f"memory: {1 - USABLE:.0%} of a card is left free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
-        "checked on CPU ranks: memory, bytes sent (evals/results/capacity-cpu.json); no GPU was measured",
+        f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between machines (maker's own: "
+        f"{cluster.card.network}), of which traffic reaches {LINK_EFFICIENCY:.0%}; {LATENCY_SECONDS * 1e6:g} us a hop",
+        "traffic overlaps with the passes where DeepSpeed allows it, at stages 1 to 3; no time is counted for loading, "
+        "checkpoints, validation, previews and the optimizer's update, which matters where a GPU has few images",
+        f"memory: {1 - USABLE:.0%} of a card stays free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
+        "memory and bytes sent were checked on CPU ranks (evals/results/capacity-cpu.json), not on a GPU",
     ]
-    if scenario.config.model.kind != "tarflow":
+    if scenario.recipe.model.kind != "tarflow":
         lines.append(
-            "no utilisation of this kind of flow is known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
-            "state --mfu"
+            "the MFU of this kind of flow is not known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
+            "give --mfu"
         )
     if parallelism.precision == "fp32":
-        lines.append("fp32 runs outside tensor cores; convolutions in TF32, PyTorch's default on them, are faster")
+        lines.append("fp32 peak is without tensor cores; convolutions run in TF32 by default, which is faster")
     if parallelism.offload != "none":
-        lines.append("what offloading costs in time is not counted")
+        lines.append("the time that offloading takes is not counted")
     if parallelism.zero_plus_plus.enabled:
-        lines.append("ZeRO++ is not counted: it makes traffic less, and hpZ takes more memory")
-    if scenario.config.optimizer.kind == "muon":
+        lines.append("ZeRO++ is not counted: it reduces traffic, and hpZ takes more memory")
+    if scenario.recipe.optimizer.kind == "muon":
         lines.append("Muon's own matrix products are not counted")
     return "assumptions:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Planning: a recipe of ``train`` in, what it needs of GPUs out."""
+"""Configuration of the verb ``plan``: a recipe of ``train`` and the GPUs for it."""
 
 from pydantic import Field
 
@@ -10,32 +10,32 @@ __all__ = ["VERB", "GpusConfig", "PlanConfig"]
 
 
 class GpusConfig(Section):
-    """The GPUs that the recipe is planned for; each key is a flag too, such as ``--gpus 8``."""
+    """The GPUs for the recipe; each key is also a flag, such as ``--gpus 8``."""
 
     gpus: int = Field(ge=1, le=65536)
-    """GPUs in all."""
+    """Number of GPUs."""
     gpu: str
-    """Their kind: h200, h100, a100, b200, ..."""
+    """Kind of GPU: h200, h100, a100, b200, ..."""
     gpus_per_node: int = Field(default=8, ge=1)
-    """GPUs of a machine."""
+    """GPUs per machine."""
     network: float | None = Field(default=None, gt=0)
-    """GB/s of each GPU to other machines, one direction; none takes that of the maker's own machine."""
+    """GB/s per GPU to other machines, in one direction; the default is that of the maker's own machine."""
     mfu: float | None = Field(default=None, gt=0, le=1)
-    """Model FLOPs utilisation of one GPU, 0 to 1; none takes published figures."""
+    """Model FLOPs utilisation of one GPU, 0 to 1; the default is from published figures."""
     price: float | None = Field(default=None, gt=0)
-    """$ of a GPU and hour."""
+    """Price of a GPU and hour in $."""
     curve: str | None = None
-    """PNG to write: speed on 1 to 1,024 GPUs."""
+    """PNG file for a plot of the speed on 1 to 1,024 GPUs."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the images in pixels, where there is no data set yet."""
+    """Side of the images in pixels, if there is no data set yet."""
     channels: int = Field(default=3, ge=1)
-    """Channels of the images, where there is no data set yet."""
+    """Channels of the images, if there is no data set yet."""
     classes: int | None = Field(default=None, ge=0)
-    """Classes of the images, where there is no data set yet; 0 for none."""
+    """Classes of the images, if there is no data set yet; 0 for none."""
 
 
 class PlanConfig(TrainConfig):
-    """A recipe of ``train`` in; memory, speed, traffic and cost on GPUs out. It needs no GPU and no data set."""
+    """A recipe of ``train``, planned for GPUs: memory, speed, traffic and cost. Needs no GPU and no data set."""
 
     plan: GpusConfig
 
@@ -43,7 +43,7 @@ class PlanConfig(TrainConfig):
 VERB = Verb(
     "verbs.plan",
     PlanConfig,
-    "print what a recipe needs of GPUs, how fast it will be and what it costs",
+    "predict the memory, speed and cost of a recipe on GPUs",
     "tarflow-scale plan configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100",
     flags=flags_of(GpusConfig, "plan"),
 )

@@ -1,6 +1,6 @@
-"""The sections of the verb ``train``: optimizer, schedule, length, parallelism, checkpoints, validation, log.
+"""Configuration of the verb ``train``: optimizer, schedule, length, parallelism, checkpoints, validation, log.
 
-Progress is counted in images, whatever the batch and the number of ranks.
+Progress is counted in images, independent of the batch size and the number of ranks.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
-from tarflow_scale.config.model import ModelConfig, RealNVPConfig
+from tarflow_scale.config.model import Activations, ModelConfig
 from tarflow_scale.config.verb import Verb
 from tarflow_scale.config.versions import RegistryConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "ParallelismConfig",
+    "Recipe",
     "ScheduleConfig",
     "SpikeConfig",
     "TrainConfig",
@@ -33,8 +34,8 @@ class OptimizerConfig(Section):
     """AdamW, or Muon for matrices with AdamW for the rest."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """``muon``: matrices inside the flow move by their orthogonalised momentum (DeepSpeed's Muon); all other
-    parameters, and the first and last layer of every block, by AdamW. It needs a ZeRO stage of 1 or 2."""
+    """``muon``: DeepSpeed's Muon updates matrices inside the flow by their orthogonalized momentum; AdamW updates all
+    other parameters, and the first and last layer of every block. It needs ZeRO stage 1 or 2."""
     peak_lr: float = Field(default=1e-4, gt=0)
     """Highest learning rate of AdamW."""
     muon_peak_lr: float | None = Field(default=None, gt=0)
@@ -46,7 +47,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay on every parameter, as published for TarFlow."""
     gradient_clip_norm: float = Field(default=1.0, gt=0)
-    """Gradients of larger global norm are scaled down to it; those of Muon, whose momentum has no size, are not."""
+    """Gradients of larger global norm are scaled down to it. It has no effect on Muon."""
 
     @model_validator(mode="after")
     def _muon_has_a_rate(self) -> "OptimizerConfig":
@@ -65,22 +66,22 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate as a pure function of images seen: linear warm-up, then one of three shapes."""
+    """Learning rate as a function of images seen: linear warm-up, then one of three shapes."""
 
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
     """``cosine``: down to ``final_lr_fraction`` at the end of training. ``constant``: the peak. ``wsd`` (warm-up,
     stable, decay): the peak, and linearly down to ``final_lr_fraction`` over the last ``decay_images``.
 
-    A finished run goes on where ``training.total_images`` is raised. ``cosine`` then rises to the rate that the longer
-    schedule has there, which makes the model worse at first. ``wsd`` is for runs that may be extended: with a
-    checkpoint that is kept from before its decay (``checkpoint.keep_every_images``), delete the later ones, and the run
-    goes on at the peak, with the same weights as if it had been planned that long."""
+    A finished run continues if ``training.total_images`` is raised. With ``cosine`` the rate then rises to that of the
+    longer schedule, which makes the model worse at first. ``wsd`` is for runs that may be extended: keep a checkpoint
+    from before the decay (``checkpoint.keep_every_images``) and delete the later ones; the run then continues at the
+    peak, to the same weights as a run that was planned with this length."""
     warmup_images: int = Field(default=0, ge=0)
     """Images over which the rate rises from 0 to its peak."""
     decay_images: int | None = Field(default=None, ge=1)
     """Length of the decay of ``wsd``."""
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Rate at the end, as a fraction of the peak; without effect on ``constant``."""
+    """Rate at the end, as a fraction of the peak; no effect on ``constant``."""
 
     @model_validator(mode="after")
     def _decay_fits_kind(self) -> "ScheduleConfig":
@@ -92,14 +93,14 @@ class ScheduleConfig(Section):
 
 
 class NoiseConfig(Section):
-    """What is added to quantised pixels before the flow sees them."""
+    """Noise that is added to quantized pixels before the flow sees them."""
 
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
     ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim.
     ``none``: for vectors, whose likelihood is in nats."""
     std: float = Field(default=0.0, ge=0)
-    """Standard deviation on [-1, 1]; needed by ``gaussian``."""
+    """Standard deviation on [-1, 1]; required by ``gaussian``."""
 
     @model_validator(mode="after")
     def _std_fits_kind(self) -> "NoiseConfig":
@@ -109,22 +110,22 @@ class NoiseConfig(Section):
 
 
 class SpikeConfig(Section):
-    """What happens when the loss of a step jumps above what it has been."""
+    """The reaction to a step whose loss jumps above the losses before it."""
 
     rule: Literal["off", "skip", "roll_back"] = "off"
     """``skip``: the step changes nothing, like one whose gradient is not finite. ``roll_back``: weights, moments and
-    averages return to the latest checkpoint, and training goes on with the samples after the jump, so that it does
-    not meet the same ones again."""
+    averages return to the latest checkpoint, and training continues with the samples after the jump, so that it does
+    not see the same samples again."""
     above_nats_per_dim: float = Field(default=0.5, gt=0)
-    """A step is a jump if its loss exceeds the mean of the steps before it by this."""
+    """A step is a jump if its loss exceeds the mean loss of the steps before it by this much."""
     window_steps: int = Field(default=64, ge=2)
-    """Steps that the mean is taken over; the rule acts once there are so many."""
+    """Number of steps for the mean; the rule applies once there are this many steps."""
     max_roll_backs: int = Field(default=5, ge=1)
-    """More than this many stop the run."""
+    """The run stops after more roll-backs than this."""
 
 
 class TrainingConfig(Section):
-    """How long, how large, from which seed."""
+    """Length, batch sizes, seed, noise, averages."""
 
     total_images: int = Field(ge=1)
     """Images seen by the end of the run; the unit of all progress."""
@@ -136,18 +137,18 @@ class TrainingConfig(Section):
     """Seed of weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a sample's label is dropped, so that guidance has an unconditional model to lean on."""
+    """Probability that a sample's label is dropped; guidance needs the unconditional model that this trains."""
     ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
-    """Half-life, in images, of the exponential moving average of the weights; or several, of as many averages.
-    Validation, sample grids and ``latest`` in the registry are of the first; the others are registered before it."""
+    """Half-life, in images, of the exponential moving average of the weights; or a list, for several averages.
+    Validation, sample grids and ``latest`` in the registry use the first; the others are registered before it."""
     max_skipped_steps: int = Field(default=10, ge=0)
-    """A step whose loss or gradient is not finite is skipped; more than this many in a row stop the run."""
+    """A step whose loss or gradient is not finite is skipped; the run stops after more than this many in a row."""
     spike: SpikeConfig = SpikeConfig()
     max_seconds: float | None = Field(default=None, gt=0)
-    """The run saves and stops with exit code 75 after so many seconds of training since it was started, and goes on
-    when it is started again; for schedulers with a time limit."""
+    """After this many seconds of training since its start the run saves and stops with exit code 75, and continues when
+    it is started again; for schedulers with a time limit."""
     threads: int = Field(default=0, ge=0)
-    """Torch threads per rank on a CPU; 0: ``OMP_NUM_THREADS``, or an equal share of the cores that the job may use."""
+    """Torch threads per rank on a CPU; 0: ``OMP_NUM_THREADS``, or an equal share of the job's cores."""
 
     @field_validator("ema_half_life_images", mode="before")
     @classmethod
@@ -166,24 +167,24 @@ class ZeroPlusPlusConfig(Section):
     """ZeRO++ (arXiv 2306.10209): less traffic between nodes at stage 3, on CUDA."""
 
     secondary_partition_ranks: int = Field(default=1, ge=1)
-    """hpZ: a second copy of the weights is divided among so many ranks, usually those of a node, so that the backward
-    pass gathers inside it; costs 4 bytes per parameter over this number. 1 is off."""
+    """hpZ: a second copy of the weights is divided among this many ranks, usually those of a node, so that the backward
+    pass gathers inside it; it costs 4 bytes per parameter, divided by this number. 1 is off."""
     quantized_weights: bool = False
-    """qwZ: weights travel as int8."""
+    """qwZ: weights are sent as int8."""
     quantized_gradients: bool = False
-    """qgZ: gradients travel as int4."""
+    """qgZ: gradients are sent as int4."""
 
     @property
     def enabled(self) -> bool:
-        """Whether any of it is on."""
+        """Whether any of these settings is on."""
         return self != ZeroPlusPlusConfig()
 
 
 class ParallelismConfig(Section):
     """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, 2 also the gradients, 3 also the weights.
 
-    Bytes per parameter on N ranks with E moving averages, beside activations. What is held from step to step, and what
-    comes on top in the backward pass (buckets are 50 million numbers, two to four times):
+    Bytes per parameter on N ranks with E moving averages, without activations: memory that stays allocated, and memory
+    that comes on top in the backward pass (buckets are 50 million numbers, two to four times):
 
     ===== ================== ============= ===============================================================
     stage held               N = 8, E = 1  on top
@@ -194,26 +195,26 @@ class ParallelismConfig(Section):
     3     (20 + 4 E) / N     3.0           weights gathered for the passes: 4, up to a billion of them
     ===== ================== ============= ===============================================================
 
-    Which to choose: stage 0 for what fits easily, say 0.2 billion parameters (4.1 GB), since it waits least for its
-    buckets; stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which is every published
-    TarFlow; stage 1 and 2 need the same unless gradients accumulate, when stage 2 saves memory and reduces them for
-    every micro batch. Stage 3 above, or where a rank's share of memory is small. Offloading trades speed for memory
-    once more: the optimizer's 16 + 4 E bytes over N lie in main memory. The verb ``plan`` does the
-    arithmetic for a recipe: all stages, speed and traffic included.
+    Which to choose: stage 0 for small models, up to about 0.2 billion parameters (4.1 GB), since it waits least for
+    buckets. Stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which covers every
+    published TarFlow; both need the same memory unless gradients accumulate, when stage 2 saves memory and reduces
+    gradients for every micro batch. Stage 3 for larger models or small GPUs. Offloading saves more memory at the cost
+    of speed: the optimizer's 16 + 4 E bytes over N move to main memory. The verb ``plan`` computes memory, speed and
+    traffic of a recipe at all stages.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
-    activations: Literal["keep", "checkpoint", "rebuild"] = "keep"
-    """Memory for time. ``checkpoint``: keep the inputs of layers and run each again in the backward pass.
-    ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth."""
+    activations: Activations = "keep"
+    """``checkpoint``: save only the inputs of layers, and run each layer again in the backward pass.
+    ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth. Both take more time."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """``optimizer``: masters, moments and averages live in main memory, where the CPU makes the update (stages 1 to
-    3). ``all``: the weights too, fetched as they are needed (stage 3)."""
+    """``optimizer``: masters, moments and averages are in main memory, and the CPU makes the update (stages 1 to 3).
+    ``all``: so are the weights, which are fetched when they are needed (stage 3)."""
     compile: bool = False
-    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; the first step
-    takes a minute or so."""
+    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; then the first
+    step takes about a minute."""
     zero_plus_plus: ZeroPlusPlusConfig = ZeroPlusPlusConfig()
 
     @model_validator(mode="after")
@@ -231,14 +232,14 @@ class ParallelismConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved so that it can be resumed."""
+    """When the run is saved so that it can resume."""
 
     every_images: int = Field(ge=1)
     """Images between checkpoints; rounded up to whole steps."""
     keep_last: int = Field(default=2, ge=1)
     """Older complete checkpoints are deleted."""
     keep_every_images: int | None = Field(default=None, ge=1)
-    """The first checkpoint at or after each multiple of it is kept for good."""
+    """The first checkpoint at or after each multiple of this is kept permanently."""
     upload_path: str | None = None
     """Folder or URL to which complete checkpoints are copied in the background, manifest last; a run whose own
     folder has no newer one resumes from there. ``keep_last`` and ``keep_every_images`` hold there too."""
@@ -250,7 +251,7 @@ class ValidationConfig(DataSetConfig):
     every_images: int = Field(ge=1)
     """Images between validations."""
     num_images: int | None = Field(default=None, ge=1)
-    """The first so many of the data set; None takes all."""
+    """Number of images, from the start of the data set; None takes all."""
 
 
 class LoggingConfig(Section):
@@ -269,14 +270,28 @@ class LoggingConfig(Section):
     """Also write TensorBoard's event files to ``tensorboard/``; needs the extra ``tensorboard``."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases; needs the package ``wandb``. The folder keeps the id of its run in
-    ``wandb-id.json``; a copied folder becomes another run."""
+    ``wandb-id.json``; a copy of the folder gets a run of its own."""
     peak_flops: float | None = Field(default=None, gt=0)
-    """Operations a second that one rank's device can do, for the model FLOPs utilisation (MFU) in the log; None knows
-    the dense bf16 peak of common GPUs, and logs no utilisation for others."""
+    """Peak operations a second of one rank's device, for the model FLOPs utilisation (MFU) in the log; None takes the
+    dense bf16 peak of common GPUs, and logs no utilisation for others."""
+
+
+class Recipe(Section):
+    """The sections that memory, traffic and speed of a training step depend on."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    parallelism: ParallelismConfig
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
+        return self
 
 
 class TrainConfig(Root):
-    """Shards in, checkpoints, a log, sample grids and a registered model version out."""
+    """Shards in; checkpoints, a log, sample grids and a registered model version out."""
 
     data: DataConfig
     model: ModelConfig
@@ -290,62 +305,17 @@ class TrainConfig(Root):
     registry: RegistryConfig
 
     @model_validator(mode="after")
-    def _counts_divide(self) -> Self:
-        batch, micro = self.training.global_batch_size, self.training.micro_batch_size
-        if batch % micro:
+    def _sections_fit(self) -> Self:
+        _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
+        guidance = self.logging.preview_guidance
+        if guidance > 0 and not self.model.class_conditional:
             raise ValueError(
-                f"training.global_batch_size must be a multiple of training.micro_batch_size "
-                f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+                f"logging.preview_guidance needs model.class_conditional (got {guidance} and false); set it to 0"
             )
-        if self.logging.preview_guidance > 0 and not self.model.class_conditional:
+        if guidance > 0 and not self.model.capabilities.guidance:
             raise ValueError(
-                f"logging.preview_guidance needs model.class_conditional (got {self.logging.preview_guidance} and "
-                f"false); set it to 0"
+                f"logging.preview_guidance has no effect on model.kind={self.model.kind} (got {guidance}); set it to 0"
             )
-        if self.model.logit_alpha is not None and self.training.noise.kind != "uniform":
-            raise ValueError(
-                f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
-                f"{self.training.noise.kind}); remove either"
-            )
-        if self.model.dequantization is not None and self.training.noise.kind != "uniform":
-            raise ValueError(
-                f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
-                f"{self.training.noise.kind}); remove either"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _model_allows(self) -> Self:
-        kind, parallelism = self.model.kind, self.parallelism
-        if parallelism.activations == "rebuild" and kind != "glow":
-            raise ValueError(
-                f"parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind="
-                f"{kind}); use checkpoint"
-            )
-        batch = isinstance(self.model, RealNVPConfig) and self.model.normalization == "batch"
-        if (batch or kind == "continuous") and parallelism.activations != "keep":
-            raise ValueError(
-                f"parallelism.activations={parallelism.activations} is not for a continuous flow, whose adjoint keeps "
-                f"nothing, nor for model.normalization=batch (got model.kind={kind}); use keep"
-            )
-        if kind == "continuous" and parallelism.zero_stage == 3:
-            raise ValueError(
-                "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2"
-            )
-        if kind in ("maf", "iaf", "continuous") and (parallelism.compile or self.optimizer.kind == "muon"):
-            raise ValueError(
-                f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them "
-                f"out"
-            )
-        if kind not in ("tarflow", "glow", "realnvp") and self.logging.preview_guidance > 0:
-            raise ValueError(
-                f"logging.preview_guidance has no effect on model.kind={kind} (got {self.logging.preview_guidance}); "
-                f"set it to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_fits(self) -> Self:
         warmup, decay, total = self.schedule.warmup_images, self.schedule.decay_images, self.training.total_images
         if warmup + (decay or 0) >= total:
             names, got = "schedule.warmup_images", str(warmup)
@@ -355,16 +325,61 @@ class TrainConfig(Root):
                 f"{names} must be below training.total_images (got {got}, and {total}); lower the former or raise the "
                 f"latter"
             )
-        if self.optimizer.kind == "muon" and self.parallelism.zero_stage not in (1, 2):
-            raise ValueError(
-                f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {self.parallelism.zero_stage}); change "
-                f"either"
-            )
-        if self.optimizer.kind == "muon" and self.parallelism.offload != "none":
-            raise ValueError(
-                f"optimizer.kind=muon needs parallelism.offload=none (got {self.parallelism.offload}); change either"
-            )
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """The sections that memory and speed depend on."""
+        return Recipe(model=self.model, optimizer=self.optimizer, training=self.training, parallelism=self.parallelism)
+
+
+def _check_recipe(
+    model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, parallelism: ParallelismConfig
+) -> None:
+    """Rules between sections.
+
+    Raises:
+        ValueError: two of them contradict each other.
+    """
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    kind, capabilities = model.kind, model.capabilities
+    if batch % micro:
+        raise ValueError(
+            f"training.global_batch_size must be a multiple of training.micro_batch_size "
+            f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
+        )
+    if model.logit_alpha is not None and training.noise.kind != "uniform":
+        raise ValueError(
+            f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
+            f"{training.noise.kind}); remove either"
+        )
+    if model.dequantization is not None and training.noise.kind != "uniform":
+        raise ValueError(
+            f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
+            f"{training.noise.kind}); remove either"
+        )
+    if parallelism.activations not in capabilities.activations:
+        raise ValueError(
+            f"parallelism.activations must be {' or '.join(capabilities.activations)} for this model (got "
+            f"{parallelism.activations} and model.kind={kind}); use {capabilities.activations[-1]}"
+        )
+    if parallelism.zero_stage == 3 and not capabilities.divided_weights:
+        raise ValueError(
+            f"parallelism.zero_stage=3 divides weights that this model needs whole (got model.kind={kind}); use 2"
+        )
+    muon = optimizer.kind == "muon"
+    if not capabilities.separate_networks and (parallelism.compile or muon):
+        raise ValueError(
+            f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them out"
+        )
+    if muon and parallelism.zero_stage not in (1, 2):
+        raise ValueError(
+            f"optimizer.kind=muon needs parallelism.zero_stage 1 or 2 (got {parallelism.zero_stage}); change either"
+        )
+    if muon and parallelism.offload != "none":
+        raise ValueError(
+            f"optimizer.kind=muon needs parallelism.offload=none (got {parallelism.offload}); change either"
+        )
 
 
 VERB = Verb(

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal or in a log file: progress, tables, text without control characters."""
+"""Output for a terminal or a log file: progress bars, tables, text without control characters."""
 
 import sys
 import time
@@ -11,27 +11,27 @@ _FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 60.0
 
 
 _LEAST_RATED_SECONDS = 1.0
-"""Of work that says anything about its speed."""
+"""Speed is shown only if it was measured over at least this time."""
 
 
 def progress_bar(
     total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
 ) -> "ProgressBar":
-    """The progress of some work, see `ProgressBar`; nothing is shown unless ``enabled``."""
+    """A `ProgressBar`; it shows nothing unless ``enabled``."""
     return ProgressBar(total, description, unit, initial, enabled)
 
 
 class ProgressBar:
     """A bar on a terminal, and lines that stay: at most one a minute, more often in the first minute.
 
-    In a file, such as the log of a scheduler, there are lines alone; work that is done within two seconds has none.
-    On a terminal there are lines only for work that has facts to tell, above the bar.
+    A file, such as the log of a scheduler, gets only lines, and none for work that takes less than two seconds. On a
+    terminal there are lines, above the bar, only for work that calls `tell`.
 
     Args:
-        total: of what `update` counts.
-        description: of the work, a word or two.
-        unit: what is counted, in the plural.
-        initial: how much is done already.
+        total: the count at the end.
+        description: the work, in a word or two.
+        unit: the things that are counted, in the plural.
+        initial: the count at the start.
         enabled: whether to show anything.
     """
 
@@ -41,12 +41,12 @@ class ProgressBar:
         self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None
         self._facts = ""
         self._started = self._latest = time.monotonic()
-        self._told = initial
-        self._rated: tuple[float, int] | None = None  # when, and how much was done: from there speed is measured
+        self._shown = initial
+        self._rated: tuple[float, int] | None = None  # time and count from which speed is measured
         self._pause = _FIRST_LINE_SECONDS
 
     def _on_terminal(self) -> Any:
-        from tqdm import tqdm  # here, because a tenth of a second is much for verbs that show no bar
+        from tqdm import tqdm  # imported here, because it takes a tenth of a second, also for verbs without a bar
 
         return tqdm(
             total=self._total,
@@ -60,15 +60,15 @@ class ProgressBar:
         )
 
     def tell(self, facts: str, brief: str | None = None) -> None:
-        """What the next line says beside the counts; ``brief`` is for the bar, which has less room."""
+        """Set the text that the next line adds to the counts; ``brief`` is a shorter text for the bar."""
         self._facts = facts
         if self._bar is not None:
             self._bar.set_postfix_str(facts if brief is None else brief, refresh=False)
 
     def update(self, number: int) -> None:
-        """Count what was done since the last call."""
+        """Add ``number`` to the count."""
         self._done += number
-        if self._rated is None:  # what went before was start-up: of workers, of a compiler
+        if self._rated is None:  # the time before is start-up, of workers or a compiler
             self._rated = time.monotonic(), self._done
             if self._bar is not None:
                 self._bar.unpause()
@@ -80,8 +80,8 @@ class ProgressBar:
             self._write_line()
 
     def close(self) -> None:
-        """Show the end: the last line, unless there was none or it is there."""
-        if self._enabled and self._latest > self._started and self._done > self._told:
+        """Write a last line, unless there was none or it would repeat the one before; close the bar."""
+        if self._enabled and self._latest > self._started and self._done > self._shown:
             self._write_line()
         if self._bar is not None:
             self._bar.close()
@@ -108,7 +108,7 @@ class ProgressBar:
         else:
             print(line, file=sys.stderr, flush=True)
         self._pause = min(2 * self._pause, _LINE_SECONDS)
-        self._latest, self._told = now, self._done
+        self._latest, self._shown = now, self._done
         self._rated = now, self._done
 
 
@@ -125,7 +125,7 @@ def _clock(seconds: float) -> str:
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """A text table with columns as wide as they need to be."""
+    """A text table whose columns are as wide as their longest cell."""
     header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -134,5 +134,5 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that does to a terminal what it says: control characters, which names from files may hold, are escaped."""
+    """The text with its control characters escaped; names of files may contain some."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c).startswith("C") else c for c in text)

@@ -1,6 +1,6 @@
-"""Ranks: who am I, how many are we, and the few collectives the pipeline needs.
+"""Ranks: the number of this process, the number of all, and the collectives that the pipeline needs.
 
-Imported cheaply; torch is imported when a function that needs it is called. A single process is rank 0 of 1.
+Importing this module does not import torch; the functions that need torch do. A single process is rank 0 of 1.
 """
 
 import os
@@ -57,29 +57,29 @@ def local_world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process is rank 0, which writes files and messages."""
     return rank() == 0
 
 
 def agent_serves_store() -> bool:
-    """Whether torchrun's agent, and not rank 0, listens at MASTER_PORT."""
+    """Whether torchrun's agent, not rank 0, listens at MASTER_PORT."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def own_device() -> "device":
-    """This rank's device: its GPU where there are any, else the CPU."""
+    """This rank's device: its GPU if the machine has GPUs, else the CPU."""
     import torch
 
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def backend_of(device: "device") -> str:
-    """What ranks on such devices talk by."""
+    """The communication backend for a device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -96,7 +96,7 @@ def all_reduce_sum(values: "Tensor") -> "Tensor":
 
 
 def all_reduce_sum_with_gradient(values: "Tensor") -> "Tensor":
-    """Sum over ranks; its gradient is the sum of those of all ranks."""
+    """Sum over ranks; the gradient is the sum of the gradients of all ranks."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:
@@ -107,7 +107,7 @@ def all_reduce_sum_with_gradient(values: "Tensor") -> "Tensor":
 
 
 def broadcast_module(module: "Module") -> None:
-    """Give every rank rank 0's parameters and buffers, in place."""
+    """Copy the parameters and buffers of rank 0 to all ranks, in place."""
     import torch.distributed as dist
 
     if dist.is_initialized() and world_size() > 1:
@@ -116,10 +116,10 @@ def broadcast_module(module: "Module") -> None:
 
 
 def check_equal(module: "Module") -> None:
-    """All ranks must start from the same parameters and buffers, bit for bit; compared by hash.
+    """Check by hash that all ranks have the same parameters and buffers, bit for bit.
 
     Raises:
-        RuntimeError: on every rank, with the names of those that differ. It is a bug, not a mistake of the user.
+        RuntimeError: on every rank, with the names of tensors that differ; a bug, not a mistake of the user.
     """
     import hashlib
 
@@ -129,14 +129,14 @@ def check_equal(module: "Module") -> None:
         name: hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
         for name, tensor in module.state_dict().items()
     }
-    everywhere = gather(digests)
-    differing = sorted(name for name in digests if any(other.get(name) != digests[name] for other in everywhere))
-    if differing or any(other.keys() != digests.keys() for other in everywhere):
+    all_digests = gather(digests)
+    differing = sorted(name for name in digests if any(ranks.get(name) != digests[name] for ranks in all_digests))
+    if differing or any(ranks.keys() != digests.keys() for ranks in all_digests):
         raise RuntimeError(f"ranks start from different tensors: {', '.join(differing) or 'other names'}")
 
 
 def gather(value: T) -> list[T]:
-    """What each rank gives, in the order of ranks, on every rank; any object that pickles."""
+    """The values of all ranks, in the order of ranks, on every rank; values must be picklable."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:
@@ -147,7 +147,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, on every rank; a `UserError` of rank 0 is raised everywhere."""
+    """The result of ``compute`` on rank 0, on every rank; a `UserError` of rank 0 is raised on every rank."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:
@@ -165,7 +165,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def shut_down() -> None:
-    """Leave the process group, as NCCL wants of every rank; `tarflow_scale.runtime.processes.leave` does the rest."""
+    """Leave the process group, which NCCL requires of every rank; see also `tarflow_scale.runtime.processes.leave`."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,7 +1,4 @@
-"""What a process asks of the operating system: its parent, its signals, its end, and who else writes to a folder.
-
-And an answer that may never come, from a child that can be given up.
-"""
+"""Processes: end with the parent, ignore signals, end cleanly, lock a folder, compute in a child with a deadline."""
 
 import atexit
 import ctypes
@@ -35,7 +32,7 @@ T = TypeVar("T")
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent dies, however that dies; Linux only."""
+    """Ask the kernel to send this process a signal when its parent dies; Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     parent = multiprocessing.parent_process()
@@ -44,17 +41,17 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Leave it to the parent to act on what schedulers and launchers send to all processes of a job."""
+    """Ignore the signals that schedulers and launchers send to all processes of a job; the parent acts on them."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def stop_signals_held() -> Generator[None]:
-    """Hold stop signals of this thread back while it starts processes that are not to see them.
+    """Block stop signals in this thread while it starts processes that must not receive them.
 
-    What is started inherits the hold: a process before it can ignore signals by itself, and the tracker of
-    `multiprocessing`, which ignores SIGTERM and SIGINT but dies of SIGUSR1, with a traceback at the end of its parent.
+    Child processes inherit the block. It protects a worker until it ignores signals by itself, and the resource tracker
+    of `multiprocessing`, which ignores SIGTERM and SIGINT but dies of SIGUSR1, with a traceback when its parent ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -64,10 +61,10 @@ def stop_signals_held() -> Generator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process when its work is done: exit handlers run, output is flushed, Python is not taken down.
+    """End this process when its work is done: run exit handlers, flush output, and skip Python's own shutdown.
 
     Threads of gloo hold tensors, and outlive `torch.distributed.destroy_process_group` because DeepSpeed keeps
-    references to the groups. One that drops its tensor while Python is being taken down aborts the process, which
+    references to the groups. A thread that releases its tensor while Python shuts down aborts the process, which
     turns a finished run into a failed one (https://github.com/pytorch/pytorch/issues/190489).
     """
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what `sys.exit` would run
@@ -77,22 +74,23 @@ def leave(code: int) -> NoReturn:
 
 
 def answer_within(seconds: float, compute: Callable[[], T]) -> T:
-    """What a function returns, computed in a child process that is killed after so long, with all that it started.
+    """The result of a function that runs in a child process with a deadline.
 
-    For what may hang, crash, or change this process: the child is a fork, so this process must have no threads yet.
+    Use it for a function that may hang, crash, or change this process. The child is a fork, so this process must have
+    no threads yet. The child and all processes that it started are killed at the end.
 
     Args:
-        seconds: until the child is killed.
-        compute: returns something that pickles, and raises nothing.
+        seconds: deadline.
+        compute: returns a picklable value and raises no exception.
 
     Raises:
-        TimeoutError: there was no answer in time.
-        ChildProcessError: the child ended without one; the message says how, and the last that it said.
+        TimeoutError: the function did not return in time.
+        ChildProcessError: the child ended without a result; the message has its exit code and its last line of output.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryFile() as said:
-        child = context.Process(target=_answer, args=(compute, sender, said.fileno()))
+    with tempfile.TemporaryFile() as output:
+        child = context.Process(target=_answer, args=(compute, sender, output.fileno()))
         child.start()
         sender.close()
         try:
@@ -101,43 +99,43 @@ def answer_within(seconds: float, compute: Callable[[], T]) -> T:
             return receiver.recv()
         except EOFError:
             child.join(_REAP_SECONDS)
-            said.seek(0)
-            raise ChildProcessError(_end_in_words(child.exitcode, said.read())) from None
+            output.seek(0)
+            raise ChildProcessError(_end_in_words(child.exitcode, output.read())) from None
         finally:
             _end_with_offspring(child)
 
 
-def _answer(compute: Callable[[], Any], sender: Connection, said: int) -> None:
-    os.setsid()  # so that all that it starts can be ended with it
+def _answer(compute: Callable[[], Any], sender: Connection, output: int) -> None:
+    os.setsid()  # so that all processes that it starts can be killed with it
     die_with_parent()
     for stream in (1, 2):
-        os.dup2(said, stream)
+        os.dup2(output, stream)
     sender.send(compute())
     sender.close()
 
 
 def _end_with_offspring(child: BaseProcess) -> None:
     assert child.pid is not None
-    with suppress(ProcessLookupError):  # nobody is left
+    with suppress(ProcessLookupError):  # no process is left
         os.killpg(child.pid, signal.SIGKILL)
     child.kill()
     child.join(_REAP_SECONDS)  # one that waits for a dead file system cannot be killed
 
 
-def _end_in_words(exit_code: int | None, said: bytes) -> str:
-    lines = said.decode(errors="replace").strip().splitlines()
+def _end_in_words(exit_code: int | None, output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
     how = f"ended by {signal.Signals(-exit_code).name}" if exit_code and exit_code < 0 else f"ended with {exit_code}"
     return how + (f": {lines[-1].strip()}" if lines else "")
 
 
 @contextmanager
 def exclusive(folder: Path, wait_seconds: float = 0.0) -> Generator[None]:
-    """Hold a local folder against other processes, of this machine and where its file system has locks of all.
+    """Lock a local folder against other processes on this machine, and on other machines if its file system can.
 
-    The kernel lets go of it when this process ends, however it ends.
+    The kernel releases the lock when this process ends, in any way.
 
     Raises:
-        StorageError: it cannot be written, or another process holds it and does not let go for ``wait_seconds``.
+        StorageError: the folder cannot be written, or another process holds it for longer than ``wait_seconds``.
     """
     lock = folder / ".lock"
     try:
@@ -158,7 +156,7 @@ def exclusive(folder: Path, wait_seconds: float = 0.0) -> Generator[None]:
 
 
 def _locked(lock: Path, wait_seconds: float) -> IO[bytes]:
-    started, told = time.monotonic(), False
+    started, reported = time.monotonic(), False
     while True:
         file = lock.open("a+b")
         try:
@@ -172,14 +170,14 @@ def _locked(lock: Path, wait_seconds: float) -> IO[bytes]:
                     f"{lock.parent} takes one writer at a time (in use by {holder}); wait for it, stop it, or choose "
                     f"another folder"
                 ) from None
-            if not told:
-                print(f"waiting for {holder} to let go of {lock.parent}", file=sys.stderr, flush=True)
-                told = True
+            if not reported:
+                print(f"waiting for {holder} to release {lock.parent}", file=sys.stderr, flush=True)
+                reported = True
             time.sleep(_POLL_SECONDS)
             continue
-        except OSError as error:  # some network file systems have none
-            warnings.warn(f"no lock on {lock.parent} ({error.strerror}); let it have one writer", stacklevel=4)
+        except OSError as error:  # some network file systems have no locks
+            warnings.warn(f"no lock on {lock.parent} ({error.strerror}); start only one writer", stacklevel=4)
             return file
         if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             return file
-        file.close()  # its holder has just removed it
+        file.close()  # its holder has just removed this file

@@ -1,4 +1,4 @@
-"""What made a result: package versions and git commit; and the peak of memory."""
+"""The origin of a result: package versions and git commit; and peak memory."""
 
 import os
 import resource
@@ -13,20 +13,20 @@ _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelit
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of what decides a result."""
-    found = {"python": sys.version.split()[0]}
+    """Installed versions of Python and of the packages that affect results."""
+    versions = {"python": sys.version.split()[0]}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def git_commit() -> str:
-    """Commit of the code that runs, with ``+`` when files differ from it.
+    """Commit of this code, with ``+`` if tracked files differ from it.
 
-    Outside a checkout it is what ``TARFLOW_SCALE_COMMIT`` says, as the images in ``docker/`` do, or ``unknown``.
+    Outside a checkout it is ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
     """
     folder = Path(__file__).parent
     try:
@@ -38,7 +38,7 @@ def git_commit() -> str:
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """Most memory that was in use so far: resident size of this process, or what torch allocated on ``cuda``."""
+    """Peak memory so far: resident size of this process, or the memory that torch allocated on ``cuda``."""
     if device == "cuda":
         import torch
 

@@ -1,15 +1,15 @@
 """Standard output and error that cannot stop the work.
 
-What is printed may have nowhere to go: the reader has left (``| head``), a disk is full (``>/dev/full``), the stream is
-closed (``2>&-``), or its encoding lacks a character (a C locale). After `guard` none of these raises. What cannot be
-encoded is escaped, and what cannot be written is dropped, so that a data set is packed and a run is saved all the same.
+Printing can fail: the reader has left (``| head``), a disk is full (``>/dev/full``), the stream is closed (``2>&-``),
+or its encoding lacks a character (a C locale). After `guard` none of these raises an exception. Characters that
+cannot be encoded are escaped, and text that cannot be written is dropped, so that a verb still finishes its work.
 
-The exit code says what became of standard output once the work is done:
+The exit code reports lost standard output:
 
-* The reader left, or the stream was closed from the start: nobody wants the output. The code is that of the work.
-* It could not be written for another reason: 2 in place of 0, and one line on standard error. Other codes stay.
+* If the reader left, or the stream was closed from the start, the exit code is that of the work.
+* If a write failed for another reason, exit code 0 becomes 2, with one line on standard error. Other codes stay.
 
-What is lost of standard error changes no code.
+Lost standard error does not change the exit code.
 """
 
 import io
@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor that takes everything: after an error it drops what is written, and keeps the error."""
+    """A file descriptor whose writes never fail: after an error it keeps the error and drops all data."""
 
     error: OSError | None = None
 
@@ -47,22 +47,22 @@ class _Output(io.FileIO):
 
 
 def guard() -> None:
-    """Replace `sys.stdout` and `sys.stderr` of this process, and open what is closed of the standard descriptors.
+    """Replace `sys.stdout` and `sys.stderr` of this process, and open standard descriptors that are closed.
 
-    A file or socket that is opened later would otherwise get the number of a closed one, and with it all that libraries
-    print.
+    Otherwise a file or socket that is opened later would get the number of a closed descriptor, and receive the output
+    that libraries print.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free, this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
 
 
 def _stream(number: int, before: TextIO | None) -> TextIO:
-    """A stream of the same kind as the one before; Python has None where the descriptor was closed."""
+    """A stream like the one before, which is None if the descriptor was closed."""
     if before is not None:
         with suppress(OSError):
             before.flush()
@@ -72,13 +72,13 @@ def _stream(number: int, before: TextIO | None) -> TextIO:
         raw if at_once else io.BufferedWriter(raw),  # pyright: ignore[reportArgumentType]  # as Python itself does
         encoding=getattr(before, "encoding", None) or "utf-8",
         errors="backslashreplace",
-        line_buffering=True,  # in a file too, where Python would show the first line at the end
+        line_buffering=True,  # also in a file, to which Python would write the first line only at the end
         write_through=at_once,
     )
 
 
 def exit_code(code: int) -> int:
-    """Of a process whose work ended with ``code``; flushes standard output, and says it where output was lost."""
+    """Exit code of a process whose work ended with ``code``; flushes standard output and reports lost output."""
     stream = sys.stdout
     stream.flush()
     buffer = getattr(stream, "buffer", None)
@@ -86,8 +86,8 @@ def exit_code(code: int) -> int:
     if error is None or isinstance(error, BrokenPipeError) or code != 0:
         return code
     print(
-        f"tarflow-scale: error: standard output must take what is printed (got: {error.strerror}); the work is done, "
-        f"make room or redirect it elsewhere to see what was found",
+        f"tarflow-scale: error: standard output must be writable (got: {error.strerror}); the work is done, but its "
+        f"output is lost: free space or redirect it",
         file=sys.stderr,
     )
     return 2

@@ -1,10 +1,10 @@
-"""Checkpoints that are either whole or absent, and do not know the ZeRO stage or the number of ranks.
+"""Checkpoints that are either complete or absent, and independent of the ZeRO stage and the number of ranks.
 
-A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel: per
-parameter name the fp32 master weight, the optimizer's moments and every moving average, and all buffers. Parameter i
-is gathered, kept by rank i mod N, written with others when a gigabyte has come together, and dropped.
-``manifest.json`` (size and sha256 of every file, and the training state) is written last: without it the folder is
-not a checkpoint. "Latest" is the newest folder with a manifest. Nothing is pickled.
+A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel: for each
+parameter name the fp32 master weight, the optimizer's moments and every moving average, and all buffers. All ranks
+gather parameter i; rank i mod N keeps it, and writes a file when it holds a gigabyte. ``manifest.json`` (size and
+sha256 of every file, and the training state) is written last: without it the folder is not a checkpoint. "Latest" is
+the newest folder with a manifest. Nothing is pickled.
 
 Tensor names: ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` or ``momentum_buffer/<name>``,
 ``average/<name>`` for the first average, ``average-<half-life>/<name>`` for the others, ``buffer/<name>``.
@@ -45,31 +45,31 @@ __all__ = [
 MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
 _FILE_BYTES = 1 << 30
-"""Size at which a rank begins another file; so much it holds in memory, twice for a moment."""
+"""Size at which a rank begins another file. A rank holds this much in memory, and briefly twice as much."""
 
 
 class TrainState(Record):
-    """All that a resumed run needs besides tensors. Random numbers have no state: they are functions of counts."""
+    """The state of a run besides its tensors. Random numbers have no state: they are functions of counts."""
 
     images_seen: int = Field(ge=0)
     num_steps: int = Field(ge=0)
-    """Updates the optimizer has made."""
+    """Updates of the optimizer."""
     skipped_steps: int = Field(ge=0)
     skipped_in_a_row: int = Field(ge=0)
     num_replaced: int = Field(default=0, ge=0)
-    """Corrupt samples that others stood in for."""
+    """Corrupt samples that were replaced by others."""
     loss_sum: float
     """Sum of nats per dimension over the steps since the last line of the log."""
     loss_steps: int = Field(ge=0)
     seconds: float = Field(ge=0)
-    """Time spent in training so far."""
+    """Time of training so far."""
     recent_losses: tuple[float, ...] = ()
-    """What the rule against jumps of the loss compares with."""
+    """Losses with which the rule against jumps compares."""
     roll_backs: int = Field(default=0, ge=0)
     learning_rate: float | None = None
-    """AdamW's, in the step that would have come next; not known of early checkpoints."""
+    """AdamW's rate for the next step; old checkpoints lack it."""
     run: dict[str, Any]
-    """What must not change between a run and its continuation."""
+    """The settings that must not change when the run continues."""
 
 
 class CheckpointManifest(Record):
@@ -82,25 +82,25 @@ class CheckpointManifest(Record):
 def save(
     path: str, engine: Engine, averages: WeightAverages, state: TrainState, config: CheckpointConfig
 ) -> tuple[str, tuple[str, ...]]:
-    """Write a checkpoint below ``path``; all ranks must call. Then delete those that need not be kept.
+    """Write a checkpoint below ``path``, then delete checkpoints that need not be kept; all ranks must call.
 
     Returns:
         Its folder, and the names of the files that this rank wrote.
 
     Raises:
-        StorageError: on every rank, when one of them cannot write; nothing is left of the checkpoint, and the one
+        StorageError: on every rank, if one of them cannot write; the incomplete checkpoint is removed, and the one
             before it stays.
     """
     folder = storage.join(path, _FOLDER.format(images=state.images_seen))
     if is_main():
-        storage.remove_tree(folder)  # the debris of a save that was interrupted here
+        storage.remove_tree(folder)  # files of an interrupted save
     barrier()
     files = _Files(folder)
     _write_share(files, engine, averages)
     outcomes = gather((files.records, files.failure))
     failure = next((failure for _, failure in outcomes if failure), None)
     if is_main() and failure is None:
-        records = {name: FileRecord.model_validate(one) for written, _ in outcomes for name, one in written.items()}
+        records = {name: FileRecord.model_validate(file) for written, _ in outcomes for name, file in written.items()}
         try:
             manifest = CheckpointManifest(files=records, state=state)
             storage.write_bytes(storage.join(folder, MANIFEST), manifest.to_json())
@@ -121,13 +121,13 @@ def save(
 def find_latest(*paths: str, reads_files: bool = True) -> tuple[str, TrainState] | None:
     """Folder and state of the newest complete checkpoint whose files are intact, or None.
 
-    A damaged one is passed over with a warning, in favour of the one before it. Of equally new ones that of the first
-    path is taken. ``reads_files=False`` takes the files to be intact.
+    A damaged checkpoint is skipped with a warning. If two paths have a checkpoint at the same image, the first path
+    wins. ``reads_files=False`` does not check the files.
     """
-    found = [
+    folders = [
         (folder.rsplit("/", 1)[-1], -place, folder) for place, path in enumerate(paths) for folder in complete(path)
     ]
-    for _, _, folder in sorted(found, reverse=True):
+    for _, _, folder in sorted(folders, reverse=True):
         try:
             return folder, (_verified if reads_files else _manifest)(folder).state
         except DataError as error:
@@ -136,7 +136,7 @@ def find_latest(*paths: str, reads_files: bool = True) -> tuple[str, TrainState]
 
 
 def newest_at_rate(path: str, rate: Callable[[int], float]) -> str | None:
-    """Name of the newest complete checkpoint whose learning rate is what ``rate`` gives for its images, or None."""
+    """Name of the newest complete checkpoint whose learning rate equals ``rate(images_seen)``, or None."""
     for folder in reversed(complete(path)):
         state = _manifest(folder).state
         if state.learning_rate is not None and math.isclose(state.learning_rate, rate(state.images_seen), rel_tol=1e-6):
@@ -149,10 +149,10 @@ def load(folder: str, engine: Engine, averages: WeightAverages, prime: Callable[
 
     Args:
         folder: the checkpoint.
-        engine: to be overwritten.
-        averages: to be overwritten.
-        prime: takes one step on any batch, because DeepSpeed's moments do not exist before; all that it changes
-            is overwritten.
+        engine: is overwritten.
+        averages: are overwritten.
+        prime: makes one step on any batch, because DeepSpeed allocates its moments in the first step; all its changes
+            are overwritten.
     """
     prime()
     manifest = _manifest(folder)
@@ -183,7 +183,7 @@ def complete(path: str) -> list[str]:
 
 
 def newest(path: str) -> str:
-    """Where the newest checkpoint is and the SHA-256 of its manifest, for a registry to name; empty without one."""
+    """Folder of the newest checkpoint and the SHA-256 of its manifest, for the registry; empty without one."""
     folders = complete(path)
     if not folders:
         return ""
@@ -191,7 +191,7 @@ def newest(path: str) -> str:
 
 
 def prune(path: str, config: CheckpointConfig) -> None:
-    """Delete complete checkpoints but the newest and those that are kept for good; the manifest goes first."""
+    """Delete all complete checkpoints but the newest and those to keep permanently; the manifest is deleted first."""
     folders = complete(path)
     kept, first_of = set(folders[-config.keep_last :]), dict[int, str]()
     if config.keep_every_images is not None:
@@ -205,7 +205,7 @@ def prune(path: str, config: CheckpointConfig) -> None:
 
 
 class _Files:
-    """The files that this rank writes; after a failure it writes no more, but goes on to take part in gathering."""
+    """The files that this rank writes; after a failure it writes no more files, but still takes part in gathering."""
 
     def __init__(self, folder: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}
@@ -233,7 +233,7 @@ class _Files:
 
 
 def _write_share(files: _Files, engine: Engine, averages: WeightAverages) -> None:
-    """Write this rank's tensors; every rank takes part in gathering all of them."""
+    """Write this rank's tensors; every rank takes part in gathering all tensors."""
     for i, name in enumerate(engine.names):
         mine = i % world_size() == rank()
         weight = engine.full_weight(name)
@@ -263,7 +263,7 @@ def _average_kind(averages: WeightAverages, half_life: int) -> str:
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a kind by name, sorted: a file is read in no fixed order, but ranks must gather in the same one."""
+    """Tensors of a kind by name; sorted, because all ranks must gather in the same order."""
     prefix = f"{kind}/"
     return ((name.removeprefix(prefix), tensors[name]) for name in sorted(tensors) if name.startswith(prefix))
 
@@ -281,7 +281,7 @@ def _verified(folder: str) -> CheckpointManifest:
 
 
 def _content(folder: str, file: str, record: FileRecord) -> bytes:
-    """A file's bytes, if they are those of the manifest."""
+    """The bytes of a file, checked against the manifest."""
     location = storage.join(folder, file)
     if not storage.exists(location):
         raise DataError(f"{location} is missing, though the manifest names it; delete the checkpoint")

@@ -1,4 +1,4 @@
-"""The flow for a data set."""
+"""Builds the flow for a data set."""
 
 from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.errors import DataError

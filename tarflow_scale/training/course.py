@@ -1,10 +1,10 @@
-"""Where a run stands: the checkpoint of its folder that it goes on from, and its learning rate there and after."""
+"""Where a run is: the checkpoint from which it continues, and its learning rate from there on."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from tarflow_scale.config.train import TrainConfig
+from tarflow_scale.config.train import ScheduleConfig, TrainingConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.records import changes
 from tarflow_scale.training import checkpoint
@@ -19,66 +19,77 @@ class Course:
     """A run from its first image to its last.
 
     Args:
-        config: of the run.
-        run: what must not change between this run and its continuation.
+        folder: the run folder, ``logging.path``.
+        upload_path: a second folder or URL with checkpoints, or None.
+        training, schedule: the sections.
+        peak_learning_rate: of AdamW.
+        run: the settings that must not change when the run continues.
     """
 
-    config: TrainConfig
+    folder: str
+    upload_path: str | None
+    training: TrainingConfig
+    schedule: ScheduleConfig
+    peak_learning_rate: float
     run: dict[str, Any]
 
     @property
     def total_images(self) -> int:
         """Images of the run, rounded up to whole steps."""
-        step_images = self.config.training.global_batch_size
-        return -(-self.config.training.total_images // step_images) * step_images
+        step_images = self.training.global_batch_size
+        return -(-self.training.total_images // step_images) * step_images
 
     @property
     def checkpoint_paths(self) -> tuple[str, ...]:
         """Folders of checkpoints, the run's own first."""
-        own, upload = f"{self.config.logging.path}/checkpoints", self.config.checkpoint.upload_path
-        return (own,) if upload is None else (own, upload)
+        own = f"{self.folder}/checkpoints"
+        return (own,) if self.upload_path is None else (own, self.upload_path)
+
+    def rate_fraction_at(self, images_seen: int) -> float:
+        """Learning rate of the step after ``images_seen`` images, as a fraction of its peak."""
+        return learning_rate_fraction(images_seen, self.total_images, self.schedule)
 
     def rate_at(self, images_seen: int) -> float:
-        """AdamW's learning rate in the step that comes after so many images."""
-        fraction = learning_rate_fraction(images_seen, self.total_images, self.config.schedule)
-        return self.config.optimizer.peak_lr * fraction
+        """AdamW's learning rate in the step after ``images_seen`` images."""
+        return self.peak_learning_rate * self.rate_fraction_at(images_seen)
 
     def latest(self, reads_files: bool = True) -> tuple[str, TrainState] | None:
-        """Folder and state of the checkpoint that the run goes on from; None where it begins.
+        """Folder and state of the checkpoint from which the run continues; None for a new run.
 
         Args:
-            reads_files: whether a checkpoint with a damaged file is passed over, which takes reading all of it.
+            reads_files: whether to read all files of a checkpoint, and to skip it if one is damaged.
 
         Raises:
             UserError: the run folder holds another or a longer run.
         """
-        found = checkpoint.find_latest(*self.checkpoint_paths, reads_files=reads_files)
-        if found is None:
+        latest = checkpoint.find_latest(*self.checkpoint_paths, reads_files=reads_files)
+        if latest is None:
             return None
-        state, path = found[1], self.config.logging.path
+        _, state = latest
         if changed := changes(state.run, self.run):
             raise UserError(
-                f"the run folder {path} holds another run ({changed}); choose another logging.path or delete it"
+                f"the run folder {self.folder} holds another run ({changed}); choose another logging.path or delete it"
             )
         if state.images_seen > self.total_images:
             raise UserError(
                 f"training.total_images must not lie before the checkpoint (got {self.total_images} and "
                 f"{state.images_seen}); raise it or choose another logging.path"
             )
-        return found
+        return latest
 
-    def begins(self, found: tuple[str, TrainState] | None) -> str:
-        """In words, where the run begins, given what `latest` found."""
-        if found is None:
+    def begins(self, latest: tuple[str, TrainState] | None) -> str:
+        """In words, where the run begins, given the result of `latest`."""
+        if latest is None:
             return "at the first image, the run folder has no checkpoint"
-        done = found[1].images_seen == self.total_images
-        return f"after {found[1].images_seen:,} images, from {found[0]}" + ("; nothing to train" if done else "")
+        folder, state = latest
+        done = "; nothing to train" if state.images_seen == self.total_images else ""
+        return f"after {state.images_seen:,} images, from {folder}{done}"
 
     def rate_change(self, state: TrainState) -> str | None:
-        """What to tell where the run goes on from ``state`` at another rate than it would have had."""
+        """A message where the run continues from ``state`` at another rate than it had when it was saved."""
         before, now = state.learning_rate, self.rate_at(state.images_seen)
         if state.images_seen == self.total_images or before is None or math.isclose(before, now, rel_tol=1e-6):
             return None
         earlier = checkpoint.newest_at_rate(self.checkpoint_paths[0], self.rate_at)
         newer = earlier and f"all checkpoints newer than {earlier} in {' and '.join(self.checkpoint_paths)}"
-        return rate_change(state.images_seen, before, now, self.config.schedule, newer)
+        return rate_change(state.images_seen, before, now, self.schedule, newer)

@@ -1,8 +1,8 @@
-"""Exponential moving averages of the weights, kept where the fp32 masters are kept.
+"""Exponential moving averages of the weights, divided among ranks like the fp32 masters.
 
-At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank holds all weights, rank r averages
-slice r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is
-gathered, parameter by parameter, only to be saved, exported, validated or sampled from.
+At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank has all weights, rank r averages slice
+r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is gathered,
+parameter by parameter, only to save, export, validate or sample from it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +22,13 @@ class WeightAverages:
 
     Args:
         engine: the engine.
-        half_lives_images: a half-life for each average; shorter at the start of training, see `average_decay`.
+        half_lives_images: the half-life of each average; it is shorter at the start of training, see `average_decay`.
     """
 
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:
         self.half_lives = tuple(half_lives_images)
         self._engine = engine
-        self._own = [_Slice.of(flat) for flat in engine.masters()] if engine.stage == 0 else None
+        self._own = [_own_part(master) for master in engine.masters()] if engine.stage == 0 else None
         self._averages = {half_life: [view.clone() for view in self._views()] for half_life in self.half_lives}
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class WeightAverages:
     @property
     def num_bytes(self) -> int:
         """Memory of all averages on this rank."""
-        return sum(one.numel() * one.element_size() for averages in self._averages.values() for one in averages)
+        return sum(view.numel() * view.element_size() for averages in self._averages.values() for view in averages)
 
     def full(self, half_life: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Name and whole average of every parameter, one at a time; all ranks must iterate to the end.
@@ -58,7 +58,7 @@ class WeightAverages:
             return
         for name, own, average in zip(self._engine.names, self._own, averages, strict=True):
             whole = torch.zeros_like(self._engine.full_weight(name))
-            whole.view(-1)[own.start : own.stop] = average
+            whole.view(-1)[own] = average
             yield name, all_reduce_sum(whole)
 
     def load(self, half_life: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -71,25 +71,18 @@ class WeightAverages:
             return
         places = {name: i for i, name in enumerate(self._engine.names)}
         for name, value in weights:
-            own = self._own[places[name]]
-            averages[places[name]].copy_(value.reshape(-1)[own.start : own.stop])
+            i = places[name]
+            averages[i].copy_(value.reshape(-1)[self._own[i]])
 
     def _views(self) -> list[Tensor]:
         masters = self._engine.masters()
         if self._own is None:
             return masters
-        return [master.view(-1)[own.start : own.stop] for master, own in zip(masters, self._own, strict=True)]
+        return [master.view(-1)[own] for master, own in zip(masters, self._own, strict=True)]
 
 
-class _Slice:
-    """This rank's part ``[start, stop)`` of a flattened tensor that every rank holds whole."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start = start
-        self.stop = stop
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Slice":
-        share = -(-tensor.numel() // world_size())
-        start = min(rank() * share, tensor.numel())
-        return cls(start, min(start + share, tensor.numel()))
+def _own_part(tensor: Tensor) -> slice:
+    """This rank's part of a flattened tensor that every rank has completely."""
+    share = -(-tensor.numel() // world_size())
+    start = min(rank() * share, tensor.numel())
+    return slice(start, min(start + share, tensor.numel()))

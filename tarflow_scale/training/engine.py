@@ -1,8 +1,8 @@
-"""The one place that talks to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
+"""The interface to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
 
-The rest of training sees named tensors and never a partition. What is master depends on the ZeRO stage: at stage 0
-the parameters themselves, at stages 1 to 3 an fp32 partition on each rank, of which the parameters are a working
-copy. DeepSpeed's setters change the master only, so `Engine.restore` writes the working copy as well.
+The rest of training sees named tensors and never a partition. The master weights depend on the ZeRO stage: at stage 0
+they are the parameters themselves, at stages 1 to 3 an fp32 partition on each rank, and the parameters are a working
+copy. DeepSpeed's setters change only the master, so a caller that sets it must also set the working copy.
 """
 
 import os
@@ -36,16 +36,16 @@ from tarflow_scale.training.zero import deepspeed_config
 __all__ = ["MOMENTS", "MOMENTUM", "Engine", "MicroBatch", "StepResult", "start_process_group"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of AdamW, a partition each."""
+"""Moments of AdamW, each a partition."""
 MOMENTUM = "momentum_buffer"
-"""Of Muon, whole on every rank whose partition holds some of the matrix."""
+"""Momentum of Muon, complete on every rank whose partition holds a part of the matrix."""
 _PREFIX = "flow."
 _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes: ``x (B, C, H, W)`` float, ``y (B,)`` labels or None."""
+    """Input of one forward pass: ``x (B, C, H, W)`` float, ``y (B,)`` labels or None."""
 
     x: Tensor
     y: Tensor | None
@@ -53,10 +53,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """Result of one optimizer step.
 
-    nats_per_dim: mean over this rank's images. gradient_norm: over all ranks, before clipping. skipped: a gradient was
-    not finite, or the step was rejected, so no rank changed its weights. rejected: its loss was refused.
+    Args:
+        nats_per_dim: mean over this rank's images.
+        gradient_norm: over all ranks, before clipping.
+        skipped: a gradient was not finite, or the step was rejected, so no rank changed its weights.
+        rejected: ``reject`` refused the loss.
     """
 
     nats_per_dim: float
@@ -73,12 +76,12 @@ class _NatsPerImage(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        z, log_det = self.flow(x, y, dequantize=True)  # not log_prob_of_images, whose checks would wait for the device
+        z, log_det = self.flow(x, y, dequantize=True)  # log_prob_of_images would wait for the device in its checks
         return -(standard_normal_log_prob(z) + log_det)
 
 
 def start_process_group(threads: int) -> torch.device:
-    """Join the other ranks (or found a group of one) and return this rank's device.
+    """Join the other ranks (or start a group of one) and return this rank's device.
 
     Args:
         threads: torch threads of this rank on a CPU, see `num_threads`.
@@ -103,7 +106,7 @@ class Engine:
     """A flow under DeepSpeed.
 
     Args:
-        flow: freshly built, equal on all ranks; it is moved to ``device`` and owned from here on.
+        flow: newly built, equal on all ranks; the engine moves it to ``device`` and owns it.
         device: this rank's device.
         optimizer, training, parallelism: the sections.
     """
@@ -134,7 +137,7 @@ class Engine:
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
         if world_size() == 1 and self.stage == 0:
-            self._engine.enable_backward_allreduce = False  # a sum of one, for which all gradients would be copied
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients for a sum over one rank
         self.names = [name.removeprefix(_PREFIX) for name, _ in module.named_parameters()]
         self._parameters = dict(zip(self.names, module.parameters(), strict=True))
         self._module = module
@@ -149,18 +152,18 @@ class Engine:
     ) -> StepResult:
         """Forward, backward and update over this rank's share of a global batch.
 
-        The loss is the mean negative log-likelihood in nats per dimension, so that gradients do not grow with the
-        image.
+        The loss is the mean negative log-likelihood in nats per dimension, so that the size of gradients does not
+        depend on the size of images.
 
         Args:
-            micro_batches: as many as are accumulated.
+            micro_batches: as many as the accumulation takes.
             rate: learning rate, as a fraction of its peak.
-            reject: called with the mean loss of all ranks before the last backward pass; if it says yes, on all ranks
-                alike, the step changes nothing.
+            reject: is called with the mean loss of all ranks before the last backward pass. If it returns True, on all
+                ranks alike, the step changes nothing.
         """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
-        running = [(one, one.clone()) for name, one in self.buffers().items() if "running_" in name]
+        running = [(buffer, buffer.clone()) for name, buffer in self.buffers().items() if "running_" in name]
         skipped_before = self._engine.skipped_steps
         total = torch.zeros((), device=self.device)
         rejected = False
@@ -171,7 +174,7 @@ class Engine:
             count += 1
             if reject is not None and count == self.num_micro_batches:
                 rejected = reject(float(all_reduce_sum(total.double())) / (count * world_size()))
-                # Every ZeRO stage leaves the weights alone when a gradient is not finite, so let them be.
+                # Every ZeRO stage skips the update if a gradient is not finite.
                 loss = loss * float("nan") if rejected else loss
             self._engine.backward(loss)
             self._engine.step()
@@ -179,7 +182,7 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         skipped = self._engine.skipped_steps > skipped_before
         if skipped or rejected:
-            for buffer, before in running:  # the forward pass has written them, of images that nothing is learned from
+            for buffer, before in running:  # undo what the forward pass of a skipped step wrote
                 buffer.copy_(before)
         return StepResult(
             nats_per_dim=float(total) / count,
@@ -200,7 +203,7 @@ class Engine:
     # -- weights by name -----------------------------------------------------------------------------------------
 
     def masters(self) -> list[Tensor]:
-        """This rank's own fp32 master tensors: flat partitions, or at stage 0 all parameters."""
+        """This rank's fp32 master tensors: flat partitions, or at stage 0 all parameters."""
         optimizer = self._engine.optimizer
         match self.stage:
             case 0:
@@ -211,7 +214,7 @@ class Engine:
                 return [flat.data for flat in optimizer.fp32_partitioned_groups_flat]
 
     def full_weight(self, name: str) -> Tensor:
-        """The whole fp32 master weight of a parameter; all ranks must call."""
+        """The complete fp32 master weight of a parameter; all ranks must call."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         parameter = self._parameters[name]
@@ -220,7 +223,7 @@ class Engine:
         return full.detach().float()
 
     def full_moment(self, name: str, moment: str) -> Tensor:
-        """The whole optimizer moment of a parameter; all ranks must call, after the first step."""
+        """A complete optimizer moment of a parameter; all ranks must call, after the first step."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
@@ -234,7 +237,7 @@ class Engine:
         return full
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Overwrite a master weight (this rank's part of it), not the working copy."""
+        """Overwrite this rank's part of a master weight, not the working copy."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter, value = self._parameters[name], value.to(self.device)
@@ -247,7 +250,7 @@ class Engine:
                 safe_set_local_fp32_param(parameter, _own_part(parameter, value))
 
     def set_moment(self, name: str, moment: str, value: Tensor) -> None:
-        """Overwrite an optimizer moment (this rank's part of it)."""
+        """Overwrite this rank's part of an optimizer moment."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         parameter, value = self._parameters[name], value.to(self.device)
@@ -264,7 +267,7 @@ class Engine:
                 safe_set_local_optimizer_state(parameter, _own_part(parameter, value), moment)
 
     def set_working_copy(self, name: str, value: Tensor) -> None:
-        """Overwrite what the forward pass uses; all ranks must call."""
+        """Overwrite the weight that the forward pass uses; all ranks must call."""
         parameter = self._parameters[name]
         value = value.to(self.device)
         if self.stage < 3:
@@ -277,7 +280,7 @@ class Engine:
 
     @property
     def num_steps(self) -> int:
-        """Updates the optimizer has made; AdamW's bias correction depends on it."""
+        """Number of updates of the optimizer; AdamW's bias correction depends on it."""
         steps = [int(state["step"]) for state in self._base_optimizer().state.values() if "step" in state]
         return max(steps, default=0)
 
@@ -288,29 +291,29 @@ class Engine:
                 state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
 
     def momenta(self) -> dict[str, Tensor]:
-        """Muon's momentum of the matrices of which this rank holds some, by name, to read or to overwrite."""
+        """Muon's momentum, by name, of the matrices of which this rank has a part; to read or to overwrite."""
         if self.stage not in (1, 2):
             return {}
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        zero, found = self._engine.optimizer, dict[str, Tensor]()
+        zero, momenta = self._engine.optimizer, dict[str, Tensor]()
         for group, held in zip(zero.optimizer.param_groups, zero.params_in_partition, strict=True):
             momentum = zero.optimizer.state[group["params"][0]].get(MOMENTUM)
             if momentum is None:
                 continue
             sizes = [parameter.numel() for parameter in held]
             for parameter, part in zip(held, momentum.split(sizes), strict=True):
-                found[names[id(parameter)]] = part.view_as(parameter)
-        return found
+                momenta[names[id(parameter)]] = part.view_as(parameter)
+        return momenta
 
     def has_moments(self, name: str) -> bool:
-        """Whether AdamW moves this parameter, rather than Muon."""
+        """Whether AdamW updates this parameter, rather than Muon."""
         return not getattr(self._parameters[name], "use_muon", False)
 
     @contextmanager
     def borrowing(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[None]:
-        """Let the forward pass use other weights, whole and by name, instead of its own; all ranks must enter.
+        """Let the forward pass use other weights, complete and by name; all ranks must enter.
 
-        Nothing is left of them afterwards: masters stay as they are, and the working copies are made from them again.
+        The masters do not change, and at the end the working copies are restored from them.
         """
         kept = {name: p.detach().clone() for name, p in self._parameters.items()} if self.stage == 0 else None
         for name, value in weights:
@@ -322,7 +325,7 @@ class Engine:
                 self.set_working_copy(name, kept[name] if kept is not None else self.full_weight(name))
 
     def diagnostics(self) -> dict[str, float]:
-        """What the flow says of its latest pass on this rank."""
+        """Diagnostics of the flow's latest pass on this rank."""
         return self._module.flow.diagnostics()
 
     def buffers(self) -> dict[str, Tensor]:
@@ -330,23 +333,24 @@ class Engine:
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
 
     @contextmanager
-    def exchanged(self, others: Sequence[Tensor | None]) -> Generator[None]:
-        """Swap the masters with tensors laid out alike, so that `full_weight` and `set_master` act on those."""
-        self._swap(others)
+    def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
+        """Swap the masters with tensors of the same layout, so that `full_weight` and `set_master` act on those."""
+
+        def swap() -> None:
+            for master, tensor in zip(self.masters(), tensors, strict=True):
+                if tensor is not None:
+                    kept = master.clone()
+                    master.copy_(tensor)
+                    tensor.copy_(kept)
+
+        swap()
         try:
             yield
         finally:
-            self._swap(others)
-
-    def _swap(self, others: Sequence[Tensor | None]) -> None:
-        for master, other in zip(self.masters(), others, strict=True):
-            if other is not None:
-                kept = master.clone()
-                master.copy_(other)
-                other.copy_(kept)
+            swap()
 
     def _flat_moments(self, moment: str) -> list[Tensor | None]:
-        """A moment of AdamW where Muon has the other groups: DeepSpeed's own access does not find it (0.19.8)."""
+        """A moment of AdamW if Muon has the other groups, where DeepSpeed's own function fails (0.19.8)."""
         base = self._base_optimizer()
         return [base.state[group["params"][0]].get(moment) for group in base.param_groups]
 
@@ -355,9 +359,9 @@ class Engine:
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's ZeRO-3 part of a whole tensor, padded with zeros.
+    """This rank's ZeRO-3 part of a complete tensor, padded with zeros.
 
-    DeepSpeed's own setters for whole tensors fail where the number of ranks does not divide the tensor (0.19.8).
+    DeepSpeed's own setters for complete tensors fail if the number of ranks does not divide the tensor (0.19.8).
     """
     share = parameter.ds_tensor.numel()
     padded = torch.nn.functional.pad(value.flatten(), (0, share * world_size() - value.numel()))
@@ -367,15 +371,15 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
 def _import_deepspeed() -> Any:
     """DeepSpeed without its shared-memory collectives on CPU.
 
-    They are compiled at the first start (35 s, needs g++ and ninja) and help only ranks of one machine; gloo is
-    there already.
+    They are compiled at the first start (35 s, needs g++ and ninja) and help only ranks of one machine; gloo needs no
+    compiler.
     """
     import logging
 
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's calls of torch 2.15's older names, told once a rank and call: nothing that a user can change.
+    # DeepSpeed calls deprecated functions of torch 2.15; each rank would warn, and a user cannot change it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,39 +1,40 @@
-"""The run folder: one run at a time, one folder for all ranks, what made it; and ranks that end with their launcher.
+"""The run folder: one folder for all ranks, with a record of the settings and versions that made it.
 
-A launcher that is killed leaves its ranks behind, which would train on beside those of the next launch.
+Ranks also end with their launcher: without that, the ranks of a killed launcher would train on beside those of the next
+launch.
 """
 
 import os
 import signal
 import uuid
+from typing import Any
 
 import torch
 import yaml
 
 from tarflow_scale import storage
-from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.records import canonical_json, changes
 from tarflow_scale.runtime import distributed, provenance
 from tarflow_scale.runtime.processes import die_with_parent
 
-__all__ = ["STOP_SECONDS", "check_shared", "configuration_of", "describe_run", "follow_launcher"]
+__all__ = ["STOP_SECONDS", "check_shared", "describe_run", "follow_launcher"]
 
 STOP_SECONDS = 60.0
-"""How long a run waits for one that is stopping to let go of its folder."""
+"""How long a run waits until a run that is stopping releases the folder."""
 
 
 def follow_launcher() -> None:
-    """Have this rank told by SIGTERM when its launcher dies, so that it saves and stops."""
+    """Send this rank SIGTERM when its launcher dies, so that it saves a checkpoint and stops."""
     if "RANK" in os.environ:
         die_with_parent(signal.SIGTERM)
 
 
 def check_shared(path: str, device: torch.device) -> None:
-    """All ranks must see one run folder, or only some would find the checkpoints; rank 0 leaves a mark to look for.
+    """Check that all ranks see the same run folder: rank 0 writes a file that the others look for.
 
     Raises:
-        UserError: on every rank, when some rank does not see it.
+        UserError: on every rank, if some rank does not see the file.
     """
     if distributed.world_size() == 1:
         return
@@ -55,30 +56,31 @@ def _leave_mark(path: str) -> str:
     return mark
 
 
-def configuration_of(config: TrainConfig) -> bytes:
-    """The resolved configuration, as it is hashed and registered."""
-    return canonical_json(config.model_dump(mode="json"))
+def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
+    """Write ``config.yaml`` and ``environment.json``: the settings of the run, their digest, the commit and versions.
 
+    If a run continues with other settings, print the changes and keep the earlier settings as
+    ``config-until-IMAGES.yaml``.
 
-def describe_run(config: TrainConfig, images_seen: int) -> None:
-    """Leave beside the results what made them: resolved configuration, its digest, commit and versions.
-
-    Where a run goes on with other settings, say which, and keep the earlier ones as ``config-until-IMAGES.yaml``.
+    Args:
+        path: the run folder.
+        resolved: the configuration, as JSON.
+        images_seen: where the run continues; 0 for a new run.
     """
-    folder = storage.local(config.logging.path)
+    folder = storage.local(path)
     folder.mkdir(parents=True, exist_ok=True)
-    current, resolved = folder / "config.yaml", config.model_dump(mode="json")
+    current = folder / "config.yaml"
     if images_seen and current.exists():
         before = current.read_bytes()
         if changed := changes(yaml.safe_load(before), resolved):
             kept = folder / f"config-until-{images_seen:012d}.yaml"
             storage.write_bytes(str(kept), before)
-            print(f"going on with other settings: {changed} (the earlier ones: {kept})")
+            print(f"continuing with other settings: {changed} (the earlier ones: {kept})")
     storage.write_bytes(str(current), yaml.safe_dump(resolved, sort_keys=False).encode())
-    facts = {
-        "config_digest": storage.digest(configuration_of(config)),
+    environment = {
+        "config_digest": storage.digest(canonical_json(resolved)),
         "git_commit": provenance.git_commit(),
         "packages": provenance.package_versions(),
         "ranks": distributed.world_size(),
     }
-    storage.write_bytes(str(folder / "environment.json"), canonical_json(facts))
+    storage.write_bytes(str(folder / "environment.json"), canonical_json(environment))

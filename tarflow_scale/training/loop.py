@@ -1,8 +1,8 @@
-"""The training loop: batches in order, one step each, and what happens between steps, in plain order.
+"""The training loop: one step for each batch, and logging, validation, checkpoints and previews between steps.
 
-Progress is counted in images. Whatever is random about a sample is drawn from (seed, epoch, sample); dropout masks
-come from a generator that is seeded anew at every step from (seed, images seen, rank). Hence the run has no random
-state, and one that is killed and resumed on the same number of ranks repeats the lost steps bit for bit.
+Progress is counted in images. All random numbers of a sample come from (seed, epoch, sample); dropout masks come from a
+generator that every step seeds with (seed, images seen, rank). So a run has no random state, and a run that is killed
+and resumed on the same number of ranks repeats the lost steps bit for bit.
 """
 
 import math
@@ -33,7 +33,6 @@ from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
 from tarflow_scale.training.meter import Meter
 from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
-from tarflow_scale.training.schedule import learning_rate_fraction
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
@@ -41,25 +40,25 @@ from tarflow_scale.training.validation import Validation
 __all__ = ["Loop", "Preview"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
-"""Called on rank 0 with the averaged weights by name and the images seen."""
+"""Is called on rank 0 with the averaged weights by name and the images seen."""
 _SAME_CTRL_C_SECONDS = 1.0
-"""Within which a rank may be told of one Ctrl-C twice."""
+"""A rank may receive one Ctrl-C twice within this time."""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Everything one run needs.
+    """The parts of a run.
 
     Args:
         engine: the flow under DeepSpeed.
         averages: its moving averages.
         reader: this rank's batches.
         pixels: how stored pixels become floats.
-        vectors: of a data set of vectors.
-        conditional: whether the flow takes labels, or what vectors are given with.
-        course: where the run stands, and its learning rate.
+        vectors: description of vectors; None for images.
+        conditional: whether the flow takes labels, or the conditions of vectors.
+        course: length, checkpoints and learning rate of the run.
         training, checkpoints, logging: the sections.
-        validation: held-out images, or None; and the images between looks at them.
+        validation: held-out images, or None.
         meter: measures speed.
         preview: draws a sample grid.
     """
@@ -74,19 +73,19 @@ class Loop:
     training: TrainingConfig
     checkpoints: CheckpointConfig
     logging: LoggingConfig
-    validation: tuple[Validation, int] | None
+    validation: Validation | None
     meter: Meter
     preview: Preview
 
     def fit(self, progress: Progress, log: run_log.Log) -> None:
-        """Train from ``progress``, which moves along, to ``training.total_images``.
+        """Train to ``training.total_images``.
 
         Args:
-            progress: where to begin.
-            log: takes the figures, on rank 0.
+            progress: where to begin; it is updated.
+            log: receives the figures.
 
         Raises:
-            UserError: too many steps in a row were not finite, too many jumps of the loss, a checkpoint that cannot be
+            UserError: too many steps in a row were not finite, the loss jumped too often, or a checkpoint cannot be
                 written.
             Interrupted: a signal or the time limit stopped the run; a checkpoint was saved.
         """
@@ -102,7 +101,7 @@ class Loop:
                 with self.meter.spending("data"):
                     batch = next(batches)
                 result = self._step(batch, progress)
-                diagnostics = self.engine.diagnostics()  # before validation and previews, which pass images too
+                diagnostics = self.engine.diagnostics()  # before validation and previews, which overwrite them
                 stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
                 self.meter.stepped(now - before)
@@ -119,14 +118,14 @@ class Loop:
                 if stopping and not done:
                     uploads.wait()
                     raise Interrupted(
-                        f"stopped by {stopping} after {now} images (checkpoint saved); run it again to go on"
+                        f"stopped by {stopping} after {now} images (checkpoint saved); run it again to continue"
                     )
         uploads.wait()
 
     def _step(self, batch: Batch, progress: Progress) -> StepResult:
         seen = progress.images_seen
         torch.manual_seed(_dropout_seed(self.training.seed, seen, distributed.rank()))
-        rate = learning_rate_fraction(seen, self.course.total_images, self.course.config.schedule)
+        rate = self.course.rate_fraction_at(seen)
         reject = None if self.training.spike.rule == "off" else progress.losses.is_spike
         result = self.engine.step(self._micro_batches(batch), rate, reject)
         progress.images_seen += self.training.global_batch_size
@@ -143,10 +142,10 @@ class Loop:
             yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:
-        """Sum over ranks what all must know; why the run stops, if any rank was asked to."""
+        """Share loss, stop requests and replaced samples among ranks; returns the reason to stop, or an empty text."""
         own = [result.nats_per_dim, float(bool(reason)), float(num_replaced)]
-        facts = torch.tensor(own, dtype=torch.float64, device=self.engine.device)
-        loss, stops, replaced = distributed.all_reduce_sum(facts).tolist()
+        sums = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.engine.device))
+        loss, stops, replaced = sums.tolist()
         progress.num_replaced += round(replaced)
         allowed = self.reader.config.max_corrupt_fraction
         check_share(progress.num_replaced, progress.images_seen, allowed, self.logging.path)
@@ -166,7 +165,7 @@ class Loop:
         return (reason or "another rank") if stops > 0 else ""
 
     def _after_spike(self, loss: float, progress: Progress) -> None:
-        """The step was not made; go back to the latest checkpoint if the rule says so. Samples are not seen again."""
+        """Count a rejected step, and go back to the latest checkpoint if that is the rule; its samples are skipped."""
         progress.skipped_steps += 1
         if distributed.is_main():
             warnings.warn(
@@ -181,10 +180,11 @@ class Loop:
                 f"the loss jumped more often than it may (got {progress.roll_backs}, training.spike.max_roll_backs="
                 f"{self.training.spike.max_roll_backs}); lower optimizer.peak_lr"
             )
-        found = distributed.from_main(lambda: checkpoint.find_latest(*self.course.checkpoint_paths))
-        if found is not None:  # else there is nothing before this step to go back to, and skipping it must do
-            checkpoint.load(found[0], self.engine, self.averages, self._prime)
-            progress.losses = LossHistory(self.training.spike, found[1].recent_losses)
+        latest = distributed.from_main(lambda: checkpoint.find_latest(*self.course.checkpoint_paths))
+        if latest is not None:  # without a checkpoint the step is only skipped
+            folder, state = latest
+            checkpoint.load(folder, self.engine, self.averages, self._prime)
+            progress.losses = LossHistory(self.training.spike, state.recent_losses)
 
     def _show(self, bar: console.ProgressBar, result: StepResult, progress: Progress) -> None:
         memory = provenance.peak_memory_bytes(self.engine.device.type)
@@ -218,14 +218,14 @@ class Loop:
         if validated is not None:
             held_out = {"nats": validated, "bits": bits_per_dim(validated, self.pixels)}
             record |= {f"validation_{unit}_per_dim": value for unit, value in held_out.items()}
-        log.write(record)
+        log(record)
 
     def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
-        """Nats per dimension of held-out images, when it is time."""
-        if self.validation is None or not (done or _crossed(before, now, self.validation[1])):
+        """Nats per dimension of held-out images; None if validation is not due."""
+        if self.validation is None or not (done or _crossed(before, now, self.validation.every_images)):
             return None
         with self.meter.spending("validation"):
-            progress.held_out = self.validation[0].nats_per_dim(self.engine, self.averages)
+            progress.held_out = self.validation.nats_per_dim(self.engine, self.averages)
         return progress.held_out
 
     def _save(self, progress: Progress, uploads: Uploader) -> None:
@@ -256,35 +256,35 @@ class Loop:
             distributed.barrier()
 
     def averaged_weights(self, half_life: int | None = None) -> dict[str, Tensor]:
-        """An average (None: the first) and the buffers by name, whole, on rank 0; empty elsewhere. All ranks call."""
+        """An average (None: the first) and the buffers by name, on rank 0; empty on others. All ranks must call."""
         main = distributed.is_main()
         weights = {name: full.cpu().clone() for name, full in self.averages.full(half_life) if main}
         return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}
 
     def resume(self) -> Progress:
-        """Restore the latest checkpoint, if there is one; rank 0 finds it, so that all ranks take the same.
+        """Restore the latest checkpoint, if there is one. Rank 0 finds it, so that all ranks load the same.
 
         Raises:
             UserError: the run folder holds another or a longer run.
         """
-        found = distributed.from_main(self.course.latest)
-        if found is None:
+        latest = distributed.from_main(self.course.latest)
+        if latest is None:
             return Progress(LossHistory(self.training.spike))
-        folder, state = found
+        folder, state = latest
         checkpoint.load(folder, self.engine, self.averages, self._prime)
         if distributed.is_main() and (line := self.course.rate_change(state)):
             print(line, flush=True)
         return Progress.of(state, self.training)
 
     def _prime(self) -> StepResult:
-        """One step on the first batch, at rate 0: it makes DeepSpeed allocate what is then overwritten."""
+        """One step on the first batch at rate 0, which makes DeepSpeed allocate its state."""
         return self.engine.step(self._micro_batches(self.reader.first()), rate=0.0)
 
 
 class _StopSignal:
-    """Why the run should stop: SIGTERM or SIGUSR1 (what schedulers send before they preempt a job), Ctrl-C, its time.
+    """The reason to stop: SIGTERM or SIGUSR1 (schedulers send them before they preempt a job), Ctrl-C, the time limit.
 
-    A second Ctrl-C ends the run at once. Terminal and launcher both pass the first one on, so it must be later.
+    A second Ctrl-C ends the run at once. Terminal and launcher both send the first one, so the second must come later.
     """
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -296,7 +296,7 @@ class _StopSignal:
 
     @property
     def reason(self) -> str:
-        """In words; empty if there is none."""
+        """The reason in words; empty if there is none."""
         return self._received or ("training.max_seconds" if time.monotonic() > self._deadline else "")
 
     def _receive(self, number: int, _: object) -> None:

@@ -1,10 +1,10 @@
-"""How fast a run is, from one log line to the next: images and tokens a second, utilisation, where time went.
+"""Speed of a run between two log lines: images and tokens a second, utilisation, time by activity.
 
 Model FLOPs utilisation (MFU) is
 
     images a second of one rank * operations of a training step for one image / peak operations a second of its device
 
-with the operations of `tarflow_scale.capacity.flops`, which count no recomputation (Chowdhery et al., arXiv
+with the operations of `tarflow_scale.capacity.flops`, which do not count recomputation (Chowdhery et al., arXiv
 2204.02311).
 """
 
@@ -24,7 +24,7 @@ Part = Literal["data", "checkpoint", "validation", "preview"]
 
 
 def peak_flops_of(device: torch.device) -> float | None:
-    """Peak operations a second of a device, if it is a known one."""
+    """Peak operations a second of a device; None for an unknown device."""
     if device.type != "cuda":
         return None
     card = card_of_device(torch.cuda.get_device_name(device))
@@ -33,13 +33,13 @@ def peak_flops_of(device: torch.device) -> float | None:
 
 @dataclass
 class Meter:
-    """Counts of the time since the last report.
+    """Measures the time since the last report.
 
     Args:
-        flops_per_image: of a training step.
+        flops_per_image: operations of a training step for one image.
         tokens_per_image: None for models without tokens.
         peak_flops: of one rank's device; None reports no utilisation.
-        ranks: world size.
+        ranks: number of ranks.
     """
 
     flops_per_image: float
@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def spending(self, part: Part) -> Generator[None]:
-        """Count the time of the block as spent on ``part`` rather than on steps."""
+        """Count the time of the block for ``part`` instead of steps."""
         started = time.perf_counter()
         try:
             yield
@@ -64,11 +64,11 @@ class Meter:
         self._images += images
 
     def figures(self) -> dict[str, float | None]:
-        """Figures since the last report, of steps and waiting for data alone."""
+        """Figures since the last report."""
         return self._figures(time.perf_counter())
 
     def report(self) -> dict[str, float | None]:
-        """The same; the next report begins here."""
+        """Figures since the last report; the next report starts now."""
         now = time.perf_counter()
         figures = self._figures(now)
         self._started, self._images, self._spent = now, 0, {}

@@ -1,9 +1,9 @@
-"""What is random about a training sample once it is decoded: its noise, and whether its label is dropped.
+"""Random numbers of a training sample after decoding: its noise, and whether its label is dropped.
 
-Both are functions of (seed, epoch, sample). Noise is as large as the images in float, so it is drawn where the flow is:
-images travel to the device as uint8. It comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011) in integer arithmetic of torch, whose words are the same on every device; torch's own generators are
-not, and cannot be asked for the noise of one sample.
+Both are functions of (seed, epoch, sample). Noise is as large as the images in float, so it is drawn on the device, to
+which images travel as uint8. It comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011) in integer arithmetic of torch, which gives the same words on every device. Torch's own generators do not,
+and cannot draw the noise of a single sample.
 """
 
 import math
@@ -42,7 +42,7 @@ class Philox:
         c0, c1, c2, c3 = counters
         k0, k1 = self.key
         for _ in range(_ROUNDS):
-            # Products wrap at 2^64; shifts of negative numbers fill with ones, which the mask takes away.
+            # Products wrap at 2^64; shifts of negative numbers fill with ones, which the mask removes.
             first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
             c0, c1 = (second >> 32 & _MASK) ^ c1 ^ k0, second & _MASK
             c2, c3 = (first >> 32 & _MASK) ^ c3 ^ k1, first & _MASK
@@ -53,7 +53,7 @@ class Philox:
 def model_input(
     batch: Batch, pixels: PixelFormat, vectors: VectorFacts | None, seed: int, device: torch.device
 ) -> Float[Tensor, "B ..."]:
-    """A batch as the floats that the flow is trained on, on the device: images with noise, vectors as they are."""
+    """A batch as floats on the device: images with noise, vectors unchanged."""
     if pixels.noise == "none":
         assert vectors is not None
         return torch.from_numpy(floats(batch.images, vectors)[0].copy()).to(device)
@@ -80,7 +80,7 @@ def sample_noise(
         epochs: below 2^32.
         samples: below 2^56.
         num_dims: numbers of each sample.
-        device: where.
+        device: device of the result.
     """
     where = torch.from_numpy(np.stack([epochs, samples])).to(device)[:, :, None]
     epoch, low, high = where[0], where[1] & _MASK, (where[1] >> 32) | (int(Purpose.NOISE) << 24)
@@ -101,7 +101,7 @@ def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[
 
 
 def conditions(batch: Batch, vectors: VectorFacts | None, label_drop: float, seed: int, device: torch.device) -> Tensor:
-    """What a batch is conditioned on: numbers ``(B, K)`` that vectors are given with, or labels, some dropped."""
+    """Conditions of a batch: the numbers ``(B, K)`` of vectors, or labels ``(B,)``, some of them dropped."""
     if vectors is not None and vectors.num_conditions:
         return torch.from_numpy(floats(batch.images, vectors)[1].copy()).to(device)
     return dropped_labels(batch, label_drop, seed).to(device)

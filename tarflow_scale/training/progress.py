@@ -1,6 +1,6 @@
-"""How far a run is, and what its progress line says.
+"""The progress of a run, and the text of its progress line.
 
-The line shows numbers that each step has on the host anyway, so that showing them makes no step wait for a device.
+The line shows only numbers that each step already has on the host, so that no step waits for a device.
 """
 
 import math
@@ -16,13 +16,13 @@ from tarflow_scale.training.spikes import LossHistory
 __all__ = ["Progress", "bits_per_dim", "progress_line"]
 
 _SHOWN_STEPS = 20
-"""The loss in the progress line is the mean of so many steps."""
+"""The loss in the progress line is the mean over this many steps."""
 _GIB = 1024**3
 
 
 @dataclass
 class Progress:
-    """How far a run is; the mutable counterpart of `TrainState`."""
+    """The progress of a run; the mutable counterpart of `TrainState`."""
 
     losses: LossHistory
     images_seen: int = 0
@@ -35,18 +35,18 @@ class Progress:
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
-    """Losses of the last steps since this start, in nats per dimension; for the progress line alone."""
+    """Losses of the last steps since this start, in nats per dimension; only for the progress line."""
     held_out: float | None = None
     """The last validation since this start, in nats per dimension."""
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training so far, over all its parts."""
+        """Seconds of training so far, over all starts."""
         return self.seconds + time.monotonic() - self.started
 
     @classmethod
     def of(cls, state: TrainState, training: TrainingConfig) -> "Progress":
-        """Where a checkpoint left off."""
+        """The progress that a checkpoint holds."""
         return cls(
             losses=LossHistory(training.spike, state.recent_losses),
             images_seen=state.images_seen,
@@ -60,7 +60,7 @@ class Progress:
         )
 
     def take(self, loss: float) -> None:
-        """Count the loss of a step that was made, the mean of all ranks in nats per dimension."""
+        """Count the loss of a step, the mean over all ranks in nats per dimension."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
@@ -83,15 +83,15 @@ def progress_line(
     speed: dict[str, float | None],
     memory_bytes: int,
 ) -> tuple[str, str]:
-    """What a line says of a run, and the beginning of it, for a bar with less room.
+    """The text of a progress line, and a shorter text for a progress bar.
 
     Args:
-        progress: of the run.
+        progress: progress of the run.
         pixels: how stored pixels become floats, which decides the unit of the loss.
-        learning_rate: of the last step.
+        learning_rate: rate of the last step.
         gradient_norm: of the last step, before clipping.
-        speed: what `tarflow_scale.training.meter.Meter.figures` says.
-        memory_bytes: peak of this rank.
+        speed: result of `tarflow_scale.training.meter.Meter.figures`.
+        memory_bytes: peak memory of this rank.
     """
 
     def loss(nats: float) -> str:
@@ -104,7 +104,7 @@ def progress_line(
     if progress.held_out is not None:
         brief.append(f"held out {loss(progress.held_out)}")
     mfu, waiting = speed["mfu"], speed["data_wait_fraction"]
-    facts = [
+    details = [
         *([] if mfu is None else [f"MFU {mfu:.0%}"]),
         f"learning rate {learning_rate:.2g}",
         f"gradient norm {gradient_norm:.3g}" if math.isfinite(gradient_norm) else "gradient not finite",
@@ -112,4 +112,4 @@ def progress_line(
         f"{memory_bytes / _GIB:.2f} GiB a rank",
         *([f"{progress.skipped_steps} steps skipped"] if progress.skipped_steps else []),
     ]
-    return ", ".join([*brief, *facts]), ", ".join(brief)
+    return ", ".join([*brief, *details]), ", ".join(brief)

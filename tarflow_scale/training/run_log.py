@@ -1,11 +1,11 @@
-"""The log of a run: JSON lines, and if asked for TensorBoard and Weights & Biases."""
+"""The log of a run: JSON lines, and optionally TensorBoard and Weights & Biases."""
 
 import json
 import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import util
 from pathlib import Path
@@ -15,6 +15,8 @@ from tarflow_scale.errors import ConfigError
 
 __all__ = ["JsonLog", "Log", "check_log_packages", "open_log"]
 
+Log = Callable[[Mapping[str, Any]], None]
+"""Writes a record."""
 _WANDB_ID = "wandb-id.json"
 
 
@@ -23,8 +25,8 @@ class JsonLog:
 
     Args:
         path: the file.
-        keep_until_images: on resuming, lines with ``images`` beyond this are removed, because they will be written
-            again; None keeps all.
+        keep_until_images: lines with more ``images`` are removed, because a resumed run writes them again; None keeps
+            all.
     """
 
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
@@ -32,7 +34,7 @@ class JsonLog:
         kept = _whole_lines(path, math.inf if keep_until_images is None else keep_until_images)
         staged = path.with_name(f".{path.name}.partial")
         staged.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        staged.replace(path)  # at once, so that a kill here loses nothing
+        staged.replace(path)  # atomic, so that a kill here loses nothing
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -51,27 +53,11 @@ class JsonLog:
         self.close()
 
 
-class Log:
-    """Records with ``images``, to several places at once; to none on ranks that do not log.
-
-    Args:
-        sinks: the places.
-    """
-
-    def __init__(self, sinks: Sequence[Callable[[Mapping[str, Any]], None]] = ()) -> None:
-        self._sinks = sinks
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write one record."""
-        for sink in self._sinks:
-            sink(record)
-
-
 def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
-    """See that what is to be logged to is installed.
+    """Check that the packages for logging are installed.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: a package is missing.
     """
     for wanted, package, key in (
         (tensorboard, "tensorboard", "logging.tensorboard"),
@@ -83,20 +69,19 @@ def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
 
 @contextmanager
 def open_log(
-    folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, facts: Mapping[str, Any]
+    folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, settings: Mapping[str, Any]
 ) -> Generator[Log]:
-    """``log.jsonl``, and if asked for TensorBoard's events and a run of Weights & Biases.
+    """Open ``log.jsonl``, and if wanted TensorBoard's event files and a run of Weights & Biases.
 
     Args:
-        folder: of the run.
-        keep_until_images: what lies beyond will be logged again.
+        folder: the run folder.
+        keep_until_images: records after this will be written again.
         tensorboard: whether to write ``tensorboard/``.
         wandb_project: project, or None.
-        facts: the configuration that Weights & Biases shows.
+        settings: the configuration that Weights & Biases shows.
     """
     with ExitStack() as stack:
-        sinks: list[Callable[[Mapping[str, Any]], None]] = []
-        sinks.append(stack.enter_context(JsonLog(folder / "log.jsonl", keep_until_images)).write)
+        sinks: list[Log] = [stack.enter_context(JsonLog(folder / "log.jsonl", keep_until_images)).write]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -112,18 +97,23 @@ def open_log(
                 id=_wandb_id(folder),
                 resume="allow",
                 dir=str(folder),
-                config=dict(facts),
+                config=dict(settings),
             )
             stack.callback(run.finish)
             sinks.append(lambda record: run.log(dict(record), step=record["images"]))
-        yield Log(sinks)
+
+        def write(record: Mapping[str, Any]) -> None:
+            for sink in sinks:
+                sink(record)
+
+        yield write
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this folder's run of Weights & Biases: random, made once, and kept in ``wandb-id.json``.
+    """The id of this folder's run of Weights & Biases: a random id, kept in ``wandb-id.json``.
 
-    A folder that was moved, restored or mounted elsewhere has the path or the inode that the file names, and goes on
-    with its run. A copy has neither and becomes a run of its own; otherwise two runs would write to one.
+    A folder that was moved, restored or mounted elsewhere still has the path or the inode in the file, and continues
+    its run. A copy of a folder has neither and gets a new id; otherwise two folders would write to the same run.
 
     Raises:
         ConfigError: the file is damaged.
@@ -141,8 +131,6 @@ def _wandb_id(folder: Path) -> str:
         if is_copy:
             print(f"{folder} is a copy of {before['path']}: a new run of Weights & Biases", file=sys.stderr, flush=True)
             identity = uuid.uuid4().hex
-    elif (folder / "wandb").is_dir():  # of an earlier version of this package, which took the name
-        identity = folder.resolve().name
     else:
         identity = uuid.uuid4().hex
     staged = kept.with_name(f".{kept.name}.partial")

@@ -1,4 +1,4 @@
-"""Learning rate and moving-average decay as pure functions of images seen, so that neither has a state to lose."""
+"""Learning rate and moving-average decay as pure functions of images seen, so that neither has a state."""
 
 import math
 
@@ -32,28 +32,28 @@ def learning_rate_fraction(images_seen: int, total_images: int, schedule: Schedu
 
 
 def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, newer: str | None) -> str:
-    """What to tell where a run goes on at another learning rate than it would have had without the change.
+    """A message for a run that continues at another learning rate than its checkpoint expected.
 
     Args:
-        images_seen: where it goes on.
-        before: learning rate that the next step would have had when the checkpoint was saved.
-        now: the one that it has.
-        schedule: the present one.
-        newer: in words, the checkpoints after the newest at which both schedules give the same rate; None where there
-            is no such one.
+        images_seen: where the run continues.
+        before: rate of the next step when the checkpoint was saved.
+        now: rate of the next step under the current schedule.
+        schedule: the current schedule.
+        newer: in words, the checkpoints after the newest one at which both schedules have the same rate; None if there
+            is no such checkpoint.
     """
     rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"
-    line = f"going on with another schedule: {rates}"
+    line = f"continuing with another schedule: {rates}"
     if now < before:
         return line
     if schedule.kind == "wsd" and newer is not None:
-        advice = f"delete {newer} to go on without the jump"
+        advice = f"delete {newer} to continue without the jump"
     else:
         advice = "schedule.kind=wsd is for runs that are extended"
     return f"{line}; a higher rate makes the model worse at first ({advice})"
 
 
 def average_decay(images_seen: int, step_images: int, half_life_images: int) -> float:
-    """Factor by which an average keeps its past in a step of ``step_images`` that ends at ``images_seen``."""
+    """Weight of the previous average in a step of ``step_images`` that ends at ``images_seen``."""
     half_life = min(half_life_images, _RAMP * images_seen)
     return 0.5 ** (step_images / half_life)

@@ -1,4 +1,4 @@
-"""Jumps of the loss: when is a step one, as a function of the losses before it."""
+"""Jumps of the loss: a step is a jump if its loss exceeds the mean of the losses before it by too much."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class LossHistory:
 
     Args:
         config: the rule.
-        losses: those of an earlier part of the run, oldest first.
+        losses: losses from a checkpoint, oldest first.
     """
 
     def __init__(self, config: SpikeConfig, losses: Iterable[float] = ()) -> None:
@@ -22,16 +22,16 @@ class LossHistory:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """What is needed to go on; empty where no rule is set."""
+        """The losses, for a checkpoint; empty without a rule."""
         return tuple(self._losses)
 
     def add(self, loss: float) -> None:
-        """Remember an accepted step."""
+        """Add the loss of an accepted step."""
         if self._config.rule != "off":
             self._losses.append(loss)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss exceeds the mean of a full window by more than is allowed."""
+        """Whether a loss exceeds the mean of a full window by more than the rule allows."""
         if self._config.rule == "off" or len(self._losses) < self._config.window_steps:
             return False
         return loss > sum(self._losses) / len(self._losses) + self._config.above_nats_per_dim

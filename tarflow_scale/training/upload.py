@@ -1,7 +1,7 @@
-"""Checkpoints to a store in the background, while training goes on.
+"""Uploads checkpoints to a store in the background, during training.
 
-Every rank copies the files that it wrote. Rank 0 waits until the store lists all of them, and then writes the
-manifest: what a reader of the store finds is whole. No rank talks to another about it.
+Every rank copies the files that it wrote. Rank 0 waits until the store lists the files of all ranks, then writes the
+manifest, so a checkpoint with a manifest is complete. Ranks do not communicate about it.
 """
 
 import threading
@@ -19,16 +19,16 @@ __all__ = ["Uploader"]
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 1.0
-"""Waits double: a store may fail for half a minute."""
-_OTHERS_SECONDS = 3600.0
-"""How long rank 0 waits for the files of the others."""
+"""The wait doubles after each attempt, so a store may fail for half a minute."""
+_FILES_SECONDS = 3600.0
+"""How long rank 0 waits for the files of other ranks."""
 
 
 class Uploader:
     """At most one upload at a time.
 
     Args:
-        config: where to, and what to keep there.
+        config: the section ``checkpoint``, with the target and the checkpoints to keep there.
         copy: ``copy(local, remote)``.
     """
 
@@ -40,11 +40,11 @@ class Uploader:
 
     @property
     def busy(self) -> bool:
-        """Whether an upload is under way."""
+        """Whether an upload is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, folder: str, own_files: Sequence[str]) -> None:
-        """Begin to upload a complete checkpoint, of which this rank wrote some files; waits for the one before."""
+        """Start the upload of a complete checkpoint, after the one before; ``own_files`` are those of this rank."""
         self.wait()
         path = self._config.upload_path
         if path is not None:
@@ -53,7 +53,7 @@ class Uploader:
             self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the upload that runs, if there is one; warn if it failed, which training survives."""
+        """Wait for the running upload, if there is one; warn if it failed. Training continues either way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -79,8 +79,8 @@ class Uploader:
     def _await_all(self, target: str, sizes: dict[str, int]) -> None:
         started = time.monotonic()
         while not sizes.items() <= self._listed(target).items():
-            if time.monotonic() - started > _OTHERS_SECONDS:
-                raise StorageError(f"{target} has not all files after {_OTHERS_SECONDS:g} s; did a rank's upload fail?")
+            if time.monotonic() - started > _FILES_SECONDS:
+                raise StorageError(f"{target} has not all files after {_FILES_SECONDS:g} s; did a rank's upload fail?")
             time.sleep(_FIRST_WAIT_SECONDS / 2)
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Held-out images during training: their negative log-likelihood under averaged weights, exact over ranks.
 
-Images are divided among ranks as ranges; every rank makes equally many forward passes, because at ZeRO stage 3 each
-gathers weights, and what pads a short one does not count. Noise is a function of the sample, the same every time.
+Each rank takes a range of the images. Every rank makes the same number of forward passes, because at ZeRO stage 3 each
+pass gathers weights; images that only fill up a pass do not count. Noise is a function of the sample, the same every
+time.
 """
 
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ class Validation:
 
     Args:
         shards: the data set.
-        num_images: how many of it count.
+        every_images: images between two validations.
+        num_images: the first images of the data set, which are used.
         batch_size: images of a forward pass.
         pixels: how stored pixels become floats.
-        conditional: whether the flow takes labels, or what vectors are given with.
+        conditional: whether the flow takes labels, or the conditions of vectors.
     """
 
     shards: ShardSet
+    every_images: int
     num_images: int
     batch_size: int
     pixels: PixelFormat
@@ -56,7 +59,7 @@ class Validation:
         """Open the data set.
 
         Raises:
-            DataError: it cannot be read, or has other images or classes than the training data ``like``, which are at
+            DataError: it cannot be read, or its images or classes differ from the training data ``like`` at
                 ``data_path``.
         """
         shards = ShardSet(config.path, config.verify)
@@ -69,10 +72,10 @@ class Validation:
                 )
         available = shards.manifest.num_images
         num_images = min(available, config.num_images or available)
-        return cls(shards, num_images, batch_size, pixels, conditional)
+        return cls(shards, config.every_images, num_images, batch_size, pixels, conditional)
 
     def nats_per_dim(self, engine: Engine, averages: WeightAverages) -> float:
-        """Mean over images, in nats per dimension; all ranks must call, and all get it."""
+        """Mean over images, in nats per dimension, on every rank; all ranks must call."""
         share = -(-self.num_images // world_size())
         low = min(rank() * share, self.num_images)
         high = min(low + share, self.num_images)
@@ -80,7 +83,7 @@ class Validation:
         with engine.borrowing(averages.full()):
             for start in range(low, low + share, self.batch_size):
                 num = max(0, min(start + self.batch_size, high) - start)
-                # A rank that is through passes any image, so that all make equally many passes.
+                # A rank without images left passes any image, so that all ranks make the same number of passes.
                 numbers = np.arange(start, start + num) if num else np.zeros(1, dtype=np.int64)
                 batch = self.shards.take(numbers)
                 vectors = self.shards.manifest.vectors

@@ -1,4 +1,4 @@
-"""What the configuration means to DeepSpeed: its dictionary, and the parameters that it treats apart."""
+"""DeepSpeed's configuration, and the parameters that it treats differently."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["deepspeed_config", "model_size"]
 
 _SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""DeepSpeed's own list of modules, and of no class below them (``runtime/torch_autocast.py``, 0.19.8)."""
+"""DeepSpeed's list of modules, which does not include their subclasses (``runtime/torch_autocast.py``, 0.19.8)."""
 _PERSISTENT_ELEMENTS = 100_000
-"""Smaller parameters stay whole on every rank at stage 3; never more than a hundredth of the model each."""
+"""Smaller parameters stay complete on every rank at stage 3; each is at most a hundredth of the model."""
 
 
 def deepspeed_config(
@@ -24,17 +24,17 @@ def deepspeed_config(
     num_parameters: int,
     ranks: int,
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration that the sections imply. Nothing is ``auto``; no number is kept twice.
+    """DeepSpeed's configuration for the sections. No value is ``auto``; each number has one source.
 
     Args:
         optimizer: the section ``optimizer``.
         training: the section ``training``.
         parallelism: the section ``parallelism``.
-        num_parameters: of the flow; reduction buckets are no larger, because DeepSpeed allocates them whole.
+        num_parameters: parameters of the flow; reduction buckets are no larger, because DeepSpeed allocates them whole.
         ranks: world size.
 
     Raises:
-        ConfigError: when the global batch is not a multiple of micro batch times ranks.
+        ConfigError: the global batch is not a multiple of micro batch times ranks.
     """
     batch, micro = training.global_batch_size, training.micro_batch_size
     if batch % (micro * ranks):
@@ -46,7 +46,7 @@ def deepspeed_config(
             f"training.global_batch_size must be a multiple of training.micro_batch_size x ranks "
             f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {nearest}{smaller}"
         )
-    # At stage 0 our optimizer clips; Muon's updates have no norm to clip.
+    # At stage 0 our optimizer clips; Muon's updates do not depend on the norm of gradients.
     clips = parallelism.zero_stage > 0 and optimizer.kind == "adamw"
     return {
         "train_batch_size": batch,
@@ -55,7 +55,7 @@ def deepspeed_config(
         "gradient_clipping": optimizer.gradient_clip_norm if clips else 0.0,
         "steps_per_print": None,
         "torch_autocast": {"enabled": parallelism.precision == "bf16", "dtype": "bfloat16"},
-        "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW updates on the CPU too, and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW also runs on the CPU, and needs no compiler
         "zero_optimization": _zero_section(parallelism, num_parameters),
     }
 

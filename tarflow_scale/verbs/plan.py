@@ -1,8 +1,7 @@
-"""Verb ``plan``: what a recipe needs of GPUs, how fast it will be and what it costs, before there are any.
+"""Verb ``plan``: memory, speed and cost of a recipe on GPUs, computed without a GPU.
 
-Nothing is opened but the manifest of the data set, and not even that where ``--image-size`` and ``--classes`` say what
-it would: one plans before the data are packed. The arithmetic is in `tarflow_scale.capacity`;
-this module asks it and prints.
+It reads only the manifest of the data set. With ``--image-size`` and ``--classes`` it does not read even that, so a
+run can be planned before its data are packed. The arithmetic is in `tarflow_scale.capacity`.
 """
 
 import torch
@@ -12,8 +11,10 @@ from tarflow_scale.capacity.advice import Scenario, by_stage
 from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import card_named
 from tarflow_scale.capacity.steps import Cluster, curve, default_mfu, efficiency
-from tarflow_scale.capacity.tables import Answer, RecipeFacts, print_answer
-from tarflow_scale.config.plan import PlanConfig
+from tarflow_scale.capacity.tables import Answer, Sizes, print_answer
+from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.plan import GpusConfig, PlanConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import build
 from tarflow_scale.pages.pictures import Panel, panels_png
@@ -27,34 +28,34 @@ _GB = 1e9
 
 
 def run(config: PlanConfig, dry_run: bool) -> None:
-    """Print the plan, and draw its curve if asked to.
+    """Print the plan, and draw its curve if ``plan.curve`` names a file.
 
     Raises:
-        ConfigError: settings that make no sense together, or a batch that does not divide among the GPUs.
-        DataError: the manifest that is there cannot be read.
+        ConfigError: settings contradict each other, or the batch does not divide among the GPUs.
+        DataError: the manifest cannot be read.
     """
-    asked = config.plan
+    asked, recipe = config.plan, config.recipe
     card = card_named(asked.gpu)
     network = card.network_bytes_per_second if asked.network is None else asked.network * _GB
     cluster = Cluster(card, asked.gpus_per_node, network)
-    facts = _facts(config)
-    deepspeed_config(config.optimizer, config.training, config.parallelism, facts.size.parameters, asked.gpus)
-    flops = training_flops(config.model, facts.event_shape)
-    mfu = asked.mfu or default_mfu(config.parallelism)
-    scenario = Scenario(config, facts.event_shape, facts.size, flops, cluster, mfu, asked.gpus)
-    points = curve(scenario.work(config), cluster, mfu, config.training.global_batch_size)
-    answer = Answer(scenario, facts, by_stage(scenario), points, asked.price, asked.mfu is not None)
+    sizes = _sizes(asked, config.data, recipe.model)
+    deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, sizes.model.parameters, asked.gpus)
+    flops = training_flops(recipe.model, sizes.event_shape)
+    mfu = asked.mfu or default_mfu(recipe.parallelism)
+    scenario = Scenario(recipe, sizes.event_shape, sizes.model, flops, cluster, mfu, asked.gpus)
+    points = curve(scenario.work(recipe), cluster, mfu, recipe.training.global_batch_size)
+    answer = Answer(scenario, sizes, by_stage(scenario), points, asked.price, asked.mfu is not None)
     print_answer(answer)
     if asked.curve is not None and not dry_run:
         storage.write_bytes(asked.curve, _drawn(answer))
         print(f"wrote {asked.curve}")
 
 
-def _facts(config: PlanConfig) -> RecipeFacts:
-    """What the model sees: from the flags, else from the manifest."""
-    asked, crop = config.plan, config.data.augmentation.crop_pixels
+def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
+    """Sizes of images and model, from the flags if they say, else from the manifest."""
+    crop = data.augmentation.crop_pixels
     if asked.image_size is not None:
-        if config.model.class_conditional and not asked.classes:
+        if model.class_conditional and not asked.classes:
             raise ConfigError(
                 f"model.class_conditional needs --classes beside --image-size (got {asked.classes}); add it, or "
                 f"model.class_conditional=false"
@@ -62,30 +63,30 @@ def _facts(config: PlanConfig) -> RecipeFacts:
         side = min(crop or asked.image_size, asked.image_size)
         shape = (asked.channels, side, side)
         with torch.device("meta"):
-            flow = build(config.model, shape, asked.classes or None)
+            flow = build(model, shape, asked.classes or None)
         stored = asked.channels * asked.image_size**2
-        return RecipeFacts(shape, model_size(flow), stored, None, None, "the flags")
-    if not storage.exists(storage.join(config.data.path, MANIFEST_NAME)):
+        return Sizes(shape, model_size(flow), stored, None, None, "the flags")
+    if not storage.exists(storage.join(data.path, MANIFEST_NAME)):
         raise ConfigError(
-            f"plan needs the data set {config.data.path} or its sizes (got neither); add --image-size 256 "
+            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size 256 "
             f"--classes 1000, with --channels if not 3"
         )
-    manifest = read_manifest(config.data.path)
+    manifest = read_manifest(data.path)
     seen = seen_by_model(manifest, crop)
     with torch.device("meta"):
-        flow = flow_of(config.model, seen)
+        flow = flow_of(model, seen)
     packed = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
     channels, rows, columns = manifest.stored_shape
     codec = None if manifest.vectors else manifest.codec
-    return RecipeFacts(seen.event_shape, model_size(flow), channels * rows * columns, packed, codec, config.data.path)
+    return Sizes(seen.event_shape, model_size(flow), channels * rows * columns, packed, codec, data.path)
 
 
 def _drawn(answer: Answer) -> bytes:
-    alone = answer.points[0].weak
+    scenario, alone = answer.scenario, answer.points[0].weak
     weak = [(float(point.gpus), point.weak) for point in answer.points]
     strong = [(float(point.gpus), point.strong) for point in answer.points if point.strong is not None]
     grown = "weak: a micro batch each"
-    fixed = f"strong: global batch {answer.scenario.config.training.global_batch_size:,}"
+    fixed = f"strong: global batch {scenario.recipe.training.global_batch_size:,}"
     rates = {
         "ideal": [(gpus, gpus * alone.images_per_second) for gpus, _ in weak],
         grown: [(gpus, step.images_per_second) for gpus, step in weak],
@@ -98,12 +99,12 @@ def _drawn(answer: Answer) -> bytes:
     }
     panels = [
         Panel("images a second", rates, "GPUs", logarithmic=True),
-        Panel("of one GPU's images a second, each", shares, "GPUs", logarithmic=False),
+        Panel("images a second per GPU, relative to one GPU", shares, "GPUs", logarithmic=False),
     ]
-    cluster, parallelism = answer.scenario.cluster, answer.scenario.config.parallelism
+    cluster, parallelism = scenario.cluster, scenario.recipe.parallelism
     heading = (
-        f"{answer.scenario.config.model.kind}, {answer.scenario.size.parameters / 1e6:,.0f} M parameters, ZeRO stage "
+        f"{scenario.recipe.model.kind}, {scenario.size.parameters / 1e6:,.0f} M parameters, ZeRO stage "
         f"{parallelism.zero_stage}, {parallelism.precision}; {cluster.card.name}, {cluster.gpus_per_node} a machine, "
-        f"{cluster.network_bytes_per_second / _GB:g} GB/s a GPU between; MFU {answer.scenario.mfu:.0%} assumed"
+        f"{cluster.network_bytes_per_second / _GB:g} GB/s a GPU between; MFU {scenario.mfu:.0%} assumed"
     )
     return panels_png(panels, heading)

@@ -62,7 +62,7 @@ def scenario(recipe: str, gpus: int, shape: tuple[int, int, int], classes: int |
     with torch.device("meta"):
         size = model_size(build(config.model, shape, classes))
     mfu = default_mfu(config.parallelism)
-    return Scenario(config, shape, size, training_flops(config.model, shape), H100, mfu, gpus)
+    return Scenario(config.recipe, shape, size, training_flops(config.model, shape), H100, mfu, gpus)
 
 
 # -- what autograd keeps -----------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_utilisation_counts_no_recomputation() -> None:
 
 def test_the_curve_is_sane() -> None:
     planned = scenario("imagenet64-conditional", 8, (3, 64, 64), 1000)
-    points = curve(planned.work(planned.config), H100, 0.4, 256)
+    points = curve(planned.work(planned.recipe), H100, 0.4, 256)
     assert [point.gpus for point in points] == [2**power for power in range(11)]
     alone = points[0].weak
     for before, after in itertools.pairwise(points):
@@ -305,23 +305,23 @@ def test_what_does_not_fit_is_told_what_would() -> None:
             ["training.micro_batch_size=128", "training.global_batch_size=1024",
              *(f"{key}={value}" for key, value in words.items())],
         )  # fmt: skip
-        assert planned.memory(config).total <= USABLE * 80e9, line
+        assert planned.memory(config.recipe).total <= USABLE * 80e9, line
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     planned = scenario("afhq256", 8, (3, 256, 256), 3)
-    largest = largest_micro_batch(planned, planned.config)
+    largest = largest_micro_batch(planned, planned.recipe)
     assert largest > 32
     for images, enough in ((largest, True), (largest + 1, False)):
-        training = planned.config.training.model_copy(update={"micro_batch_size": images})
-        memory = planned.memory(planned.config.model_copy(update={"training": training}))
+        training = planned.recipe.training.model_copy(update={"micro_batch_size": images})
+        memory = planned.memory(planned.recipe.model_copy(update={"training": training}))
         assert (memory.total <= USABLE * 80e9) == enough
 
 
 def test_settings_that_do_not_go_together_are_no_variant() -> None:
-    config = TrainConfig.load(RECIPES / "afhq256.yaml", [])
-    assert variant(config, parallelism={"activations": "rebuild"}) is None
-    changed = variant(config, parallelism={"zero_stage": 3, "offload": "all"})
+    recipe = TrainConfig.load(RECIPES / "afhq256.yaml", []).recipe
+    assert variant(recipe, {"parallelism.activations": "rebuild"}) is None
+    changed = variant(recipe, {"parallelism.zero_stage": 3, "parallelism.offload": "all"})
     assert changed is not None
     assert changed.parallelism.offload == "all"
 

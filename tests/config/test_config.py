@@ -152,7 +152,7 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ("model={patch_size: 4}", "model.kind: required key is missing; set it in the YAML or as model.kind=VALUE"),
         (
             "parallelism.activations=rebuild",
-            "parallelism.activations=rebuild needs a flow whose layers invert in one pass (got model.kind=tarflow); "
+            "parallelism.activations must be keep or checkpoint for this model (got rebuild and model.kind=tarflow); "
             "use checkpoint",
         ),
         (
@@ -219,17 +219,15 @@ def test_no_configuration_at_all_says_where_there_are_some() -> None:
     [
         (
             ["model={kind: continuous}", "parallelism.activations=checkpoint"],
-            "parallelism.activations=checkpoint is not for a continuous flow, whose adjoint keeps nothing, nor for "
-            "model.normalization=batch (got model.kind=continuous); use keep",
+            "parallelism.activations must be keep for this model (got checkpoint and model.kind=continuous); use keep",
         ),
         (
             ["model={kind: realnvp, levels: 2, normalization: batch}", "parallelism.activations=checkpoint"],
-            "parallelism.activations=checkpoint is not for a continuous flow, whose adjoint keeps nothing, nor for "
-            "model.normalization=batch (got model.kind=realnvp); use keep",
+            "parallelism.activations must be keep for this model (got checkpoint and model.kind=realnvp); use keep",
         ),
         (
             ["model={kind: continuous}", "parallelism.zero_stage=3"],
-            "parallelism.zero_stage=3 divides weights that a solver needs whole (got model.kind=continuous); use 2",
+            "parallelism.zero_stage=3 divides weights that this model needs whole (got model.kind=continuous); use 2",
         ),
         (
             ["model.dequantization={}", "training.noise={kind: gaussian, std: 0.1}"],

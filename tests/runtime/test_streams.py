@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import TOP, train_arguments
 
-FULL = "tarflow-scale: error: standard output must take what is printed (got: No space left on device); "
+FULL = "tarflow-scale: error: standard output must be writable (got: No space left on device); "
 PREPARE = '"$PYTHON" -m tarflow_scale prepare source.kind=digits shards.path="$DATA"'
 
 

@@ -35,7 +35,7 @@ from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.noise import model_input
 from tarflow_scale.training.validation import _NOISE_SEED
 from tarflow_scale.verbs.evaluate import worker
-from tarflow_scale.verbs.train.driver import _batch_statistics
+from tarflow_scale.verbs.train.identity import batch_statistics
 from tests.conftest import TOP, Trained, command, train_arguments
 
 VOLATILE = {
@@ -95,7 +95,7 @@ def test_a_first_run_can_be_watched(digits: Path, tmp_path: Path) -> None:
     )
     said = [
         "importing PyTorch",
-        "initialising the flow",
+        "initializing the flow",
         "starting DeepSpeed",
         "training begins: up to 96; figures every",
     ]
@@ -211,7 +211,7 @@ def test_a_signal_saves_and_says_so(trained: Trained, tmp_path: Path, number: si
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75
     assert f"stopped by {number.name}" in output
-    assert "images (checkpoint saved); run it again to go on" in output
+    assert "images (checkpoint saved); run it again to continue" in output
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     assert (newest / "manifest.json").exists()
     assert not (tmp_path / "registry").exists()
@@ -222,8 +222,8 @@ def test_a_finished_run_does_nothing_and_registers_nothing_twice(trained: Traine
     result = command(*train_arguments(trained.data, trained.run, trained.registry))
     assert result.returncode == 0, result.stderr
     assert "nothing to train" in result.stdout
-    assert f"the model is registered as small@1 in {trained.registry} already" in result.stdout
-    assert "comes next" not in result.stdout
+    assert f"the model is already registered as small@1 in {trained.registry}" in result.stdout
+    assert "next:" not in result.stdout
     assert curve(trained.run) == before
     assert len(Registry(str(trained.registry), "small").state().versions) == 1
 
@@ -279,7 +279,8 @@ def test_statistics_of_batches_make_the_division_of_a_batch_part_of_a_run(digits
 def test_no_other_run_depends_on_how_a_batch_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     def facts(*overrides: str, ranks: int = 2) -> dict[str, Any]:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        return _batch_statistics(load_config(TrainConfig, TOP / "configs/train/digits-realnvp.yaml", list(overrides)))
+        config = load_config(TrainConfig, TOP / "configs/train/digits-realnvp.yaml", list(overrides))
+        return batch_statistics(config.model, config.training)
 
     batch, micro = "model.normalization=batch", "training.micro_batch_size="
     assert facts() == facts(f"{micro}16") == facts(ranks=1) == {}
@@ -296,7 +297,7 @@ def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:
         result = command(*arguments, *more)
         assert result.returncode == 2
         assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
-        assert "initialising" not in result.stdout
+        assert "initializing" not in result.stdout
         assert "operations" not in result.stdout
 
 
@@ -475,7 +476,7 @@ def test_a_time_limit_saves_and_the_run_goes_on(trained: Trained, tmp_path: Path
     again = command(*arguments)
     assert again.returncode == 0
     earlier = tmp_path / "run/config-until-000000000032.yaml"
-    said = f"going on with other settings: training.max_seconds was 0.001, is none (the earlier ones: {earlier})"
+    said = f"continuing with other settings: training.max_seconds was 0.001, is none (the earlier ones: {earlier})"
     assert said in again.stdout
     assert "max_seconds: 0.001" in earlier.read_text()
     assert curve(tmp_path / "run") == curve(trained.run)
@@ -670,20 +671,20 @@ def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained
     arguments, told = longer(trained, tmp_path)
     # cosine to 1% of 5e-3 at 640 images; of 1280 images, 640 are half way: 0.01 + 0.99 / 2 of it
     assert told == (
-        "going on with another schedule: the learning rate at 640 images was 5e-05, now 0.00252; a higher rate makes "
+        "continuing with another schedule: the learning rate at 640 images was 5e-05, now 0.00252; a higher rate makes "
         "the model worse at first (schedule.kind=wsd is for runs that are extended)"
     )
     result = command(*arguments, "training.total_images=1600", "optimizer.peak_lr=1e-5")
     assert result.returncode == 0, result.stderr
     (told,) = [line for line in result.stdout.splitlines() if "another schedule" in line]
-    assert told == "going on with another schedule: the learning rate at 1,280 images was 5e-05, now 1.05e-06"
+    assert told == "continuing with another schedule: the learning rate at 1,280 images was 5e-05, now 1.05e-06"
 
 
 def test_a_wsd_run_extended_from_before_its_decay_equals_a_longer_one(trained: Trained, tmp_path: Path) -> None:
     arguments, told = longer(trained, tmp_path, "schedule={kind: wsd, decay_images: 320}")
     assert told.endswith(
         "at 640 images was 5e-05, now 0.005; a higher rate makes the model worse at first (delete all checkpoints "
-        f"newer than images-000000000320 in {tmp_path}/run/checkpoints to go on without the jump)"
+        f"newer than images-000000000320 in {tmp_path}/run/checkpoints to continue without the jump)"
     )
     for images in range(640, 1281, 320):
         shutil.rmtree(tmp_path / f"run/checkpoints/images-{images:012d}")

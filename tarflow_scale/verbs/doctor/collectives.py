@@ -1,9 +1,9 @@
-"""Roll call: which ranks answer, which do not, and how fast they sum.
+"""Roll call: which ranks answer, which do not, and the speed of their all-reduce.
 
-Ranks meet twice. First each writes its name into the key/value store that a process group starts from, so that one that
-never comes can be named; then they form the group that training would use and all-reduce. A collective that hangs tells
-nobody why, so it runs in a thread, while every rank keeps a pulse in the store, by which a rank that died is told from
-ranks that wait for it.
+Ranks meet twice. First each rank writes its name into the key/value store of the process group, so that a missing rank
+can be named. Then they form the group that training would use and run an all-reduce. A collective that hangs gives no
+reason, so it runs in a thread, and every rank increments a counter in the store in the meantime: a rank whose counter
+stops has died, the others wait for it.
 """
 
 import multiprocessing
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
 __all__ = ["RollCall", "call_roll", "meet", "on_this_machine"]
 
 _CPU_BYTES, _CUDA_BYTES = 16 * 1024**2, 256 * 1024**2
-"""Of the all-reduce: gradients travel in buckets of up to 200 MB on GPUs."""
+"""Size of the all-reduce; on GPUs gradients travel in buckets of up to 200 MB."""
 _ROUNDS = 3
 _POLL_SECONDS = 0.1
 _PULSE_SECONDS = 3.0
-_FAREWELL_SECONDS = 5.0
+_LEAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class RollCall:
-    """What one rank saw."""
+    """The result of a roll call on one rank."""
 
     hosts: dict[int, str]
-    """Names of the machines of the ranks that came."""
+    """Names of machines, by rank, of the ranks that answered."""
     missing: tuple[int, ...] = ()
-    """Ranks that did not come in time."""
+    """Ranks that did not answer in time."""
     silent: tuple[int, ...] = ()
-    """Ranks that came, and then stopped."""
+    """Ranks that answered and then died."""
     stuck: tuple[int, ...] = ()
-    """Ranks whose all-reduce did not end, though they live."""
+    """Living ranks whose all-reduce did not end."""
     failures: dict[int, str] = field(default_factory=dict[int, str])
-    """What went wrong for ranks whose all-reduce failed."""
+    """Error messages, by rank, of failed all-reduces."""
     num_bytes: int = 0
-    """Of the tensor that was summed."""
+    """Size of the tensor."""
     bytes_per_second: float | None = None
-    """That each rank's link carried, as nccl-tests counts it: 2 (N - 1) / N times the bytes, over the seconds."""
+    """Speed of each rank's link, as nccl-tests counts it: 2 (N - 1) / N times the bytes, over the seconds."""
 
 
 def meet(rank: int, host: str, port: int, hosted_here: bool, timeout_seconds: float) -> "TCPStore":
-    """The store that ranks meet in.
+    """Connect to the store in which ranks meet.
 
     Args:
         rank: of this process.
         host: MASTER_ADDR.
         port: MASTER_PORT.
-        hosted_here: whether this process is to serve it; torchrun's agent may do so instead.
+        hosted_here: whether this process serves the store; torchrun's agent may do so instead.
         timeout_seconds: how long to wait for its server.
 
     Raises:
-        UserError: it does not answer, or cannot be served.
+        UserError: the server does not answer, or cannot listen.
     """
     import torch.distributed as dist
 
@@ -85,13 +85,13 @@ def meet(rank: int, host: str, port: int, hosted_here: bool, timeout_seconds: fl
 def call_roll(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, name: str, timeout_seconds: float
 ) -> RollCall:
-    """Meet the other ranks, form the group and all-reduce.
+    """Meet the other ranks, form the group and run an all-reduce.
 
     Args:
         store: see `meet`.
         rank: of this process.
         world_size: number of ranks.
-        device: of this rank's tensors.
+        device: device of this rank.
         backend: ``gloo`` or ``nccl``.
         name: of this machine.
         timeout_seconds: for each of the two meetings.
@@ -104,7 +104,7 @@ def call_roll(
     missing = _await(lambda: _without(store, "here", ranks), timeout_seconds)
     hosts = {other: store.get(f"here/{other}").decode() for other in ranks if other not in missing}
     if missing:
-        _part(store, rank, len(hosts))
+        _leave(store, rank, len(hosts))
         return RollCall(hosts, missing=tuple(missing))
 
     outcome = _in_background(store, rank, world_size, device, backend, timeout_seconds)
@@ -119,25 +119,25 @@ def call_roll(
         before = {other: store.add(f"pulse/{other}", 0) for other in late}
         _await(unfinished, _PULSE_SECONDS)
         silent = [other for other in late if other != rank and store.add(f"pulse/{other}", 0) == before[other]]
-    words = {other: store.get(f"ended/{other}").decode() for other in ranks if other not in late}
-    _part(store, rank, len(hosts) - len(silent))
+    messages = {other: store.get(f"ended/{other}").decode() for other in ranks if other not in late}
+    _leave(store, rank, len(hosts) - len(silent))
     return RollCall(
         hosts,
         silent=tuple(silent),
         stuck=tuple(other for other in late if other not in silent),
-        failures={other: text for other, text in words.items() if text != "well"},
+        failures={other: text for other, text in messages.items() if text != "well"},
         num_bytes=_num_bytes(device),
         bytes_per_second=outcome.get("bytes_per_second"),
     )
 
 
 def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
-    """A roll call of gloo ranks that are started for it, and end with it; of rank 0.
+    """Start gloo ranks on this machine, run a roll call, and return the result of rank 0.
 
     The calling process must not have used torch yet, because the ranks are forks of it.
 
     Raises:
-        UserError: rank 0 did not answer at all.
+        UserError: rank 0 did not answer.
     """
     import torch
     import torch.distributed as dist
@@ -148,24 +148,28 @@ def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
         context.Process(target=_be_rank, args=(rank, num_ranks, pipe[1], timeout_seconds), daemon=True)
         for rank, pipe in enumerate(pipes)
     ]
-    for one in ranks:
-        one.start()
+    for process in ranks:
+        process.start()
     for _, end in pipes:
         end.close()
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # after the forks: it has a thread
+    store = dist.TCPStore(
+        "127.0.0.1", 0, None, True, wait_for_workers=False
+    )  # after the forks, because it starts a thread
     for pipe, _ in pipes:
         pipe.send(store.port)
-    found = "no answer in time"
+    outcome = "no answer in time"
     try:
-        if pipes[0][0].poll(2 * timeout_seconds + _PULSE_SECONDS + _FAREWELL_SECONDS):
+        if pipes[0][0].poll(2 * timeout_seconds + _PULSE_SECONDS + _LEAVE_SECONDS):
             return pipes[0][0].recv()
     except EOFError:
-        found = "its end, without a word"
+        outcome = "its end without a message"
     finally:
-        for one in ranks:
-            one.kill()
-            one.join()
-    raise UserError(f"rank 0 of {num_ranks} on this machine must answer (got {found}); see torch {torch.__version__}")
+        for process in ranks:
+            process.kill()
+            process.join()
+    raise UserError(
+        f"rank 0 of {num_ranks} on this machine must answer (got {outcome}); check torch {torch.__version__}"
+    )
 
 
 def _be_rank(rank: int, num_ranks: int, pipe: Connection, timeout_seconds: float) -> None:
@@ -175,15 +179,15 @@ def _be_rank(rank: int, num_ranks: int, pipe: Connection, timeout_seconds: float
     torch.set_num_threads(1)
     store = meet(rank, "127.0.0.1", pipe.recv(), False, timeout_seconds)
     pipe.send(call_roll(store, rank, num_ranks, torch.device("cpu"), "gloo", "this machine", timeout_seconds))
-    os._exit(0)  # threads of gloo may abort a process that is taken down
+    os._exit(0)  # threads of gloo may abort a process that shuts down
 
 
-def _without(store: "Store", what: str, ranks: Iterable[int]) -> list[int]:
-    return [rank for rank in ranks if not store.check([f"{what}/{rank}"])]
+def _without(store: "Store", key: str, ranks: Iterable[int]) -> list[int]:
+    return [rank for rank in ranks if not store.check([f"{key}/{rank}"])]
 
 
 def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[int]:
-    """Poll until none remain, or for so long; those that remain."""
+    """Poll until no rank remains or the time is over; returns the remaining ranks."""
     deadline = time.monotonic() + timeout_seconds
     while (rest := remaining()) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -193,20 +197,20 @@ def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[i
 def _in_background(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, timeout_seconds: float
 ) -> dict[str, float]:
-    """All-reduce in a thread, which tells the store how it ended, and fills in the speed."""
-    found: dict[str, float] = {}
-    own = store.clone()  # a client of its own, because one that waits holds up all who use it
+    """Start an all-reduce in a thread; it writes its outcome to the store and its speed to the result."""
+    speed: dict[str, float] = {}
+    own = store.clone()  # a client of its own, because a waiting client blocks all its users
 
     def work() -> None:
         try:
-            found["bytes_per_second"] = _all_reduce(own, rank, world_size, device, backend, timeout_seconds)
-            words = "well"
+            speed["bytes_per_second"] = _all_reduce(own, rank, world_size, device, backend, timeout_seconds)
+            message = "well"
         except Exception as error:
-            words = _first_line(error)
-        own.set(f"ended/{rank}", words)
+            message = _first_line(error)
+        own.set(f"ended/{rank}", message)
 
     threading.Thread(target=work, daemon=True).start()
-    return found
+    return speed
 
 
 def _all_reduce(
@@ -225,7 +229,7 @@ def _all_reduce(
         timeout=timedelta(seconds=timeout_seconds),
     )
     fastest = float("inf")
-    for _ in range(1 + _ROUNDS):  # the first one makes the connections
+    for _ in range(1 + _ROUNDS):  # the first round makes the connections
         values = torch.full((_num_bytes(device) // 4,), float(rank + 1), device=device)
         _synchronize(device)
         started = time.perf_counter()
@@ -249,11 +253,11 @@ def _num_bytes(device: "Device") -> int:
     return _CUDA_BYTES if device.type == "cuda" else _CPU_BYTES
 
 
-def _part(store: "Store", rank: int, num_ranks: int) -> None:
-    """Say that this rank has read what it needs. Rank 0 stays until all have, for the store may go with it."""
+def _leave(store: "Store", rank: int, num_ranks: int) -> None:
+    """Leave the store. Rank 0 waits for the other ranks, because the store may end with it."""
     store.add("left", 1)
     if rank == 0:
-        _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _FAREWELL_SECONDS)
+        _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _LEAVE_SECONDS)
 
 
 def _first_line(error: Any) -> str:

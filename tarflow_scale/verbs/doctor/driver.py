@@ -1,15 +1,15 @@
-"""Verb ``doctor``: can this machine, and its cluster, do the work? One line a check; the exit code tells.
+"""Verb ``doctor``: can this machine, and its cluster, do the work? Prints one line for each check.
 
-``ok`` and ``skipped`` need nothing; a ``warning`` is what would slow the work, ``failed`` what would stop it, and each
-says what to do. Exit code 0: nothing failed; 1: something did; 2: the configuration is wrong.
+``ok`` and ``skipped`` need no action; a ``warning`` would slow the work, ``failed`` would stop it, and both say what to
+do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
 
-Every check runs in a child process with a deadline, so that a file system, driver or server that hangs is a finding,
-and one that crashes is too. Nothing is left behind: what a check wrote it removes, what it started it ends, and on a
-Ray cluster nothing is started.
+Every check runs in a child process with a deadline, so a file system, driver or server that hangs or crashes becomes a
+finding. A check removes the files that it wrote and ends the processes that it started; it starts nothing on a Ray
+cluster.
 
-Under a launcher (RANK and WORLD_SIZE are set) the ranks meet as they would for training, and the one that does not
-answer is named. Then the first rank of each machine looks at its machine, and rank 0 at the cluster too. Machines other
-than rank 0's print what is not well alone.
+Under a launcher (RANK and WORLD_SIZE are set) the ranks meet as they would for training, and the check names a rank
+that does not answer. Then the first rank of each machine checks its machine, and rank 0 also checks the cluster.
+Machines other than rank 0's print only warnings and failures.
 """
 
 import json
@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from tarflow_scale import storage
+from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.doctor import CHECKS, DoctorConfig
+from tarflow_scale.config.train import ParallelismConfig
 from tarflow_scale.errors import Unfit, UserError
 from tarflow_scale.pool import temporary_folder
 from tarflow_scale.runtime import distributed
@@ -42,18 +44,39 @@ class _Check:
     """Runs in a child process."""
     timeout_seconds: float
     after: str = ""
-    """The check without which this one says nothing new."""
+    """A check that must pass first."""
     undo: Callable[[], None] | None = None
-    """Removes what the check leaves where it is ended early."""
+    """Removes the files of a check that was ended early."""
 
 
 def run(config: DoctorConfig, dry_run: bool) -> None:
-    """Make the checks and print what each found.
+    """Make the checks and print their findings.
 
     Raises:
         Unfit: a check failed.
     """
-    checks = _checks(config)
+    seconds = config.checks.timeout_seconds
+    patience = seconds + 2 * config.ranks.timeout_seconds
+    checks = [
+        _Check("launch", launch.environment, seconds),
+        _Check("ranks", partial(ranks.collectives, config.ranks), patience, after="launch"),
+    ]
+    if distributed.local_rank() == 0:
+        threads = config.training.threads if config.training else 0
+        disk = partial(places.disk, config.logging, config.data, config.model, config.training, config.checkpoint)
+        registry = config.registry.path if config.registry else None
+        checks += [
+            *_of_machine(config.parallelism, config.cluster, threads, seconds),
+            _Check("disk", disk, seconds),
+            *_of_data_sets(config.data_sets, seconds),
+            *_of_stores(config.written, registry, config.writes_registry, seconds),
+            _Check("weights", partial(places.weights, config.metrics), seconds),
+        ]
+    if distributed.is_main():
+        checks.append(_Check("cluster", partial(ray_cluster.reach, config.cluster), seconds))
+    checks = sorted(
+        (check for check in checks if check.name in config.checks.only), key=lambda check: [*CHECKS].index(check.name)
+    )
     if dry_run:
         print("checks to make: " + ", ".join(check.name for check in checks))
         return
@@ -62,90 +85,80 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
         findings.append(finding)
         if distributed.is_main():
             print(finding.line, flush=True)
-        elif _speaks(finding):
+        elif _is_reported(finding):
             print(f"{finding.line} (on {socket.gethostname()}, rank {distributed.rank()})", flush=True)
     if config.output is not None and distributed.is_main():
         content = json.dumps([asdict(finding) for finding in findings], indent=1)
         storage.write_bytes(config.output.path, f"{content}\n".encode())
     stopping = list(dict.fromkeys(finding.name for finding in findings if finding.status == "failed"))
-    # Of a machine's ranks its first one speaks, since a launcher ends the others as soon as one has failed.
+    # Only the first rank of a machine fails, because a launcher ends all others when one has failed.
     if stopping and distributed.local_rank() == 0:
         raise Unfit(
-            f"this machine must be fit for the work (got failed checks: {', '.join(stopping)}); do what their lines say"
+            f"this machine must be fit for the work (got failed checks: {', '.join(stopping)}); follow their advice"
         )
 
 
-def _speaks(finding: Finding) -> bool:
-    """Whether a rank other than 0 prints it: a machine what is not well, another rank that it met nobody."""
+def _is_reported(finding: Finding) -> bool:
+    """Whether a rank other than 0 prints a finding.
+
+    The first rank of a machine prints warnings and failures, the others only that they did not meet other ranks.
+    """
     if distributed.local_rank() == 0:
         return finding.status in ("warning", "failed")
     return finding.status == "failed" and finding.name == "ranks"
 
 
-def _checks(config: DoctorConfig) -> list[_Check]:
-    """What is to be asked of this rank, in the order of `tarflow_scale.config.doctor.CHECKS`."""
-    seconds = config.checks.timeout_seconds
-    patience = seconds + 2 * config.ranks.timeout_seconds
-
-    def check(name: str, answer: Callable[..., list[Finding]], *arguments: object) -> _Check:
-        return _Check(name, partial(answer, *arguments), seconds)
-
-    found = [check("launch", launch.environment)]
-    found.append(_Check("ranks", partial(ranks.collectives, config.ranks), patience, after="launch"))
-    if distributed.local_rank() == 0:
-        found += [
-            check("packages", installed.packages),
-            check("torch", installed.torch_and_devices, config.parallelism, config.cluster),
-            check("compiler", installed.compiler),
-            check("threads", machine.threads, config.training.threads if config.training else 0),
-            check("memory", machine.shared_memory),
-            check("limits", machine.limits),
-            check("home", machine.home),
-            check("temporary", machine.temporary, temporary_folder()),
-            check("disk", places.disk, config),
-            *(check("data", places.data_set, *item) for item in config.data_sets.items()),
-            *(_store_check(key, path, seconds, config) for key, path in config.written.items()),
-            *_registry_read(config, seconds),
-            check("weights", places.weights, config.metrics),
-        ]
-        found += [
-            check(name, _nothing_named, name, key)
-            for name, key, there in (
-                ("data", "data.path", config.data_sets),
-                ("store", "store.path", config.written or config.registry),
-            )
-            if not there
-        ]
-    if distributed.is_main():
-        found.append(check("cluster", ray_cluster.reach, config.cluster))
-    asked = [check for check in found if check.name in config.checks.only]
-    return sorted(asked, key=lambda check: [*CHECKS].index(check.name))
+def _of_machine(
+    parallelism: ParallelismConfig, cluster: ClusterConfig | None, threads: int, seconds: float
+) -> list[_Check]:
+    answers = {
+        "packages": installed.packages,
+        "torch": partial(installed.torch_and_devices, parallelism, cluster),
+        "compiler": installed.compiler,
+        "threads": partial(machine.threads, threads),
+        "memory": machine.shared_memory,
+        "limits": machine.limits,
+        "home": machine.home,
+        "temporary": partial(machine.temporary, temporary_folder()),
+    }
+    return [_Check(name, answer, seconds) for name, answer in answers.items()]
 
 
-def _store_check(key: str, path: str, seconds: float, config: DoctorConfig) -> _Check:
-    folder = places.trial_folder(path)
-    answer = partial(places.store, key, path, folder)
-    if key == "registry.path" and config.writes_registry is None:
-        answer = partial(places.writable_registry, path, answer)
-    return _Check("store", answer, seconds, undo=partial(storage.remove_tree, folder))
+def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
+    if not data_sets:
+        return [_Check("data", lambda: [skipped("data", "data.path names none")], seconds)]
+    return [_Check("data", partial(places.data_set, key, path), seconds) for key, path in data_sets.items()]
 
 
-def _registry_read(config: DoctorConfig, seconds: float) -> list[_Check]:
-    if config.registry is None or config.writes_registry is not False:
-        return []
-    return [_Check("store", partial(places.registry, config.registry.path), seconds)]
+def _of_stores(
+    written: dict[str, str], registry: str | None, writes_registry: bool | None, seconds: float
+) -> list[_Check]:
+    """Checks of the folders and URLs that a job writes to, and of a registry that it only reads.
 
-
-def _nothing_named(name: str, key: str) -> list[Finding]:
-    return [skipped(name, f"{key} names none")]
+    Args:
+        written: path by key.
+        registry: path of the registry, if one is named.
+        writes_registry: whether the job writes to it; None if no job is described.
+        seconds: for each check.
+    """
+    checks: list[_Check] = []
+    for key, path in written.items():
+        folder = places.trial_folder(path)
+        answer = partial(places.store, key, path, folder)
+        if key == "registry.path" and writes_registry is None:
+            answer = partial(places.writable_registry, path, answer)
+        checks.append(_Check("store", answer, seconds, undo=partial(storage.remove_tree, folder)))
+    if registry is not None and writes_registry is False:
+        checks.append(_Check("store", partial(places.registry, registry), seconds))
+    return checks or [_Check("store", lambda: [skipped("store", "store.path names none")], seconds)]
 
 
 def _findings(checks: list[_Check]) -> Iterator[Finding]:
-    """The answers, as they come."""
+    """The findings, one check after the other."""
     stopped: set[str] = set()
     for check in checks:
         if check.after in stopped:
-            yield skipped(check.name, f"until {check.after} is well")
+            yield skipped(check.name, f"until {check.after} passes")
             continue
         for finding in _answers(check):
             if finding.status == "failed":
@@ -155,7 +168,8 @@ def _findings(checks: list[_Check]) -> Iterator[Finding]:
 
 def _answers(check: _Check) -> list[Finding]:
     try:
-        with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:  # ours, and so gone if the child is killed
+        # A folder of this process is removed even if the child is killed.
+        with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
             return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
         _undo(check)
@@ -163,9 +177,8 @@ def _answers(check: _Check) -> list[Finding]:
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
     except ChildProcessError as error:
         _undo(check)
-        return [
-            failed(check.name, f"the check crashed, {error}", "repair what it names, usually by installing it again")
-        ]
+        advice = "repair what the message names, usually by reinstalling it"
+        return [failed(check.name, f"the check crashed, {error}", advice)]
     except OSError as error:  # of this process
         advice = "set TMPDIR to a folder that can be written and has room"
         return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]
@@ -173,7 +186,7 @@ def _answers(check: _Check) -> list[Finding]:
 
 def _undo(check: _Check) -> None:
     if check.undo is not None:
-        with suppress(TimeoutError, ChildProcessError):  # as slow, or as broken, as the check was
+        with suppress(TimeoutError, ChildProcessError):  # the same fault may stop the removal
             answer_within(check.timeout_seconds, partial(_tried, check.undo))
 
 
@@ -183,7 +196,7 @@ def _tried(remove: Callable[[], None]) -> None:
 
 
 def _caught(check: _Check, folder: str) -> list[Finding]:
-    """The answer, where a broken machine is no bug of ours; libraries leave their temporary files in ``folder``."""
+    """The findings of a check; an exception is one too. Temporary files of libraries go to ``folder``."""
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         return check.answer()
@@ -191,4 +204,4 @@ def _caught(check: _Check, folder: str) -> list[Finding]:
         return [from_message(check.name, str(error))]
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
-        return [failed(check.name, words, "repair what it names; if nothing is broken, report it as a bug")]
+        return [failed(check.name, words, "repair what the message names; if nothing is broken, report a bug")]

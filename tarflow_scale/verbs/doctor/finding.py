@@ -1,4 +1,4 @@
-"""What a check says: one line."""
+"""The outcome of a check, printed as one line."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +13,10 @@ class Finding:
     """The outcome of a check.
 
     Args:
-        name: of what was looked at.
-        status: ``failed`` is what would stop the work, ``warning`` what would slow it or may be meant.
-        found: what was there.
-        advice: what to do; empty where there is nothing to do.
+        name: name of the check.
+        status: ``failed`` would stop the work; ``warning`` would slow it, or may be intended.
+        found: what the check found.
+        advice: what to do; empty if there is nothing to do.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """Status, name, and the rest."""
+        """Status, name, finding and advice."""
         rest = f"{self.found}; {self.advice}" if self.advice else self.found
         return f"{self.status:{_WIDTHS[0]}} {self.name:{_WIDTHS[1]}} {' '.join(rest.split())}"
 
 
 def ok(name: str, found: str) -> Finding:
-    """All well."""
+    """A passed check."""
     return Finding(name, "ok", found)
 
 
 def warning(name: str, found: str, advice: str) -> Finding:
-    """The work can be done, but not well, or not for long."""
+    """The work can be done, but slowly, or not for long."""
     return Finding(name, "warning", found, advice)
 
 
@@ -47,11 +47,11 @@ def failed(name: str, found: str, advice: str) -> Finding:
 
 
 def skipped(name: str, found: str) -> Finding:
-    """Nothing was asked."""
+    """A check that was not made."""
     return Finding(name, "skipped", found)
 
 
 def from_message(name: str, message: str) -> Finding:
-    """Failed with an error of this package, which says after its last semicolon what to do."""
+    """A failed check, from an error of this package, whose advice follows its last semicolon."""
     found, _, advice = message.rpartition("; ")
     return failed(name, found or message, advice if found else "")

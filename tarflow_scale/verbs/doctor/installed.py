@@ -1,4 +1,4 @@
-"""What is installed: packages against our own bounds, torch with torchvision and devices, a compiler."""
+"""Checks of installed software: versions of packages, torch with torchvision and devices, a compiler."""
 
 import os
 import platform
@@ -28,23 +28,23 @@ _COMPILE_SECONDS = 30.0
 
 
 def packages() -> list[Finding]:
-    """Python and packages against the bounds in the metadata of the installed tarflow-scale."""
+    """Compare Python and packages with the bounds in the metadata of the installed tarflow-scale."""
     try:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
     except metadata.PackageNotFoundError:
-        return [skipped("packages", f"{_OURS} is not installed, so that its bounds are not known")]
+        return [skipped("packages", f"{_OURS} is not installed, so its bounds are not known")]
     wrong: list[str] = []
     cures: list[str] = []
     if not python.contains(platform.python_version()):
         wrong.append(f"Python {platform.python_version()} is not {python}")
         cures.append(f"a Python {python}")
-    needed = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    for one in needed:
-        version = _version(one.name)
-        if version is None or not one.specifier.contains(version, prereleases=True):
-            wrong.append(f"{one.name} {version or 'none'} is not {one.specifier}")
-            cures.append(f"'{one.name}{one.specifier}'")
+    needed = [package for package in asked if package.marker is None or package.marker.evaluate({"extra": ""})]
+    for package in needed:
+        version = _version(package.name)
+        if version is None or not package.specifier.contains(version, prereleases=True):
+            wrong.append(f"{package.name} {version or 'none'} is not {package.specifier}")
+            cures.append(f"'{package.name}{package.specifier}'")
     if wrong:
         return [failed("packages", ", ".join(wrong), f"pip install {' '.join(cures)}")]
     shown = ", ".join(f"{name} {_version(name)}" for name in _SHOWN)
@@ -59,13 +59,13 @@ def _version(name: str) -> str | None:
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
-    """Both in one process, because importing torch takes seconds."""
+    """Torchvision and devices in one check, because importing torch takes seconds."""
     gpus = cluster.num_workers * cluster.gpus_per_worker if cluster and cluster.address in (None, "local") else 0
     return [_torchvision(), _devices(parallelism.precision, gpus)]
 
 
 def _torchvision() -> Finding:
-    """Whether torchvision's operators run; those of a build for another torch do not."""
+    """Check that torchvision's operators run; a build for another torch has none that do."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -77,7 +77,7 @@ def _torchvision() -> Finding:
     except Exception as error:
         return failed("torchvision", f"does not work with torch {torch.__version__} ({error})", advice)
     if kept != [0, 2]:
-        return failed("torchvision", f"computes something else with torch {torch.__version__} ({kept})", advice)
+        return failed("torchvision", f"computes wrong results with torch {torch.__version__} ({kept})", advice)
     return ok("torchvision", f"{_version('torchvision')} works with torch {torch.__version__}")
 
 
@@ -89,7 +89,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
         if driver:
             return failed(
                 "devices",
-                f"torch built for CUDA {torch.version.cuda} sees no GPU, though there is a driver ({driver})",
+                f"torch for CUDA {torch.version.cuda} sees no GPU, although there is a driver ({driver})",
                 "install a driver for that CUDA, or a torch for that driver; in a container, start it with GPUs",
             )
         if gpus_wanted:
@@ -105,49 +105,50 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
             busy.append(f"GPU {index} has {free / _GIB:.0f} of {total / _GIB:.0f} GiB free")
         ones = torch.ones(64, 64, device=f"cuda:{index}")
         if (ones @ ones).sum().item() != 64.0**3:
-            return failed("devices", f"GPU {index} multiplies wrongly", "take it out of service")
+            return failed("devices", f"GPU {index} computes a wrong product", "take it out of service")
     first = torch.cuda.get_device_properties(0)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not bf16:
         return failed("devices", f"{first.name} has no bf16", "set parallelism.precision=fp32")
-    found = (
+    devices = (
         f"{count} x {first.name}, {first.total_memory / _GIB:.0f} GiB, {'bf16' if bf16 else 'no bf16'}, CUDA "
         f"{torch.version.cuda}"
     )
     if busy:
-        return warning("devices", f"{found}; {', '.join(busy)}", "see with nvidia-smi who uses them")
-    return ok("devices", found)
+        return warning("devices", f"{devices}; {', '.join(busy)}", "see with nvidia-smi which processes use them")
+    return ok("devices", devices)
 
 
 def compiler() -> list[Finding]:
-    """Whether C++ compiles here, with Python's headers: DeepSpeed builds operators, torch.compile kernels."""
-    found: dict[str, list[str]] = {}
+    """Check that C++ compiles with Python's headers: DeepSpeed builds operators, torch.compile builds kernels."""
+    commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
+        text = os.environ.get(variable)
         try:
-            found[name] = shlex.split(os.environ.get(variable) or name)
+            command = shlex.split(text or name)
         except ValueError as error:
-            words = f"{variable}={os.environ[variable]} is no command ({error})"
-            return [failed("compiler", words, f"correct its quotes, or unset {variable}")]
+            problem = f"{variable}={text} is no command ({error})"
+            return [failed("compiler", problem, f"correct its quotes, or unset {variable}")]
+        if text and command != [name] and not (command and shutil.which(command[0])):
+            problem = f"{variable}={text} names no command on the PATH"
+            return [failed("compiler", problem, f"correct {variable} or unset it")]
+        commands[name] = command
     advice = "install them, e.g. apt-get install gcc g++"
-    for name, variable in (("gcc", "CC"), ("g++", "CXX")):
-        if variable in os.environ and found[name] != [name] and (not found[name] or not shutil.which(found[name][0])):
-            words = f"{variable}={os.environ[variable]} names no command on the PATH"
-            return [failed("compiler", words, f"correct {variable} or unset it")]
-    if missing := [name for name, command in found.items() if shutil.which(command[0]) is None]:
+    if missing := [name for name, command in commands.items() if shutil.which(command[0]) is None]:
         return [failed("compiler", f"no {' and no '.join(missing)} on the PATH", advice)]
-    command = found["g++"]
+    command = commands["g++"]
     if error := _compile(command, "#include <vector>\n"):
         return [failed("compiler", f"{shlex.join(command)} does not compile ({error})", advice)]
     if error := _compile(command, "#include <Python.h>\n"):
-        return [warning("compiler", f"no headers of Python ({error})", "torch.compile needs them: install python3-dev")]
-    said = subprocess.run(
+        return [warning("compiler", f"no Python.h ({error})", "torch.compile needs it: install python3-dev")]
+    version = subprocess.run(
         [*command, "-dumpfullversion"], capture_output=True, text=True, errors="replace", check=False
     ).stdout
-    return [ok("compiler", f"{shlex.join(command)} {said.strip()}, with Python's headers")]
+    return [ok("compiler", f"{shlex.join(command)} {version.strip()}, with Python's headers")]
 
 
 def _compile(command: list[str], source: str) -> str:
-    """The first line of what the compiler says against it; empty if nothing."""
+    """The compiler's first error; empty if there is none."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")
@@ -156,7 +157,7 @@ def _compile(command: list[str], source: str) -> str:
             [*command, "-fsyntax-only", f"-I{include}", str(file)],
             capture_output=True,
             text=True,
-            errors="replace",  # a compiler speaks the language and the encoding of its user
+            errors="replace",  # messages are in the language and encoding of the user
             check=False,
             timeout=_COMPILE_SECONDS,
         )

@@ -1,4 +1,4 @@
-"""What the environment says about ranks: variables with which NCCL, gloo or the rendezvous are known to hang."""
+"""Checks of environment variables with which NCCL, gloo or the rendezvous of ranks would hang."""
 
 import errno
 import os
@@ -19,16 +19,16 @@ _LOOPBACK = "lo"
 
 
 def environment() -> list[Finding]:
-    """The first thing that is wrong, or what is set."""
+    """The first problem, or the variables that are set."""
     for look in (_interfaces, _rendezvous, _counts):
         if finding := look():
             return [finding]
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
-        found = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so that a lost rank leaves the others waiting for ever"
-        return [warning("launch", found, "unset it")]
+        problem = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so the other ranks of a lost rank wait forever"
+        return [warning("launch", problem, "unset it")]
     for name, meaning in _SLOW.items():
         if os.environ.get(name) == "1":
-            return [warning("launch", f"{name}=1: {meaning}", "unset it, unless it cures something")]
+            return [warning("launch", f"{name}=1: {meaning}", "unset it, unless you need it")]
     own = ("NCCL_", "GLOO_", "MASTER_")
     names = sorted(name for name in os.environ if name.startswith(own) or name in ("RANK", "WORLD_SIZE"))
     return [
@@ -37,7 +37,7 @@ def environment() -> list[Finding]:
 
 
 def _interfaces() -> Finding | None:
-    """NCCL takes beginnings of names, ``=`` for whole ones and ``^`` for all others; gloo takes whole ones."""
+    """Check network interfaces. NCCL takes prefixes, ``=`` for names, ``^`` for exclusions; gloo takes names."""
     there = [name for _, name in socket.if_nameindex()]
     far = distributed.world_size() > distributed.local_world_size()
     for variable, exact in (("NCCL_SOCKET_IFNAME", False), ("GLOO_SOCKET_IFNAME", True)):
@@ -54,12 +54,12 @@ def _interfaces() -> Finding | None:
 
 
 def _matching(asked: str, there: list[str]) -> list[str]:
-    others = asked.startswith("^")
+    excludes = asked.startswith("^")
     asked = asked.removeprefix("^")
     exact = asked.startswith("=")
     words = asked.removeprefix("=").split(",")
     chosen = [name for name in there if any(name == word if exact else name.startswith(word) for word in words)]
-    return [name for name in there if name not in chosen] if others else chosen
+    return [name for name in there if name not in chosen] if excludes else chosen
 
 
 def _rendezvous() -> Finding | None:
@@ -90,14 +90,14 @@ def _rendezvous() -> Finding | None:
 
 
 def _taken(port: int) -> str:
-    """Why nobody can listen there; empty if one can."""
+    """Why the port cannot be used; empty if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
             probe.bind(("", port))
             probe.listen()
         except OSError as error:
-            return "another process does" if error.errno == errno.EADDRINUSE else str(error.strerror)
+            return "another process listens there" if error.errno == errno.EADDRINUSE else str(error.strerror)
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What the operating system gives: cores, shared memory, limits, a home that can be written, temporary space."""
+"""Checks of the operating system: cores, shared memory, limits, a writable home, temporary space."""
 
 import os
 import re
@@ -16,24 +16,24 @@ __all__ = ["home", "limits", "nearest", "shared_memory", "temporary", "threads"]
 
 _GIB, _MIB = 1024**3, 1024**2
 _THREAD_COUNTS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")
-"""OpenMP takes a number for each level of nested regions."""
+"""OpenMP accepts one number for each level of nested regions."""
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux's own place
 _ROOMY_SHARED_BYTES = _GIB
 _FEW_FILES, _FEWEST_FILES = 1024, 256
 _SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket that Linux takes."""
+"""The longest path of a Unix socket on Linux."""
 _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-"""What Ray puts below its temporary folder, at its longest."""
+"""The longest path that Ray makes below its temporary folder."""
 _FULL_SHARE = 0.95
 """Ray stops writing to a disk that is fuller."""
 _LEAST_BYTES = _GIB
 
 
 def threads(asked: int) -> list[Finding]:
-    """Threads with which training computes, against cores.
+    """Compare the number of threads of training with the number of cores.
 
     Args:
-        asked: ``training.threads``; 0 where the configuration leaves it open.
+        asked: ``training.threads``; 0 if the configuration does not set it.
     """
     cores, ranks = num_cores(), distributed.local_world_size()
     given = os.environ.get("OMP_NUM_THREADS")
@@ -44,7 +44,7 @@ def threads(asked: int) -> list[Finding]:
     used = num_threads(asked, ranks)
     source = f"training.threads={asked}" if asked else f"OMP_NUM_THREADS={given}" if given else "an equal share"
     if used > cores:
-        return [failed("threads", f"{source} on {cores} cores, which wait for each other", advice)]
+        return [failed("threads", f"{source} on {cores} cores, so that threads wait for each other", advice)]
     if used > share:
         return [warning("threads", f"{source} for each of {ranks} ranks on {cores} cores", advice)]
     each = f"each of {ranks} ranks" if ranks > 1 else "training"
@@ -52,21 +52,21 @@ def threads(asked: int) -> list[Finding]:
 
 
 def shared_memory() -> list[Finding]:
-    """Size of /dev/shm: Ray's object store and NCCL's rings are there; a container has 64 MiB unless told otherwise."""
+    """Check the size of /dev/shm, which Ray's object store and NCCL use; a container has 64 MiB by default."""
     if not _SHARED.is_dir():
         return [failed("memory", f"there is no {_SHARED}", "mount a tmpfs there")]
-    facts = shutil.disk_usage(_SHARED)
+    usage = shutil.disk_usage(_SHARED)
     advice = "start the container with --shm-size=8g (Kubernetes: an emptyDir of medium Memory mounted there)"
-    found = f"{_SHARED} has {_in_words(facts.free)} free of {_in_words(facts.total)}"
-    if facts.free < OBJECT_STORE_BYTES:
-        return [failed("memory", f"{found}, of which Ray's objects need {_in_words(OBJECT_STORE_BYTES)}", advice)]
-    if facts.total < _ROOMY_SHARED_BYTES:
-        return [warning("memory", found, advice)]
-    return [ok("memory", found)]
+    space = f"{_SHARED} has {_in_words(usage.free)} free of {_in_words(usage.total)}"
+    if usage.free < OBJECT_STORE_BYTES:
+        return [failed("memory", f"{space}, of which Ray's objects need {_in_words(OBJECT_STORE_BYTES)}", advice)]
+    if usage.total < _ROOMY_SHARED_BYTES:
+        return [warning("memory", space, advice)]
+    return [ok("memory", space)]
 
 
 def limits() -> list[Finding]:
-    """Files that a process may have open, of which Ray and readers of stores take many; and locked memory."""
+    """Check the number of files that a process may open; Ray and readers of stores open many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = f"ulimit -n {min(65536, hard) if hard > 0 else 65536}"
     if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
@@ -77,7 +77,7 @@ def limits() -> list[Finding]:
 
 
 def home() -> list[Finding]:
-    """Whether caches can be written: operators that DeepSpeed builds, kernels that Triton does."""
+    """Check that the caches of DeepSpeed's operators and of Triton's kernels can be written."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton")
@@ -85,7 +85,7 @@ def home() -> list[Finding]:
     for place in (extensions, triton):
         try:
             error = _unwritable(place)
-        except RuntimeError:  # no HOME, and no entry for this user in the list of users, as in many containers
+        except RuntimeError:  # HOME is not set and the user is not in /etc/passwd, as in many containers
             return [failed("home", f"HOME is not set and user {os.getuid()} has no home folder", advice)]
         if error:
             return [failed("home", f"cannot write {place.expanduser()} ({error})", advice)]
@@ -93,7 +93,7 @@ def home() -> list[Finding]:
 
 
 def temporary(place: Path) -> list[Finding]:
-    """Where Ray keeps its sockets and spills objects: paths that are too long, or a disk that is full.
+    """Check Ray's temporary folder: paths of sockets that are too long, or a full disk.
 
     Args:
         place: `tarflow_scale.pool.temporary_folder`.
@@ -103,33 +103,34 @@ def temporary(place: Path) -> list[Finding]:
         return [
             failed(
                 "temporary",
-                f"Ray's sockets below {place} have paths of {length} bytes, and Linux takes {_SOCKET_PATH_BYTES}",
+                f"Ray's sockets below {place} have paths of {length} bytes, and Linux allows {_SOCKET_PATH_BYTES}",
                 "set RAY_TMPDIR to a shorter path",
             )
         ]
-    for folder in (place, place / "ray"):  # the second may be of another user
+    for folder in (place, place / "ray"):  # the second may belong to another user
         if error := _unwritable(folder):
-            found = f"cannot write {folder} ({error})"
-            return [failed("temporary", found, "set RAY_TMPDIR to a folder of your own that can be written")]
-    facts = shutil.disk_usage(nearest(place))
-    found = f"{place} has {_in_words(facts.free)} free"
-    if facts.free < (1 - _FULL_SHARE) * facts.total or facts.free < _LEAST_BYTES:
-        return [warning("temporary", f"{found} of {_in_words(facts.total)}", "make room, or set RAY_TMPDIR elsewhere")]
-    return [ok("temporary", f"{found}; paths of Ray's sockets fit")]
+            problem = f"cannot write {folder} ({error})"
+            return [failed("temporary", problem, "set RAY_TMPDIR to a folder of your own that can be written")]
+    usage = shutil.disk_usage(nearest(place))
+    space = f"{place} has {_in_words(usage.free)} free"
+    if usage.free < (1 - _FULL_SHARE) * usage.total or usage.free < _LEAST_BYTES:
+        advice = "free space, or set RAY_TMPDIR to another disk"
+        return [warning("temporary", f"{space} of {_in_words(usage.total)}", advice)]
+    return [ok("temporary", f"{space}; paths of Ray's sockets fit")]
 
 
 def nearest(place: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """The folder itself, or its nearest parent that exists."""
     place = place.absolute()
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
 
 def _unwritable(place: Path) -> str:
-    """Why nothing can be written there, or below where it would be made; empty if something can."""
+    """Why the folder, or the nearest parent that exists, cannot be written; empty if it can."""
     place = place.expanduser().absolute()
     try:
-        there = next(one for one in (place, *place.parents) if one.exists())
-        with tempfile.TemporaryDirectory(prefix=".tarflow-scale-", dir=there) as folder:
+        existing = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=".tarflow-scale-", dir=existing) as folder:
             Path(folder, "try").write_bytes(b"written")
     except OSError as error:
         return error.strerror or str(error)

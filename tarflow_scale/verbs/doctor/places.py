@@ -1,4 +1,4 @@
-"""Where work reads and writes: the run folder's disk, data sets, stores, weights of extractors."""
+"""Checks of the places that jobs read and write: the disk of the run folder, data sets, stores, extractor weights."""
 
 import os
 import shutil
@@ -7,8 +7,11 @@ import uuid
 from collections.abc import Callable
 
 from tarflow_scale import storage
-from tarflow_scale.config.doctor import CheckedMetricsConfig, DoctorConfig
+from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.doctor import CheckedMetricsConfig
+from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.protocols import load_protocol
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import RegistryError, StorageError, UserError
 from tarflow_scale.registry import Registry, Store
 from tarflow_scale.verbs.doctor.finding import Finding, failed, from_message, ok, skipped, warning
@@ -18,78 +21,89 @@ __all__ = ["data_set", "disk", "registry", "store", "trial_folder", "weights", "
 
 _GIB, _MB = 1024**3, 1e6
 _LEAST_BYTES = _GIB
-"""Free space of the run folder where nothing is known of the run."""
+"""Free space that the run folder needs if the configuration describes no run."""
 _SMALL_BYTES, _LARGE_BYTES = 1024**2, 32 * 1024**2
 _QUICK_SECONDS = 0.5
-"""If a small file takes longer to write, a large one would take a minute."""
+"""The large file is not written if the small one took longer, because it would take a minute."""
 _PROBE_KEYS = 20
 _SKEW_SECONDS = 60.0
-"""Clocks that differ by more make ages of files meaningless; S3 refuses requests at 15 minutes."""
+"""With a larger difference of clocks the ages of files mean nothing; S3 refuses requests at 15 minutes."""
 
 
-def disk(config: DoctorConfig) -> list[Finding]:
-    """Free space at the run folder, against the checkpoints of the run where one is described."""
-    place = nearest(storage.local(config.logging.path if config.logging else "."))
+def disk(
+    logging: LoggingConfig | None,
+    data: DataConfig | None,
+    model: ModelConfig | None,
+    training: TrainingConfig | None,
+    checkpoint: CheckpointConfig | None,
+) -> list[Finding]:
+    """Free space at the run folder, compared with the checkpoints of the run if the configuration describes one."""
+    place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
-    needed, why = _needed_bytes(config)
-    found = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {why}"
+    needed, reason = _LEAST_BYTES, "at least"
+    if data is not None and model is not None and training is not None and checkpoint is not None:
+        needed, reason = _checkpoint_bytes(data, model, training, checkpoint)
+    space = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {reason}"
     if free < needed:
-        return [failed("disk", found, "make room, choose another logging.path, or keep fewer checkpoints")]
-    return [ok("disk", found)]
+        return [failed("disk", space, "free space, choose another logging.path, or keep fewer checkpoints")]
+    return [ok("disk", space)]
 
 
-def _needed_bytes(config: DoctorConfig) -> tuple[float, str]:
-    if config.model is None or config.training is None or config.checkpoint is None or config.data is None:
-        return _LEAST_BYTES, "at least"
+def _checkpoint_bytes(
+    data: DataConfig, model: ModelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
+) -> tuple[int, str]:
+    """Bytes of all checkpoints that a run keeps, and a reason in words."""
     from tarflow_scale.shards.manifest import read_manifest
 
     try:
-        manifest = read_manifest(config.data.path)
+        manifest = read_manifest(data.path)
     except UserError:
-        return _LEAST_BYTES, "at least (how large a checkpoint is shows once data.path is a data set)"
+        return _LEAST_BYTES, "at least (the size of a checkpoint is known once data.path is a data set)"
     import torch
 
     from tarflow_scale.flows import build
 
-    crop = config.data.augmentation.crop_pixels
+    crop = data.augmentation.crop_pixels
     shape = manifest.event_shape if crop is None else (manifest.num_channels, crop, crop)
     with torch.device("meta"):
-        flow = build(config.model, shape, manifest.num_classes or None, manifest.num_conditions)
+        flow = build(model, shape, manifest.num_classes or None, manifest.num_conditions)
     num_parameters = sum(parameter.numel() for parameter in flow.parameters())
     # fp32 weights, two moments of the optimizer, and the averages.
-    one = 4 * num_parameters * (3 + len(config.training.ema_half_life_images))
-    kept = config.checkpoint.keep_last + 1  # the newest is whole before the oldest goes
-    if config.checkpoint.keep_every_images is not None:
-        kept += config.training.total_images // config.checkpoint.keep_every_images
-    return kept * one, f"for {kept} checkpoints of {num_parameters:,} parameters"
+    each = 4 * num_parameters * (3 + len(training.ema_half_life_images))
+    kept = checkpoint.keep_last + 1  # the newest is complete before the oldest is removed
+    if checkpoint.keep_every_images is not None:
+        kept += training.total_images // checkpoint.keep_every_images
+    return kept * each, f"for {kept} checkpoints of {num_parameters:,} parameters"
 
 
 def data_set(key: str, path: str) -> list[Finding]:
-    """Whether the manifest can be read, and the first shard is there and as long as it says."""
-    from tarflow_scale.shards.manifest import read_manifest  # here, because numpy starts threads and checks are forks
+    """Check that the manifest can be read, and that the first shard has the size in the manifest."""
+    from tarflow_scale.shards.manifest import (
+        read_manifest,
+    )  # imported here, because numpy starts threads and checks are forks
 
     manifest = read_manifest(path)
     first = manifest.shards[0]
-    there = storage.size_bytes(storage.join(path, first.file))
-    if there != first.bytes:
-        found = f"{key}={path}: {first.file} has {there} bytes, and its manifest says {first.bytes}"
-        return [failed("data", found, "restore the shard or pack the data set again")]
+    size = storage.size_bytes(storage.join(path, first.file))
+    if size != first.bytes:
+        difference = f"{key}={path}: {first.file} has {size} bytes, and its manifest says {first.bytes}"
+        return [failed("data", difference, "restore the shard or pack the data set again")]
     return [ok("data", f"{key}={path}: {manifest.num_images:,} {manifest.samples_in_words}")]
 
 
 def trial_folder(path: str) -> str:
-    """A check's own folder in a store; what a local path lacks would be made by the job, and is not made here."""
+    """A folder for a check in a store; for a local path that does not exist, in its nearest existing parent."""
     place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 
 
 def store(key: str, path: str, folder: str) -> list[Finding]:
-    """Write, read back and list; how fast; one winner of many writers; whose clock. Nothing of it stays.
+    """Check a store: write, read and list files, measure speed, concurrent creation and the clock; remove the files.
 
     Args:
-        key: of the configuration.
-        path: what it says.
-        folder: `trial_folder` of it; who ends this check early removes it.
+        key: key of the configuration.
+        path: value of the key.
+        folder: `trial_folder` of the path; whoever ends this check early must remove it.
     """
     try:
         written, read = _speeds(folder)
@@ -100,41 +114,45 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
         skew = 0.0 if stamped is None or before - 1 <= stamped <= time.time() + 1 else stamped - before
         names = storage.list_names(folder)
         if "clock" not in names:
-            return [failed("store", f"{key}={path} does not list what was just written ({names})", "use another store")]
+            return [
+                failed(
+                    "store", f"{key}={path} does not list a file that was just written ({names})", "use another store"
+                )
+            ]
         winners = _one_winner(path, folder)
     finally:
         storage.remove_tree(folder)
     if winners is not None:
         return [winners]
-    found = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one winner of many writers"
+    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one winner of many writers"
     if abs(skew) > _SKEW_SECONDS:
-        return [warning("store", f"{found}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
-    return [ok("store", found)]
+        return [warning("store", f"{speed}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
+    return [ok("store", speed)]
 
 
 def registry(path: str) -> list[Finding]:
-    """Whether a registry that a job only reads can be read."""
+    """Check that a registry can be read, for a job that only reads it."""
     models = Registry.models(path)
     return [ok("store", f"registry.path={path}: {len(models)} model{'s' * (len(models) != 1)} can be read")]
 
 
 def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """What ``look`` finds; where a registry can be read alone, a warning, because some jobs ask for no more.
+    """The findings of `store` for a registry; a warning if it can only be read, because some jobs need no more.
 
     Args:
-        path: of the registry.
-        look: `store` of it.
+        path: path of the registry.
+        look: `store` with its arguments.
     """
     try:
         return look()
     except StorageError as error:
         try:
-            found = registry(path)[0].found
+            readable = registry(path)[0].found
         except UserError:
             raise error from None
         reason = from_message("store", str(error)).found
         advice = "generate, score and models list need no more; for other verbs get permission to write there"
-        return [warning("store", f"{found}, and not written ({reason})", advice)]
+        return [warning("store", f"{readable}, and not written ({reason})", advice)]
 
 
 def _speeds(folder: str) -> tuple[float, float]:
@@ -158,7 +176,7 @@ def _speeds(folder: str) -> tuple[float, float]:
 
 def _one_winner(path: str, folder: str) -> Finding | None:
     marker = Store(path).marker()
-    if marker is not None and marker.single_writer:  # as whoever made this registry promised
+    if marker is not None and marker.single_writer:  # declared when the registry was made
         return None
     try:
         Store(folder).probe(_PROBE_KEYS)
@@ -168,17 +186,17 @@ def _one_winner(path: str, folder: str) -> Finding | None:
 
 
 def weights(config: CheckedMetricsConfig | None) -> list[Finding]:
-    """Weights of the extractors that protocols name, and others that are given: there, and with the right sha256."""
+    """Check that the weights of extractors exist and have the right sha256."""
     protocols = [load_protocol(path) for path in config.protocols] if config else []
-    named = [one for one in protocols if getattr(one, "extractor", "pixels") != "pixels"]
+    named = [protocol for protocol in protocols if getattr(protocol, "extractor", "pixels") != "pixels"]
     given = config.extractor_weights if config else {}
     if not named and not given:
         return [skipped("weights", "metrics.protocols and metrics.extractor_weights name none")]
     from tarflow_scale.metrics.features import published_digest, weights_digest
 
     digests: dict[str, str] = {}
-    for one in named:
-        digests[one.extractor] = weights_digest(one, given)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    for protocol in named:
+        digests[protocol.extractor] = weights_digest(protocol, given)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     for name in given:
         digests[name] = digests.get(name) or published_digest(name, given)
     return [ok("weights", ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(digests.items())))]

@@ -1,4 +1,4 @@
-"""Whether ranks reach each other: those of a launcher as they would train, or a few that are started here."""
+"""Checks that ranks reach each other: the ranks of a launcher, or a few ranks that the check starts."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ _SHOWN = 8
 
 
 def collectives(config: RanksConfig) -> list[Finding]:
-    """A roll call."""
+    """Run a roll call."""
     seconds = config.timeout_seconds
     if "RANK" not in os.environ:
         if config.num_ranks == 0:
@@ -31,29 +31,29 @@ def collectives(config: RanksConfig) -> list[Finding]:
     store = meet(rank, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), hosted_here, seconds)
     try:
         seen = call_roll(store, rank, world_size, device, backend, socket.gethostname(), seconds)
-    except dist.DistError as error:  # what comes of a collective is in `seen`
-        raise UserError("rank 0 must stay until all have answered (got its store closed); see what it says") from error
-    teller = min(seen.hosts)
-    if rank != teller:
-        return [skipped("ranks", f"rank {teller} tells")]
+    except dist.DistError as error:  # errors of collectives are in `seen`
+        raise UserError("rank 0 must stay until all have answered (got its store closed); see its output") from error
+    reporter = min(seen.hosts)
+    if rank != reporter:
+        return [skipped("ranks", f"rank {reporter} reports")]
     return [_judged(seen, world_size, backend, seconds)]
 
 
 def _judged(seen: RollCall, world_size: int, backend: str, seconds: float) -> Finding:
     hosts = sorted(set(seen.hosts.values()))
     if seen.missing:
-        came = ", ".join(_named(rank, seen) for rank in sorted(seen.hosts)[:_SHOWN])
-        found = f"{_list(seen.missing)} of {world_size} did not answer within {seconds:g} s (those that did: {came})"
-        return failed("ranks", found, "see that its host runs and reaches MASTER_ADDR:MASTER_PORT, or wait longer with "
-                      "ranks.timeout_seconds")  # fmt: skip
+        answered = ", ".join(_named(rank, seen) for rank in sorted(seen.hosts)[:_SHOWN])
+        missing = f"{_list(seen.missing)} of {world_size} did not answer within {seconds:g} s (answered: {answered})"
+        return failed("ranks", missing, "see that its host runs and reaches MASTER_ADDR:MASTER_PORT, or wait longer "
+                      "with ranks.timeout_seconds")  # fmt: skip
     if seen.silent:
         dead = ", ".join(_named(rank, seen) for rank in seen.silent[:_SHOWN])
-        return failed("ranks", f"{dead} of {world_size} came and then fell silent", "see in its log why it stopped")
-    advice = "open all ports between the hosts, and name the interface that joins them in NCCL_SOCKET_IFNAME or " \
+        return failed("ranks", f"{dead} of {world_size} answered and then died", "see its log")
+    advice = "open all ports between the hosts, and name the interface that connects them in NCCL_SOCKET_IFNAME or " \
              "GLOO_SOCKET_IFNAME"  # fmt: skip
     if seen.failures:
-        rank, words = min(seen.failures.items())
-        return failed("ranks", f"the {backend} all-reduce failed on {_named(rank, seen)} ({words})", advice)
+        rank, message = min(seen.failures.items())
+        return failed("ranks", f"the {backend} all-reduce failed on {_named(rank, seen)} ({message})", advice)
     if seen.stuck or seen.bytes_per_second is None:
         stuck = ", ".join(_named(rank, seen) for rank in seen.stuck[:_SHOWN])
         return failed("ranks", f"the {backend} all-reduce did not end within {seconds:g} s on {stuck}", advice)

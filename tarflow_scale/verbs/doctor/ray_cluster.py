@@ -1,4 +1,4 @@
-"""Whether the Ray cluster takes work from here. It is asked who it is; no work is started."""
+"""Check of the Ray cluster: its versions, nodes and resources. It starts no work."""
 
 import platform
 from importlib import metadata
@@ -11,27 +11,27 @@ __all__ = ["reach"]
 
 
 def reach(config: ClusterConfig | None) -> list[Finding]:
-    """Address, token, versions, this machine among its nodes, and room for the workers asked for."""
+    """Check address, token, versions, that this machine is a node, and resources for the workers."""
     if config is None or config.executor == "local" or config.address in (None, "local"):
         return [skipped("cluster", "cluster.address names none; work is done on this machine")]
     assert config.address is not None
-    facts = look_at(config.address)
-    if facts is None:
-        return [ok("cluster", f"something answers at {config.address}; versions and sizes show when work is sent")]
-    there = f"Ray {facts.ray_version} on Python {facts.python_version}"
+    state = look_at(config.address)
+    if state is None:
+        return [ok("cluster", f"{config.address} answers; versions and sizes are known only when work starts")]
+    there = f"Ray {state.ray_version} on Python {state.python_version}"
     here = f"Ray {metadata.version('ray')} on Python {platform.python_version()}"
     if there != here:
         return [failed("cluster", f"{config.address} runs {there}, and here is {here}", "install the same on both")]
-    if not facts.here:
+    if not state.here:
         advice = f"join it with 'ray start --address={config.address}', or use ray://HOST:10001"
         return [failed("cluster", f"this machine is no node of {config.address}", advice)]
     workers = config.num_workers
     for name, each, got in (
-        ("CPU", config.cpus_per_worker, facts.num_cpus),
-        ("GPU", config.gpus_per_worker, facts.num_gpus),
+        ("CPU", config.cpus_per_worker, state.num_cpus),
+        ("GPU", config.gpus_per_worker, state.num_gpus),
     ):
         if workers * each > got:
             found = f"{config.address} has {got:g} {name}s for {workers} workers of {each}"
             return [failed("cluster", found, f"lower cluster.num_workers or cluster.{name.lower()}s_per_worker")]
-    nodes = f"{facts.num_nodes} node{'s' if facts.num_nodes > 1 else ''}"
-    return [ok("cluster", f"{config.address}: {there}, {nodes}, {facts.num_cpus:g} CPUs, {facts.num_gpus:g} GPUs")]
+    nodes = f"{state.num_nodes} node{'s' if state.num_nodes > 1 else ''}"
+    return [ok("cluster", f"{config.address}: {there}, {nodes}, {state.num_cpus:g} CPUs, {state.num_gpus:g} GPUs")]

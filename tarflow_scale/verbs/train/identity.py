@@ -1,0 +1,50 @@
+"""The identity of a run: the settings that must not change when it continues.
+
+Ranks, ZeRO stage, logging and length may change; `batch_statistics` has the one exception.
+"""
+
+from typing import Any
+
+from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.train import Recipe, TrainingConfig
+from tarflow_scale.runtime import distributed
+from tarflow_scale.shards.mix import Mix
+
+__all__ = ["batch_statistics", "identity_of"]
+
+
+def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
+    """The identity, which every checkpoint holds.
+
+    A key that older checkpoints lack is left out while it is at its default, so that their runs can continue.
+    """
+    training, optimizer = recipe.training, recipe.optimizer
+    constant = training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
+    half_lives = training.ema_half_life_images
+    further = [[part.shards.manifest.digest, part.weight] for part in mix.parts[1:]]
+    augmentation = data.augmentation
+    return {
+        "data": mix.manifest.digest,
+        **({"data.weight": data.weight, "data.mix": further} if further else {}),
+        **({"data.augmentation": augmentation.model_dump(mode="json")} if augmentation != type(augmentation)() else {}),
+        "data.shuffle_block": data.shuffle_block,
+        "model": recipe.model.model_dump(mode="json"),
+        **batch_statistics(recipe.model, training),
+        **{f"training.{key}": value for key, value in constant.items()},
+        "training.ema_half_life_images": half_lives[0] if len(half_lives) == 1 else list(half_lives),
+        **({"optimizer.kind": optimizer.kind} if optimizer.kind != "adamw" else {}),
+    }
+
+
+def batch_statistics(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]:
+    """The images over which batch normalization takes its statistics; empty for other models.
+
+    A pass takes a micro batch of every rank. If that is the whole batch, its division among ranks has no effect;
+    otherwise the division decides which images share statistics.
+    """
+    if not model.capabilities.batch_statistics:
+        return {}
+    division = [training.micro_batch_size, distributed.world_size()]
+    whole = training.global_batch_size
+    return {"training.micro_batch_size x ranks": whole if division[0] * division[1] == whole else division}

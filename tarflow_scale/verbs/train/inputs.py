@@ -1,0 +1,85 @@
+"""The data sets of a run, opened and checked against the model."""
+
+from dataclasses import dataclass
+
+from tarflow_scale.config.data import AugmentationConfig, DataConfig
+from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.train import TrainingConfig, ValidationConfig
+from tarflow_scale.errors import ConfigError
+from tarflow_scale.records import PixelFormat
+from tarflow_scale.shards.manifest import Manifest
+from tarflow_scale.shards.mix import Mix, open_mix
+from tarflow_scale.training.construction import seen_by_model
+from tarflow_scale.training.validation import Validation
+
+__all__ = ["Inputs", "open_inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data sets of a run.
+
+    Args:
+        mix: the training data.
+        manifest: their manifest, with the size of the images that the model sees.
+        pixels: how stored pixels become floats.
+        validation: held-out data, or None.
+    """
+
+    mix: Mix
+    manifest: Manifest
+    pixels: PixelFormat
+    validation: Validation | None
+
+
+def open_inputs(
+    data: DataConfig, validation: ValidationConfig | None, model: ModelConfig, training: TrainingConfig
+) -> Inputs:
+    """Open the data sets.
+
+    Raises:
+        DataError: a data set cannot be read, or validation has other images than training.
+        ConfigError: the settings do not fit the kind of data.
+    """
+    mix = open_mix(data, training.global_batch_size, training.seed)
+    manifest = seen_by_model(mix.manifest, data.augmentation.crop_pixels)
+    _check_vectors(manifest, model, training, data.augmentation)
+    noise = training.noise
+    pixels = PixelFormat(bit_depth=manifest.bit_depth, noise=noise.kind, noise_std=noise.std)
+    held_out = validation and Validation.open(
+        validation,
+        like=manifest,
+        data_path=data.path,
+        batch_size=training.micro_batch_size,
+        pixels=pixels,
+        conditional=model.class_conditional,
+    )
+    return Inputs(mix, manifest, pixels, held_out)
+
+
+def _check_vectors(
+    manifest: Manifest, model: ModelConfig, training: TrainingConfig, augmentation: AugmentationConfig
+) -> None:
+    """Check that noise, augmentation and conditions suit the kind of data.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    noise, vectors = training.noise.kind, manifest.vectors
+    if (noise == "none") != (vectors is not None):
+        right = "uniform or gaussian" if vectors is None else "none"
+        raise ConfigError(f"training.noise.kind must be {right} for {manifest.samples_in_words} (got {noise}); set it")
+    if vectors is None:
+        return
+    if augmentation != AugmentationConfig():
+        raise ConfigError("data.augmentation is for images (got vectors); leave it out")
+    if vectors.num_conditions and manifest.num_classes and model.class_conditional:
+        raise ConfigError(
+            f"a flow is conditioned on labels or on numbers (got {manifest.num_classes} classes and "
+            f"{vectors.num_conditions} numbers in {manifest.name}); pack without either"
+        )
+    if vectors.num_conditions and model.class_conditional and training.label_drop > 0:
+        raise ConfigError(
+            f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "
+            f"{training.label_drop:g}); set it to 0"
+        )
