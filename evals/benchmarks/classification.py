@@ -17,7 +17,7 @@ from measuring import Figure, write_results
 from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import log_prob_of_labels
 from tarflow_scale.loading import load_version
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.shards.reader import ShardSet
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     )
     right = num = 0
     for batch in shards.batches(0, shards.manifest.num_images, 256):
-        found = torch.stack([log_prob_of_labels(flow, x) for x in dequantised(batch, protocol)])
+        found = torch.stack([log_prob_of_labels(flow, x) for x in dequantized_draws(batch, protocol)])
         labels = torch.logsumexp(found.double(), dim=0).argmax(dim=1)
         right += int((labels == torch.from_numpy(batch.labels)).sum())
         num += len(batch)

@@ -21,7 +21,7 @@ from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import attribute_direction, edited, interpolated
 from tarflow_scale.flows import Flow
 from tarflow_scale.loading import load_version
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import ShardSet
 
@@ -34,7 +34,7 @@ def images_of_classes(path: str, num_classes: int) -> list[Tensor]:
     shards = ShardSet(path)
     protocol = BitsPerDimProtocol(name="p", metric="bits_per_dim", bit_depth=shards.manifest.bit_depth, num_draws=1)
     batches = list(shards.batches(0, shards.manifest.num_images, 256))
-    images = torch.cat([x for batch in batches for x in dequantised(batch, protocol)])
+    images = torch.cat([x for batch in batches for x in dequantized_draws(batch, protocol)])
     labels = torch.cat([torch.from_numpy(batch.labels) for batch in batches])
     return [images[labels == label] for label in range(num_classes)]
 

@@ -1,4 +1,4 @@
-"""What bits/dim is measured on: dequantised images that depend on (protocol seed, sample, draw) alone."""
+"""What bits/dim is measured on: dequantized images that depend on (protocol seed, sample, draw) alone."""
 
 import hashlib
 import math
@@ -14,14 +14,14 @@ from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
 from tarflow_scale.shards.reader import Batch, ShardSet
 from tarflow_scale.shards.vectors import floats
 
-__all__ = ["dequantised", "gaussian_bits_per_dim", "gaussian_nats", "pixel_hashes"]
+__all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "pixel_hashes"]
 
 _BATCH = 256
 _LEAST_EIGENVALUE = 1e-7
 """Of a correlation matrix; below it float32 columns are a sum of others, to rounding."""
 
 
-def dequantised(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
+def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
     """One float tensor ``(B, C, H, W)`` on [-1, 1] for every draw of the protocol."""
     images = torch.from_numpy(batch.images)
     return [
@@ -36,10 +36,10 @@ def pixel_hashes(batch: Batch) -> tuple[str, ...]:
 
 
 def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol, shards: ShardSet) -> float:
-    """Mean bits/dim of a pixel Gaussian on the very same dequantised images."""
+    """Mean bits/dim of a pixel Gaussian on the same dequantized images."""
     total, count = 0.0, 0
     for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
-        draws = torch.stack([gaussian.log_prob(x) for x in dequantised(batch, protocol)])
+        draws = torch.stack([gaussian.log_prob(x) for x in dequantized_draws(batch, protocol)])
         log_prob = combine_draws(draws, protocol.estimate)
         total += float(bits_per_dim(log_prob, math.prod(shards.manifest.event_shape), protocol.bit_depth).sum())
         count += len(log_prob)

@@ -46,7 +46,7 @@ def schedules_of(blocks: Sequence[BlockPlan], tolerance: float) -> list[Schedule
 
 def measured_with(plan: DecodingPlan, settings: SamplingConfig) -> bool:
     """Whether a plan is about these settings."""
-    wanted = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
+    wanted = settings.guidance, settings.decoder.precision, settings.decoder.tolerance
     return wanted == (plan.guidance, plan.precision, plan.tolerance)
 
 

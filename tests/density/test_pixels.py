@@ -10,7 +10,7 @@ from tarflow_scale.density import image_bits_per_dim, image_nats, image_tensor
 from tarflow_scale.flows import build
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
 from tarflow_scale.loading import load
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import Trained
 
@@ -21,7 +21,7 @@ def test_bits_per_dim_are_those_of_evaluate_and_nats_add_up_to_them(trained: Tra
     y = torch.from_numpy(batch.labels)
     protocol = BitsPerDimProtocol(name="p", metric="bits_per_dim", bit_depth=4, num_draws=3, seed=5)
     with torch.no_grad():
-        draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantised(batch, protocol)]).double()
+        draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantized_draws(batch, protocol)]).double()
     for estimate in ("mean", "importance"):
         expected = bits_per_dim(combine_draws(draws, estimate), 64, 4).numpy()
         found = image_bits_per_dim(flow, batch.images, y, num_draws=3, seed=5, estimate=estimate)

@@ -18,7 +18,7 @@ from tarflow_scale.errors import StorageError
 from tarflow_scale.flows import TarFlow
 from tarflow_scale.flows.weights import flow_files
 from tarflow_scale.loading import load_version
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
@@ -135,7 +135,7 @@ def test_marginal_likelihood_is_the_sum_over_labels(trained: Trained, tmp_path: 
     protocol = BitsPerDimProtocol(name="p", metric="bits_per_dim", bit_depth=4, num_draws=2)
     for number in range(3):
         total = 0.0
-        for x in dequantised(batch, protocol):
+        for x in dequantized_draws(batch, protocol):
             for label in range(10):
                 with torch.no_grad():
                     total += math.exp(float(flow.log_prob(x[number : number + 1], torch.tensor([label])))) / 20

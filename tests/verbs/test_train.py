@@ -28,7 +28,7 @@ from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.likelihood import bits_per_dim
-from tarflow_scale.metrics.bits import dequantised
+from tarflow_scale.metrics.bits import dequantized_draws
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime.processes import exclusive
 from tarflow_scale.shards.reader import ShardSet
@@ -548,7 +548,7 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     assert isinstance(protocol, BitsPerDimProtocol)
     batch = shards.take(np.arange(shards.manifest.num_images))
     y = torch.from_numpy(batch.labels)
-    draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantised(batch, protocol)])
+    draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantized_draws(batch, protocol)])
     report = Registry(f"{tmp_path}/registry", "small").state().reports[1][-1]
     expected = float(bits_per_dim(draws.mean(dim=0), 64, 4).mean())
     assert report.metrics["bits_per_dim"].value == pytest.approx(expected, abs=1e-4)
