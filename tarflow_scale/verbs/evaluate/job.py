@@ -78,26 +78,24 @@ class Evaluation:
             "threads": self._threads,
             "gpu": self._gpu,
         }
-        self.protocols: dict[str, LikelihoodProtocol | SampledProtocol] = {
-            path: protocol
-            for path, protocol in ((path, load_protocol(path)) for path in metrics.protocols)
-            if registered is not None or not isinstance(protocol, LikelihoodProtocol)
+        protocols = {path: load_protocol(path) for path in metrics.protocols}
+        self._sampled: dict[str, SampledProtocol] = {
+            path: protocol for path, protocol in protocols.items() if not isinstance(protocol, LikelihoodProtocol)
         }
+        self.protocols: dict[str, LikelihoodProtocol | SampledProtocol] = dict(
+            protocols if registered else self._sampled
+        )
         self.data, self.reference = read_manifest(data.path), read_manifest(reference.path)
         _check_protocols(self)
         self.references = References(reference.cache)
-        self.extractors = {
-            path: weights_digest(protocol, metrics.extractor_weights) for path, protocol in self._sampled().items()
-        }
-        self._bound = {
-            path: self.references.find(protocol, self.extractors[path], self.reference, again=registered is None)
-            for path, protocol in self._sampled().items()
-        }
+        self.extractors: dict[str, str] = {}
+        self._bound: dict[str, Binding] = {}
+        for path, protocol in self._sampled.items():
+            self.extractors[path] = extractor = weights_digest(protocol, metrics.extractor_weights)
+            binding = self.references.find(protocol, extractor, self.reference, again=registered is None)
+            if binding is not None and registered is not None and self.references.is_whole(binding):
+                self._bound[path] = binding
         self._has_samples = registered is not None
-        self._whole = {
-            path: binding is not None and self._has_samples and self.references.is_whole(binding)
-            for path, binding in self._bound.items()
-        }
         identity = PartIdentity(
             device=["cuda" if self._gpu else self._threads, provenance.package_versions()["torch"]],
             weights=registered and self._weights(*registered, sampling),
@@ -124,12 +122,6 @@ class Evaluation:
         protocol = self.protocols[path]
         return self.data.num_images if isinstance(protocol, LikelihoodProtocol) else protocol.num_images
 
-    def _sampled(self) -> dict[str, SampledProtocol]:
-        """The protocols that look at images through an extractor."""
-        return {
-            path: protocol for path, protocol in self.protocols.items() if not isinstance(protocol, LikelihoodProtocol)
-        }
-
     def units(self) -> list[EvaluationUnit]:
         """Every part that is needed, each once."""
         units: dict[str, EvaluationUnit] = {}
@@ -138,7 +130,7 @@ class Evaluation:
             for features in requirement.feature_sets():
                 if features is requirement.samples and not self._has_samples:
                     continue
-                if features is requirement.reference and self._whole[path] and features.reduced:
+                if features is requirement.reference and path in self._bound and features.reduced:
                     continue
                 work += [(part, features) for part in features.parts()]
             for part, purpose in work:
@@ -151,23 +143,19 @@ class Evaluation:
             pass  # the results are the parts
 
     def bind(self) -> dict[str, Binding]:
-        """What each sampled protocol with a reference is bound to; protocols that were not bound are bound now."""
-        bindings: dict[str, Binding] = {}
-        for path, protocol in self._sampled().items():
+        """What each protocol with a reference is bound to; protocols that are not bound yet are bound now."""
+        bindings = dict(self._bound)
+        for path, protocol in self._sampled.items():
             reference, layer = self.requirements[path].reference, layer_of(protocol)
-            if reference is None:
-                continue
-            binding = self._bound[path]
-            if not self._whole[path] or binding is None:
+            if reference is not None and path not in bindings:
                 moments = merged(moments_of(reference, layer)) if reference.reduced else None
                 digest, extractor = images_digest(reference.hashes()), self.extractors[path]
-                binding = self.references.bind(protocol, extractor, self.reference, digest, moments, layer)
-            bindings[path] = binding
+                bindings[path] = self.references.bind(protocol, extractor, self.reference, digest, moments, layer)
         return bindings
 
     def measure(self, pool: Pool, bindings: Mapping[str, Binding]) -> dict[str, Measured]:
         """Numbers of all sampled protocols, by path."""
-        sampled = self._sampled().items()
+        sampled = self._sampled.items()
         measures = {path: self._measure(path, protocol, bindings.get(path)) for path, protocol in sampled}
         return in_rounds(measures, lambda tasks: pool.run(Reducer, {"threads": self._threads}, tasks))
 

@@ -107,19 +107,20 @@ def _make(
     Raises:
         NumericsError: too many images were drawn again.
     """
-    finished = [read_quality(path, unit) for unit in sorted(set(units) - set(missing), key=lambda unit: unit.number)]
+    finished = [read_quality(path, unit) for unit in set(units) - set(missing)]
     quality = functools.reduce(Quality.plus, finished, Quality())
     _check_redrawn(quality, plan)
     errors: list[float] = []
     first = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers make different shards
-    arguments = {"registry": registry, "plan": plan, "path": path}
-
-    def note() -> str:
-        return f"{quality.redrawn:,} drawn again" if quality.redrawn else ""
-
     with Pool(**cluster.model_dump()) as pool:
-        ordered = missing[first:] + missing[:first]
-        results = pool.run_missing(ShardMaker, arguments, units, ordered, "generate", note)
+        results = pool.run_missing(
+            ShardMaker,
+            {"registry": registry, "plan": plan, "path": path},
+            units,
+            missing[first:] + missing[:first],
+            "generate",
+            lambda: f"{quality.redrawn:,} drawn again" if quality.redrawn else "",
+        )
         with closing(results):  # so that an error ends the progress bar before it is printed
             for _, (shard_quality, error) in results:
                 errors += [] if error is None else [error]
