@@ -82,9 +82,7 @@ class Evaluation:
         self._sampled: dict[str, SampledProtocol] = {
             path: protocol for path, protocol in protocols.items() if not isinstance(protocol, LikelihoodProtocol)
         }
-        self.protocols: dict[str, LikelihoodProtocol | SampledProtocol] = dict(
-            protocols if registered else self._sampled
-        )
+        self.protocols = protocols if registered else {path: protocols[path] for path in self._sampled}
         self.data, self.reference = read_manifest(data.path), read_manifest(reference.path)
         _check_protocols(self)
         self.references = References(reference.cache)

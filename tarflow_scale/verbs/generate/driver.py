@@ -99,14 +99,7 @@ def _make(
     missing: list[ShardUnit],
     cluster: ClusterConfig,
 ) -> tuple[Quality, list[float]]:
-    """Make the missing shards.
-
-    Returns:
-        What was wrong with the images of all shards, and `Sampler.round_trip_error` of the new ones.
-
-    Raises:
-        NumericsError: too many images were drawn again.
-    """
+    """Make the missing shards; return the quality of all shards, and `Sampler.round_trip_error` of the new ones."""
     finished = [read_quality(path, unit) for unit in set(units) - set(missing)]
     quality = functools.reduce(Quality.plus, finished, Quality())
     _check_redrawn(quality, plan)
