@@ -1,6 +1,9 @@
-"""Records that are stored and passed between verbs: small, typed, versioned by their fields. Does not import torch.
+"""Records: what verbs hand to each other and store. Small, typed, without torch.
 
-Names of fields contain units. Unknown fields raise an error, so a record of a newer version is never read in part.
+Units are in the names. Unknown fields are refused, so a record of a newer version is never read in part. Records lie
+one layer above the configuration, because some keep a section of it, such as how images were sampled: the section is
+validated once, where the JSON of the record is read, and settings that an older version did not know get their
+defaults. A section never needs a record.
 """
 
 import hashlib
@@ -8,8 +11,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tarflow_scale.config.sampling import GuardConfig, Guidance, SamplingConfig
 from tarflow_scale.errors import RegistryError, UserError
 
 __all__ = [
@@ -96,8 +100,8 @@ class PixelFormat(Record):
 
     bit_depth: int = Field(ge=1, le=8)
     noise: Literal["uniform", "gaussian", "none"]
-    """``uniform``: dequantization inside the bin, with an exact likelihood. ``gaussian``: added noise, without
-    bits/dim. ``none``: the data are vectors of floats."""
+    """``uniform``: dequantization inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim.
+    ``none``: the data are vectors of floats."""
     noise_std: float = Field(default=0.0, ge=0)
     """Standard deviation on [-1, 1] of Gaussian noise; 0 for uniform."""
 
@@ -182,24 +186,7 @@ class MetricValue(Record):
     """For likelihoods: safetensors with the number of each image, in the order of the split."""
 
 
-class _WithSampling(Record):
-    """A record of how images were sampled."""
-
-    sampling: dict[str, Any]
-    """The resolved section ``sampling``."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_early_form(cls, raw: Any) -> Any:
-        """Version 0.1.0 of 2026-11-23 wrote ``guidance`` and ``temperature`` as numbers of their own."""
-        if isinstance(raw, dict) and "sampling" not in raw and "guidance" in raw:
-            rest = {key: value for key, value in raw.items() if key not in ("guidance", "temperature", "batch_size")}
-            sampling = {key: raw[key] for key in ("temperature", "batch_size") if key in raw}
-            return rest | {"sampling": sampling | {"guidance": {"scale": raw["guidance"]}}}
-        return raw
-
-
-class MetricsReport(_WithSampling):
+class MetricsReport(Record):
     """All numbers of one evaluation of one version."""
 
     model: str
@@ -207,7 +194,8 @@ class MetricsReport(_WithSampling):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same metrics for simple models, for comparison: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]
     grid: FileRecord | None = None
@@ -230,7 +218,7 @@ class Calibration(Record):
     """Digest of the measured weights."""
     device: str
     batch_size: int = Field(ge=1)
-    guidance: dict[str, Any]
+    guidance: Guidance
     precision: str
     tolerance: float = Field(gt=0)
     blocks: tuple[BlockDecoding, ...]
@@ -247,7 +235,7 @@ class Calibration(Record):
     adaptive_seconds: float
 
 
-class GenerationPlan(_WithSampling):
+class GenerationPlan(Record):
     """Everything that decides the bytes of a generated data set; frozen in the output folder."""
 
     model: str
@@ -256,6 +244,7 @@ class GenerationPlan(_WithSampling):
     seed: int
     num_images: int
     samples_per_shard: int
+    sampling: SamplingConfig
     labels: Literal["balanced", "none"] | tuple[int, ...] | dict[int, float]
     """``balanced``: image i has label i modulo the number of classes. Else see ``sampling.labels``."""
     class_names: tuple[str, ...]
@@ -271,8 +260,7 @@ class GenerationPlan(_WithSampling):
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
     """How images are stored."""
     jpeg_quality: int = 95
-    guard: dict[str, Any] = Field(default_factory=dict)
-    """The section ``sampling.guard``."""
+    guard: GuardConfig = GuardConfig()
 
     @property
     def is_of_vectors(self) -> bool:

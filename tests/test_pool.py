@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,51 @@ def run(arguments: dict[str, Any], units: Any, **cluster: Any) -> list[tuple[Any
 def test_in_this_process() -> None:
     assert run({"offset": 1}, range(4), executor="local") == [(0, 1), (1, 2), (2, 5), (3, 10)]
     assert run({"offset": 1}, [], executor="local") == []
+
+
+@dataclass(frozen=True)
+class Images:
+    """A unit of work."""
+
+    num_images: int
+
+
+class Counter:
+    """Counts the images of a unit."""
+
+    def run(self, unit: Images) -> int:
+        return unit.num_images
+
+
+class RecordedBar:
+    """A progress bar that remembers what it was told."""
+
+    def __init__(self, total: int, description: str, initial: int) -> None:
+        self.calls: list[Any] = [(total, description, initial)]
+
+    def __enter__(self) -> "RecordedBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.append("closed")
+
+    def update(self, number: int) -> None:
+        self.calls.append(number)
+
+    def tell(self, facts: str) -> None:
+        self.calls.append(facts)
+
+
+def test_a_job_runs_what_is_missing_and_shows_progress_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[RecordedBar] = []
+    monkeypatch.setattr(work.console, "progress_bar", lambda *a, **o: bars.append(RecordedBar(*a, **o)) or bars[-1])
+    units = [Images(10), Images(20), Images(30)]
+    results: list[tuple[Images, int]] = []
+    with Pool("local") as pool:
+        for result in pool.run_missing(Counter, {}, units, units[1:], "count", lambda: f"{len(results)} so far"):
+            results.append(result)
+    assert results == [(Images(20), 20), (Images(30), 30)]
+    assert bars[0].calls == [(60, "count", 10), 20, "1 so far", 30, "2 so far", "closed"]
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7:6379", "ray://head.example:10001", "[2001:db8::1]:6379"])

@@ -118,8 +118,7 @@ def two_workers_over_one(weights: Path, folder: Path, num: int) -> dict[str, Fig
     prepare(PrepareConfig.model_validate(source), dry_run=False)
     data = str(folder / "digits/train")
     arguments = {
-        "registry": None,
-        "version": 0,
+        "version": None,
         "data": DataSetConfig(path=data),
         "reference": ReferenceConfig(path=data, cache=str(folder)),
         "sampling": SamplingConfig(batch_size=BATCH),

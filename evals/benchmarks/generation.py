@@ -17,7 +17,6 @@ import torch
 from measuring import Figure, write_results
 
 from tarflow_scale.config.generate import GenerateConfig
-from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.loading import load_version
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import encode_image
@@ -47,10 +46,10 @@ def main() -> None:
                 "shards": {"path": folder, "samples_per_shard": num},
             }
         )
-        plan = resolved_plan(config)
+        plan = resolved_plan(config.registry, config.sampling, config.shards, config.cluster)
         torch.set_num_threads(1)
         flow = load_version(arguments.registry, plan.model, plan.version)
-        sampler = Sampler(flow, plan.seed, SamplingConfig.model_validate(plan.sampling))
+        sampler = Sampler(flow, plan.seed, plan.sampling)
         maker = ShardMaker(arguments.registry, plan, folder)
         for number in range(rounds + 1):
             unit = ShardUnit(number, number * num, (number + 1) * num)

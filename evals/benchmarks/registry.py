@@ -19,6 +19,7 @@ from typing import Any
 from measuring import Figure, write_results
 
 from tarflow_scale import storage
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.records import MetricsReport, MetricValue
 from tarflow_scale.registry import Registry
 from tarflow_scale.registry.log import new_event
@@ -56,7 +57,7 @@ def fill(path: Path, versions: int, events: int) -> None:
             )  # fmt: skip
             report = MetricsReport(
                 model=MODEL, version=version, weights_digest="w" * 64, metrics={"p": value, "q": value}, baselines={},
-                sampling={"batch_size": 128, "temperature": 1.0}, seconds=100.0, packages=FACTS["packages"],
+                sampling=SamplingConfig(), seconds=100.0, packages=FACTS["packages"],
             )  # fmt: skip
             payload = {"report": report.model_dump(mode="json")}
             event = new_event(number, "evaluate", str(number), "evaluated", digest, payload)

@@ -1,7 +1,7 @@
-"""What an evaluation has to make: the sets of features that its protocols share, and where their parts are kept.
+"""What an evaluation has to make: the feature sets that its protocols share, and where their parts are stored.
 
-A set lies in a folder named by a digest of all that decides its numbers: weights, data, sampling, extractor, layers,
-device and threads. Two protocols that look at the same images through the same extractor share one pass.
+A set lies in a folder whose name is a digest of everything that decides its numbers: weights, data, sampling,
+extractor, layers, device and threads. Protocols that look at the same images through the same extractor share one pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +12,16 @@ from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtoc
 from tarflow_scale.metrics.features import layer_of
 from tarflow_scale.metrics.parts import FeatureSet, Images, Part, parts_of
 
-__all__ = ["PartIdentity", "Wanted", "plan"]
+__all__ = ["PartIdentity", "Requirement", "requirements_of"]
 
 
 @dataclass(frozen=True)
 class PartIdentity:
-    """What decides the numbers of parts.
+    """What decides the numbers of parts, apart from protocol and extractor.
 
-    device: threads and kind of device. weights: of the model and how it is sampled; None where nothing is sampled.
-    test, reference: digests of manifests. folder: from facts to a folder.
+    device: kind of device, threads and version of torch. weights: digest of the model, with the sampling settings;
+    None where nothing is sampled. test, reference: digests of manifests. folder: the folder of a part, from a value
+    that holds all that decides its numbers.
     """
 
     device: Any
@@ -31,31 +32,31 @@ class PartIdentity:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirement:
     """What one protocol needs.
 
-    samples, reference, real: features of generated images, of what they are compared with, and for a baseline of
-    some real ones. bits: parts of log-likelihoods.
+    samples: features of generated images. reference: features that these are compared with. real: features of some
+    real images, for the baseline. likelihoods: parts with the bits/dim or nats of each sample of the split.
     """
 
     samples: FeatureSet | None = None
     reference: FeatureSet | None = None
     real: FeatureSet | None = None
-    bits: tuple[Part, ...] = ()
+    likelihoods: tuple[Part, ...] = ()
 
-    def sets(self) -> list[FeatureSet]:
-        """Those that are wanted."""
-        return [one for one in (self.samples, self.reference, self.real) if one is not None]
+    def feature_sets(self) -> list[FeatureSet]:
+        """The feature sets that are needed."""
+        return [features for features in (self.samples, self.reference, self.real) if features is not None]
 
 
-def plan(
+def requirements_of(
     protocols: Mapping[str, LikelihoodProtocol | SampledProtocol],
     extractors: Mapping[str, str],
     num_test: int,
     num_reference: int,
     baselines: bool,
-    facts: PartIdentity,
-) -> dict[str, Wanted]:
+    identity: PartIdentity,
+) -> dict[str, Requirement]:
     """What each protocol needs, by the path of its file.
 
     Args:
@@ -64,57 +65,58 @@ def plan(
         num_test: images of the split whose likelihood is measured.
         num_reference: images of the reference data set.
         baselines: whether real images are measured too.
-        facts: see there.
+        identity: what else decides the numbers.
     """
-    wanted: dict[str, Wanted] = {}
+    requirements: dict[str, Requirement] = {}
     for path, protocol in protocols.items():
         if isinstance(protocol, LikelihoodProtocol):
-            folder = facts.folder(["bits", protocol.digest, facts.weights, facts.test, facts.device])
-            wanted[path] = Wanted(bits=tuple(parts_of(folder, num_test)))
+            decisive = ["likelihoods", protocol.digest, identity.weights, identity.test, identity.device]
+            requirements[path] = Requirement(likelihoods=tuple(parts_of(identity.folder(decisive), num_test)))
         else:
-            wanted[path] = _of_samples(protocol, extractors[path], num_reference, baselines)
+            requirements[path] = _of_samples(protocol, extractors[path], num_reference, baselines)
     layers: dict[Any, set[str]] = {}
-    for one in wanted.values():
-        for features in one.sets():
-            layers.setdefault(_key(features), set()).update(features.layers)
+    for requirement in requirements.values():
+        for features in requirement.feature_sets():
+            layers.setdefault(_pass_of(features), set()).update(features.layers)
 
-    def placed(features: FeatureSet | None) -> FeatureSet | None:
+    def stored(features: FeatureSet | None) -> FeatureSet | None:
+        """The set with its folder, and with the layers that other protocols need of the same pass."""
         if features is None:
             return None
-        whole = replace(features, layers=tuple(sorted(layers[_key(features)])))
-        images = whole.images
-        source = facts.weights if images.kind == "sample" else facts.reference
+        images, layers_of_pass = features.images, tuple(sorted(layers[_pass_of(features)]))
+        source = identity.weights if images.kind == "sample" else identity.reference
         size = images.num if images.kind == "reference" and images.seed is not None else None
         seen = [images.kind, images.seed, images.bit_depth, images.rounding, size]
-        extractor = [whole.extractor, whole.extractor_digest, whole.layers, whole.reduced]
-        return replace(whole, folder=facts.folder(["features", source, seen, extractor, facts.device]))
+        extractor = [features.extractor, features.extractor_digest, layers_of_pass, features.reduced]
+        folder = identity.folder(["features", source, seen, extractor, identity.device])
+        return replace(features, layers=layers_of_pass, folder=folder)
 
     return {
-        path: replace(one, samples=placed(one.samples), reference=placed(one.reference), real=placed(one.real))
-        for path, one in wanted.items()
+        path: replace(need, samples=stored(need.samples), reference=stored(need.reference), real=stored(need.real))
+        for path, need in requirements.items()
     }
 
 
-def _key(features: FeatureSet) -> Any:
-    """Sets that one pass can make, but for the number of samples."""
+def _pass_of(features: FeatureSet) -> Any:
+    """A key that is equal for sets which one pass over the images can make, whatever the number of samples."""
     images = features.images
     return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
 
 
-def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, baselines: bool) -> Wanted:
+def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, baselines: bool) -> Requirement:
     depth, rounding, seed = protocol.bit_depth, protocol.rounding, protocol.seed
 
     def features(images: Images, reduced: bool = False) -> FeatureSet:
         return FeatureSet(images, protocol.extractor, extractor, (layer_of(protocol),), "", reduced)
 
     def real(num: int) -> Images:
-        every = num >= num_reference
-        return Images("reference", min(num, num_reference), None if every else seed, depth, rounding)
+        return Images("reference", min(num, num_reference), None if num >= num_reference else seed, depth, rounding)
 
     samples = features(Images("sample", protocol.num_images, seed, depth, rounding))
     if isinstance(protocol, InceptionScoreProtocol):
-        return Wanted(samples)
+        return Requirement(samples)
     if isinstance(protocol, FrechetProtocol):
-        few = features(real(protocol.num_images), reduced=True) if baselines and protocol.estimate == "plain" else None
-        return Wanted(samples, features(real(num_reference), reduced=True), few)
-    return Wanted(samples, features(real(protocol.num_reference_images)))
+        has_baseline = baselines and protocol.estimate == "plain"
+        baseline = features(real(protocol.num_images), reduced=True) if has_baseline else None
+        return Requirement(samples, features(real(num_reference), reduced=True), baseline)
+    return Requirement(samples, features(real(protocol.num_reference_images)))

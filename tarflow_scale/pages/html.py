@@ -103,7 +103,8 @@ def _board(ranking: Ranking, word: Word | None, grids: dict[str, bytes]) -> str:
     for row in ranking.ours:
         if row.grid is not None and row.report is not None and row.grid.sha256 in grids:
             caption = f"{row.model}: {ranking.number(row.value)} {ranking.unit}"
-            pictures.append(Picture(grids.pop(row.grid.sha256), caption, row.report.sampling | _decoding(row)))
+            settings = row.report.sampling.model_dump() | _decoding(row)
+            pictures.append(Picture(grids.pop(row.grid.sha256), caption, settings))
     return "".join(parts) + (f"<h3>First samples</h3>{_figures(pictures)}" if pictures else "")
 
 

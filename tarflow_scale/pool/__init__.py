@@ -11,6 +11,6 @@ authentication is enabled on both sides, because everyone who can submit work to
 
 from tarflow_scale.pool.address import temporary_folder
 from tarflow_scale.pool.look import ClusterFacts, look_at
-from tarflow_scale.pool.work import OBJECT_STORE_BYTES, Pool, Worker
+from tarflow_scale.pool.work import OBJECT_STORE_BYTES, Pool, Unit, Worker
 
-__all__ = ["OBJECT_STORE_BYTES", "ClusterFacts", "Pool", "Worker", "look_at", "temporary_folder"]
+__all__ = ["OBJECT_STORE_BYTES", "ClusterFacts", "Pool", "Unit", "Worker", "look_at", "temporary_folder"]

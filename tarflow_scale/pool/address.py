@@ -1,4 +1,4 @@
-"""Where a cluster is, whether it is this machine's, and whether it may be reached without a token."""
+"""Where a cluster is, whether it is on this machine, and whether it may be used without a token."""
 
 import ipaddress
 import os
@@ -22,7 +22,7 @@ CONNECT_SECONDS = 10.0
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
-    """Of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
+    """Host and port of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
     host, _, port = re.sub(r"^ray://", "", address).rpartition(":")
     return (host.strip("[]"), port) if host else (address, "")
 
@@ -35,18 +35,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def temporary_folder() -> Path:
-    """Below which Ray keeps its sockets and files, in a folder ``ray``."""
+    """The folder in which Ray keeps its sockets and files, below ``ray``."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108 - Ray's own place
 
 
 def found_by_ray() -> str | None:
-    """The cluster that ``auto`` means: what ``RAY_ADDRESS`` says, or the one that was started on this machine last."""
+    """The cluster that ``auto`` means: that of ``RAY_ADDRESS``, or the last one that was started on this machine."""
     known = temporary_folder() / "ray" / "ray_current_cluster"
     return os.environ.get("RAY_ADDRESS") or (known.read_text(encoding="utf-8").strip() if known.is_file() else None)
 
 
 def check_token(address: str) -> None:
-    """Refuse another machine's cluster unless Ray will show it a token."""
+    """Refuse a cluster on another machine unless Ray will send it a token."""
     here = False
     if address == "auto":
         address = found_by_ray() or "localhost"
@@ -71,7 +71,7 @@ def _answers(host: str, port: str) -> bool:
 
 
 def _own_address() -> str:
-    """This machine's address as Ray finds it: that of the way out; nothing is sent."""
+    """This machine's address as Ray determines it: that of the outgoing route; sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))
@@ -81,12 +81,12 @@ def _own_address() -> str:
 
 
 def on_loopback_alone(address: str | None) -> bool:
-    """Whether a cluster is, or is to be, on addresses that only this machine has.
+    """Whether a cluster listens, or will listen, on loopback only.
 
-    Ray takes a loopback address for this machine's own one, at which such a cluster does not listen.
+    Ray replaces a loopback address by this machine's own one, where such a cluster does not listen.
 
     Raises:
-        UserError: nothing answers there.
+        UserError: nothing answers at the address.
     """
     if address is None:
         return True
@@ -105,7 +105,7 @@ def on_loopback_alone(address: str | None) -> bool:
 
 
 def is_own_address(host: str) -> bool:
-    """Whether this machine has it: only then can one listen there."""
+    """Whether the address is one of this machine's, which alone a process here can listen on."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         try:
             probe.bind((host, 0))
@@ -115,7 +115,7 @@ def is_own_address(host: str) -> bool:
 
 
 def token_in_words() -> str:
-    """Which token this process would show."""
+    """Which token this process would send."""
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return "none, as RAY_AUTH_MODE is not token"
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):

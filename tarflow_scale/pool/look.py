@@ -1,4 +1,4 @@
-"""What a running cluster says of itself, before any work goes there."""
+"""What a running cluster reports about itself, before any work goes there."""
 
 import importlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ["ClusterFacts", "look_at"]
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """What a running cluster says of itself."""
+    """What a running cluster reports about itself."""
 
     ray_version: str
     python_version: str
@@ -27,20 +27,20 @@ class ClusterFacts:
     num_cpus: float
     num_gpus: float
     here: bool
-    """Whether this machine is one of its nodes, without which only ``ray://`` takes work from here."""
+    """Whether this machine is one of its nodes; otherwise it accepts work from here over ``ray://`` only."""
 
 
 def look_at(address: str) -> ClusterFacts | None:
-    """Ask a running cluster who it is, with the token that work would be submitted with; nothing is started there.
+    """Ask a running cluster for its facts, with the token that work would be submitted with; starts nothing there.
 
     Args:
         address: see `Pool`.
 
     Returns:
-        Its facts; None behind ``ray://``, where something answers that tells nothing before it is given work.
+        Its facts; None for ``ray://``, whose server answers but reports nothing before it has work.
 
     Raises:
-        UserError: no token where one is needed, nothing answers, the cluster takes another token, or it has no node.
+        UserError: a needed token is missing, nothing answers, the cluster needs another token, or it has no node.
     """
     check_token(address)
     on_loopback_alone(address)
@@ -61,10 +61,10 @@ def look_at(address: str) -> ClusterFacts | None:
             f"the cluster at {address} must be shown its own token (got a wrong one or none: {token_in_words()}); set "
             f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster"
         ) from error
-    except (RayError, RuntimeError, AttributeError) as error:  # Attribute: a server that is none of Ray's
+    except (RayError, RuntimeError, AttributeError) as error:  # AttributeError: the server is not Ray's
         raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
     if not nodes:
-        raise UserError(f"the cluster at {address} must have a node that lives (got none); start it again")
+        raise UserError(f"the cluster at {address} must have a live node (got none); start it again")
     return ClusterFacts(
         ray_version=str(versions["ray_version"]),
         python_version=str(versions["python_version"]),

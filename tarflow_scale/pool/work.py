@@ -1,4 +1,4 @@
-"""Actors that take units of work, one after the other, until all are done."""
+"""Workers that take units of work, one after the other, until all are done."""
 
 import importlib
 import logging
@@ -16,11 +16,9 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 from tarflow_scale.errors import ConfigError, UserError
 from tarflow_scale.pool.address import check_token, on_loopback_alone, temporary_folder
 from tarflow_scale.pool.look import look_at
-from tarflow_scale.runtime import cores, streams
+from tarflow_scale.runtime import console, cores, streams
 
-__all__ = ["OBJECT_STORE_BYTES", "Pool", "Worker"]
-
-T = TypeVar("T")
+__all__ = ["OBJECT_STORE_BYTES", "Pool", "Unit", "Worker"]
 
 
 class Worker(Protocol):
@@ -31,27 +29,38 @@ class Worker(Protocol):
         ...
 
 
+class Unit(Protocol):
+    """A unit of work whose result is stored, so that a job that was killed continues where it stopped."""
+
+    @property
+    def num_images(self) -> int:
+        """Images that the unit makes or measures."""
+        ...
+
+
+T = TypeVar("T")
+U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""An idle worker takes a unit from another that has had it for so many times the longest that any took."""
+"""An idle worker also takes a unit that another has had for this many times the longest time that any unit took."""
 _POLL_SECONDS = 0.5
 _GREETING = b"Set ray log level from environment variable"
 OBJECT_STORE_BYTES = 256 * 1024**2
-"""Of a cluster of our own. Results are records and moments, never images, so a small store is enough."""
+"""Of a cluster that the pool starts. Results are records and moments, never images, so a small store is enough."""
 
 
 class Pool:
-    """Workers, for as long as the ``with`` block lasts; a Ray cluster of our own ends with it.
+    """Workers that live as long as the ``with`` block; so does a Ray cluster that the pool starts.
 
     Args:
         executor: ``ray`` for actors; ``local`` runs all work in this process.
-        address: a running cluster, or None for one on this machine's loopback, which ends with the pool.
+        address: a running cluster; None starts one on this machine's loopback.
         num_workers: actors; never more than units.
-        cpus_per_worker: cores, and threads of numerical libraries, of an actor.
+        cpus_per_worker: cores of an actor, and threads of its numerical libraries.
         gpus_per_worker: GPUs of an actor.
-        start_seconds: how long to wait for a cluster to answer and to have what the workers need.
+        start_seconds: how long to wait until a cluster answers and has the resources of all workers.
 
     Raises:
-        ConfigError: a cluster elsewhere without token authentication.
+        ConfigError: a cluster on another machine without token authentication.
     """
 
     def __init__(
@@ -83,15 +92,15 @@ class Pool:
     def run(
         self, worker_class: type[Worker], arguments: dict[str, Any], units: Sequence[Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """Run every unit once to success; yield ``(unit, result)`` as they finish.
+        """Run every unit until it has succeeded once; yield ``(unit, result)`` as they finish.
 
         Args:
-            worker_class: the worker; built once a worker with ``arguments``.
+            worker_class: built once on each worker, with ``arguments``.
             arguments: keyword arguments of the worker, small and picklable.
-            units: the work; there are never more actors than units.
+            units: the work.
 
         Raises:
-            UserError: when a worker raises one, which is passed on as it was; when the cluster is too small.
+            UserError: a worker raised it, or the cluster is too small.
         """
         if not units:
             return
@@ -106,13 +115,33 @@ class Pool:
         num_workers = min(self._num_workers, len(units))
         yield from _run_on_ray(worker_class, arguments, units, num_workers, self._cpus, self._gpus)
 
+    def run_missing(
+        self,
+        worker_class: type[Worker],
+        arguments: dict[str, Any],
+        units: Sequence[U],
+        missing: Sequence[U],
+        description: str,
+        note: Callable[[], str] = str,
+    ) -> Generator[tuple[U, Any]]:
+        """Run the units of a job whose results are missing, as `run` does, with a progress bar over all its images.
+
+        ``note`` is called after every unit; the bar shows its text.
+        """
+        total, remaining = (sum(unit.num_images for unit in group) for group in (units, missing))
+        with console.progress_bar(total, description, initial=total - remaining) as bar:
+            for unit, result in self.run(worker_class, arguments, missing):
+                bar.update(unit.num_images)
+                yield unit, result
+                bar.tell(note())
+
 
 class _Host:
-    """An actor: builds its worker with the first unit, so that a mistake in building it comes back as an answer.
+    """An actor. It builds its worker with the first unit, so that the driver receives an error of building it.
 
     Args:
-        pickled: class and arguments of the worker. They are unpickled by the first unit, because that imports torch,
-            which reads the environment when it is loaded.
+        pickled: class and arguments of the worker. The first unit unpickles them, because that imports torch, which
+            reads the environment when it is loaded.
     """
 
     def __init__(self, pickled: bytes) -> None:
@@ -123,7 +152,7 @@ class _Host:
 
     def run(self, unit: Any) -> Any:
         if self._worker is None:
-            worker_class, arguments = pickle.loads(self._pickled)  # noqa: S301 - from our own driver, as units are
+            worker_class, arguments = pickle.loads(self._pickled)  # noqa: S301 - from the driver, like the units
             worker: Worker = worker_class(**arguments)
             self._worker = worker
         return self._worker.run(unit)
@@ -143,7 +172,7 @@ def _run_on_ray(
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
     pickled = cloudpickle.dumps((worker_class, arguments))
     actors = [host.remote(pickled) for _ in range(num_workers)]
-    starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # one without a place holds up nothing
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # an actor without resources delays no unit
     idle: list[Any] = []
     waiting = list(reversed(range(len(units))))
     attempts: dict[Any, _Attempt] = {}
@@ -156,7 +185,7 @@ def _run_on_ray(
     while waiting or attempts:
         while waiting and idle:
             give(waiting.pop())
-        # An actor whose node is gone waits for another node, perhaps for good: then an idle one takes its unit too.
+        # An actor whose node has died waits for another node, perhaps forever: an idle actor then takes its unit too.
         patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
         done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
         if not done:
@@ -171,15 +200,15 @@ def _run_on_ray(
         idle.append(first.actor)
         attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
         yield units[first.number], _result(done[0])
-    # Not where this ends early: the pool ends then, and they with it; killed here, Ray would say of each that its unit
-    # may be tried again.
+    # Only after the last unit. If the job ends early, so does the pool, which stops the actors without Ray's messages
+    # that their units may be retried.
     for actor in actors:
         ray.kill(actor)  # the next workers need their cores
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The unit of this number, given to an actor."""
+    """A unit, by its number, that an actor has been given."""
 
     actor: Any
     number: int
@@ -188,9 +217,9 @@ class _Attempt:
 
 def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_seconds: float) -> None:
     deadline = time.monotonic() + start_seconds
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what is told in one line is not told in twenty before it
-    # Read by Ray when it is imported. The first makes it use loopback only, as it does on laptops; the second keeps
-    # workers of a cluster of our own from yielding to every other process of the machine.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # our one line says what Ray would log in twenty
+    # Ray reads both variables when it is imported. The first makes it use loopback only, as it does on laptops; the
+    # second lets the workers of our own cluster run at normal priority.
     alone = _patiently(deadline, lambda: _reached(address))
     if alone:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -199,11 +228,11 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
     import ray
 
     constants: Any = importlib.import_module("ray._private.ray_constants")
-    constants.ENABLE_RAY_CLUSTER = not alone  # what the variable says, where Ray had been imported before
+    constants.ENABLE_RAY_CLUSTER = not alone  # the variable has no effect if Ray was imported before
     options: dict[str, Any] = {"address": address}
     if address is None:
         options = {
-            "address": "local",  # never somebody else's cluster that happens to run here
+            "address": "local",  # never another user's cluster on this machine
             "num_cpus": max(num_workers * cpus, 1),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -212,7 +241,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
         with _without_greeting():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        ray.shutdown()  # of a cluster of our own, what had started
+        ray.shutdown()  # stops what had started of our own cluster
         raise _refusal(error, address) from error
     try:
         _patiently(deadline, lambda: _check_size(ray.cluster_resources(), num_workers, cpus, gpus))
@@ -222,7 +251,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
 
 
 def _refusal(error: Exception, address: str | None) -> UserError:
-    """What a user can do about an error of `ray.init`."""
+    """The error of `ray.init` as one line that says what to do."""
     got = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         place = temporary_folder() / "ray"
@@ -236,39 +265,38 @@ def _refusal(error: Exception, address: str | None) -> UserError:
             f"set cluster.executor=local"
         )
     return UserError(
-        f"the Ray cluster at {address} must let this process in (got: {got}); use the versions of Ray and Python that "
-        f"it has"
+        f"the Ray cluster at {address} must accept this process (got: {got}); use its versions of Ray and Python"
     )
 
 
 @contextmanager
 def _without_greeting() -> Generator[None]:
-    """Drop the line in which Ray's core says that it was told how much to say; the rest is passed on."""
+    """Drop the line in which Ray's core reports its log level; pass on the rest of stderr."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
-            said.seek(0)
-            for line in said:
+            output.seek(0)
+            for line in output:
                 if _GREETING not in line:
                     sys.stderr.write(line.decode(errors="replace"))
 
 
 def _reached(address: str | None) -> bool:
-    """Whether a cluster is on loopback alone; one that is running must answer and take our token."""
+    """Whether a cluster listens on loopback only; a running one must answer and accept our token."""
     if address is not None:
         look_at(address)
     return on_loopback_alone(address)
 
 
 def _patiently(deadline: float, look: Callable[[], T]) -> T:
-    """What ``look`` finds; until the deadline, a `UserError` but for a wrong setting means to look again."""
+    """The result of ``look``; until the deadline, a `UserError` that is no `ConfigError` leads to a retry."""
     while True:
         try:
             return look()
@@ -280,12 +308,12 @@ def _patiently(deadline: float, look: Callable[[], T]) -> T:
         time.sleep(_POLL_SECONDS)
 
 
-def _check_size(there: Mapping[str, float], num_workers: int, cpus: int, gpus: int) -> None:
+def _check_size(resources: Mapping[str, float], num_workers: int, cpus: int, gpus: int) -> None:
     for name, needed in (("CPU", num_workers * cpus), ("GPU", num_workers * gpus)):
-        if needed > there.get(name, 0):
+        if needed > resources.get(name, 0):
             raise UserError(
-                f"the cluster must have {needed} {name}s for {num_workers} workers (got {there.get(name, 0):g}); lower "
-                f"cluster.num_workers or cluster.{name.lower()}s_per_worker, or raise cluster.start_seconds where "
+                f"the cluster must have {needed} {name}s for {num_workers} workers (got {resources.get(name, 0):g}); "
+                f"lower cluster.num_workers or cluster.{name.lower()}s_per_worker, or raise cluster.start_seconds if "
                 f"machines are still joining"
             )
 

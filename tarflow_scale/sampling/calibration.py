@@ -41,8 +41,8 @@ def schedules_of(blocks: Sequence[BlockDecoding], tolerance: float) -> list[Sche
 
 def measured_with(calibration: Calibration, settings: SamplingConfig) -> bool:
     """Whether a calibration was measured with these settings."""
-    own = settings.guidance.model_dump(mode="json"), settings.decoder.precision, settings.decoder.tolerance
-    return own == (calibration.guidance, calibration.precision, calibration.tolerance)
+    wanted = settings.guidance, settings.decoder.precision, settings.decoder.tolerance
+    return wanted == (calibration.guidance, calibration.precision, calibration.tolerance)
 
 
 def measure_blocks(

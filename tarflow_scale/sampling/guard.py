@@ -1,6 +1,6 @@
 """Which generated images are kept: bad ones are drawn again by a rule that is part of the plan.
 
-Image i of attempt a comes from latent a of index i, so whoever makes it, and however often, it is the same.
+Attempt a at image i decodes latent a of index i, so every worker gets the same image.
 """
 
 from collections.abc import Iterator
@@ -22,24 +22,24 @@ class Quality(Record):
 
     images: int = 0
     not_finite: int = 0
-    """Drawings with a value that is not finite."""
+    """Attempts with a value that is not finite."""
     saturated: int = 0
-    """Drawings with too many values outside [-1, 1]."""
+    """Attempts with too many values outside [-1, 1]."""
     redrawn: int = 0
-    """Images that are not those of their first latent."""
+    """Images that are kept from a later attempt than the first."""
     values: int = 0
-    """Of the images that are kept."""
+    """Values of the images that are kept."""
     outside: int = 0
-    """Of these values, those outside [-1, 1] by more than a level."""
+    """Values of the images that are kept which lie outside [-1, 1] by more than a level."""
 
     def plus(self, other: "Quality") -> "Quality":
-        """Of both together."""
+        """The sum of both."""
         return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch that is kept: ``x (b, C, H, W)``, the attempt of each image, and what was wrong."""
+    """A batch of images that are kept, ``x (b, C, H, W)``, with the attempt of each image and what was wrong."""
 
     indices: range
     x: Tensor
@@ -48,12 +48,12 @@ class Drawn:
 
 
 def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) -> Iterator[Drawn]:
-    """Batches of images that are good.
+    """Batches of good images.
 
     Args:
-        sampler: draws them.
+        sampler: draws the images.
         indices: of the images.
-        guard: what is good.
+        guard: which images are good.
         level: width of a level on [-1, 1].
 
     Raises:
@@ -66,19 +66,19 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
         not_finite = saturated = 0
         outside = torch.zeros(len(part), dtype=torch.int64)
         for attempt in range(guard.attempts + 1):
-            finite, outside = _looked_at(x, level)
+            finite, outside = _inspected(x, level)
             most = x[0].numel() if guard.saturated_share is None else guard.saturated_share * x[0].numel()
             full = outside > most
-            fresh = torch.tensor([one == attempt for one in attempts])
+            fresh = torch.tensor([latest == attempt for latest in attempts])
             not_finite += int((~finite & fresh).sum())
             saturated += int((full & finite & fresh).sum())
             bad = torch.nonzero(~finite | full).flatten().tolist()
             if not bad:
                 break
             if attempt == guard.attempts:
-                what = "not finite" if not bool(finite[bad[0]]) else "saturated"
+                fault = "not finite" if not bool(finite[bad[0]]) else "saturated"
                 raise NumericsError(
-                    f"image {part[bad[0]]} was {what} at {attempt + 1} attempts; check the model, or lower "
+                    f"image {part[bad[0]]} was {fault} at {attempt + 1} attempts; check the model, or lower "
                     f"sampling.guidance.scale and sampling.temperature"
                 )
             x = x.clone()
@@ -89,14 +89,14 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
             images=len(part),
             not_finite=not_finite,
             saturated=saturated,
-            redrawn=sum(one > 0 for one in attempts),
+            redrawn=sum(latest > 0 for latest in attempts),
             values=x.numel(),
             outside=int(outside.sum()),
         )
         yield Drawn(part, x, tuple(attempts), quality)
 
 
-def _looked_at(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Of each image, on the CPU: whether all values are finite; how many are outside [-1, 1] by more than a level."""
+def _inspected(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """For each image, on the CPU: whether all values are finite; how many lie outside [-1, 1] by more than a level."""
     flat = x.flatten(1)
     return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).sum(dim=1).cpu()

@@ -205,7 +205,7 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
         tensors_digest=tensors_digest(flow),
         device=_device_name(device),
         batch_size=sampler.batch_size,
-        guidance=settings.guidance.model_dump(mode="json"),
+        guidance=settings.guidance,
         precision=settings.decoder.precision,
         tolerance=tolerance,
         blocks=tuple(ways[used]),

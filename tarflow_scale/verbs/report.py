@@ -171,4 +171,4 @@ def _generated(path: str) -> Picture | None:
         return None
     plan = GenerationPlan.from_json(content, location, DataError)
     caption = f"{path}: the first of {plan.num_images:,} images of {plan.model}@{plan.version}, seed {plan.seed}"
-    return Picture(grid, caption, plan.sampling)
+    return Picture(grid, caption, plan.sampling.model_dump())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tarflow_scale.config.protocols import BitsPerDimProtocol, GateConfig, InceptionScoreProtocol, SampledProtocol
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue
 from tarflow_scale.registry import Contender, decide
 
@@ -37,7 +38,7 @@ def contender(
                 )
             },
             baselines={},
-            sampling={},
+            sampling=SamplingConfig(),
             seconds=0,
             packages={},
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import MetricsReport, MetricValue
 from tarflow_scale.registry import Registry
@@ -148,7 +149,7 @@ def report(version: int, weights: str) -> MetricsReport:
         weights_digest=weights,
         metrics={"p": value},
         baselines={},
-        sampling={},
+        sampling=SamplingConfig(),
         seconds=1,
         packages={},
     )

@@ -234,7 +234,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(digits: Path, monkeypatch:
         return original(location, start, stop)
 
     monkeypatch.setattr(storage, "read_range", flaky)
-    monkeypatch.setattr("tarflow_scale.shards.reader.time.sleep", waits.append)
+    monkeypatch.setattr("tarflow_scale.storage.files.time.sleep", waits.append)
     assert len(shards.take(np.arange(3)).images) == 3
     assert waits == [0.5, 1, 2]
     failures[0] = 1000

@@ -121,7 +121,7 @@ def test_samples_of_a_plan_score_like_exact_ones(
     found, expected = newest_report(copy).metrics, local.metrics
     assert found.keys() == expected.keys()
     assert found[name].value == pytest.approx(expected[name].value, rel=1e-2)
-    assert newest_report(copy).sampling["decoder"]["kind"] == "adaptive"
+    assert newest_report(copy).sampling.decoder.kind == "adaptive"
 
 
 def test_the_reference_is_computed_once_and_its_damage_noticed(
@@ -246,10 +246,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     protocols, report = undisturbed
-    made: list[worker.Unit] = []
+    made: list[worker.EvaluationUnit] = []
     run = worker.Scorer.run
 
-    def counted(self: worker.Scorer, unit: worker.Unit) -> None:
+    def counted(self: worker.Scorer, unit: worker.EvaluationUnit) -> None:
         if len(made) == 7:
             raise Stop
         made.append(unit)
@@ -316,7 +316,7 @@ def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path)
     errors = [watcher.communicate()[1] for watcher in watchers]
     assert [watcher.returncode for watcher in watchers] == [130, 130]
     assert scores(registry) == [1, 3]
-    assert all("small@2 is left: " in error for error in errors)
+    assert all("small@2 is skipped: " in error for error in errors)
 
 
 def test_latest_is_resolved_once_and_promoted_with_its_report(

@@ -1,5 +1,6 @@
 """``generate``: plain WebDataset shards, made once, made again byte for byte."""
 
+import hashlib
 import json
 import os
 import re
@@ -325,6 +326,25 @@ def dry(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(arguments(trained, tmp_path / "dry", "--dry-run")) == 0
     yield capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
+
+
+PLAN = (
+    '{"class_names":["0","1","2","3","4","5","6","7","8","9"],"codec":"png","decoding":null,"device":"cpu",'
+    '"guard":{"attempts":3,"most_redrawn_share":0.01,"saturated_share":null},"image_size_pixels":8,"jpeg_quality":95,'
+    '"labels":"balanced","model":"small","num_channels":1,"num_images":150,'
+    '"pixels":{"bit_depth":4,"noise":"uniform","noise_std":0.0},"samples_per_shard":40,'
+    '"sampling":{"batch_size":16,"decoder":{"kind":"exact","precision":"fp32","tolerance":0.001},"denoise":0.0,'
+    '"guidance":{"annealed":false,"attention_temperature":1.0,"blocks":"all","scale":0.0,"what":"both"},'
+    '"temperature":1.0},"seed":0,"threads":1,"version":1,"weights_digest":"%s"}'
+)
+"""``plan.json`` as version 0.1.0 writes it; the recipe of the manifest is its digest."""
+
+
+def test_the_bytes_of_a_plan_stay_the_same(trained: Trained, generated: Path) -> None:
+    plan = PLAN % Registry(str(trained.registry), "small").resolve(1).weights_digest
+    assert (generated / "plan.json").read_text() == plan
+    assert GenerationPlan.from_json(plan.encode(), "plan").to_json() == plan.encode()
+    assert ShardSet(str(generated)).manifest.recipe == hashlib.sha256(plan.encode()).hexdigest()
 
 
 def test_a_plan_of_before_there_were_decoders_is_the_same_plan(

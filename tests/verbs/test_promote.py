@@ -11,6 +11,7 @@ from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import cli
 from tarflow_scale.config.protocols import load_protocol
+from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.records import MetricsReport, MetricValue
 from tarflow_scale.registry import Registry
 from tests.registry.test_registry import FACTS
@@ -60,7 +61,7 @@ class World:
             weights_digest=version.weights_digest,
             metrics={"bits": value},
             baselines={},
-            sampling={},
+            sampling=SamplingConfig(),
             seconds=0,
             packages={},
         )

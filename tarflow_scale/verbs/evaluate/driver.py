@@ -1,26 +1,27 @@
-"""Verb ``evaluate``: a registered version to numbers that carry their protocol, attached to the version.
+"""Verb ``evaluate``: measure a registered version; every number carries its protocol and is attached to the version.
 
-Resolve the version, list the parts that all protocols need between them, make on workers those that are not there yet,
-turn parts into numbers in rounds of tasks on the same workers, and attach the report. Ray and a single process agree,
-and a killed evaluation goes on where it was. ``--reference`` computes what the protocols are compared with, no more;
-``--watch`` scores every version as it is registered.
+The driver resolves the version and lists the parts that all protocols need between them. Workers make the parts that
+are missing, then turn them into numbers in rounds of tasks; the driver attaches the report. Ray and a single process
+give the same numbers, and an evaluation that was killed continues where it stopped. ``--reference`` only computes what
+the protocols are compared with; ``--watch`` evaluates every version as it is registered.
 
-Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and protocols. Writes an
-event with the report (and a picture and the numbers of each image as blobs) into the registry, and below
-``reference.cache`` the references and, until the report is attached, the parts. Refused are images of another shape or
-depth than the protocol's, and references that are not those a protocol was bound to.
+Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes an
+event with the report into the registry, with a picture and the numbers of each image as blobs; and below
+``reference.cache`` the references, and the parts until the report is attached. Refuses images of another shape or depth
+than the protocol's, and references other than those that a protocol was bound to.
 """
 
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import storage
+from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.evaluate import EvaluateConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
@@ -48,20 +49,23 @@ __all__ = ["bind", "run", "watch"]
 
 
 def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
-    """Measure every protocol and attach the report; with ``once``, only if no other evaluation was faster.
+    """Measure every protocol and attach the report; with ``once``, only if no other evaluation attached one first.
 
     Raises:
         UserError: version, data, reference or protocol do not fit together.
     """
     started = time.monotonic()
     registry = Registry(config.registry.path, config.registry.model)
-    version = registry.resolve(config.registry.version)  # once: what another run registers meanwhile is not measured
+    version = registry.resolve(config.registry.version)  # once: versions that are registered later are not measured
+    name = f"{registry.model}@{version.version}"
     if str(config.registry.version) != str(version.version):
-        print(f"{config.registry.version} is {registry.model}@{version.version}", flush=True)
-    job = Evaluation(config, registry, version)
+        print(f"{config.registry.version} is {name}", flush=True)
+    job = Evaluation(
+        config.metrics, config.data, config.reference, config.sampling, config.cluster, (registry, version)
+    )
     _check(version, job)
     units = job.units()
-    _print_plan(job, units)
+    _print_plan(f"evaluate {name}: {version.parameters:,} parameters", job, units, config.cluster)
     if dry_run:
         return
     with Pool(**config.cluster.model_dump()) as pool:
@@ -72,54 +76,57 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
         measured = job.measure(pool, bindings)
     values = {path: _value(job, path, measured, bindings) for path in job.protocols}
     report = MetricsReport(
-        model=config.registry.model,
+        model=registry.model,
         version=version.version,
         weights_digest=version.weights_digest,
         metrics={
             job.protocols[path].name: value.model_copy(update={"per_image": _stored(registry, job, path)})
             for path, value in values.items()
         },
-        baselines=_baselines(job, bindings) if config.metrics.baselines else {},
-        sampling=config.sampling.model_dump(mode="json"),
+        baselines=_baselines(job, bindings, config.data.path, config.reference.path)
+        if config.metrics.baselines
+        else {},
+        sampling=config.sampling,
         seconds=time.monotonic() - started,
         packages=provenance.package_versions(),
         grid=job.grid(registry),
     )
     registry.attach_report(report, f"evaluated on {job.data.name}/{job.data.split}", once)
-    job.tidy()
+    job.remove_parts()
     _print_report(report)
 
 
 def watch(config: EvaluateConfig, dry_run: bool) -> None:
-    """Score every version of the model as it is registered, once, until it is interrupted.
+    """Evaluate every version of the model once, as it is registered, until interrupted.
 
-    Several may watch: each version has a lease, and the log takes one report. What cannot be scored is told and left.
+    Several processes may watch: each version has a lease, and the log takes one report. A version that cannot be
+    evaluated is reported and skipped.
     """
     model, registry = config.registry.model, Registry(config.registry.path, config.registry.model)
     protocols = {load_protocol(path).digest for path in config.metrics.protocols}
     leases = storage.join(config.reference.cache, "leases", storage.digest(canonical_json(sorted(protocols)))[:16])
-    left: set[int] = set()
+    skipped: set[int] = set()
     print(f"watching {config.registry.path} for versions of {model}; interrupt to end", flush=True)
     while True:
-        for version in _unscored(registry, protocols) - left:
-            one = config.registry.model_copy(update={"version": version})
+        for version in _unscored(registry, protocols) - skipped:
+            section = config.registry.model_copy(update={"version": version})
             with Lease(storage.join(leases, model, str(version))) as lease:
                 if lease is None or version not in _unscored(registry, protocols):
                     continue
                 try:
-                    run(config.model_copy(update={"registry": one}), dry_run, once=True)
-                except (AlreadyReported, StorageError) as error:  # done, or to be tried again
+                    run(config.model_copy(update={"registry": section}), dry_run, once=True)
+                except (AlreadyReported, StorageError) as error:  # done by another process, or to be retried
                     print(error, file=sys.stderr, flush=True)
                 except UserError as error:
-                    print(f"{model}@{version} is left: {error}", file=sys.stderr, flush=True)
-                    left.add(version)
+                    print(f"{model}@{version} is skipped: {error}", file=sys.stderr, flush=True)
+                    skipped.add(version)
         if dry_run:
             return
         time.sleep(config.metrics.watch_seconds)
 
 
 def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
-    """Versions without a number by some protocol; none while there is no such model."""
+    """Versions that lack a number by some protocol; none while the registry has no such model."""
     if not storage.exists(storage.join(registry.path, registry.model, "_log")):
         return set()
     state = registry.state()
@@ -127,24 +134,25 @@ def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
 
 
 def bind(config: EvaluateConfig, dry_run: bool) -> None:
-    """Compute what the protocols are compared with and bind them to it; no model is needed.
+    """Compute what the protocols are compared with and bind them to it; needs no model.
 
     Raises:
-        UserError: reference and protocols do not fit together, or these are bound to other images.
+        UserError: reference and protocols do not fit together, or the protocols are bound to other images.
     """
-    job = Evaluation(config, None, None)
+    job = Evaluation(config.metrics, config.data, config.reference, config.sampling, config.cluster, None)
     units = job.units()
-    _print_plan(job, units)
+    _print_plan("bind references", job, units, config.cluster)
     if dry_run:
         return
     with Pool(**config.cluster.model_dump()) as pool:
         job.make(pool, units)
-    rows = [(job.protocols[path].name, one.data, one.images_digest[:12]) for path, one in job.bind().items()]
+    bindings = job.bind().values()
+    rows = [(binding.protocol, binding.data, binding.images_digest[:12]) for binding in bindings]
     print(console.table(rows, ("protocol", "bound to", "images")))
 
 
 def _check(version: ModelVersion, job: Evaluation) -> None:
-    """Refuse a version that the data or the protocols are not for."""
+    """Refuse a version that does not fit the data or the protocols."""
     for manifest in (job.data, job.reference):
         if (manifest.event_shape, manifest.vectors) != (version.data.event_shape, version.data.vectors):
             raise DataError(
@@ -165,13 +173,21 @@ def _check(version: ModelVersion, job: Evaluation) -> None:
 
 
 def _costs(job: Evaluation, path: str) -> NDArray[np.float64]:
-    parts = [part.read("bits")["bits"] for part in job.wanted[path].bits]
+    """Bits/dim or nats of each sample, in the order of the split."""
+    protocol = job.protocols[path]
+    parts = [part.read(protocol.metric)[protocol.metric] for part in job.requirements[path].likelihoods]
     costs = np.concatenate(parts).astype(np.float64)
     if not np.isfinite(costs).all():
         raise NumericsError(
-            f"{job.protocols[path].name} is not finite for {int((~np.isfinite(costs)).sum())} samples; check the model"
+            f"{protocol.name} is not finite for {int((~np.isfinite(costs)).sum())} samples; check the model"
         )
     return costs
+
+
+def _hashes(job: Evaluation, path: str) -> Iterator[str]:
+    """SHA-256 of the pixels of each sample, in the order of the split."""
+    for part in job.requirements[path].likelihoods:
+        yield from map(str, part.read("hashes")["hashes"])
 
 
 def _value(
@@ -180,19 +196,18 @@ def _value(
     protocol = job.protocols[path]
     if isinstance(protocol, LikelihoodProtocol):
         costs = _costs(job, path)
-        hashes = (str(hash_) for part in job.wanted[path].bits for hash_ in part.read("hashes")["hashes"])
         error = float(costs.std(ddof=1) / math.sqrt(len(costs))) if len(costs) > 1 else 0.0
-        found, num, extractor, images = Measured(float(costs.mean()), error), len(costs), "none", images_digest(hashes)
+        number, extractor, images = Measured(float(costs.mean()), error), "none", images_digest(_hashes(job, path))
     else:
-        found, num, extractor = measured[path], protocol.num_images, job.extractors[path]
+        number, extractor = measured[path], job.extractors[path]
         images = bindings[path].images_digest if path in bindings else "none"
-    if not math.isfinite(found.value):
-        raise NumericsError(f"{protocol.name} is not finite (got {found.value}); check the model")
+    if not math.isfinite(number.value):
+        raise NumericsError(f"{protocol.name} is not finite (got {number.value}); check the model")
     return MetricValue(
-        value=found.value,
+        value=number.value,
         unit=unit_of(protocol),
-        standard_error=found.standard_error,
-        num_images=num,
+        standard_error=number.standard_error,
+        num_images=job.num_images(path),
         protocol=protocol.name,
         protocol_digest=protocol.digest,
         protocol_id=protocol_id(protocol, extractor, images),
@@ -200,50 +215,44 @@ def _value(
 
 
 def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None:
-    """What each image cost, in the order of the split, kept so that two models can be compared image by image."""
+    """The cost of each image, in the order of the split, stored so that two models can be compared image by image."""
     if not isinstance(job.protocols[path], LikelihoodProtocol):
         return None
-    hashes = [bytes.fromhex(str(one)) for part in job.wanted[path].bits for one in part.read("hashes")["hashes"]]
+    hashes = list(map(bytes.fromhex, _hashes(job, path)))
     image = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
-    name = job.protocols[path].metric
-    return registry.keep(save_arrays({name: _costs(job, path), "image_sha256": image}))
+    return registry.keep(save_arrays({job.protocols[path].metric: _costs(job, path), "image_sha256": image}))
 
 
-def _baselines(job: Evaluation, bindings: Mapping[str, Binding]) -> dict[str, float]:
-    """The same measures of real images, and of a full-covariance Gaussian where features are pixels."""
-    found: dict[str, float] = {}
+def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, reference: str) -> dict[str, float]:
+    """The same measures of real images, and of a full-covariance Gaussian if features are pixels."""
+    baselines: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
     for path, protocol in job.protocols.items():
         if not isinstance(protocol, FrechetProtocol) or protocol.estimate != "plain":
             continue
-        reference = Moments.stored(job.references.moments_location(bindings[path]), protocol.layer)
-        real = job.wanted[path].real
+        moments = Moments.stored(job.references.moments_location(bindings[path]), protocol.layer)
+        real = job.requirements[path].real
         assert real is not None
-        found[f"real_{protocol.name}"] = frechet_distance(merged(moments_of(real, protocol.layer)), reference)
-        gaussian = gaussian_for(protocol, reference) or gaussian
+        baselines[f"real_{protocol.name}"] = frechet_distance(merged(moments_of(real, protocol.layer)), moments)
+        gaussian = gaussian_for(protocol, moments) or gaussian
         if gaussian is not None and protocol.extractor == "pixels":
             levels = gaussian.sample_levels(protocol.num_images, protocol.seed)
-            found[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), reference)
+            baselines[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), moments)
     for protocol in job.protocols.values():
         if isinstance(protocol, BitsPerDimProtocol) and gaussian is not None:
-            found[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(
-                gaussian, protocol, ShardSet(job.config.data.path)
-            )
+            baselines[f"gaussian_{protocol.name}"] = gaussian_bits_per_dim(gaussian, protocol, ShardSet(data))
         elif isinstance(protocol, NatsProtocol):
-            nats = gaussian_nats(ShardSet(job.config.reference.path), ShardSet(job.config.data.path))
-            found |= {} if nats is None else {f"gaussian_{protocol.name}": nats}
-    return found
+            nats = gaussian_nats(ShardSet(reference), ShardSet(data))
+            baselines |= {} if nats is None else {f"gaussian_{protocol.name}": nats}
+    return baselines
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 
-def _print_plan(job: Evaluation, units: list[EvaluationUnit]) -> None:
-    what, version, cluster = "bind references", job.version, job.config.cluster
-    if version is not None:
-        what = f"evaluate {job.config.registry.model}@{version.version}: {version.parameters:,} parameters"
-    print(f"{what}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
-    rows = [(one.name, one.metric, str(job.num_images(path))) for path, one in job.protocols.items()]
+def _print_plan(title: str, job: Evaluation, units: list[EvaluationUnit], cluster: ClusterConfig) -> None:
+    print(f"{title}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
+    rows = [(protocol.name, protocol.metric, str(job.num_images(path))) for path, protocol in job.protocols.items()]
     print(console.table(rows, ("protocol", "metric", "images")))
 
 

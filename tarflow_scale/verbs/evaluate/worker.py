@@ -1,7 +1,7 @@
-"""What a worker of ``evaluate`` does: a range of images to features, moments or likelihoods, kept as a part.
+"""The worker of ``evaluate``: a range of images becomes features, moments or likelihoods, stored as a part.
 
-Image i depends on (model, seed, i) and part boundaries are fixed, so whoever makes a part, and however often, it holds
-the same numbers. Images stay on the worker.
+Image i depends on (model, seed, i) and part boundaries are fixed, so a part holds the same numbers whichever worker
+makes it, and however often. Images stay on the worker.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.evaluate import ReferenceConfig
 from tarflow_scale.config.protocols import BitsPerDimProtocol, LikelihoodProtocol, NatsProtocol
 from tarflow_scale.config.sampling import SamplingConfig
-from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
@@ -23,7 +22,7 @@ from tarflow_scale.loading import calibration_for, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantized_draws, pixel_hashes
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
-from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part
+from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part, PartUnit
 from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
@@ -34,31 +33,24 @@ from tarflow_scale.shards.vectors import floats
 __all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
 GRID_NAME = "grid.png"
-"""A picture of the first samples, beside the parts of their features."""
+"""A picture of the first samples, stored beside the parts of their features."""
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 _IMAGES_AT_ONCE = 128
-"""Scored or read, where the section ``sampling`` leaves the number open."""
+"""Batch size for scoring and reading if ``sampling.batch_size`` is not set."""
 
 
 @dataclass(frozen=True)
-class EvaluationUnit:
-    """A part to make: features of a set of images, or log-likelihoods by a protocol."""
+class EvaluationUnit(PartUnit):
+    """A part to make: features of a set of images, or likelihoods by a protocol."""
 
-    part: Part
     work: FeatureSet | LikelihoodProtocol
-
-    @property
-    def num_images(self) -> int:
-        """Images of the part."""
-        return self.part.stop - self.part.start
 
 
 class Scorer:
     """Holds the flow and the open data sets; makes one part at a time.
 
     Args:
-        registry: where the version is; None where references alone are read.
-        version: its number.
+        version: ``(registry, model, version)`` of the flow; None if the units are references alone.
         data: the split to score.
         reference: the reference images.
         sampling: the section.
@@ -69,8 +61,7 @@ class Scorer:
 
     def __init__(
         self,
-        registry: VersionConfig | None,
-        version: int,
+        version: tuple[str, str, int] | None,
         data: DataSetConfig,
         reference: ReferenceConfig,
         sampling: SamplingConfig,
@@ -85,21 +76,23 @@ class Scorer:
         self._batch_size = sampling.batch_size or _IMAGES_AT_ONCE
         self._weights = extractor_weights
         self._extractors: dict[tuple[str, tuple[str, ...], int], Extractor] = {}
-        if registry is not None:
-            self._flow = load_version(registry.path, registry.model, version).to(self._device)
-            self._decoding = calibration_for(Registry(registry.path, registry.model), version, sampling, gpu)
-            self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses at once what does not fit
+        if version is not None:
+            registry, model, number = version
+            self._flow = load_version(registry, model, number).to(self._device)
+            self._decoding = calibration_for(Registry(registry, model), number, sampling, gpu)
+            self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses settings that do not fit
             self._data = ShardSet(data.path, data.verify)
 
     def run(self, unit: EvaluationUnit) -> None:
         """Make the part."""
         if isinstance(unit.work, LikelihoodProtocol):
-            unit.part.write(self._scored(unit.part, unit.work))
+            unit.part.write(self._likelihoods(unit.part, unit.work))
         else:
-            unit.part.write(self._seen(unit.part, unit.work))
+            unit.part.write(self._features(unit.part, unit.work))
 
     @torch.no_grad()
-    def _scored(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
+    def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
+        """Bits/dim or nats of each sample, under the name of the protocol's metric, and hashes of the samples."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)
@@ -107,7 +100,7 @@ class Scorer:
             cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
             costs.append(cost.double().cpu().numpy())
             hashes.extend(pixel_hashes(batch))
-        return {"bits": np.concatenate(costs), "hashes": np.array(hashes)}
+        return {protocol.metric: np.concatenate(costs), "hashes": np.array(hashes)}
 
     def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
         y = self._labels(batch, protocol)
@@ -126,7 +119,7 @@ class Scorer:
         given = protocol.labels == "given" and self._flow.num_classes is not None
         return torch.from_numpy(batch.labels).to(self._device) if given else None
 
-    def _seen(self, part: Part, features: FeatureSet) -> Arrays:
+    def _features(self, part: Part, features: FeatureSet) -> Arrays:
         arrays: Arrays = {}
         if features.images.kind == "sample":
             images = self._sampled(part, features.images)
@@ -139,9 +132,9 @@ class Scorer:
             if features.images.rounding == "truncate":
                 images = quantize((images.float() / 255 - 0.5) / 0.5, 8, "truncate")
         extract = self._extractor(features)
-        found = [extract(few) for few in images.split(self._batch_size)]
+        outputs = [extract(x) for x in images.split(self._batch_size)]
         for layer in features.layers:
-            rows = torch.cat([one[layer] for one in found])
+            rows = torch.cat([output[layer] for output in outputs])
             if not bool(torch.isfinite(rows).all()):
                 raise NumericsError(
                     f"features of {features.extractor} are not finite ({features.images.kind} images {part.start} to "
@@ -154,11 +147,11 @@ class Scorer:
         assert images.seed is not None
         if images.seed not in self._samplers:
             self._samplers[images.seed] = Sampler(self._flow, images.seed, self._sampling, self._decoding)
-        found = self._samplers[images.seed].floats(range(part.start, part.stop))
-        return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in found])
+        batches = self._samplers[images.seed].floats(range(part.start, part.stop))
+        return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in batches])
 
     def _grid(self, images: Tensor) -> bytes:
-        """The first samples as one picture, with their classes; of up to 16 classes, a column shows one."""
+        """The first samples as one picture, with their classes; each column shows one of up to 16 classes."""
         names, classes = self._flow.class_names, self._flow.num_classes or 0
         columns = classes if 1 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
         shown = images[: max(1, min(_GRID_IMAGES, len(images)) // columns) * columns].numpy()
@@ -180,12 +173,15 @@ class Scorer:
 
 
 def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
-    """Labels can be dropped, numbers cannot; a density knows bins of any width, learned noise its own alone."""
+    """Refuse a protocol that the flow cannot follow.
+
+    A flow can drop labels, but not numbers that it is conditioned on. Learned noise fits bins of one width only.
+    """
     if isinstance(protocol, NatsProtocol):
         if protocol.labels == "none" and flow.num_conditions is not None:
             raise ConfigError(
-                f"protocol {protocol.name} drops labels, which a flow that is given numbers cannot do without (got "
-                f"{flow.num_conditions} of them); use labels: given"
+                f"protocol {protocol.name} drops labels, which a flow that is conditioned on numbers cannot do "
+                f"without (got {flow.num_conditions} numbers); use labels: given"
             )
     elif flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
         raise ConfigError(

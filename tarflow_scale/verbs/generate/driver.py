@@ -1,24 +1,26 @@
-"""Verb ``generate``: a registered version to shards of new images, in the format that ``prepare`` writes.
+"""Verb ``generate``: write shards of new images from a registered version, in the format that ``prepare`` writes.
 
-Resolve everything that decides the bytes into a plan, freeze it in the output folder, and make each shard as one
-idempotent unit of work: decode its range of indices, record its digests, write it, read it back. The manifest comes
-last. Running it again makes what is missing, byte for byte; a folder that holds another plan is refused. Several
-drivers may work on one folder: each begins elsewhere and passes over what others have made.
+The driver resolves everything that decides the bytes into a plan and freezes it in the output folder. Each shard is one
+idempotent unit of work: a worker decodes its range of indices, stores its digests, writes it and reads it back. The
+manifest is written last. The same command again makes what is missing, byte for byte; a folder that holds another plan
+is refused. Several drivers may work on one folder: each starts at another shard and skips those that exist.
 
-Writes into ``shards.path``: ``plan.json`` first, the tars with their indexes, ``quality.json``, ``manifest.json``, and
-``grid.png`` where there is something to look at. A shard that was made again with other bytes is an error, and so are
-more bad samples than ``sampling.guard`` allows. ``--calibrate`` measures decoding instead, and writes an event.
+Writes into ``shards.path``: ``plan.json`` first, then the tars with their indexes, ``quality.json``, ``manifest.json``,
+and ``grid.png`` for images and vectors of two numbers. Other bytes for the same shard are an error, and so are more bad
+samples than ``sampling.guard`` allows. ``--calibrate`` measures decoding instead, and attaches a plan to the version.
 """
 
 import functools
 import random
-from typing import Any
+from contextlib import closing
 
 import torch
 
 from tarflow_scale import storage
-from tarflow_scale.config.generate import GenerateConfig
-from tarflow_scale.config.sampling import DecoderConfig, GuardConfig, SamplingConfig
+from tarflow_scale.config.cluster import ClusterConfig
+from tarflow_scale.config.generate import GenerateConfig, GeneratedShardsConfig, SeededSamplingConfig
+from tarflow_scale.config.sampling import DecoderConfig, SamplingConfig
+from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import calibration_for, load_version, worker_device
@@ -47,12 +49,12 @@ _GRID_IMAGES = 100
 _GRID_COLUMNS = 10
 _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
-"""Its width, if that is possible."""
+"""Width of the grid, unless a zoom of 1 is wider."""
 _EXACT = 1e-3
-"""Latents and what their images encode to differ by less, in fp32, unless the model amplifies rounding."""
+"""Images encode back to their latents within this, in fp32, unless the model amplifies rounding."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
-"""Images that chance alone may have drawn again, however few are made."""
+"""Images that may be drawn again by chance, however few are made."""
 
 
 def run(config: GenerateConfig, dry_run: bool) -> None:
@@ -63,67 +65,68 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         PlanError: the folder holds another plan, or a shard that was made again has other bytes.
         DataError: ``shards.folder`` or ``shards.npz`` holds another data set.
     """
-    plan = resolved_plan(config)
+    shards, path = config.shards, config.shards.path
+    plan = resolved_plan(config.registry, config.sampling, shards, config.cluster)
     units = _units(plan)
-    path = config.shards.path
-    _check_plan(config, plan)
-    _check_also(config)
+    _check_plan(shards, plan)
+    _check_copies(shards)
     missing = [unit for unit in units if not is_done(path, unit)]
-    _print_plan(plan, len(units), len(missing), config)
+    _print_plan(plan, len(units), len(missing), shards)
     if dry_run:
         return
     storage.create(storage.join(path, _PLAN), plan.to_json())
-    _check_plan(config, plan)  # another driver may have been faster
+    _check_plan(shards, plan)  # another driver may have created its own first
     last = (MANIFEST_NAME, _GRID) if plan.has_grid else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
-        _also(config)
+        _write_copies(shards)
         return
-    total = plan.num_images
-    made = [read_quality(path, unit) for unit in units if unit not in missing]
-    quality = functools.reduce(Quality.plus, made, Quality())
-    _check_redrawn(quality, plan)
-    errors: list[float] = []
-    begin = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers do not meet
-    arguments = {"registry": config.registry.path, "plan": plan, "path": path}
-    bar = console.progress_bar(total, "generate", initial=_images(units) - _images(missing))
-    with Pool(**config.cluster.model_dump()) as pool, bar:
-        for unit, (found, error) in pool.run(ShardMaker, arguments, missing[begin:] + missing[:begin]):
-            bar.update(unit.stop - unit.start)
-            errors += [] if error is None else [error]
-            quality = quality.plus(found)
-            if quality.redrawn:
-                bar.tell(f"{quality.redrawn:,} drawn again")
-            _check_redrawn(quality, plan)
+    quality, errors = _make(config.registry.path, plan, path, units, missing, config.cluster)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
     for folder in UNIT_FOLDERS:
         storage.remove_abandoned(storage.join(path, folder))
     publish_manifest(path, _manifest(plan, tuple(read_record(path, unit) for unit in units)))
     _write_grid(config.registry.path, path, plan)
-    if errors:
-        amplifies = max(errors) > _EXACT
-        print(
-            f"images encode back to their latents within {max(errors):.1e}"
-            + (": this model amplifies rounding; fp32, or exact decoding, is the more accurate" if amplifies else "")
+    _print_result(plan, path, len(units), quality, errors)
+    _write_copies(shards)
+
+
+def _make(
+    registry: str,
+    plan: GenerationPlan,
+    path: str,
+    units: list[ShardUnit],
+    missing: list[ShardUnit],
+    cluster: ClusterConfig,
+) -> tuple[Quality, list[float]]:
+    """Make the missing shards; return the quality of all shards, and `Sampler.round_trip_error` of the new ones."""
+    finished = [read_quality(path, unit) for unit in set(units) - set(missing)]
+    quality = functools.reduce(Quality.plus, finished, Quality())
+    _check_redrawn(quality, plan)
+    errors: list[float] = []
+    first = random.randrange(len(missing)) if missing else 0  # noqa: S311 - so that two drivers make different shards
+    with Pool(**cluster.model_dump()) as pool:
+        results = pool.run_missing(
+            ShardMaker,
+            {"registry": registry, "plan": plan, "path": path},
+            units,
+            missing[first:] + missing[:first],
+            "generate",
+            lambda: f"{quality.redrawn:,} drawn again" if quality.redrawn else "",
         )
-    if plan.is_of_vectors:
-        print(f"{path}: {total} vectors in {len(units)} shards, {quality.redrawn} of them drawn again (not finite)")
-        return
-    clipped = quality.outside / max(quality.values, 1)
-    print(
-        f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
-        f"{clipped:.2%} of all values were clipped by more than a level"
-        + ("; that is much: lower sampling.temperature, or train longer" if clipped > _MUCH_CLIPPED else "")
-    )
-    print(f"{path}: {plan.num_images} images in {len(units)} shard{'s' * (len(units) > 1)}; look at {path}/{_GRID}")
-    _also(config)
+        with closing(results):  # so that an error ends the progress bar before it is printed
+            for _, (shard_quality, error) in results:
+                errors += [] if error is None else [error]
+                quality = quality.plus(shard_quality)
+                _check_redrawn(quality, plan)
+    return quality, errors
 
 
 def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
-    guard, total = GuardConfig.model_validate(plan.guard), plan.num_images
+    guard, total = plan.guard, plan.num_images
     allowed = max(guard.most_redrawn_share * total, _FEW if guard.most_redrawn_share else 0)
     if quality.redrawn > allowed:
-        lower = "sampling.temperature" + (" or sampling.guidance.scale" if plan.sampling["guidance"]["scale"] else "")
+        lower = "sampling.temperature" + (" or sampling.guidance.scale" if plan.sampling.guidance.scale else "")
         raise NumericsError(
             f"{quality.redrawn} of {quality.images} images were drawn again ({quality.not_finite} not finite, "
             f"{quality.saturated} saturated; sampling.guard.most_redrawn_share={guard.most_redrawn_share:g} allows "
@@ -132,9 +135,8 @@ def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
         )
 
 
-def _check_also(config: GenerateConfig) -> None:
-    """Refuse what `_also` would refuse, or write over, before any work."""
-    shards = config.shards
+def _check_copies(shards: GeneratedShardsConfig) -> None:
+    """Refuse before any work what `_write_copies` would refuse, or would overwrite."""
     is_made = storage.exists(storage.join(shards.path, MANIFEST_NAME))
     digest = read_manifest(shards.path).digest if is_made else None
     if shards.folder is not None:
@@ -145,27 +147,27 @@ def _check_also(config: GenerateConfig) -> None:
         check_npz(shards.npz, digest)
 
 
-def _also(config: GenerateConfig) -> None:
-    """What else is made of the finished shards."""
-    if config.shards.folder is not None:
-        print(f"{config.shards.folder}: {write_folder(config.shards.path, config.shards.folder)} images as files")
-    if config.shards.npz is not None:
-        print(f"{config.shards.npz}: {write_npz(config.shards.path, config.shards.npz)} images")
+def _write_copies(shards: GeneratedShardsConfig) -> None:
+    """Write the images of the finished shards as single files and as an npz, if asked for."""
+    if shards.folder is not None:
+        print(f"{shards.folder}: {write_folder(shards.path, shards.folder)} images as files")
+    if shards.npz is not None:
+        print(f"{shards.npz}: {write_npz(shards.path, shards.npz)} images")
 
 
 def calibrate(config: GenerateConfig, dry_run: bool) -> None:
-    """Measure on this machine how the version is decoded fastest with these settings, and store the plan with it.
+    """Measure how this machine decodes the version fastest with these settings, and attach the plan to the version.
 
     Raises:
         RegistryError: no such version.
-        ConfigError: settings that do not fit the model, or no TarFlow.
+        ConfigError: the settings do not fit the model, or it is no TarFlow.
     """
     registry = Registry(config.registry.path, config.registry.model)
     version = registry.resolve(config.registry.version)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     flow = load_version(config.registry.path, config.registry.model, version.version)
     flow = flow.to(worker_device(config.cluster.gpus_per_worker > 0))
-    settings = _settings(config)
+    settings = _settings(config.sampling)
     if dry_run:
         Sampler(flow, config.sampling.seed, settings.model_copy(update={"decoder": DecoderConfig()}))
         print(f"dry run: would measure decoding of {config.registry.model}@{version.version}")
@@ -188,62 +190,64 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
     )
 
 
-def resolved_plan(config: GenerateConfig) -> GenerationPlan:
+def resolved_plan(
+    registry: VersionConfig, sampling: SeededSamplingConfig, shards: GeneratedShardsConfig, cluster: ClusterConfig
+) -> GenerationPlan:
     """Everything that decides the bytes, resolved once.
 
     Raises:
         UserError: no such version; settings that do not fit the model.
     """
-    registry = Registry(config.registry.path, config.registry.model)
-    version = registry.resolve(config.registry.version)
-    flow = load_version(config.registry.path, config.registry.model, version.version)
-    settings, cluster = _settings(config), config.cluster
+    versions = Registry(registry.path, registry.model)
+    version = versions.resolve(registry.version)
+    flow = load_version(registry.path, registry.model, version.version)
+    settings = _settings(sampling)
     if flow.num_conditions is not None:
         raise ConfigError(
             f"generate has no numbers to condition on (got a flow that takes {flow.num_conditions}); in Python, "
             f"flow.sample(n, y) takes them"
         )
-    of_images = (config.shards.folder, config.shards.npz, config.sampling.guard.saturated_share)
+    of_images = (shards.folder, shards.npz, sampling.guard.saturated_share)
     if version.data.vectors is not None and any(setting is not None for setting in of_images):
         raise ConfigError(
             "shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of vectors); "
             "leave them out"
         )
-    decoding = calibration_for(registry, version.version, settings, cluster.gpus_per_worker > 0)
-    rule = numbered(config.sampling.labels, version.data.class_names)
-    sampler = Sampler(flow, config.sampling.seed, settings, decoding, rule)  # refuses what does not fit the model
+    decoding = calibration_for(versions, version.version, settings, cluster.gpus_per_worker > 0)
+    rule = numbered(sampling.labels, version.data.class_names)
+    sampler = Sampler(flow, sampling.seed, settings, decoding, rule)  # refuses settings that do not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
             raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
-        frozen = storage.read_if_there(storage.join(config.shards.path, _PLAN))  # what fitted when it was made
-        own = None if frozen is None else GenerationPlan.from_json(frozen, _PLAN).sampling.get("batch_size")
-        fitting = own or max(1, sampler.batch_size // cluster.num_workers)
+        frozen = storage.read_if_there(storage.join(shards.path, _PLAN))  # the size that fitted when it was made
+        earlier = None if frozen is None else GenerationPlan.from_json(frozen, _PLAN).sampling.batch_size
+        fitting = earlier or max(1, sampler.batch_size // cluster.num_workers)
         settings = settings.model_copy(update={"batch_size": fitting})
     return GenerationPlan(
-        model=config.registry.model,
+        model=registry.model,
         version=version.version,
         weights_digest=version.weights_digest,
-        seed=config.sampling.seed,
-        num_images=config.sampling.num_images,
-        samples_per_shard=config.shards.samples_per_shard,
-        sampling=settings.model_dump(mode="json"),
+        seed=sampling.seed,
+        num_images=sampling.num_images,
+        samples_per_shard=shards.samples_per_shard,
+        sampling=settings,
         labels=rule if flow.num_classes else "none",
         class_names=version.data.class_names,
         image_size_pixels=version.data.image_size_pixels,
         num_channels=version.data.num_channels,
         pixels=version.pixels,
-        device="cuda" if config.cluster.gpus_per_worker else "cpu",
-        threads=config.cluster.cpus_per_worker,
+        device="cuda" if cluster.gpus_per_worker else "cpu",
+        threads=cluster.cpus_per_worker,
         decoding=decoding,
-        codec=config.shards.codec,
-        jpeg_quality=config.shards.jpeg_quality,
-        guard=config.sampling.guard.model_dump(mode="json"),
+        codec=shards.codec,
+        jpeg_quality=shards.jpeg_quality,
+        guard=sampling.guard,
     )
 
 
-def _settings(config: GenerateConfig) -> SamplingConfig:
-    own = {"seed", "num_images", "labels", "guard"}
-    return SamplingConfig.model_validate(config.sampling.model_dump(exclude=own))
+def _settings(sampling: SeededSamplingConfig) -> SamplingConfig:
+    """The settings that ``generate`` shares with ``evaluate``."""
+    return SamplingConfig.model_validate(sampling.model_dump(include=set(SamplingConfig.model_fields)))
 
 
 def _units(plan: GenerationPlan) -> list[ShardUnit]:
@@ -252,33 +256,20 @@ def _units(plan: GenerationPlan) -> list[ShardUnit]:
     return [ShardUnit(number, start, min(start + size, plan.num_images)) for number, start in enumerate(starts)]
 
 
-def _images(units: list[ShardUnit]) -> int:
-    return sum(unit.stop - unit.start for unit in units)
-
-
-def _check_plan(config: GenerateConfig, plan: GenerationPlan) -> None:
+def _check_plan(shards: GeneratedShardsConfig, plan: GenerationPlan) -> None:
     """Refuse a folder that holds another plan, or anything that is not a generation."""
-    path = config.shards.path
-    location = storage.join(path, _PLAN)
-    if storage.exists(location):
-        frozen = GenerationPlan.from_json(storage.read_bytes(location), location)
-        before, now = ({name: _of(one, name) for name in GenerationPlan.model_fields} for one in (frozen, plan))
-        if changed := changes(before, now):
-            also = [f"shards.{name}" for name in ("folder", "npz") if getattr(config.shards, name) is not None]
-            others = " and ".join(["shards.path", *also])
-            raise PlanError(f"{path} holds another plan ({changed}); choose another {others}")
-    elif any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
-        if storage.exists(location):  # another driver was faster
-            _check_plan(config, plan)
-            return
-        raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
-
-
-def _of(plan: GenerationPlan, name: str) -> Any:
-    """A field; settings that an older version did not know of are at their defaults."""
-    if name == "guard":
-        return GuardConfig.model_validate(plan.guard).model_dump()
-    return SamplingConfig.model_validate(plan.sampling).model_dump() if name == "sampling" else getattr(plan, name)
+    path, location = shards.path, storage.join(shards.path, _PLAN)
+    content = storage.read_if_there(location)
+    if content is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
+        content = storage.read_if_there(location)  # another driver may have created it meanwhile
+        if content is None:
+            raise PlanError(f"{path} holds other files (no {_PLAN}); choose another shards.path")
+    if content is None:
+        return
+    if changed := changes(GenerationPlan.from_json(content, location).model_dump(), plan.model_dump()):
+        outputs = ["path", *(name for name in ("folder", "npz") if getattr(shards, name) is not None)]
+        replaced = " and ".join(f"shards.{name}" for name in outputs)
+        raise PlanError(f"{path} holds another plan ({changed}); choose another {replaced}")
 
 
 def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:
@@ -298,7 +289,7 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
 
 
 def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
-    """The first images as one picture; of up to 20 classes, a column shows one. Of two numbers their density."""
+    """A picture of the first images, where each column shows one of up to 20 classes; of two numbers, their density."""
     if plan.is_of_vectors:
         if plan.has_grid:
             flow = load_version(registry, plan.model, plan.version)
@@ -313,18 +304,18 @@ def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
     storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom, names))
 
 
-def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, config: GenerateConfig) -> None:
+def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, shards: GeneratedShardsConfig) -> None:
     size = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
     shape = f"{plan.num_channels} numbers" if plan.is_of_vectors else size
     rows = [
         ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
         ("samples", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
-        ("sampling", _settings_line(SamplingConfig.model_validate(plan.sampling))),
+        ("sampling", _settings_line(plan.sampling)),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
-        ("output", config.shards.path),
+        ("output", shards.path),
     ]
-    also = {"files": config.shards.folder, "npz": config.shards.npz}
-    rows += [(name, place) for name, place in also.items() if place is not None]
+    copies = {"files": shards.folder, "npz": shards.npz}
+    rows += [(name, place) for name, place in copies.items() if place is not None]
     print(console.table(rows, ("generate", "")))
 
 
@@ -344,3 +335,23 @@ def _settings_line(settings: SamplingConfig) -> str:
     decoder = f"{settings.decoder.kind} in {settings.decoder.precision}"
     line = f"{decoder}, batch {settings.batch_size}, guidance {how}, temperature {settings.temperature:g}"
     return f"{line}, denoise {settings.denoise:g}" if settings.denoise else line
+
+
+def _print_result(plan: GenerationPlan, path: str, num_units: int, quality: Quality, errors: list[float]) -> None:
+    if errors:
+        amplifies = max(errors) > _EXACT
+        print(
+            f"images encode back to their latents within {max(errors):.1e}"
+            + (": this model amplifies rounding; use fp32, or exact decoding, for accuracy" if amplifies else "")
+        )
+    if plan.is_of_vectors:
+        redrawn = f"{quality.redrawn} of them drawn again (not finite)"
+        print(f"{path}: {plan.num_images} vectors in {num_units} shards, {redrawn}")
+        return
+    clipped = quality.outside / max(quality.values, 1)
+    print(
+        f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
+        f"{clipped:.2%} of all values were clipped by more than a level"
+        + ("; that is much: lower sampling.temperature, or train longer" if clipped > _MUCH_CLIPPED else "")
+    )
+    print(f"{path}: {plan.num_images} images in {num_units} shard{'s' * (num_units > 1)}; look at {path}/{_GRID}")

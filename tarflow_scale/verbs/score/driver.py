@@ -1,12 +1,13 @@
 """Verb ``score``: how anomalous every image of a data set is, by a registered version.
 
-Workers turn ranges of images into bits/dim, kept as parts, so that a job that was killed goes on where it was; held-out
-normal images say what is typical and which score only so many of them exceed; the table of all images comes last. With
-a second set that is known to be anomalous, every score says how well it tells the two apart.
+Workers turn ranges of images into bits/dim and store them as parts, so a job that was killed continues where it
+stopped. Held-out normal images define what is typical, and for each score the threshold that only a given share of them
+exceeds. The table of all images is written last. With a second set that is known to be anomalous, the verb also reports
+how well each score separates the two sets.
 
-Reads the version (and a background model), the sets ``data``, ``calibration`` and maybe ``anomalies``. Writes into
-``scoring.path``: ``scores.csv`` or ``.parquet``, a row an image; ``summary.json``; ``maps.png`` if asked for; and
-``parts/`` while it works. Refused are models trained on noisy images, which have no likelihood, and sets of other
+Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
+into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row an image; ``summary.json``; ``maps.png`` if asked for;
+and ``parts/`` while it works. Refuses models trained on noisy images, which have no likelihood, and sets of other
 shapes.
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 from tarflow_scale import storage
-from tarflow_scale.config.score import ScoreConfig
+from tarflow_scale.config.cluster import ClusterConfig
+from tarflow_scale.config.score import ScoreConfig, ScoringConfig
 from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.density.anomaly import SCORES, Separation, codecs, scores_of, separate, threshold
 from tarflow_scale.density.surprise import overlaid
@@ -41,17 +44,31 @@ from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.verbs.score.worker import Rater, ScoringUnit, dequantisation
+from tarflow_scale.verbs.score.worker import Rater, ScoringUnit, scoring_protocol
 
 __all__ = ["run"]
 
 Scores = dict[str, NDArray[np.float64]]
-"""Of each image, by score."""
+"""Scores of each image, by name of the score."""
+Versions = list[tuple[VersionConfig, ModelVersion]]
+"""The version that scores, and the background model if there is one."""
+Row = dict[str, Any]
 _PARTS, _MAPS = "parts", "maps.png"
+_PARTS_EDITION = 2
+"""Part of the digest that names the folder of parts; a change of their content changes it."""
 _SHOWN = 10
-"""Images of ``data`` that are named at the end."""
+"""Images of ``data`` that are printed at the end."""
 _MAP_COLUMNS, _MAP_PIXELS = 4, 96
 """Pairs of pictures in a row, and the least side of each."""
+
+
+@dataclass(frozen=True)
+class _ImageSet:
+    """A set of images to score, and the parts of its results."""
+
+    path: str
+    manifest: Manifest
+    parts: list[Part]
 
 
 def run(config: ScoreConfig, dry_run: bool) -> None:
@@ -62,74 +79,78 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
         DataError: a data set has other images than the model.
         ConfigError: a model without bits/dim, or a format that is not installed.
     """
-    if config.scoring.format == "parquet":
+    scoring, cluster = config.scoring, config.cluster
+    if scoring.format == "parquet":
         _pyarrow()
-    named = {"data": config.data, "calibration": config.calibration, "anomalies": config.anomalies}
-    sets = {name: (one.path, ShardSet(one.path, one.verify).manifest) for name, one in named.items() if one is not None}
-    versions = [_version(one) for one in (config.registry, config.background) if one is not None]
-    for version in versions:
-        _check(version, [manifest for _, manifest in sets.values()])
-    if sets["calibration"][1].digest == versions[0][1].data.digest:
+    sections = {"data": config.data, "calibration": config.calibration, "anomalies": config.anomalies}
+    manifests = {
+        name: (section.path, ShardSet(section.path, section.verify).manifest)
+        for name, section in sections.items()
+        if section is not None
+    }
+    versions: Versions = [
+        (section, Registry(section.path, section.model).resolve(section.version))
+        for section in (config.registry, config.background)
+        if section is not None
+    ]
+    for section, version in versions:
+        _check(section, version, [manifest for _, manifest in manifests.values()])
+    if manifests["calibration"][1].digest == versions[0][1].data.digest:
         warnings.warn(
             "calibration is what the model was trained on, where likelihoods are too high; use held-out images",
             stacklevel=2,
         )
-    units = _units(config, versions, sets)
-    flow = _flow_for_maps(versions[0]) if config.scoring.maps else None
-    table = storage.join(config.scoring.path, f"scores.{config.scoring.format}")
-    name = f"{config.registry.model}@{versions[0][1].version}"
-    _print_plan(name, sets, table)
+    sets = _image_sets(scoring, cluster, versions, manifests)
+    flow = _flow_for_maps(*versions[0]) if scoring.maps else None
+    table = storage.join(scoring.path, f"scores.{scoring.format}")
+    model = f"{config.registry.model}@{versions[0][1].version}"
+    _print_plan(model, sets, table)
     if dry_run:
         return
-    _make(config, versions, [unit for several in units.values() for unit in several])
-    typical = float(np.concatenate([part.read("bits_0")["bits_0"] for part in _parts(units["calibration"])]).mean())
-    scores = {name: _scores(_parts(several), typical, config.background is not None) for name, several in units.items()}
+    _make(scoring, cluster, versions, sets)
+    typical = float(np.concatenate([part.read("bits_0")["bits_0"] for part in sets["calibration"].parts]).mean())
+    scores = {name: _scores(image_set.parts, typical, len(versions) > 1) for name, image_set in sets.items()}
     held_out = scores.pop("calibration")
-    thresholds = {score: threshold(values, config.scoring.false_alarm_rate) for score, values in held_out.items()}
-    found: dict[str, Separation] = {}
+    thresholds = {score: threshold(values, scoring.false_alarm_rate) for score, values in held_out.items()}
+    separations: dict[str, Separation] = {}
     if "anomalies" in scores:
-        found = {score: separate(scores["data"][score], scores["anomalies"][score]) for score in thresholds}
-    rows = _rows({name: (units[name], scores[name]) for name in scores}, thresholds)
-    _write_table(table, rows, list(thresholds), config.scoring.format)
+        separations = {score: separate(scores["data"][score], scores["anomalies"][score]) for score in thresholds}
     flagged = {
-        score: {name: float((several[score] > limit).mean()) for name, several in scores.items()}
+        score: {name: float((scores[name][score] > limit).mean()) for name in scores}
         for score, limit in thresholds.items()
     }
-    _write_summary(config, versions, sets, typical, thresholds, flagged, found)
-    storage.remove(storage.join(config.scoring.path, _MAPS))
+    rows = _rows({name: (sets[name].parts, scores[name]) for name in scores}, thresholds)
+    _write_table(table, rows, list(thresholds), scoring.format)
+    _write_summary(scoring, versions, sets, typical, thresholds, flagged, separations)
+    storage.remove(storage.join(scoring.path, _MAPS))
+    likelihood = scores["data"]["likelihood"]
     if flow is not None:
-        _write_maps(config, flow, scores["data"]["likelihood"])
-    _print_scores(name, thresholds, flagged, found)
-    _print_least_likely(units["data"], scores["data"]["likelihood"], sets["data"][1].class_names)
-    storage.remove_tree(storage.join(config.scoring.path, _PARTS))
-    print(f"{table}: {sum(len(several['likelihood']) for several in scores.values())} images")
+        _write_maps(scoring, sets["data"].path, flow, likelihood)
+    _print_scores(model, thresholds, flagged, separations)
+    _print_least_likely(sets["data"], likelihood)
+    storage.remove_tree(storage.join(scoring.path, _PARTS))
+    print(f"{table}: {sum(len(of_set['likelihood']) for of_set in scores.values())} images")
     if flow is not None:
-        print(f"{storage.join(config.scoring.path, _MAPS)}: the least likely, each beside what surprises in it")
+        print(f"{storage.join(scoring.path, _MAPS)}: the least likely images, each beside a map of its surprise")
 
 
-def _version(section: VersionConfig) -> tuple[VersionConfig, ModelVersion]:
-    return section, Registry(section.path, section.model).resolve(section.version)
-
-
-def _check(named: tuple[VersionConfig, ModelVersion], manifests: list[Manifest]) -> None:
-    section, version = named
+def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manifest]) -> None:
     if version.pixels.noise != "uniform":
         raise ConfigError(
             f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
             f"noise); score with a model trained with uniform noise"
         )
     size, channels = version.data.image_size_pixels, version.data.num_channels
-    wanted = (channels, size, size), version.pixels.bit_depth
+    shape, bit_depth = (channels, size, size), version.pixels.bit_depth
     for manifest in manifests:
-        if (manifest.event_shape, manifest.bit_depth) != wanted:
+        if (manifest.event_shape, manifest.bit_depth) != (shape, bit_depth):
             raise DataError(
-                f"{section.model}@{version.version} scores {wanted[0]} images of {wanted[1]} bits (got "
+                f"{section.model}@{version.version} scores {shape} images of {bit_depth} bits (got "
                 f"{manifest.event_shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
             )
 
 
-def _flow_for_maps(named: tuple[VersionConfig, ModelVersion]) -> Flow:
-    section, version = named
+def _flow_for_maps(section: VersionConfig, version: ModelVersion) -> Flow:
     flow = load_version(section.path, section.model, version.version)
     if not flow.divides_surprise:
         raise ConfigError(
@@ -139,85 +160,75 @@ def _flow_for_maps(named: tuple[VersionConfig, ModelVersion]) -> Flow:
     return flow
 
 
-def _units(
-    config: ScoreConfig,
-    versions: list[tuple[VersionConfig, ModelVersion]],
-    sets: dict[str, tuple[str, Manifest]],
-) -> dict[str, list[ScoringUnit]]:
-    """What is to be done for each set, in folders that are named by all that decides the numbers."""
-    facts: dict[str, Any] = {
+def _image_sets(
+    scoring: ScoringConfig, cluster: ClusterConfig, versions: Versions, manifests: dict[str, tuple[str, Manifest]]
+) -> dict[str, _ImageSet]:
+    """The sets with their parts, in folders whose names are digests of all that decides the numbers."""
+    decisive: dict[str, Any] = {
         "weights": [version.weights_digest for _, version in versions],
-        "settings": config.scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),
-        "device": ["cuda" if config.cluster.gpus_per_worker else config.cluster.cpus_per_worker],
+        "settings": scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),
+        "device": ["cuda" if cluster.gpus_per_worker else cluster.cpus_per_worker],
         "packages": _packages(),
         "codecs": sorted(codecs()),
-        "edition": 2,  # of what parts hold
+        "edition": _PARTS_EDITION,
     }
-    found: dict[str, list[ScoringUnit]] = {}
-    for name, (path, manifest) in sets.items():
-        digest = storage.digest(canonical_json(facts | {"data": manifest.digest}))[:16]
-        folder = storage.join(config.scoring.path, _PARTS, digest)
-        found[name] = [ScoringUnit(path, part) for part in parts_of(folder, manifest.num_images)]
-    return found
+    sets: dict[str, _ImageSet] = {}
+    for name, (path, manifest) in manifests.items():
+        digest = storage.digest(canonical_json(decisive | {"data": manifest.digest}))[:16]
+        parts = parts_of(storage.join(scoring.path, _PARTS, digest), manifest.num_images)
+        sets[name] = _ImageSet(path, manifest, parts)
+    return sets
 
 
 def _packages() -> dict[str, str]:
-    """Versions of what decides the numbers, codecs and solvers too."""
-    found = provenance.package_versions()
+    """Versions of the packages that decide the numbers, with codecs and solvers."""
+    packages = provenance.package_versions()
     for name in ("pillow", "zuko", "torchdiffeq"):
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            packages[name] = importlib.metadata.version(name)
+    return packages
 
 
-def _make(config: ScoreConfig, versions: list[tuple[VersionConfig, ModelVersion]], units: list[ScoringUnit]) -> None:
-    there = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
-    wanted = {unit.part.location: unit for unit in units}  # a set may be named twice
-    missing = [unit for unit in wanted.values() if unit.part.name not in there[unit.part.folder]]
+def _make(scoring: ScoringConfig, cluster: ClusterConfig, versions: Versions, sets: dict[str, _ImageSet]) -> None:
+    """Make the parts that are missing, once where two sets are the same."""
+    parts = {part.location: ScoringUnit(part, images.path) for images in sets.values() for part in images.parts}
+    units = list(parts.values())
     arguments = {
         "versions": [(section.path, section.model, version.version) for section, version in versions],
-        "settings": config.scoring,
+        "settings": scoring,
         "codec_names": tuple(sorted(codecs())),
-        "threads": config.cluster.cpus_per_worker,
-        "gpu": config.cluster.gpus_per_worker > 0,
+        "threads": cluster.cpus_per_worker,
+        "gpu": cluster.gpus_per_worker > 0,
     }
-    total, left = (sum(unit.part.stop - unit.part.start for unit in several) for several in (wanted.values(), missing))
-    bar = console.progress_bar(total, "score", initial=total - left)
-    with Pool(**config.cluster.model_dump()) as pool, bar:
-        for unit, _ in pool.run(Rater, arguments, missing):
-            bar.update(unit.part.stop - unit.part.start)
-
-
-def _parts(units: list[ScoringUnit]) -> list[Part]:
-    return [unit.part for unit in units]
+    with Pool(**cluster.model_dump()) as pool:
+        for _ in pool.run_missing(Rater, arguments, units, ScoringUnit.missing(units), "score"):
+            pass  # the results are the parts
 
 
 def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
     names = ("bits_0", "compressed", *(["bits_1"] if has_background else []))
-    found = [part.read(*names) for part in parts]
-    joined = {name: np.concatenate([one[name] for one in found]).astype(np.float64) for name in names}
-    return scores_of(joined["bits_0"], joined["compressed"], typical, joined["bits_1"] if has_background else None)
+    arrays = [part.read(*names) for part in parts]
+    joined = {name: np.concatenate([array[name] for array in arrays]).astype(np.float64) for name in names}
+    return scores_of(joined["bits_0"], joined["compressed"], typical, joined.get("bits_1"))
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
-Row = dict[str, Any]
 
-
-def _rows(sets: dict[str, tuple[list[ScoringUnit], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
+def _rows(sets: dict[str, tuple[list[Part], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
     """Rows of the table, a part at a time."""
-    for name, (units, scores) in sets.items():
-        for part in _parts(units):
-            facts = part.read("labels", "origins")
-            several: list[Row] = []
-            for number in range(part.start, part.stop):
-                place = number - part.start
-                row: Row = {"set": name, "sample": number, "origin": str(facts["origins"][place])}
-                row["label"] = int(facts["labels"][place])
-                row |= {score: float(values[number]) for score, values in scores.items()}
+    for name, (parts, scores) in sets.items():
+        for part in parts:
+            about = part.read("labels", "origins")
+            rows: list[Row] = []
+            for sample, origin, label in zip(
+                range(part.start, part.stop), about["origins"], about["labels"], strict=True
+            ):
+                row: Row = {"set": name, "sample": sample, "origin": str(origin), "label": int(label)}
+                row |= {score: float(values[sample]) for score, values in scores.items()}
                 row |= {f"{score}_flagged": row[score] > limit for score, limit in thresholds.items()}
-                several.append(row)
-            yield several
+                rows.append(row)
+            yield rows
 
 
 def _write_table(location: str, parts: Iterator[list[Row]], scores: list[str], kind: str) -> None:
@@ -251,22 +262,22 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _write_summary(
-    config: ScoreConfig,
-    versions: list[tuple[VersionConfig, ModelVersion]],
-    sets: dict[str, tuple[str, Manifest]],
+    scoring: ScoringConfig,
+    versions: Versions,
+    sets: dict[str, _ImageSet],
     typical: float,
     thresholds: dict[str, float],
     flagged: dict[str, dict[str, float]],
-    found: dict[str, Separation],
+    separations: dict[str, Separation],
 ) -> None:
-    about = {
-        name: {"path": path, "manifest": one.digest, "images": one.num_images} for name, (path, one) in sets.items()
-    }
-    facts: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "models": [f"{section.model}@{version.version}" for section, version in versions],
         "weights": [version.weights_digest for _, version in versions],
-        "sets": about,
-        "settings": config.scoring.model_dump(mode="json"),
+        "sets": {
+            name: {"path": images.path, "manifest": images.manifest.digest, "images": images.manifest.num_images}
+            for name, images in sets.items()
+        },
+        "settings": scoring.model_dump(mode="json"),
         "codecs": sorted(codecs()),
         "packages": _packages(),
         "typical_bits_per_dim": typical,
@@ -275,65 +286,62 @@ def _write_summary(
                 "higher_is": "more anomalous",
                 "threshold": limit,
                 "flagged": flagged[score],
-                **(vars(found[score]) if score in found else {}),
+                **(vars(separations[score]) if separations else {}),
             }
             for score, limit in thresholds.items()
         },
     }
-    storage.write_bytes(storage.join(config.scoring.path, "summary.json"), canonical_json(facts))
+    storage.write_bytes(storage.join(scoring.path, "summary.json"), canonical_json(summary))
 
 
-def _write_maps(config: ScoreConfig, flow: Flow, likelihood: NDArray[np.float64]) -> None:
-    """The least likely images, each beside itself with its surprise laid over it."""
-    chosen = np.argsort(-likelihood, kind="stable")[: config.scoring.maps]
-    shards = ShardSet(config.data.path)
+def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArray[np.float64]) -> None:
+    """The least likely images, each beside a copy with its surprise laid over it."""
+    chosen = np.argsort(-likelihood, kind="stable")[: scoring.maps]
+    shards = ShardSet(data)
     order = np.argsort(chosen)  # read in the order of the shards, shown in that of surprise
-    protocol = dequantisation(shards.manifest.bit_depth, config.scoring)
-    found: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
-    for low in range(0, len(chosen), config.scoring.batch_size):
-        batch = shards.take(chosen[order][low : low + config.scoring.batch_size])
-        nats = torch.stack([flow.nats_of_values(x, dequantize=True) for x in dequantized_draws(batch, protocol)]).mean(
-            dim=0
-        )
-        found.append((batch.images, nats.numpy()))
-    images, nats = (np.concatenate(several) for several in zip(*found, strict=True))
+    protocol = scoring_protocol(shards.manifest.bit_depth, scoring)
+    maps: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
+    for low in range(0, len(chosen), scoring.batch_size):
+        batch = shards.take(chosen[order][low : low + scoring.batch_size])
+        draws = [flow.nats_of_values(x, dequantize=True) for x in dequantized_draws(batch, protocol)]
+        maps.append((batch.images, torch.stack(draws).mean(dim=0).numpy()))
+    images, nats = (np.concatenate(arrays) for arrays in zip(*maps, strict=True))
     rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))
     pairs = np.stack([rgb, overlaid(images, nats)], axis=1)[np.argsort(order)]
     zoom = max(1, _MAP_PIXELS // pairs.shape[-1])
     sheet = contact_sheet(pairs.reshape(-1, *pairs.shape[2:]), 2 * _MAP_COLUMNS, zoom)
-    storage.write_bytes(storage.join(config.scoring.path, _MAPS), sheet)
+    storage.write_bytes(storage.join(scoring.path, _MAPS), sheet)
 
 
-def _print_plan(model: str, sets: dict[str, tuple[str, Manifest]], output: str) -> None:
-    rows = [(name, f"{one.name}/{one.split}", f"{one.num_images:,} images") for name, (_, one) in sets.items()]
+def _print_plan(model: str, sets: dict[str, _ImageSet], output: str) -> None:
+    manifests = {name: images.manifest for name, images in sets.items()}
+    rows = [(name, f"{of.name}/{of.split}", f"{of.num_images:,} images") for name, of in manifests.items()]
     print(console.table([*rows, ("output", output, "")], (f"score by {model}", "set", "")))
 
 
 def _print_scores(
-    model: str, thresholds: dict[str, float], flagged: dict[str, dict[str, float]], found: dict[str, Separation]
+    model: str, thresholds: dict[str, float], flagged: dict[str, dict[str, float]], separations: dict[str, Separation]
 ) -> None:
     rows: list[tuple[str, ...]] = []
     for score, limit in thresholds.items():
         shares = [f"{share:.1%}" for share in flagged[score].values()]
-        one = found.get(score)
-        measures = () if one is None else (one.auroc, one.aupr, one.false_positive_rate_95)
+        by_score = separations.get(score)
+        measures = (by_score.auroc, by_score.aupr, by_score.false_positive_rate_95) if by_score else ()
         rows.append((score, f"{limit:.4f}", *shares, *(f"{value:.3f}" for value in measures)))
     sets = tuple(f"flagged of {name}" for name in flagged["likelihood"])
-    measured = ("AUROC", "AUPR", "false alarms at 95 %") if found else ()
+    measured = ("AUROC", "AUPR", "false alarms at 95 %") if separations else ()
     header = (f"score by {model}, higher is more anomalous", "threshold", *sets, *measured)
     print(console.table(rows, header))
     for score in thresholds:
         print(f"{score}: {SCORES[score]}")
 
 
-def _print_least_likely(
-    units: list[ScoringUnit], likelihood: NDArray[np.float64], class_names: tuple[str, ...]
-) -> None:
+def _print_least_likely(images: _ImageSet, likelihood: NDArray[np.float64]) -> None:
+    names = images.manifest.class_names
     rows: list[tuple[str, ...]] = []
-    for number in np.argsort(-likelihood, kind="stable")[:_SHOWN].tolist():
-        part = next(part for part in _parts(units) if part.start <= number < part.stop)
-        facts = part.read("labels", "origins")
-        label = int(facts["labels"][number - part.start])
-        name = class_names[label] if 0 <= label < len(class_names) else ""
-        rows.append((str(facts["origins"][number - part.start]), name, f"{likelihood[number]:.4f}"))
+    for sample in np.argsort(-likelihood, kind="stable")[:_SHOWN].tolist():
+        part = next(part for part in images.parts if part.start <= sample < part.stop)
+        about = part.read("labels", "origins")
+        label, origin = int(about["labels"][sample - part.start]), str(about["origins"][sample - part.start])
+        rows.append((origin, names[label] if 0 <= label < len(names) else "", f"{likelihood[sample]:.4f}"))
     print(console.table(rows, ("the most anomalous of data", "class", "likelihood")))

@@ -1,6 +1,6 @@
-"""What a worker of ``score`` does: a range of images to bits/dim under one or two flows, and under lossless codecs.
+"""The worker of ``score``: a range of images becomes bits/dim under one or two flows and under lossless codecs.
 
-A part is written whole or not at all, and holds the same numbers whoever makes it.
+A part is written completely or not at all, and holds the same numbers whichever worker makes it.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,21 @@ from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.metrics.bits import dequantized_draws
-from tarflow_scale.metrics.parts import Part
+from tarflow_scale.metrics.parts import PartUnit
 from tarflow_scale.shards.reader import ShardSet
 
-__all__ = ["Rater", "ScoringUnit", "dequantisation"]
+__all__ = ["Rater", "ScoringUnit", "scoring_protocol"]
 
 
 @dataclass(frozen=True)
-class ScoringUnit:
-    """A part of a data set to score."""
+class ScoringUnit(PartUnit):
+    """A part of the data set at ``path`` to score."""
 
     path: str
-    part: Part
 
 
-def dequantisation(bit_depth: int, settings: ScoringConfig) -> BitsPerDimProtocol:
-    """The draws that images are scored on."""
+def scoring_protocol(bit_depth: int, settings: ScoringConfig) -> BitsPerDimProtocol:
+    """How images are dequantized for scoring."""
     return BitsPerDimProtocol(
         name="score",
         metric="bits_per_dim",
@@ -51,7 +50,7 @@ class Rater:
     Args:
         versions: ``(registry, model, version)`` of the flow, and of the background model if there is one.
         settings: the section ``scoring``.
-        codec_names: the lossless codecs that count.
+        codec_names: the lossless codecs that every worker must have.
         threads: torch threads.
         gpu: whether this worker was given a GPU.
     """
@@ -86,7 +85,7 @@ class Rater:
             self._sets[unit.path] = ShardSet(unit.path)
         shards = self._sets[unit.path]
         bit_depth = shards.manifest.bit_depth
-        protocol = dequantisation(bit_depth, self._settings)
+        protocol = scoring_protocol(bit_depth, self._settings)
         bits: list[list[np.ndarray]] = [[] for _ in self._flows]
         compressed: list[np.ndarray] = []
         labels: list[np.ndarray] = []
@@ -94,24 +93,24 @@ class Rater:
         for low in range(unit.part.start, unit.part.stop, self._settings.batch_size):
             stored = shards.read(np.arange(low, min(low + self._settings.batch_size, unit.part.stop)))
             batch = shards.decoded(stored)
-            origins += [shards.origin_of(one) for one in stored]
+            origins += [shards.origin_of(sample) for sample in stored]
             draws = [x.to(self._device) for x in dequantized_draws(batch, protocol)]
-            for flow, found in zip(self._flows, bits, strict=True):
+            for flow, costs in zip(self._flows, bits, strict=True):
                 log_prob = combine_draws(torch.stack([self._log_prob(flow, x) for x in draws]), "importance")
-                found.append(bits_per_dim(log_prob, flow.num_dims, bit_depth).cpu().numpy())
+                costs.append(bits_per_dim(log_prob, flow.num_dims, bit_depth).cpu().numpy())
             compressed.append(compressed_bits_per_dim(np.ascontiguousarray(batch.images) >> (8 - bit_depth)))
             labels.append(batch.labels)
-        arrays = {f"bits_{number}": np.concatenate(found) for number, found in enumerate(bits)}
-        for found in arrays.values():
-            if not np.isfinite(found).all():
+        arrays = {f"bits_{number}": np.concatenate(costs) for number, costs in enumerate(bits)}
+        for costs in arrays.values():
+            if not np.isfinite(costs).all():
                 raise NumericsError(
-                    f"bits/dim are not finite for {int((~np.isfinite(found)).sum())} of the images {unit.part.start} "
+                    f"bits/dim are not finite for {int((~np.isfinite(costs)).sum())} of the images {unit.part.start} "
                     f"to {unit.part.stop - 1} of {unit.path}; check the model"
                 )
-        facts = {"labels": np.concatenate(labels), "origins": np.array(origins)}
-        unit.part.write(arrays | {"compressed": np.concatenate(compressed)} | facts)
+        arrays |= {"compressed": np.concatenate(compressed), "labels": np.concatenate(labels)}
+        unit.part.write(arrays | {"origins": np.array(origins)})
 
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
-        """Log density without labels, in fp64: with them dropped, or marginal over all."""
+        """Log density without labels, in fp64: with labels dropped, or summed over all labels."""
         drop = flow.num_classes is None or self._settings.labels == "dropped"
         return (flow.log_prob_of_images(x, None) if drop else marginal_log_prob(flow, x)).double()
