@@ -1,4 +1,19 @@
-"""Commands on a registry."""
+"""Commands on a registry: a folder or a bucket, without a server.
+
+Each model has a log of numbered events. An event is claimed by create-if-absent, carries a checksum, and names the
+digest of the event before it. Versions, reports, aliases and their history follow from the log; a snapshot avoids
+reading all of it. Files are stored under their SHA-256 and verified whenever they are read. Only safetensors and JSON
+are stored, and nothing is unpickled.
+
+A gate (evals/gates/) guards an alias such as champion: `promote` moves it, and `models alias` refuses to. `rollback`
+and `retire` are refused, with the reason, where there is no other version. An exported version is a folder in the
+Hugging Face layout with a model card.
+
+`init` tests the store. One without create-if-absent is refused unless command.single_writer=true promises one writer. Of
+file systems without hard links (FAT, CIFS, many of FUSE), those that can rename without replacing work.
+command.shared=group (or all: others may read) works as git's core.sharedRepository; on an existing registry it adds
+the missing modes.
+"""
 
 from typing import Literal
 
