@@ -2,8 +2,8 @@
 
     python evals/render_results.py [--check]
 
-A page marks where they go with a pair of comments, ``<!-- results KIND ARGUMENTS -->`` and ``<!-- end -->``. What stands
-between the two is replaced. FILE is a name in `evals/results/` without ``.json``; ``=LABEL`` may follow a NAME or COLUMN.
+A page marks where they go with a pair of comments, ``<!-- results KIND ARGUMENTS -->`` and ``<!-- end -->``; the text
+between them is replaced. FILE is a name in `evals/results/` without ``.json``; ``=LABEL`` may follow a NAME or COLUMN.
 
     figures FILE [NAME ..]      how FILE was measured, and its figures: all, or those that are named
     compare FILE .. : COLUMN .. a row for each model, from the figures MODEL_COLUMN; the lowest first
@@ -83,9 +83,7 @@ def _compare(files: Sequence[str], columns: Sequence[tuple[str, str]], folder: P
         sources.append(_measured(name, results, folder))
         for model in (key.removesuffix(first) for key in figures if key.endswith(first)):
             keys = [f"{model}_{column}" for column, _ in columns]
-            cells = [_number(figures[key]["got"]) if key in figures else "" for key in keys]
-            errors = [figures.get(f"{key}_standard_error") for key in keys]
-            cells = [cell + (f" ± {error['got']:.3f}" if error else "") for cell, error in zip(cells, errors, strict=True)]
+            cells = [_with_error(figures, key) if key in figures else "" for key in keys]
             rows.append((figures[keys[0]]["got"], [_MODELS.get(model, _words(model)), *cells]))
     heads = ["", *(label or _words(column) for column, label in columns)]
     return "\n\n".join([*sources, _table(heads, [row for _, row in sorted(rows)])])
@@ -140,6 +138,11 @@ def _number(value: float) -> str:
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1e}" if abs(value) < 0.001 else f"{value:#.4g}"
+
+
+def _with_error(figures: dict[str, Any], key: str) -> str:
+    error = figures.get(f"{key}_standard_error")
+    return _number(figures[key]["got"]) + (f" ± {error['got']:.3f}" if error else "")
 
 
 def _words(name: str) -> str:
