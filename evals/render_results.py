@@ -44,7 +44,7 @@ def _block(arguments: str, folder: Path) -> str:
     if kind == "figures":
         return _figures(words[0], words[1:], folder)
     files = words[: words.index(":")] if ":" in words else words
-    columns = [column.partition("=")[::2] for column in words[len(files) + 1 :]]
+    columns = [_name_and_label(column) for column in words[len(files) + 1 :]]
     if kind == "compare":
         return _compare(files, columns, folder)
     return _champions(files, folder) if kind == "champions" else _files(files, columns, folder)
@@ -55,7 +55,7 @@ def _figures(name: str, chosen: Sequence[str], folder: Path) -> str:
     results = _read(name)
     figures, faults = results["figures"], results.get("faults", {})
     if chosen:
-        labels = dict(figure.partition("=")[::2] for figure in chosen)
+        labels = dict(map(_name_and_label, chosen))
         return _table(("figure", "got", "asked"), [_row(label, figures[key]) for key, label in labels.items()])
     asked, others = list[list[str]](), list[list[str]]()
     for key, figure in figures.items():
@@ -85,7 +85,7 @@ def _compare(files: Sequence[str], columns: Sequence[tuple[str, str]], folder: P
             keys = [f"{model}_{column}" for column, _ in columns]
             cells = [_with_error(figures, key) if key in figures else "" for key in keys]
             rows.append((figures[keys[0]]["got"], [_MODELS.get(model, _words(model)), *cells]))
-    heads = ["", *(label or _words(column) for column, label in columns)]
+    heads = ["", *(label for _, label in columns)]
     return "\n\n".join([*sources, _table(heads, [row for _, row in sorted(rows)])])
 
 
@@ -94,7 +94,7 @@ def _files(files: Sequence[str], columns: Sequence[tuple[str, str]], folder: Pat
         [_link(name, folder), *(_number(_read(name)["figures"][column]["got"]) for column, _ in columns)]
         for name in files
     ]
-    return _table(["results", *(label or _words(column) for column, label in columns)], rows)
+    return _table(["results", *(label for _, label in columns)], rows)
 
 
 def _champions(files: Sequence[str], folder: Path) -> str:
@@ -118,10 +118,11 @@ def _read(name: str) -> dict[str, Any]:
 def _measured(name: str, results: dict[str, Any], folder: Path) -> str:
     """When, where and how; models of one file may have been measured apart."""
     places: dict[str, list[str]] = {}
-    for model, source in results.get("measured", {"": results}).items():
+    sources: dict[str, dict[str, Any]] = results.get("measured", {"": results})
+    for model, source in sources.items():
         place = f"{source['date']}, {source['device']}, commit {source['git_commit'][:12]}"
         places.setdefault(place, []).append(_MODELS.get(model, model))
-    text = "; ".join(f"{', '.join(filter(None, [place, *models]))}" for place, models in places.items())
+    text = "; ".join(", ".join(filter(None, [place, *models])) for place, models in places.items())
     return f"{_link(name, folder)}: {text}; torch {results['versions']['torch']}. `{results['command']}`"
 
 
@@ -143,6 +144,11 @@ def _number(value: float) -> str:
 def _with_error(figures: dict[str, Any], key: str) -> str:
     error = figures.get(f"{key}_standard_error")
     return _number(figures[key]["got"]) + (f" ± {error['got']:.3f}" if error else "")
+
+
+def _name_and_label(word: str) -> tuple[str, str]:
+    name, _, label = word.partition("=")
+    return name, label or _words(name)
 
 
 def _words(name: str) -> str:

@@ -66,7 +66,6 @@ def html_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"base64": _base64, "place": _place, "plain": _plain, "tick_labels": tick_labels}
     units = dict.fromkeys(run.loss.unit for run in page.runs)
     charts = [(unit, line_chart(curves_of(page.runs, unit), "images seen", unit)) for unit in units]
     sections = [(ranking.board.name, ranking.board.title) for ranking in page.rankings]
@@ -77,6 +76,10 @@ def html_page(page: Page) -> str:
     script = _asset("sort.js")
     template = environment.from_string(_asset("page.html.jinja"))
     return template.render(
+        base64=_base64,
+        place=_place,
+        plain=_plain,
+        tick_labels=tick_labels,
         page=page,
         sections=sections,
         boards=_boards(page),
