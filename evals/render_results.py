@@ -131,7 +131,9 @@ def _link(name: str, folder: Path) -> str:
 
 
 def _row(label: str, figure: dict[str, Any]) -> list[str]:
-    return [label, f"{_number(figure['got'])} {figure['unit']}".rstrip(), figure["asked"]]
+    got, unit = figure["got"], figure["unit"]
+    share = f"{got:.1%}{unit.removeprefix('fraction')}" if unit.startswith("fraction") else ""
+    return [label, share or f"{_number(got)} {unit}".rstrip(), figure["asked"]]
 
 
 def _number(value: float) -> str:
