@@ -73,16 +73,16 @@ calibration = scored(images[:half])
 typical = float(calibration["likelihood"].mean())
 limits = {score: threshold(values, arguments.rate) for score, values in calibration.items()}
 print("flagged, of".ljust(20), *(score.rjust(12) for score in limits))
-of = {name: scored(some, typical) for name, some in sets.items()}
-for name, found in of.items():
-    print(name[-20:].ljust(20), *(f"{(found[score] > limit).mean():12.1%}" for score, limit in limits.items()))
-less_likely = (of["normal"]["likelihood"] > of["a bar"]["likelihood"][0]).mean()
+scores = {name: scored(some, typical) for name, some in sets.items()}
+for name, values in scores.items():
+    print(name[-20:].ljust(20), *(f"{(values[score] > limit).mean():12.1%}" for score, limit in limits.items()))
+less_likely = (scores["normal"]["likelihood"] > scores["a bar"]["likelihood"][0]).mean()
 print(f"{less_likely:.0%} of the normal images are less likely than the bar")
 
 # %% Where the most surprising ones surprise: each image, and its nats laid over it in red
 if flow.divides_surprise:
     name = arguments.images or "normal"
-    shown = sets[name][np.argsort(-of[name]["likelihood"])[:16]]
+    shown = sets[name][np.argsort(-scores[name]["likelihood"])[:16]]
     rgb = np.broadcast_to(shown, (len(shown), 3, *shown.shape[2:]))
     pairs = np.stack([rgb, overlaid(shown, image_nats(flow, shown, num_draws=4))], axis=1)
     (arguments.output / "surprise.png").write_bytes(contact_sheet(pairs.reshape(-1, *rgb.shape[1:]), 8, zoom=8))

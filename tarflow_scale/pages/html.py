@@ -33,12 +33,12 @@ class Picture:
     Args:
         content: the PNG.
         caption: a line about it.
-        facts: more, shown on demand.
+        details: more about it, shown on demand.
     """
 
     content: bytes
     caption: str
-    facts: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

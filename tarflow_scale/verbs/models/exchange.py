@@ -111,9 +111,9 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         if storage.digest(configuration) != version.configuration.sha256:
             raise DataError(f"{path}/{_CONFIGURATION} does not match its digest; copy the folder again")
     registry = Registry(config.registry.path, model)
-    facts = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
+    fields = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
     origin = config.command.reason or f"imported from {path}, there {exported.model}@{version.version}"
-    registered = registry.register(files, facts, origin, configuration)
+    registered = registry.register(files, fields, origin, configuration)
     present = [_portable(report) for report in registry.state().reports.get(registered.version, [])]
     for report in exported.reports:
         own = _portable(report).model_copy(update={"model": model, "version": registered.version})
