@@ -3,15 +3,16 @@
 #
 #   launch/hostfile.sh HOSTFILE CONFIG.yaml [section.key=value ...]
 #
-# A line of the file is `node0 slots=8`: so many ranks there, as many on each; rank 0 is on the first. All machines have
-# this checkout at the same path, see the same logging.path, and take ssh without a question (`ssh node0 true`). SSH may
-# say how to reach them (SSH="ssh -p 2222"). What is set here of NCCL_*, GLOO_*, TORCH_* and OMP_* is set there.
+# A line of the file is `node0 slots=8`, the number of ranks on that machine; it must be the same on all. Rank 0 is on
+# the first machine. All machines have this checkout at the same path, see the same logging.path, and accept ssh without a
+# prompt (`ssh node0 true`). SSH may be another ssh command (SSH="ssh -p 2222"). Variables NCCL_*, GLOO_*, TORCH_* and
+# OMP_* of this machine are set on all.
 #
-# SIGTERM, SIGINT and SIGUSR1 reach the ranks, which save and stop: exit code 75, and the same command goes on. Where one
-# machine fails, the others are told to stop after two minutes. A mistake in the configuration ends with 2.
+# SIGTERM, SIGINT and SIGUSR1 reach the ranks, which save and stop: exit code 75, and the same command continues. If one
+# machine fails, the others are stopped after two minutes. A mistake in the configuration ends with exit code 2.
 #
 # DeepSpeed's own launcher starts the ranks too (deepspeed --hostfile HOSTFILE --no_local_rank --module tarflow_scale
-# train CONFIG.yaml), but it stops them without their having saved, and ends with 1 whatever happened.
+# train CONFIG.yaml), but it stops them before they can save, and its exit code is always 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# -lt 2 ]; then
@@ -41,7 +42,7 @@ sessions=()
 for number in "${!hosts[@]}"; do
     command=(env "${settings[@]}" "NNODES=${#hosts[@]}" "NODE_RANK=$number" "MASTER_ADDR=${hosts[0]}"
         "MASTER_PORT=${MASTER_PORT:-29500}" launch/torchrun.sh "$slots" "$@")
-    # The launcher keeps the number of this shell, by which it can be told to stop: ssh passes no signals on.
+    # The launcher stores the process id of this shell, to stop it later: ssh forwards no signals.
     "${ssh[@]}" "${hosts[number]}" "cd $(printf %q "$here") && echo \$\$ >$pid_file-$number && exec$(printf ' %q' "${command[@]}")" \
         </dev/null &
     sessions+=($!)
@@ -71,7 +72,7 @@ while [ ${#running[@]} -gt 0 ]; do
         if [ "$one" != 0 ]; then
             : "${failed_at:=$SECONDS}"
             [ "$one" = 2 ] || echo "${hosts[number]}: ended with exit code $one" >&2
-            # A mistake is told before a stop, and either before what the other machines made of it.
+            # A mistake has priority over a stop, and both over the exit codes that they cause on other machines.
             case $one,$code in 2,* | 75,0 | 75,1 | *,0) code=$one ;; esac
         fi
     done

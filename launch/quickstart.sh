@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole pipeline on real images, on two CPU cores: what `make demo` runs.
+# The whole pipeline on real images, on two CPU cores; `make demo` runs it.
 #
-#   launch/quickstart.sh             into runs/demo; what is there already is not done again
+#   launch/quickstart.sh             into runs/demo; finished steps are skipped
 #   launch/quickstart.sh --record    also write evals/results/demo-cpu.json (needs a fresh runs/demo for its times)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,9 +1,9 @@
-"""torchrun with the exit codes of tarflow-scale, and with no error of its own where ranks ended as they were told.
+"""torchrun with the exit codes of tarflow-scale, and without errors of its own when ranks stopped as requested.
 
     python launch/ranks.py OPTIONS-OF-TORCHRUN -m tarflow_scale train ...
 
-torchrun ends with 1 whatever happened, after a page about it. Here it ends with 75 where the ranks saved and stopped,
-or were told to before they began, and with 2 where one met a mistake, which it has said itself. Bugs keep that page.
+torchrun's own exit code is always 1, after a page of text. Here the exit code is 75 if the ranks saved and stopped, or
+were stopped before they started, and 2 if a rank met a mistake, which it has printed. Bugs keep torchrun's page.
 """
 
 import logging
@@ -15,24 +15,24 @@ from types import FrameType
 
 STOPPED, MISTAKE = 75, 2
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
-"""Passed on to ranks. The first two are how schedulers ask for the machine."""
+"""Signals that are forwarded to ranks. Schedulers send the first two when they need the machine."""
 
 
 def code_of(number: int) -> int:
-    """The exit code after a signal that no rank answered."""
+    """The exit code after a signal that no rank handled."""
     return STOPPED if number in SIGNALS[:2] else 128 + number
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End before there are ranks; torchrun's own handlers come after this one.
+    """Exit before there are ranks; torchrun's own handlers replace this one later.
 
-    At once: an exception that is raised here may come up in a callback, of an import say, where Python drops it.
+    It exits at once, because Python drops an exception that is raised in a callback, for example during an import.
     """
     os._exit(code_of(number))
 
 
 def says_more(record: logging.LogRecord) -> bool:
-    """Whether a line of torchrun is kept. That a rank ended is in the page about a bug too, and else no error."""
+    """Whether a line of torchrun is kept. Lines on the end of a rank repeat the page on a bug, or are no error."""
     return not str(record.msg).startswith("failed (exitcode")
 
 
@@ -44,11 +44,11 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for module in ("multiprocessing.api", "agent.server.api"):  # by whose loggers they write
+    for module in ("multiprocessing.api", "agent.server.api"):  # their loggers
         logger = logging.getLogger(f"torch.distributed.elastic.{module}")
-        logger.setLevel(logging.ERROR)  # not of each signal to each rank
+        logger.setLevel(logging.ERROR)  # without a line for each signal to each rank
         logger.addFilter(says_more)
-    with tempfile.TemporaryFile("r+") as codes:  # without a name, so that nothing is left of it however this ends
+    with tempfile.TemporaryFile("r+") as codes:  # nameless, so that no file is left behind
         os.environ["TARFLOW_SCALE_EXIT_CODES"] = f"/proc/{os.getpid()}/fd/{codes.fileno()}"
         try:
             torchrun(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *sys.argv[1:]])
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def over() -> None:
-    """The ranks have ended, so a signal that comes late changes nothing; Python would let it kill its last second."""
+    """Ignore signals after the ranks have ended; they could kill this process before it returns its exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Train on one machine with N ranks; or on several, by starting it on each with the variables below.
+# Train on one machine with N ranks, or on several: start it on each with the variables below.
 #
 #   launch/torchrun.sh N CONFIG.yaml [section.key=value ...]
 #
-#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node (rendezvous c10d: nodes need no
-#                                                                           numbers, and node0 no more than to be one)
+#   NNODES=4 RDZV_ENDPOINT=node0:29500 launch/torchrun.sh 8 CONFIG.yaml     on every node, of which node0 is one
+#                                                                           (rendezvous c10d: nodes need no numbers)
 #   NNODES=4 NODE_RANK=2 MASTER_ADDR=node0 MASTER_PORT=29500 launch/torchrun.sh 8 CONFIG.yaml
-#                                                                           on node 2 (static: numbers from 0, node0
-#                                                                           has the first; what schedulers give)
+#                                                                           on node 2 (static: nodes are numbered from
+#                                                                           0 as schedulers do; node0 is number 0)
 #
 # logging.path must be a folder that all nodes share. The environment of the ranks is in launch/env.sh.
 #
 # The configuration is checked once, by a dry run, before any rank starts: a mistake is one line and exit code 2.
-# SIGTERM, SIGUSR1 (what schedulers send before they take the machine) and training.max_seconds make the ranks save and
-# stop, with exit code 75: start it again to go on. After 75, 2 and Ctrl-C torchrun adds no errors of its own.
+# SIGTERM and SIGUSR1 (from a scheduler that needs the machine) and training.max_seconds make the ranks save and stop
+# with exit code 75; start it again to continue. After exit codes 75 and 2 and after Ctrl-C torchrun prints no errors.
 set -euo pipefail
 trap 'exit 75' TERM USR1 # there is nothing to save yet
 [ -e /dev/fd/0 ] || exec </dev/null # files that are opened later would get the numbers of closed streams

@@ -157,7 +157,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, verb in _VERBS.items():
         parent, _, leaf = name.rpartition(" ")
         if parent and parent not in groups:
-            group = verbs.add_parser(parent, help="inspect and change a registry of models")
+            examples = [verb.example for name, verb in _VERBS.items() if name.startswith(f"{parent} ")]
+            group = verbs.add_parser(
+                parent,
+                help="inspect and change a registry of models",
+                description=models.__doc__,
+                epilog="\n  ".join(["examples:", *examples]),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
             groups[parent] = group.add_subparsers(metavar="COMMAND", required=True)
         added = (groups[parent] if parent else verbs).add_parser(
             leaf,

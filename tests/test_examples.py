@@ -83,6 +83,15 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
     assert re.search(r"\d+% of the normal images are less likely than the bar", said)
 
 
+def test_posterior() -> None:
+    result = subprocess.run(
+        [sys.executable, "launch/examples/posterior.py"], cwd=TOP, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (means,) = re.findall(r"mean \[(.*)\], standard", result.stdout)
+    assert [float(mean) for mean in means.split(",")] == pytest.approx([0.0, 1.125], abs=0.4)  # E x, E x^2 / 2
+
+
 @pytest.mark.parametrize("name", ["sampling", "anomaly"])
 def test_without_the_demo_there_is_one_line(name: str, tmp_path: Path) -> None:
     result = subprocess.run(
@@ -127,8 +136,9 @@ def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path)
         Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(folder / f"photo {i}.png")
     for name in ("configs", "evals", "launch"):
         (tmp_path / name).symlink_to(TOP / name)
-    (block,) = re.findall(r"### Your own images\n.*?```sh\n(.*?)```", (TOP / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = re.findall(r"## Your own images\n.*?```sh\n(.*?)```", (TOP / "README.md").read_text(), flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert lines.pop(0)[0] == "source"
     assert len(lines) == 9
     for line in lines:
         verb = "train" if line[0].startswith("launch/") else line[1]

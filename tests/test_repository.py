@@ -18,6 +18,7 @@ from tests.conftest import TOP, Trained
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False).stdout.split()
 README = TOP / "README.md"
+PAGES = [TOP / name for name in TRACKED if name.endswith(".md")] or [README]
 
 
 @pytest.mark.skipif(not TRACKED, reason="not a git checkout")
@@ -85,18 +86,43 @@ def test_tests_mirror_the_package() -> None:
         assert folder == Path() or any(module.parent == folder for module in modules), test
 
 
-def test_the_readme_shows_what_the_results_file_says() -> None:
+def test_pages_show_what_the_results_files_say() -> None:
     result = subprocess.run(
-        [sys.executable, "evals/render_readme.py", "--check"], cwd=TOP, capture_output=True, text=True, check=False
+        [sys.executable, "evals/render_results.py", "--check"], cwd=TOP, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
-    text = README.read_text()
-    named = re.findall(r"(?:configs|evals|launch|docker|tests|tarflow_scale)/[\w./-]+\w", text)
-    missing = {name for name in named if not (TOP / name).exists() and "*" not in name}
-    assert missing == set()
+def test_every_results_file_is_shown() -> None:
+    shown = {name for page in PAGES for name in re.findall(r"results/([\w.-]+)\b", page.read_text())}
+    assert {path.name for path in (TOP / "evals/results").iterdir()} - {"models-show.txt"} <= shown
+
+
+def test_the_readme_is_short() -> None:
+    assert README.read_text().count("\n") <= 260
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"(?<![\w/.])(?:configs|evals|launch|docker|tests|tarflow_scale)/[\w./-]+\w", page.read_text())
+    assert {name for name in named if not (TOP / name).exists() and "*" not in name} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TOP)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", page.read_text()):
+        path, _, anchor = "".join(link).partition("#")
+        if not path.startswith(("http:", "https:")):
+            target = (page.parent / path) if path else page
+            assert target.exists(), path
+            assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(page: Path) -> list[str]:
@@ -120,7 +146,7 @@ def commands(page: Path) -> list[str]:
     return [line for line in dict.fromkeys(found) if not line.endswith(".txt")]
 
 
-@pytest.mark.parametrize("line", commands(README) + commands(TOP / "launch/README.md"))
+@pytest.mark.parametrize("line", list(dict.fromkeys(line for page in PAGES for line in commands(page))))
 def test_every_command_that_is_shown_is_understood(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,26 +159,16 @@ def test_every_command_that_is_shown_is_understood(
 
 
 def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", [block for block in python_blocks() if "runs/demo" not in block])
-def test_python_of_the_readme_that_needs_no_model_runs(block: str) -> None:
-    names: dict[str, object] = {}
-    exec(block, names)
-    shapes = {"samples": (64, 3), "draws": (1000, 2)}
-    (result,) = (names[name] for name in shapes if name in names)
-    assert tuple(result.shape) in shapes.values()  # type: ignore[attr-defined]
-    assert result.isfinite().all()  # type: ignore[attr-defined]
-
-
-def test_the_python_of_the_readme_runs(trained: Trained) -> None:
-    (block,) = (block for block in python_blocks() if "runs/demo" in block)
-    ours = block.replace("digits@champion", "small@1").replace("runs/demo/registry", str(trained.registry))
-    assert ours != block
-    names: dict[str, object] = {}
-    exec(ours, names)
-    assert tuple(names["nats"].shape) == (10,)  # type: ignore[attr-defined]
+def test_python_of_the_pages_runs(trained: Trained) -> None:
+    for block in python_blocks():
+        names: dict[str, object] = {}
+        exec(block.replace("digits@champion", "small@1").replace("runs/demo/registry", str(trained.registry)), names)
+        (result, shape) = (names["nats"], (10,)) if "runs/demo" in block else (names["samples"], (64, 3))
+        assert tuple(result.shape) == shape  # type: ignore[attr-defined]
+        assert result.isfinite().all()  # type: ignore[attr-defined]
 
 
 def test_the_makefile_and_ci_say_the_same() -> None:

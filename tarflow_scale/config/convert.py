@@ -21,7 +21,7 @@ class ForeignWeightsConfig(Section):
     num_channels: int | None = Field(default=None, ge=1)
     """Channels of the images; None infers 1 or 3 from the size of a token."""
     noise: NoiseConfig
-    """Noise of the training, which is not in the file but in its name: ``..._0.05.pth`` is
+    """Noise of the training. The file does not tell, but its name does: ``..._0.05.pth`` is
     ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` is ``{kind: uniform}``."""
 
     @model_validator(mode="after")
@@ -60,6 +60,6 @@ class ConvertConfig(Root):
 VERB = Verb(
     "verbs.convert",
     ConvertConfig,
-    "turn weights of apple/ml-tarflow into a flow of ours",
+    "turn weights of apple/ml-tarflow into a flow of this package",
     "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
 )

@@ -17,16 +17,16 @@ class GateRef(Section):
     path: str
     """Gate file; see ``evals/gates/``."""
     alias: Name = "champion"
-    """The alias that moves when the gate opens."""
+    """The alias that moves if the gate passes the version."""
     against: str | None = None
-    """A version of another model of the registry, such as ``other-model@champion``, that must be beaten as well in each
+    """A version of another model of the registry, such as ``other-model@champion``, that must also be beaten in each
     requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the same
-    protocol ids. The alias of the other model must exist, and does not move."""
+    protocol ids. The alias of the other model must exist; it does not move."""
     reason: str = ""
-    """Why, in the words of the person who promotes; stored."""
+    """Why the version is promoted; stored."""
     override: str | None = None
-    """Promote although the gate says no, for this reason; decision and reason are recorded. The flag
-    ``--override`` sets it."""
+    """Promote although the gate refuses, for this reason; decision and reason are recorded. The flag ``--override``
+    sets it."""
 
     @field_validator("against")
     @classmethod
@@ -45,7 +45,7 @@ class GateRef(Section):
 
 
 class PromoteConfig(Root):
-    """A version with its report in, a decision out; the alias moves if the gate opens."""
+    """A version with its report in, a decision out; the alias moves if the gate passes the version."""
 
     registry: VersionConfig
     gate: GateRef
@@ -59,7 +59,7 @@ VERB = Verb(
     flags=(
         Flag(
             "override",
-            "promote although the gate says no; decision and reason are recorded",
+            "promote although the gate refuses; decision and reason are recorded",
             ("REASON",),
             "gate.override",
         ),

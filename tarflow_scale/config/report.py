@@ -12,13 +12,13 @@ __all__ = ["VERB", "LeaderboardConfig", "PublishedRow", "ReportConfig", "ReportO
 
 
 class PublishedRow(Section):
-    """A number that somebody printed, on a protocol of their own."""
+    """A published number, measured by a protocol of its own."""
 
     model: str
     """Name and size of the model."""
     value: float
     source: str
-    """Where it is printed: paper and table, or address."""
+    """Where it is published: paper and table, or address."""
     note: str = ""
     """What is known of how it was measured."""
 
@@ -29,10 +29,10 @@ class LeaderboardConfig(Section):
     name: Name
     title: str
     protocol: str
-    """The protocol file; of registries only numbers by it are rows."""
+    """The protocol file; only numbers by this protocol become rows."""
     protocol_id: str | None = Field(default=None, min_length=8)
-    """The id that rows must carry, or its first digits, as reports show them; None takes the id that all rows share,
-    and refuses several."""
+    """The protocol id of the rows, or its first digits; None takes the id that all rows share, and refuses different
+    ids."""
     published: tuple[PublishedRow, ...] = ()
 
 
@@ -46,9 +46,9 @@ class ReportOutputConfig(Section):
     registries: tuple[str, ...] = ()
     """Registries whose models are rows, and whose history is shown."""
     gate: str | None = None
-    """Gate file, whose word on the best version the page gives where that was not promoted; see ``evals/gates/``."""
+    """Gate file; its decision on the best version is shown if that version was not promoted. See ``evals/gates/``."""
     runs: tuple[str, ...] = ()
-    """Folders of training runs, finished or not, whose loss and newest samples are shown."""
+    """Folders of training runs, finished or not; their loss and newest samples are shown."""
     generated: tuple[str, ...] = ()
     """Folders that ``generate`` wrote, whose first samples are shown."""
     title: str = "Report"
@@ -63,7 +63,7 @@ class ReportOutputConfig(Section):
 
 
 class ReportConfig(Root):
-    """Registries in, leaderboards out: Markdown, and one HTML page that needs no network."""
+    """Registries and runs in; leaderboards out, as Markdown and as one HTML page that needs no network."""
 
     report: ReportOutputConfig
 
@@ -71,6 +71,6 @@ class ReportConfig(Root):
 VERB = Verb(
     "verbs.report",
     ReportConfig,
-    "write leaderboards of what registries hold, as Markdown and as a page",
+    "write leaderboards, samples and loss curves as Markdown and as a page",
     "tarflow-scale report configs/report/digits.yaml",
 )

@@ -1,6 +1,6 @@
 """Pages about registries, runs and generated data, as Markdown and as one HTML file.
 
-`ranking` ranks the numbers of each protocol id, `answers` summarises them in sentences, `runs` reads run folders,
-`charts` draws curves, `numbers` formats numbers, `markdown` and `html` render the page. Text from a registry is
-untrusted, so it is escaped, and the page runs no script but its own.
+`ranking` orders the numbers that share a protocol id, `answers` puts the conclusion in a sentence, `runs` reads run
+folders, `charts` and `pictures` draw, `numbers` formats numbers, `markdown` and `html` write pages. Texts of a
+registry were written by other people, so they are escaped, and the page runs no script but its own.
 """

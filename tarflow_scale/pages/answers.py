@@ -1,4 +1,4 @@
-"""What a report is opened for, in a sentence: which model is best, by how much, how certainly, and what a gate said."""
+"""The answer of a report in a sentence: which model is best, by how much, how certainly, and what the gate decided."""
 
 import math
 import re
@@ -21,10 +21,10 @@ class Lead:
     """How much better the best version is than another one.
 
     Args:
-        other: the row of the other.
-        gain: how much better.
-        error: its standard error; None where it is not known.
-        how: what that is from, in words: ``image by image``.
+        other: the row of the other version.
+        gain: how much better the best is.
+        error: standard error of the gain; None if unknown.
+        how: how the error was computed, in words: ``image by image``.
     """
 
     other: Row
@@ -35,12 +35,12 @@ class Lead:
 
 @dataclass(frozen=True)
 class Word:
-    """What a gate said of the best version.
+    """What a gate decided on the best version.
 
     Args:
         decision: with its reasons.
-        alias: that it took by this decision; None where the gate was asked for the report alone.
-        override: why the alias was moved against the gate; empty where it was not.
+        alias: the alias that the version took by this decision; None if the gate was asked only for the report.
+        override: why the alias was moved against the gate; empty if it was not.
     """
 
     decision: Decision
@@ -49,7 +49,7 @@ class Word:
 
 
 def champion_of(ranking: Ranking) -> Row | None:
-    """The best row whose version is ``champion``, or holds another alias that a gate guards."""
+    """The best row whose version holds ``champion`` or another alias that a gate guards."""
     for row in ranking.ours:
         if row.entry is not None and {*row.aliases} & {"champion", *row.entry.state.guarded}:
             return row
@@ -57,17 +57,17 @@ def champion_of(ranking: Ranking) -> Row | None:
 
 
 def answer(ranking: Ranking, lead: Lead | None) -> str:
-    """What a leaderboard says, without a full stop.
+    """The conclusion of a leaderboard, without a full stop.
 
     Args:
         ranking: its rows.
-        lead: over the champion, or over the next best where the best is the champion.
+        lead: over the champion, or over the next best if the best is the champion.
     """
     title = ranking.board.title
     if not ranking.ours:
         return f"{title}: no registered version has a number by protocol {ranking.protocol.name} yet"
-    best, *others = ranking.ours
-    equal = [row.model for row in others if row.rank == best.rank]
+    best, *worse = ranking.ours
+    equal = [row.model for row in worse if row.rank == best.rank]
     better = "higher" if ranking.protocol.higher_is_better else "lower"
     interval = ""
     if best.low is not None and best.high is not None:
@@ -77,7 +77,7 @@ def answer(ranking: Ranking, lead: Lead | None) -> str:
         f"{ranking.number(best.value)} {ranking.unit} ({interval}{better} is better)"
     ]
     parts += [f"{_gained(ranking, row.value)} {row.model} ({ranking.number(row.value)})" for row in ranking.to_beat]
-    parts += [_against(ranking, lead)] if lead is not None else [] if others else ["no other version was measured"]
+    parts += [_against(ranking, lead)] if lead is not None else [] if worse else ["no other version was measured"]
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -106,22 +106,22 @@ def _against(ranking: Ranking, lead: Lead) -> str:
 
 
 def gate_said(model: str, word: Word | None) -> str:
-    """Why a gate promoted a version or did not, without a full stop.
+    """Why a gate promoted a version or refused it, without a full stop.
 
     Args:
         model: ``model@version``.
-        word: what it said; None where no gate has decided.
+        word: the decision; None if no gate has decided.
     """
     if word is None:
         return f"no gate has decided on {model}"
     decision = word.decision
     gate = f"gate {decision.gate}" if decision.gate else "a gate"
-    failed = ", ".join(f"{one.requirement} (got {one.found})" for one in decision.reasons if not one.holds)
+    failed = ", ".join(f"{reason.requirement} (got {reason.found})" for reason in decision.reasons if not reason.holds)
     if decision.promoted:
-        # A number that was found is on the page; what was found in words says how a requirement holds.
+        # The page shows numbers elsewhere; a finding in words is shown here, because it says how a requirement holds.
         held = ", ".join(
-            one.requirement if one.found[:1].isdigit() else f"{one.requirement} ({one.found})"
-            for one in decision.reasons
+            reason.requirement if reason.found[:1].isdigit() else f"{reason.requirement} ({reason.found})"
+            for reason in decision.reasons
         )
         said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
     else:
@@ -131,13 +131,13 @@ def gate_said(model: str, word: Word | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Words of a gate in the format of the page: numbers of four digits in place of four decimals, and ``95 %``."""
-    shorter = re.sub(r"\d+\.\d{4}\b", lambda found: fixed(float(found[0]), decimals_of(float(found[0]))), text)
+    """A gate's text in the format of the page: numbers with four digits instead of four decimals, and ``95 %``."""
+    shorter = re.sub(r"\d+\.\d{4}\b", lambda match: fixed(float(match[0]), decimals_of(float(match[0]))), text)
     return re.sub(r"(?<=\d)%", " %", shorter).replace("<=", "≤").replace(">=", "≥")
 
 
 def answer_of_runs(runs: Sequence[Run]) -> list[str]:
-    """A sentence for all runs whose losses can be compared: which is lowest, on held-out images where there are any."""
+    """For all runs whose losses can be compared, a sentence on the lowest: held-out if there is one, else training."""
     sentences: list[str] = []
     groups = list(dict.fromkeys((run.loss.unit, run.measured_on) for run in runs))
     for unit, measured_on in groups:

@@ -1,7 +1,7 @@
-"""Curves over one pair of axes: placed once, then written as inline SVG for a page or drawn as a PNG.
+"""Curves over one pair of axes, as inline SVG for a page or as a PNG.
 
-The SVG needs no script and no request. A page gets it in two shapes, of which its style shows the one that fits the
-screen, so that letters are as large as those of the text on a phone too. Every run has a colour of its own.
+The SVG needs no script and no request. A page gets it in two shapes, and its style shows the one that fits the screen,
+so that letters are as large as those of the text on a phone too. Every run has a colour of its own.
 """
 
 import io
@@ -33,8 +33,8 @@ class Series:
 
     Args:
         points: ``(x, y)`` in order of x; those that are not finite are left out.
-        run: number of the run it is of, which decides its colour.
-        dashed: whether it is the second line of its run.
+        run: number of its run, which decides the colour.
+        dashed: whether it is the second curve of its run.
     """
 
     points: Points
@@ -61,7 +61,7 @@ def run_colour(run: int, dark: bool = False) -> str:
         (-0.0041960863, -0.7034186147, 1.7076147010),
     )
     linear = (min(max(sum(m * c for m, c in zip(row, cones, strict=True)), 0.0), 1.0) for row in matrix)
-    return "#" + "".join(f"{round(255 * _gamma(one)):02x}" for one in linear)
+    return "#" + "".join(f"{round(255 * _gamma(value)):02x}" for value in linear)
 
 
 def _gamma(linear: float) -> float:
@@ -70,7 +70,7 @@ def _gamma(linear: float) -> float:
 
 @dataclass(frozen=True)
 class _Placed:
-    """A chart with everything at its place, in pixels."""
+    """A chart with all positions in pixels."""
 
     size: tuple[int, int]
     x_ticks: list[tuple[float, str]]
@@ -79,16 +79,16 @@ class _Placed:
 
 
 def _finite(series: Mapping[str, Series]) -> dict[str, Series]:
-    """Those with something to draw, and of them no more than can be seen."""
-    kept = {name: [p for p in one.points if all(map(math.isfinite, p))] for name, one in series.items()}
+    """Curves that have finite points, thinned to what can be seen."""
+    kept = {name: [p for p in curve.points if all(map(math.isfinite, p))] for name, curve in series.items()}
     return {
         name: Series(_thinned(points), series[name].run, series[name].dashed) for name, points in kept.items() if points
     }
 
 
 def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
-    (width, height), xs = size, [x for one in series for x, _ in one.points]
-    (x0, x1), (low, high) = _span(xs), _span([y for one in series for _, y in one.points])
+    (width, height), xs = size, [x for curve in series for x, _ in curve.points]
+    (x0, x1), (low, high) = _span(xs), _span([y for curve in series for _, y in curve.points])
     y_ticks = round_ticks(low, high, max(3, height // 60))
     y0, y1 = y_ticks[0], y_ticks[-1]
 
@@ -101,24 +101,24 @@ def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
         size,
         [(place(tick, y0)[0], short_number(tick)) for tick in inside],
         [(place(x0, tick)[1], text) for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True)],
-        [(one, [place(*point) for point in one.points]) for one in series],
+        [(curve, [place(*point) for point in curve.points]) for curve in series],
     )
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
-    """A chart as SVG with a key; empty where nothing is finite.
+    """A chart as SVG with a key; empty if nothing is finite.
 
     Args:
         series: by name.
         x_label: under the axis.
-        y_label: of the values.
+        y_label: beside the values.
     """
     shown = _finite(series)
     if not shown:
         return ""
     words = "; ".join(
-        f"{name} from {short_number(one.points[0][1])} to {short_number(one.points[-1][1])}"
-        for name, one in shown.items()
+        f"{name} from {short_number(curve.points[0][1])} to {short_number(curve.points[-1][1])}"
+        for name, curve in shown.items()
     )
     label = escape(f"{y_label} over {x_label}: {words}", quote=True)
     pictures = "".join(
@@ -126,8 +126,8 @@ def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
         for kind, size in (("wide", _WIDE), ("narrow", _NARROW))
     )
     keys = "".join(
-        f'<li><span class="key{" dashed" * one.dashed}"{_colours(one.run)}></span>{escape(name)}</li>'
-        for name, one in shown.items()
+        f'<li><span class="key{" dashed" * curve.dashed}"{_colours(curve.run)}></span>{escape(name)}</li>'
+        for name, curve in shown.items()
     )
     return f'<div class="charts">{pictures}</div><ul class="keys">{keys}</ul>'
 
@@ -142,12 +142,12 @@ def _svg(placed: _Placed, kind: str, label: str, x_label: str, y_label: str) -> 
         parts.append(f'<text x="{across:.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{width - _RIGHT}" y="{height - 6}" text-anchor="end">{escape(x_label)}</text>')
     parts.append(f'<text x="4" y="{height - 6}">{escape(y_label)}</text>')
-    for one, spots in placed.lines:
+    for curve, spots in placed.lines:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline class="series{" dashed" * one.dashed}"{_colours(one.run)} points="{path}"/>')
+        parts.append(f'<polyline class="series{" dashed" * curve.dashed}"{_colours(curve.run)} points="{path}"/>')
         if len(spots) == 1:
             parts.append(
-                f'<circle class="series"{_colours(one.run)} cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3"/>'
+                f'<circle class="series"{_colours(curve.run)} cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3"/>'
             )
     return "".join(parts) + "</svg>"
 
@@ -157,15 +157,15 @@ def _colours(run: int) -> str:
 
 
 def line_chart_png(series: Mapping[str, Series], x_label: str, y_label: str) -> bytes:
-    """The same chart as a PNG, with its key inside; without a line where nothing is finite."""
+    """The same chart as a PNG with its key inside; an empty chart if nothing is finite."""
     shown = _finite(series)
     canvas = Image.new("RGB", (_PNG[0], _PNG[1] + _KEY_HEIGHT * len(shown) + 8), _PAPER)
     draw = ImageDraw.Draw(canvas)
     if shown:
         _draw(draw, _place(list(shown.values()), _PNG), x_label, y_label)
-    for number, (name, one) in enumerate(shown.items()):
+    for number, (name, curve) in enumerate(shown.items()):
         down = _PNG[1] + _KEY_HEIGHT * number + 10
-        _line(draw, [(_LEFT, down), (_LEFT + 30, down)], one)
+        _line(draw, [(_LEFT, down), (_LEFT + 30, down)], curve)
         draw.text((_LEFT + 40, down), name, fill=_INK, font_size=14, anchor="lm")
     stream = io.BytesIO()
     canvas.save(stream, "PNG")
@@ -181,13 +181,13 @@ def _draw(draw: ImageDraw.ImageDraw, placed: _Placed, x_label: str, y_label: str
         draw.text((across, height - _BOTTOM + 6), text, fill=_INK, font_size=14, anchor="ma")
     draw.text((width - _RIGHT, height - 4), x_label, fill=_INK, font_size=14, anchor="rd")
     draw.text((4, height - 4), y_label, fill=_INK, font_size=14, anchor="ld")
-    for one, spots in placed.lines:
-        _line(draw, spots, one)
+    for curve, spots in placed.lines:
+        _line(draw, spots, curve)
 
 
-def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], one: Series) -> None:
-    """A line, or a dot where there is one point alone; the distance along the line decides where a dashed one is."""
-    colour, along = run_colour(one.run), 0.0
+def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], curve: Series) -> None:
+    """A line, or a dot for a single point. Dashes are measured along the line."""
+    colour, along = run_colour(curve.run), 0.0
     if len(spots) == 1:
         (x, y), *_ = spots
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
@@ -195,7 +195,7 @@ def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], one: 
         length = max(math.hypot(x1 - x0, y1 - y0), 1e-9)
         ends = [k * _DASH - along for k in range(math.floor(along / _DASH) + 1, math.ceil((along + length) / _DASH))]
         for start, end in pairwise([0.0, *ends, length]):
-            if not one.dashed or int((along + (start + end) / 2) / _DASH) % 2 == 0:
+            if not curve.dashed or int((along + (start + end) / 2) / _DASH) % 2 == 0:
                 cut = [(x0 + (x1 - x0) * at / length, y0 + (y1 - y0) * at / length) for at in (start, end)]
                 draw.line(cut, fill=colour, width=2)
         along += length

@@ -9,7 +9,7 @@ __all__ = ["cell", "markdown"]
 
 
 def markdown(title: str, answers: Sequence[str], rankings: Sequence[Ranking]) -> str:
-    """The whole document; ``answers`` are the sentences that come first."""
+    """The whole document; ``answers`` are its first sentences."""
     lines = [f"# {cell(title)}", ""]
     for sentence in answers:
         lines += [cell(sentence), ""]

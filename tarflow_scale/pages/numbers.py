@@ -10,7 +10,7 @@ _MOST_DECIMALS = 6
 
 
 def decimals_of(value: float) -> int:
-    """Decimals that show four digits of ``value``; numbers that are compared with it get as many."""
+    """Decimals that show four digits of ``value``, also to be used for numbers beside it."""
     if value == 0 or not math.isfinite(value):
         return 3
     return min(max(3 - math.floor(math.log10(abs(value))), 0), _MOST_DECIMALS)
@@ -36,7 +36,7 @@ def round_ticks(low: float, high: float, most: int, outside: bool = True) -> lis
         low: end of the range.
         high: its other end, larger.
         most: at least 3.
-        outside: whether the first and the last enclose the range; else all lie inside, and there may be one alone.
+        outside: whether the first and last tick enclose the range; else all lie inside it, and there may be only one.
     """
     power = math.floor(math.log10((high - low) / most))
     first, last = (math.floor, math.ceil) if outside else (math.ceil, math.floor)
@@ -50,7 +50,7 @@ def round_ticks(low: float, high: float, most: int, outside: bool = True) -> lis
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Texts of the ticks of one axis: as many decimals as their distance needs, or suffixes for large numbers."""
+    """Texts of the ticks of an axis, with as many decimals as their distance needs, or suffixes for large numbers."""
     if max(map(abs, ticks)) >= 10_000:
         return [short_number(tick) for tick in ticks]
     step = ticks[1] - ticks[0]

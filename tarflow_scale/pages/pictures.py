@@ -1,4 +1,4 @@
-"""Charts as PNG, for files that are looked at outside a page: lines over an axis that doubles from tick to tick."""
+"""Charts as PNG files: lines over an axis whose ticks double."""
 
 import io
 import math

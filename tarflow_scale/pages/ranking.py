@@ -1,8 +1,8 @@
 """Rows of a leaderboard: numbers of registries by one protocol id, and published ones beside them.
 
-A number of ours is comparable with another only if both carry the same protocol id, which a ranking therefore demands;
-published rows have protocols of their own, so they are shown in their place and never ranked among ours. Baselines
-that an evaluation measured by the same protocol stand among them too, without a rank.
+Two numbers are comparable only if they have the same protocol id, so a ranking requires it. Published rows have
+protocols of their own: they are shown in order of value, but carry no rank. So are the baselines that an evaluation
+measured by the same protocol.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a ranking; ours have a rank, an interval and a version, baselines and published ones a source."""
+    """A row of a ranking. Ours have a rank, an interval and a version; baselines and published rows have a source."""
 
     model: str
     value: float
@@ -70,21 +70,21 @@ class Ranking:
 
     @property
     def to_beat(self) -> list[Row]:
-        """Baselines that a model should be better than; real images, which none is, are not among them."""
+        """Baselines that a model should beat; real images are not among them, because no model beats them."""
         return [row for row in self.rows if row.source == _BASELINE and row.model != _BASELINES["real"]]
 
     @property
     def decimals(self) -> int:
-        """Of all numbers of the board: four digits of the best."""
+        """Decimals of all numbers of the board, which show four digits of the best."""
         first = next(iter([*self.ours, *self.rows]), None)
         return 3 if first is None else decimals_of(first.value)
 
     def number(self, value: float) -> str:
-        """A number of ours."""
+        """A number as the board writes it."""
         return fixed(value, self.decimals)
 
     def shown(self, row: Row) -> str:
-        """The number of a row; of a published one no digits that were not printed."""
+        """The number of a row; a published one without trailing zeros, which were not printed."""
         text = self.number(row.value)
         return (
             text if row.rank is not None or row.source == _BASELINE or "." not in text else text.rstrip("0").rstrip(".")
@@ -92,7 +92,7 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Round numbers that enclose the intervals of all rows of ours; empty where there is none."""
+        """Round numbers that enclose the intervals of all our rows; empty without intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 
@@ -103,12 +103,12 @@ class Ranking:
 
     @property
     def unit(self) -> str:
-        """Of the numbers; empty without rows of ours."""
+        """Unit of the numbers; empty without rows of ours."""
         return next((row.metric.unit for row in self.ours if row.metric), "")
 
     @property
     def protocol_id(self) -> str:
-        """Of all rows of ours; empty without such."""
+        """Protocol id of all our rows; empty without rows of ours."""
         return next((row.metric.protocol_id for row in self.ours if row.metric), "")
 
 
@@ -116,11 +116,11 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     """Rank the newest number of every version.
 
     Raises:
-        ConfigError: rows of ours carry several protocol ids.
+        ConfigError: our rows have different protocol ids.
     """
     names = [entry.model for entry in entries]
-    found = [row for entry in entries for row in _rows(board, protocol, entry, names.count(entry.model) > 1)]
-    ids = {row.metric.protocol_id: row.model for row in found if row.metric}
+    measured = [row for entry in entries for row in _rows(board, protocol, entry, names.count(entry.model) > 1)]
+    ids = {row.metric.protocol_id: row.model for row in measured if row.metric}
     if len(ids) > 1:
         names = " and ".join(f"{model} ({identity[:12]})" for identity, model in sorted(ids.items()))
         raise ConfigError(
@@ -128,28 +128,28 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
             f"evaluate all on the same data, or set protocol_id in the leaderboard"
         )
     sign = -1 if protocol.higher_is_better else 1
-    ours = sorted(found, key=lambda row: sign * row.value)
+    ours = sorted(measured, key=lambda row: sign * row.value)
     numbered = [replace(row, rank=1 + sum(sign * other.value < sign * row.value for other in ours)) for row in ours]
-    published = [Row(one.model, one.value, source=one.source, note=one.note) for one in board.published]
+    published = [Row(row.model, row.value, source=row.source, note=row.note) for row in board.published]
     every = [*numbered, *_baselines(protocol, ours), *published]
     return Ranking(board, protocol, tuple(sorted(every, key=lambda row: sign * row.value)))
 
 
 def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
     """Each baseline once: it depends on protocol and reference, not on the model."""
-    found = {
+    values = {
         kind: row.report.baselines[f"{kind}_{protocol.name}"]
         for row in ours
         for kind in _BASELINES
         if row.report is not None and f"{kind}_{protocol.name}" in row.report.baselines
     }
-    return [Row(_BASELINES[kind], value, source=_BASELINE) for kind, value in found.items()]
+    return [Row(_BASELINES[kind], value, source=_BASELINE) for kind, value in values.items()]
 
 
 def _rows(
     board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
 ) -> list[Row]:
-    """Rows of one model; that of another registry may have its name."""
+    """Rows of one model; a namesake is in another registry."""
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:

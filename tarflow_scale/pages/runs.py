@@ -1,7 +1,6 @@
 """Training runs as pages show them: what kind of model, how far, its loss, its newest preview.
 
-A run folder is read as it stands, so that a run can be looked at while it trains; `CurveFile` keeps its curve as a
-picture beside its log.
+A run folder can be read while the run trains. `CurveFile` keeps the curve as a picture beside the log.
 """
 
 import json
@@ -28,8 +27,8 @@ _REDRAWN_SECONDS = 60.0
 class Loss:
     """The loss of a run over images seen, taken from the records of its log.
 
-    ``training`` is the mean over the batches since the record before, ``held_out`` of validation; ``unit`` is bits/dim
-    where the log has any, else nats/dim.
+    ``training`` is the mean over the batches since the previous record, ``held_out`` that of validation. ``unit`` is
+    bits/dim if the log has any, else nats/dim.
     """
 
     training: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {"bits": [], "nats": []})
@@ -39,7 +38,7 @@ class Loss:
         """Add a record.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not one of a training run.
+            KeyError, TypeError, ValueError: it is not a record of a training run.
         """
         for points, prefix in ((self.training, ""), (self.held_out, "validation_")):
             for unit, line in points.items():
@@ -58,7 +57,7 @@ class Loss:
 
     @property
     def series(self) -> tuple[Points, Points]:
-        """Of training and of held-out images; either may be empty."""
+        """The curves of training and of held-out images; either may be empty."""
         return self.training[self._key], self.held_out[self._key]
 
 
@@ -68,11 +67,11 @@ class Run:
 
     Args:
         path: as it was given.
-        kind: of the model, ``tarflow``; empty where the folder does not say.
-        state: ``running``, ``finished``, ``stopped`` or ``failed``; empty where the folder does not say.
-        images_seen, total_images: how far it is; 0 where the folder does not say.
+        kind: of the model, such as ``tarflow``; empty if the folder does not tell.
+        state: ``running``, ``finished``, ``stopped`` or ``failed``; empty if the folder does not tell.
+        images_seen, total_images: its progress; 0 if the folder does not tell.
         loss: over images seen.
-        measured_on: data and settings that decide what a loss means; those of others cannot be compared with it.
+        measured_on: data and settings that decide what a loss means; only losses with equal ones can be compared.
         preview: the newest sample grid, if there is one, as ``(file name, PNG)``.
     """
 
@@ -92,14 +91,15 @@ class Run:
 
 
 def read_run(path: str) -> Run:
-    """A run folder, finished or not.
+    """Read a run folder, finished or not.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it is not the folder of a run.
         StorageError: there is no log.
     """
     location = storage.join(path, "log.jsonl")
-    whole, _, _ = storage.read_bytes(location).decode(errors="replace").rpartition("\n")  # a torn line is being written
+    text = storage.read_bytes(location).decode(errors="replace")
+    whole, _, _ = text.rpartition("\n")  # the last line may be incomplete
     loss = Loss()
     try:
         for line in whole.splitlines():
@@ -112,7 +112,8 @@ def read_run(path: str) -> Run:
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not the folder of a training run ({reason}); remove it from report.runs") from error
-    last = max((points[-1][0] for points in loss.series if points), default=0)  # a running run's status is its start's
+    # While a run trains, its status is still that of its start.
+    last = max((points[-1][0] for points in loss.series if points), default=0)
     return Run(path, kind, state, max(seen, int(last)), total, loss, measured_on, _newest_preview(path))
 
 
@@ -120,12 +121,12 @@ def _measured_on(config: Mapping[str, Any]) -> str:
     data, validation = config.get("data") or {}, config.get("validation") or {}
     crop = (data.get("augmentation") or {}).get("crop_pixels")
     noise = (config.get("training") or {}).get("noise") or {}
-    facts = [
+    parts = [
         str(validation.get("path") or data.get("path") or ""),
         f"crops of {crop} pixels" if crop else "",
         f"noise of {noise['std']:g}" if noise.get("kind") == "gaussian" else "",
     ]
-    return ", ".join(filter(None, facts))
+    return ", ".join(filter(None, parts))
 
 
 def _newest_preview(path: str) -> tuple[str, bytes] | None:
@@ -135,21 +136,21 @@ def _newest_preview(path: str) -> tuple[str, bytes] | None:
 
 
 def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
-    """The lines of all runs whose loss has this unit, by name; the colour is that of the run's place in ``runs``."""
-    found: dict[str, Series] = {}
+    """The curves of all runs whose loss has this unit, by name; a run's place in ``runs`` decides its colour."""
+    curves: dict[str, Series] = {}
     for number, run in enumerate(runs):
         if run.loss.unit == unit:
             training, held_out = run.loss.series
-            found |= {run.name: Series(training, number)} if training else {}
-            found |= {f"{run.name}, held out": Series(held_out, number, dashed=True)} if held_out else {}
-    return found
+            curves |= {run.name: Series(training, number)} if training else {}
+            curves |= {f"{run.name}, held out": Series(held_out, number, dashed=True)} if held_out else {}
+    return curves
 
 
 class CurveFile:
-    """``curve.png`` of a run folder, and a copy beside its previews: redrawn at most once a minute, and at the end.
+    """``curve.png`` of a run folder and a copy beside its previews, redrawn at most once a minute and at the end.
 
     Args:
-        path: the run folder; what its log holds already is part of the curve.
+        path: the run folder; the curve begins with what its log holds already.
     """
 
     def __init__(self, path: str) -> None:
@@ -170,7 +171,7 @@ class CurveFile:
         try:
             for folder in (self._path, storage.join(self._path, _PREVIEWS)):
                 storage.write_bytes(storage.join(folder, CURVE_NAME), content)
-        except StorageError as error:  # no reason to stop a run
+        except StorageError as error:  # a run continues without its curve
             warnings.warn(f"no curve is drawn: {error}", stacklevel=2)
 
     def __enter__(self) -> Self:

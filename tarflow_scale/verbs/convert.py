@@ -1,21 +1,22 @@
-"""Verb ``convert``: an apple/ml-tarflow ``.pth`` to a saved flow, and into a registry if one is named.
+"""Verb ``convert``: turn an apple/ml-tarflow ``.pth`` into a saved flow, and register it if a registry is named.
 
-Read the tensors without running code, infer every size, rename, write ``model.safetensors`` and ``config.json``.
-What the tensors do not say, the noise the model was trained with, is configured. A registered version also needs the
-data set's manifest, so that it can be evaluated and sampled like any other.
+Read the tensors without running code, infer every size, rename, and write ``model.safetensors`` and ``config.json``.
+The tensors do not tell the noise of the training, so it is configured. A registered version also needs the manifest of
+its data set, so that it can be evaluated and sampled like any other.
 
-Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. A file that
-would run code, is no TarFlow, or is not finite is refused, as is a folder that holds another flow. The same command
+Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. Refuses a
+file that would run code, is no TarFlow or is not finite, and a folder that holds another flow. Running the same command
 again changes nothing.
 """
 
 from tarflow_scale import storage
-from tarflow_scale.config.convert import ConvertConfig
+from tarflow_scale.config.convert import ConvertConfig, ForeignWeightsConfig
+from tarflow_scale.config.versions import RegistryConfig
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.ml_tarflow import load_ml_tarflow
 from tarflow_scale.flows.weights import flow_files
-from tarflow_scale.records import DataSetFacts, PixelFormat, canonical_json
+from tarflow_scale.records import DataSetFacts, ModelVersion, PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.manifest import Manifest
@@ -31,13 +32,14 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
 
     Raises:
         DataError: the file is no TarFlow, or the output folder holds another flow.
-        ConfigError: the model does not fit the data set it is registered with.
+        ConfigError: the model does not fit its data set.
     """
     noise = config.weights.noise
     flow = load_ml_tarflow(config.weights.path, config.weights.num_channels)
     flow.pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise=noise.kind, noise_std=noise.std)
-    facts = _facts(flow, ShardSet(config.data.path, config.data.verify).manifest) if config.data is not None else None
-    _print_plan(config, flow)
+    manifest = ShardSet(config.data.path, config.data.verify).manifest if config.data is not None else None
+    data = _trained_on(flow, manifest) if manifest is not None else None
+    _print_plan(config.weights, config.output.path, flow)
     if dry_run:
         return
     files = flow_files(flow)
@@ -48,11 +50,14 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
     for name, content in files.items():
         storage.write_bytes(storage.join(config.output.path, name), content)
     print(f"{config.output.path}: {', '.join(files)}")
-    if config.registry is not None and facts is not None:
-        _register(config, flow, files, facts)
+    if config.registry is not None and data is not None:
+        digest = storage.digest(canonical_json(config.model_dump(mode="json")))
+        version = _registered(config.registry, flow, files, data, digest, config.weights.path)
+        print(f"registered {config.registry.model}@{version.version} in {config.registry.path}")
 
 
-def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
+def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
+    """The data set of the version; it must fit the model."""
     if manifest.event_shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
         classes = flow.num_classes or "any number of"
         raise ConfigError(
@@ -67,10 +72,11 @@ def _facts(flow: Flow, manifest: Manifest) -> DataSetFacts:
     return manifest.facts()
 
 
-def _register(config: ConvertConfig, flow: Flow, files: dict[str, bytes], data: DataSetFacts) -> None:
-    assert config.registry is not None
+def _registered(
+    registry: RegistryConfig, flow: Flow, files: dict[str, bytes], data: DataSetFacts, digest: str, origin: str
+) -> ModelVersion:
     assert flow.pixels is not None
-    version = Registry(config.registry.path, config.registry.model).register(
+    return Registry(registry.path, registry.model).register(
         files,
         {
             "pixels": flow.pixels.model_dump(mode="json"),
@@ -78,22 +84,21 @@ def _register(config: ConvertConfig, flow: Flow, files: dict[str, bytes], data: 
             "parameters": sum(p.numel() for p in flow.parameters()),
             "images_seen": None,
             "ema_half_life_images": None,
-            "config_digest": storage.digest(canonical_json(config.model_dump(mode="json"))),
+            "config_digest": digest,
             "git_commit": provenance.git_commit(),
             "packages": provenance.package_versions(),
         },
-        reason=f"converted from {config.weights.path}",
+        reason=f"converted from {origin}",
     )
-    print(f"registered {config.registry.model}@{version.version} in {config.registry.path}")
 
 
-def _print_plan(config: ConvertConfig, flow: Flow) -> None:
-    model, noise = flow.config, config.weights.noise
+def _print_plan(weights: ForeignWeightsConfig, output: str, flow: Flow) -> None:
+    model, noise = flow.config, weights.noise
     assert model is not None
     assert model.kind == "tarflow"
     depths = model.layers_per_block
     rows = [
-        ("weights", config.weights.path),
+        ("weights", weights.path),
         (
             "images",
             f"{flow.event_shape}, {flow.num_classes or 'no'} classes, {noise.kind} noise {noise.std or ''}".strip(),
@@ -103,6 +108,6 @@ def _print_plan(config: ConvertConfig, flow: Flow) -> None:
             f"patch {model.patch_size}, width {model.width}, {len(depths)} blocks of {depths} layers, {model.variant}",
         ),
         ("parameters", f"{sum(p.numel() for p in flow.parameters()):,}"),
-        ("output", config.output.path),
+        ("output", output),
     ]
     print(console.table(rows, ("convert", "")))

@@ -1,19 +1,19 @@
 """Verb ``promote``: let a gate decide whether a version takes an alias.
 
-Read the gate and its protocols, compare the version's reports with the bounds, with the present holder and, with
-``gate.against``, with a version of another model; print every reason, and move the alias if all hold and it still
-points where it did. ``registry.version=latest`` is the newest version that has the numbers that the gate asks for: one
-that another run registered meanwhile is named and passed over. Neither torch nor Ray is imported.
+Read the gate and its protocols. Compare the version's reports with the bounds, with the version that holds the alias
+and, with ``gate.against``, with a version of another model. Print every reason. Move the alias if all requirements hold
+and no other process moved it meanwhile. ``registry.version=latest`` is the newest version that has the numbers of the
+gate; newer versions without them are named and skipped. Neither torch nor Ray is imported.
 
-Reads ``gate.path``, the protocols that it names and the model's log; writes one event, or nothing. A gate that says no
-is exit code 2 with every reason; ``--override REASON`` moves the alias all the same, and both are recorded. There is
-nothing to resume: the event is there or is not.
+Reads ``gate.path``, its protocols and the model's log; writes one event or nothing. If the gate refuses, the exit code
+is 2 and every reason is printed; ``--override REASON`` moves the alias anyway, and both are recorded. There is nothing
+to resume.
 """
 
 from collections.abc import Mapping
 
 from tarflow_scale.config.base import load_named
-from tarflow_scale.config.promote import PromoteConfig
+from tarflow_scale.config.promote import GateRef, PromoteConfig
 from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, SampledProtocol, load_protocol
 from tarflow_scale.errors import ConfigError, PromotionRefused, RegistryError
 from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, read_contender, resolve
@@ -28,9 +28,9 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     """Decide, print, and move the alias.
 
     Raises:
-        ConfigError: the gate asks for nothing in which ``gate.against`` could be beaten, or that is the version itself.
-        RegistryError: no such version, or a retired one; the alias moved meanwhile.
-        PromotionRefused: the gate's decision is no, and nobody overrides it.
+        ConfigError: ``gate.against`` is the version itself, or no requirement of the gate compares with it.
+        RegistryError: there is no such version, it is retired, or another process moved the alias.
+        PromotionRefused: the gate refuses, and there is no override.
     """
     model, alias, override = config.registry.model, config.gate.alias, config.gate.override
     gate = load_named(GateConfig, config.gate.path, "gate", "gate.path")
@@ -42,7 +42,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     registry.check_usable(version)
     candidate = read_contender(registry, state, version)
     champion = read_contender(registry, state, holder) if holder is not None else None
-    rival = None if config.gate.against is None else _rival(config, config.gate.against, gate, protocols, candidate)
+    rival = None if config.gate.against is None else _rival(registry.path, config.gate, gate, protocols, candidate)
     decision = decide(gate, dict(protocols), candidate, champion, rival)
     _print_decision(decision)
     if not decision.promoted and override is None:
@@ -70,45 +70,46 @@ def _chosen(
     protocols: Protocols,
     holder: int | None,
 ) -> int:
-    """The version that is meant; of ``latest`` the newest with the numbers that the gate asks for.
+    """The version of a reference; for ``latest`` the newest one that has the numbers of the gate.
 
-    None older than the holder of the alias is taken, which must not move back without a word; and if none has the
-    numbers, the newest is, so that the gate says what is missing.
+    A version older than the holder of the alias is never chosen, because the alias must not move back unnoticed. If no
+    version has the numbers, it is the newest one, so that the gate prints what is missing.
     """
     newest = resolve(state, reference, registry.model).version
     if reference != "latest":
         return newest
-    passed: list[int] = []
+    skipped: list[int] = []
     for version in sorted(state.versions.keys() - state.retired.keys(), reverse=True):
         contender = Contender(f"{registry.model}@{version}", state.reports.get(version, []))
         if version < (holder or 0):
             break
         if all(contender.value(protocols[r.protocol], r.protocol_id) is not None for r in gate.requirements):
             line = f"latest is {contender.name}"
-            if passed:
-                others = ", ".join(f"{registry.model}@{number}" for number in passed)
-                line += f", the newest with the numbers that gate {gate.name} asks for; newer without them: {others}"
+            if skipped:
+                newer = ", ".join(f"{registry.model}@{number}" for number in skipped)
+                line += f", the newest with the numbers that gate {gate.name} asks for; newer without them: {newer}"
             print(line)
             return version
-        passed.append(version)
+        skipped.append(version)
     print(f"latest is {registry.model}@{newest}")
     return newest
 
 
 def _rival(
-    config: PromoteConfig, against: str, gate: GateConfig, protocols: Protocols, candidate: Contender
+    registry_path: str, reference: GateRef, gate: GateConfig, protocols: Protocols, candidate: Contender
 ) -> Contender:
-    """The version of another model that the candidate must beat."""
+    """The version of another model (``gate.against``) that the candidate must beat."""
     if not any(requirement.must_beat_champion for requirement in gate.requirements):
         raise ConfigError(
             f"gate.against needs a requirement with must_beat_champion (got none in gate {gate.name}); add one to "
-            f"{config.gate.path} or leave gate.against out"
+            f"{reference.path} or leave gate.against out"
         )
-    model, _, reference = against.partition("@")
-    registry = Registry(config.registry.path, model)
+    against = reference.against or ""
+    model, _, name = against.partition("@")
+    registry = Registry(registry_path, model)
     try:
         state = registry.state()
-        version = _chosen(registry, state, reference, gate, protocols, None)
+        version = _chosen(registry, state, name, gate, protocols, None)
         registry.check_usable(version)
         rival = read_contender(registry, state, version)
     except RegistryError as error:

@@ -1,12 +1,12 @@
 """Verb ``report``: what registries, training runs and generated data sets hold, as Markdown and as a page.
 
-Read leaderboards and their protocols, fold the logs of all models, rank the numbers that share a protocol id, compare
-the best with the champion, gather the pictures and curves that go with them, and write ``leaderboard.md`` and one
-self-contained ``index.html``. A sentence for each leaderboard comes first.
+Read leaderboards and their protocols, read the logs of all models, rank the numbers that share a protocol id, compare
+the best with the champion, collect samples and loss curves, and write ``leaderboard.md`` and one self-contained
+``index.html``. Both begin with a sentence for each leaderboard.
 
 Reads ``report.leaderboards``, ``report.registries``, ``report.gate``, and the folders ``report.runs`` and
-``report.generated``, each of which may be left out; writes into ``report.path``. Numbers of several protocol ids on one
-board are an error, not a footnote. Nothing is kept between reports.
+``report.generated``, each of which may be left out; writes into ``report.path``. Numbers with different protocol ids on
+one leaderboard are an error. Nothing is kept between reports.
 """
 
 import warnings
@@ -33,7 +33,7 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     """Rank, print, and write both files.
 
     Raises:
-        UserError: no such registry or run; rows of one leaderboard carry several protocol ids.
+        UserError: there is no such registry or run, or rows of one leaderboard have different protocol ids.
     """
     report = config.report
     entries = [entry for registry in _each_once(report.registries) for entry in _entries(registry)]
@@ -57,14 +57,14 @@ def _each_once(paths: Sequence[str]) -> list[str]:
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
-    """A sentence for each leaderboard; what a gate said of a version stands where that is best first."""
+    """A sentence for each leaderboard; the gate's decision on a version is in the first that it leads."""
     sentences: list[str] = []
-    told: set[str] = set()
+    mentioned: set[str] = set()
     for ranking in rankings:
         sentence = answer(ranking, _lead(ranking))
         for row in ranking.ours[:1]:
-            if row.model not in told:
-                told.add(row.model)
+            if row.model not in mentioned:
+                mentioned.add(row.model)
                 sentence += f"; {gate_said(row.model, words.get(ranking.board.name))}"
         sentences.append(f"{sentence}.")
     return sentences
@@ -80,12 +80,12 @@ def _ranking(path: str, entries: list[Entry]) -> Ranking:
     board = load_named(LeaderboardConfig, path, "leaderboard", "report.leaderboards")
     ranking = rank(board, load_protocol(board.protocol, f"protocol of leaderboard {board.name}"), entries)
     if not ranking.ours:
-        _say_why_empty(board, entries)
+        _warn_of_empty(board, entries)
     return ranking
 
 
-def _say_why_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
-    """A leaderboard without rows of ours is allowed, as there may be none yet, but not passed over in silence."""
+def _warn_of_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
+    """A leaderboard without rows of ours is allowed, because nothing may be evaluated yet, but it is reported."""
     models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
     wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
     warnings.warn(
@@ -102,28 +102,27 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """How far the best is ahead of the champion, or of the next best where it is the champion itself."""
-    best, *others = ranking.ours or [None]
+    """How far the best is ahead of the champion, or of the next best if it is the champion itself."""
+    best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
-    other = champion if champion is not None and champion is not best else next(iter(others), None)
+    other = champion if champion is not None and champion is not best else next(iter(worse), None)
     if best is None or other is None or best.metric is None or other.metric is None:
         return None
-    found = lead(ranking.protocol, _contender(best), best.metric, _contender(other), other.metric)
-    return Lead(other, *found)
+    return Lead(other, *lead(ranking.protocol, _contender(best), best.metric, _contender(other), other.metric))
 
 
 def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
-    """What a gate said of the best: the decision that the registry holds, else what the gate of the report says now."""
+    """The gate's decision on the best: the recorded one, else a new one by ``report.gate``; None without either."""
     best = next(iter(ranking.ours), None)
     if best is None or best.entry is None or best.version is None:
         return None
     registry, state = Registry(best.entry.registry, best.entry.model), best.entry.state
-    for fact in reversed(state.history):
-        if fact.kind == "promote" and fact.version == best.version.version:
-            payload = registry.log.read(fact.number).payload
+    for event in reversed(state.history):
+        if event.kind == "promote" and event.version == best.version.version:
+            payload = registry.log.read(event.number).payload
             recorded: dict[str, Any] = {"gate": "", "promoted": True, "reasons": (), **payload["decision"]}
             override = str(recorded.pop("override", ""))
-            if payload["alias"] in best.aliases:  # else it was taken from it since
+            if payload["alias"] in best.aliases:  # else another version took the alias since
                 return Word(Decision.model_validate(recorded), payload["alias"], override)
     if gate_path is None:
         return None
@@ -136,26 +135,26 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
 
 
 def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
-    """The grids of all rows, by digest; verified as they are read."""
-    found: dict[str, bytes] = {}
+    """The grids of all rows by digest; the digests are verified."""
+    grids: dict[str, bytes] = {}
     for ranking in rankings:
         for row in ranking.ours:
-            if row.grid is not None and row.entry is not None and row.grid.sha256 not in found:
+            if row.grid is not None and row.entry is not None and row.grid.sha256 not in grids:
                 registry = Registry(row.entry.registry, row.entry.model)
-                found[row.grid.sha256] = registry.read(f"grid of {row.model}", row.grid)
-    return found
+                grids[row.grid.sha256] = registry.read(f"grid of {row.model}", row.grid)
+    return grids
 
 
 def _run(path: str) -> Run:
     print(f"reading run {path}")
-    found = read_run(path)
-    if not any(found.loss.series):
+    read = read_run(path)
+    if not any(read.loss.series):
         print(f"{path} has no curve yet: its log holds no loss")
-    return found
+    return read
 
 
 def _generated(path: str) -> Picture | None:
-    """The first samples of a data set that ``generate`` wrote; None where it has not yet, which is said.
+    """The first samples of a data set that ``generate`` wrote; None, with a warning, if there are none yet.
 
     Raises:
         DataError: the plan is damaged.

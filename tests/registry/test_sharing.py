@@ -65,7 +65,7 @@ def test_a_group_reads_and_writes_what_a_writer_with_umask_077_left(team: Path) 
     assert run_as(ALICE, work=lambda: register(path, "of-bob", 1))[0] == 0
     for user in (ALICE, BOB):
         code, said = run_as(user, "models", "verify", here)
-        assert (code, said.endswith("events of 2 models and 4 files are what their digests say\n")) == (0, True), said
+        assert (code, said.endswith("events of 2 models and 4 files match their digests\n")) == (0, True), said
     assert (path / "m/_snapshot").exists()
     for name, mode in modes(path).items():
         assert mode == (0o2770 if (path / name).is_dir() else 0o660), name

@@ -82,7 +82,7 @@ def test_diff_shows_what_differs(registry: Registry, capsys: pytest.CaptureFixtu
 
 def test_verify_names_everything_that_is_wrong(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     assert models(registry, "verify") == 0
-    assert "3 events of 1 models and 4 files are what their digests say" in capsys.readouterr().out
+    assert "3 events of 1 models and 4 files match their digests" in capsys.readouterr().out
     first, second = (registry.resolve(number).files["model.safetensors"].sha256 for number in (1, 2))
     blob = Path(registry.store.blob(first))
     blob.write_bytes(b"wX")

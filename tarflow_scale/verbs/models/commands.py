@@ -1,18 +1,19 @@
-"""Verb ``models``: look at a registry, and change what its logs say. No command loads weights as a model.
+"""Verb ``models``: look at a registry, and add events to its logs. No command loads weights as a model.
 
 A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
-``init`` tries whether the store gives one winner of many writers, and ``command.shared=group`` lets a group use it,
-whatever the umask of each writer; ``list``, ``show`` and ``diff`` look; ``verify`` reads every event and file;
-``alias``, ``approve``, ``rollback`` and ``retire`` add one event each; ``collect`` lists what nothing needs, and
-removes it with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events
-are added, never changed, so a command that was killed did all or nothing; ``collect`` is run again.
+``init`` tests that exactly one of many concurrent writers wins, and ``command.shared=group`` lets a group use the
+registry, whatever the umask of each writer. ``list``, ``show`` and ``diff`` only read. ``verify`` reads every event and
+file. ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version
+needs, and removes them with ``command.delete=true``. ``export`` and ``import`` are in
+`tarflow_scale.verbs.models.exchange`. Events are added, never changed, so a killed command did all or nothing; run a
+killed ``collect`` again.
 """
 
 import json
 from typing import Any
 
 from tarflow_scale import storage
-from tarflow_scale.config.models import ModelsConfig
+from tarflow_scale.config.models import BrowseConfig, ModelsConfig
 from tarflow_scale.errors import ConfigError, RegistryError, StorageError
 from tarflow_scale.records import MetricsReport, ModelVersion
 from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
@@ -42,7 +43,7 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
 
     A model that cannot be read is left out, with a warning.
     """
-    del dry_run  # there is nothing to change
+    del dry_run  # nothing is written
     rows: list[tuple[str, ...]] = []
     wanted = config.registry.model
     path = config.registry.path
@@ -59,9 +60,9 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def show(config: ModelsConfig, dry_run: bool) -> None:
-    """Print what is known of one version: where it came from, its numbers, and what happened to it."""
-    del dry_run  # there is nothing to change
-    registry = _registry(config)
+    """Print the origin of one version, its numbers and its history."""
+    del dry_run  # nothing is written
+    registry = _registry(config.registry)
     state = registry.state()
     version = resolve(state, config.registry.version, registry.model)
     number = version.version
@@ -85,8 +86,8 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
     for report in state.reports.get(number, []):
         for metric in report.metrics.values():
             error = f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else ""
-            found = f"{metric.value:.4f}{error} {metric.unit} on {metric.num_images} images"
-            rows.append((metric.protocol, f"{found}, protocol {metric.protocol_id[:12]}"))
+            number_text = f"{metric.value:.4f}{error} {metric.unit} on {metric.num_images} images"
+            rows.append((metric.protocol, f"{number_text}, protocol {metric.protocol_id[:12]}"))
     for plan in state.calibrations.get(number, []):
         gain = plan.exact_seconds / plan.adaptive_seconds
         speed = f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, {gain:.3g} times exact"
@@ -102,30 +103,30 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print in what configuration and numbers a version differs from another (the champion, unless one is named)."""
-    del dry_run  # there is nothing to change
-    registry = _registry(config)
+    """Print the settings and numbers in which a version differs from another, by default the champion."""
+    del dry_run  # nothing is written
+    registry = _registry(config.registry)
     state = registry.state()
-    one = resolve(state, config.command.other or "champion", registry.model)
-    two = resolve(state, config.registry.version, registry.model)
-    names = tuple(f"{registry.model}@{version.version}" for version in (one, two))
-    sides = [_flat(_configuration(registry, version)) | _facts(version) for version in (one, two)]
+    other = resolve(state, config.command.other or "champion", registry.model)
+    version = resolve(state, config.registry.version, registry.model)
+    names = tuple(f"{registry.model}@{side.version}" for side in (other, version))
+    sides = [_flat(_configuration(registry, side)) | _provenance(side) for side in (other, version)]
     keys = sorted(set(sides[0]) | set(sides[1]))
     rows = [(key, *(side.get(key, "-") for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
     print(console.table(rows, ("configuration", *names)) if rows else f"{' and '.join(names)} have equal settings")
-    numbers = [_by_protocol(state.reports.get(version.version, [])) for version in (one, two)]
+    numbers = [_by_protocol(state.reports.get(side.version, [])) for side in (other, version)]
     rows = [(key, *(side.get(key, "-") for side in numbers)) for key in sorted(set(numbers[0]) | set(numbers[1]))]
     print()
     print(console.table(rows, ("number", *names)))
 
 
 def verify(config: ModelsConfig, dry_run: bool) -> None:
-    """Read every event of every log and every blob that a version needs, and check all digests.
+    """Read every event of every log and every file that a version needs, and check all digests.
 
     Raises:
-        RegistryError: something is missing or damaged; all of it is listed first.
+        RegistryError: something is missing or damaged; every problem is printed first.
     """
-    del dry_run  # there is nothing to change
+    del dry_run  # nothing is written
     path, problems, needed = config.registry.path, list[str](), dict[str, str]()
     events = 0
     models = [config.registry.model] if config.registry.model else Registry.models(path)
@@ -147,17 +148,18 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
         print(console.printable(problem))
     if problems:
         raise RegistryError(f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them")
-    print(f"{path}: {events} events of {len(models)} models and {len(needed)} files are what their digests say")
+    print(f"{path}: {events} events of {len(models)} models and {len(needed)} files match their digests")
 
 
 # -- changing ----------------------------------------------------------------------------------------------------------
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: try whether the store gives one winner of many writers, and set for whom modes are set.
+    """Make a registry: test that one of many concurrent writers wins, and record who may use its files.
 
     Raises:
-        RegistryError: it does not, and no single writer was promised; it has no modes, or files of other users.
+        RegistryError: several writers won, and no single writer was promised; or the store has no file modes, or holds
+            files of other users.
     """
     if dry_run:
         print(f"dry run: would try create-if-absent below {config.registry.path}")
@@ -174,12 +176,12 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
     """Point an alias that no gate guards (``command.alias``) to a version.
 
     Raises:
-        RegistryError: a gate guards it; no such version; the alias moved meanwhile.
+        RegistryError: a gate guards it, there is no such version, or another process moved the alias.
     """
     name = config.command.alias
     if name is None or name == "latest" or name.isdigit():
         raise ConfigError(f"command.alias must be a name other than latest (got {name}); for example stable")
-    registry = _registry(config)
+    registry = _registry(config.registry)
     state = registry.state()
     version, holder = resolve(state, config.registry.version, registry.model).version, state.aliases.get(name)
     if holder == version:
@@ -195,9 +197,9 @@ def approve(config: ModelsConfig, dry_run: bool) -> None:
     """Say, as the present user, that a version may be promoted.
 
     Raises:
-        RegistryError: no such version, retired, or approved by this user already.
+        RegistryError: there is no such version, it is retired, or this user approved it before.
     """
-    registry = _registry(config)
+    registry = _registry(config.registry)
     version = registry.resolve(config.registry.version).version
     if dry_run:
         print(f"dry run: would approve {registry.model}@{version}")
@@ -209,11 +211,12 @@ def retire(config: ModelsConfig, dry_run: bool) -> None:
     """Take a version out of use; after the grace period its files may be collected.
 
     Raises:
-        RegistryError: an alias points to it; no such version; retired already; no reason.
+        ConfigError: no reason is given.
+        RegistryError: an alias points to it, there is no such version, or it is retired already.
     """
     if not config.command.reason:
-        raise ConfigError("retire needs a reason for those who ask later (got none); set command.reason")
-    registry = _registry(config)
+        raise ConfigError("retire needs a reason, which is stored (got none); set command.reason")
+    registry = _registry(config.registry)
     version = registry.resolve(config.registry.version).version
     if dry_run:
         print(f"dry run: would retire {registry.model}@{version}")
@@ -223,12 +226,12 @@ def retire(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def rollback(config: ModelsConfig, dry_run: bool) -> None:
-    """Point an alias (``registry.version``) back to the version before.
+    """Point an alias (``registry.version``) back to its previous version.
 
     Raises:
-        RegistryError: not an alias, or nothing to go back to.
+        RegistryError: it is not an alias, or has no previous version.
     """
-    name, registry = config.registry.version, _registry(config)
+    name, registry = config.registry.version, _registry(config.registry)
     if not isinstance(name, str) or name == "latest":
         raise RegistryError(f"rollback needs an alias (got registry.version={name}); for example champion")
     if dry_run:
@@ -240,32 +243,32 @@ def rollback(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def collect(config: ModelsConfig, dry_run: bool) -> None:
-    """List what no version needs any more; with ``command.delete=true`` remove it.
+    """List files that no version needs any more; with ``command.delete=true`` remove them.
 
     Raises:
-        RegistryError: no registry, a damaged log, or too short a grace period.
+        RegistryError: there is no registry, a log is damaged, or the grace period is too short.
     """
     path, grace = config.registry.path, config.command.grace_days * 86400
-    found = collection.garbage(path, grace)
-    rows = [(f"{model}@{number}", "retired") for model, numbers in found.versions.items() for number in numbers]
-    rows += [(digest[:12], f"{num_bytes / _MIB:.1f} MiB") for digest, num_bytes in found.blobs.items()]
+    garbage = collection.garbage(path, grace)
+    rows = [(f"{model}@{number}", "retired") for model, numbers in garbage.versions.items() for number in numbers]
+    rows += [(digest[:12], f"{num_bytes / _MIB:.1f} MiB") for digest, num_bytes in garbage.blobs.items()]
     print(console.table(rows, ("what", "")) if rows else f"{path}: nothing to collect")
     if not rows:
         return
     if dry_run or not config.command.delete:
         print("nothing was removed; set command.delete=true")
         return
-    free = collection.collect(path, found, grace, config.command.reason or "collected")
-    print(f"{path}: {free / _MIB:.1f} MiB came free")
+    freed = collection.collect(path, garbage, grace, config.command.reason or "collected")
+    print(f"{path}: freed {freed / _MIB:.1f} MiB")
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def _registry(config: ModelsConfig) -> Registry:
-    if config.registry.model is None:
+def _registry(browsed: BrowseConfig) -> Registry:
+    if browsed.model is None:
         raise RegistryError("this command needs a model (got none); set registry.model")
-    return Registry(config.registry.path, config.registry.model)
+    return Registry(browsed.path, browsed.model)
 
 
 def _numbers(reports: list[MetricsReport]) -> str:
@@ -293,8 +296,8 @@ def _configuration(registry: Registry, version: ModelVersion) -> dict[str, Any]:
     return json.loads(registry.read("configuration", version.configuration))
 
 
-def _facts(version: ModelVersion) -> dict[str, str]:
-    """What differs beside settings."""
+def _provenance(version: ModelVersion) -> dict[str, str]:
+    """What may differ besides settings."""
     return {
         "(code)": version.git_commit,
         "(data manifest)": version.data.digest[:12],

@@ -1,13 +1,12 @@
 """Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
 
-The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (images: what a
-report has, else what is drawn for the card) and last ``version.json``, everything else that the registry knows.
-What is imported is checked before it is stored: safetensors of the promised digest, no pickle, no name that leaves the
-folder.
+The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (samples of a
+report, or drawn for the card) and ``version.json``, which has everything else that the registry knows and is written
+last. An import checks everything before it stores anything: safetensors with the recorded digest, no pickle, no name
+that leaves the folder.
 
-Both read and write a folder or URL, ``command.path``: ``export`` an empty or absent one, ``import`` what export wrote,
-to register it as ``registry.model``. What was imported before becomes no second version, and an import that was killed
-is run again.
+``export`` writes to ``command.path``, a folder or URL that must be empty or absent; ``import`` reads it and registers
+the version as ``registry.model``. Importing the same version twice adds no second version; run a killed import again.
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from tarflow_scale import storage
-from tarflow_scale.config.models import ModelsConfig
+from tarflow_scale.config.models import BrowseConfig, CommandConfig, ModelsConfig
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.weights import CONFIG_NAME, WEIGHTS_NAME, flow_from_files
@@ -35,9 +34,9 @@ __all__ = ["export_version", "import_version"]
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
-"""Of samples that are drawn for a card: images side by side, the same where each column holds a class, and in all."""
+"""Samples drawn for a card: columns, most columns where each shows one class, and most samples."""
 _MOST_HEADER_BYTES = 100 * 1024**2
-"""What the safetensors library reads at the most."""
+"""The longest header that the safetensors library reads."""
 
 
 class _ExportedVersion(Record):
@@ -53,11 +52,11 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
     """Write a version to a folder or URL (``command.path``), which must be empty or absent.
 
     Raises:
-        ConfigError: no path.
-        DataError: there is something there.
-        RegistryError: no such version, or a file of it is damaged.
+        ConfigError: no path or no model is given.
+        DataError: the folder holds files.
+        RegistryError: there is no such version, or one of its files is damaged.
     """
-    path, model = _place(config)
+    path, model = _path_and_model(config.registry, config.command)
     registry = Registry(config.registry.path, model)
     state = registry.state()
     version = resolve(state, config.registry.version, model)
@@ -80,29 +79,29 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
     files[_CARD] = _card(model, version, state, config.command.licence, drawn is not None, given).encode()
     known = tuple(_portable(report) for report in reports)
     files[_VERSION] = _ExportedVersion(format=_FORMAT, model=model, version=version, reports=known).to_json()
-    for name, content in files.items():  # the version last, so that half a folder is none
+    for name, content in files.items():  # version.json last: without it the folder is not an exported version
         storage.write_bytes(storage.join(path, name), content)
     print(f"{path}: {model}@{version.version}, {', '.join(files)}")
 
 
 def import_version(config: ModelsConfig, dry_run: bool) -> None:
-    """Register what a folder or URL (``command.path``) holds, with its reports, under ``registry.model``.
+    """Register the version in a folder or URL (``command.path``), with its reports, as ``registry.model``.
 
     Raises:
-        ConfigError: no path or no model.
-        DataError: no exported version, a damaged one, or anything else than safetensors and JSON.
+        ConfigError: no path or no model is given.
+        DataError: there is no exported version, it is damaged, or it is not safetensors and JSON.
     """
-    path, model = _place(config)
+    path, model = _path_and_model(config.registry, config.command)
     location = storage.join(path, _VERSION)
     content = storage.read_if_there(location)
     if content is None:
         raise DataError(
             f"{path} is no exported version (no {_VERSION}); weights of apple/ml-tarflow go through the verb convert"
         )
-    found = _ExportedVersion.from_json(content, location, DataError)
-    version, files = found.version, _files(path, found.version)
+    exported = _ExportedVersion.from_json(content, location, DataError)
+    version, files = exported.version, _files(path, exported.version)
     flow = flow_from_files(files, path)
-    print(f"{path}: {found.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
+    print(f"{path}: {exported.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
     if dry_run:
         print(f"dry run: would become a version of {model}")
         return
@@ -112,19 +111,19 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         if storage.digest(configuration) != version.configuration.sha256:
             raise DataError(f"{path}/{_CONFIGURATION} does not match its digest; copy the folder again")
     registry = Registry(config.registry.path, model)
-    facts = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
-    origin = config.command.reason or f"imported from {path}, there {found.model}@{version.version}"
-    registered = registry.register(files, facts, origin, configuration)
+    fields = version.model_dump(mode="json", exclude={"version", "files", "configuration"})
+    origin = config.command.reason or f"imported from {path}, there {exported.model}@{version.version}"
+    registered = registry.register(files, fields, origin, configuration)
     present = [_portable(report) for report in registry.state().reports.get(registered.version, [])]
-    for report in found.reports:
+    for report in exported.reports:
         own = _portable(report).model_copy(update={"model": model, "version": registered.version})
         if own not in present:
             registry.attach_report(own, origin)
-    print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(found.reports)} reports")
+    print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(exported.reports)} reports")
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """The first samples of seed 0 with their classes; of few classes a column shows one. None where they fail."""
+    """The first samples of seed 0 with their classes, a column a class if they are few; None if sampling fails."""
     names = version.data.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -132,30 +131,30 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
     flow = flow_from_files(files, "the version").to(own_device()).eval()
     try:
         images = Sampler(flow, 0, SamplingConfig(batch_size=None)).images(range(num)).numpy()
-    except (ConfigError, NumericsError) as error:  # no reason to keep a model from being shared
+    except (ConfigError, NumericsError) as error:  # a model can be shared without samples
         warnings.warn(f"the model card has no samples: {error}", stacklevel=2)
         return None
     labels = [names[i % len(names)] for i in range(num)] if flow.num_classes == len(names) else None
     return contact_sheet(images, columns, max(1, 256 // (_COLUMNS * images.shape[-1])), labels)
 
 
-def _place(config: ModelsConfig) -> tuple[str, str]:
+def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str, str]:
     """The folder or URL, and the model."""
-    if config.command.path is None:
+    if command.path is None:
         raise ConfigError("command.path must say where the exported version is (got none); set it")
-    if config.registry.model is None:
+    if browsed.model is None:
         raise ConfigError("export and import need the name of a model (got none); set registry.model")
-    return config.command.path, config.registry.model
+    return command.path, browsed.model
 
 
 def _portable(report: MetricsReport) -> MetricsReport:
-    """A report without what its registry alone holds."""
+    """A report without the files that only its registry holds."""
     metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
     return report.model_copy(update={"grid": None, "metrics": metrics})
 
 
 def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
-    """The files of the flow, as they were exported."""
+    """The files of the flow, checked against the exported version."""
     if set(version.files) != {WEIGHTS_NAME, CONFIG_NAME}:
         raise DataError(
             f"{path}/{_VERSION} must name {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export it "
@@ -195,7 +194,7 @@ _TASK = "unconditional-image-generation"
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
-    """Markdown with the metadata that model hubs read; ``given`` are the numbers that the flow is conditioned on."""
+    """Markdown with the metadata that model hubs read; ``given`` counts the numbers that condition the flow."""
     newest = {
         metric.protocol_id: metric
         for report in state.reports.get(version.version, [])
@@ -232,7 +231,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         lines += [f"| number | value | standard error | unit | {noun} | protocol id |", "|---|---|---|---|---|---|"]
         for metric in newest.values():
             numbers = (metric.value, metric.standard_error)
-            value, error = ("" if one is None else fixed(one, decimals_of(metric.value)) for one in numbers)
+            value, error = ("" if number is None else fixed(number, decimals_of(metric.value)) for number in numbers)
             lines.append(
                 f"| {metric.protocol} | {value} | {error} | {metric.unit} | {metric.num_images:,} | "
                 f"`{metric.protocol_id[:12]}` |"
