@@ -3,8 +3,7 @@
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 
 from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.verbs.prepare import run as prepare
+from tests.forking import HANG_SECONDS, TOP, start
 
-TOP = Path(__file__).resolve().parents[1]
 SAMPLES = TOP.parent / "shared" / "data"
 """Real images that may lie beside the checkout; tests of them are skipped where they do not."""
 
@@ -83,28 +82,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
 def command(
-    *arguments: str,
-    ranks: int = 0,
-    cwd: Path = TOP,
-    timeout: float = 300,
-    environment: Mapping[str, str] | None = None,
+    *arguments: str, ranks: int = 0, cwd: Path = TOP, environment: Mapping[str, str] | None = None, real: bool = False
 ) -> "subprocess.CompletedProcess[str]":
-    """Run ``tarflow-scale ARGUMENTS``; with ``ranks``, under torchrun; with more variables in its environment."""
-    python = [sys.executable, "-m"]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
-    return subprocess.run(
-        [*python, *launcher, "tarflow_scale", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run ``tarflow-scale ARGUMENTS`` to its end; the rest is as in `tests.forking.start`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(*arguments, ranks=ranks, cwd=cwd, environment=environment, real=real, **pipes)
+    try:
+        output, errors = process.communicate(timeout=HANG_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 SMALL_MODEL = (

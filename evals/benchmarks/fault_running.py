@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Figure, write_results
+from evals.benchmarks.measuring import Figure, write_results
 
 __all__ = [
     "LIMIT_SECONDS",

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faults
-from fault_running import Failed, finish, run_scenarios, start
-from generation_faults import content, same
-from slurm_cluster import Cluster, slurm
+from evals.benchmarks import faults
+from evals.benchmarks.fault_running import Failed, finish, run_scenarios, start
+from evals.benchmarks.generation_faults import content, same
+from evals.benchmarks.slurm_cluster import Cluster, slurm
 
 __all__ = ["SCENARIOS", "World", "make_world"]
 

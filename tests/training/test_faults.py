@@ -2,16 +2,12 @@
 
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
-
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("faults")
+from evals.benchmarks import faults
 
 pytestmark = pytest.mark.distributed
 

@@ -333,8 +333,7 @@ def read_only_store(m: Machine) -> None:
 def store_without_winners(m: Machine) -> None:
     """rclone's server overwrites what a conditional put should leave alone."""
     pytest.importorskip("s3fs")
-    sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-    s3_server = pytest.importorskip("s3_server")
+    s3_server = pytest.importorskip("evals.benchmarks.s3_server")
     (m.tmp / "buckets" / "bucket").mkdir(parents=True)
     m.environment |= m.stack.enter_context(s3_server.serving(m.tmp / "buckets"))
     m.arguments["store.path"] = "s3://bucket"

@@ -36,7 +36,9 @@ from tarflow_scale.training.noise import model_input
 from tarflow_scale.training.validation import _NOISE_SEED
 from tarflow_scale.verbs.evaluate import worker
 from tarflow_scale.verbs.train.driver import _batch_statistics
+from tests import forking
 from tests.conftest import TOP, Trained, command, train_arguments
+from tests.forking import HANG_SECONDS
 
 VOLATILE = {
     "images_per_second", "tokens_per_second", "mfu", "data_wait_fraction", "seconds", "peak_memory_bytes",
@@ -130,20 +132,12 @@ def test_lines_reach_a_log_file_as_they_are_printed(digits: Path, tmp_path: Path
 
 
 def start(arguments: list[str], ranks: int = 0) -> "subprocess.Popen[str]":
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "tarflow_scale", *arguments],
-        cwd=TOP,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return forking.start(*arguments, ranks=ranks, start_new_session=True, **streams)
 
 
 def wait_for_checkpoint(run: Path, images: int, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + HANG_SECONDS
     while not (run / f"checkpoints/images-{images:012d}/manifest.json").exists():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
@@ -208,7 +202,7 @@ def test_a_signal_saves_and_says_so(trained: Trained, tmp_path: Path, number: si
     process = start(arguments)
     wait_for_checkpoint(tmp_path / "run", 320, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75
     assert f"stopped by {number.name}" in output
     assert "images (checkpoint saved); run it again to go on" in output
@@ -383,7 +377,7 @@ def test_torchrun_sh_passes_a_signal_on_and_two_ranks_save(
     process = torchrun_sh(tmp_path, arguments)
     wait_for_checkpoint(tmp_path / "run", 320, process)
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, output
     assert re.search(r"checking the configuration \(.*empty\.yaml\)\nstarting 2 ranks\n", output)
     assert "waiting for all 2 ranks" in output
@@ -403,7 +397,7 @@ def test_torchrun_sh_ends_with_2_where_a_rank_does(trained: Trained, tmp_path: P
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/.lock").mkdir()
     process = torchrun_sh(tmp_path, train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")[1:])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert f"tarflow-scale: error: cannot write {tmp_path}/run (Is a directory)" in output
@@ -428,7 +422,7 @@ def test_torchrun_sh_told_to_stop_before_there_are_ranks(trained: Trained, tmp_p
     while not listens():
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, output
     assert "Traceback" not in output
     assert not (tmp_path / "run/checkpoints").exists()
@@ -461,7 +455,7 @@ def test_torchrun_sh_adds_no_errors_of_torchrun(end: str, code: int, trained: Tr
     if end == "ctrl_c":
         wait_for_checkpoint(tmp_path / "run", 320, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, output
     assert "tarflow-scale: " in output  # each rank may meet a mistake of its own
     assert not re.search(r"Traceback|torch/distributed|ChildFailedError|exitcode|death signal", output), output
