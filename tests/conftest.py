@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.pool import OBJECT_STORE_BYTES
 from tarflow_scale.verbs.prepare import run as prepare
 from tests.forking import HANG_SECONDS, TOP, start
 
@@ -94,6 +95,27 @@ def command(
         if process.returncode is None:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Generator[str]:
+    """The address of one Ray cluster of four cores, for all tests that read results alone."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    with pytest.MonkeyPatch.context() as patch:  # what a pool gives to a cluster of its own
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")
+        node = {"num_cpus": 4, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+        cluster = cluster_utils.Cluster(
+            initialize_head=True, head_node_args=node | {"object_store_memory": OBJECT_STORE_BYTES}
+        )
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def on_ray(ray_address: str) -> list[str]:
+    """Overrides by which a verb uses that cluster."""
+    return ["cluster.executor=ray", f"cluster.address={ray_address}"]
 
 
 SMALL_MODEL = (

@@ -13,7 +13,7 @@ pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
 s3_server = pytest.importorskip("evals.benchmarks.s3_server")
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 GATE = """
 name: bucket

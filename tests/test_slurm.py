@@ -9,6 +9,7 @@ from evals.benchmarks import slurm_cluster as cluster
 from evals.benchmarks import slurm_faults as faults
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing()),
 ]

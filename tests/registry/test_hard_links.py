@@ -22,6 +22,7 @@ RACE = (
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sixteen_processes_race_without_hard_links_and_one_wins_each_of_50_rounds(tmp_path: Path) -> None:
     pytest.importorskip("moto")
@@ -88,6 +89,7 @@ def test_a_first_version_is_refused_there_before_anything_is_written(tmp_path: P
     assert Registry(str(tmp_path / "r"), "m").register({"w": b"2"}, FACTS, "").version == 2
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_without_hard_links_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("moto")
     from evals.benchmarks import registry_faults

@@ -11,6 +11,7 @@ pytest.importorskip("s3fs")
 faults = pytest.importorskip("evals.benchmarks.registry_faults")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda one: one.__name__)
 def test_a_registry_survives(scenario: Callable[[object, Path], object], tmp_path: Path) -> None:
     random.seed(0)

@@ -152,6 +152,7 @@ FAMILY = [
 SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 
+@pytest.mark.slow
 @distributed
 def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(ranks: Ranks) -> None:
     """RealNVP normalises by statistics of the whole batch, which every rank has a part of.
@@ -198,6 +199,7 @@ def settings(ranks: Ranks) -> dict[str, Any]:
     return ranks(2, "curves", 15, *SAME, *BF16)
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", SAME)
 def test_offloading_compiling_and_computing_again_change_rounding_only(
@@ -208,6 +210,7 @@ def test_offloading_compiling_and_computing_again_change_rounding_only(
     assert max(settings[variant]["average_errors"]) < 1e-6
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", BF16)
 def test_bf16_is_the_same_at_every_stage(alone: dict[str, Any], settings: dict[str, Any], variant: str) -> None:
@@ -224,6 +227,7 @@ def test_bf16_is_the_same_at_every_stage(alone: dict[str, Any], settings: dict[s
 MUON = [f"stage={stage},optimizer=muon" for stage in (1, 2)]
 
 
+@pytest.mark.slow
 @distributed
 def test_muon_trains_alike_on_one_rank_and_on_two(ranks: Ranks, alone: dict[str, Any]) -> None:
     one = ranks(1, "curves", 30, *MUON)

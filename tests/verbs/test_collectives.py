@@ -11,6 +11,7 @@ import pytest
 from tarflow_scale.errors import UserError
 from tarflow_scale.verbs.doctor.collectives import meet
 from tests.conftest import TOP
+from tests.forking import HANG_SECONDS
 
 FROZEN = """
 import os, torch, torch.distributed as dist
@@ -44,8 +45,8 @@ def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not() -> None:
         )
         for code in (FROZEN, CALLER)
     )  # fmt: skip
-    output, _ = caller.communicate(timeout=120)
-    frozen.communicate("\n", timeout=60)
+    output, _ = caller.communicate(timeout=HANG_SECONDS)
+    frozen.communicate("\n", timeout=HANG_SECONDS)
     assert json.loads(output) == [{"0": "here", "1": "there"}, [], [1], None, False]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from evals.benchmarks import generation_faults as faults
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
