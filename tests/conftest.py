@@ -38,11 +38,11 @@ CLUSTERS = {
 
 
 def group_of(test: str) -> str:
-    """Tests of clusters are run one after the other where several run at once, and so are those of runs and verbs."""
+    """What one worker runs in order: all tests of clusters, each file of runs and verbs, and any other test alone."""
     file = Path(test.partition("::")[0])
     if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
-    return "runs" if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
+    return str(file) if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
 
 
 @pytest.hookimpl(optionalhook=True)
