@@ -138,7 +138,6 @@ def _launch(num_ranks: int) -> None:
     for rank, (reader, _) in enumerate(pipes):
         pids.append(os.fork())
         if pids[-1] == 0:
-            die_with_parent()
             for _, writer in pipes:
                 os.close(writer)
             port = os.read(reader, 16).decode()

@@ -5,12 +5,13 @@ Two of them are proved by `tests/verbs/test_train.py`: kill -9 of the launcher a
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
-from evals.benchmarks import faults
+from evals.benchmarks import fault_running, faults
+from tests import forking
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -18,8 +19,10 @@ needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount 
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return faults.make_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fault_running, "launch", forking.start)
+        yield faults.make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize(
