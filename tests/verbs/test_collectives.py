@@ -27,7 +27,7 @@ import json, torch, torch.distributed as dist
 from datetime import timedelta
 from tarflow_scale.verbs.doctor.collectives import call_roll
 store = dist.TCPStore("127.0.0.1", {port}, None, True, wait_for_workers=False)
-dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=60))
+dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=1500))
 seen = call_roll(store, 0, 2, torch.device("cpu"), "gloo", "here", 2.0)
 print(json.dumps([seen.hosts, seen.missing, seen.silent, seen.bytes_per_second, dist.is_initialized()]))
 """
