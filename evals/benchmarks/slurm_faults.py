@@ -27,7 +27,7 @@ TOP = Path(__file__).resolve().parents[2]
 IMAGES = 9600
 LOGGED = 20
 """Lines of a run's log after which something happens to it."""
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 1500.0
 TOLD = re.compile(
     r"^\S+ job \d+ |stopped by SIG|\*\*\* .*(CANCELLED|NODE)|registered \S+@|images in \d+ shard|^tarflow-scale: error"
 )
