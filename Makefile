@@ -1,15 +1,21 @@
-# Two commands: `make demo` and `make test`. Each works first; they share one .venv.
+# `make demo` and `make test` work at once in a fresh checkout; they share one .venv. `make test-all` takes longer.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 demo: $(VENV)/.installed
 	launch/quickstart.sh
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow
+
+test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev

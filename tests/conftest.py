@@ -3,8 +3,7 @@
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import pytest
 import torch
 
 from tarflow_scale.config.prepare import PrepareConfig
+from tarflow_scale.pool import OBJECT_STORE_BYTES
 from tarflow_scale.verbs.prepare.driver import run as prepare
+from tests.forking import HANG_SECONDS, TOP, start
 
-TOP = Path(__file__).resolve().parents[1]
 SAMPLES = TOP.parent / "shared" / "data"
 """Real images that may lie beside the checkout; tests of them are skipped where they do not."""
 
@@ -38,11 +38,11 @@ CLUSTERS = {
 
 
 def group_of(test: str) -> str:
-    """Tests of clusters are run one after the other where several run at once, and so are those of runs and verbs."""
+    """What one worker runs in order: all tests of clusters, each file of runs and verbs, and any other test alone."""
     file = Path(test.partition("::")[0])
     if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
-    return "runs" if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
+    return str(file) if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -83,28 +83,39 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
 def command(
-    *arguments: str,
-    ranks: int = 0,
-    cwd: Path = TOP,
-    timeout: float = 300,
-    environment: Mapping[str, str] | None = None,
+    *arguments: str, ranks: int = 0, cwd: Path = TOP, environment: Mapping[str, str] | None = None, real: bool = False
 ) -> "subprocess.CompletedProcess[str]":
-    """Run ``tarflow-scale ARGUMENTS``; with ``ranks``, under torchrun; with more variables in its environment."""
-    python = [sys.executable, "-m"]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks else []
-    return subprocess.run(
-        [*python, *launcher, "tarflow_scale", *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run ``tarflow-scale ARGUMENTS`` to its end; the rest is as in `tests.forking.start`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(*arguments, ranks=ranks, cwd=cwd, environment=environment, real=real, **pipes)
+    try:
+        output, errors = process.communicate(timeout=HANG_SECONDS)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Generator[str]:
+    """The address of one Ray cluster of four cores, for all tests that read results alone."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    with pytest.MonkeyPatch.context() as patch:  # what a pool gives to a cluster of its own
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_worker_niceness", "0")
+        node = {"num_cpus": 4, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+        cluster = cluster_utils.Cluster(
+            initialize_head=True, head_node_args=node | {"object_store_memory": OBJECT_STORE_BYTES}
+        )
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def on_ray(ray_address: str) -> list[str]:
+    """Overrides by which a verb uses that cluster."""
+    return ["cluster.executor=ray", f"cluster.address={ray_address}"]
 
 
 SMALL_MODEL = (

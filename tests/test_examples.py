@@ -17,6 +17,7 @@ from tarflow_scale.density.anomaly import compressed_bits_per_dim, scores_of, th
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.reader import ShardSet
 from tests.conftest import TOP, Trained
+from tests.forking import HANG_SECONDS
 
 
 def run(name: str, trained: Trained, output: Path, *more: str) -> str:
@@ -26,7 +27,7 @@ def run(name: str, trained: Trained, output: Path, *more: str) -> str:
         cwd=TOP,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -124,6 +125,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path) -> None:
     """A stranger's first hour, smaller: each line as it is written, on a folder of photographs' size and kind."""
@@ -149,7 +151,7 @@ def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path)
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_SECONDS,
             check=False,
         )
         assert result.returncode == 0, f"{line}: {result.stdout}{result.stderr}"

@@ -16,6 +16,7 @@ import pytest
 
 from tarflow_scale.registry import Registry
 from tests.conftest import TOP, Trained, command, train_arguments
+from tests.forking import HANG_SECONDS
 from tests.verbs.test_train import curve, weights
 
 HOSTS = {"tarflow-a": "10.77.0.1", "tarflow-b": "10.77.0.2"}
@@ -60,6 +61,7 @@ def hosts() -> Generator[dict[str, str]]:
         ip("netns", "del", name)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_train_like_one(hosts: dict[str, str], trained: Trained, tmp_path: Path) -> None:
     first, _ = hosts
@@ -79,7 +81,7 @@ def test_two_hosts_train_like_one(hosts: dict[str, str], trained: Trained, tmp_p
                 text=True,
             )
         )  # fmt: skip
-    outputs = [process.communicate(timeout=240)[0] for process in launched]
+    outputs = [process.communicate(timeout=HANG_SECONDS)[0] for process in launched]
     assert [process.returncode for process in launched] == [0, 0], outputs
     one = train_arguments(trained.data, tmp_path / "one", tmp_path / "registry", "training.total_images=640")
     assert command(*one, ranks=2).returncode == 0
@@ -112,6 +114,7 @@ def ssh(hosts: dict[str, str], tmp_path: Path) -> Generator[str]:
         one.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_hostfile_trains_on_its_hosts_stops_and_goes_on(
     hosts: dict[str, str], ssh: str, trained: Trained, tmp_path: Path
@@ -131,17 +134,17 @@ def test_a_hostfile_trains_on_its_hosts_stops_and_goes_on(
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.terminate()
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, output
     assert "tarflow-scale: stopped by SIGTERM after" in output
-    assert launch().wait(timeout=240) == 0
+    assert launch().wait(timeout=HANG_SECONDS) == 0
     one = train_arguments(trained.data, tmp_path / "one", tmp_path / "registry", "training.total_images=2560")
     assert command(*one, ranks=2).returncode == 0
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
     process = launch("optimizer.lr=1")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 2
     lines = [line for line in output.splitlines() if not line.startswith("checking the configuration (")]
     assert lines == ["tarflow-scale: error: optimizer.lr: unknown key; check the spelling against --help"]
@@ -175,6 +178,7 @@ def inside(name: str, *words: str, token: str, folder: Path) -> "subprocess.Pope
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_hosts_evaluate_and_generate_like_one_and_know_their_token(
     hosts: dict[str, str], trained: Trained, tmp_path: Path, request: pytest.FixtureRequest
@@ -207,13 +211,13 @@ def test_two_hosts_evaluate_and_generate_like_one_and_know_their_token(
     ]
     for verb in (evaluate, [*generate, f"shards.path={tmp_path}/two"]):
         process = inside(first, "tarflow_scale", *verb, *there, token=token, folder=folder)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, output
 
     refused = inside(
         first, "tarflow_scale", *generate, f"shards.path={tmp_path}/none", *there[:3], token="6" * 64, folder=folder
     )
-    output, _ = refused.communicate(timeout=240)
+    output, _ = refused.communicate(timeout=HANG_SECONDS)
     assert refused.returncode == 2, output
     assert output.count("\n") < 12  # the plan, and one line
     assert output.endswith(

@@ -194,15 +194,21 @@ def test_on_ray_what_a_worker_prints_cannot_stop_it_and_its_threads_spin_briefly
 
 
 class Sleeper:
-    """Takes a while, and tells where it was."""
+    """Takes a while, and tells where it was; the first on a node waits until another node is at work too."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
 
     def run(self, unit: int) -> int:
         (self._folder / f"{unit}-{os.environ.get('RAY_RAYLET_PID', os.getppid())}").touch()
+        while len(nodes_at_work(self._folder)) < 2:
+            time.sleep(0.05)
         time.sleep(0.3)
         return unit * unit
+
+
+def nodes_at_work(folder: Path) -> set[str]:
+    return {path.name.partition("-")[2] for path in folder.iterdir()}
 
 
 @pytest.mark.ray
@@ -211,6 +217,7 @@ def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.Monk
     from ray.cluster_utils import Cluster
 
     monkeypatch.setattr(work, "_LEAST_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(work, "_PATIENCE", 0.0)  # the first units wait for a node to start
     here = {"node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **here})
     try:
@@ -221,7 +228,7 @@ def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.Monk
             for unit, result in pool.run(Sleeper, {"folder": str(tmp_path)}, range(24)):
                 found.append((unit, result))
                 if len(found) == 8:
-                    raylets = {path.name.partition("-")[2] for path in tmp_path.iterdir()}
+                    raylets = nodes_at_work(tmp_path)
                     cluster.remove_node(node, allow_graceful=False)
     finally:
         cluster.shutdown()
@@ -230,9 +237,9 @@ def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.ray
-def test_on_ray_a_users_mistake_keeps_its_message() -> None:
+def test_on_ray_a_users_mistake_keeps_its_message(ray_address: str) -> None:
     with pytest.raises(PlanError, match=r"^units must not be negative \(got -1\); count from 0$"):
-        run({"offset": 0}, [0, -1], executor="ray", num_workers=1)
+        run({"offset": 0}, [0, -1], executor="ray", address=ray_address, num_workers=1)
 
 
 @pytest.mark.ray
@@ -246,7 +253,9 @@ def test_on_ray_a_users_mistake_keeps_its_message() -> None:
         ),
     ],
 )
-def test_on_ray_a_worker_that_cannot_be_built_or_placed_is_one_line(options: dict[str, Any], message: str) -> None:
+def test_on_ray_a_worker_that_cannot_be_built_or_placed_is_one_line(
+    options: dict[str, Any], message: str, ray_address: str
+) -> None:
     arguments = options.pop("arguments", {"offset": 0})
     with pytest.raises(UserError, match=message):
-        run(arguments, [0], executor="ray", num_workers=1, **options)
+        run(arguments, [0], executor="ray", address=ray_address, num_workers=1, **options)

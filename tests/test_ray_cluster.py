@@ -14,6 +14,8 @@ from tests.launching import DELETE, changed, check_understood, image_version
 
 jsonschema = pytest.importorskip("jsonschema")
 
+pytestmark = pytest.mark.slow
+
 FILES = {path.name: yaml.safe_load(path.read_text()) for path in sorted((TOP / "launch/ray").glob("*.yaml"))}
 
 

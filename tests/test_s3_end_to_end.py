@@ -1,7 +1,6 @@
 """The whole pipeline with every location in a bucket of a real server of the S3 protocol on loopback."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from tests.conftest import TOP, command, train_arguments
 
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-s3_server = pytest.importorskip("s3_server")
+s3_server = pytest.importorskip("evals.benchmarks.s3_server")
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 GATE = """
 name: bucket

@@ -1,18 +1,15 @@
 """The scripts in `launch/slurm` on a real Slurm of two nodes; `evals/benchmarks/slurm_faults.py` has all scenarios."""
 
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
-
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("slurm_faults")
-cluster = pytest.importorskip("slurm_cluster")
+from evals.benchmarks import slurm_cluster as cluster
+from evals.benchmarks import slurm_faults as faults
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.distributed,
     pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing()),
 ]

@@ -158,6 +158,7 @@ def test_a_flow_may_do_without_what_its_data_are_given_with(trained: Path, tmp_p
     assert cli.main(["generate", *registry, f"shards.path={tmp_path}/x", "sampling.num_images=10"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) -> None:
     """Two ranks that read by worker processes, stopped and resumed, see what one process sees."""

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from measuring import Figure, write_results
 from numpy.typing import NDArray
 from PIL import Image
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.shards.images import reduce_depth
 from tarflow_scale.shards.manifest import Manifest, read_manifest
 from tarflow_scale.shards.reader import ShardSet

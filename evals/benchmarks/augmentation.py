@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-from measuring import Figure, write_results
 from safetensors.numpy import load
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
 

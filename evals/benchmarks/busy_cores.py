@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measuring import Figure, write_results
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import build, standard_normal_log_prob
 from tarflow_scale.runtime.cores import num_cores, spin_briefly

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import EXACT_MEMORY, Figure, peak_bytes, reset_peak, resident_bytes, write_results
 
+from evals.benchmarks.measuring import EXACT_MEMORY, Figure, peak_bytes, reset_peak, resident_bytes, write_results
 from tarflow_scale.capacity.activations import activation_footprint
 from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.memory import Ranks, memory_of

@@ -7,8 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from measuring import device_name
-
+from evals.benchmarks.measuring import device_name
 from tarflow_scale.registry import Registry
 
 

@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 
 import torch
-from measuring import Figure, write_results
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.density import log_prob_of_labels
 from tarflow_scale.loading import load_version

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measuring import Figure, write_results
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_arrays
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.registry import Registry
 
 RECIPE = "configs/train/digits-realnvp.yaml"

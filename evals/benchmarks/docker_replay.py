@@ -30,8 +30,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from measuring import write_results
-
+from evals.benchmarks.measuring import write_results
 from tarflow_scale import __version__
 
 TOP = Path(__file__).resolve().parents[2]

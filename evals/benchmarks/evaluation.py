@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from measuring import Figure, write_results
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale import storage
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.evaluate import ReferenceConfig

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_running import (
+
+from evals.benchmarks.fault_running import (
     LIMIT_SECONDS,
     MARKER,
     Failed,
@@ -28,8 +29,7 @@ from fault_running import (
     run_scenarios,
     start,
 )
-from faults import make_world as make_training_world
-
+from evals.benchmarks.faults import make_world as make_training_world
 from tarflow_scale.registry import Registry
 
 __all__ = ["SCENARIOS", "World", "make_world"]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, device_name, write_results
 
+from evals.benchmarks.measuring import Figure, device_name, write_results
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.loading import load_version
 from tarflow_scale.records import MetricsReport

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fault_running import LIMIT_SECONDS, Failed, finish, gone, ranks_of, run_scenarios, start
+
+from evals.benchmarks.fault_running import LIMIT_SECONDS, Failed, finish, gone, ranks_of, run_scenarios, start
 
 __all__ = ["SCENARIOS", "World", "make_world"]
 

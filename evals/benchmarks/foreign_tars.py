@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from measuring import Figure, write_results
 from webdataset.writer import TarWriter
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.shards.headers import Member, UnusualHeader
 from tarflow_scale.shards.images import encode_png

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from measuring import write_results
 
+from evals.benchmarks.measuring import write_results
 from tarflow_scale import storage
 from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import UserError

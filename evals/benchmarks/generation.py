@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import Figure, write_results
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.config.generate import GenerateConfig
 from tarflow_scale.loading import load_version
 from tarflow_scale.sampling import Sampler

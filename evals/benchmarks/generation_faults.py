@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import s3_server
 import torch
-from fault_running import (
+
+from evals.benchmarks import s3_server
+from evals.benchmarks.fault_running import (
     LIMIT_SECONDS,
     MARKER,
     Failed,
@@ -31,9 +32,8 @@ from fault_running import (
     run_scenarios,
     start,
 )
-from faults import make_world as make_training_world
-from write_points import disturbed_at, fill_disk, kill_self
-
+from evals.benchmarks.faults import make_world as make_training_world
+from evals.benchmarks.write_points import disturbed_at, fill_disk, kill_self
 from tarflow_scale import storage
 from tarflow_scale.config.generate import GenerateConfig
 from tarflow_scale.verbs.generate.driver import run

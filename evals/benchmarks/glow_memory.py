@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import Figure, alternate, measure_step, synchronize, write_results
 
+from evals.benchmarks.measuring import Figure, alternate, measure_step, synchronize, write_results
 from tarflow_scale.capacity.activations import activation_footprint
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Figure, alternate, write_results
 from PIL import Image
-from s3_server import serving
 
+from evals.benchmarks.measuring import Figure, alternate, write_results
+from evals.benchmarks.s3_server import serving
 from tarflow_scale import storage
 from tarflow_scale.config.data import DataConfig
 from tarflow_scale.shards.images import decode_image

@@ -16,8 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
-from measuring import Figure, write_results
-
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.registry import Registry
 
 MODELS = ("tarflow", "glow")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import Figure, write_results
 from sampling import copy_bandwidth, in_turns
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.sampling.windows import OneQuery, Window, WindowOfTokens
 
 

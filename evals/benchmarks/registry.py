@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import Figure, write_results
-
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale import storage
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.records import MetricsReport, MetricValue

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Literal
 
-import s3_server
-from fault_running import Failed, run_scenarios
-from write_points import disturbed_at, fill_disk, kill_self
-
+from evals.benchmarks import s3_server
+from evals.benchmarks.fault_running import Failed, run_scenarios
+from evals.benchmarks.write_points import disturbed_at, fill_disk, kill_self
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.registry import Registry, Store, collection
 
@@ -293,5 +291,4 @@ SCENARIOS = (
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     run_scenarios(__doc__, SCENARIOS, make_world)

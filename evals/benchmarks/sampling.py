@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, public_tarflow, synchronize, write_results
 
+from evals.benchmarks.measuring import Figure, public_tarflow, synchronize, write_results
 from tarflow_scale.config.sampling import DecoderConfig, Guidance, SamplingConfig
 from tarflow_scale.flows import load_flow
 from tarflow_scale.flows.ml_tarflow import flow_from_ml_tarflow

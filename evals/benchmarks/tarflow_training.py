@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, alternate, measure_step, public_tarflow, write_results
 
+from evals.benchmarks.measuring import Figure, alternate, measure_step, public_tarflow, write_results
 from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.flows.tarflow import TarFlow
 

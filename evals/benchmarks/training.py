@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Figure, synchronize, write_results
 
+from evals.benchmarks.measuring import Figure, synchronize, write_results
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
 from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig, TrainingConfig

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from measuring import Figure, write_results
 from sklearn.datasets import make_moons
 
+from evals.benchmarks.measuring import Figure, write_results
 from tarflow_scale.registry import Registry
 
 NUM_TRAIN, NUM_TEST, NOISE = 20_000, 2_000, 0.08

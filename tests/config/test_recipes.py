@@ -138,6 +138,7 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
     assert "not measured" in said
 
 
+@pytest.mark.slow
 def test_one_step_at_512_pixels(tmp_path: Path) -> None:
     """The recipe for 512 pixels with a narrow model, on images, from the command line."""
     for label in ("a", "b"):

@@ -95,6 +95,7 @@ def check_weighted_moments(posterior: Posterior, rel: float) -> None:
     assert report.effective_sample_size > 0.95 * report.num_samples
 
 
+@pytest.mark.slow
 def test_moments_of_a_banana() -> None:
     torch.manual_seed(0)
     flow = build(IAFConfig(transforms=3, hidden_widths=(128, 128), class_conditional=False), (2,))

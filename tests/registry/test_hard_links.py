@@ -14,15 +14,15 @@ from tests.conftest import TOP, command
 from tests.linkless import needs_compiler, without_links
 from tests.registry.test_registry import FACTS
 
-BENCHMARKS = TOP / "evals" / "benchmarks"
 RACE = (
-    "import os, sys, registry_faults\n"
+    "import os, sys; from evals.benchmarks import registry_faults\n"
     "try: os.link('LICENSE', sys.argv[1])\n"
     "except OSError as error: print(error.strerror)\n"
     "print(registry_faults.race(sys.argv[1], 50, 'fork'))\n"
 )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sixteen_processes_race_without_hard_links_and_one_wins_each_of_50_rounds(tmp_path: Path) -> None:
     pytest.importorskip("moto")
@@ -30,7 +30,7 @@ def test_sixteen_processes_race_without_hard_links_and_one_wins_each_of_50_round
     result = subprocess.run(
         [sys.executable, "-c", RACE, str(path)],
         cwd=TOP,
-        env=os.environ | without_links("EPERM") | {"PYTHONPATH": f"{TOP}:{BENCHMARKS}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | without_links("EPERM") | {"PYTHONPATH": str(TOP), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -89,10 +89,10 @@ def test_a_first_version_is_refused_there_before_anything_is_written(tmp_path: P
     assert Registry(str(tmp_path / "r"), "m").register({"w": b"2"}, FACTS, "").version == 2
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_without_hard_links_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("moto")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import registry_faults
+    from evals.benchmarks import registry_faults
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

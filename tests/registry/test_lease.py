@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from tarflow_scale.registry import Lease
+from tests.forking import HANG_SECONDS
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_holder_that_was_killed_is_succeeded(tmp_path: Path) -> None:
     holder.wait()
     with Lease(path, seconds=2.0) as early:
         assert early is None
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         with Lease(path, seconds=2.0) as late:
             if late is not None:

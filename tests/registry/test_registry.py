@@ -11,6 +11,7 @@ from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import RegistryError
 from tarflow_scale.records import MetricsReport, MetricValue
 from tarflow_scale.registry import Registry
+from tarflow_scale.registry.log import Event
 
 FACTS: dict[str, Any] = {
     "pixels": {"bit_depth": 4, "noise": "uniform"},
@@ -126,6 +127,16 @@ def test_a_changed_event_breaks_the_chain(tmp_path: Path) -> None:
         Registry(str(tmp_path), "m").state()
     event.unlink()
     with pytest.raises(RegistryError, match="000000000002.json is missing from the log"):
+        Registry(str(tmp_path), "m").state()
+
+
+def test_an_event_in_place_of_another_breaks_the_chain(tmp_path: Path) -> None:
+    """Sealed like any event, so that only the event after it tells."""
+    registry_with(tmp_path, 3)
+    file = tmp_path / "m/_log/000000000002.json"
+    event = Event.from_json(file.read_bytes(), str(file))
+    file.write_bytes(event.model_copy(update={"reason": "another", "checksum": ""}).sealed().to_json())
+    with pytest.raises(RegistryError, match="000000000003.json breaks the chain of the log"):
         Registry(str(tmp_path), "m").state()
 
 

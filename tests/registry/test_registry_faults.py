@@ -1,20 +1,17 @@
 """Every fault of a registry, with fewer rounds than `evals/benchmarks/registry_faults.py` has."""
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
-
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("registry_faults")
+faults = pytest.importorskip("evals.benchmarks.registry_faults")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", faults.SCENARIOS, ids=lambda one: one.__name__)
 def test_a_registry_survives(scenario: Callable[[object, Path], object], tmp_path: Path) -> None:
     random.seed(0)
@@ -25,9 +22,9 @@ def test_a_registry_survives(scenario: Callable[[object, Path], object], tmp_pat
 
 
 def test_rclones_s3_has_no_create_if_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import s3_server
     import s3fs
 
+    from evals.benchmarks import s3_server
     from tarflow_scale.errors import RegistryError
     from tarflow_scale.registry import Registry, Store
     from tests.registry.test_registry import FACTS

@@ -14,6 +14,7 @@ import pytest
 from tarflow_scale.errors import StorageError
 from tarflow_scale.runtime.processes import exclusive
 from tests.conftest import TOP
+from tests.forking import HANG_SECONDS
 
 HOLD = (
     "import sys, time; from pathlib import Path; from tarflow_scale.runtime.processes import exclusive\n"
@@ -88,7 +89,7 @@ def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
     os.kill(pid, 0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -113,7 +114,7 @@ leave(int(sys.argv[1]))
 @pytest.mark.parametrize("code", [0, 75])
 def test_leaving_is_not_undone_by_what_is_left(code: int) -> None:
     command = [sys.executable, "-c", LEAVE, str(code)]
-    result = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (code, "work handler", "")
 
 
@@ -144,7 +145,7 @@ for compute in (hang, leave_one, crash, lambda: sys.exit(3)):
 def test_an_answer_that_does_not_come_is_given_up_with_all_that_was_started() -> None:
     mark = f"mark-{os.getpid()}-{time.time_ns()}"
     result = subprocess.run(
-        [sys.executable, "-c", WITHIN, mark], cwd=TOP, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", WITHIN, mark], cwd=TOP, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
     )
     assert result.stdout.splitlines() == [
         "TimeoutError no answer within 1 s",

@@ -76,6 +76,7 @@ def test_a_c_locale_prints_names_that_it_cannot_encode(tmp_path: Path) -> None:
     assert "gr\\xf6\\xdfe" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("redirected", "code"), [(">/dev/full", 2), (">&- 2>&-", 0), ("| true; exit ${PIPESTATUS[0]}", 0)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.shards.encoding import Encoder
 from tarflow_scale.shards.images import decode_image, encode_image
+from tests.forking import HANG_SECONDS
 
 BATCHES = [np.random.default_rng(n).integers(0, 256, (5, 3, 16, 16), np.uint8) for n in range(12)]
 
@@ -94,6 +95,7 @@ def test_processes_end_with_a_killed_maker() -> None:
     code = """
 import numpy, os, signal
 from tarflow_scale.shards.encoding import Encoder
+from tests.forking import HANG_SECONDS
 encoder = Encoder(1, "png", 95)
 list(encoder.encoded([numpy.zeros((2, 1, 8, 8), numpy.uint8)]))
 print(encoder._processes._idle[0]._process.pid, flush=True)
@@ -102,7 +104,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     process = Path(f"/proc/{killed.stdout.strip()}/cmdline")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while process.exists() and process.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -30,6 +30,7 @@ from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix, share_slots
 from tarflow_scale.shards.reader import Batch, ShardSet
 from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
+from tests.forking import HANG_SECONDS
 
 
 def pack(path: Path, shards: list[int], value: Callable[[int], int] = lambda n: n % 251, classes: int = 3) -> Path:
@@ -258,7 +259,12 @@ def test_signals_to_a_group_from_its_first_moment_leave_no_trace(tmp_path: Path)
         "    print('seen' if seen else 'not seen')\n"
     )
     ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, start_new_session=True
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+        start_new_session=True,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "seen\n", "")
 
@@ -284,7 +290,7 @@ def test_workers_end_when_their_rank_is_killed(tmp_path: Path) -> None:
     assert len(workers) == 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers):
         assert time.monotonic() < deadline, "worker processes outlive their rank"
         time.sleep(0.2)

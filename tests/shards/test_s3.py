@@ -1,6 +1,5 @@
 """A data set behind the S3 protocol, whose requests take as long as those of a distant store."""
 
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from tarflow_scale.shards.mix import open_mix
 from tests.shards.test_loader import pack
 
 s3fs = pytest.importorskip("s3fs")
-sys.path.insert(0, str(Path(__file__).parents[2] / "evals" / "benchmarks"))
-s3_server = pytest.importorskip("s3_server")
+s3_server = pytest.importorskip("evals.benchmarks.s3_server")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

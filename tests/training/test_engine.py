@@ -1,9 +1,9 @@
 """The engine on real gloo ranks: all ZeRO stages train alike, average alike, skip alike, and restore each other."""
 
 import json
-import os
 import subprocess
-import sys
+import tempfile
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,66 @@ import pytest
 from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.training.zero import deepspeed_config
-
-TOP = Path(__file__).resolve().parents[2]
+from tests.forking import HANG_SECONDS, start
+from tests.training.workers import RESULT
 
 distributed = pytest.mark.distributed
 
 
-def ranks(number: int, case: str, output: Path, *arguments: object) -> dict[str, Any]:
-    """Run a case of `tests.training.workers` on ``number`` ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    result = subprocess.run(
-        [*launcher, "-m", "tests.training.workers", case, str(output), *map(str, arguments)],
-        cwd=TOP,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(output.read_text())
+class Group:
+    """Ranks of `tests.training.workers`, which stay and run one case after the other."""
+
+    def __init__(self, number: int) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the group
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = start(module="tests.training.workers", ranks=number, start_new_session=True, **streams)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, case: str, *arguments: object) -> dict[str, Any]:
+        """What a case returns on rank 0; one that raises on any rank ends the group."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([case, *map(str, arguments)]), file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith(RESULT):
+                return json.loads(line.removeprefix(RESULT))
+        self._process.wait()
+        self._errors.seek(0)
+        pytest.fail(self._errors.read()[-4000:])
+
+    def end(self) -> None:
+        """Let the ranks leave; their exit code is that of the group."""
+        if self.is_alive:
+            self._process.communicate(timeout=HANG_SECONDS)
+        self._errors.close()
+
+
+@pytest.fixture(scope="module")
+def groups() -> Generator[dict[int, Group]]:
+    """Groups by their number of ranks, which start when they are first needed."""
+    started: dict[int, Group] = {}
+    yield started
+    for group in started.values():
+        group.end()
+    assert [group._process.returncode for group in started.values()] == [0] * len(started)
+
+
+Ranks = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(groups: dict[int, Group]) -> Ranks:
+    """Runs a case of `tests.training.workers` on a number of ranks."""
+
+    def run(number: int, case: str, *arguments: object) -> dict[str, Any]:
+        if number not in groups or not groups[number].is_alive:
+            groups[number] = Group(number)
+        return groups[number].run(case, *arguments)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +87,15 @@ STAGES = [f"stage={stage},flow={flow}" for flow in FLOWS for stage in range(4)]
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Any]:
-    return ranks(2, "curves", folder / "two.json", 100, *STAGES)
+def two(ranks: Ranks) -> dict[str, Any]:
+    return ranks(2, "curves", 100, *STAGES)
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
+def alone(ranks: Ranks) -> dict[str, Any]:
     """One process, at stage 0."""
     variants = [f"stage=0,flow={flow},precision={p}" for flow in FLOWS for p in ("fp32", "bf16")]
-    return ranks(1, "curves", folder / "alone.json", 50, *variants)
+    return ranks(1, "curves", 50, *variants)
 
 
 @distributed
@@ -95,12 +135,12 @@ def test_stage_3_lets_go_of_parameters_between_steps(two: dict[str, Any], flow: 
 @distributed
 @pytest.mark.parametrize("flow", FLOWS)
 def test_ranks_and_accumulation_change_rounding_only(
-    folder: Path, alone: dict[str, Any], two: dict[str, Any], flow: str
+    ranks: Ranks, alone: dict[str, Any], two: dict[str, Any], flow: str
 ) -> None:
     expected = alone[f"stage=0,flow={flow},precision=fp32"]["losses"]
     assert two[f"stage=0,flow={flow}"]["losses"][:50] == pytest.approx(expected, rel=1e-4)
     variant = f"stage=2,flow={flow},accumulation=2"
-    three = ranks(3, "curves", folder / f"three-{flow}.json", 25, variant)
+    three = ranks(3, "curves", 25, variant)
     assert three[variant]["losses"] == pytest.approx(expected[:25], rel=1e-4)
 
 
@@ -112,14 +152,15 @@ FAMILY = [
 SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 
+@pytest.mark.slow
 @distributed
-def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(folder: Path) -> None:
+def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(ranks: Ranks) -> None:
     """RealNVP normalises by statistics of the whole batch, which every rank has a part of.
 
     Stages add gradients in different orders, and how much of that comes out depends on the processor's kernels.
     """
-    two = ranks(2, "curves", folder / "family2.json", 15, *FAMILY, *SOLVED)
-    one = ranks(1, "curves", folder / "family1.json", 15, *FAMILY[::3])
+    two = ranks(2, "curves", 15, *FAMILY, *SOLVED)
+    one = ranks(1, "curves", 15, *FAMILY[::3])
     for variant in FAMILY:
         first = f"stage=0,{variant.partition(',')[2]}"
         assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
@@ -154,10 +195,11 @@ BF16 = [
 
 
 @pytest.fixture(scope="module")
-def settings(folder: Path) -> dict[str, Any]:
-    return ranks(2, "curves", folder / "settings.json", 15, *SAME, *BF16)
+def settings(ranks: Ranks) -> dict[str, Any]:
+    return ranks(2, "curves", 15, *SAME, *BF16)
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", SAME)
 def test_offloading_compiling_and_computing_again_change_rounding_only(
@@ -168,6 +210,7 @@ def test_offloading_compiling_and_computing_again_change_rounding_only(
     assert max(settings[variant]["average_errors"]) < 1e-6
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", BF16)
 def test_bf16_is_the_same_at_every_stage(alone: dict[str, Any], settings: dict[str, Any], variant: str) -> None:
@@ -184,10 +227,11 @@ def test_bf16_is_the_same_at_every_stage(alone: dict[str, Any], settings: dict[s
 MUON = [f"stage={stage},optimizer=muon" for stage in (1, 2)]
 
 
+@pytest.mark.slow
 @distributed
-def test_muon_trains_alike_on_one_rank_and_on_two(folder: Path, alone: dict[str, Any]) -> None:
-    one = ranks(1, "curves", folder / "muon1.json", 30, *MUON)
-    both = ranks(2, "curves", folder / "muon2.json", 30, *MUON)
+def test_muon_trains_alike_on_one_rank_and_on_two(ranks: Ranks, alone: dict[str, Any]) -> None:
+    one = ranks(1, "curves", 30, *MUON)
+    both = ranks(2, "curves", 30, *MUON)
     expected = one[MUON[0]]["losses"]
     assert expected[-1] < 0.5 * expected[0]
     assert expected != alone["stage=0,flow=tarflow,precision=fp32"]["losses"][:30]
@@ -204,10 +248,10 @@ UNEVEN = (2, 3)
 
 @distributed
 @pytest.mark.parametrize("number", UNEVEN)
-def test_actnorm_of_uneven_ranks_is_that_of_one_process(folder: Path, number: int) -> None:
+def test_actnorm_of_uneven_ranks_is_that_of_one_process(ranks: Ranks, number: int) -> None:
     """Of three ranks the third has no image of the initialisation."""
-    alone = ranks(1, "statistics", folder / "s1.json")
-    found = ranks(number, "statistics", folder / f"s{number}.json")
+    alone = ranks(1, "statistics")
+    found = ranks(number, "statistics")
     assert found["ranks_are_equal"]
     assert found["statistics"].keys() == alone["statistics"].keys()
     for name, value in alone["statistics"].items():
@@ -216,8 +260,8 @@ def test_actnorm_of_uneven_ranks_is_that_of_one_process(folder: Path, number: in
 
 
 @distributed
-def test_ranks_that_start_unequal_are_found_by_hash(tmp_path: Path) -> None:
-    found = ranks(2, "unequal", tmp_path / "out.json")
+def test_ranks_that_start_unequal_are_found_by_hash(ranks: Ranks) -> None:
+    found = ranks(2, "unequal")
     assert (
         found["refused"]
         == [
@@ -244,18 +288,18 @@ LOADED = {
 
 
 @pytest.fixture(scope="module")
-def saved(folder: Path) -> dict[str, Any]:
-    return ranks(2, "save", folder / "saved.json", folder / "checkpoints", *SAVED)
+def saved(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    return ranks(2, "save", folder / "checkpoints", *SAVED)
 
 
 @distributed
 @pytest.mark.parametrize("number", LOADED)
 def test_a_checkpoint_restores_at_any_stage_and_number_of_ranks(
-    folder: Path, saved: dict[str, Any], number: int
+    ranks: Ranks, folder: Path, saved: dict[str, Any], number: int
 ) -> None:
     """Weights, moments (Muon's too), both averages and buffers: the next steps are those of the run that went on."""
     pairs = [":".join(pair) for pair in LOADED[number]]
-    found = ranks(number, "load", folder / f"load{number}.json", folder / "checkpoints", *pairs)
+    found = ranks(number, "load", folder / "checkpoints", *pairs)
     for pair, outcome in found.items():
         source, target = pair.split(":")
         expected = saved[source]
@@ -270,27 +314,27 @@ def test_a_checkpoint_restores_at_any_stage_and_number_of_ranks(
 
 
 @distributed
-def test_a_step_that_is_not_finite_or_rejected_changes_nothing_anywhere(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_or_rejected_changes_nothing_anywhere(ranks: Ranks) -> None:
     variants = ["stage=0", "stage=1", "stage=2", "stage=3", "stage=2,flow=glow", "stage=2,optimizer=muon"]
     variants += ["stage=0,flow=realnvp", "stage=2,flow=realnvp"]
-    found = ranks(2, "poison", tmp_path / "out.json", *variants)
+    found = ranks(2, "poison", *variants)
     for variant, outcome in found.items():
         wrong = {name for name, value in outcome.items() if value is not (name != "next_skipped")}
         assert wrong == set(), variant
 
 
 @distributed
-def test_looking_at_averaged_weights_leaves_training_as_it_is(tmp_path: Path) -> None:
+def test_looking_at_averaged_weights_leaves_training_as_it_is(ranks: Ranks) -> None:
     variants = ["stage=0", "stage=2", "stage=3", "stage=2,flow=glow", "stage=3,offload=all"]
-    for variant, outcome in ranks(2, "borrowed", tmp_path / "out.json", *variants).items():
+    for variant, outcome in ranks(2, "borrowed", *variants).items():
         assert outcome["equal"], variant
         assert outcome["seen"] == pytest.approx(outcome["expected"], rel=1e-5), variant
 
 
 @distributed
-def test_a_run_folder_on_each_node_is_refused_by_all_ranks(tmp_path: Path) -> None:
+def test_a_run_folder_on_each_node_is_refused_by_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    found = ranks(2, "shared", tmp_path / "out.json", tmp_path / "run")
+    found = ranks(2, "shared", tmp_path / "run")
     for refused in found["refused"]:
         assert refused.startswith("logging.path must be one folder for all ranks (got 1 that do not see")
     assert found["left"] == []

@@ -1,31 +1,37 @@
-"""Every fault once; `evals/benchmarks/faults.py --repeat N` reaches larger counts."""
+"""Faults of a run, once each; `evals/benchmarks/faults.py --repeat N` reaches larger counts.
+
+Two of them are proved by `tests/verbs/test_train.py`: kill -9 of the launcher and all ranks, and a damaged checkpoint.
+"""
 
 import os
 import random
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
+from evals.benchmarks import fault_running, faults
+from tests import forking
 
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("faults")
-
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> object:
-    return faults.make_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fault_running, "launch", forking.start)
+        yield faults.make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.parametrize(
     "scenario",
-    [pytest.param(one, marks=needs_mount if "disk" in one.__name__ else ()) for one in faults.SCENARIOS],
+    [
+        pytest.param(one, marks=needs_mount if one is faults.full_disk_during_a_save else ())
+        for one in faults.SCENARIOS
+        if one not in (faults.kill_all_ranks, faults.damaged_checkpoint)
+    ],
     ids=lambda one: one.__name__,
 )
 def test_a_run_survives(scenario: Callable[[object, Path], None], world: object, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What the ranks of the distributed tests run: ``torchrun -m tests.training.workers CASE OUTPUT [ARGUMENT ...]``.
+"""What the ranks of the distributed tests run: ``torchrun -m tests.training.workers``, and one case after the other.
 
-A variant is written ``stage=2,flow=glow,activations=rebuild``; see `Variant`. Rank 0 writes its findings to OUTPUT as
-JSON.
+Rank 0 reads the cases from standard input, one a line, as a JSON list of the name and the arguments, and answers with a
+line of `RESULT` and JSON. A variant is written ``stage=2,flow=glow,activations=rebuild``; see `Variant`.
 """
 
 import json
@@ -38,6 +38,7 @@ from tarflow_scale.training.folder import check_shared
 from tarflow_scale.training.schedule import average_decay
 from tests.flows.catalogue import moved
 
+RESULT = "result: "
 BATCH = 12
 HALF_LIVES = (60, 240)
 UNEVEN = {1: (12,), 2: (7, 5), 3: (8, 4, 0)}
@@ -333,12 +334,12 @@ def case_shared(device: torch.device, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    case, output, *arguments = sys.argv[1:]
     device = start_process_group(threads=1)
-    found = globals()[f"case_{case}"](device, *arguments)
-    if distributed.is_main():
-        Path(output).write_text(json.dumps(found))
-    distributed.barrier()
+    while request := distributed.from_main(sys.stdin.readline):
+        case, *arguments = json.loads(request)
+        outcome = globals()[f"case_{case}"](device, *arguments)
+        if distributed.is_main():
+            print(f"{RESULT}{json.dumps(outcome)}", flush=True)
     distributed.shut_down()
     leave(0)
 

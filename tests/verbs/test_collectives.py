@@ -11,6 +11,7 @@ import pytest
 from tarflow_scale.errors import UserError
 from tarflow_scale.verbs.doctor.collectives import meet
 from tests.conftest import TOP
+from tests.forking import HANG_SECONDS
 
 FROZEN = """
 import os, torch, torch.distributed as dist
@@ -26,7 +27,7 @@ import json, torch, torch.distributed as dist
 from datetime import timedelta
 from tarflow_scale.verbs.doctor.collectives import call_roll
 store = dist.TCPStore("127.0.0.1", {port}, None, True, wait_for_workers=False)
-dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=60))
+dist.PrefixStore("roll-call-0", store).wait(["here/1"], timedelta(seconds=1500))
 seen = call_roll(store, 0, 2, torch.device("cpu"), "gloo", "here", 2.0)
 print(json.dumps([seen.hosts, seen.missing, seen.silent, seen.bytes_per_second, dist.is_initialized()]))
 """
@@ -44,8 +45,8 @@ def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not() -> None:
         )
         for code in (FROZEN, CALLER)
     )  # fmt: skip
-    output, _ = caller.communicate(timeout=120)
-    frozen.communicate("\n", timeout=60)
+    output, _ = caller.communicate(timeout=HANG_SECONDS)
+    frozen.communicate("\n", timeout=HANG_SECONDS)
     assert json.loads(output) == [{"0": "here", "1": "there"}, [], [1], None, False]
 
 

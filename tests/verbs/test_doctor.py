@@ -28,6 +28,7 @@ from tarflow_scale.config.doctor import CHECKS, DoctorConfig
 from tarflow_scale.verbs.doctor.launch import environment
 from tarflow_scale.verbs.doctor.machine import home
 from tests.conftest import TOP, Trained
+from tests.forking import HANG_SECONDS
 from tests.other_users import ALICE, needs_root, run_as
 
 SLOW = ("ranks", "torch", "weights", "cluster")
@@ -105,7 +106,7 @@ class Machine:
                 env=environment | self.environment,
                 capture_output=True,
                 text=True,
-                timeout=240,
+                timeout=HANG_SECONDS,
                 check=False,
                 preexec_fn=self.prepare,
             )
@@ -333,8 +334,7 @@ def read_only_store(m: Machine) -> None:
 def store_without_winners(m: Machine) -> None:
     """rclone's server overwrites what a conditional put should leave alone."""
     pytest.importorskip("s3fs")
-    sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-    s3_server = pytest.importorskip("s3_server")
+    s3_server = pytest.importorskip("evals.benchmarks.s3_server")
     (m.tmp / "buckets" / "bucket").mkdir(parents=True)
     m.environment |= m.stack.enter_context(s3_server.serving(m.tmp / "buckets"))
     m.arguments["store.path"] = "s3://bucket"
@@ -446,9 +446,15 @@ def wrong_before(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> set[
         return {*machine.examine().having("failed", "warning")}
 
 
+def marks_of(fault: Fault) -> list[pytest.MarkDecorator]:
+    """Checks that import torch or Ray take seconds each, and so do hangs, which are waited for."""
+    takes_long = fault.check in SLOW or "hangs" in fault.plant.__name__
+    return [pytest.mark.ray] * (fault.plant in RAY) + [pytest.mark.slow] * takes_long
+
+
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(one, id=one.plant.__name__, marks=pytest.mark.ray if one.plant in RAY else ()) for one in FAULTS],
+    [pytest.param(one, id=one.plant.__name__, marks=marks_of(one)) for one in FAULTS],
 )
 def test_a_fault_is_found_alone_and_with_what_to_do(fault: Fault, machine: Machine, wrong_before: set[str]) -> None:
     if fault.plant in MOUNTS and (reason := needs_mounts()):
@@ -467,6 +473,7 @@ def test_a_fault_is_found_alone_and_with_what_to_do(fault: Fault, machine: Machi
     assert report.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_healthy_machine_is_well_in_one_screen(machine: Machine) -> None:
     on_the_cluster(machine)
@@ -559,6 +566,7 @@ def test_what_nobody_asked_for_is_skipped(machine: Machine) -> None:
     assert report.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_of_a_launcher_are_checked_as_they_would_train(machine: Machine) -> None:
     """The first of them speaks, for all."""
@@ -569,7 +577,7 @@ def test_ranks_of_a_launcher_are_checked_as_they_would_train(machine: Machine) -
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -591,7 +599,7 @@ def test_ranks_that_no_agent_started_do_not_lose_the_store_of_rank_0() -> None:
         )
         for rank in ("0", "1")
     ]
-    first, second = (rank.communicate(timeout=240)[0] for rank in ranks)
+    first, second = (rank.communicate(timeout=HANG_SECONDS)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert [line.split()[:2] for line in first.splitlines()] == [["ok", "launch"], ["ok", "ranks"]]
     assert second == ""

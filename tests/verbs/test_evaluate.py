@@ -4,8 +4,9 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.verbs.evaluate import worker
 from tarflow_scale.verbs.evaluate.job import Evaluation
 from tests.conftest import TOP, Trained, command
+from tests.forking import HANG_SECONDS, start
 
 PROTOCOLS = [TOP / "evals/protocols/digits-bits-per-dim.yaml", TOP / "evals/protocols/digits-frechet-pixels.yaml"]
 
@@ -58,8 +60,8 @@ def local(own: Trained) -> MetricsReport:
 
 
 @pytest.mark.ray
-def test_ray_and_one_process_agree_to_the_last_bit(own: Trained, local: MetricsReport) -> None:
-    result = command(*evaluate_arguments(own))
+def test_ray_and_one_process_agree_to_the_last_bit(own: Trained, local: MetricsReport, on_ray: list[str]) -> None:
+    result = command(*evaluate_arguments(own, *on_ray))
     assert result.returncode == 0, result.stderr
     report = newest_report(own)
     assert report.metrics == local.metrics
@@ -272,6 +274,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert newest_report(own).metrics == report.metrics
 
 
+@pytest.fixture
+def stack() -> Generator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 # -- watching ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,27 +288,19 @@ def scores(registry: Registry) -> list[int]:
     return [fact.version for fact in registry.state().history if fact.kind == "evaluate" and fact.version]
 
 
-def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path) -> None:
+def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path, stack: ExitStack) -> None:
     """One version is there, one comes while they watch, and one cannot be scored, which both tell."""
     shutil.copytree(trained.registry, tmp_path / "registry")
     own = Trained(trained.data, trained.run, tmp_path / "registry")
     registry = Registry(str(own.registry), "small")
     arguments = evaluate_all(own, tmp_path, PROTOCOLS, "cluster.executor=local", "metrics.watch_seconds=0.2", "--watch")
+    errors = [tmp_path / "errors-0", tmp_path / "errors-1"]
     watchers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tarflow_scale", *arguments],
-            cwd=TOP,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
+        start(*arguments, stdout=subprocess.DEVNULL, stderr=stack.enter_context(path.open("w"))) for path in errors
     ]
 
     def reach(count: int) -> None:
-        deadline = time.monotonic() + 120
         while len(scores(registry)) < count:
-            assert time.monotonic() < deadline
             assert all(watcher.poll() is None for watcher in watchers)
             time.sleep(0.1)
 
@@ -310,13 +310,14 @@ def test_two_watchers_score_every_version_once(trained: Trained, tmp_path: Path)
     registry.register({"model.safetensors": b"no flow"}, facts, "broken")
     registry.register(registry.read_files(first), facts | {"config_digest": "0" * 64}, "the same weights again")
     reach(2)
-    time.sleep(3)
+    while not all("small@2 is skipped: " in path.read_text() for path in errors):
+        assert all(watcher.poll() is None for watcher in watchers)
+        time.sleep(0.1)
+    time.sleep(3)  # in which one could score again what the other has scored
     for watcher in watchers:
         watcher.send_signal(signal.SIGINT)
-    errors = [watcher.communicate()[1] for watcher in watchers]
-    assert [watcher.returncode for watcher in watchers] == [130, 130]
+    assert [watcher.wait(HANG_SECONDS) for watcher in watchers] == [130, 130]
     assert scores(registry) == [1, 3]
-    assert all("small@2 is skipped: " in error for error in errors)
 
 
 def test_latest_is_resolved_once_and_promoted_with_its_report(

@@ -1,18 +1,14 @@
 """Every fault once; `evals/benchmarks/evaluation_faults.py --repeat N` reaches larger counts."""
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
+from evals.benchmarks import evaluation_faults as faults
 
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("evaluation_faults")
-
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")

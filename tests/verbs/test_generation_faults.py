@@ -1,18 +1,14 @@
 """Every fault of a generation once, smaller; `evals/benchmarks/generation_faults.py` has larger counts."""
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TOP
+from evals.benchmarks import generation_faults as faults
 
-sys.path.insert(0, str(TOP / "evals" / "benchmarks"))
-faults = pytest.importorskip("generation_faults")
-
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")

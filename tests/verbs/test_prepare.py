@@ -25,6 +25,7 @@ from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
 from tarflow_scale.verbs.prepare.split import stratified
 from tests.conftest import SAMPLES, TOP
+from tests.forking import HANG_SECONDS
 from tests.shards.sources.test_archives import write_cifar10
 
 
@@ -354,7 +355,7 @@ def test_a_killed_prepare_leaves_no_process_and_no_temporary_file(tmp_path: Path
     assert len(children) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -188,9 +188,11 @@ def test_what_a_killed_job_had_made_is_not_made_again(
 
 
 @pytest.mark.ray
-def test_ray_and_parquet_hold_the_same_numbers(trained: Trained, shuffled: Path, scored: Path, tmp_path: Path) -> None:
+def test_ray_and_parquet_hold_the_same_numbers(
+    trained: Trained, shuffled: Path, scored: Path, tmp_path: Path, on_ray: list[str]
+) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    more = ["cluster.executor=ray", "cluster.num_workers=2", "scoring.format=parquet"]
+    more = [*on_ray, "cluster.num_workers=2", "scoring.format=parquet"]
     result = command(*arguments(trained, tmp_path / "out", shuffled, *more))
     assert result.returncode == 0, result.stderr
     assert "may be lower for simple images of another kind" in result.stdout

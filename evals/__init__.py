@@ -1,0 +1,1 @@
+"""Protocols, gates, results, and the benchmarks that measure them."""
