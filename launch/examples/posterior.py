@@ -23,6 +23,6 @@ def log_joint(x: torch.Tensor) -> torch.Tensor:
 
 # %% Fit, check, draw
 posterior = fit_posterior(log_joint, build(IAFConfig(class_conditional=False), (2,)), num_steps=500)
-print(posterior.report())  # ELBO, importance-weighted bound, effective sample size, Pareto k
+print(posterior.diagnostics())  # ELBO, importance-weighted bound, effective sample size, Pareto k
 draws = posterior.sample(1000)  # (1000, 2)
 print(f"mean {draws.mean(dim=0).tolist()}, standard deviation {draws.std(dim=0).tolist()}")
