@@ -228,7 +228,7 @@ class Calibration(Record):
     max_error: float
     """Largest difference of a pixel on [-1, 1] from exact decoding of the same latents."""
     mean_error: float
-    """Mean difference of a pixel."""
+    """Mean absolute difference of the pixels, measured in the same way."""
     pixels_within_one_level: float
     """Share of 8-bit pixels that differ by at most one level."""
     exact_seconds: float

@@ -178,7 +178,7 @@ def test_a_home_folder_that_is_not_known_makes_no_stray_folder(
 def test_a_name_that_the_locale_cannot_encode_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsencode", lambda name: name.encode("ascii"))
     for look in (storage.list_names, storage.local, storage.read_bytes):
-        with pytest.raises(StorageError, match=r"^r\xe9g must have letters of the locale .*; set LC_ALL=C.UTF-8$"):
+        with pytest.raises(StorageError, match=r"^r\xe9g must fit the locale's encoding .*; set LC_ALL=C.UTF-8$"):
             look("r\xe9g")
 
 

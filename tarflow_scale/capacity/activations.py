@@ -1,19 +1,24 @@
 """Memory of activations in a training step, computed from a configuration.
 
-Autograd saves the tensors that each operation needs in the backward pass, and saves a tensor once if two operations
-need it. Numbers take 4 bytes, or 2 (``n`` below) inside networks under bf16 autocast. The tests compare these formulas
-with the tensors that PyTorch saves:
+Autograd saves the tensors that each operation needs in the backward pass. A tensor that two operations need is saved
+once. A number takes 4 bytes. Inside networks it takes n bytes: 2 under bf16 autocast, otherwise 4. The tests compare
+these formulas with the tensors that PyTorch saves:
 
-* TarFlow, a layer of width C, per token: two inputs of LayerNorm (4 bytes each), two outputs, queries, keys, values,
-  the output of attention, and 4 C before and after GELU, so ``8 C + 14 n C`` bytes; a block, of D features: the input
-  of its last layer, and 3 D of the affine map (1 D if volume is preserved, 4 D with bounded log-scales).
-* Glow, a step on c channels with a network of width W, per pixel: ``4 n W`` bytes of the network and ``26 c`` around it
-  (`_AROUND_COUPLING`); and eight c x c matrices if the 1x1 convolution is a product of triangular matrices.
-* RealNVP: 4 W a residual block and 2 W more, 10 c around it. NICE and the RealNVP of vectors: each hidden layer once.
-* MAF, IAF: each hidden layer once, 4.3 D around it, and the masked copy of every weight; IAF the same in D + 1 passes.
+* TarFlow. A transformer layer of width C saves ``8 C + 14 n C`` bytes per token: the two inputs of LayerNorm (4 bytes
+  per number), and in n bytes the two outputs of LayerNorm, the queries, keys and values, the output of attention, and
+  4 C numbers before and after GELU. A block with D features per token also saves the input of its last linear layer,
+  and for the affine map 3 D numbers (D if the flow is volume-preserving, 4 D if the log-scales are bounded).
+* Glow. A step on c channels whose network has width W saves per pixel ``4 n W`` bytes inside the network and ``26 c``
+  bytes outside it (see `_AROUND_COUPLING`). An LU-parametrised 1x1 convolution saves eight c x c matrices.
+* RealNVP. A coupling on c channels saves per pixel ``4 n W`` bytes for each residual block, ``2 n W`` bytes for the
+  rest of the network, and ``40 c`` bytes outside the network.
+* NICE and RealNVP for vectors save each hidden layer once.
+* MAF saves each hidden layer once, 4.3 D numbers outside the network, and a masked copy of every weight. IAF saves the
+  same in each of D + 1 passes.
 
-If activations are checkpointed or rebuilt, only feature maps between units are saved, and one unit at a time has all of
-its activations. ``working`` also counts the gradients inside that unit, about 1.5 times the largest feature map.
+If activations are checkpointed or rebuilt, only the feature maps between units are saved, and only one unit at a time
+holds all its activations. ``working`` also counts the gradients inside that unit, about 1.5 times the largest feature
+map.
 """
 
 import math

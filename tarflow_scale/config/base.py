@@ -46,7 +46,7 @@ _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 
 
 class _OneLine(type(BaseModel)):
-    """Make the errors of a section built in Python, ``GlowConfig(levels=0)``, one line as those of a file are."""
+    """Report the errors of a section that is built in Python, such as ``GlowConfig(levels=0)``, in one line."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -115,8 +115,8 @@ class DoctorConfig(Root):
         jobs = (PrepareConfig, TrainConfig, EvaluateConfig, GenerateConfig, ScoreConfig)
         if foreign := {"report", "gate", "weights", "command"} & set(raw):
             raise ValueError(
-                f"doctor takes files of prepare, train, evaluate, generate and score (got section {min(foreign)}, "
-                f"which belongs to another verb); give one of these, or no file to check only this machine"
+                f"doctor takes configurations of prepare, train, evaluate, generate and score (got section "
+                f"{min(foreign)} of another verb); pass one of these files, or no file to check only this machine"
             )
         ignored = {name for job in jobs for name in job.model_fields} - set(cls.model_fields)
         return {name: section for name, section in raw.items() if name not in ignored}

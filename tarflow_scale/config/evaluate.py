@@ -18,8 +18,8 @@ class MetricsConfig(Section):
     protocols: tuple[str, ...] = Field(min_length=1)
     """Protocol files, one for each number; see ``evals/protocols/``."""
     extractor_weights: dict[str, str] = Field(default_factory=dict)
-    """Weights files by name of the extractor; published ones may also be in the torch hub cache. Their sha256 is
-    checked, and is part of the protocol id."""
+    """Weights file of each extractor, by extractor name. Published weights may also be in the torch hub cache. The
+    SHA-256 of the file is checked, and is part of the protocol id."""
     baselines: bool = True
     """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
     watch_seconds: float = Field(default=30.0, gt=0)

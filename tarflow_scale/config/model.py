@@ -99,7 +99,7 @@ class TarFlowConfig(_FlowConfig):
     width: int = Field(ge=1)
     """Channels of the transformer; a multiple of ``head_width``."""
     layers_per_block: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
-    """Transformer layers of each block, from data to noise; its length is the number of blocks."""
+    """Number of transformer layers of each block, from data to noise; the list has one entry per block."""
     head_width: int = Field(default=64, ge=1)
     """Width of one attention head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -108,8 +108,8 @@ class TarFlowConfig(_FlowConfig):
     """``affine``: every token is shifted and scaled. ``volume_preserving``: tokens are only shifted, and the latent has
     a learned standard deviation for each feature."""
     log_scale_bound: float | None = Field(default=None, gt=0)
-    """Smooth bound c of the log-scales a of a block, c tanh(a / c), against overflow at high resolution; None for no
-    bound."""
+    """Bound c of the log-scales of a block: a log-scale a becomes c tanh(a / c). This prevents overflow at high
+    resolution. None: no bound."""
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":

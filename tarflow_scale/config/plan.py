@@ -19,7 +19,8 @@ class GpusConfig(Section):
     gpus_per_node: int = Field(default=8, ge=1)
     """GPUs per machine."""
     network: float | None = Field(default=None, gt=0)
-    """GB/s per GPU to other machines, in one direction; the default is that of the maker's own machine."""
+    """Network bandwidth between machines: GB/s per GPU in one direction. The default is the value of NVIDIA's own
+    server with this GPU."""
     mfu: float | None = Field(default=None, gt=0, le=1)
     """Model FLOPs utilisation of one GPU, 0 to 1; the default is from published figures."""
     price: float | None = Field(default=None, gt=0)

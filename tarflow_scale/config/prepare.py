@@ -47,7 +47,7 @@ class SourceConfig(Section):
     size_pixels: int | None = Field(default=None, ge=1)
     """Side of the square training images; None keeps the size of the images."""
     bit_depth: int | None = Field(default=None, ge=1, le=8)
-    """High bits of a pixel that are kept; None keeps all bits of the source."""
+    """Number of high bits of a pixel to keep; None keeps all bits of the source."""
     resize: Literal["refuse", "center_crop"] = "refuse"
     """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
     ``size_pixels``, then crop the centre."""
@@ -102,7 +102,7 @@ class PackedShardsConfig(EncodedShardsConfig):
     """Where ``prepare`` writes, and how images are stored."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Processes that pack; they do not change the bytes."""
+    """Number of processes that pack; it does not affect the packed bytes."""
 
 
 class SplitConfig(Section):
@@ -170,7 +170,7 @@ class PrepareConfig(Root):
             raise ValueError("split has no effect where source.in_place is set; remove it")
         if self.source.kind not in LAYOUT_KINDS and any(self.split.patterns.values()):
             raise ValueError(
-                f"patterns of split need source.kind={', '.join(LAYOUT_KINDS)} (got {self.source.kind}); remove them"
+                f"split patterns need source.kind={' or '.join(LAYOUT_KINDS)} (got {self.source.kind}); remove them"
             )
         return self
 

@@ -81,8 +81,8 @@ class _SampledProtocol(_Protocol):
     the Inception that defines FID. ``dinov2-vitl14``: that of FD-DINOv2. Or the name of an entry point of the group
     ``tarflow_scale.extractors`` in another package."""
     extractor_sha256: str | None = None
-    """Required SHA-256 of the weights file of the extractor. None: for ``inception-v3-compat`` the published prefix
-    6726825d is checked; ``pixels`` has no weights."""
+    """SHA-256 that the weights file of the extractor must have. None: ``inception-v3-compat`` is checked against the
+    published prefix 6726825d. ``pixels`` has no weights file."""
     num_images: int = Field(ge=2)
     """Number of generated images."""
     seed: int = Field(default=0, ge=0)

@@ -18,7 +18,7 @@ class PublishedRow(Section):
     """Name and size of the model."""
     value: float
     source: str
-    """Where it is published: paper and table, or address."""
+    """Where it is published: paper and table, or URL."""
     note: str = ""
     """What is known of how it was measured."""
 

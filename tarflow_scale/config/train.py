@@ -47,7 +47,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay on every parameter, as published for TarFlow."""
     gradient_clip_norm: float = Field(default=1.0, gt=0)
-    """Gradients of larger global norm are scaled down to it. It has no effect on Muon."""
+    """Maximum global norm of the gradients; a larger gradient is scaled down to this norm. No effect on Muon."""
 
     @model_validator(mode="after")
     def _muon_has_a_rate(self) -> "OptimizerConfig":

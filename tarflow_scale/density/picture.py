@@ -41,7 +41,10 @@ def density_picture(flow: Flow, seed: int = 0) -> bytes:
     """
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         given = f" given {flow.num_conditions} numbers" if flow.num_conditions else ""
-        raise ValueError(f"a picture of a density has two dimensions (got events {flow.event_shape}{given})")
+        raise ValueError(
+            f"a density picture needs vectors of two numbers, unconditional or with classes "
+            f"(got events {flow.event_shape}{given})"
+        )
     reference = next(flow.parameters())
     labels = torch.arange(_SAMPLES, device=reference.device) % flow.num_classes if flow.num_classes else None
     drawn = flow.inverse(latents(seed, range(_SAMPLES), 2).to(reference), labels).cpu().double().numpy()

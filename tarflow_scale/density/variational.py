@@ -198,11 +198,11 @@ def _tail_shape(weights: Float[Tensor, " S"]) -> float:
 
 
 def pareto_shape(excess: Float[Tensor, " M"]) -> float:
-    """Estimate the shape k of a generalised Pareto distribution from its positive draws.
+    """Estimate the shape k of a generalised Pareto distribution from non-negative draws.
 
-    The estimate of Zhang and Stephens (2009), a posterior mean over a grid of the profile likelihood, shrunk towards
-    0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. Infinite if one value has all the excess, NaN for fewer than
-    5 draws.
+    This is the estimator of Zhang and Stephens (2009): a posterior mean, computed on a grid with the profile
+    likelihood. The result is shrunk towards 0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. It is infinite if
+    the first quartile of the draws is 0, and NaN if there are fewer than 5 draws or none is positive.
     """
     x = torch.sort(excess.double().cpu()).values
     num = len(x)

@@ -190,7 +190,7 @@ class Bijection(nn.Module, ABC):
 
     @property
     def divides_surprise(self) -> bool:
-        """Whether this flow, as it is built, has `nats_of_values`."""
+        """Whether this flow supports `nats_of_values` in its present configuration."""
         return True
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def build(
     event_shape = _checked_shape(event_shape)
     for noun, number in (("num_classes", num_classes), ("num_conditions", num_conditions)):
         if number is not None and (not isinstance(number, Integral) or number < 0):
-            raise ConfigError(f"{noun} must be a whole number from 1, or None (got {number!r}); correct it")
+            raise ConfigError(f"{noun} must be an integer >= 1, or None (got {number!r}); correct it")
     if num_classes and num_conditions:
         raise ConfigError(
             f"a flow is conditioned on labels or on numbers (got {num_classes} classes and {num_conditions} numbers); "
@@ -115,7 +115,7 @@ Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ResidualLayers 
 
 
 def networks(module: nn.Module) -> list[Network]:
-    """The networks that compute the parameters of a flow's maps: a training step spends its time there."""
+    """The networks that compute the parameters of a flow's maps. They take most of the time of a training step."""
     return [one for one in module.modules() if isinstance(one, Network)]
 
 

@@ -331,7 +331,10 @@ class _Field:
         return self._rates(t, state[0])
 
     def _watch(self, time: float) -> None:
-        """Detect a stuck adjoint, which is solved inside a backward pass and would not be noticed elsewhere."""
+        """Raise an error if the solver makes no progress.
+
+        The adjoint is solved inside a backward pass, where nothing else would detect this.
+        """
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:

@@ -135,7 +135,7 @@ class ActNorm(Normalization):
         return y * per_channel((-self.log_scale).exp(), y) - per_channel(self.bias, y)
 
     def _check_initialized(self) -> None:
-        """Reads the buffer until it is true, then no more: a read waits for the device."""
+        """Check the buffer ``initialized``. Once it is true, it is not read again: a read waits for the device."""
         if not self._known_initialized:
             if not bool(self.initialized):
                 raise RuntimeError("ActNorm was never initialised; call initialize() of the flow, or load weights")

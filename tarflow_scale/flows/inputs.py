@@ -111,15 +111,15 @@ def check_draws(
 ) -> None:
     """Raise ValueError for invalid arguments of sampling; temperature 0 is valid: the image of the mean latent."""
     if not _is_whole(num, 0):
-        raise ValueError(f"the number of samples must be a whole number from 0 (got {num!r}); correct it")
+        raise ValueError(f"the number of samples must be an integer >= 0 (got {num!r}); correct it")
     if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
         raise ValueError(f"temperature must be a finite number from 0 (got {temperature!r}); 1 is the model's own")
     if batch_size is not None and not _is_whole(batch_size, 1):
-        raise ValueError(f"batch_size must be a whole number from 1 (got {batch_size!r}); None decodes all together")
+        raise ValueError(f"batch_size must be an integer >= 1 (got {batch_size!r}); None decodes all together")
     if seed is not None and not _is_whole(seed, 0, 2**64):
-        raise ValueError(f"seed must be a whole number in 0..2^64-1 (got {seed!r}); choose another")
+        raise ValueError(f"seed must be an integer in 0..2^64-1 (got {seed!r}); choose another")
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator (got {generator!r}); a number is a seed")
+        raise ValueError(f"generator must be a torch.Generator (got {generator!r}); pass a number as seed")
 
 
 def check_stored(x: object, event_shape: tuple[int, ...]) -> None:

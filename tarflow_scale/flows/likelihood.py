@@ -121,18 +121,18 @@ def nats_per_image(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int)
 
 
 def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
-    """Bits per dimension of uniformly dequantized ``bit_depth``-bit data, from nats on [-1, 1]."""
+    """Bits per dimension of uniformly dequantized ``bit_depth``-bit data, from the log density (nats) on [-1, 1]."""
     return nats_per_image(log_prob, num_dims, bit_depth) / (num_dims * math.log(2))
 
 
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
-    """One log density per image from K dequantization draws of each.
+    """Combine the log densities of K dequantization draws of each image into one number per image.
 
-    ``mean``: the average over draws, whose cost is an upper bound. ``importance``: the log of the mean density, a
-    bound that is never looser.
+    ``mean``: the mean of the log densities; it is a lower bound of the log-likelihood of the discrete image.
+    ``importance``: the log of the mean density; this lower bound is at least as tight.
 
     Raises:
-        ValueError: no draws, or another estimate.
+        ValueError: there are no draws, or the estimate is unknown.
     """
     if len(log_probs) == 0 or estimate not in ("mean", "importance"):
         raise ValueError(f"draws are combined by mean or importance, one at least (got {len(log_probs)}, {estimate!r})")

@@ -67,7 +67,7 @@ class Prior(nn.Module):
 
 
 class Step(nn.Module):
-    """Layers that are checkpointed together; anchors are counted in steps."""
+    """Layers that are checkpointed together: one group of `tarflow_scale.flows.recompute`."""
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in the direction from data to noise."""

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 CHECKERBOARDS, CHANNEL_MASKS, LAST_CHECKERBOARDS = 3, 3, 4
-"""Couplings of a level before and after its squeeze, and of the last level."""
+"""Number of couplings before the squeeze of a level, after the squeeze, and in the last level, which has no squeeze."""
 _BATCH_SHARE = 0.1
 """Of the batch in the statistics that a training step uses and keeps."""
 _VARIANCE_FLOOR = 1e-5

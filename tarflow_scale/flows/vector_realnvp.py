@@ -72,15 +72,15 @@ class VectorRealNVP(Flow):
     Args:
         event_shape: ``(D,)``, at least two dimensions.
         num_classes: classes, or None for an unconditional model.
-        levels: of four couplings each.
-        width: of a hidden layer.
-        residual_blocks: of each network.
+        levels: number of levels; each level has four couplings.
+        width: width of a hidden layer.
+        residual_blocks: number of residual blocks in each network.
         normalization: must be ``actnorm``.
-        log_scale_bound: bound c of log-scales.
+        log_scale_bound: bound c of the log-scales.
         logit_alpha: see `Flow`.
 
     Raises:
-        ValueError: an event of one dimension, or another normalisation.
+        ValueError: the event has one dimension, or the normalization is not ``actnorm``.
     """
 
     capabilities = replace(RealNVPConfig.CAPABILITIES, guidance=False)

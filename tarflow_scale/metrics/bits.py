@@ -47,7 +47,10 @@ def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol,
 
 
 def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
-    """Mean nats per vector under a full-covariance Gaussian fitted to the reference; None if it is singular."""
+    """Mean nats per test vector under a full-covariance Gaussian that is fitted to the reference.
+
+    None if its covariance is singular, or if vectors have more than ``MAX_DIMS`` dimensions.
+    """
     train, held_out = (
         np.concatenate([_values(batch, shards) for batch in shards.batches(0, shards.manifest.num_images, _BATCH)])
         for shards in (reference, test)

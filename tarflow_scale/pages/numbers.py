@@ -50,7 +50,7 @@ def round_ticks(low: float, high: float, most: int, outside: bool = True) -> lis
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Texts of the ticks of an axis, with as many decimals as their distance needs, or suffixes for large numbers."""
+    """Labels of axis ticks, with as many decimals as the spacing of the ticks needs; large numbers have suffixes."""
     if max(map(abs, ticks)) >= 10_000:
         return [short_number(tick) for tick in ticks]
     step = ticks[1] - ticks[0]

@@ -92,7 +92,7 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Round numbers that enclose the intervals of all our rows; empty without intervals."""
+        """Axis ticks at round numbers that enclose the intervals of all our rows; empty if there are no intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 
@@ -149,7 +149,7 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
 def _rows(
     board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
 ) -> list[Row]:
-    """Rows of one model; a namesake is in another registry."""
+    """Rows of one model; ``is_namesake``: a model in another registry has the same name."""
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:

@@ -45,7 +45,8 @@ _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
 _POLL_SECONDS = 0.5
 _GREETING = b"Set ray log level from environment variable"
 OBJECT_STORE_BYTES = 256 * 1024**2
-"""Of a cluster that the pool starts. Results are records and moments, never images, so a small store is enough."""
+"""Size of the object store of a cluster that the pool starts. It can be small, because workers return records and
+statistics, never images."""
 
 
 class Pool:
@@ -54,13 +55,13 @@ class Pool:
     Args:
         executor: ``ray`` for actors; ``local`` runs all work in this process.
         address: a running cluster; None starts one on this machine's loopback.
-        num_workers: actors; never more than units.
-        cpus_per_worker: cores of an actor, and threads of its numerical libraries.
-        gpus_per_worker: GPUs of an actor.
-        start_seconds: how long to wait until a cluster answers and has the resources of all workers.
+        num_workers: maximum number of actors; no more are started than there are units.
+        cpus_per_worker: cores per actor, and threads of its numerical libraries.
+        gpus_per_worker: GPUs per actor.
+        start_seconds: how long to wait until a cluster answers and has the resources for all workers.
 
     Raises:
-        ConfigError: a cluster on another machine without token authentication.
+        ConfigError: the cluster is on another machine and has no token authentication.
     """
 
     def __init__(

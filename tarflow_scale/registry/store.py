@@ -81,7 +81,7 @@ class Store:
         return self._marker
 
     def init(self, single_writer: bool = False, shared: Literal["umask", "group", "all"] = "umask") -> Marker:
-        """Test create-if-absent, and write ``registry.json``. An existing registry only changes its modes.
+        """Test create-if-absent, and write ``registry.json``. For an existing registry, only change the file modes.
 
         Args:
             single_writer: the user promises that only one process writes, so create-if-absent is not tested.

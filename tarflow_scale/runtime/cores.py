@@ -12,7 +12,9 @@ _SPINS = "1000"
 
 
 def num_cores(system: Path = Path("/")) -> int:
-    """Cores that this process may use: its affinity, and the CPU quotas of its control group and of those above it.
+    """Number of cores that this process may use.
+
+    This is the smallest of its CPU affinity and the CPU quotas of its control group and of the groups above it.
 
     Args:
         system: root of the file system with ``/proc`` and ``/sys``.

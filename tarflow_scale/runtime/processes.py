@@ -1,4 +1,4 @@
-"""Processes: end with the parent, ignore signals, end cleanly, lock a folder, compute in a child with a deadline."""
+"""Process control: exit with the parent, ignore signals, exit cleanly, lock a folder, run a child with a deadline."""
 
 import atexit
 import ctypes

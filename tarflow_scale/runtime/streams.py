@@ -47,10 +47,10 @@ class _Output(io.FileIO):
 
 
 def guard() -> None:
-    """Replace `sys.stdout` and `sys.stderr` of this process, and open standard descriptors that are closed.
+    """Replace `sys.stdout` and `sys.stderr` of this process, and open /dev/null for every closed standard descriptor.
 
-    Otherwise a file or socket that is opened later would get the number of a closed descriptor, and receive the output
-    that libraries print.
+    If descriptor 0, 1 or 2 stayed closed, a file or socket that is opened later would get its number, and would receive
+    the output that libraries print.
     """
     for number in (0, 1, 2):
         try:

@@ -1,4 +1,4 @@
-"""Near copies in the splits of a source: reported when they are packed, or dropped before."""
+"""Near copies of images within and across the splits of a source: report them after packing, or drop them before it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -37,7 +37,7 @@ def without_copies(
     first = next(iter(splits))
     if not len(kept[first]):
         raise DataError(
-            f"no image is left for training (got {len(dropped):,} that are all like held-out ones); "
+            f"no training image is left (got {len(dropped):,}, all of them near copies of held-out images); "
             f"set split.near_duplicates=report to keep them"
         )
     print(f"{first}: {len(dropped):,} of {len(splits[first]):,} images are dropped, because they are like others")

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 MIN_SIZE_PIXELS = 32
-"""Side of the smallest images whose near copies are searched."""
+"""Smallest side of an image for which near copies are searched; smaller images are compared only for equality."""
 _MAX_BITS = 6
 _MIN_CORRELATION = 0.9
 NO_FINGERPRINT = bytes(16)

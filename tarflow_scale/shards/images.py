@@ -245,7 +245,7 @@ def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image
     if image.mode.startswith(("I", "F")) or (reading is not None and _is_deep(image)):
         raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
     if reading is not None and (frames := _frames(image)) > 1:
-        raise DataError(f"{origin} has {frames} frames or pages; save the one that counts as an image, or remove it")
+        raise DataError(f"{origin} has {frames} frames or pages; save one of them as a single image, or remove it")
     return image
 
 

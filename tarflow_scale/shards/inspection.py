@@ -62,13 +62,14 @@ def check(path: str) -> int:
 
 
 def statistics(path: str) -> list[str]:
-    """Sizes, classes and near copies of a data set, in lines; writes a contact sheet of 64 images beside its manifest.
+    """Lines of text that describe a data set: sizes, classes and near copies.
 
-    Near copies are also looked for in the other splits that were packed with it, so all images are decoded. For
-    vectors, the lines have mean, deviation and range of each number instead.
+    Also writes a contact sheet of 64 images next to the manifest. The search for near copies includes the other splits
+    that were packed together with this one, so it decodes all their images. For vectors, the lines give the mean,
+    standard deviation and range of each number instead, and there is no contact sheet.
 
     Raises:
-        DataError: it is no data set, or an image of the sheet is corrupt.
+        DataError: the path is not a data set, or an image of the contact sheet is corrupt.
     """
     shards = ShardSet(path)
     manifest = shards.manifest

@@ -61,7 +61,7 @@ class Manifest(Record):
 
     @property
     def num_images(self) -> int:
-        """Samples over all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property

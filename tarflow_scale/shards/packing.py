@@ -63,7 +63,7 @@ class PackNote(Record):
     """The result of one unit of work: the shard's record, None if none of its images could be used."""
 
     digest: str
-    """Of the `Packing`."""
+    """Digest of the `Packing`."""
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
     fingerprints: str = ""

@@ -109,7 +109,7 @@ class StoredSample(NamedTuple):
 
     @property
     def key(self) -> str:
-        """WebDataset's key: the path up to the first dot of the base name; unreadable bytes of it are replaced."""
+        """WebDataset's key: the path up to the first dot of the base name; bytes that are not UTF-8 are replaced."""
         name = bytes(self.content[:100]).split(b"\0", 1)[0].decode(errors="replace")
         if bytes(self.content[156:157]) not in _REGULAR:
             with contextlib.suppress(tarfile.TarError, ValueError, OSError):

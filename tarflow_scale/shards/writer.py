@@ -1,7 +1,7 @@
-"""Samples to shards: reproducible tars, an index beside each, the manifest last.
+"""Write samples as shards: reproducible tar files, an index next to each, and the manifest last.
 
-The tars are byte for byte those of webdataset's ``TarWriter``. Its package imports torch (700 MiB in every process that
-packs), so the headers are made here; a test compares the two.
+The tar files are byte-identical to those of webdataset's ``TarWriter``. The package webdataset imports torch, which
+takes 700 MiB in every process that packs, so this module writes the tar headers itself. A test compares the two.
 """
 
 import functools
@@ -36,7 +36,14 @@ _LARGE_BYTES = 8**11
 
 @dataclass(frozen=True)
 class Sample:
-    """One image ``(C, H, W)`` uint8, or members by extension in its place, with its label and what ``.json`` holds."""
+    """One sample: an image, a label and metadata, which are written as members of a tar.
+
+    Args:
+        key: base name of the members.
+        image: ``(C, H, W)`` uint8; or encoded members, by extension.
+        label: content of ``.cls``; None writes no such member.
+        metadata: content of ``.json``.
+    """
 
     key: str
     image: NDArray[np.uint8] | Mapping[str, bytes]

@@ -59,7 +59,7 @@ def local_name(location: str) -> str:
         os.fsencode(name)
     except UnicodeEncodeError as error:
         letter = error.object[error.start]
-        raise StorageError(f"{location} must have letters of the locale (got {letter!r}); set LC_ALL=C.UTF-8") from None
+        raise StorageError(f"{location} must fit the locale's encoding (got {letter!r}); set LC_ALL=C.UTF-8") from None
     return name
 
 

@@ -111,7 +111,7 @@ def save(
         if is_main():
             with contextlib.suppress(StorageError):
                 storage.remove_tree(folder)
-        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images, the one before it stays")
+        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images; the previous one stays")
     if is_main():
         prune(path, config)
     barrier()

@@ -35,7 +35,7 @@ class Course:
 
     @property
     def total_images(self) -> int:
-        """Images of the run, rounded up to whole steps."""
+        """Number of training images of the run, rounded up to whole steps."""
         step_images = self.training.global_batch_size
         return -(-self.training.total_images // step_images) * step_images
 

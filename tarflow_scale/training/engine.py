@@ -1,8 +1,9 @@
 """The interface to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
 
-The rest of training sees named tensors and never a partition. The master weights depend on the ZeRO stage: at stage 0
-they are the parameters themselves, at stages 1 to 3 an fp32 partition on each rank, and the parameters are a working
-copy. DeepSpeed's setters change only the master, so a caller that sets it must also set the working copy.
+The other modules of training use named tensors and never partitions. The master weights depend on the ZeRO stage. At
+stage 0 they are the parameters themselves. At stages 1 to 3 each rank holds an fp32 partition of the master weights,
+and the parameters are a working copy. DeepSpeed's setters change only the master weights, so a caller that sets these
+must also set the working copy.
 """
 
 import os

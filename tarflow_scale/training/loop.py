@@ -57,7 +57,7 @@ class Loop:
         vectors: description of vectors; None for images.
         conditional: whether the flow takes labels, or the conditions of vectors.
         course: length, checkpoints and learning rate of the run.
-        training, checkpoints, logging: the sections.
+        training, checkpoints, logging: sections of the configuration.
         validation: held-out images, or None.
         meter: measures speed.
         preview: draws a sample grid.

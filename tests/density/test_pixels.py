@@ -39,7 +39,7 @@ def test_no_draws_and_seeds_that_are_none_are_refused(trained: Trained) -> None:
     for use in (image_bits_per_dim, image_nats):
         with pytest.raises(ValueError, match=r"^num_draws must be at least 1 \(got 0\)"):
             use(flow, images, num_draws=0)
-        with pytest.raises(ValueError, match=r"^seed must be a whole number in 0\..* \(got -1\)"):
+        with pytest.raises(ValueError, match=r"^seed must be an integer in 0\..* \(got -1\)"):
             use(flow, images, seed=-1)
         assert use(flow, images[:0]).shape[0] == 0
     mirrored = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), np.uint8)[..., ::-1]

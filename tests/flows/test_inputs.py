@@ -161,7 +161,7 @@ def test_shapes_and_counts_that_no_flow_has(kind: type[ModelConfig]) -> None:
     for shape in shapes:
         with pytest.raises(ConfigError, match=r"^events have shape \(channels, height, width\) or \(values,\) \(got"):
             build(config, shape, 2)
-    with pytest.raises(ConfigError, match=r"^num_classes must be a whole number from 1, or None \(got -1\)"):
+    with pytest.raises(ConfigError, match=r"^num_classes must be an integer >= 1, or None \(got -1\)"):
         build(config, SHAPE, -1)
 
 
@@ -188,14 +188,14 @@ def test_numbers_that_no_sampling_can_have_are_refused() -> None:
         with pytest.raises(ValueError, match=r"^temperature must be a finite number from 0 \(got .*\); 1 is the model"):
             flow.sample(1, temperature=temperature)
     for size in (0, -3):
-        with pytest.raises(ValueError, match=rf"^batch_size must be a whole number from 1 \(got {size}\)"):
+        with pytest.raises(ValueError, match=rf"^batch_size must be an integer >= 1 \(got {size}\)"):
             flow.sample(1, batch_size=size)
-    with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
+    with pytest.raises(ValueError, match=r"^the number of samples must be an integer >= 0 \(got -1\)"):
         flow.sample(-1)
-    with pytest.raises(ValueError, match=r"^the number of samples must be a whole number from 0 \(got -1\)"):
+    with pytest.raises(ValueError, match=r"^the number of samples must be an integer >= 0 \(got -1\)"):
         flow.rsample_and_log_prob(-1)
     for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"^seed must be a whole number in 0..2\^64-1 \(got {seed}\)"):
+        with pytest.raises(ValueError, match=rf"^seed must be an integer in 0..2\^64-1 \(got {seed}\)"):
             flow.sample(1, seed=seed)
     with pytest.raises(ConfigError, match=r"^Guidance: scale: .* \(got -1.0\)$"):
         flow.sample(1, guidance=-1.0)
@@ -257,11 +257,11 @@ for seen in (
     assert found.stdout.splitlines() == [
         "images must be a tensor (got a NumPy array of float64); torch.as_tensor(x, dtype=torch.float32) makes one",
         "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",
-        "the number of samples must be a whole number from 0 (got 2.5); correct it",
-        "seed must be a whole number in 0..2^64-1 (got 1.5); choose another",
-        "batch_size must be a whole number from 1 (got True); None decodes all together",
+        "the number of samples must be an integer >= 0 (got 2.5); correct it",
+        "seed must be an integer in 0..2^64-1 (got 1.5); choose another",
+        "batch_size must be an integer >= 1 (got True); None decodes all together",
         "temperature must be a finite number from 0 (got '1'); 1 is the model's own",
-        "generator must be a torch.Generator (got 3); a number is a seed",
+        "generator must be a torch.Generator (got 3); pass a number as seed",
         "guidance must be a Guidance, or its scale (got {'scale': 1}); tarflow_scale.flows has it",
         "labels must be a tensor, a number or name of a class for all, or a list of them (got b'ab'); correct them",
         "latents must have shape (batch, 16) (got (16,)); pass one for each value",

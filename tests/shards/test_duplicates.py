@@ -204,7 +204,7 @@ def test_nothing_but_copies_is_no_data_set(tmp_path: Path, capsys: pytest.Captur
         (tmp_path / "images" / split / "a/1.png").write_bytes(encode_png(pixels(picture(0))))
     arguments = ["source.kind=folder", f"source.path={tmp_path}/images", f"shards.path={tmp_path}/out"]
     assert cli.main(["prepare", *arguments, "split.near_duplicates=drop"]) == 2
-    assert "no image is left for training (got 1 that are all like held-out ones)" in capsys.readouterr().err
+    assert "no training image is left (got 1, all of them near copies of held-out images)" in capsys.readouterr().err
     assert not any(file.is_file() for file in (tmp_path / "out").rglob("*"))
 
 

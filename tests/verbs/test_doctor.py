@@ -651,7 +651,7 @@ def test_a_file_of_a_job_will_do_as_it_is(file: Path) -> None:
 @pytest.mark.parametrize("verb", ["report", "promote", "convert"])
 def test_a_file_of_another_verb_is_refused_as_such(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", str(next((TOP / "configs" / verb).glob("*.yaml")))]) == 2
-    said = "doctor takes files of prepare, train, evaluate, generate and score (got section "
+    said = "doctor takes configurations of prepare, train, evaluate, generate and score (got section "
     assert said in capsys.readouterr().err
 
 

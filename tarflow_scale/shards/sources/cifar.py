@@ -135,7 +135,8 @@ def _pickled(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8
     data, labels = _value(batch, b"data"), _value(batch, form.label_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or not isinstance(labels, list):
         raise DataError(
-            f"{name} must hold data and {form.label_key.decode()} (got {type(batch).__name__}); download it again"
+            f"{name} must hold data and {form.label_key.decode()} in CIFAR's format (got a {type(batch).__name__} "
+            f"in another format); download it again"
         )
     try:
         return data, np.array(labels)

@@ -187,7 +187,7 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{origin} must be UTF-8 text (got byte {error.start}); save it as UTF-8") from error
+        raise DataError(f"{origin} must be UTF-8 text (got a bad byte at {error.start}); save it as UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip()]
     for separator in ("\t", ",", ";", "|"):
         if lines and all(separator in line for line in lines):

@@ -52,12 +52,12 @@ class ImageFiles:
 
     Args:
         names: paths of the images that are packed, sorted.
-        labels: ``(n,)`` of each; zeros without classes.
-        class_names: in the order of the labels; empty without classes.
-        official: ``(n,)``, see `ImageSource`.
-        lines: to be printed before packing.
-        words: about the split, for the manifest; empty without one.
-        ignored: number of other files, by kind.
+        labels: ``(n,)``, the label of each image; zeros if there are no classes.
+        class_names: names of the classes, in the order of the labels; empty if there are no classes.
+        official: ``(n,)``, the split of each image; see `ImageSource`.
+        lines: lines of text that are printed before packing.
+        words: description of the split for the manifest; empty if the source has no split.
+        ignored: number of files that are not packed, by kind.
         by_table: whether labels come from a table and not from the paths.
     """
 

@@ -64,7 +64,7 @@ def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
     """Values of an IDX file of unsigned bytes.
 
     Raises:
-        DataError: it is no such file, or its length is not what its header says.
+        DataError: the content is not an IDX file of unsigned bytes, or its length does not match its header.
     """
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _IDX_UINT8:
         raise DataError(f"{name} is not an IDX file of unsigned bytes (starts with {content[:4]!r}); check the file")

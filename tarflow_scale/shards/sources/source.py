@@ -106,10 +106,10 @@ class ImageSource(ABC):
             self.bit_depth, self._reduces = bit_depth, True
 
     def check_labels(self) -> None:
-        """Check that there are images, and that their labels are those of the classes.
+        """Check that there are images, and that every label is the number of a class.
 
         Raises:
-            DataError: there are none, or a label is not.
+            DataError: there are no images, or a label is not the number of a class.
         """
         if not len(self.labels):
             raise DataError(f"no images in {self.name} ({self.description}); check source.path")
@@ -209,7 +209,9 @@ class EncodedSource(ImageSource):
         if image.shape[0] == 1 and shape[0] == 3:
             image = image.repeat(3, axis=0)
         if image.shape[0] != shape[0]:
-            raise BadImage(f"images must be all grey or all coloured (got {place} among grey ones); convert them")
+            raise BadImage(
+                f"images must be all grey or all coloured (got a colour image, {place}, among grey ones); convert them"
+            )
         if image.shape != shape:
             raise BadImage(
                 f"all images must have one shape (got {image.shape} for {place}, not {shape}); "

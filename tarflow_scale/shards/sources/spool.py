@@ -1,4 +1,4 @@
-"""A temporary copy of images that cannot be read one by one where they are."""
+"""A temporary copy of the images of a source that has no random access."""
 
 import os
 import tempfile

@@ -42,8 +42,8 @@ class VectorSource(ImageSource):
         if suffix == ".npz":
             if label_column or condition_columns:
                 raise DataError(
-                    f"source.label_column and condition_columns are for CSV (got {path}); name arrays of an .npz "
-                    f"labels and conditions"
+                    f"source.label_column and condition_columns are for CSV (got {path}); in an .npz, name the "
+                    f"arrays labels and conditions"
                 )
             values, conditions, labels, names, official = _from_npz(content, path)
         elif suffix == ".csv":
@@ -128,7 +128,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         raise DataError(f"{path} must have each column once (got {header}, asked for {special}); correct the names")
     values = [number for number, name in enumerate(header) if name not in special]
     if not values:
-        raise DataError(f"{path} must have a column of values (got {header}); leave one out of the conditions")
+        raise DataError(f"{path} must have a column of values (got only labels and conditions: {header}); add one")
     numbers = np.array([_numbers(row, line, header, label_column, path) for line, row in enumerate(rows[1:], start=2)])
     names: tuple[str, ...] = ()
     labels = np.zeros(len(numbers), np.int64)

@@ -101,7 +101,8 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
 def _is_reported(finding: Finding) -> bool:
     """Whether a rank other than 0 prints a finding.
 
-    The first rank of a machine prints warnings and failures, the others only that they did not meet other ranks.
+    The first rank of a machine prints warnings and failures. The other ranks print only the failure of the check
+    ``ranks``, that is, that they could not connect to other ranks.
     """
     if distributed.local_rank() == 0:
         return finding.status in ("warning", "failed")

@@ -1,4 +1,4 @@
-"""Checks of environment variables with which NCCL, gloo or the rendezvous of ranks would hang."""
+"""Find environment variables that would make NCCL, gloo or the rendezvous of ranks hang."""
 
 import errno
 import os

@@ -25,7 +25,7 @@ _SOCKET_PATH_BYTES = 107
 _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 """The longest path that Ray makes below its temporary folder."""
 _FULL_SHARE = 0.95
-"""Ray stops writing to a disk that is fuller."""
+"""Fraction of used disk space above which Ray stops writing to the disk."""
 _LEAST_BYTES = _GIB
 
 

@@ -49,7 +49,7 @@ _GRID_IMAGES = 100
 _GRID_COLUMNS = 10
 _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
-"""Width of the grid, unless a zoom of 1 is wider."""
+"""Maximum width of the grid in pixels; a grid that is wider without zoom is not shrunk."""
 _EXACT = 1e-3
 """Images encode back to their latents within this, in fp32, unless the model amplifies rounding."""
 _MUCH_CLIPPED = 0.05

@@ -176,7 +176,7 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
     """Point an alias that no gate guards (``command.alias``) to a version.
 
     Raises:
-        RegistryError: a gate guards it, there is no such version, or another process moved the alias.
+        RegistryError: a gate guards the alias, the version does not exist, or another process moved the alias.
     """
     name = config.command.alias
     if name is None or name == "latest" or name.isdigit():

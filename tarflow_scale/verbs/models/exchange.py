@@ -139,7 +139,7 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
 
 
 def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str, str]:
-    """The folder or URL, and the model."""
+    """Path of the exported version (folder or URL), and name of the model, from the configuration."""
     if command.path is None:
         raise ConfigError("command.path must say where the exported version is (got none); set it")
     if browsed.model is None:
@@ -174,7 +174,7 @@ def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
 def _check_safetensors(location: str, content: bytes) -> None:
     if content.startswith((b"PK", b"\x80")):
         raise DataError(
-            f"{location} holds a pickle, which is never read; the verb convert makes safetensors of weights"
+            f"{location} holds a pickle, which is never read; convert it to safetensors with the verb convert"
         )
     length = int.from_bytes(content[:8], "little")
     if length > min(_MOST_HEADER_BYTES, max(0, len(content) - 8)):

@@ -64,7 +64,7 @@ def statistics(path: str) -> None:
 
 
 def export(path: str, location: str) -> None:
-    """``--npz``: a packed data set as the file that ADM's evaluator takes."""
+    """``--npz``: write a packed data set as the ``.npz`` file that ADM's evaluator reads."""
     manifest = read_manifest(path)
     if manifest.vectors is not None:
         raise DataError(f"--npz is for images (got {manifest.samples_in_words} in {path}); read the tars")

@@ -181,7 +181,7 @@ def _image_sets(
 
 
 def _packages() -> dict[str, str]:
-    """Versions of the packages that decide the numbers, with codecs and solvers."""
+    """Versions of the packages that affect the scores, including those with codecs and ODE solvers."""
     packages = provenance.package_versions()
     for name in ("pillow", "zuko", "torchdiffeq"):
         with suppress(importlib.metadata.PackageNotFoundError):
