@@ -375,8 +375,8 @@ def mixed_channels(w: World) -> tuple[list[str], str]:
     """One in colours, not among the 64 that decide."""
     some = {f"i{number:03d}_png": np.zeros((3 if number == 1 else 1, 4, 4), np.uint8) for number in range(131)}
     return w.folder_source(**some), (
-        f"images must be all grey or all coloured (got a colour image, {w.tmp}/images/class/i001.png, among grey ones); convert them, "
-        f"or leave out all that cannot be used, with source.bad_images=skip"
+        f"images must be all grey or all coloured (got a colour image, {w.tmp}/images/class/i001.png, among grey "
+        f"ones); convert them, or leave out all that cannot be used, with source.bad_images=skip"
     )
 
 
