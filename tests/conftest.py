@@ -38,11 +38,12 @@ CLUSTERS = {
 
 
 def group_of(test: str) -> str:
-    """What one worker runs in order: all tests of clusters, each file of runs and verbs, and any other test alone."""
+    """What one worker runs in order: all tests of clusters, each file with costly fixtures, and any other test alone."""
     file = Path(test.partition("::")[0])
     if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
-    return str(file) if file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") else test
+    together = file.parent.name in ("tests", "verbs", "runtime", "capacity", "training") or file.stem == "test_measures"
+    return str(file) if together else test
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -38,6 +38,8 @@ _READ_AT_START = (
     "CUDA_",
 )
 """Variables that are read before a process could be told them after a fork."""
+_SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}
+"""torch.compile sets it in this process; every process would find the same folder without it."""
 
 
 class _Forked(subprocess.Popen[str]):
@@ -115,7 +117,7 @@ def _is_known(variables: Mapping[str, str]) -> bool:
     if sys.platform != "linux" or torch.cuda.is_available():
         return False
     own = _server_environment()
-    names = {name for name in (*variables, *own) if name.startswith(_READ_AT_START)}
+    names = {name for name in (*variables, *own) if name.startswith(_READ_AT_START) and name not in _SET_BY_TORCH}
     return all(variables.get(name) == own.get(name) for name in names)
 
 

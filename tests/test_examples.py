@@ -84,6 +84,7 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
     assert re.search(r"\d+% of the normal images are less likely than the bar", said)
 
 
+@pytest.mark.slow
 def test_posterior() -> None:
     result = subprocess.run(
         [sys.executable, "launch/examples/posterior.py"],

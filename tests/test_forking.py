@@ -75,7 +75,8 @@ import os, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)
-print(os.environ["LOCAL_RANK"], int(total), flush=True)
+sys.stdout.write(f"{os.environ['LOCAL_RANK']} {int(total)}\\n")  # one write, so that lines of ranks do not mix
+sys.stdout.flush()
 if sys.argv[1:] == [os.environ["RANK"]]:
     os._exit(5)
 if sys.argv[1:]:

@@ -211,6 +211,7 @@ def nodes_at_work(folder: Path) -> set[str]:
     return {path.name.partition("-")[2] for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_node_that_dies_loses_no_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no room for its worker elsewhere, so the worker that is left takes over what it had begun."""

@@ -145,6 +145,7 @@ def test_an_exported_model_says_what_it_is_of(trained: Path, tmp_path: Path) -> 
     exec(block.replace("PATH_OF_THIS_FOLDER", f"{tmp_path}/out"), {})
 
 
+@pytest.mark.slow
 def test_a_flow_may_do_without_what_its_data_are_given_with(trained: Path, tmp_path: Path) -> None:
     short = ["training.total_images=5120", "schedule.warmup_images=512", "model.class_conditional=false"]
     result = command(*train_arguments(trained, "given", "alone", *short))

@@ -12,7 +12,7 @@ from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtoc
 from tarflow_scale.metrics.features import layer_of
 from tarflow_scale.metrics.parts import FeatureSet, Images, Part, parts_of
 
-__all__ = ["PartIdentity", "Requirement", "requirements_of"]
+__all__ = ["PartIdentity", "ProtocolInputs", "requirements_of"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PartIdentity:
 
 
 @dataclass(frozen=True)
-class Requirement:
+class ProtocolInputs:
     """What one protocol needs.
 
     samples: features of generated images. reference: features that these are compared with. real: features of some
@@ -56,7 +56,7 @@ def requirements_of(
     num_reference: int,
     baselines: bool,
     identity: PartIdentity,
-) -> dict[str, Requirement]:
+) -> dict[str, ProtocolInputs]:
     """What each protocol needs, by the path of its file.
 
     Args:
@@ -67,11 +67,11 @@ def requirements_of(
         baselines: whether real images are measured too.
         identity: what else decides the numbers.
     """
-    requirements: dict[str, Requirement] = {}
+    requirements: dict[str, ProtocolInputs] = {}
     for path, protocol in protocols.items():
         if isinstance(protocol, LikelihoodProtocol):
             decisive = ["likelihoods", protocol.digest, identity.weights, identity.test, identity.device]
-            requirements[path] = Requirement(likelihoods=tuple(parts_of(identity.folder(decisive), num_test)))
+            requirements[path] = ProtocolInputs(likelihoods=tuple(parts_of(identity.folder(decisive), num_test)))
         else:
             requirements[path] = _of_samples(protocol, extractors[path], num_reference, baselines)
     layers: dict[Any, set[str]] = {}
@@ -103,7 +103,7 @@ def _pass_of(features: FeatureSet) -> Any:
     return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
 
 
-def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, baselines: bool) -> Requirement:
+def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, baselines: bool) -> ProtocolInputs:
     depth, rounding, seed = protocol.bit_depth, protocol.rounding, protocol.seed
 
     def features(images: Images, reduced: bool = False) -> FeatureSet:
@@ -114,9 +114,9 @@ def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, b
 
     samples = features(Images("sample", protocol.num_images, seed, depth, rounding))
     if isinstance(protocol, InceptionScoreProtocol):
-        return Requirement(samples)
+        return ProtocolInputs(samples)
     if isinstance(protocol, FrechetProtocol):
         has_baseline = baselines and protocol.estimate == "plain"
         baseline = features(real(protocol.num_images), reduced=True) if has_baseline else None
-        return Requirement(samples, features(real(num_reference), reduced=True), baseline)
-    return Requirement(samples, features(real(protocol.num_reference_images)))
+        return ProtocolInputs(samples, features(real(num_reference), reduced=True), baseline)
+    return ProtocolInputs(samples, features(real(protocol.num_reference_images)))

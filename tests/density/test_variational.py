@@ -108,6 +108,7 @@ def test_moments_of_a_banana() -> None:
     check_weighted_moments(posterior, 0.02)
 
 
+@pytest.mark.slow
 def test_a_flow_of_zukos_fits_as_well() -> None:
     torch.manual_seed(0)
     flow = zuko.flows.MAF(2, transforms=2, hidden_features=(64, 64))
@@ -146,7 +147,7 @@ def test_densities_that_are_wrong_end_in_one_line() -> None:
         fit_posterior(lambda x: torch.log(-x.square().sum(dim=1)), iaf(), num_steps=50)
     posterior = fit_posterior(LinearRegression().log_joint, iaf(), num_steps=1)
     posterior._log_joint = lambda x: torch.log(x[:, 0])
-    for look in (posterior.report, posterior.weighted):
+    for look in (posterior.diagnostics, posterior.weighted):
         with pytest.raises(NumericsError, match=r"\d+ of 100 importance weights are not numbers"):
             look(100)
     posterior._log_joint = lambda x: torch.full((len(x),), math.inf)

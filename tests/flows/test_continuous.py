@@ -66,6 +66,7 @@ def test_the_adjoint_has_the_gradients_of_the_solver_itself(solver: str) -> None
     assert max(float(one.abs().max()) for one in found[0]) > 1e-2
 
 
+@pytest.mark.slow
 def test_in_evaluation_the_trace_is_that_of_the_exact_jacobian_whatever_training_solves_with() -> None:
     x = torch.randn(2, 4, dtype=torch.float64)
     for solver in ("dopri5", "bosh3", "rk4", "midpoint"):

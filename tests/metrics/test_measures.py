@@ -104,6 +104,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"samples": sets[0], "reference": sets[1], "expected": expected, "folder": folder}
 
 
+@pytest.mark.slow
 def test_fid_is_torch_fidelitys(inception: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jackknife, "NUM_BLOCKS", 4)  # each costs a decomposition of 2048 x 2048
     reference = inception["reference"].rows("pool")
@@ -113,6 +114,7 @@ def test_fid_is_torch_fidelitys(inception: dict[str, Any], monkeypatch: pytest.M
     assert found.standard_error > 0
 
 
+@pytest.mark.slow
 def test_kid_is_torch_fidelitys(inception: dict[str, Any]) -> None:
     found = one(kernel_distance(inception["samples"], inception["reference"], **SUBSETS))
     rows = inception["samples"].rows("pool").astype(np.float64)
@@ -121,6 +123,7 @@ def test_kid_is_torch_fidelitys(inception: dict[str, Any]) -> None:
     assert found.value > 100 * 1e-6 * scale  # so that the comparison says something
 
 
+@pytest.mark.slow
 def test_the_inception_score_is_torch_fidelitys(inception: dict[str, Any]) -> None:
     found = one(inception_score(inception["samples"], 10, 2020))
     assert found.value == pytest.approx(inception["expected"]["inception_score_mean"], rel=1e-9)
@@ -128,12 +131,14 @@ def test_the_inception_score_is_torch_fidelitys(inception: dict[str, Any]) -> No
     assert found.standard_error > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["precision", "recall"])
 def test_precision_and_recall_are_torch_fidelitys(inception: dict[str, Any], kind: Any) -> None:
     found = one(manifold_share(kind, inception["samples"], inception["reference"], 3))
     assert found.value == pytest.approx(inception["expected"][kind], abs=1e-7)  # theirs is a mean in fp32
 
 
+@pytest.mark.slow
 def test_spatial_features_are_seven_channels_of_seventeen_squared(inception: dict[str, Any]) -> None:
     rows = inception["samples"].rows("spatial")
     assert rows.shape == (NUM, 7 * 17 * 17)

@@ -21,6 +21,7 @@ def test_a_registry_survives(scenario: Callable[[object, Path], object], tmp_pat
     assert cases is None or cases >= 3  # it was really disturbed
 
 
+@pytest.mark.slow
 def test_rclones_s3_has_no_create_if_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 

@@ -133,6 +133,7 @@ def test_the_command_line_sets_how_threads_wait_before_torch_is_imported() -> No
     assert python(script, {"GOMP_SPINCOUNT": "9"}) == "9 False"
 
 
+@pytest.mark.slow
 def test_loading_a_flow_in_python_sets_how_threads_wait_where_torch_is_not_there_yet() -> None:
     script = "import os; {}; print(os.environ.get('GOMP_SPINCOUNT'))"
     assert python(script.format("from tarflow_scale import load"), {}) == "1000"

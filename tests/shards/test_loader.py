@@ -198,6 +198,7 @@ def test_a_failure_in_a_worker_is_one_line_and_a_killed_worker_is_noticed(tmp_pa
         take(loaders(mix, config), 0, 10)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_disturbs_no_other_line_of_the_rank(tmp_path: Path) -> None:
     config = DataConfig(path=str(pack(tmp_path, [30])), num_workers=2)
     stream = loaders(open_mix(config, 4, 0), config)[0].batches(0)
@@ -232,6 +233,7 @@ def test_workers_leave_signals_to_their_rank(tmp_path: Path) -> None:
     stream.close()
 
 
+@pytest.mark.slow
 def test_signals_to_a_group_from_its_first_moment_leave_no_trace(tmp_path: Path) -> None:
     """SIGUSR1 ends the tracker of multiprocessing, and any process that has not come to ignoring it yet."""
     path = pack(tmp_path / "data", [30])

@@ -98,6 +98,7 @@ def alone(ranks: Ranks) -> dict[str, Any]:
     return ranks(1, "curves", 50, *variants)
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", [one for one in STAGES if "stage=0" not in one])
 def test_every_stage_has_one_loss_curve(two: dict[str, Any], variant: str) -> None:
@@ -114,6 +115,7 @@ def test_every_stage_has_one_loss_curve(two: dict[str, Any], variant: str) -> No
     assert found["initialized"]
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("variant", STAGES)
 def test_sharded_averages_are_plain_ones(two: dict[str, Any], variant: str) -> None:
@@ -124,6 +126,7 @@ def test_sharded_averages_are_plain_ones(two: dict[str, Any], variant: str) -> N
         assert held <= 2 * (4 * found["parameters"] / 2 + 4 * 64 * 30)  # every tensor may be padded a little
 
 
+@pytest.mark.slow
 @distributed
 @pytest.mark.parametrize("flow", FLOWS)
 def test_stage_3_lets_go_of_parameters_between_steps(two: dict[str, Any], flow: str) -> None:

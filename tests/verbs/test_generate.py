@@ -69,6 +69,7 @@ def test_the_result_is_a_data_set_that_can_be_read_and_trained_on(generated: Pat
     assert shards.manifest.split == "generated"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_prepare_and_generate_without_hard_links(
     trained: Trained, digits: Path, generated: Path, tmp_path: Path

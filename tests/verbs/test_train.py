@@ -491,6 +491,7 @@ def test_a_run_folder_takes_one_run_at_a_time(
     assert f"{tmp_path}/run takes one writer at a time (in use by process {os.getpid()} on " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_validation_and_several_averages(trained: Trained, tmp_path: Path) -> None:
     """Validation on two ranks, with images that do not divide; it must not be seen by training."""
@@ -667,6 +668,7 @@ def longer(trained: Trained, tmp_path: Path, *more: str) -> tuple[list[str], str
     return arguments, told[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained, tmp_path: Path) -> None:
     arguments, told = longer(trained, tmp_path)
     # cosine to 1% of 5e-3 at 640 images; of 1280 images, 640 are half way: 0.01 + 0.99 / 2 of it
