@@ -38,7 +38,7 @@ CLUSTERS = {
 
 
 def group_of(test: str) -> str:
-    """What one worker runs in order: all tests of clusters, each file with costly fixtures, and any other test alone."""
+    """What one worker runs in order: all tests of clusters, each file with costly fixtures, any other test alone."""
     file = Path(test.partition("::")[0])
     if file.stem.removeprefix("test_") in CLUSTERS:
         return "clusters"
