@@ -107,7 +107,7 @@ def _run(verb: Verb, arguments: argparse.Namespace) -> int:
                 return 0
         path, overrides = _split_arguments(arguments.config)
         overrides += [f"{flag.key}={json.dumps(values[0])}" for flag, values in given if flag.key]
-        config = verb.config.load(path, overrides, verb.file)
+        config = verb.load(path, overrides)
         if verb.imports and distributed.is_main():
             print(f"importing {verb.imports}")  # this takes seconds, in which nothing else is printed
         getattr(_module(verb), function)(config, arguments.dry_run)

@@ -253,7 +253,8 @@ def mnist_that_is_missing(w: World) -> tuple[list[str], str]:
 
 def no_registry(w: World) -> tuple[list[str], str]:
     return ["models", "list", f"registry.path={w.tmp}/absent"], (
-        f"no registry at {w.tmp}/absent; train a model into it first, or check registry.path"
+        f"no registry at {w.tmp}/absent; a training run registers its model when it is finished: finish one, or check "
+        "registry.path"
     )
 
 
@@ -268,7 +269,9 @@ def no_version(w: World) -> tuple[list[str], str]:
 
 
 def no_alias(w: World) -> tuple[list[str], str]:
-    return w.generate("registry.version=champion"), ("no alias 'champion' of small (there is none); check the name")
+    return w.generate("registry.version=champion"), (
+        "no alias 'champion' of small (there is none); promote a version first, or name one, such as latest"
+    )
 
 
 def no_report(w: World) -> tuple[list[str], str]:

@@ -45,6 +45,6 @@ VERB = Verb(
     "verbs.plan",
     PlanConfig,
     "predict the memory, speed and cost of a recipe on GPUs",
-    "tarflow-scale plan configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100",
+    "tarflow-scale plan configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000",
     flags=flags_of(GpusConfig, "plan"),
 )

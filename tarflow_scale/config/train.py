@@ -322,8 +322,8 @@ class TrainConfig(Root):
             if decay:
                 names, got = f"{names} + schedule.decay_images", f"{warmup} + {decay} = {warmup + decay}"
             raise ValueError(
-                f"{names} must be below training.total_images (got {got}, and {total}); lower the former or raise the "
-                f"latter"
+                f"{names} must be below training.total_images (got {got}, and {total}); lower "
+                f"{names}, or raise training.total_images"
             )
         return self
 

@@ -1,8 +1,10 @@
 """Declaration of a verb beside its configuration: its function, manual and flags."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tarflow_scale.config.base import Root, Section
+from tarflow_scale.errors import ConfigError
 
 __all__ = ["Flag", "Verb", "flags_of"]
 
@@ -53,6 +55,20 @@ class Verb:
     def file(self) -> str:
         """The configuration of the example."""
         return next(word for word in self.example.split() if word.startswith("configs/"))
+
+    def load(self, path: Path | None, overrides: list[str]) -> Root:
+        """The configuration.
+
+        Raises:
+            ConfigError: one line for every problem; where a key is missing that a flag sets, it names the flag.
+        """
+        try:
+            return self.config.load(path, overrides, self.file)
+        except ConfigError as error:
+            text = str(error)
+            for flag in self.flags:
+                text = text.replace(f"as {flag.key}=VALUE", f"with --{flag.name} {' '.join(flag.values)}")
+            raise ConfigError(text) from error
 
 
 def flags_of(section: type[Section], key: str) -> tuple[Flag, ...]:

@@ -72,7 +72,10 @@ class Registry:
         """
         names = [name for name in storage.list_names(path) if _NAME.fullmatch(name) and _has_log(path, name)]
         if not names:
-            raise RegistryError(f"no registry at {path}; train a model into it first, or check registry.path")
+            raise RegistryError(
+                f"no registry at {path}; a training run registers its model when it is finished: finish one, or check "
+                f"registry.path"
+            )
         return names
 
     # -- reading -------------------------------------------------------------------------------------------------------

@@ -160,7 +160,10 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
         return state.versions[max(usable)]
     if isinstance(reference, str) and not reference.isdecimal():
         if reference not in state.aliases:
-            raise RegistryError(f"no alias {reference!r} of {model} (there is {known(state.aliases)}); check the name")
+            raise RegistryError(
+                f"no alias {reference!r} of {model} (there is {known(state.aliases)}); promote a version first, "
+                f"or name one, such as latest"
+            )
         return state.versions[state.aliases[reference]]
     number = int(reference)
     if number not in state.versions:

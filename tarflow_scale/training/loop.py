@@ -118,7 +118,8 @@ class Loop:
                 if stopping and not done:
                     uploads.wait()
                     raise Interrupted(
-                        f"stopped by {stopping} after {now} images (checkpoint saved); run it again to continue"
+                        f"stopped by {stopping} after {now:,} of {self.course.total_images:,} images; a checkpoint is "
+                        f"saved, and the same command continues; the model is registered when the run is finished"
                     )
         uploads.wait()
 

@@ -102,7 +102,7 @@ def progress_line(
     if progress.recent:
         brief.append(loss(sum(progress.recent) / len(progress.recent)))
     if progress.held_out is not None:
-        brief.append(f"held out {loss(progress.held_out)}")
+        brief.append(f"held out {loss(progress.held_out)} (averaged weights)")
     mfu, waiting = speed["mfu"], speed["data_wait_fraction"]
     details = [
         *([] if mfu is None else [f"MFU {mfu:.0%}"]),

@@ -46,8 +46,10 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
     line = f"continuing with another schedule: {rates}"
     if now < before:
         return line
-    if schedule.kind == "wsd" and newer is not None:
+    if newer is not None and schedule.kind == "wsd":
         advice = f"delete {newer} to continue without the jump"
+    elif schedule.kind == "wsd":
+        advice = "no checkpoint is old enough to continue without the jump"
     else:
         advice = "schedule.kind=wsd is for runs that are extended"
     return f"{line}; a higher rate makes the model worse at first ({advice})"

@@ -44,7 +44,7 @@ def deepspeed_config(
         )
         raise ConfigError(
             f"training.global_batch_size must be a multiple of training.micro_batch_size x ranks "
-            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use {nearest}{smaller}"
+            f"(got {batch} and {micro} x {ranks} = {micro * ranks}); use training.global_batch_size={nearest}{smaller}"
         )
     # At stage 0 our optimizer clips; Muon's updates do not depend on the norm of gradients.
     clips = parallelism.zero_stage > 0 and optimizer.kind == "adamw"

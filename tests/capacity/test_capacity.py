@@ -388,20 +388,23 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "plan: required section is missing; set its keys in the YAML or as plan.gpus=VALUE"),
+        ([], "plan: required section is missing; set its keys in the YAML or with --gpus GPUS"),
         (["--gpus", "8"], "plan.gpu: required key is missing"),
         (["--gpus", "8", "--gpu", "tpu"], "--gpu must be one of h200, h100-pcie, h100, "),
         (["--gpus", "0", "--gpu", "h100"], "plan.gpus: Input should be greater than or equal to 1 (got '0')"),
         (["--gpus", "many", "--gpu", "h100"], "plan.gpus: Input should be a valid integer"),
         ([*PLAN, "--mfu", "40"], "plan.mfu: Input should be less than or equal to 1 (got '40')"),
-        (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size 256"),
+        (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size PIXELS"),
         ([*PLAN, "--image-size", "64"], "model.class_conditional needs --classes beside --image-size (got None)"),
         ([*PLAN, "--image-size", "65", "--classes", "9"], "must be multiples of model.patch_size"),
         (
             ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],
-            "(got 256 and 32 x 64 = 2048); use 2048, or training.micro_batch_size=4",
+            "(got 256 and 32 x 64 = 2048); use training.global_batch_size=2048, or training.micro_batch_size=4",
         ),
-        (["--gpus", "3", "--gpu", "h100", "--image-size", "64", "--classes", "9"], "32 x 3 = 96); use 288"),
+        (
+            ["--gpus", "3", "--gpu", "h100", "--image-size", "64", "--classes", "9"],
+            "32 x 3 = 96); use training.global_batch_size=288",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

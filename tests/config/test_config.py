@@ -96,12 +96,12 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         (
             "schedule={kind: wsd, warmup_images: 500, decay_images: 500}",
             "schedule.warmup_images + schedule.decay_images must be below training.total_images (got 500 + 500 = 1000, "
-            "and 1000); lower the former or raise the latter",
+            "and 1000); lower schedule.warmup_images + schedule.decay_images, or raise training.total_images",
         ),
         (
             "schedule.warmup_images=1200",
-            "schedule.warmup_images must be below training.total_images (got 1200, and 1000); lower the former or "
-            "raise the latter",
+            "schedule.warmup_images must be below training.total_images (got 1200, and 1000); lower "
+            "schedule.warmup_images, or raise training.total_images",
         ),
         (
             "training.ema_half_life_images=[100, 100]",

@@ -71,7 +71,7 @@ def test_the_same_files_are_one_version(tmp_path: Path) -> None:
     ("reference", "message"),
     [
         (7, r"no version 7 of m \(there are 1, 2\); check the number"),
-        ("champion", r"no alias 'champion' of m \(there is none\); check the name"),
+        ("champion", r"no alias 'champion' of m \(there is none\); promote a version first"),
     ],
 )
 def test_what_does_not_exist(tmp_path: Path, reference: int | str, message: str) -> None:

@@ -363,7 +363,7 @@ def test_the_deepspeed_dictionary_is_derived() -> None:
     assert "offload_optimizer" not in found["zero_optimization"]
     assert "zero_hpz_partition_size" not in found["zero_optimization"]
     assert found["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    with pytest.raises(ConfigError, match=r"\(got 96 and 8 x 5 = 40\); use 80"):
+    with pytest.raises(ConfigError, match=r"\(got 96 and 8 x 5 = 40\); use training.global_batch_size=80"):
         dictionary(ranks=5)
 
 

@@ -24,7 +24,7 @@ def test_what_is_not_usual_is_said() -> None:
     progress.take(-1.0)
     noisy = PixelFormat(bit_depth=8, noise="gaussian", noise_std=0.1)
     full, brief = progress_line(progress, noisy, 1e-3, float("inf"), SPEED | {"mfu": 0.41}, 2**30)
-    assert brief == "-1.000 nats/dim, held out -0.500 nats/dim"
+    assert brief == "-1.000 nats/dim, held out -0.500 nats/dim (averaged weights)"
     assert ", MFU 41%, " in full
     assert "gradient not finite" in full
     assert full.endswith("2 steps skipped")

@@ -221,8 +221,8 @@ def test_a_rival_that_cannot_be_compared_with_is_one_line(world: World, capsys: 
         world, "glow@1", capsys
     )
     assert refusal(world, "glow@champion", capsys) == (
-        "gate.against=glow@champion cannot be compared with: no alias 'champion' of glow (there is none); check the "
-        "name"
+        "gate.against=glow@champion cannot be compared with: no alias 'champion' of glow (there is none); promote "
+        "a version first, or name one, such as latest"
     )
     assert "no version 7 of glow (there are 1)" in refusal(world, "glow@7", capsys)
     glow.retire(1, "broken")

@@ -119,7 +119,7 @@ def _train(
     flow = flow_of(model, manifest)
     flow.pixels, flow.activations = inputs.pixels, recipe.parallelism.activations
     reader = _loader(inputs.mix, data, training.seed, logging.path, device)
-    _say("initializing the flow on the first images")
+    _say("initializing the flow on the first images; a checkpoint, if there is one, replaces the result")
     _initialize(flow.to(device), reader, training, model.class_conditional)
     _say("starting DeepSpeed")
     engine = Engine(flow, device, recipe.optimizer, training, recipe.parallelism)
