@@ -253,8 +253,7 @@ def mnist_that_is_missing(w: World) -> tuple[list[str], str]:
 
 def no_registry(w: World) -> tuple[list[str], str]:
     return ["models", "list", f"registry.path={w.tmp}/absent"], (
-        f"no registry at {w.tmp}/absent; a training run registers its model when it is finished: finish one, or check "
-        "registry.path"
+        f"no registry at {w.tmp}/absent; finish a run of training, or check the path"
     )
 
 

@@ -1,6 +1,7 @@
 """Write points: disturb a function before or after any of its system calls that change a file system."""
 
 import errno
+import gc
 import os
 import signal
 import traceback
@@ -17,6 +18,7 @@ def disturbed_at(change: Callable[[], object], point: int, disturb: Callable[[],
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        gc.freeze()  # objects of threads that the fork has not, such as Ray's, must not be collected here
         os.close(reader)
         code, passed = 1, 0
 

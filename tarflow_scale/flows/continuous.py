@@ -331,10 +331,7 @@ class _Field:
         return self._rates(t, state[0])
 
     def _watch(self, time: float) -> None:
-        """Raise an error if the solver makes no progress.
-
-        The adjoint is solved inside a backward pass, where nothing else would detect this.
-        """
+        """Raise an error if the solver makes no progress; inside a backward pass nothing else would detect it."""
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:

@@ -72,10 +72,7 @@ class Registry:
         """
         names = [name for name in storage.list_names(path) if _NAME.fullmatch(name) and _has_log(path, name)]
         if not names:
-            raise RegistryError(
-                f"no registry at {path}; a training run registers its model when it is finished: finish one, or check "
-                f"registry.path"
-            )
+            raise RegistryError(f"no registry at {path}; finish a run of training, or check the path")
         return names
 
     # -- reading -------------------------------------------------------------------------------------------------------
