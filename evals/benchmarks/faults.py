@@ -164,7 +164,7 @@ def terminate_during_a_save(world: World, folder: Path) -> None:
         time.sleep(0.0005)
     process.send_signal(signal.SIGTERM)
     output = finish(process, 75)
-    if "run it again to go on" not in output or not (save / "manifest.json").exists():
+    if "the same command continues" not in output or not (save / "manifest.json").exists():
         raise Failed(f"no checkpoint was saved:\n{output}")
     finish(start(world.config(run), 0))
     check_equal(run, world.undisturbed(0))
