@@ -120,7 +120,7 @@ def kill_workers(world: World, folder: Path) -> None:
     killed: set[int] = set()
     deadline = time.monotonic() + LIMIT_SECONDS
     attempt = 0
-    while len(killed) < world.kills:  # an evaluation that ended meanwhile begins anew, with parts of its own
+    while len(killed) < world.kills:  # an evaluation that ended meanwhile starts again with its own parts
         attempt += 1
         own = folder / str(attempt)
         own.mkdir()

@@ -33,7 +33,7 @@ __all__ = [
 LIMIT_SECONDS = 1500.0
 """Only what hangs takes so long, on a machine of any speed."""
 MARKER = "TARFLOW_SCALE_FAULTS"
-"""Environment variable by which processes of a scenario are found, whoever started them; it holds its folder."""
+"""Environment variable by which processes of a scenario are found; it holds its folder."""
 
 
 class Failed(Exception):

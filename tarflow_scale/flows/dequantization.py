@@ -94,7 +94,7 @@ class _Coupling(nn.Module):
         return v * log_scale.exp() + (1 - kept) * shift, log_scale
 
     def _kept(self, v: Tensor) -> Tensor:
-        """A checkerboard ``(H, W)``; made anew, because a flow is loaded on the meta device."""
+        """A checkerboard ``(H, W)``; computed at every call, because a flow is loaded on the meta device."""
         rows, columns = (torch.arange(size, device=v.device) for size in v.shape[2:])
         return ((rows[:, None] + columns + self.parity) % 2 == 0).to(v.dtype)
 

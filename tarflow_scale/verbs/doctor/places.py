@@ -103,7 +103,7 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
     Args:
         key: key of the configuration.
         path: value of the key.
-        folder: `trial_folder` of the path; whoever ends this check early must remove it.
+        folder: `trial_folder` of the path; a caller that ends this check early must remove it.
     """
     try:
         written, read = _speeds(folder)
