@@ -38,8 +38,8 @@ _READ_AT_START = (
     "CUDA_",
 )
 """Variables that are read before a process could be told them after a fork."""
-_SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR"}
-"""torch.compile sets it in this process; every process would find the same folder without it."""
+_SET_IN_PASSING = {"TORCHINDUCTOR_CACHE_DIR", "DS_ACCELERATOR"}
+"""torch.compile and `start_process_group` set them in this process, to what every process sets by itself."""
 
 
 class _Forked(subprocess.Popen[str]):
@@ -117,7 +117,7 @@ def _is_known(variables: Mapping[str, str]) -> bool:
     if sys.platform != "linux" or torch.cuda.is_available():
         return False
     own = _server_environment()
-    names = {name for name in (*variables, *own) if name.startswith(_READ_AT_START) and name not in _SET_BY_TORCH}
+    names = {name for name in (*variables, *own) if name.startswith(_READ_AT_START) and name not in _SET_IN_PASSING}
     return all(variables.get(name) == own.get(name) for name in names)
 
 

@@ -36,7 +36,7 @@ def test_the_density_of_a_flow_with_classes_is_the_mean_over_them() -> None:
 
 def test_other_flows_have_no_such_picture() -> None:
     sizes = {"width": 4, "hidden_layers": 1}
-    with pytest.raises(ValueError, match="two dimensions"):
+    with pytest.raises(ValueError, match="vectors of two numbers"):
         density_picture(build(NICEConfig(class_conditional=False, **sizes), (3,)))
     with pytest.raises(ValueError, match="given 1 numbers"):
         density_picture(build(NICEConfig(**sizes), (2,), None, 1))

@@ -45,7 +45,7 @@ def test_labels_by_name_and_settings_that_cannot_be(flow: Flow) -> None:
     assert torch.equal(named[0][1], images)
     with pytest.raises(ValueError, match=r"^the number of samples must be an integer >= 0 \(got -1\)"):
         sweep(flow, 3, -1)
-    with pytest.raises(ValueError, match=r"^seed must be a whole number in 0\..* \(got -3\)"):
+    with pytest.raises(ValueError, match=r"^seed must be an integer in 0\..* \(got -3\)"):
         sweep(flow, -3, 4)
     for one in ("roses", 1):
         assert torch.equal(
