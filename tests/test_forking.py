@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forking
 from tests.forking import HANG_SECONDS, start
 
 SHOWN = """
@@ -59,7 +60,12 @@ def test_one_that_is_killed_is_reported(tmp_path: Path) -> None:
     assert process.poll() == -signal.SIGKILL
 
 
-def test_what_is_read_at_a_start_makes_it_a_start(module: Path) -> None:
+def test_what_is_read_at_a_start_makes_it_a_start(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = forking._server_environment()
+    for name in set(os.environ) - set(known):
+        monkeypatch.delenv(name)
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
     assert "tests.fork_server" in command_line({}, module)
     assert "tests.fork_server" not in command_line({"PYTHONHASHSEED": "1"}, module)
 
