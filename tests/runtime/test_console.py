@@ -30,7 +30,7 @@ def test_reopening_a_log_drops_a_torn_line_and_what_will_be_written_again(tmp_pa
 
 @pytest.fixture
 def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What Weights & Biases, which needs an account, is told of each run that is opened."""
+    """Arguments that Weights & Biases, which needs an account, gets for each run that is opened."""
     calls: list[dict[str, Any]] = []
 
     class Wandb(ModuleType):

@@ -67,7 +67,7 @@ def test_a_flipped_bit_is_found_whatever_it_hits(copy: Path, offset: int) -> Non
 @pytest.mark.parametrize("field", [b"-0000001000", b"-0000002000", b"-1"])
 @pytest.mark.parametrize("kind", [b"0", b"L"])
 def test_members_of_negative_size_end_the_reading(field: bytes, kind: bytes) -> None:
-    """Wherever one stands, it would lead back to where reading came from, for ever."""
+    """Such a member would lead the reader back to its start, in an endless loop."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name in ("a" * 120 if kind == b"L" else "a", "b", "c"):

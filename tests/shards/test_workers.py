@@ -1,4 +1,4 @@
-"""A function over many inputs: in order, whoever is faster, and no worker is lost in silence."""
+"""A function over many inputs: results stay in order, and the loss of a worker is reported."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""``score``: a row for every image, the same whoever makes it, and how well anomalies are told apart."""
+"""``score``: a row for every image, equal on every executor, and how well anomalies are separated."""
 
 import csv
 import json

@@ -89,7 +89,7 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
     try:
         return scan(lambda stream: plain_members(stream, num_bytes))
     except UnusualHeader:
-        pass
+        pass  # `tarfile` reads all headers, below, in more time
     try:
         return scan(members_by_tarfile)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
