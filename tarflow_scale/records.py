@@ -130,13 +130,6 @@ class DataSetFacts(Record):
     """Shape of vectors; None for images."""
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """``(C, H, W)`` of an image, ``(D,)`` of a vector."""
-        if self.vectors is not None:
-            return (self.vectors.num_values,)
-        return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
-
-    @property
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
@@ -263,11 +256,6 @@ class GenerationPlan(Record):
     guard: GuardConfig = GuardConfig()
 
     @property
-    def is_of_vectors(self) -> bool:
-        """Whether the samples are vectors, of ``num_channels`` numbers, and no images."""
-        return self.pixels.noise == "none"
-
-    @property
-    def has_grid(self) -> bool:
-        """Whether a picture goes with the shards: of images, or of the density of two numbers."""
-        return not self.is_of_vectors or self.num_channels == 2
+    def vectors(self) -> VectorFacts | None:
+        """Shape of vectors; None for images."""
+        return VectorFacts(num_values=self.num_channels) if self.pixels.noise == "none" else None

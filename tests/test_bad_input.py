@@ -312,7 +312,7 @@ def data_of_another_depth(w: World) -> tuple[list[str], str]:
     facts = yaml.safe_load((TOP / "evals/protocols/digits-bits-per-dim.yaml").read_text())
     (w.tmp / "edition.yaml").write_text(yaml.safe_dump(facts | {"bit_depth": 8}))
     return w.evaluate(f"metrics.protocols=[{w.tmp}/edition.yaml]"), (
-        "protocol bits_per_dim is for 8-bit data (got 4 in digits/test); choose another protocol"
+        "protocol bits_per_dim is for 8-bit images (got 1x8x8 images, 4 bit in digits/test); choose another protocol"
     )
 
 

@@ -11,7 +11,6 @@ import torch
 from tarflow_scale import cli, load
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.vectors import floats
 from tests.conftest import command
 
 STD = 0.1
@@ -94,11 +93,9 @@ def test_a_notebook_gets_densities_and_samples(trained: Path) -> None:
     y = torch.full((500, 1), 0.5)
     x = flow.sample(500, y, seed=0)
     assert torch.allclose(x.mean(dim=0), torch.tensor([math.sin(1.5), 0.25]), atol=0.08)
-    shards = ShardSet(f"{trained}/given/test")
-    assert shards.manifest.vectors is not None
-    values, given = (
-        torch.from_numpy(part.copy()) for part in floats(shards.take(np.arange(1000)).images, shards.manifest.vectors)
-    )
+    batch = ShardSet(f"{trained}/given/test").take(np.arange(1000))
+    assert batch.conditions is not None
+    values, given = torch.from_numpy(batch.events), torch.from_numpy(batch.conditions)
     assert abs(float(-flow.log_prob(values, given).mean().detach()) - nats_of(trained, "given")[0]) < 1e-4
 
 
@@ -121,11 +118,9 @@ def test_vectors_are_generated_in_the_format_that_trains(trained: Path, tmp_path
     files = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir() if file.is_file()}
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir() if file.is_file()}
     shards = ShardSet(f"{tmp_path}/a")
-    assert shards.manifest.vectors is not None
     flow = load("labelled@latest", registry=f"{trained}/registry")
     expected = flow.sample(50, torch.arange(50) % 2, seed=0)
-    values, _ = floats(shards.take(np.arange(50)).images, shards.manifest.vectors)
-    assert np.allclose(values, expected.numpy(), atol=1e-6)
+    assert np.allclose(shards.take(np.arange(50)).events, expected.numpy(), atol=1e-6)
     mixed = [
         f"data.mix=[{{path: {tmp_path}/a, weight: 1}}]",
         "training.total_images=5120",
@@ -207,7 +202,7 @@ def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.C
         "metrics.protocols=[evals/protocols/digits-bits-per-dim.yaml]",
     ]
     assert cli.main(wrong) == 2
-    assert "is for images" in capsys.readouterr().err
+    assert "is for 4-bit images" in capsys.readouterr().err
     score = ["score", *registry, f"data.path={trained}/given/test", f"calibration.path={trained}/given/test"]
     assert cli.main([*score, f"scoring.path={tmp_path}/scores"]) == 2
     assert "no likelihood of images" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[Images, NDArray[np.int64]]:
     """All images ``(B, C, H, W)`` and labels of a data set."""
     shards = ShardSet(str(path))
     batch = next(shards.batches(0, shards.manifest.num_images, shards.manifest.num_images))
-    return batch.images, batch.labels
+    return batch.events, batch.labels
 
 
 def pack(images: Images, labels: NDArray[np.int64] | None, like: Manifest, path: Path) -> Path:

@@ -155,7 +155,7 @@ def read_epoch(path: Path, after_opening: Callable[[], None], quarantine: Path) 
     batches = loader.batches(0)
     for _ in range(SHARDS * SAMPLES // BATCH):
         batch = next(batches)
-        for image, label, number in zip(batch.images, batch.labels, batch.samples, strict=True):
+        for image, label, number in zip(batch.events, batch.labels, batch.samples, strict=True):
             wrong += not np.array_equal(image, pixels(int(number))) or label != number % 5
     batches.close()
     return wrong, len(quarantine.read_text().splitlines()) if quarantine.exists() else 0

@@ -21,7 +21,7 @@ def levels_and_labels(path: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Every image of a data set as levels ``(n, D)``, and its label ``(n,)``."""
     shards = ShardSet(path)
     batches = list(shards.batches(0, shards.manifest.num_images, 500))
-    images = np.concatenate([batch.images for batch in batches])
+    images = np.concatenate([batch.events for batch in batches])
     levels = (images >> (8 - shards.manifest.bit_depth)).astype(np.uint8).reshape(len(images), -1)
     return levels, np.concatenate([batch.labels for batch in batches])
 

@@ -154,7 +154,7 @@ def ours(path: str, batch: int, workers: int, block: int) -> Generator[int]:
     config = DataConfig(path=path, num_workers=workers, shuffle_block=block)
     mix = open_mix(config, batch, 0)
     for one in Loader(mix, range(batch), config, 0).batches(0):
-        yield len(one.images)
+        yield len(one.events)
 
 
 def decoded(sample: dict[str, Any]) -> tuple[np.ndarray, int]:
@@ -250,7 +250,7 @@ def million(folder: Path) -> dict[str, float]:
     batch = next(Loader(mix, range(256), config, 0).batches(500_000 // 256 * 256))
     seconds = time.perf_counter() - started
     storage.read_range = original
-    assert len(batch.images) == 256
+    assert len(batch.events) == 256
     return {
         "seconds": seconds,
         "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,

@@ -46,7 +46,7 @@ arguments.output.mkdir(parents=True, exist_ok=True)
 bit_depth = flow.pixels.bit_depth if flow.pixels else 8
 
 # %% Images (B, C, H, W) uint8: one half of the held-out images sets the threshold, the other half is the normal set
-images = held_out.take(np.arange(held_out.manifest.num_images)).images
+images = held_out.take(np.arange(held_out.manifest.num_images)).events
 half = len(images) // 2
 shuffled = (
     np.random.default_rng(0)

@@ -63,12 +63,12 @@ save(torch.cat(rows), flow.num_classes, "temperatures.png")
 
 # %% Interpolation: rows go from one real image to another, on an arc in latent space, with dropped labels
 batch = test.take(np.arange(min(200, test.manifest.num_images)))
-x = image_tensor(flow, batch.images[:10])
+x = image_tensor(flow, batch.events[:10])
 save(torch.cat([interpolated(flow, x[2 * i], x[2 * i + 1], 11) for i in range(5)]), 11, "between.png")
 
 # %% Bits/dim. With labels, they equal those of `evaluate` for the same images; your own images have no labels
 assert flow.pixels is not None
-images, given = batch.images, torch.from_numpy(batch.labels) if test.manifest.num_classes else None
+images, given = batch.events, torch.from_numpy(batch.labels) if test.manifest.num_classes else None
 if arguments.images:
     shape = {"resize": "center_crop", "size_pixels": flow.event_shape[-1], "bit_depth": flow.pixels.bit_depth}
     source = open_source(SourceConfig.model_validate({"kind": "folder", "path": arguments.images} | shape))

@@ -24,7 +24,7 @@ class Sizes:
         model: number of parameters.
         decoded_bytes: bytes of a stored sample when decoded.
         packed_bytes: mean bytes of a sample on disk; None if there is no data set yet.
-        codec: how images are stored; None for vectors, or if there is no data set yet.
+        codec: how samples are stored; None if there is no data set yet.
         source: where the sizes come from, in words.
     """
 

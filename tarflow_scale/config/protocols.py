@@ -53,6 +53,11 @@ class NatsProtocol(_LikelihoodProtocol):
 
     metric: Literal["nats"]
 
+    @property
+    def events(self) -> str:
+        """The events that the protocol is for."""
+        return "vectors"
+
 
 class BitsPerDimProtocol(_LikelihoodProtocol):
     """Negative log-likelihood of a whole split under uniform dequantization, in bits per dimension."""
@@ -67,6 +72,11 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
     tighter bound, exact in the limit of many draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
+
+    @property
+    def events(self) -> str:
+        """The events that the protocol is for."""
+        return f"{self.bit_depth}-bit images"
 
 
 LikelihoodProtocol = NatsProtocol | BitsPerDimProtocol
@@ -97,6 +107,11 @@ class _SampledProtocol(_Protocol):
     torchmetrics does; half a level too dark, but published TarFlow numbers were measured with it."""
     clip: Literal[True] = True
     """Values outside [-1, 1] are clipped."""
+
+    @property
+    def events(self) -> str:
+        """The events that the protocol is for."""
+        return f"{self.bit_depth}-bit images"
 
     @model_validator(mode="after")
     def _truncates_bytes(self) -> "_SampledProtocol":

@@ -5,16 +5,14 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
 from tarflow_scale.shards.reader import Batch, ShardSet
-from tarflow_scale.shards.vectors import floats
 
-__all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "pixel_hashes"]
+__all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "sample_hashes"]
 
 _BATCH = 256
 _LEAST_EIGENVALUE = 1e-7
@@ -23,16 +21,18 @@ _LEAST_EIGENVALUE = 1e-7
 
 def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
     """One float tensor ``(B, C, H, W)`` on [-1, 1] for every draw of the protocol."""
-    images = torch.from_numpy(batch.images)
+    images = torch.from_numpy(batch.events)
     return [
         dequantized(images, protocol.bit_depth, protocol.seed, batch.samples.tolist(), draw)
         for draw in range(protocol.num_draws)
     ]
 
 
-def pixel_hashes(batch: Batch) -> tuple[str, ...]:
-    """SHA-256 of each image's stored pixels."""
-    return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in batch.images)
+def sample_hashes(batch: Batch) -> tuple[str, ...]:
+    """SHA-256 of each sample's stored values, and of those that condition it."""
+    given = [b""] * len(batch) if batch.conditions is None else [row.tobytes() for row in batch.conditions]
+    pairs = zip(batch.events, given, strict=True)
+    return tuple(hashlib.sha256(event.tobytes() + condition).hexdigest() for event, condition in pairs)
 
 
 def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol, shards: ShardSet) -> float:
@@ -41,7 +41,7 @@ def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol,
     for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
         draws = torch.stack([gaussian.log_prob(x) for x in dequantized_draws(batch, protocol)])
         log_prob = combine_draws(draws, protocol.estimate)
-        total += float(bits_per_dim(log_prob, math.prod(shards.manifest.event_shape), protocol.bit_depth).sum())
+        total += float(bits_per_dim(log_prob, math.prod(shards.manifest.event.shape), protocol.bit_depth).sum())
         count += len(log_prob)
     return total / count
 
@@ -52,7 +52,7 @@ def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
     None if its covariance is singular, or if vectors have more than ``MAX_DIMS`` dimensions.
     """
     train, held_out = (
-        np.concatenate([_values(batch, shards) for batch in shards.batches(0, shards.manifest.num_images, _BATCH)])
+        np.concatenate([batch.events for batch in shards.batches(0, shards.manifest.num_images, _BATCH)]).astype(float)
         for shards in (reference, test)
     )
     num, dims = train.shape
@@ -66,8 +66,3 @@ def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
     distances = np.square(held_out @ vectors / np.sqrt(values)).sum(axis=1)
     log_det = np.log(values).sum() + 2 * np.log(std).sum()
     return float(0.5 * (distances.mean() + log_det + dims * math.log(2 * math.pi)))
-
-
-def _values(batch: Batch, shards: ShardSet) -> NDArray[np.float64]:
-    assert shards.manifest.vectors is not None
-    return floats(batch.images, shards.manifest.vectors)[0].astype(np.float64)

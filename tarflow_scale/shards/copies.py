@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards import duplicates, packing
+from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.sources import ImageSource
 
 __all__ = ["report", "without_copies"]
@@ -26,8 +27,8 @@ def without_copies(
     Raises:
         DataError: these are no images, one of them is unusable, or none is left for training.
     """
-    if source.vectors is not None:
-        raise DataError("split.near_duplicates=drop is for images (got vectors); remove it")
+    if not isinstance(source.event, ImageEvent):
+        raise DataError(f"split.near_duplicates=drop is for images (got {source.event.noun}); remove it")
     fingerprints = packing.read_fingerprints(source, skip_bad, num_workers)
     copies = duplicates.find_copies(fingerprints, source.image)
     split = _split_of(source, splits)

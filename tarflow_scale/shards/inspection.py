@@ -7,14 +7,13 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.records import VectorFacts
 from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
+from tarflow_scale.shards.events import VectorEvent
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
 from tarflow_scale.shards.reader import CorruptSample, ShardSet
 from tarflow_scale.shards.sources.splits import PACKED
-from tarflow_scale.shards.vectors import floats
 
 __all__ = ["check", "statistics"]
 
@@ -81,17 +80,17 @@ def statistics(path: str) -> list[str]:
             bar.update(1)
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),
-        ("samples", f"{manifest.num_images:,} {manifest.samples_in_words}, {manifest.codec}"),
+        ("samples", f"{manifest.num_images:,} {manifest.event}, {manifest.codec}"),
         ("shards", f"{len(manifest.shards):,} of at most {max(s.samples for s in manifest.shards):,} samples"),
         ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} a sample"),
         ("source", manifest.source),
         ("classes", _class_row(labels, manifest.class_names)),
     ]
-    if manifest.vectors is not None:
-        return [console.table([*rows, *_columns(shards, manifest.vectors)], ("", path))]
+    if isinstance(manifest.event, VectorEvent):
+        return [console.table([*rows, *_columns(shards)], ("", path))]
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
-    storage.write_bytes(sheet, contact_sheet(shards.take(chosen).images, _SHEET_COLUMNS))
+    storage.write_bytes(sheet, contact_sheet(shards.take(chosen).events, _SHEET_COLUMNS))
     return [console.table(rows, ("", path)), *_copies(_with_siblings(path, shards)), f"contact sheet: {sheet}"]
 
 
@@ -135,15 +134,18 @@ def _copies(splits: list[ShardSet]) -> list[str]:
     return duplicates.described(copies, split, names, origins.__getitem__, size)
 
 
-def _columns(shards: ShardSet, vectors: VectorFacts) -> list[tuple[str, str]]:
+def _columns(shards: ShardSet) -> list[tuple[str, str]]:
     """Mean, deviation and range of each number of vectors and of their conditions."""
-    num = shards.manifest.num_images
-    parts = [np.concatenate(floats(batch.images, vectors), axis=1) for batch in shards.batches(0, num, _RUN)]
-    columns = np.concatenate(parts).astype(np.float64).T
-    names = [f"value {i}" for i in range(vectors.num_values)] + [f"given {i}" for i in range(vectors.num_conditions)]
+    batches = list(shards.batches(0, shards.manifest.num_images, _RUN))
+    numbers = {
+        "value": [batch.events for batch in batches],
+        "given": [batch.conditions for batch in batches if batch.conditions is not None],
+    }
     return [
-        (name, f"{column.mean():.4g} +- {column.std():.4g}, from {column.min():.4g} to {column.max():.4g}")
-        for name, column in zip(names, columns, strict=True)
+        (f"{name} {i}", f"{column.mean():.4g} +- {column.std():.4g}, from {column.min():.4g} to {column.max():.4g}")
+        for name, parts in numbers.items()
+        if parts
+        for i, column in enumerate(np.concatenate(parts).astype(np.float64).T)
     ]
 
 

@@ -136,7 +136,8 @@ class Loader:
             pixels[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
             rows.append((label, number, epoch))
         labels, samples, epochs = np.array(rows, dtype=np.int64).T.copy()
-        return Batch(images, labels, samples, epochs, replaced)
+        events, conditions = self.mix.manifest.event.unpack(images)
+        return Batch(events, labels, samples, epochs, replaced, conditions)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
         workers = min(self.config.num_workers, len(self.slots))
@@ -162,16 +163,18 @@ class Loader:
                 images = _empty_images((num, channels, height, width), self.pin_memory)
                 arrays = [ring.arrays[i, part.buffer, : len(part.labels)] for i, part in enumerate(parts)]
                 np.concatenate(arrays, out=images.transpose(0, 2, 3, 1))
+                events, conditions = self.mix.manifest.event.unpack(images)
                 yield Batch(
-                    images=images,
+                    events=events,
                     labels=np.concatenate([part.labels for part in parts]),
                     samples=np.concatenate([part.samples for part in parts]),
                     epochs=np.concatenate([part.epochs for part in parts]),
                     num_replaced=sum(part.num_replaced for part in parts),
+                    conditions=conditions,
                 )
 
     def _image_shape(self, num: int) -> tuple[int, int, int, int]:
-        channels, height, width = self.mix.manifest.stored_shape
+        channels, height, width = self.mix.manifest.event.carried_shape
         crop = self.config.augmentation.crop_pixels
         return num, channels, crop or height, crop or width
 

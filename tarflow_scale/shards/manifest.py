@@ -5,8 +5,8 @@ from pydantic import Field
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import DataSetFacts, FileRecord, Record, VectorFacts, canonical_json
+from tarflow_scale.shards.events import Event, event_of
 from tarflow_scale.shards.images import Reading
-from tarflow_scale.shards.vectors import bytes_shape
 
 __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
 
@@ -28,7 +28,7 @@ class Manifest(Record):
 
     Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image; or ``.webp .jpg .npy``),
     ``{key}.cls`` (label, where there are classes), ``{key}.json`` (such as its origin). Vectors: see
-    `tarflow_scale.shards.vectors`.
+    `tarflow_scale.shards.events`.
     """
 
     name: str
@@ -70,29 +70,9 @@ class Manifest(Record):
         return len(self.class_names)
 
     @property
-    def event_shape(self) -> tuple[int, ...]:
-        """``(C, H, W)`` of an image, ``(D,)`` of a vector."""
-        return self.facts().event_shape
-
-    @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        """``(C, H, W)`` of an image, or of the bytes of a vector, as loaders carry them."""
-        if self.vectors is not None:
-            return bytes_shape(self.vectors)
-        return (self.num_channels, self.image_size_pixels, self.image_size_pixels)
-
-    @property
-    def num_conditions(self) -> int | None:
-        """Numbers of each sample's condition; None without conditions."""
-        return (self.vectors.num_conditions if self.vectors else 0) or None
-
-    @property
-    def samples_in_words(self) -> str:
-        """``1x8x8 images, 4 bit`` or ``vectors of 2``."""
-        if self.vectors is None:
-            return f"{'x'.join(map(str, self.event_shape))} images, {self.bit_depth} bit"
-        given = f", given {self.vectors.num_conditions} numbers" if self.vectors.num_conditions else ""
-        return f"vectors of {self.vectors.num_values}{given}"
+    def event(self) -> Event:
+        """What the samples are."""
+        return event_of(self, self.bit_depth)
 
     @property
     def digest(self) -> str:

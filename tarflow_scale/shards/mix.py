@@ -115,9 +115,9 @@ def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
 
 
 def _check_alike(first: ShardSet, other: ShardSet) -> None:
-    for name in ("event_shape", "bit_depth", "class_names", "vectors"):
+    for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
         wanted, got = getattr(first.manifest, name), getattr(other.manifest, name)
         if wanted != got:
             raise DataError(
-                f"all data sets of a mix need one {name} (got {got} in {other.path}, not {wanted}); pack them alike"
+                f"all data sets of a mix need {rule} (got {got} in {other.path}, not {wanted}); pack them alike"
             )

@@ -72,5 +72,5 @@ def write_npz(path: str, location: str) -> int:
 
 def _batches(shards: ShardSet) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
-        rgb = np.broadcast_to(batch.images, (len(batch), 3, *batch.images.shape[2:]))
+        rgb = np.broadcast_to(batch.events, (len(batch), 3, *batch.events.shape[2:]))
         yield np.ascontiguousarray(rgb.transpose(0, 2, 3, 1)), batch.labels

@@ -29,7 +29,6 @@ from tarflow_scale.shards import duplicates
 from tarflow_scale.shards.images import Codec
 from tarflow_scale.shards.manifest import Manifest, ShardRecord, index_name
 from tarflow_scale.shards.sources import BadImage, ImageSource
-from tarflow_scale.shards.vectors import vector_members
 from tarflow_scale.shards.workers import in_workers
 from tarflow_scale.shards.writer import PackedShard, Sample, publish_manifest
 
@@ -152,7 +151,7 @@ class Packing:
 
     def _samples(self, number: int, skipped: list[SkippedImage], fingerprints: list[bytes]) -> Iterator[Sample]:
         first = number * self.samples_per_shard
-        labelled = bool(self.source.class_names)
+        labelled, event = bool(self.source.class_names), self.source.event
         members = self.order[first : first + self.samples_per_shard].tolist()
         for place, (image, pixels) in enumerate(zip(members, self._images(members), strict=True)):
             origin = self.source.origin(image)
@@ -165,9 +164,7 @@ class Packing:
                 skipped.append(SkippedImage(origin=origin, reason=str(pixels)))
                 continue
             label = int(self.source.labels[image]) if labelled else None
-            vectors = self.source.vectors
-            stored = pixels if vectors is None else vector_members(pixels, vectors)
-            yield Sample(f"{first + place:08d}", stored, label, {"origin": origin})
+            yield Sample(f"{first + place:08d}", event.content(pixels), label, {"origin": origin})
 
     def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
         """The images; where the source is a store, some are read ahead."""

@@ -19,10 +19,8 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError, StorageError
 from tarflow_scale.shards.headers import UnusualHeader, members_by_tarfile, plain_members
-from tarflow_scale.shards.images import decode_image, image_extension
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import AS_FOUND, Manifest, ShardRecord, index_name, read_manifest
-from tarflow_scale.shards.vectors import decode_vector
 
 __all__ = ["FIRST_WAIT_SECONDS", "Batch", "CorruptSample", "ShardSet", "StoredSample", "members_of"]
 
@@ -62,25 +60,27 @@ class Batch:
     """Samples that are processed together.
 
     Args:
-        images: ``(B, C, H, W)`` uint8, perhaps with channels last in memory; of vectors, their bytes
-            (`tarflow_scale.shards.vectors`).
+        events: images ``(B, C, H, W)`` uint8, perhaps with channels last in memory, or vectors ``(B, D)`` float32.
         labels: ``(B,)`` int64, -1 without labels.
         samples: ``(B,)`` int64, numbers in the manifest's order.
         epochs: ``(B,)`` int64, of training; 0 in evaluation.
         num_replaced: how many samples replace corrupt ones.
+        conditions: ``(B, K)`` float32, the values that condition vectors; None without.
     """
 
-    images: NDArray[np.uint8]
+    events: NDArray[Any]
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     epochs: NDArray[np.int64]
     num_replaced: int = 0
+    conditions: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> "Batch":
-        return Batch(self.images[part], self.labels[part], self.samples[part], self.epochs[part])
+        given = None if self.conditions is None else self.conditions[part]
+        return Batch(self.events[part], self.labels[part], self.samples[part], self.epochs[part], conditions=given)
 
 
 class StoredSample(NamedTuple):
@@ -147,7 +147,7 @@ class ShardSet:
         self.manifest: Manifest = read_manifest(path)
         self._first = np.concatenate([[0], np.cumsum([shard.samples for shard in self.manifest.shards])])
         self._indexes: dict[int, ShardIndex] = {}
-        self._shape, self._num_classes = self.manifest.stored_shape, self.manifest.num_classes
+        self._event, self._num_classes = self.manifest.event, self.manifest.num_classes
         self._reading = self.manifest.reading if self.manifest.codec == AS_FOUND else None  # what we wrote is plain
         sizes = storage.list_sizes(path)
         for shard in self.manifest.shards:
@@ -189,25 +189,17 @@ class ShardSet:
                 yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """Image ``(C, H, W)`` uint8, or the bytes of a vector, and label, -1 without labels.
+        """An event as loaders carry it, uint8 in ``carried_shape``, and its label, -1 without labels.
 
         Raises:
             CorruptSample: the sample is not what was packed, or not what the manifest says.
         """
         members = self._members(stored)
-        if self.manifest.vectors is not None:
-            try:
-                return decode_vector(members, self.manifest.vectors), self._label(stored, members)
-            except DataError as error:
-                raise CorruptSample(stored, f"is unusable: {error}") from error
-        extension = image_extension(members)
-        if extension is None:
-            raise CorruptSample(stored, f"has no image (members: {', '.join(sorted(members))})")
         try:
-            image = decode_image(members[extension], f"its .{extension}", self._shape, self._reading)
+            carried = self._event.decode(members, self._reading)
         except DataError as error:
             raise CorruptSample(stored, f"is unusable: {str(error).partition(';')[0]}") from error
-        return image, self._label(stored, members)
+        return carried, self._label(stored, members)
 
     def label(self, stored: StoredSample) -> int:
         """The label alone, -1 without labels.
@@ -232,11 +224,13 @@ class ShardSet:
             DataError: one of them is corrupt.
         """
         decoded = [self.decode(sample) for sample in stored]
+        events, conditions = self._event.unpack(np.ascontiguousarray(np.stack([carried for carried, _ in decoded])))
         return Batch(
-            images=np.ascontiguousarray(np.stack([image for image, _ in decoded])),
+            events=events,
             labels=np.array([label for _, label in decoded], dtype=np.int64),
             samples=np.array([sample.number for sample in stored], dtype=np.int64),
             epochs=np.zeros(len(decoded), dtype=np.int64),
+            conditions=conditions,
         )
 
     def origin_of(self, stored: StoredSample) -> str:

@@ -10,9 +10,10 @@ __all__ = ["flow_of", "seen_by_model"]
 
 def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
     """The flow for a data set."""
-    if manifest.num_conditions is not None:
-        return build(model, manifest.event_shape, None, manifest.num_conditions)
-    flow = build(model, manifest.event_shape, manifest.num_classes or None)
+    event = manifest.event
+    if event.num_conditions is not None:
+        return build(model, event.shape, None, event.num_conditions)
+    flow = build(model, event.shape, manifest.num_classes or None)
     flow.class_names = manifest.class_names if flow.num_classes else ()
     return flow
 

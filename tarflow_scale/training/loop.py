@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.records import PixelFormat, VectorFacts
+from tarflow_scale.records import PixelFormat
 from tarflow_scale.runtime import console, distributed, provenance
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
@@ -54,7 +54,6 @@ class Loop:
         averages: its moving averages.
         reader: this rank's batches.
         pixels: how stored pixels become floats.
-        vectors: description of vectors; None for images.
         conditional: whether the flow takes labels, or the conditions of vectors.
         course: length, checkpoints and learning rate of the run.
         training, checkpoints, logging: sections of the configuration.
@@ -67,7 +66,6 @@ class Loop:
     averages: WeightAverages
     reader: Loader
     pixels: PixelFormat
-    vectors: VectorFacts | None
     conditional: bool
     course: Course
     training: TrainingConfig
@@ -138,8 +136,8 @@ class Loop:
         device, seed, size = self.engine.device, self.training.seed, self.training.micro_batch_size
         for low in range(0, len(batch), size):
             part = batch[low : low + size]
-            x = model_input(part, self.pixels, self.vectors, seed, device)
-            y = conditions(part, self.vectors, self.training.label_drop, seed, device) if self.conditional else None
+            x = model_input(part, self.pixels, seed, device)
+            y = conditions(part, self.training.label_drop, seed, device) if self.conditional else None
             yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.randomness import Purpose, generator
-from tarflow_scale.records import PixelFormat, VectorFacts
+from tarflow_scale.records import PixelFormat
 from tarflow_scale.shards.reader import Batch
-from tarflow_scale.shards.vectors import floats
 
 __all__ = ["Philox", "conditions", "dropped_labels", "model_input", "sample_noise"]
 
@@ -50,16 +49,13 @@ class Philox:
         return c0, c1, c2, c3
 
 
-def model_input(
-    batch: Batch, pixels: PixelFormat, vectors: VectorFacts | None, seed: int, device: torch.device
-) -> Float[Tensor, "B ..."]:
-    """A batch as floats on the device: images with noise, vectors unchanged."""
+def model_input(batch: Batch, pixels: PixelFormat, seed: int, device: torch.device) -> Float[Tensor, "B ..."]:
+    """A batch as floats on the device, with noise unless the pixel format has none."""
+    events = torch.from_numpy(batch.events).to(device, non_blocking=True).contiguous()
     if pixels.noise == "none":
-        assert vectors is not None
-        return torch.from_numpy(floats(batch.images, vectors)[0].copy()).to(device)
-    images = torch.from_numpy(batch.images).to(device, non_blocking=True).contiguous()
-    noise = sample_noise(pixels.noise, seed, batch.epochs, batch.samples, images.shape[1:].numel(), device)
-    return add_noise(images, noise.view(images.shape), pixels)
+        return events
+    noise = sample_noise(pixels.noise, seed, batch.epochs, batch.samples, events.shape[1:].numel(), device)
+    return add_noise(events, noise.view(events.shape), pixels)
 
 
 def sample_noise(
@@ -100,10 +96,10 @@ def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def conditions(batch: Batch, vectors: VectorFacts | None, label_drop: float, seed: int, device: torch.device) -> Tensor:
-    """Conditions of a batch: the numbers ``(B, K)`` of vectors, or labels ``(B,)``, some of them dropped."""
-    if vectors is not None and vectors.num_conditions:
-        return torch.from_numpy(floats(batch.images, vectors)[1].copy()).to(device)
+def conditions(batch: Batch, label_drop: float, seed: int, device: torch.device) -> Tensor:
+    """Conditions of a batch: the values ``(B, K)`` that come with its vectors, or labels ``(B,)``, some dropped."""
+    if batch.conditions is not None:
+        return torch.from_numpy(batch.conditions).to(device)
     return dropped_labels(batch, label_drop, seed).to(device)
 
 

@@ -63,11 +63,11 @@ class Validation:
                 ``data_path``.
         """
         shards = ShardSet(config.path, config.verify)
-        for name in ("event_shape", "bit_depth", "class_names", "vectors"):
+        for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
             wanted, got = getattr(like, name), getattr(shards.manifest, name)
             if wanted != got:
                 raise DataError(
-                    f"validation.path and data.path must have one {name} (got {got} in {config.path}, and {wanted} in "
+                    f"validation.path and data.path must have {rule} (got {got} in {config.path}, and {wanted} in "
                     f"{data_path}); name a held-out split of the same data set as validation.path"
                 )
         available = shards.manifest.num_images
@@ -86,8 +86,7 @@ class Validation:
                 # A rank without images left passes any image, so that all ranks make the same number of passes.
                 numbers = np.arange(start, start + num) if num else np.zeros(1, dtype=np.int64)
                 batch = self.shards.take(numbers)
-                vectors = self.shards.manifest.vectors
-                x = model_input(batch, self.pixels, vectors, _NOISE_SEED, engine.device)
-                y = conditions(batch, vectors, 0.0, 0, engine.device) if self.conditional else None
+                x = model_input(batch, self.pixels, _NOISE_SEED, engine.device)
+                y = conditions(batch, 0.0, 0, engine.device) if self.conditional else None
                 total += engine.nats(MicroBatch(x, y))[:num].double().sum()
         return float(all_reduce_sum(total)) / (self.num_images * engine.num_dims)

@@ -58,11 +58,11 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
 
 def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
     """The data set of the version; it must fit the model."""
-    if manifest.event_shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
+    if manifest.event.shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
         classes = flow.num_classes or "any number of"
         raise ConfigError(
             f"{manifest.name} must have the model's shape {flow.event_shape} and {classes} classes (got "
-            f"{manifest.event_shape} and {manifest.num_classes}); name the set the model was trained on"
+            f"{manifest.event.shape} and {manifest.num_classes}); name the set the model was trained on"
         )
     if manifest.bit_depth != _BIT_DEPTH:
         raise ConfigError(

@@ -4,6 +4,8 @@ It reads only the manifest of the data set. With ``--image-size`` and ``--classe
 run can be planned before its data are packed. The arithmetic is in `tarflow_scale.capacity`.
 """
 
+import math
+
 import torch
 
 from tarflow_scale import storage
@@ -76,9 +78,8 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
     with torch.device("meta"):
         flow = flow_of(model, seen)
     packed = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
-    channels, rows, columns = manifest.stored_shape
-    codec = None if manifest.vectors else manifest.codec
-    return Sizes(seen.event_shape, model_size(flow), channels * rows * columns, packed, codec, data.path)
+    decoded = math.prod(manifest.event.carried_shape)
+    return Sizes(seen.event.shape, model_size(flow), decoded, packed, manifest.codec, data.path)
 
 
 def _drawn(answer: Answer) -> bytes:

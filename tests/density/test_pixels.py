@@ -24,12 +24,12 @@ def test_bits_per_dim_are_those_of_evaluate_and_nats_add_up_to_them(trained: Tra
         draws = torch.stack([flow.log_prob_of_images(x, y) for x in dequantized_draws(batch, protocol)]).double()
     for estimate in ("mean", "importance"):
         expected = bits_per_dim(combine_draws(draws, estimate), 64, 4).numpy()
-        found = image_bits_per_dim(flow, batch.images, y, num_draws=3, seed=5, estimate=estimate)
+        found = image_bits_per_dim(flow, batch.events, y, num_draws=3, seed=5, estimate=estimate)
         assert np.array_equal(found, expected)
-    nats = image_nats(flow, batch.images, y, num_draws=3, seed=5)
-    assert nats.shape == batch.images.shape
+    nats = image_nats(flow, batch.events, y, num_draws=3, seed=5)
+    assert nats.shape == batch.events.shape
     assert nats.sum(axis=(1, 2, 3)) == pytest.approx(-draws.mean(dim=0).numpy(), rel=1e-5)
-    assert not np.array_equal(image_bits_per_dim(flow, batch.images), image_bits_per_dim(flow, batch.images, y))
+    assert not np.array_equal(image_bits_per_dim(flow, batch.events), image_bits_per_dim(flow, batch.events, y))
 
 
 def test_no_draws_and_seeds_that_are_none_are_refused(trained: Trained) -> None:
@@ -48,7 +48,7 @@ def test_no_draws_and_seeds_that_are_none_are_refused(trained: Trained) -> None:
 
 def test_stored_pixels_come_back(trained: Trained) -> None:
     flow = load("small@1", registry=str(trained.registry))
-    images = ShardSet(f"{trained.data}/test").take(np.arange(5)).images
+    images = ShardSet(f"{trained.data}/test").take(np.arange(5)).events
     first, second = image_tensor(flow, images), image_tensor(flow, images, draw=1)
     assert not torch.equal(first, second)
     assert all((flow.stored(x).numpy() == images).all() for x in (first, second))

@@ -79,7 +79,7 @@ def take(all_ranks: list[Loader], images_seen: int, steps: int) -> list[Batch]:
     streams = [loader.batches(images_seen) for loader in all_ranks]
     taken = [
         Batch(
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("images", "labels", "samples", "epochs"))
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("events", "labels", "samples", "epochs"))
         )
         for parts in islice(zip(*streams, strict=True), steps)
     ]
@@ -89,7 +89,7 @@ def take(all_ranks: list[Loader], images_seen: int, steps: int) -> list[Batch]:
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
-    names = ("images", "labels", "samples", "epochs")
+    names = ("events", "labels", "samples", "epochs")
     return len(a) == len(b) and all(
         np.array_equal(getattr(x, name), getattr(y, name)) for x, y in zip(a, b, strict=True) for name in names
     )
@@ -160,7 +160,7 @@ def test_any_world_size_and_any_stop_give_the_same_global_batches(
         assert {int(e) for batch in batches for e in batch.epochs} == {epoch}
         assert len(set(seen.tolist())) == len(seen) > sum(shards) - slots
     for batch in whole:
-        assert (batch.images[:, 0, 0, 0] == batch.samples % 251).all()
+        assert (batch.events[:, 0, 0, 0] == batch.samples % 251).all()
         assert (batch.labels == batch.samples % 3).all()
 
 
@@ -428,7 +428,7 @@ def test_a_mix_gives_each_set_its_slots_its_line_and_its_epoch(tmp_path: Path) -
     for step, batch in enumerate(batches):
         assert (batch.samples[:6] < 60).all()
         assert (batch.samples[6:] >= 60).all()
-        assert (batch.images[6:, 0, 0, 0] == 200 + batch.samples[6:] - 60).all()
+        assert (batch.events[6:, 0, 0, 0] == 200 + batch.samples[6:] - 60).all()
         assert batch.epochs.tolist() == [0] * 6 + [step // 6] * 2
     assert len({int(s) for batch in batches for s in batch.samples[:6]}) == 60
 
@@ -468,7 +468,7 @@ def test_augmentation_follows_seed_epoch_and_sample(tmp_path: Path) -> None:
     assert same(take(loaders(mix, config, ranks=2), 0, 20), batches)
     assert not same(take(loaders(mix, config, seed=4), 0, 20), batches)
     kinds = set()
-    for image, sample in [(im, s) for b in batches for im, s in zip(b.images, b.samples, strict=True)]:
+    for image, sample in [(im, s) for b in batches for im, s in zip(b.events, b.samples, strict=True)]:
         found = [
             (flip, top, left)
             for flip in (0, 1)
@@ -480,7 +480,7 @@ def test_augmentation_follows_seed_epoch_and_sample(tmp_path: Path) -> None:
         kinds.add(found[0])
     assert len(kinds) == 18
     flips_only = replace(loaders(mix, config)[0], config=DataConfig.model_validate({"path": str(tmp_path)}))
-    assert next(flips_only.batches(0)).images.shape == (4, 3, 8, 8)
+    assert next(flips_only.batches(0)).events.shape == (4, 3, 8, 8)
 
 
 def test_a_missing_shard_is_an_error_before_the_first_step(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_it_holds_images_in_order_with_three_channels_and_labels(
     assert images.dtype == np.uint8
     assert images.shape == (359, 8, 8, 3)
     for channel in range(3):
-        assert (images[..., channel] == batch.images[:, 0]).all()
+        assert (images[..., channel] == batch.events[:, 0]).all()
     assert (labels == batch.labels).all()
 
 

@@ -28,9 +28,9 @@ def test_images_and_labels_are_those_of_the_source(digits: Path) -> None:
     shards = ShardSet(f"{digits}/test")
     batch = shards.take(np.arange(shards.manifest.num_images))
     capped = {np.minimum(np.frombuffer(key, np.uint8), 15).tobytes(): label for key, label in known.items()}
-    assert batch.images.dtype == np.uint8
+    assert batch.events.dtype == np.uint8
     assert all(
-        capped[(image // 17).tobytes()] == label for image, label in zip(batch.images, batch.labels, strict=True)
+        capped[(image // 17).tobytes()] == label for image, label in zip(batch.events, batch.labels, strict=True)
     )
 
 
@@ -38,7 +38,7 @@ def test_evaluation_reads_everything_in_order(digits: Path) -> None:
     shards = ShardSet(f"{digits}/test")
     num = shards.manifest.num_images
     batches: list[Batch] = list(shards.batches(0, num, 100))
-    assert [len(batch.images) for batch in batches] == [100, 100, 100, num - 300]
+    assert [len(batch.events) for batch in batches] == [100, 100, 100, num - 300]
     assert np.concatenate([batch.samples for batch in batches]).tolist() == list(range(num))
 
 
@@ -133,7 +133,7 @@ def test_tars_with_extended_headers_are_read_too(digits: Path, tmp_path: Path) -
     facts = source.manifest.model_dump() | {"shards": (record,)}
     publish_manifest(str(tmp_path), Manifest.model_validate(facts))
     batch = ShardSet(str(tmp_path)).take(np.arange(3))
-    assert (batch.images == source.take(np.arange(3)).images).all()
+    assert (batch.events == source.take(np.arange(3)).events).all()
     assert (batch.labels == source.take(np.arange(3)).labels).all()
 
 
@@ -235,7 +235,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(digits: Path, monkeypatch:
 
     monkeypatch.setattr(storage, "read_range", flaky)
     monkeypatch.setattr("tarflow_scale.storage.files.time.sleep", waits.append)
-    assert len(shards.take(np.arange(3)).images) == 3
+    assert len(shards.take(np.arange(3)).events) == 3
     assert waits == [0.5, 1, 2]
     failures[0] = 1000
     with pytest.raises(DataError, match=r"a shard went missing during the run, tried 6 times: cannot read"):

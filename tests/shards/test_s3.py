@@ -28,7 +28,7 @@ def test_batches_from_s3_are_those_of_the_folder(tmp_path: Path, monkeypatch: py
         for path in (str(tmp_path / "bucket" / "numbers"), "s3://bucket/numbers"):
             config = DataConfig(path=path, shuffle_block=5, num_workers=workers)
             batches = Loader(open_mix(config, 8, 0), range(8), config, 0).batches(0)
-            found.append([batch.images for batch in islice(batches, 12)])
+            found.append([batch.events for batch in islice(batches, 12)])
             batches.close()
     assert all(np.array_equal(here, there) for here, there in zip(*found, strict=True))
 

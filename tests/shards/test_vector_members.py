@@ -13,23 +13,24 @@ from hypothesis import strategies as st
 from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
+from tarflow_scale.shards.events import VectorEvent
 from tarflow_scale.shards.inspection import check, statistics
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.vectors import bytes_shape, decode_vector, floats, vector_members
 from tarflow_scale.shards.writer import Sample, pack_shard
 from tarflow_scale.verbs.prepare.driver import run as prepare
 
-FACTS = VectorFacts(num_values=3, num_conditions=2)
+EVENT = VectorEvent(VectorFacts(num_values=3, num_conditions=2))
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(st.lists(finite, min_size=5, max_size=5))
 def test_numbers_survive_to_the_bit(numbers: list[float]) -> None:
     stored = np.array(numbers, dtype="<f4").view(np.uint8)[None, None]
-    assert stored.shape == bytes_shape(FACTS)
-    back = decode_vector(vector_members(stored, FACTS), FACTS)
+    assert stored.shape == EVENT.carried_shape
+    back = EVENT.decode(EVENT.content(stored), None)
     assert (back == stored).all()
-    values, conditions = floats(back[None], FACTS)
+    values, conditions = EVENT.unpack(back[None])
+    assert conditions is not None
     assert values.tobytes() + conditions.tobytes() == stored.tobytes()
 
 
@@ -52,7 +53,7 @@ def npy(array: np.ndarray) -> bytes:
 )
 def test_damaged_members_are_refused(members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        decode_vector(members, FACTS)
+        EVENT.decode(members, None)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_plain_webdataset_reads_vectors(packed: Path) -> None:
 def test_a_set_of_vectors_knows_its_shape_and_passes_its_checks(packed: Path) -> None:
     shards = ShardSet(str(packed), "full")
     manifest = shards.manifest
-    assert (manifest.event_shape, manifest.num_conditions, manifest.num_classes) == ((3,), 2, 2)
+    assert (manifest.event.shape, manifest.event.num_conditions, manifest.num_classes) == ((3,), 2, 2)
     assert check(str(packed)) == 24
     (table,) = statistics(str(packed))  # and no line about a contact sheet
     assert "vectors of 3, given 2 numbers" in table

@@ -35,11 +35,11 @@ def test_standard_values_of_philox(counter: str, key: str, expected: str) -> Non
 
 
 def test_noise_follows_the_sample_not_the_batch() -> None:
-    together = model_input(batch([5, 8, 13]), UNIFORM, None, 1, CPU)
-    assert torch.equal(model_input(batch([8]), UNIFORM, None, 1, CPU)[0], together[1])
-    assert torch.equal(model_input(batch([13, 5]), UNIFORM, None, 1, CPU)[1], together[0])
-    assert not torch.equal(model_input(batch([8], epoch=1), UNIFORM, None, 1, CPU)[0], together[1])
-    assert not torch.equal(model_input(batch([8]), UNIFORM, None, 2, CPU)[0], together[1])
+    together = model_input(batch([5, 8, 13]), UNIFORM, 1, CPU)
+    assert torch.equal(model_input(batch([8]), UNIFORM, 1, CPU)[0], together[1])
+    assert torch.equal(model_input(batch([13, 5]), UNIFORM, 1, CPU)[1], together[0])
+    assert not torch.equal(model_input(batch([8], epoch=1), UNIFORM, 1, CPU)[0], together[1])
+    assert not torch.equal(model_input(batch([8]), UNIFORM, 2, CPU)[0], together[1])
     levels = torch.floor((together + 1) * 8)
     assert torch.equal(levels[:, 0, 0, 0], torch.tensor([5.0, 8.0, 13.0]))
 
@@ -58,7 +58,7 @@ def test_images_with_channels_last_in_memory_get_the_same_noise() -> None:
     images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
     last = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     zeros = np.zeros(2, np.int64)
-    first, second = (model_input(Batch(i, zeros, zeros, zeros), UNIFORM, None, 1, CPU) for i in (images, last))
+    first, second = (model_input(Batch(i, zeros, zeros, zeros), UNIFORM, 1, CPU) for i in (images, last))
     assert torch.equal(first, second)
     assert second.is_contiguous()
 

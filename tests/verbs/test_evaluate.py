@@ -88,7 +88,7 @@ def test_bits_per_dim_is_the_flows_own(own: Trained, local: MetricsReport) -> No
     for draw in range(8):
         u = np.stack([generator(Purpose.BITS_PER_DIM_NOISE, 0, int(i), draw).random((1, 8, 8), np.float32)
                       for i in batch.samples])  # fmt: skip
-        x = torch.from_numpy((batch.images // 17 + u) / 8 - 1).float()
+        x = torch.from_numpy((batch.events // 17 + u) / 8 - 1).float()
         with torch.no_grad():
             z, log_det = flow(x, torch.from_numpy(batch.labels))
         nats = 0.5 * (z.double() ** 2).sum(1) + 32 * math.log(2 * math.pi) - log_det.double()

@@ -64,8 +64,8 @@ def test_plain_webdataset_opens_the_shards(generated: Path) -> None:
 def test_the_result_is_a_data_set_that_can_be_read_and_trained_on(generated: Path) -> None:
     shards = ShardSet(str(generated), verify="full")
     batch = next(shards.batches(0, 150, 150))
-    assert batch.images.shape == (150, 1, 8, 8)
-    assert (batch.images % 17 == 0).all()
+    assert batch.events.shape == (150, 1, 8, 8)
+    assert (batch.events % 17 == 0).all()
     assert shards.manifest.split == "generated"
 
 
@@ -209,7 +209,7 @@ def test_codecs(trained: Trained, generated: Path, tmp_path: Path, codec: str, e
     with tarfile.open(tmp_path / "out/generated-00000.tar") as tar:
         assert f"000000000.{extension}" in tar.getnames()
     assert ShardSet(str(tmp_path / "out")).manifest.codec == codec
-    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", generated))
+    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).events for path in (tmp_path / "out", generated))
     if codec == "jpeg":
         assert 0 < abs(found.astype(int) - expected.astype(int)).max() < 60
     else:
@@ -222,7 +222,7 @@ def test_single_files_and_an_npz_too(
     files, npz = tmp_path / "files", tmp_path / "samples.npz"
     also = [f"shards.folder={files}", f"shards.npz={npz}"]
     assert cli.main(arguments(trained, generated, *also)) == 0
-    images = next(ShardSet(str(generated)).batches(0, 150, 150)).images
+    images = next(ShardSet(str(generated)).batches(0, 150, 150)).events
     pictures = sorted(files.glob("*/*.png"))
     assert len(pictures) == 150
     assert sorted({picture.parent.name for picture in pictures}) == [str(i) for i in range(10)]
@@ -384,7 +384,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert frozen.decoding == stored
     exact = tmp_path / "exact"
     assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0
-    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).images for path in (tmp_path / "out", exact))
+    found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).events for path in (tmp_path / "out", exact))
     assert (abs(found.astype(int) - expected.astype(int)) <= 17).mean() > 0.99  # a level of 4 bits
     result = command(*arguments(trained, tmp_path / "ray", *adaptive, *on_ray, "cluster.num_workers=2"))
     assert result.returncode == 0, result.stderr

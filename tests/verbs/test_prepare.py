@@ -123,7 +123,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     train, test = ShardSet(f"{tmp_path}/packed/train"), ShardSet(f"{tmp_path}/packed/test")
     assert (train.manifest.num_images, test.manifest.num_images) == (16, 4)
     assert train.manifest.class_names == ("cat", "dog")
-    assert train.take(np.arange(3)).images.shape == (3, 3, 16, 16)
+    assert train.take(np.arange(3)).events.shape == (3, 3, 16, 16)
 
 
 @pytest.mark.parametrize("broken", range(0, 40, 7))
@@ -142,7 +142,7 @@ def test_a_failure_half_way_leaves_nothing_and_mending_it_mixes_no_splits(
     (tmp_path / f"images/a/{broken:02d}.png").unlink()
     assert cli.main([*arguments, "shards.samples_per_shard=8"]) == 0
     splits = [ShardSet(f"{tmp_path}/out/{name}") for name in ("train", "test")]
-    values = [shards.take(np.arange(shards.manifest.num_images)).images[:, 0, 0, 0].tolist() for shards in splits]
+    values = [shards.take(np.arange(shards.manifest.num_images)).events[:, 0, 0, 0].tolist() for shards in splits]
     assert sorted(values[0] + values[1]) == [i for i in range(40) if i != broken]
 
 
@@ -272,7 +272,7 @@ def test_codecs(tmp_path: Path, codec: str) -> None:
     assert cli.main([*arguments, f"shards.path={tmp_path}/it", f"shards.codec={codec}"]) == 0
     it, png = ShardSet(f"{tmp_path}/it/train"), ShardSet(f"{tmp_path}/png/train")
     assert it.manifest.codec == ("jpeg, quality 95" if codec == "jpeg" else codec)
-    a, b = (shards.take(np.arange(shards.manifest.num_images)).images.astype(int) for shards in (it, png))
+    a, b = (shards.take(np.arange(shards.manifest.num_images)).events.astype(int) for shards in (it, png))
     assert abs(a - b).max() <= (60 if codec == "jpeg" else 0)
 
 
@@ -401,7 +401,7 @@ def test_cifar_binaries_from_the_command_line(tmp_path: Path) -> None:
     assert (train.manifest.num_images, test.manifest.num_images) == (20, 4)
     for shards in (train, test):
         batch = shards.take(np.arange(shards.manifest.num_images))
-        for image, label in zip(batch.images, batch.labels, strict=True):
+        for image, label in zip(batch.events, batch.labels, strict=True):
             (number,) = np.flatnonzero((rows == image.reshape(-1)).all(axis=1))
             assert labels[number] == label
 
@@ -418,7 +418,7 @@ def test_kodak_photos_become_256_pixel_crops(tmp_path: Path) -> None:
     assert cli.main(["prepare", "source.kind=folder", *arguments, f"shards.path={tmp_path}/out"]) == 0
     splits = [ShardSet(f"{tmp_path}/out/{name}") for name in ("train", "test")]
     assert sum(shards.manifest.num_images for shards in splits) == 24
-    assert splits[0].manifest.event_shape == (3, 256, 256)
+    assert splits[0].manifest.event.shape == (3, 256, 256)
     assert "lanczos" in splits[0].manifest.source
     for name in ("train", "test"):
         assert cli.main(["prepare", "--check", f"{tmp_path}/out/{name}"]) == 0

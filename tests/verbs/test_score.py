@@ -32,7 +32,7 @@ def shuffled_pixels(source: Path, target: Path) -> Path:
     shards = ShardSet(str(source))
     batch = next(shards.batches(0, shards.manifest.num_images, shards.manifest.num_images))
     random = np.random.default_rng(0)
-    images = [random.permutation(image.reshape(-1)).reshape(image.shape) for image in batch.images]
+    images = [random.permutation(image.reshape(-1)).reshape(image.shape) for image in batch.events]
     shard = PackedShard.of("a.tar", (Sample(f"{i:05d}", image, None) for i, image in enumerate(images)))
     record = shard.write(str(target))
     facts = shards.manifest.model_dump() | {"name": "shuffled", "class_names": (), "shards": (record,)}
@@ -100,7 +100,7 @@ def test_every_image_has_a_row_with_the_numbers_of_its_pixels(
     assert [row["origin"] for row in rows[:num]] == [shards.origin_of(one) for one in shards.read(np.arange(num))]
     assert len({row["origin"] for row in rows[:num]}) == num
     complexity = column(rows, "data", "likelihood") - column(rows, "data", "complexity")
-    assert np.allclose(complexity, compressed_bits_per_dim(batch.images >> 4))
+    assert np.allclose(complexity, compressed_bits_per_dim(batch.events >> 4))
     summary = json.loads((scored / "summary.json").read_text())
     typical = held_out["likelihood"].mean()
     assert summary["typical_bits_per_dim"] == pytest.approx(typical)
@@ -217,7 +217,7 @@ def test_maps_and_the_last_lines_show_the_least_likely_images(
     ]
     likelihood = column(rows, "data", "likelihood")
     worst = int(likelihood.argmax())
-    stored = ShardSet(str(trained.data / "test")).take(np.array([worst])).images[0, 0]
+    stored = ShardSet(str(trained.data / "test")).take(np.array([worst])).events[0, 0]
     assert (pixels[1:9, 1:9] == stored[:, :, None]).all()
     overlay = pixels[1:9, 10:18].astype(int)
     assert (overlay[:, :, 0] > overlay[:, :, 1]).any()  # red somewhere

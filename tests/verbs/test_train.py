@@ -326,8 +326,9 @@ def test_validation_on_other_images_names_both_data_sets(
     more = [f"validation={{path: {other}, every_images: 64}}", "--dry-run"]
     assert cli.main([*train_arguments(digits, tmp_path / "run", tmp_path / "registry"), *more]) == 2
     assert capsys.readouterr().err == (
-        f"tarflow-scale: error: validation.path and data.path must have one bit_depth (got 3 in {other}, and 4 in "
-        f"{digits}/train); name a held-out split of the same data set as validation.path\n"
+        f"tarflow-scale: error: validation.path and data.path must have samples of one kind (got 1x8x8 images, "
+        f"3 bit in {other}, and 1x8x8 images, 4 bit in {digits}/train); name a held-out split of the same data set as "
+        f"validation.path\n"
     )
 
 
@@ -511,7 +512,7 @@ def test_validation_and_several_averages(trained: Trained, tmp_path: Path) -> No
     flow = load_flow(str(tmp_path / "looks/model"))
     batch = ShardSet(f"{trained.data}/test").take(np.arange(101))
     assert flow.pixels is not None
-    x = model_input(batch, flow.pixels, None, _NOISE_SEED, torch.device("cpu"))
+    x = model_input(batch, flow.pixels, _NOISE_SEED, torch.device("cpu"))
     bits = bits_per_dim(flow.log_prob(x, torch.from_numpy(batch.labels)), 64, 4).mean()
     assert seen["looks"][-1]["validation_bits_per_dim"] == pytest.approx(bits.item(), abs=1e-4)
     registry = Registry(str(tmp_path / "registry-plain"), "small")
@@ -534,7 +535,7 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     assert all(float(one.detach().abs().max()) > 0 for one in flow.dequantizer.parameters())
     shards = ShardSet(f"{trained.data}/test")
     batch = shards.take(np.arange(101))
-    x, y = model_input(batch, flow.pixels, None, _NOISE_SEED, torch.device("cpu")), torch.from_numpy(batch.labels)
+    x, y = model_input(batch, flow.pixels, _NOISE_SEED, torch.device("cpu")), torch.from_numpy(batch.labels)
     bound, density = (float(bits_per_dim(of(x, y), 64, 4).mean()) for of in (flow.log_prob_of_images, flow.log_prob))
     seen = curve(tmp_path / "run")[-1]["validation_bits_per_dim"]
     assert seen == pytest.approx(bound, abs=1e-4)

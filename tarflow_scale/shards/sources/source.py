@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.records import VectorFacts
+from tarflow_scale.shards.events import Event, ImageEvent
 from tarflow_scale.shards.images import Reading, decode_image, image_size, reduce_depth, resize_center_crop
 
 __all__ = ["BadImage", "EncodedSource", "ImageSource", "reading_of"]
@@ -53,8 +53,6 @@ class ImageSource(ABC):
     """High bits of a uint8 pixel that are data."""
     official: NDArray[np.int8] | None = None
     """``(n,)``, the split of every image as an index of `splits.PACKED`; None if the source has no split of its own."""
-    vectors: VectorFacts | None = None
-    """Of a source of vectors, whose ``image`` returns their bytes; see `tarflow_scale.shards.vectors`."""
     reading: Reading | None = None
     """Of a source of image files: how they become pixels."""
     is_remote: bool = False
@@ -74,8 +72,13 @@ class ImageSource(ABC):
         channels, height, width = self.image(0).shape
         return channels, height, width
 
+    @property
+    def event(self) -> Event:
+        """What the samples are."""
+        return ImageEvent(self.shape, self.bit_depth)
+
     def image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(C, H, W)`` uint8.
+        """Image ``number`` as ``(C, H, W)`` uint8; a source of vectors returns them as loaders carry them.
 
         Raises:
             BadImage: it cannot be used.

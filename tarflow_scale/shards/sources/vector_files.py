@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
+from tarflow_scale.shards.events import VectorEvent
 from tarflow_scale.shards.images import NPY_FAULTS
 from tarflow_scale.shards.sources.classes import as_label, classes_of_labels, numbered_classes
 from tarflow_scale.shards.sources.source import ImageSource
@@ -51,7 +52,7 @@ class VectorSource(ImageSource):
             official = None
         else:
             raise DataError(f"vectors must be an .npz or .csv file (got {path}); convert them")
-        self.vectors = VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1])
+        self._event = VectorEvent(VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1]))
         with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite and is refused below
             self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
         if not np.isfinite(self._numbers).all():
@@ -61,6 +62,11 @@ class VectorSource(ImageSource):
         self.description = f"vectors from {PurePosixPath(path).name}"
         self.class_names, self.labels, self.official = names, labels, official
         self.digest = storage.digest(content)
+
+    @property
+    def event(self) -> VectorEvent:
+        """What the samples are."""
+        return self._event
 
     def _image(self, number: int) -> NDArray[np.uint8]:
         """The bytes of vector ``number``, ``(1, 1, 4 (D + K))`` uint8."""

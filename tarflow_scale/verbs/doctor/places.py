@@ -61,12 +61,10 @@ def _checkpoint_bytes(
         return _LEAST_BYTES, "at least (the size of a checkpoint is known once data.path is a data set)"
     import torch
 
-    from tarflow_scale.flows import build
+    from tarflow_scale.training.construction import flow_of, seen_by_model
 
-    crop = data.augmentation.crop_pixels
-    shape = manifest.event_shape if crop is None else (manifest.num_channels, crop, crop)
     with torch.device("meta"):
-        flow = build(model, shape, manifest.num_classes or None, manifest.num_conditions)
+        flow = flow_of(model, seen_by_model(manifest, data.augmentation.crop_pixels))
     num_parameters = sum(parameter.numel() for parameter in flow.parameters())
     # fp32 weights, two moments of the optimizer, and the averages.
     each = 4 * num_parameters * (3 + len(training.ema_half_life_images))
@@ -88,7 +86,7 @@ def data_set(key: str, path: str) -> list[Finding]:
     if size != first.bytes:
         difference = f"{key}={path}: {first.file} has {size} bytes, and its manifest says {first.bytes}"
         return [failed("data", difference, "restore the shard or pack the data set again")]
-    return [ok("data", f"{key}={path}: {manifest.num_images:,} {manifest.samples_in_words}")]
+    return [ok("data", f"{key}={path}: {manifest.num_images:,} {manifest.event}")]
 
 
 def trial_folder(path: str) -> str:

@@ -41,6 +41,7 @@ from tarflow_scale.pool import Pool
 from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json
 from tarflow_scale.registry import Lease, Registry
 from tarflow_scale.runtime import console, provenance
+from tarflow_scale.shards.events import event_of
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.verbs.evaluate.job import Evaluation, moments_of
 from tarflow_scale.verbs.evaluate.worker import EvaluationUnit
@@ -154,9 +155,10 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 def _check(version: ModelVersion, job: Evaluation) -> None:
     """Refuse a version that does not fit the data or the protocols."""
     for manifest in (job.data, job.reference):
-        if (manifest.event_shape, manifest.vectors) != (version.data.event_shape, version.data.vectors):
+        got, expected = manifest.event, event_of(version.data, version.pixels.bit_depth)
+        if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
             raise DataError(
-                f"the model is of events of shape {version.data.event_shape} (got {manifest.samples_in_words} in "
+                f"the model is of events of shape {expected.shape} (got {got} in "
                 f"{manifest.name}/{manifest.split}); evaluate on data like those of training"
             )
     if version.data.class_names and job.data.class_names != version.data.class_names:

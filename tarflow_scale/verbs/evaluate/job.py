@@ -17,7 +17,6 @@ from tarflow_scale.config.protocols import (
     KernelProtocol,
     LikelihoodProtocol,
     ManifoldProtocol,
-    NatsProtocol,
     SampledProtocol,
     load_protocol,
 )
@@ -203,14 +202,9 @@ def _check_protocols(job: Evaluation) -> None:
         raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); drop one")
     for manifest in (job.data, job.reference):
         for protocol in job.protocols.values():
-            if isinstance(protocol, NatsProtocol) != (manifest.vectors is not None):
+            if protocol.events != manifest.event.kind:
                 raise ConfigError(
-                    f"protocol {protocol.name} is for {'vectors' if manifest.vectors is None else 'images'} (got "
-                    f"{manifest.samples_in_words} in {manifest.name}/{manifest.split}); choose another protocol"
-                )
-            if not isinstance(protocol, NatsProtocol) and protocol.bit_depth != manifest.bit_depth:
-                raise ConfigError(
-                    f"protocol {protocol.name} is for {protocol.bit_depth}-bit data (got {manifest.bit_depth} in "
+                    f"protocol {protocol.name} is for {protocol.events} (got {manifest.event} in "
                     f"{manifest.name}/{manifest.split}); choose another protocol"
                 )
     for protocol in job.protocols.values():

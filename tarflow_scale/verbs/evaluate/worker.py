@@ -19,7 +19,7 @@ from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import calibration_for, load_version, worker_device
-from tarflow_scale.metrics.bits import dequantized_draws, pixel_hashes
+from tarflow_scale.metrics.bits import dequantized_draws, sample_hashes
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part, PartUnit
@@ -28,7 +28,6 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import Batch, ShardSet
-from tarflow_scale.shards.vectors import floats
 
 __all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
@@ -99,7 +98,7 @@ class Scorer:
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
             cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
             costs.append(cost.double().cpu().numpy())
-            hashes.extend(pixel_hashes(batch))
+            hashes.extend(sample_hashes(batch))
         return {protocol.metric: np.concatenate(costs), "hashes": np.array(hashes)}
 
     def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
@@ -109,11 +108,9 @@ class Scorer:
         return bits_per_dim(log_prob, self._flow.num_dims, protocol.bit_depth)
 
     def _nats(self, batch: Batch, protocol: NatsProtocol) -> Tensor:
-        assert self._data.manifest.vectors is not None
-        values, given = (torch.from_numpy(part.copy()) for part in floats(batch.images, self._data.manifest.vectors))
-        labels = self._labels(batch, protocol)
-        y = labels if self._flow.num_conditions is None else given.to(self._device)
-        return -self._flow.log_prob(values.to(self._device), y)
+        given = batch.conditions if self._flow.num_conditions is not None else None
+        y = self._labels(batch, protocol) if given is None else torch.from_numpy(given).to(self._device)
+        return -self._flow.log_prob(torch.from_numpy(batch.events).to(self._device), y)
 
     def _labels(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor | None:
         given = protocol.labels == "given" and self._flow.num_classes is not None
@@ -127,8 +124,8 @@ class Scorer:
                 storage.write_bytes(storage.join(part.folder, GRID_NAME), self._grid(images))
         else:
             batch = self._real(part, features.images)
-            images = torch.from_numpy(batch.images)
-            arrays["hashes"] = np.array(pixel_hashes(batch))
+            images = torch.from_numpy(batch.events)
+            arrays["hashes"] = np.array(sample_hashes(batch))
             if features.images.rounding == "truncate":
                 images = quantize((images.float() / 255 - 0.5) / 0.5, 8, "truncate")
         extract = self._extractor(features)

@@ -25,18 +25,18 @@ from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, NumericsError, PlanError
 from tarflow_scale.loading import calibration_for, load_version, worker_device
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import GenerationPlan, VectorFacts, canonical_json, changes
+from tarflow_scale.records import GenerationPlan, canonical_json, changes
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console
 from tarflow_scale.sampling import Quality, Sampler
 from tarflow_scale.sampling import calibrate as measure_decoding
 from tarflow_scale.sampling.labels import numbered
+from tarflow_scale.shards.events import ImageEvent, event_of
 from tarflow_scale.shards.export import check_folder, write_folder
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, read_manifest
 from tarflow_scale.shards.npz import check_npz, write_npz
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.shards.writer import publish_manifest
 from tarflow_scale.verbs.generate.worker import UNIT_FOLDERS, ShardMaker, ShardUnit, is_done, read_quality, read_record
 
@@ -76,7 +76,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         return
     storage.create(storage.join(path, _PLAN), plan.to_json())
     _check_plan(shards, plan)  # another driver may have created its own first
-    last = (MANIFEST_NAME, _GRID) if plan.has_grid else (MANIFEST_NAME,)
+    last = (MANIFEST_NAME, _GRID) if _has_grid(plan) else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
         _write_copies(shards)
@@ -208,10 +208,11 @@ def resolved_plan(
             f"flow.sample(n, y) takes them"
         )
     of_images = (shards.folder, shards.npz, sampling.guard.saturated_share)
-    if version.data.vectors is not None and any(setting is not None for setting in of_images):
+    event = event_of(version.data, version.pixels.bit_depth)
+    if not isinstance(event, ImageEvent) and any(setting is not None for setting in of_images):
         raise ConfigError(
-            "shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of vectors); "
-            "leave them out"
+            f"shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of "
+            f"{event.noun}); leave them out"
         )
     decoding = calibration_for(versions, version.version, settings, cluster.gpus_per_worker > 0)
     rule = numbered(sampling.labels, version.data.class_names)
@@ -273,27 +274,32 @@ def _check_plan(shards: GeneratedShardsConfig, plan: GenerationPlan) -> None:
 
 
 def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest:
+    event = event_of(plan, plan.pixels.bit_depth)
     return Manifest(
         name=plan.model,
         split="generated",
-        image_size_pixels=plan.image_size_pixels,
-        num_channels=plan.num_channels,
         class_names=() if plan.labels == "none" else plan.class_names,
-        bit_depth=plan.pixels.bit_depth,
-        codec=VALUES if plan.is_of_vectors else plan.codec,
-        vectors=VectorFacts(num_values=plan.num_channels) if plan.is_of_vectors else None,
+        codec=event.codec(plan.codec),
+        **event.fields(),
         source=f"{plan.model}@{plan.version} {plan.weights_digest}",
         recipe=storage.digest(canonical_json(plan.model_dump(mode="json"))),
         shards=shards,
     )
 
 
+def _has_grid(plan: GenerationPlan) -> bool:
+    """Whether a picture goes with the shards: of images, or of the density of two numbers."""
+    event = event_of(plan, plan.pixels.bit_depth)
+    return isinstance(event, ImageEvent) or event.shape == (2,)
+
+
 def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
     """A picture of the first images, where each column shows one of up to 20 classes; of two numbers, their density."""
-    if plan.is_of_vectors:
-        if plan.has_grid:
-            flow = load_version(registry, plan.model, plan.version)
-            storage.write_bytes(storage.join(path, _GRID), density_picture(flow, plan.seed))
+    if not _has_grid(plan):
+        return
+    if plan.vectors is not None:
+        flow = load_version(registry, plan.model, plan.version)
+        storage.write_bytes(storage.join(path, _GRID), density_picture(flow, plan.seed))
         return
     classes = len(plan.class_names)
     columns = classes * max(1, _GRID_COLUMNS // classes) if 0 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
@@ -301,15 +307,14 @@ def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
     batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
     labelled = plan.labels != "none" and plan.class_names
     names = [plan.class_names[label] for label in batch.labels] if labelled else None
-    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.images, columns, zoom, names))
+    storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.events, columns, zoom, names))
 
 
 def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, shards: GeneratedShardsConfig) -> None:
-    size = f"{plan.num_channels}x{plan.image_size_pixels}x{plan.image_size_pixels}"
-    shape = f"{plan.num_channels} numbers" if plan.is_of_vectors else size
+    size = event_of(plan, plan.pixels.bit_depth).size
     rows = [
         ("model", f"{plan.model}@{plan.version}, weights {plan.weights_digest[:12]}"),
-        ("samples", f"{plan.num_images:,} of {shape}, {_labels_in_words(plan)}, seed {plan.seed}"),
+        ("samples", f"{plan.num_images:,} of {size}, {_labels_in_words(plan)}, seed {plan.seed}"),
         ("sampling", _settings_line(plan.sampling)),
         ("shards", f"{num_units} of up to {plan.samples_per_shard} images, {num_missing} to make"),
         ("output", shards.path),
@@ -344,7 +349,7 @@ def _print_result(plan: GenerationPlan, path: str, num_units: int, quality: Qual
             f"images encode back to their latents within {max(errors):.1e}"
             + (": this model amplifies rounding; use fp32, or exact decoding, for accuracy" if amplifies else "")
         )
-    if plan.is_of_vectors:
+    if plan.vectors is not None:
         redrawn = f"{quality.redrawn} of them drawn again (not finite)"
         print(f"{path}: {plan.num_images} vectors in {num_units} shards, {redrawn}")
         return

@@ -3,7 +3,6 @@
 The first worker that makes a shard stores its record, then writes the shard, then reads it back.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.records import GenerationPlan
 from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
+from tarflow_scale.shards.events import VectorEvent, encode_vector, event_of
 from tarflow_scale.shards.images import CODECS
 from tarflow_scale.shards.manifest import ShardRecord, index_name
-from tarflow_scale.shards.vectors import VALUES, encode_vector
 from tarflow_scale.shards.writer import PackedShard, Sample
 
 __all__ = ["UNIT_FOLDERS", "ShardMaker", "ShardUnit", "is_done", "read_quality", "read_record"]
@@ -59,6 +58,7 @@ class ShardMaker:
         torch.set_num_threads(plan.threads)
         self._flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
         self._plan = plan
+        self._event = event_of(plan, plan.pixels.bit_depth)
         self._path = path
         rule = "balanced" if plan.labels == "none" else plan.labels
         self._sampler = Sampler(self._flow, plan.seed, plan.sampling, plan.decoding, rule)
@@ -102,12 +102,11 @@ class ShardMaker:
     def _made(self, unit: ShardUnit) -> tuple[PackedShard, Quality]:
         """The shard in memory; images are encoded while the next batch is decoded."""
         plan, quality = self._plan, Quality()
-        level = math.inf if plan.is_of_vectors else 2 / (2**plan.pixels.bit_depth - 1)  # vectors have no range
         drawn: list[tuple[int, int | None, int]] = []  # index, label and attempt of each sample
 
         def batches() -> Iterator[torch.Tensor]:
             nonlocal quality
-            for batch in guarded(self._sampler, range(unit.start, unit.stop), plan.guard, level):
+            for batch in guarded(self._sampler, range(unit.start, unit.stop), plan.guard, self._event.level):
                 quality = quality.plus(batch.quality)
                 labels = self._sampler.labels(batch.indices)
                 numbers = [None] * len(batch.indices) if labels is None else labels.tolist()
@@ -118,7 +117,7 @@ class ShardMaker:
         return PackedShard.of(unit.tar_name, samples, plan.codec), quality
 
     def _files(self, batches: Iterator[torch.Tensor]) -> Iterator[bytes]:
-        if self._plan.is_of_vectors:
+        if isinstance(self._event, VectorEvent):
             return (encode_vector(vector) for x in batches for vector in x.float().cpu().numpy())
         return self._encoder.encoded(self._flow.stored(x).cpu().numpy() for x in batches)
 
@@ -126,8 +125,8 @@ class ShardMaker:
         about: dict[str, Any] = {"index": index, "label": label, **self._origin}
         if attempt:
             about["attempt"] = attempt
-        extension = VALUES if self._plan.is_of_vectors else CODECS[self._plan.codec]
-        return Sample(key=f"{index:09d}", image={extension: file}, label=label, metadata=about)
+        codec = self._event.codec(self._plan.codec)
+        return Sample(key=f"{index:09d}", image={CODECS.get(codec, codec): file}, label=label, metadata=about)
 
 
 def _location(path: str, folder: str, unit: ShardUnit) -> str:

@@ -18,6 +18,7 @@ from tarflow_scale.errors import ConfigError, RegistryError, StorageError
 from tarflow_scale.records import MetricsReport, ModelVersion
 from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
 from tarflow_scale.runtime import console
+from tarflow_scale.shards.events import event_of
 
 __all__ = [
     "alias",
@@ -71,9 +72,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
         ("version", f"{registry.model}@{number}" + (f" ({', '.join(held)})" if held else "")),
         ("weights", version.weights_digest),
         ("data", f"{version.data.name}/{version.data.split}, manifest {version.data.digest}"),
-        ("pixels", f"{version.pixels.bit_depth} bit, {version.pixels.noise} noise")
-        if version.data.vectors is None
-        else ("vectors", f"of {version.data.vectors.num_values}, given {version.data.vectors.num_conditions} numbers"),
+        ("samples", f"{event_of(version.data, version.pixels.bit_depth)}, noise: {version.pixels.noise}"),
         ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
         ("config", version.config_digest),
         ("checkpoint", version.checkpoint or "not known"),

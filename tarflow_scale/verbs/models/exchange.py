@@ -27,6 +27,7 @@ from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion, Reco
 from tarflow_scale.registry import ModelState, Registry, resolve
 from tarflow_scale.runtime.distributed import own_device
 from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.events import event_of
 from tarflow_scale.shards.images import contact_sheet
 
 __all__ = ["export_version", "import_version"]
@@ -190,7 +191,8 @@ def _check_safetensors(location: str, content: bytes) -> None:
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-_TASK = "unconditional-image-generation"
+_TASKS = {"images": "unconditional-image-generation", "vectors": "tabular-density-estimation"}
+"""What hubs call the task of a model, by the noun of its events."""
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
@@ -200,21 +202,21 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         for report in state.reports.get(version.version, [])
         for metric in report.metrics.values()
     }
-    data, vectors = version.data, version.data.vectors
-    size = f"{data.num_channels}x{data.image_size_pixels}x{data.image_size_pixels}"
-    events, noun = (f"{size} images", "images") if vectors is None else (f"vectors of {data.num_channels}", "vectors")
+    data = version.data
+    event = event_of(data, version.pixels.bit_depth)
+    noun = event.noun
     lines = [
         "---",
         f"license: {licence}",
         "library_name: tarflow-scale",
-        *([f"pipeline_tag: {_TASK}"] if vectors is None else []),
+        *([f"pipeline_tag: {_TASKS[noun]}"] if noun == "images" else []),  # the only one that hubs list
         "tags: [normalizing-flow, tarflow-scale]",
-        *_index(model, version, list(newest.values())),
+        *_index(model, version, _TASKS[noun], list(newest.values())),
         "---",
         "",
         f"# {model}@{version.version}",
         "",
-        f"A normalizing flow of {events} with "
+        f"A normalizing flow of {event} with "
         f"{version.parameters:,} parameters, trained on {data.name}/{data.split} ({data.num_images:,} {noun}"
         + (f", {data.num_classes} classes" if data.class_names else "")
         + (f") for {version.images_seen:,} {noun}" if version.images_seen is not None else ")")
@@ -258,13 +260,13 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
     return "\n".join(lines)
 
 
-def _index(model: str, version: ModelVersion, metrics: list[MetricValue]) -> list[str]:
+def _index(model: str, version: ModelVersion, task: str, metrics: list[MetricValue]) -> list[str]:
     """The numbers as hubs index them; JSON is YAML."""
     if not metrics:
         return []
     results: list[dict[str, Any]] = [
         {
-            "task": {"type": _TASK if version.data.vectors is None else "tabular-density-estimation"},
+            "task": {"type": task},
             "dataset": {"name": version.data.name, "type": version.data.name},
             "metrics": [{"name": metric.protocol, "type": metric.unit, "value": metric.value} for metric in metrics],
         }

@@ -23,10 +23,10 @@ from tarflow_scale.randomness import Purpose, permutation
 from tarflow_scale.runtime.processes import exclusive
 from tarflow_scale.shards import copies, inspection, packing
 from tarflow_scale.shards.duplicates import Copy
+from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.sources import BadImage, ImageSource, open_source
-from tarflow_scale.shards.vectors import VALUES
 from tarflow_scale.verbs.prepare.in_place import index_in_place
 from tarflow_scale.verbs.prepare.preview import print_preview
 from tarflow_scale.verbs.prepare.recipe import recipe_digest
@@ -65,9 +65,9 @@ def statistics(path: str) -> None:
 
 def export(path: str, location: str) -> None:
     """``--npz``: write a packed data set as the ``.npz`` file that ADM's evaluator reads."""
-    manifest = read_manifest(path)
-    if manifest.vectors is not None:
-        raise DataError(f"--npz is for images (got {manifest.samples_in_words} in {path}); read the tars")
+    event = read_manifest(path).event
+    if not isinstance(event, ImageEvent):
+        raise DataError(f"--npz is for images (got {event} in {path}); read the tars")
     print(f"{location}: {write_npz(path, location)} images of {path}")
 
 
@@ -132,7 +132,7 @@ def _packing(
         quality=shards.jpeg_quality,
         skip_bad=config.bad_images == "skip",
         digest=storage.digest(f"{recipe} {source.version or source.digest} {name}".encode() + order.tobytes()),
-        fingerprints=split.near_duplicates == "report" and source.vectors is None,
+        fingerprints=split.near_duplicates == "report" and isinstance(source.event, ImageEvent),
         dropped=dropped,
     )
 
@@ -153,9 +153,9 @@ def _pack(packings: list[packing.Packing], recipe: str, max_bad_fraction: float,
         packing.publish(split, of_split, manifest)
         skipped = sum(len(note.skipped) for note in of_split)
         left_out = f", {skipped} unusable images left out ({split.path}/skipped.jsonl)" if skipped else ""
-        kind = "vectors" if manifest.vectors else "images"
         shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
-        print(f"{split.path}: {manifest.num_images} {kind} in {shards}, manifest {manifest.digest[:12]}{left_out}")
+        samples = f"{manifest.num_images} {manifest.event.noun}"
+        print(f"{split.path}: {samples} in {shards}, manifest {manifest.digest[:12]}{left_out}")
     if all(split.fingerprints for split in packings):
         copies.report(packings, notes)
 
@@ -178,20 +178,16 @@ def _manifest(split: packing.Packing, notes: list[packing.PackNote], recipe: str
         raise DataError(
             f"no image of {source.name} could be used (of {len(split.order)} in {split.split}); see the source"
         )
-    channels, height, _ = source.shape if source.vectors is None else (source.vectors.num_values, 1, 1)
-    codec = VALUES if source.vectors else split.codec
+    codec = source.event.codec(split.codec)
     return Manifest(
         name=source.name,
         split=split.split,
-        image_size_pixels=height,
-        num_channels=channels,
         class_names=source.class_names,
-        bit_depth=source.bit_depth,
         codec=f"jpeg, quality {split.quality}" if codec == "jpeg" else codec,
         source=source.description,
         recipe=recipe,
         shards=records,
-        vectors=source.vectors,
         reading=source.reading,
         dropped_copies=None if split.dropped is None else len(split.dropped),
+        **source.event.fields(),
     )

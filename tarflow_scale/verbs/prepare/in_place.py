@@ -38,7 +38,7 @@ def index_in_place(config: SourceConfig, shards: PackedShardsConfig, dry_run: bo
         shards=indexed.records,
         reading=reading,
     )
-    print(f"{path}: {manifest.num_images} images {manifest.event_shape} in {len(manifest.shards)} tars")
+    print(f"{path}: {manifest.num_images} images {manifest.event.shape} in {len(manifest.shards)} tars")
     print_ignored(indexed.ignored)
     if dry_run:
         return

@@ -21,9 +21,6 @@ def print_preview(
     source: ImageSource, splits: Mapping[str, NDArray[np.int64]], split: SplitConfig, shards: PackedShardsConfig
 ) -> None:
     """Print the splits, classes and shards of a source, and its warnings."""
-    size = f"{'x'.join(map(str, source.shape))}, {source.bit_depth} bit"
-    if source.vectors is not None:
-        size = f"{source.vectors.num_values} values"
     print(f"{source.name}: {len(source)} samples, {len(source.class_names)} classes -> {shards.path}")
     print("\n".join([source.description, *source.lines]))
     print_ignored(source.ignored)
@@ -40,7 +37,7 @@ def print_preview(
             of = "each class" if source.class_names else "the images"
             print(f"{split.test_fraction * 100:g}% of {of} is held out at random: {share}")
     rows = [
-        (name, str(len(members)), str(-(-len(members) // shards.samples_per_shard)), size)
+        (name, str(len(members)), str(-(-len(members) // shards.samples_per_shard)), str(source.event))
         for name, members in splits.items()
     ]
     print(console.table(rows, ("split", "samples", "shards", "a sample")))

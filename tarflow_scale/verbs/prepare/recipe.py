@@ -4,6 +4,7 @@ from tarflow_scale import storage
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig, SplitConfig
 from tarflow_scale.records import canonical_json
+from tarflow_scale.shards.events import VectorEvent
 from tarflow_scale.shards.sources import ImageSource
 
 __all__ = ["recipe_digest"]
@@ -21,7 +22,7 @@ def recipe_digest(source: ImageSource, config: SourceConfig, split: SplitConfig,
     Paths and the number of workers do not count, nor does ``near_duplicates`` unless images are dropped.
     """
     of_source = {"path", *_at_default(config, _WHERE_SET["source"])}
-    if source.vectors is not None:
+    if isinstance(source.event, VectorEvent):
         of_source -= {"label_column", "condition_columns"}
     if source.reading is None:
         of_source |= {"orientation", "transparency"}

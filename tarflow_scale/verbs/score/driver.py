@@ -143,10 +143,10 @@ def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manife
     size, channels = version.data.image_size_pixels, version.data.num_channels
     shape, bit_depth = (channels, size, size), version.pixels.bit_depth
     for manifest in manifests:
-        if (manifest.event_shape, manifest.bit_depth) != (shape, bit_depth):
+        if (manifest.event.shape, manifest.bit_depth) != (shape, bit_depth):
             raise DataError(
                 f"{section.model}@{version.version} scores {shape} images of {bit_depth} bits (got "
-                f"{manifest.event_shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
+                f"{manifest.event.shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
             )
 
 
@@ -304,7 +304,7 @@ def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArr
     for low in range(0, len(chosen), scoring.batch_size):
         batch = shards.take(chosen[order][low : low + scoring.batch_size])
         draws = [flow.nats_of_values(x, dequantize=True) for x in dequantized_draws(batch, protocol)]
-        maps.append((batch.images, torch.stack(draws).mean(dim=0).numpy()))
+        maps.append((batch.events, torch.stack(draws).mean(dim=0).numpy()))
     images, nats = (np.concatenate(arrays) for arrays in zip(*maps, strict=True))
     rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))
     pairs = np.stack([rgb, overlaid(images, nats)], axis=1)[np.argsort(order)]

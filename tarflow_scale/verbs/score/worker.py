@@ -98,7 +98,7 @@ class Rater:
             for flow, costs in zip(self._flows, bits, strict=True):
                 log_prob = combine_draws(torch.stack([self._log_prob(flow, x) for x in draws]), "importance")
                 costs.append(bits_per_dim(log_prob, flow.num_dims, bit_depth).cpu().numpy())
-            compressed.append(compressed_bits_per_dim(np.ascontiguousarray(batch.images) >> (8 - bit_depth)))
+            compressed.append(compressed_bits_per_dim(np.ascontiguousarray(batch.events) >> (8 - bit_depth)))
             labels.append(batch.labels)
         arrays = {f"bits_{number}": np.concatenate(costs) for number, costs in enumerate(bits)}
         for costs in arrays.values():

@@ -87,7 +87,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     publication = Publication(
         logging.path,
         config.registry,
-        inputs.mix.manifest.facts(),
+        inputs.mix.manifest.facts().model_copy(update={"image_size_pixels": inputs.manifest.image_size_pixels}),
         size.parameters,
         recipe.training.ema_half_life_images[0],
         config.model_dump(mode="json"),
@@ -128,7 +128,6 @@ def _train(
         averages=WeightAverages(engine, training.ema_half_life_images),
         reader=reader,
         pixels=inputs.pixels,
-        vectors=manifest.vectors,
         conditional=model.class_conditional,
         course=course,
         training=training,
@@ -136,8 +135,8 @@ def _train(
         logging=logging,
         validation=inputs.validation,
         meter=Meter(
-            flops_per_image=training_flops(model, manifest.event_shape),
-            tokens_per_image=tokens_per_image(model, manifest.event_shape),
+            flops_per_image=training_flops(model, manifest.event.shape),
+            tokens_per_image=tokens_per_image(model, manifest.event.shape),
             peak_flops=logging.peak_flops or peak_flops_of(device),
             ranks=distributed.world_size(),
         ),
@@ -228,8 +227,7 @@ def _initialize(flow: Flow, reader: Loader, training: TrainingConfig, conditiona
     assert flow.pixels is not None
     batch = reader.first()[: training.micro_batch_size]
     device = next(flow.parameters()).device
-    vectors = reader.mix.manifest.vectors
-    x = model_input(batch, flow.pixels, vectors, training.seed, device)
-    y = conditions(batch, vectors, 0.0, training.seed, device) if conditional else None
+    x = model_input(batch, flow.pixels, training.seed, device)
+    y = conditions(batch, 0.0, training.seed, device) if conditional else None
     flow.train().initialize(x, y)
     distributed.broadcast_module(flow)

@@ -7,6 +7,7 @@ from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.train import TrainingConfig, ValidationConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.records import PixelFormat
+from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix
 from tarflow_scale.training.construction import seen_by_model
@@ -43,7 +44,7 @@ def open_inputs(
     """
     mix = open_mix(data, training.global_batch_size, training.seed)
     manifest = seen_by_model(mix.manifest, data.augmentation.crop_pixels)
-    _check_vectors(manifest, model, training, data.augmentation)
+    _check_event(manifest, model, training, data.augmentation)
     noise = training.noise
     pixels = PixelFormat(bit_depth=manifest.bit_depth, noise=noise.kind, noise_std=noise.std)
     held_out = validation and Validation.open(
@@ -57,28 +58,28 @@ def open_inputs(
     return Inputs(mix, manifest, pixels, held_out)
 
 
-def _check_vectors(
+def _check_event(
     manifest: Manifest, model: ModelConfig, training: TrainingConfig, augmentation: AugmentationConfig
 ) -> None:
-    """Check that noise, augmentation and conditions suit the kind of data.
+    """Check that noise, augmentation and conditions suit the events.
 
     Raises:
         ConfigError: they do not.
     """
-    noise, vectors = training.noise.kind, manifest.vectors
-    if (noise == "none") != (vectors is not None):
-        right = "uniform or gaussian" if vectors is None else "none"
-        raise ConfigError(f"training.noise.kind must be {right} for {manifest.samples_in_words} (got {noise}); set it")
-    if vectors is None:
+    noise, event = training.noise.kind, manifest.event
+    if noise not in event.noises:
+        right = " or ".join(event.noises)
+        raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); set it")
+    if augmentation != AugmentationConfig() and not isinstance(event, ImageEvent):
+        raise ConfigError(f"data.augmentation is for images (got {event.noun}); leave it out")
+    if event.num_conditions is None or not model.class_conditional:
         return
-    if augmentation != AugmentationConfig():
-        raise ConfigError("data.augmentation is for images (got vectors); leave it out")
-    if vectors.num_conditions and manifest.num_classes and model.class_conditional:
+    if manifest.num_classes:
         raise ConfigError(
             f"a flow is conditioned on labels or on numbers (got {manifest.num_classes} classes and "
-            f"{vectors.num_conditions} numbers in {manifest.name}); pack without either"
+            f"{event.num_conditions} numbers in {manifest.name}); pack without either"
         )
-    if vectors.num_conditions and model.class_conditional and training.label_drop > 0:
+    if training.label_drop > 0:
         raise ConfigError(
             f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "
             f"{training.label_drop:g}); set it to 0"

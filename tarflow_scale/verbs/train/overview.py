@@ -36,7 +36,7 @@ def print_overview(
     training, parallelism, ranks = recipe.training, recipe.parallelism, distributed.world_size()
     mix, manifest = inputs.mix, inputs.manifest
     steps = -(-training.total_images // training.global_batch_size)
-    memory = memory_per_rank(recipe, manifest.event_shape, size, ranks, torch.cuda.is_available())
+    memory = memory_per_rank(recipe, manifest.event.shape, size, ranks, torch.cuda.is_available())
     state = memory.total - memory.activations - memory.context
     host = f", {memory.in_main / _GIB:.3f} GiB in main memory" if memory.in_main else ""
     loader = mix.num_slots // ranks * 2 * shuffle_block * mix.bytes_per_sample
@@ -63,14 +63,14 @@ def print_overview(
 
 
 def _operations(model: ModelConfig, manifest: Manifest, images: int) -> str:
-    flops = training_flops(model, manifest.event_shape)
+    flops = training_flops(model, manifest.event.shape)
     return f"{flops / 1e12:.3g} TFLOP an image, {flops * images:.2g} FLOP the run"
 
 
 def _data_row(part: MixPart, manifest: Manifest) -> str:
     own = part.shards.manifest
     share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
-    return f"{own.name}/{own.split}: {own.num_images} {manifest.samples_in_words}, {share}"
+    return f"{own.name}/{own.split}: {own.num_images} {manifest.event}, {share}"
 
 
 def _read_size(shuffle_block: int, mix: Mix) -> str:

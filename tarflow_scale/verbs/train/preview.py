@@ -13,6 +13,7 @@ from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.sampling import Sampler
+from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.training.construction import flow_of
@@ -39,7 +40,8 @@ def preview_of(
         flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         flow.pixels = pixels
         try:
-            picture = _density(flow.eval()) if manifest.vectors else _samples(flow.eval(), manifest, guidance)
+            flow.eval()
+            picture = _samples(flow, manifest, guidance) if isinstance(manifest.event, ImageEvent) else _density(flow)
         except (NumericsError, ConfigError) as error:
             warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
             return

@@ -29,7 +29,7 @@ class Publication:
     Args:
         folder: the run folder.
         registry: the registry and the name of the model.
-        data: the first data set.
+        data: the first data set, with the size of the images that the model sees.
         num_parameters: of the flow.
         first_half_life: of the averages, in images; this average is exported to ``model/``, the others to
             ``model-ema-<half-life>/``.
@@ -45,9 +45,6 @@ class Publication:
 
     def publish(self, flow: Flow, weights: dict[str, Tensor], half_life: int, images_seen: int) -> None:
         """Export and register one average."""
-        data = self.data
-        if data.vectors is None:
-            data = data.model_copy(update={"image_size_pixels": flow.event_shape[1]})
         files, configuration = flow_files(flow, weights), canonical_json(self.configuration)
         exported = "model" if half_life == self.first_half_life else f"model-ema-{half_life}"
         for name, content in files.items():
@@ -61,7 +58,7 @@ class Publication:
             files,
             {
                 "pixels": flow.pixels.model_dump(mode="json"),
-                "data": data.model_dump(mode="json"),
+                "data": self.data.model_dump(mode="json"),
                 "parameters": self.num_parameters,
                 "images_seen": images_seen,
                 "ema_half_life_images": half_life,

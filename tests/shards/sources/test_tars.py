@@ -74,7 +74,7 @@ def test_tars_of_plain_webdataset_become_a_data_set_where_they_are(tmp_path: Pat
     assert all((tmp_path / "in" / name).read_bytes() == content for name, content in before.items())
     shards = ShardSet(str(tmp_path / "in"), verify="full")
     batch = shards.take(np.arange(8))
-    assert np.array_equal(batch.images, some)
+    assert np.array_equal(batch.events, some)
     assert batch.labels.tolist() == [i % 4 for i in range(8)]
     assert cli.main(["prepare", "--check", f"{tmp_path}/in"]) == 0
     assert cli.main([*arguments, f"shards.path={tmp_path}/in"]) == 0
@@ -267,7 +267,7 @@ def test_names_and_links_of_a_tar_reach_nothing_outside_of_it(tmp_path: Path) ->
     assert cli.main([*arguments, "split.test_fraction=0"]) == 0
     assert {name for name in contents(tmp_path) if not name.startswith("out/")} == set(before)
     packed = ShardSet(f"{tmp_path}/out/train")
-    assert (packed.take(np.arange(2)).images == picture).all()
+    assert (packed.take(np.arange(2)).events == picture).all()
     assert packed.manifest.num_images == 2
 
 
@@ -667,7 +667,7 @@ def test_tars_in_place_with_files_that_are_no_samples_are_read_as_they_were_pack
     assert in_place(tmp_path) == 0
     assert "3 ._*" in capsys.readouterr().out
     batch = ShardSet(str(tmp_path), verify="full").take(np.arange(2))
-    assert np.array_equal(batch.images, SOME[:2])
+    assert np.array_equal(batch.events, SOME[:2])
     assert batch.labels.tolist() == [1, 0]
 
 
@@ -681,7 +681,7 @@ def test_training_never_reads_a_mask_of_tars_in_place(tmp_path: Path, capsys: py
         assert in_place(tmp_path / name, f"source.image_member={second}") == 2
         assert "must be the member that training reads first" in capsys.readouterr().err
         assert in_place(tmp_path / name, "source.image_member=png") == 0
-        assert np.array_equal(ShardSet(str(tmp_path / name)).take(np.arange(2)).images, SOME[:2])
+        assert np.array_equal(ShardSet(str(tmp_path / name)).take(np.arange(2)).events, SOME[:2])
 
 
 def test_tars_in_place_with_labels_that_training_cannot_read_are_refused(

@@ -10,11 +10,10 @@ from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources import open_source
 from tarflow_scale.shards.sources.vector_files import VectorSource
-from tarflow_scale.shards.vectors import floats
 
 
 def numbers_of(source: VectorSource) -> tuple[np.ndarray, np.ndarray]:
-    return floats(np.stack([source.image(number) for number in range(len(source))]), source.vectors)
+    return source.event.unpack(np.stack([source.image(number) for number in range(len(source))]))
 
 
 def test_csv_and_npz_give_the_same(tmp_path: Path) -> None:
