@@ -50,7 +50,7 @@ def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing
     """Print which images of splits that were packed are like others.
 
     Args:
-        packings: of the splits, all of one source.
+        packings: packings of the splits of one source.
         notes: the notes of each, with fingerprints.
     """
     source = packings[0].source

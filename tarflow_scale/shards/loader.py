@@ -75,7 +75,7 @@ class Loader:
         mix: the data sets.
         slots: this rank's slots.
         config: how they are read.
-        seed: of augmentation.
+        seed: seed of augmentation.
         quarantine_path: local file that lists corrupt samples; None writes none.
         pin_memory: put images in page-locked memory, so that copies to a GPU overlap with computation.
     """

@@ -24,10 +24,10 @@ class MixPart:
 
     Args:
         shards: the data set.
-        spec: its order; its ``num_slots`` are the slots that it fills.
+        spec: order of its samples; ``num_slots`` of it is the number of slots that the data set fills.
         first_slot: the first of these in the global batch.
         first_sample: number of its first sample among the samples of all sets.
-        weight: as configured.
+        weight: weight of the data set in the configuration.
     """
 
     shards: ShardSet

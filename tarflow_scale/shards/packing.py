@@ -66,7 +66,7 @@ class PackNote(Record):
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
     fingerprints: str = ""
-    """Of all images of the shard, where they are wanted; see `tarflow_scale.shards.duplicates`."""
+    """Fingerprints of all images of the shard, if they are asked for; see `tarflow_scale.shards.duplicates`."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Packing:
     """How one split is packed.
 
     Args:
-        source: where the images are.
+        source: source of the images.
         path: folder or URL of the split.
-        split: its name.
+        split: name of the split.
         order: numbers of its images in the source, in the order in which they are packed.
         samples_per_shard: images of a shard.
         codec, quality: how images are encoded.
         skip_bad: leave out images that cannot be used, instead of failing.
-        digest: of everything that the bytes depend on.
+        digest: digest of everything that the bytes depend on.
         fingerprints: keep fingerprints in the notes, which find near copies.
         dropped: images that are left out because they are like others; None if near copies are kept.
     """

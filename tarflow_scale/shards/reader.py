@@ -88,11 +88,11 @@ class StoredSample(NamedTuple):
 
     Args:
         content: bytes with tar headers and padding; too short if the tar ends early.
-        checksum: of the index.
-        number: in the manifest's order.
-        place: in its shard.
+        checksum: checksum of the sample in the index.
+        number: number of the sample in the manifest's order.
+        place: number of the sample in its shard.
         file: name of the shard.
-        path: of the data set.
+        path: folder or URL of the data set.
     """
 
     content: memoryview | bytes

@@ -22,7 +22,7 @@ class Course:
         folder: the run folder, ``logging.path``.
         upload_path: a second folder or URL with checkpoints, or None.
         training, schedule: the sections.
-        peak_learning_rate: of AdamW.
+        peak_learning_rate: peak of AdamW's learning rate.
         run: the settings that must not change when the run continues.
     """
 
@@ -78,7 +78,7 @@ class Course:
         return latest
 
     def begins(self, latest: tuple[str, TrainState] | None) -> str:
-        """In words, where the run begins, given the result of `latest`."""
+        """A text that says where the run begins, given the result of `latest`."""
         if latest is None:
             return "at the first image, the run folder has no checkpoint"
         folder, state = latest

@@ -48,7 +48,7 @@ class WeightAverages:
         """Name and whole average of every parameter, one at a time; all ranks must iterate to the end.
 
         Args:
-            half_life: which average; None is the first.
+            half_life: half-life of the average to take; None takes the first average.
         """
         averages = self._averages[half_life or self.half_lives[0]]
         if self._own is None:

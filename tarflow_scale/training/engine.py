@@ -157,7 +157,7 @@ class Engine:
         depend on the size of images.
 
         Args:
-            micro_batches: as many as the accumulation takes.
+            micro_batches: inputs, one for each accumulated pass.
             rate: learning rate, as a fraction of its peak.
             reject: is called with the mean loss of all ranks before the last backward pass. If it returns True, on all
                 ranks alike, the step changes nothing.

@@ -6,11 +6,12 @@ and resumed on the same number of ranks repeats the lost steps bit for bit.
 """
 
 import math
+import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class Loop:
 
     Args:
         engine: the flow under DeepSpeed.
-        averages: its moving averages.
+        averages: moving averages of the weights.
         reader: this rank's batches.
         pixels: how stored pixels become floats.
         conditional: whether the flow takes labels, or the conditions of vectors.
@@ -283,7 +284,8 @@ class Loop:
 class _StopSignal:
     """The reason to stop: SIGTERM or SIGUSR1 (schedulers send them before they preempt a job), Ctrl-C, the time limit.
 
-    A second Ctrl-C ends the run at once. Terminal and launcher both send the first one, so the second must come later.
+    Rank 0 reports a signal at once, because the step that is under way may take minutes. A second Ctrl-C ends the run
+    without a checkpoint. Terminal and launcher both send the first one, so the second must come later.
     """
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -299,6 +301,11 @@ class _StopSignal:
         return self._received or ("training.max_seconds" if time.monotonic() > self._deadline else "")
 
     def _receive(self, number: int, _: object) -> None:
+        if not self._received and distributed.is_main():
+            again = "; Ctrl-C again ends the run without one" if number == signal.SIGINT else ""
+            text = f"\n{signal.Signals(number).name}: the run stops after this step and saves a checkpoint{again}\n"
+            with suppress(OSError):  # by the descriptor, because a signal may interrupt a write of the stream
+                os.write(2, text.encode())
         self._received = signal.Signals(number).name
         if number != signal.SIGINT:
             return

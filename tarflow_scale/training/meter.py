@@ -38,7 +38,7 @@ class Meter:
     Args:
         flops_per_image: operations of a training step for one image.
         tokens_per_image: None for models without tokens.
-        peak_flops: of one rank's device; None reports no utilisation.
+        peak_flops: peak operations a second of one rank's device; None reports no utilisation.
         ranks: number of ranks.
     """
 

@@ -72,10 +72,10 @@ def sample_noise(
 
     Args:
         kind: the distribution.
-        seed: in [0, 2^64).
-        epochs: below 2^32.
-        samples: below 2^56.
-        num_dims: numbers of each sample.
+        seed: seed in [0, 2^64).
+        epochs: epoch of each sample, below 2^32.
+        samples: number of each sample, below 2^56.
+        num_dims: number of random numbers for each sample.
         device: device of the result.
     """
     where = torch.from_numpy(np.stack([epochs, samples])).to(device)[:, :, None]

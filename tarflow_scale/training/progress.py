@@ -89,7 +89,7 @@ def progress_line(
         progress: progress of the run.
         pixels: how stored pixels become floats, which decides the unit of the loss.
         learning_rate: rate of the last step.
-        gradient_norm: of the last step, before clipping.
+        gradient_norm: norm of the gradient of the last step, before clipping.
         speed: result of `tarflow_scale.training.meter.Meter.figures`.
         memory_bytes: peak memory of this rank.
     """

@@ -39,7 +39,7 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
         before: rate of the next step when the checkpoint was saved.
         now: rate of the next step under the current schedule.
         schedule: the current schedule.
-        newer: in words, the checkpoints after the newest one at which both schedules have the same rate; None if there
+        newer: a text that names the checkpoints after the newest one at which both schedules agree; None if there
             is no such checkpoint.
     """
     rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"

@@ -25,7 +25,7 @@ _FILES_SECONDS = 3600.0
 
 
 class Uploader:
-    """At most one upload at a time.
+    """Uploads one checkpoint at a time.
 
     Args:
         config: the section ``checkpoint``, with the target and the checkpoints to keep there.

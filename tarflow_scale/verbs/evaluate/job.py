@@ -110,7 +110,7 @@ class Evaluation:
         )
 
     def _weights(self, registry: Registry, version: ModelVersion, sampling: SamplingConfig) -> list[Any]:
-        """What decides the samples of a version, but for their seed."""
+        """The settings that decide the samples of a version, without the seed."""
         plan = calibration_for(registry, version.version, sampling, self._gpu)
         return [version.weights_digest, sampling.model_dump(mode="json"), plan and plan.model_dump(mode="json")]
 
@@ -140,7 +140,7 @@ class Evaluation:
             pass  # the results are the parts
 
     def bind(self) -> dict[str, Binding]:
-        """What each protocol with a reference is bound to; protocols that are not bound yet are bound now."""
+        """Bind each protocol that compares with a reference, unless it is bound already; returns all bindings."""
         bindings = dict(self._bound)
         for path, protocol in self._sampled.items():
             reference, layer = self.requirements[path].reference, layer_of(protocol)

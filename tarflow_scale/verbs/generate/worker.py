@@ -130,7 +130,7 @@ class ShardMaker:
 
 
 def _location(path: str, folder: str, unit: ShardUnit) -> str:
-    """Of the file of a shard in one of `UNIT_FOLDERS`."""
+    """Location of the file of a shard in one of `UNIT_FOLDERS`."""
     return storage.join(path, folder, unit.tar_name.removesuffix(".tar") + ".json")
 
 
@@ -141,7 +141,7 @@ def read_record(path: str, unit: ShardUnit) -> ShardRecord:
 
 
 def read_quality(path: str, unit: ShardUnit) -> Quality:
-    """What was wrong with the images of a finished shard; nothing if its file is missing."""
+    """Counts of the bad images of a finished shard; zeros if its file is missing."""
     location = _location(path, _QUALITY, unit)
     content = storage.read_if_there(location)
     return Quality(images=unit.num_images) if content is None else Quality.from_json(content, location)

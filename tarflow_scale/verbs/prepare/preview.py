@@ -14,7 +14,7 @@ from tarflow_scale.shards.sources.splits import PACKED
 __all__ = ["print_ignored", "print_preview"]
 
 _CLASSES_SHOWN = 12
-"""Of more classes, the first five and the last two are shown."""
+"""Of a data set with more classes, the first five and the last two are shown."""
 
 
 def print_preview(

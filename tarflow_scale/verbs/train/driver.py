@@ -146,6 +146,7 @@ def _train(
     _say(_next_steps(logging, progress.images_seen, course.total_images))
     with _recorded(logging, publication.configuration, progress, course.total_images) as log:
         loop.fit(progress, log)
+    _say("exporting the averaged weights and registering them")
     for half_life in reversed(training.ema_half_life_images):
         weights = loop.averaged_weights(half_life)
         if distributed.is_main():

@@ -30,8 +30,8 @@ def print_overview(
         inputs: the data sets.
         size: number of parameters.
         shuffle_block: samples of a block, ``data.shuffle_block``.
-        begins: in words, where training begins.
-        output: in words, where results go.
+        begins: text that says where training begins.
+        output: text that says where results go.
     """
     training, parallelism, ranks = recipe.training, recipe.parallelism, distributed.world_size()
     mix, manifest = inputs.mix, inputs.manifest

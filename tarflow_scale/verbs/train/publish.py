@@ -30,9 +30,9 @@ class Publication:
         folder: the run folder.
         registry: the registry and the name of the model.
         data: the first data set, with the size of the images that the model sees.
-        num_parameters: of the flow.
-        first_half_life: of the averages, in images; this average is exported to ``model/``, the others to
-            ``model-ema-<half-life>/``.
+        num_parameters: number of parameters of the flow.
+        first_half_life: half-life of the first average, in images; this average is exported to ``model/``, the others
+            to ``model-ema-<half-life>/``.
         configuration: the resolved configuration.
     """
 
