@@ -37,7 +37,7 @@ def run(name: str, trained: Trained, output: Path, *more: str) -> str:
 @pytest.fixture
 def own(trained: Trained, tmp_path: Path) -> Path:
     """A folder of a user's images: three digits."""
-    for i, image in enumerate(ShardSet(f"{trained.data}/test").take(np.arange(3)).images):
+    for i, image in enumerate(ShardSet(f"{trained.data}/test").take(np.arange(3)).events):
         (tmp_path / "own").mkdir(exist_ok=True)
         (tmp_path / f"own/{i}.png").write_bytes(encode_png(image))
     return tmp_path / "own"
@@ -53,7 +53,7 @@ def test_sampling(trained: Trained, own: Path, tmp_path: Path) -> None:
         with Image.open(tmp_path / f"out/{name}.png") as picture:
             assert picture.size == size(rows, columns, zoom=5)
             assert len(np.unique(np.asarray(picture))) > 8
-    images = ShardSet(f"{trained.data}/test").take(np.arange(3)).images
+    images = ShardSet(f"{trained.data}/test").take(np.arange(3)).events
     bits = image_bits_per_dim(load("small@1", registry=str(trained.registry)), images, num_draws=8)
     (found,) = re.findall(r"bits/dim of 3 images: ([\d.]+), from ([\d.]+) to ([\d.]+)", said)
     assert [float(number) for number in found] == pytest.approx([bits.mean(), bits.min(), bits.max()], abs=2e-4)
@@ -67,7 +67,7 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
         assert (pixels[..., 0] > pixels[..., 1]).any()  # red lies over some
     flow, images = (
         load("small@1", registry=str(trained.registry)),
-        ShardSet(f"{trained.data}/test").take(np.arange(359)).images,
+        ShardSet(f"{trained.data}/test").take(np.arange(359)).events,
     )
     halves: list[dict[str, np.ndarray]] = []
     for some in (images[:179], images[179:]):

@@ -22,14 +22,14 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import NPY_FAULTS, Reading, decode_image, image_extension
 
-__all__ = ["Event", "ImageEvent", "VectorEvent", "encode_vector", "event_of"]
+__all__ = ["EventType", "ImageEvent", "VectorEvent", "encode_vector", "event_of"]
 
 _VALUES, _CONDITION = "npy", "condition.npy"
 """Extensions of the members of a vector; the first is also the codec in the manifest."""
 _FLOAT = np.dtype("<f4")
 
 
-class Event(ABC):
+class EventType(ABC):
     """What the samples of a data set or of a model are. Its text is ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
 
     noun: ClassVar[str]
@@ -54,7 +54,7 @@ class Event(ABC):
         return self._words
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Event) and str(self) == str(other)
+        return isinstance(other, EventType) and str(self) == str(other)
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -88,7 +88,7 @@ class Event(ABC):
         """The fields of a manifest that describe the event."""
 
 
-class ImageEvent(Event):
+class ImageEvent(EventType):
     """An image ``(C, H, W)`` uint8; the ``bit_depth`` high bits of a pixel are data."""
 
     noun, noises = "images", ("uniform", "gaussian")
@@ -126,7 +126,7 @@ class ImageEvent(Event):
         return {"num_channels": channels, "image_size_pixels": height, "bit_depth": self.bit_depth}
 
 
-class VectorEvent(Event):
+class VectorEvent(EventType):
     """A vector ``(D,)`` float32, and perhaps ``(K,)`` float32 that it is conditioned on."""
 
     noun = kind = "vectors"
@@ -186,7 +186,7 @@ class _Described(Protocol):
     def vectors(self) -> VectorFacts | None: ...
 
 
-def event_of(described: _Described, bit_depth: int) -> Event:
+def event_of(described: _Described, bit_depth: int) -> EventType:
     """The event that a record describes; ``bit_depth`` is that of pixels."""
     if described.vectors is not None:
         return VectorEvent(described.vectors)

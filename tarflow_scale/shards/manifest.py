@@ -5,7 +5,7 @@ from pydantic import Field
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import DataSetFacts, FileRecord, Record, VectorFacts, canonical_json
-from tarflow_scale.shards.events import Event, event_of
+from tarflow_scale.shards.events import EventType, event_of
 from tarflow_scale.shards.images import Reading
 
 __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name", "read_manifest"]
@@ -70,7 +70,7 @@ class Manifest(Record):
         return len(self.class_names)
 
     @property
-    def event(self) -> Event:
+    def event(self) -> EventType:
         """What the samples are."""
         return event_of(self, self.bit_depth)
 

@@ -106,7 +106,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert pack(tmp_path / "x", "--dry-run") == 0
     assert not (tmp_path / "x").exists()
     said = capsys.readouterr().out
-    assert "1x8x8, 4 bit" in said
+    assert "1x8x8 images, 4 bit" in said
     assert "20% of each class is held out at random: split.test_fraction=0.2\n" in said
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.shards.events import Event, ImageEvent
+from tarflow_scale.shards.events import EventType, ImageEvent
 from tarflow_scale.shards.images import Reading, decode_image, image_size, reduce_depth, resize_center_crop
 
 __all__ = ["BadImage", "EncodedSource", "ImageSource", "reading_of"]
@@ -73,7 +73,7 @@ class ImageSource(ABC):
         return channels, height, width
 
     @property
-    def event(self) -> Event:
+    def event(self) -> EventType:
         """What the samples are."""
         return ImageEvent(self.shape, self.bit_depth)
 

@@ -102,7 +102,7 @@ def test_the_official_split_is_kept_unless_told_otherwise(tmp_path: Path, kind: 
     test = ShardSet(str(tmp_path / "packed/test"))
     assert test.manifest.num_images == num_test
     if num_test == 10:
-        found = {image.tobytes() for image in test.take(np.arange(10)).images}
+        found = {image.tobytes() for image in test.take(np.arange(10)).events}
         assert found == {image.tobytes() for image in ARRAYS["test_x"]}
 
 

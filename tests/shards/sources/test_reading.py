@@ -77,7 +77,7 @@ def test_orientation_is_applied_by_default_and_recorded(kind: str, tmp_path: Pat
         out = tmp_path / setting
         assert cli.main([*arguments, f"shards.path={out}", f"source.orientation={setting}"]) == 0
         shards = ShardSet(f"{out}/train")
-        assert np.array_equal(shards.take(np.arange(1)).images[0, 0], expected)
+        assert np.array_equal(shards.take(np.arange(1)).events[0, 0], expected)
         assert json.loads((out / "train/manifest.json").read_bytes())["reading"] == {
             "orientation": setting,
             "transparency": "white",
@@ -116,7 +116,7 @@ def test_transparency_is_laid_over_what_the_setting_says(
     assert code == 0
     assert f"transparency over {setting}" in capsys.readouterr().out
     shards = ShardSet(f"{tmp_path}/out/train")
-    colours = {tuple(image[:, 0, 0].tolist()) for image in shards.take(np.arange(2)).images}
+    colours = {tuple(image[:, 0, 0].tolist()) for image in shards.take(np.arange(2)).events}
     assert colours == {(200, 100, 50), (255,) * 3 if setting == "white" else (0,) * 3}
 
 
@@ -124,7 +124,7 @@ def test_tars_in_place_are_read_by_the_manifest(tmp_path: Path) -> None:
     path = Path(write("webdataset", tmp_path / "tars", {f"{n}.png": saved("PNG", tag=3) for n in range(2)}))
     arguments = ["prepare", "source.kind=webdataset", f"source.path={path}", f"shards.path={path}"]
     assert cli.main([*arguments, "source.in_place=true"]) == 0
-    assert np.array_equal(ShardSet(str(path)).take(np.arange(1)).images[0, 0], HALVES[:, ::-1])
+    assert np.array_equal(ShardSet(str(path)).take(np.arange(1)).events[0, 0], HALVES[:, ::-1])
     manifest = json.loads((path / "manifest.json").read_bytes())
     assert manifest["reading"] == {"orientation": "apply", "transparency": "white"}
     assert cli.main(["prepare", "--check", str(path)]) == 0
