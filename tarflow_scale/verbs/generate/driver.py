@@ -38,7 +38,7 @@ from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, 
 from tarflow_scale.shards.npz import check_npz, write_npz
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.writer import publish_manifest
-from tarflow_scale.verbs.generate.worker import UNIT_FOLDERS, ShardMaker, ShardUnit, is_done, read_quality, read_record
+from tarflow_scale.verbs.generate.worker import ShardMaker, ShardUnit, read_quality, recorded
 
 __all__ = ["calibrate", "resolved_plan", "run"]
 
@@ -70,7 +70,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     units = _units(plan)
     _check_plan(shards, plan)
     _check_copies(shards)
-    missing = [unit for unit in units if not is_done(path, unit)]
+    missing = [unit for unit in units if not recorded(path).is_done(unit.tar_name)]
     _print_plan(plan, len(units), len(missing), shards)
     if dry_run:
         return
@@ -83,9 +83,9 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
         return
     quality, errors = _make(config.registry.path, plan, path, units, missing, config.cluster)
     storage.write_bytes(storage.join(path, _QUALITY), quality.to_json())
-    for folder in UNIT_FOLDERS:
-        storage.remove_abandoned(storage.join(path, folder))
-    publish_manifest(path, _manifest(plan, tuple(read_record(path, unit) for unit in units)))
+    finished = recorded(path)
+    finished.remove_abandoned()
+    publish_manifest(path, _manifest(plan, tuple(finished.record(unit.tar_name) for unit in units)))
     _write_grid(config.registry.path, path, plan)
     _print_result(plan, path, len(units), quality, errors)
     _write_copies(shards)
@@ -100,7 +100,7 @@ def _make(
     cluster: ClusterConfig,
 ) -> tuple[Quality, list[float]]:
     """Make the missing shards; return the quality of all shards, and `Sampler.round_trip_error` of the new ones."""
-    finished = [read_quality(path, unit) for unit in set(units) - set(missing)]
+    finished = [read_quality(recorded(path), unit) for unit in set(units) - set(missing)]
     quality = functools.reduce(Quality.plus, finished, Quality())
     _check_redrawn(quality, plan)
     errors: list[float] = []

@@ -9,21 +9,16 @@ from typing import Any
 
 import torch
 
-from tarflow_scale import storage
-from tarflow_scale.errors import PlanError, StorageError
 from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.records import GenerationPlan
 from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
 from tarflow_scale.shards.events import VectorEvent, encode_vector, event_of
 from tarflow_scale.shards.images import CODECS
-from tarflow_scale.shards.manifest import ShardRecord, index_name
+from tarflow_scale.shards.recorded import RecordedShards
 from tarflow_scale.shards.writer import PackedShard, Sample
 
-__all__ = ["UNIT_FOLDERS", "ShardMaker", "ShardUnit", "is_done", "read_quality", "read_record"]
-
-UNIT_FOLDERS = _RECORDS, _QUALITY = "records", "quality"
-"""Folders beside the shards that hold one file for each shard."""
+__all__ = ["ShardMaker", "ShardUnit", "read_quality", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class ShardMaker:
         self._flow = load_version(registry, plan.model, plan.version).to(worker_device(plan.device == "cuda"))
         self._plan = plan
         self._event = event_of(plan, plan.pixels.bit_depth)
-        self._path = path
+        self._shards = recorded(path)
         rule = "balanced" if plan.labels == "none" else plan.labels
         self._sampler = Sampler(self._flow, plan.seed, plan.sampling, plan.decoding, rule)
         self._encoder = Encoder(plan.threads if plan.device == "cuda" else 1, plan.codec, plan.jpeg_quality)
@@ -82,21 +77,10 @@ class ShardMaker:
             NumericsError: an image was bad at every attempt.
             StorageError: the shard reads differently from what was written.
         """
-        if is_done(self._path, unit):
-            return read_quality(self._path, unit), None
+        if self._shards.is_done(unit.tar_name):
+            return read_quality(self._shards, unit), None
         shard, quality = self._made(unit)
-        storage.write_bytes(_location(self._path, _QUALITY, unit), quality.to_json())
-        if not storage.create(_location(self._path, _RECORDS, unit), shard.record.to_json()):
-            earlier = read_record(self._path, unit)
-            if earlier != shard.record:
-                raise PlanError(
-                    f"{unit.tar_name} came out with other bytes than before (sha256 {shard.record.sha256[:12]}, not "
-                    f"{earlier.sha256[:12]}); use the package versions and device of the first run, or another "
-                    f"shards.path"
-                )
-        shard.write(self._path)
-        if not is_done(self._path, unit):
-            raise StorageError(f"{self._path}/{unit.tar_name} reads differently from what was written; check the disk")
+        self._shards.write(shard, quality.to_json())
         return quality, self._sampler.round_trip_error()
 
     def _made(self, unit: ShardUnit) -> tuple[PackedShard, Quality]:
@@ -129,33 +113,12 @@ class ShardMaker:
         return Sample(key=f"{index:09d}", image={CODECS.get(codec, codec): file}, label=label, metadata=about)
 
 
-def _location(path: str, folder: str, unit: ShardUnit) -> str:
-    """Location of the file of a shard in one of `UNIT_FOLDERS`."""
-    return storage.join(path, folder, unit.tar_name.removesuffix(".tar") + ".json")
+def recorded(path: str) -> RecordedShards:
+    """The shards of an output folder; the note of each is its `Quality`."""
+    return RecordedShards(path, "quality")
 
 
-def read_record(path: str, unit: ShardUnit) -> ShardRecord:
-    """The record of a shard, which is stored before the shard."""
-    location = _location(path, _RECORDS, unit)
-    return ShardRecord.from_json(storage.read_bytes(location), location)
-
-
-def read_quality(path: str, unit: ShardUnit) -> Quality:
+def read_quality(shards: RecordedShards, unit: ShardUnit) -> Quality:
     """Counts of the bad images of a finished shard; zeros if its file is missing."""
-    location = _location(path, _QUALITY, unit)
-    content = storage.read_if_there(location)
-    return Quality(images=unit.num_images) if content is None else Quality.from_json(content, location)
-
-
-def is_done(path: str, unit: ShardUnit) -> bool:
-    """Whether record, tar and index exist, and tar and index have the digests of the record."""
-    tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
-    if not all(map(storage.exists, (_location(path, _RECORDS, unit), tar, index))):
-        return False
-    record = read_record(path, unit)
-    return _digest(tar) == record.sha256 and _digest(index) == record.index_sha256
-
-
-def _digest(location: str) -> str:
-    with storage.local_copy(location) as copy:
-        return storage.digest(copy)
+    content = shards.note(unit.tar_name)
+    return Quality(images=unit.num_images) if content is None else Quality.from_json(content, unit.tar_name)
