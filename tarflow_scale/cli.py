@@ -20,6 +20,7 @@ from tarflow_scale import __version__
 from tarflow_scale.config import (
     convert,
     doctor,
+    encode,
     evaluate,
     generate,
     models,
@@ -44,6 +45,7 @@ _VERBS = {
     "prepare": prepare.VERB,
     "plan": plan.VERB,
     "train": train.VERB,
+    "encode": encode.VERB,
     "evaluate": evaluate.VERB,
     "promote": promote.VERB,
     "generate": generate.VERB,

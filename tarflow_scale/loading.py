@@ -6,6 +6,8 @@ import os
 import torch
 
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.autoencoder import Autoencoder
+from tarflow_scale.autoencoders.weights import autoencoder_from_files, digest_of
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, load_flow
@@ -15,7 +17,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.calibration import measured_with
 from tarflow_scale.sampling.decode import decoder_of
 
-__all__ = ["EXPORTED", "calibration_for", "load", "load_version", "worker_device"]
+__all__ = ["EXPORTED", "calibration_for", "load", "load_autoencoder", "load_version", "worker_device"]
 
 EXPORTED = "version.json"
 """File beside an exported flow, with the record of the version."""
@@ -93,5 +95,17 @@ def load_version(registry: str, model: str, reference: int | str) -> Flow:
     store = Registry(registry, model)
     version = store.resolve(reference)
     flow = flow_from_files(store.read_files(version), f"{model}@{version.version}")
-    flow.class_names = version.data.class_names if flow.num_classes else ()
+    flow.class_names = version.trained_on.class_names if flow.num_classes else ()
     return flow
+
+
+def load_autoencoder(registry: str, model: str, reference: int | str) -> tuple[Autoencoder, str]:
+    """Load a registered autoencoder in evaluation mode on the CPU, and its digest.
+
+    Raises:
+        UserError: the version does not exist or is not an autoencoder.
+    """
+    store = Registry(registry, model)
+    version = store.resolve(reference)
+    files = store.read_files(version)
+    return autoencoder_from_files(files, f"{model}@{version.version}"), digest_of(files)

@@ -9,12 +9,12 @@ defaults. A section never needs a record.
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tarflow_scale.config.sampling import GuardConfig, Guidance, SamplingConfig
-from tarflow_scale.errors import RegistryError, UserError
+from tarflow_scale.errors import DataError, RegistryError, UserError
 
 __all__ = [
     "BlockDecoding",
@@ -22,6 +22,7 @@ __all__ = [
     "DataSetFacts",
     "FileRecord",
     "GenerationPlan",
+    "LatentFacts",
     "MetricValue",
     "MetricsReport",
     "ModelVersion",
@@ -115,6 +116,25 @@ class VectorFacts(Record):
     """Number K of condition values that come with each vector."""
 
 
+class LatentFacts(Record):
+    """Latents of an autoencoder, of which a data set consists."""
+
+    autoencoder: str
+    """SHA-256 of the autoencoder, see `tarflow_scale.autoencoders.weights.digest_of`."""
+    shape: tuple[int, int, int]
+    """``(C, h, w)`` of a latent."""
+    has_variance: bool
+    """Whether each latent is a Gaussian, stored as mean and log-variance, or one value."""
+    dtype: Literal["float16", "bfloat16", "float32"]
+    """Type of the stored numbers."""
+    has_mirrored: bool = False
+    """Whether the latent of the mirrored image is stored, too."""
+    mean: tuple[float, ...]
+    """Mean of each channel over the training split."""
+    scale: tuple[float, ...]
+    """Standard deviation of each channel over the training split."""
+
+
 class DataSetFacts(Record):
     """What a model must know about its training data."""
 
@@ -128,6 +148,8 @@ class DataSetFacts(Record):
     num_images: int
     vectors: VectorFacts | None = None
     """Shape of vectors; None for images."""
+    latents: LatentFacts | None = None
+    """The latents of an autoencoder; None for images and vectors."""
 
     @property
     def num_classes(self) -> int:
@@ -141,7 +163,8 @@ class ModelVersion(Record):
     version: int = Field(ge=1)
     files: dict[str, FileRecord]
     pixels: PixelFormat
-    data: DataSetFacts
+    data: DataSetFacts | None
+    """Training data; None for an autoencoder of another project, whose data are not known."""
     parameters: int
     images_seen: int | None
     """Images seen in training; None if unknown, as for converted weights."""
@@ -154,6 +177,17 @@ class ModelVersion(Record):
     """The resolved configuration as JSON; None for converted weights."""
     checkpoint: str = ""
     """Path of the last checkpoint and SHA-256 of its manifest; empty for converted weights."""
+
+    @property
+    def trained_on(self) -> DataSetFacts:
+        """Training data.
+
+        Raises:
+            DataError: they are not known.
+        """
+        if self.data is None:
+            raise DataError(f"version {self.version} is an autoencoder without known training data; name a flow")
+        return self.data
 
     @property
     def weights_digest(self) -> str:
@@ -259,3 +293,6 @@ class GenerationPlan(Record):
     def vectors(self) -> VectorFacts | None:
         """Shape of vectors; None for images."""
         return VectorFacts(num_values=self.num_channels) if self.pixels.noise == "none" else None
+
+    latents: ClassVar[None] = None
+    """Latents are not generated."""

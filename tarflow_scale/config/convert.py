@@ -10,7 +10,7 @@ from tarflow_scale.config.train import NoiseConfig
 from tarflow_scale.config.verb import Verb
 from tarflow_scale.config.versions import RegistryConfig
 
-__all__ = ["VERB", "ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig"]
+__all__ = ["VERB", "ConvertConfig", "FlowOutputConfig", "ForeignWeightsConfig", "PublishedAutoencoderConfig"]
 
 
 class ForeignWeightsConfig(Section):
@@ -31,24 +31,40 @@ class ForeignWeightsConfig(Section):
         return self
 
 
-class FlowOutputConfig(Section):
-    """Where a flow is written."""
+class PublishedAutoencoderConfig(Section):
+    """An autoencoder that another project published (verb ``convert``)."""
 
     path: str
-    """Folder or URL for ``model.safetensors`` and ``config.json``."""
+    """Folder or URL (such as ``hf://ORGANISATION/NAME/vae``): an ``AutoencoderKL`` of diffusers, with ``config.json``
+    and ``diffusion_pytorch_model.safetensors``; or taef2, with ``taef2_encoder.safetensors`` and
+    ``taef2_decoder.safetensors``."""
+
+
+class FlowOutputConfig(Section):
+    """Where the result is written."""
+
+    path: str
+    """Folder or URL for its safetensors file and its JSON file."""
 
 
 class ConvertConfig(Root):
-    """Weights of apple/ml-tarflow in, a saved flow out, and a registered version where a registry is named."""
+    """A flow of apple/ml-tarflow or an autoencoder in, files of this package out, and a version in a registry."""
 
-    weights: ForeignWeightsConfig
+    weights: ForeignWeightsConfig | None = None
+    autoencoder: PublishedAutoencoderConfig | None = None
     output: FlowOutputConfig
     registry: RegistryConfig | None = None
     data: DataSetConfig | None = None
 
     @model_validator(mode="after")
     def _registers_with_data(self) -> Self:
-        if (self.registry is None) != (self.data is None):
+        if (self.weights is None) == (self.autoencoder is None):
+            given = "neither" if self.weights is None else "both"
+            raise ValueError(f"convert takes a flow, weights, or an autoencoder (got {given}); set one of the two")
+        if self.autoencoder is not None:
+            if self.data is not None:
+                raise ValueError(f"data.path is for flows (got {self.data.path}); remove it")
+        elif (self.registry is None) != (self.data is None):
             given, missing = ("registry", "data") if self.data is None else ("data", "registry")
             raise ValueError(
                 f"registry and data.path go together (got {given} without {missing}); a version names the data set it "
@@ -60,6 +76,6 @@ class ConvertConfig(Root):
 VERB = Verb(
     "verbs.convert",
     ConvertConfig,
-    "turn weights of apple/ml-tarflow into a flow of this package",
+    "turn weights of apple/ml-tarflow, or a published autoencoder, into a model of this package",
     "tarflow-scale convert configs/convert/afhq256.yaml output.path=flows/afhq256",
 )

@@ -1,4 +1,4 @@
-"""Kinds of event: what a sample is, beside its label. An image or a vector of numbers.
+"""Kinds of event: what a sample is, beside its label. An image, a vector of numbers, or the latent of an image.
 
 An event type knows the members of a sample in a tar, the bytes that loaders carry, the arrays of a batch, and the words
 and settings that suit it. Code that works on both kinds asks the event.
@@ -6,6 +6,10 @@ and settings that suit it. Code that works on both kinds asks the event.
 A vector of D numbers is stored in NumPy's format, which any WebDataset reader reads: ``{key}.npy`` ``(D,)`` float32.
 The K numbers that condition it are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
 ``(1, 1, 4 (D + K))``, so that memory, workers and resuming work as for images.
+
+A latent ``(C, h, w)`` is stored as ``{key}.npy`` ``(n C, h, w)``: means, then log-variances where the autoencoder has
+them (n is 1 or 2). The latent of the mirrored image may be stored, too, as ``{key}.mirrored.npy``. bfloat16 numbers are
+stored as the uint16 of their bits.
 """
 
 import io
@@ -18,14 +22,16 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
+from tarflow_scale.config.data import AugmentationConfig
 from tarflow_scale.errors import DataError
-from tarflow_scale.records import VectorFacts
+from tarflow_scale.randomness import Purpose, raw_words
+from tarflow_scale.records import LatentFacts, VectorFacts
 from tarflow_scale.shards.images import NPY_FAULTS, Reading, decode_image, image_extension
 
-__all__ = ["EventType", "ImageEvent", "VectorEvent", "encode_vector", "event_of"]
+__all__ = ["EventType", "ImageEvent", "LatentEvent", "VectorEvent", "encode_array", "event_of"]
 
-_VALUES, _CONDITION = "npy", "condition.npy"
-"""Extensions of the members of a vector; the first is also the codec in the manifest."""
+_VALUES, _CONDITION, _MIRRORED = "npy", "condition.npy", "mirrored.npy"
+"""Extensions of members in NumPy's format; the first is also the codec in the manifest."""
 _FLOAT = np.dtype("<f4")
 
 
@@ -33,7 +39,7 @@ class EventType(ABC):
     """What the samples of a data set or of a model are. Its text is ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
 
     noun: ClassVar[str]
-    """``images`` or ``vectors``."""
+    """``images``, ``vectors`` or ``latents``."""
     noises: ClassVar[tuple[str, ...]]
     """Kinds of training noise that suit the events."""
     kind: str
@@ -79,6 +85,18 @@ class EventType(ABC):
             DataError: a member is missing or damaged, or has another shape or type.
         """
 
+    def augmented_shape(self, config: AugmentationConfig) -> tuple[int, int, int]:
+        """Shape of what `augment` returns."""
+        del config
+        return self.carried_shape
+
+    def augment(
+        self, carried: UInt8[np.ndarray, "C H W"], config: AugmentationConfig, seed: int, epoch: int, sample: int
+    ) -> UInt8[np.ndarray, "C H W"]:
+        """A random change of an event in training, a function of (seed, epoch, sample)."""
+        del config, seed, epoch, sample
+        return carried
+
     @abstractmethod
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[Any], Float[np.ndarray, "B K"] | None]:
         """Events ``(B, *shape)`` of a batch, and the values that condition them; None without."""
@@ -116,6 +134,24 @@ class ImageEvent(EventType):
             raise DataError(f"it has no image (members: {', '.join(sorted(members))})")
         return decode_image(members[extension], f"its .{extension}", self.carried_shape, reading)
 
+    def augmented_shape(self, config: AugmentationConfig) -> tuple[int, int, int]:
+        """``(C, H, W)`` of the crop."""
+        channels, height, width = self.carried_shape
+        return channels, config.crop_pixels or height, config.crop_pixels or width
+
+    def augment(
+        self, carried: UInt8[np.ndarray, "C H W"], config: AugmentationConfig, seed: int, epoch: int, sample: int
+    ) -> UInt8[np.ndarray, "C H W"]:
+        """A crop of the image, perhaps mirrored."""
+        if not config.flip and config.crop_pixels is None:
+            return carried
+        flip, top, left = raw_words(3, Purpose.AUGMENTATION, seed, epoch, sample)
+        if config.crop_pixels is not None:
+            free = carried.shape[1] - config.crop_pixels + 1
+            top, left = top % free, left % free
+            carried = carried[:, top : top + config.crop_pixels, left : left + config.crop_pixels]
+        return carried[:, :, ::-1] if config.flip and flip & 1 else carried
+
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[np.uint8], None]:
         """The pixels; images have no conditions but labels."""
         return carried, None
@@ -150,15 +186,15 @@ class VectorEvent(EventType):
     def content(self, carried: UInt8[np.ndarray, "1 1 W"]) -> dict[str, bytes]:
         """One or two members in NumPy's format."""
         values, conditions = self.unpack(carried[None])
-        members = {_VALUES: encode_vector(values[0])}
-        return members if conditions is None else members | {_CONDITION: encode_vector(conditions[0])}
+        members = {_VALUES: encode_array(values[0].astype(_FLOAT))}
+        return members if conditions is None else members | {_CONDITION: encode_array(conditions[0].astype(_FLOAT))}
 
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "1 1 W"]:
         """The bytes of the numbers, then of those that condition them."""
         del reading
-        parts = [_read(members, _VALUES, self._facts.num_values)]
+        parts = [_read(members, _VALUES, (self._facts.num_values,), _FLOAT)]
         if self._facts.num_conditions:
-            parts.append(_read(members, _CONDITION, self._facts.num_conditions))
+            parts.append(_read(members, _CONDITION, (self._facts.num_conditions,), _FLOAT))
         return np.concatenate(parts).view(np.uint8)[None, None]
 
     def unpack(
@@ -175,6 +211,72 @@ class VectorEvent(EventType):
         return of_image | {"vectors": self._facts}
 
 
+class LatentEvent(EventType):
+    """A latent ``(C, h, w)``; in a batch its moments ``(n C, h, w)`` float32, means before log-variances."""
+
+    noun = "latents"
+    noises = ("none", "gaussian")
+    level = math.inf
+
+    def __init__(self, facts: LatentFacts) -> None:
+        channels, height, width = facts.shape
+        self.facts = facts
+        self.shape = facts.shape
+        self.size = "x".join(map(str, facts.shape))
+        self.kind = f"latents of {facts.autoencoder[:12]}"
+        self._moments = (2 * channels if facts.has_variance else channels, height, width)
+        self._stored = np.dtype({"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}[facts.dtype])
+        self._bytes = math.prod(self._moments) * self._stored.itemsize
+        self.carried_shape = 1, 1, self._bytes * (2 if facts.has_mirrored else 1)
+        self._words = f"{self.size} {self.kind}"
+
+    def codec(self, of_images: str) -> str:
+        """NumPy's format."""
+        del of_images
+        return _VALUES
+
+    def content(self, carried: UInt8[np.ndarray, "1 1 W"]) -> dict[str, bytes]:
+        """One or two members in NumPy's format."""
+        arrays = carried.reshape(-1, self._bytes).view(self._stored).reshape(-1, *self._moments)
+        return {name: encode_array(array) for name, array in zip((_VALUES, _MIRRORED), arrays, strict=False)}
+
+    def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "1 1 W"]:
+        """The bytes of the moments, then of those of the mirrored image."""
+        del reading
+        names = (_VALUES, _MIRRORED) if self.facts.has_mirrored else (_VALUES,)
+        arrays = [_read(members, name, self._moments, self._stored) for name in names]
+        return np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])[None, None]
+
+    def augmented_shape(self, config: AugmentationConfig) -> tuple[int, int, int]:
+        """The bytes of one latent."""
+        del config
+        return 1, 1, self._bytes
+
+    def augment(
+        self, carried: UInt8[np.ndarray, "1 1 W"], config: AugmentationConfig, seed: int, epoch: int, sample: int
+    ) -> UInt8[np.ndarray, "1 1 W"]:
+        """The latent, or with ``flip`` perhaps that of the mirrored image."""
+        mirrors = config.flip and self.facts.has_mirrored
+        first = self._bytes if mirrors and raw_words(1, Purpose.AUGMENTATION, seed, epoch, sample)[0] & 1 else 0
+        return carried[:, :, first : first + self._bytes]
+
+    def unpack(self, carried: UInt8[np.ndarray, "B 1 1 W"]) -> tuple[Float[np.ndarray, "B C H W"], None]:
+        """Moments in float32, of the images that are not mirrored."""
+        bits = np.ascontiguousarray(carried[:, 0, 0, : self._bytes]).view(self._stored)
+        return self.numbers(bits).reshape(len(carried), *self._moments), None
+
+    def numbers(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Stored numbers as float32."""
+        if self.facts.dtype == "bfloat16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+    def fields(self) -> dict[str, Any]:
+        """The latents; the first two fields describe them as an image of as many channels."""
+        channels, height, _ = self.facts.shape
+        return {"num_channels": channels, "image_size_pixels": height, "bit_depth": 8, "latents": self.facts}
+
+
 class _Described(Protocol):
     """The fields of manifests, model versions and generation plans that say what their samples are."""
 
@@ -184,32 +286,36 @@ class _Described(Protocol):
     def image_size_pixels(self) -> int: ...
     @property
     def vectors(self) -> VectorFacts | None: ...
+    @property
+    def latents(self) -> LatentFacts | None: ...
 
 
 def event_of(described: _Described, bit_depth: int) -> EventType:
     """The event that a record describes; ``bit_depth`` is that of pixels."""
     if described.vectors is not None:
         return VectorEvent(described.vectors)
+    if described.latents is not None:
+        return LatentEvent(described.latents)
     size = described.image_size_pixels
     return ImageEvent((described.num_channels, size, size), bit_depth)
 
 
-def encode_vector(values: Float[np.ndarray, " D"]) -> bytes:
-    """A vector as a file in NumPy's format."""
+def encode_array(array: NDArray[Any]) -> bytes:
+    """An array as a file in NumPy's format."""
     buffer = io.BytesIO()
-    np.save(buffer, values.astype(_FLOAT), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
-def _read(members: Mapping[str, bytes], extension: str, length: int) -> NDArray[np.float32]:
+def _read(members: Mapping[str, bytes], extension: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     if extension not in members:
         raise DataError(f"it has no .{extension} (members: {', '.join(sorted(members))})")
     try:
         array = np.load(io.BytesIO(members[extension]), allow_pickle=False)
     except NPY_FAULTS as error:
         raise DataError(f"its .{extension} cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(array, np.ndarray) or array.dtype != _FLOAT or array.shape != (length,):
-        raise DataError(f"its .{extension} must be float32 ({length},) (got {array.dtype} {array.shape})")
-    if not np.isfinite(array).all():
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        raise DataError(f"its .{extension} must be {dtype} {shape} (got {array.dtype} {array.shape})")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"its .{extension} must be finite")
     return array

@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tarflow_scale import storage
-from tarflow_scale.config.data import AugmentationConfig, DataConfig
+from tarflow_scale.config.data import DataConfig
 from tarflow_scale.errors import DataError, UserError
-from tarflow_scale.randomness import Purpose, raw_words
 from tarflow_scale.runtime.processes import die_with_parent, ignore_stop_signals, stop_signals_held
 from tarflow_scale.shards.mix import Mix, MixPart, line_of
 from tarflow_scale.shards.order import SlotWalk, steps_per_epoch
@@ -37,7 +36,7 @@ from tarflow_scale.shards.quarantine import Quarantine
 from tarflow_scale.shards.reader import Batch, CorruptSample, StoredSample
 from tarflow_scale.shards.ring import SharedRing
 
-__all__ = ["Loader", "augment"]
+__all__ = ["Loader"]
 
 _MAX_SUCCESSORS = 100
 """Corrupt samples in a row after which the run stops."""
@@ -127,16 +126,16 @@ class Loader:
     def _collate(
         self, taken: list[tuple[MixPart, StoredSample, int]], quarantine: Quarantine, images: NDArray[np.uint8]
     ) -> Batch:
+        event, replaced = self.mix.manifest.event, 0
         rows: list[tuple[int, int, int]] = []
-        replaced = 0
         for pixels, (part, stored, epoch) in zip(images, taken, strict=True):
             image, label, number = _decode_or_replace(part, stored, quarantine)
             replaced += number != stored.number
             number += part.first_sample
-            pixels[:] = augment(image, self.config.augmentation, self.seed, epoch, number)
+            pixels[:] = event.augment(image, self.config.augmentation, self.seed, epoch, number)
             rows.append((label, number, epoch))
         labels, samples, epochs = np.array(rows, dtype=np.int64).T.copy()
-        events, conditions = self.mix.manifest.event.unpack(images)
+        events, conditions = event.unpack(images)
         return Batch(events, labels, samples, epochs, replaced, conditions)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
@@ -174,9 +173,7 @@ class Loader:
                 )
 
     def _image_shape(self, num: int) -> tuple[int, int, int, int]:
-        channels, height, width = self.mix.manifest.event.carried_shape
-        crop = self.config.augmentation.crop_pixels
-        return num, channels, crop or height, crop or width
+        return num, *self.mix.manifest.event.augmented_shape(self.config.augmentation)
 
     @staticmethod
     def _part(items: Iterator[Any]) -> "_Part":
@@ -308,17 +305,3 @@ def _decode_or_replace(
             successor = (stored.number + 1) % part.spec.num_samples
             stored = part.shards.read(np.array([successor]))[0]
     raise DataError(f"{_MAX_SUCCESSORS} samples in a row are corrupt (up to {stored.origin}); restore the data set")
-
-
-def augment(
-    image: NDArray[np.uint8], config: AugmentationConfig, seed: int, epoch: int, sample: int
-) -> NDArray[np.uint8]:
-    """Crop and flip an image ``(C, H, W)``; a function of (seed, epoch, sample)."""
-    if not config.flip and config.crop_pixels is None:
-        return image
-    flip, top, left = raw_words(3, Purpose.AUGMENTATION, seed, epoch, sample)
-    if config.crop_pixels is not None:
-        free = image.shape[1] - config.crop_pixels + 1
-        top, left = top % free, left % free
-        image = image[:, top : top + config.crop_pixels, left : left + config.crop_pixels]
-    return image[:, :, ::-1] if config.flip and flip & 1 else image

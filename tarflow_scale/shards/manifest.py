@@ -4,7 +4,7 @@ from pydantic import Field
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
-from tarflow_scale.records import DataSetFacts, FileRecord, Record, VectorFacts, canonical_json
+from tarflow_scale.records import DataSetFacts, FileRecord, LatentFacts, Record, VectorFacts, canonical_json
 from tarflow_scale.shards.events import EventType, event_of
 from tarflow_scale.shards.images import Reading
 
@@ -48,6 +48,8 @@ class Manifest(Record):
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
     vectors: VectorFacts | None = None
     """Shape of vectors, whose manifest has their length as channels and one pixel; None for images."""
+    latents: LatentFacts | None = None
+    """The latents of an autoencoder; None for images and vectors."""
     reading: Reading | None = None
     """How image files became pixels; None if the source had no image files."""
 
@@ -56,7 +58,7 @@ class Manifest(Record):
 
     def to_json(self) -> bytes:
         """Canonical JSON without the optional fields that are None, so that a new field does not change digests."""
-        absent = {name for name in ("vectors", "reading", "dropped_copies") if getattr(self, name) is None}
+        absent = {name for name in ("vectors", "latents", "reading", "dropped_copies") if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=absent))
 
     @property
@@ -90,6 +92,7 @@ class Manifest(Record):
             class_names=self.class_names,
             num_images=self.num_images,
             vectors=self.vectors,
+            latents=self.latents,
         )
 
 

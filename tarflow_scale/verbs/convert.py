@@ -1,22 +1,28 @@
-"""Verb ``convert``: turn an apple/ml-tarflow ``.pth`` into a saved flow, and register it if a registry is named.
+"""Verb ``convert``: turn a model that another project published into files of this package, and register it.
 
-Read the tensors without running code, infer every size, rename, and write ``model.safetensors`` and ``config.json``.
-The tensors do not tell the noise of the training, so it is configured. A registered version also needs the manifest of
-its data set, so that it can be evaluated and sampled like any other.
+A flow is the ``.pth`` of apple/ml-tarflow: read its tensors without running code, infer every size, rename, and write
+``model.safetensors`` and ``config.json``. The tensors do not tell the noise of the training, so it is configured. A
+registered flow also needs the manifest of its data set, so that it can be evaluated and sampled like any other.
 
-Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. Refuses a
-file that would run code, is no TarFlow or is not finite, and a folder that holds another flow. Running the same command
-again changes nothing.
+An autoencoder is a folder of diffusers or the files of taef2; it becomes ``autoencoder.safetensors`` and
+``autoencoder.json``, which `encode` reads from the registry.
+
+Reads ``weights.path``, and the manifest at ``data.path`` to register; or ``autoencoder.path``. Writes ``output.path``
+and an event. Refuses a file that would run code, that does not hold such a model or that has numbers which are not
+finite, and a folder that holds another model. Running the same command again changes nothing.
 """
 
+from torch import nn
+
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.weights import autoencoder_files, digest_of, read_published
 from tarflow_scale.config.convert import ConvertConfig, ForeignWeightsConfig
 from tarflow_scale.config.versions import RegistryConfig
 from tarflow_scale.errors import ConfigError, DataError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.ml_tarflow import load_ml_tarflow
 from tarflow_scale.flows.weights import flow_files
-from tarflow_scale.records import DataSetFacts, ModelVersion, PixelFormat, canonical_json
+from tarflow_scale.records import DataSetFacts, PixelFormat, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.manifest import Manifest
@@ -31,9 +37,14 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
     """Read, check, write, register.
 
     Raises:
-        DataError: the file is no TarFlow, or the output folder holds another flow.
+        DataError: the file does not hold a TarFlow, or the folder no autoencoder, or the output folder another model.
         ConfigError: the model does not fit its data set.
     """
+    digest = storage.digest(canonical_json(config.model_dump(mode="json")))
+    if config.autoencoder is not None:
+        _convert_autoencoder(config.autoencoder.path, config.output.path, config.registry, digest, dry_run)
+        return
+    assert config.weights is not None
     noise = config.weights.noise
     flow = load_ml_tarflow(config.weights.path, config.weights.num_channels)
     flow.pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise=noise.kind, noise_std=noise.std)
@@ -43,17 +54,47 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
     if dry_run:
         return
     files = flow_files(flow)
+    _write(config.output.path, files)
+    if config.registry is not None:
+        _register(config.registry, flow, files, flow.pixels, data, digest, config.weights.path)
+
+
+def _convert_autoencoder(source: str, output: str, registry: RegistryConfig | None, digest: str, dry_run: bool) -> None:
+    autoencoder = read_published(source)
+    files = autoencoder_files(autoencoder)
+    rows = [
+        ("autoencoder", f"{source}, {autoencoder.config.kind}"),
+        (
+            "latents",
+            f"{autoencoder.latent_channels} channels, 1/{autoencoder.factor} of the sides of images with "
+            f"{autoencoder.num_channels} channels",
+        ),
+        ("parameters", f"{sum(p.numel() for p in autoencoder.parameters()):,}"),
+        ("digest", digest_of(files)),
+        ("output", output),
+    ]
+    print(console.table(rows, ("convert", "")))
+    if dry_run:
+        return
+    _write(output, files)
+    if registry is not None:
+        pixels = PixelFormat(bit_depth=_BIT_DEPTH, noise="none")
+        _register(registry, autoencoder, files, pixels, None, digest, source)
+
+
+def _write(path: str, files: dict[str, bytes]) -> None:
+    """Write the files of a model to its output folder.
+
+    Raises:
+        DataError: the folder holds another model.
+    """
     for name, content in files.items():
-        existing = storage.join(config.output.path, name)
+        existing = storage.join(path, name)
         if storage.exists(existing) and storage.read_bytes(existing) != content:
-            raise DataError(f"{config.output.path} holds another flow ({name} differs); choose another output.path")
+            raise DataError(f"{path} holds another model ({name} differs); choose another output.path")
     for name, content in files.items():
-        storage.write_bytes(storage.join(config.output.path, name), content)
-    print(f"{config.output.path}: {', '.join(files)}")
-    if config.registry is not None and data is not None:
-        digest = storage.digest(canonical_json(config.model_dump(mode="json")))
-        version = _registered(config.registry, flow, files, data, digest, config.weights.path)
-        print(f"registered {config.registry.model}@{version.version} in {config.registry.path}")
+        storage.write_bytes(storage.join(path, name), content)
+    print(f"{path}: {', '.join(files)}")
 
 
 def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
@@ -72,16 +113,21 @@ def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
     return manifest.facts()
 
 
-def _registered(
-    registry: RegistryConfig, flow: Flow, files: dict[str, bytes], data: DataSetFacts, digest: str, origin: str
-) -> ModelVersion:
-    assert flow.pixels is not None
-    return Registry(registry.path, registry.model).register(
+def _register(
+    registry: RegistryConfig,
+    model: nn.Module,
+    files: dict[str, bytes],
+    pixels: PixelFormat,
+    data: DataSetFacts | None,
+    digest: str,
+    origin: str,
+) -> None:
+    version = Registry(registry.path, registry.model).register(
         files,
         {
-            "pixels": flow.pixels.model_dump(mode="json"),
-            "data": data.model_dump(mode="json"),
-            "parameters": sum(p.numel() for p in flow.parameters()),
+            "pixels": pixels.model_dump(mode="json"),
+            "data": None if data is None else data.model_dump(mode="json"),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "images_seen": None,
             "ema_half_life_images": None,
             "config_digest": digest,
@@ -90,6 +136,7 @@ def _registered(
         },
         reason=f"converted from {origin}",
     )
+    print(f"registered {registry.model}@{version.version} in {registry.path}")
 
 
 def _print_plan(weights: ForeignWeightsConfig, output: str, flow: Flow) -> None:

@@ -155,15 +155,16 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 def _check(version: ModelVersion, job: Evaluation) -> None:
     """Refuse a version that does not fit the data or the protocols."""
     for manifest in (job.data, job.reference):
-        got, expected = manifest.event, event_of(version.data, version.pixels.bit_depth)
+        got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth)
         if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
             raise DataError(
                 f"the model is of events of shape {expected.shape} (got {got} in "
                 f"{manifest.name}/{manifest.split}); evaluate on data like those of training"
             )
-    if version.data.class_names and job.data.class_names != version.data.class_names:
+    names = version.trained_on.class_names
+    if names and job.data.class_names != names:
         raise DataError(
-            f"the model knows {len(version.data.class_names)} classes by name (got {len(job.data.class_names)} others "
+            f"the model knows {len(names)} classes by name (got {len(job.data.class_names)} others "
             f"in {job.data.name}/{job.data.split}); evaluate on data with the same classes"
         )
     for protocol in job.protocols.values():

@@ -208,14 +208,14 @@ def resolved_plan(
             f"flow.sample(n, y) takes them"
         )
     of_images = (shards.folder, shards.npz, sampling.guard.saturated_share)
-    event = event_of(version.data, version.pixels.bit_depth)
+    event = event_of(version.trained_on, version.pixels.bit_depth)
     if not isinstance(event, ImageEvent) and any(setting is not None for setting in of_images):
         raise ConfigError(
             f"shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of "
             f"{event.noun}); leave them out"
         )
     decoding = calibration_for(versions, version.version, settings, cluster.gpus_per_worker > 0)
-    rule = numbered(sampling.labels, version.data.class_names)
+    rule = numbered(sampling.labels, version.trained_on.class_names)
     sampler = Sampler(flow, sampling.seed, settings, decoding, rule)  # refuses settings that do not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
@@ -233,9 +233,9 @@ def resolved_plan(
         samples_per_shard=shards.samples_per_shard,
         sampling=settings,
         labels=rule if flow.num_classes else "none",
-        class_names=version.data.class_names,
-        image_size_pixels=version.data.image_size_pixels,
-        num_channels=version.data.num_channels,
+        class_names=version.trained_on.class_names,
+        image_size_pixels=version.trained_on.image_size_pixels,
+        num_channels=version.trained_on.num_channels,
         pixels=version.pixels,
         device="cuda" if cluster.gpus_per_worker else "cpu",
         threads=cluster.cpus_per_worker,

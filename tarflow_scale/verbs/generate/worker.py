@@ -13,7 +13,7 @@ from tarflow_scale.loading import load_version, worker_device
 from tarflow_scale.records import GenerationPlan
 from tarflow_scale.sampling import Quality, Sampler, guarded
 from tarflow_scale.shards.encoding import Encoder
-from tarflow_scale.shards.events import VectorEvent, encode_vector, event_of
+from tarflow_scale.shards.events import VectorEvent, encode_array, event_of
 from tarflow_scale.shards.images import CODECS
 from tarflow_scale.shards.recorded import RecordedShards
 from tarflow_scale.shards.writer import PackedShard, Sample
@@ -102,7 +102,7 @@ class ShardMaker:
 
     def _files(self, batches: Iterator[torch.Tensor]) -> Iterator[bytes]:
         if isinstance(self._event, VectorEvent):
-            return (encode_vector(vector) for x in batches for vector in x.float().cpu().numpy())
+            return (encode_array(vector) for x in batches for vector in x.float().cpu().numpy())
         return self._encoder.encoded(self._flow.stored(x).cpu().numpy() for x in batches)
 
     def _sample(self, file: bytes, index: int, label: int | None, attempt: int) -> Sample:

@@ -71,8 +71,8 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
     rows: list[tuple[str, ...]] = [
         ("version", f"{registry.model}@{number}" + (f" ({', '.join(held)})" if held else "")),
         ("weights", version.weights_digest),
-        ("data", f"{version.data.name}/{version.data.split}, manifest {version.data.digest}"),
-        ("samples", f"{event_of(version.data, version.pixels.bit_depth)}, noise: {version.pixels.noise}"),
+        ("data", f"{version.trained_on.name}/{version.trained_on.split}, manifest {version.trained_on.digest}"),
+        ("samples", f"{event_of(version.trained_on, version.pixels.bit_depth)}, noise: {version.pixels.noise}"),
         ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
         ("config", version.config_digest),
         ("checkpoint", version.checkpoint or "not known"),
@@ -299,7 +299,7 @@ def _provenance(version: ModelVersion) -> dict[str, str]:
     """What may differ besides settings."""
     return {
         "(code)": version.git_commit,
-        "(data manifest)": version.data.digest[:12],
+        "(data manifest)": version.trained_on.digest[:12],
         "(images seen)": _images(version),
         "(parameters)": f"{version.parameters:,}",
         "(averaged over)": f"{version.ema_half_life_images} images",

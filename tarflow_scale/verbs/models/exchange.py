@@ -70,7 +70,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
     files = registry.read_files(version)
     grid = next((report.grid for report in reversed(reports) if report.grid is not None), None)
     drawn = registry.read("samples", grid) if grid is not None else None
-    if drawn is None and config.command.samples and version.data.vectors is None:
+    if drawn is None and config.command.samples and version.trained_on.vectors is None:
         drawn = _drawn_samples(files, version)
     if drawn is not None:
         files[_SAMPLES] = drawn
@@ -125,7 +125,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
     """The first samples of seed 0 with their classes, a column a class if they are few; None if sampling fails."""
-    names = version.data.class_names
+    names = version.trained_on.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
     print(f"no report has samples, drawing {num} (seed 0) for the model card; command.samples=false leaves them out")
@@ -202,7 +202,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         for report in state.reports.get(version.version, [])
         for metric in report.metrics.values()
     }
-    data = version.data
+    data = version.trained_on
     event = event_of(data, version.pixels.bit_depth)
     noun = event.noun
     lines = [
@@ -267,7 +267,7 @@ def _index(model: str, version: ModelVersion, task: str, metrics: list[MetricVal
     results: list[dict[str, Any]] = [
         {
             "task": {"type": task},
-            "dataset": {"name": version.data.name, "type": version.data.name},
+            "dataset": {"name": version.trained_on.name, "type": version.trained_on.name},
             "metrics": [{"name": metric.protocol, "type": metric.unit, "value": metric.value} for metric in metrics],
         }
     ]

@@ -95,7 +95,7 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     ]
     for section, version in versions:
         _check(section, version, [manifest for _, manifest in manifests.values()])
-    if manifests["calibration"][1].digest == versions[0][1].data.digest:
+    if manifests["calibration"][1].digest == versions[0][1].trained_on.digest:
         warnings.warn(
             "calibration is what the model was trained on, where likelihoods are too high; use held-out images",
             stacklevel=2,
@@ -140,7 +140,7 @@ def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manife
             f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
             f"noise); score with a model trained with uniform noise"
         )
-    size, channels = version.data.image_size_pixels, version.data.num_channels
+    size, channels = version.trained_on.image_size_pixels, version.trained_on.num_channels
     shape, bit_depth = (channels, size, size), version.pixels.bit_depth
     for manifest in manifests:
         if (manifest.event.shape, manifest.bit_depth) != (shape, bit_depth):

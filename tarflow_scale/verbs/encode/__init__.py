@@ -1,0 +1,1 @@
+"""Verb ``encode``: turn packed images into latents of an autoencoder, on Ray."""
