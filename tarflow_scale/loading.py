@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Mapping
 
 import torch
 
 from tarflow_scale import storage
 from tarflow_scale.autoencoders.autoencoder import Autoencoder
-from tarflow_scale.autoencoders.weights import autoencoder_from_files, digest_of
+from tarflow_scale.autoencoders.rendering import Renderer
+from tarflow_scale.autoencoders.weights import AUTOENCODER_FILES, autoencoder_from_files, digest_of
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, load_flow
@@ -17,7 +19,15 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling.calibration import measured_with
 from tarflow_scale.sampling.decode import decoder_of
 
-__all__ = ["EXPORTED", "calibration_for", "load", "load_autoencoder", "load_version", "worker_device"]
+__all__ = [
+    "EXPORTED",
+    "attach_renderer",
+    "calibration_for",
+    "load",
+    "load_autoencoder",
+    "load_version",
+    "worker_device",
+]
 
 EXPORTED = "version.json"
 """File beside an exported flow, with the record of the version."""
@@ -46,9 +56,28 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
     if model and reference and "/" not in name and not storage.list_names(name):
         raise RegistryError(f"a version needs its registry (got {name!r} alone); load({name!r}, registry=PATH)")
     flow = load_flow(name)
+    files = {file: storage.join(name, file) for file in AUTOENCODER_FILES if flow.latents is not None}
+    attach_renderer(flow, {file: storage.read_bytes(location) for file, location in files.items()}, name)
     if flow.num_classes and not flow.class_names:
         flow.class_names = _exported_names(storage.join(name, EXPORTED))
     return _fast(flow)
+
+
+def attach_renderer(flow: Flow, files: Mapping[str, bytes], origin: str) -> None:
+    """Give a flow on latents the autoencoder that is stored beside it.
+
+    Raises:
+        DataError: the autoencoder is missing, or is not the one of the latents.
+    """
+    if flow.latents is None:
+        return
+    autoencoder = autoencoder_from_files(files, origin)
+    if (digest := digest_of(files)) != flow.latents.autoencoder:
+        raise DataError(
+            f"{origin} must have the autoencoder of its latents, {flow.latents.autoencoder[:12]} (got {digest[:12]}); "
+            f"export it again"
+        )
+    flow.renderer = Renderer(autoencoder, flow.latents)
 
 
 def _exported_names(location: str) -> tuple[str, ...]:
@@ -94,7 +123,9 @@ def load_version(registry: str, model: str, reference: int | str) -> Flow:
     """Load a registered version in evaluation mode on the CPU; every file is verified against its digest."""
     store = Registry(registry, model)
     version = store.resolve(reference)
-    flow = flow_from_files(store.read_files(version), f"{model}@{version.version}")
+    files, origin = store.read_files(version), f"{model}@{version.version}"
+    flow = flow_from_files(files, origin)
+    attach_renderer(flow, files, origin)
     flow.class_names = version.trained_on.class_names if flow.num_classes else ()
     return flow
 

@@ -104,7 +104,7 @@ class PixelFormat(Record):
     """``uniform``: dequantization inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim.
     ``none``: the data are vectors of floats."""
     noise_std: float = Field(default=0.0, ge=0)
-    """Standard deviation on [-1, 1] of Gaussian noise; 0 for uniform."""
+    """Standard deviation of Gaussian noise, on [-1, 1] or in units of standardised latents; 0 for other noise."""
 
 
 class VectorFacts(Record):
@@ -123,6 +123,10 @@ class LatentFacts(Record):
     """SHA-256 of the autoencoder, see `tarflow_scale.autoencoders.weights.digest_of`."""
     shape: tuple[int, int, int]
     """``(C, h, w)`` of a latent."""
+    image_shape: tuple[int, int, int]
+    """``(K, H, W)`` of an image."""
+    bit_depth: int = Field(ge=1, le=8)
+    """Bits of a pixel of the images."""
     has_variance: bool
     """Whether each latent is a Gaussian, stored as mean and log-variance, or one value."""
     dtype: Literal["float16", "bfloat16", "float32"]

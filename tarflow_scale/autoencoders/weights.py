@@ -25,6 +25,7 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.records import canonical_json
 
 __all__ = [
+    "AUTOENCODER_FILES",
     "CONFIG_NAME",
     "WEIGHTS_NAME",
     "autoencoder_files",
@@ -36,6 +37,7 @@ __all__ = [
 
 WEIGHTS_NAME = "autoencoder.safetensors"
 CONFIG_NAME = "autoencoder.json"
+AUTOENCODER_FILES = CONFIG_NAME, WEIGHTS_NAME
 _FORMAT = 1
 _TINY = {"encoder": "taef2_encoder.safetensors", "decoder": "taef2_decoder.safetensors"}
 _DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.model import Activations, ModelConfig
 from tarflow_scale.config.verb import Verb
-from tarflow_scale.config.versions import RegistryConfig
+from tarflow_scale.config.versions import RegistryConfig, VersionConfig
 
 __all__ = [
     "VERB",
@@ -303,6 +303,8 @@ class TrainConfig(Root):
     validation: ValidationConfig | None = None
     logging: LoggingConfig
     registry: RegistryConfig
+    autoencoder: VersionConfig | None = None
+    """Of a flow on latents: the registered autoencoder that made them; the flow is registered together with it."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:

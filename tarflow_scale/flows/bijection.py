@@ -11,6 +11,7 @@ do with a model is in `tarflow_scale.flows.flow`. ``forward`` and ``inverse`` ch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -29,12 +30,22 @@ from tarflow_scale.flows.conditions import (
 from tarflow_scale.flows.dequantization import Dequantizer
 from tarflow_scale.flows.inputs import check_shape
 from tarflow_scale.flows.logits import from_logits, to_logits
-from tarflow_scale.records import PixelFormat
+from tarflow_scale.records import LatentFacts, PixelFormat
 
 __all__ = ["Bijection", "Decode"]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 """What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
+
+
+class Renderer(Protocol):
+    """Turns latents ``(B, C, h, w)`` into images; see `tarflow_scale.autoencoders.rendering`."""
+
+    image_shape: tuple[int, int, int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images on about [-1, 1]."""
+        ...
 
 
 class Bijection(nn.Module, ABC):
@@ -69,6 +80,10 @@ class Bijection(nn.Module, ABC):
         """How the training images were quantised and noised; needed to turn samples back into pixels."""
         self.dequantizer: Dequantizer | None = None
         """Maps uniform noise of images to learned noise in the same bins; `build` sets it. None keeps it."""
+        self.latents: LatentFacts | None = None
+        """The latents of an autoencoder that are the events; None for pixels and vectors."""
+        self.renderer: Renderer | None = None
+        """Turns events that are latents into images; `tarflow_scale.load` sets it."""
         self.class_names: tuple[str, ...] = ()
         """Names of the classes, by which labels may be given; `tarflow_scale.load` sets them from the registry."""
 

@@ -88,7 +88,8 @@ class Flow(Bijection):
         Raises:
             ValueError: see `log_prob`.
         """
-        check_values(x, self.event_shape, next(self.parameters()), self.pixels, self.logit_alpha)
+        pixels = self.pixels if self.latents is None else None
+        check_values(x, self.event_shape, next(self.parameters()), pixels, self.logit_alpha)
         return self._checked_labels(y, len(x), x.device)
 
     def _checked_labels(self, y: GivenCondition, num: int, device: torch.device) -> Condition:
@@ -126,6 +127,15 @@ class Flow(Bijection):
         z, log_dets = self.encode_values(h, y)
         return standard_normal_nats(z) - log_dets
 
+    @property
+    def shown_shape(self) -> tuple[int, ...]:
+        """Shape of a sample: of an image if a `renderer` turns events into images, else of an event."""
+        return self.event_shape if self.renderer is None else self.renderer.image_shape
+
+    def shown(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+        """Events as samples: latents as images if there is a `renderer`, other events unchanged."""
+        return x if self.renderer is None else self.renderer(x)
+
     @torch.no_grad()
     def sample(
         self,
@@ -140,6 +150,8 @@ class Flow(Bijection):
         progress: bool = False,
     ) -> Tensor:
         """Draw ``num`` samples ``(num, *event)``, images on about [-1, 1]; `pictures` converts them to PIL images.
+
+        A flow on latents that has a `renderer` draws images, too.
 
         Args:
             num: how many.
@@ -174,10 +186,10 @@ class Flow(Bijection):
                 part = z[low : low + size]
                 of_part = None if labels is None else labels[low : low + size]
                 decode = None if self.decoder is None else self.decoder(partial(_advance, bar, len(part)))
-                parts.append(self.inverse(temperature * part, of_part, way, decode))
+                parts.append(self.shown(self.inverse(temperature * part, of_part, way, decode)))
                 if decode is None:
                     bar.update(len(part))
-        return torch.cat(parts) if parts else z.new_empty(0, *self.event_shape)
+        return torch.cat(parts) if parts else z.new_empty(0, *self.shown_shape)
 
     def stored(self, x: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
         """Images as stored pixels, quantised as the training noise asks.
@@ -186,7 +198,7 @@ class Flow(Bijection):
             ValueError: when the flow does not know its pixel format; images of another shape, pixels, or values that
                 are not finite.
         """
-        check_stored(x, self.event_shape)
+        check_stored(x, self.shown_shape)
         if self.pixels is None or self.pixels.noise == "none":
             what = "does not know its pixel format; train or load it through the pipeline"
             raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else what}")

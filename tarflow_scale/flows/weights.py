@@ -17,7 +17,7 @@ from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow
-from tarflow_scale.records import PixelFormat, canonical_json
+from tarflow_scale.records import LatentFacts, PixelFormat, canonical_json
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "flow_files", "flow_from_files", "load_flow", "save_flow", "tensors_digest"]
 
@@ -37,6 +37,7 @@ def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str
         "num_classes": flow.num_classes,
         **({} if flow.num_conditions is None else {"num_conditions": flow.num_conditions}),
         **({"class_names": list(flow.class_names)} if flow.class_names else {}),
+        **({} if flow.latents is None else {"latents": flow.latents.model_dump(mode="json")}),
         "pixels": flow.pixels.model_dump(mode="json") if flow.pixels else None,
     }
     return {
@@ -61,6 +62,7 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
                 flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
             flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
         flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
+        flow.latents = LatentFacts.model_validate(facts["latents"]) if "latents" in facts else None
         flow.class_names = tuple(map(str, facts.get("class_names", ())))
         _check_finite(flow)
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:

@@ -106,7 +106,7 @@ class Sampler:
         x = self._decoded(z.to(self._device), labels)
         if not attempt:
             self._latest = z[:_ENCODED_BACK], None if labels is None else labels[:_ENCODED_BACK], x[:_ENCODED_BACK]
-        return self._denoised(x, labels) if settings.denoise > 0 else x
+        return self._flow.shown(self._denoised(x, labels) if settings.denoise > 0 else x)
 
     def floats(self, indices: range) -> Iterator[Tensor]:
         """Batches of continuous images ``(b, C, H, W)``; values may lie outside [-1, 1].

@@ -52,6 +52,8 @@ class EventType(ABC):
     """Shape of the uint8 array that holds an event in a loader."""
     level: float
     """Distance between neighbouring stored values on the scale of the model; infinite for values without a range."""
+    can_flip: bool = False
+    """Whether `augment` can mirror events."""
     num_conditions: int | None = None
     """Number of values that condition an event; None without."""
     _words: str
@@ -60,10 +62,15 @@ class EventType(ABC):
         return self._words
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, EventType) and str(self) == str(other)
+        return isinstance(other, EventType) and (str(self), self.fields()) == (str(other), other.fields())
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+    @property
+    def shown(self) -> "EventType":
+        """The events that users of a model see: images in place of latents."""
+        return self
 
     @abstractmethod
     def codec(self, of_images: str) -> str:
@@ -110,6 +117,7 @@ class ImageEvent(EventType):
     """An image ``(C, H, W)`` uint8; the ``bit_depth`` high bits of a pixel are data."""
 
     noun, noises = "images", ("uniform", "gaussian")
+    can_flip = True
 
     def __init__(self, shape: tuple[int, int, int], bit_depth: int) -> None:
         self.shape = self.carried_shape = shape
@@ -215,12 +223,13 @@ class LatentEvent(EventType):
     """A latent ``(C, h, w)``; in a batch its moments ``(n C, h, w)`` float32, means before log-variances."""
 
     noun = "latents"
-    noises = ("none", "gaussian")
+    noises = ("gaussian",)
     level = math.inf
 
     def __init__(self, facts: LatentFacts) -> None:
         channels, height, width = facts.shape
         self.facts = facts
+        self.can_flip = facts.has_mirrored
         self.shape = facts.shape
         self.size = "x".join(map(str, facts.shape))
         self.kind = f"latents of {facts.autoencoder[:12]}"
@@ -229,6 +238,11 @@ class LatentEvent(EventType):
         self._bytes = math.prod(self._moments) * self._stored.itemsize
         self.carried_shape = 1, 1, self._bytes * (2 if facts.has_mirrored else 1)
         self._words = f"{self.size} {self.kind}"
+
+    @property
+    def shown(self) -> ImageEvent:
+        """The images of the latents."""
+        return ImageEvent(self.facts.image_shape, self.facts.bit_depth)
 
     def codec(self, of_images: str) -> str:
         """NumPy's format."""

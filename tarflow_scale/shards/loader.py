@@ -136,7 +136,7 @@ class Loader:
             rows.append((label, number, epoch))
         labels, samples, epochs = np.array(rows, dtype=np.int64).T.copy()
         events, conditions = event.unpack(images)
-        return Batch(events, labels, samples, epochs, replaced, conditions)
+        return Batch(events, labels, samples, epochs, replaced, conditions, self.mix.manifest.latents)
 
     def _worker_batches(self, step: int) -> Generator[Batch]:
         workers = min(self.config.num_workers, len(self.slots))
@@ -170,6 +170,7 @@ class Loader:
                     epochs=np.concatenate([part.epochs for part in parts]),
                     num_replaced=sum(part.num_replaced for part in parts),
                     conditions=conditions,
+                    latents=self.mix.manifest.latents,
                 )
 
     def _image_shape(self, num: int) -> tuple[int, int, int, int]:

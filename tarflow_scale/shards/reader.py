@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError, StorageError
+from tarflow_scale.records import LatentFacts
 from tarflow_scale.shards.headers import UnusualHeader, members_by_tarfile, plain_members
 from tarflow_scale.shards.index import ShardIndex, checksum, read_index
 from tarflow_scale.shards.manifest import AS_FOUND, Manifest, ShardRecord, index_name, read_manifest
@@ -60,12 +61,14 @@ class Batch:
     """Samples that are processed together.
 
     Args:
-        events: images ``(B, C, H, W)`` uint8, perhaps with channels last in memory, or vectors ``(B, D)`` float32.
+        events: images ``(B, C, H, W)`` uint8, perhaps with channels last in memory; vectors ``(B, D)`` float32; or
+            moments of latents ``(B, n C, h, w)`` float32.
         labels: ``(B,)`` int64, -1 without labels.
         samples: ``(B,)`` int64, numbers in the manifest's order.
         epochs: ``(B,)`` int64, of training; 0 in evaluation.
         num_replaced: how many samples replace corrupt ones.
         conditions: ``(B, K)`` float32, the values that condition vectors; None without.
+        latents: the latents that ``events`` holds the moments of; None for images and vectors.
     """
 
     events: NDArray[Any]
@@ -74,13 +77,15 @@ class Batch:
     epochs: NDArray[np.int64]
     num_replaced: int = 0
     conditions: NDArray[np.float32] | None = None
+    latents: LatentFacts | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> "Batch":
         given = None if self.conditions is None else self.conditions[part]
-        return Batch(self.events[part], self.labels[part], self.samples[part], self.epochs[part], conditions=given)
+        rows = self.events[part], self.labels[part], self.samples[part], self.epochs[part]
+        return Batch(*rows, conditions=given, latents=self.latents)
 
 
 class StoredSample(NamedTuple):
@@ -231,6 +236,7 @@ class ShardSet:
             samples=np.array([sample.number for sample in stored], dtype=np.int64),
             epochs=np.zeros(len(decoded), dtype=np.int64),
             conditions=conditions,
+            latents=self.manifest.latents,
         )
 
     def origin_of(self, stored: StoredSample) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.randomness import Purpose, generator
-from tarflow_scale.records import PixelFormat
+from tarflow_scale.records import LatentFacts, PixelFormat
 from tarflow_scale.shards.reader import Batch
 
 __all__ = ["Philox", "conditions", "dropped_labels", "model_input", "sample_noise"]
@@ -54,8 +54,27 @@ def model_input(batch: Batch, pixels: PixelFormat, seed: int, device: torch.devi
     events = torch.from_numpy(batch.events).to(device, non_blocking=True).contiguous()
     if pixels.noise == "none":
         return events
+    if batch.latents is not None:
+        events = _latents(events, batch.latents, batch, seed)
     noise = sample_noise(pixels.noise, seed, batch.epochs, batch.samples, events.shape[1:].numel(), device)
-    return add_noise(events, noise.view(events.shape), pixels)
+    noise = noise.view(events.shape)
+    return add_noise(events, noise, pixels) if batch.latents is None else events + pixels.noise_std * noise
+
+
+def _latents(
+    moments: Float[Tensor, "B M H W"], latents: LatentFacts, batch: Batch, seed: int
+) -> Float[Tensor, "B C H W"]:
+    """Draws from the Gaussians of latents, standardised by the mean and scale of each channel."""
+    mean, scale = (
+        torch.tensor(values, device=moments.device)[:, None, None] for values in (latents.mean, latents.scale)
+    )
+    z = moments
+    if latents.has_variance:
+        centre, log_var = moments.chunk(2, dim=1)
+        num_dims = centre.shape[1:].numel()
+        drawn = sample_noise("gaussian", seed, batch.epochs, batch.samples, num_dims, moments.device, Purpose.LATENT)
+        z = centre + torch.exp(0.5 * log_var) * drawn.view(centre.shape)
+    return (z - mean) / scale
 
 
 def sample_noise(
@@ -65,6 +84,7 @@ def sample_noise(
     samples: NDArray[np.int64],
     num_dims: int,
     device: torch.device,
+    purpose: Purpose = Purpose.NOISE,
 ) -> Float[Tensor, "B D"]:
     """Float32 noise of samples ``(B,)``: uniform on [0, 1) or standard normal.
 
@@ -77,9 +97,10 @@ def sample_noise(
         samples: number of each sample, below 2^56.
         num_dims: number of random numbers for each sample.
         device: device of the result.
+        purpose: streams of different purposes differ.
     """
     where = torch.from_numpy(np.stack([epochs, samples])).to(device)[:, :, None]
-    epoch, low, high = where[0], where[1] & _MASK, (where[1] >> 32) | (int(Purpose.NOISE) << 24)
+    epoch, low, high = where[0], where[1] & _MASK, (where[1] >> 32) | (int(purpose) << 24)
     blocks = torch.arange(-(-num_dims // 4), device=device)
     words = Philox((seed & _MASK, seed >> 32)).words((blocks, epoch, low, high))
     if kind == "uniform":

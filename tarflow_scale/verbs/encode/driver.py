@@ -127,6 +127,8 @@ def _facts(splits: Splits, autoencoder: Autoencoder, digest: str, encoding: Enco
     return LatentFacts(
         autoencoder=digest,
         shape=shape,
+        image_shape=first.event.carried_shape,
+        bit_depth=first.bit_depth,
         has_variance=has_variance,
         dtype=encoding.dtype,
         has_mirrored=encoding.mirrored,

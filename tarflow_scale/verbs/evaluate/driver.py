@@ -155,7 +155,7 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 def _check(version: ModelVersion, job: Evaluation) -> None:
     """Refuse a version that does not fit the data or the protocols."""
     for manifest in (job.data, job.reference):
-        got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth)
+        got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth).shown
         if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
             raise DataError(
                 f"the model is of events of shape {expected.shape} (got {got} in "

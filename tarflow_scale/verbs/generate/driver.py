@@ -208,7 +208,7 @@ def resolved_plan(
             f"flow.sample(n, y) takes them"
         )
     of_images = (shards.folder, shards.npz, sampling.guard.saturated_share)
-    event = event_of(version.trained_on, version.pixels.bit_depth)
+    event = event_of(version.trained_on, version.pixels.bit_depth).shown
     if not isinstance(event, ImageEvent) and any(setting is not None for setting in of_images):
         raise ConfigError(
             f"shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of "
@@ -234,8 +234,8 @@ def resolved_plan(
         sampling=settings,
         labels=rule if flow.num_classes else "none",
         class_names=version.trained_on.class_names,
-        image_size_pixels=version.trained_on.image_size_pixels,
-        num_channels=version.trained_on.num_channels,
+        image_size_pixels=1 if len(event.shape) == 1 else event.shape[1],
+        num_channels=event.shape[0],
         pixels=version.pixels,
         device="cuda" if cluster.gpus_per_worker else "cpu",
         threads=cluster.cpus_per_worker,

@@ -61,7 +61,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         Interrupted: the run was asked to stop and can continue.
     """
     data, logging, recipe = config.data, config.logging, config.recipe
-    inputs = open_inputs(data, config.validation, recipe.model, recipe.training)
+    inputs = open_inputs(data, config.validation, recipe.model, recipe.training, config.autoencoder)
     with torch.device("meta"):
         size = model_size(flow_of(recipe.model, inputs.manifest))
     ranks = distributed.world_size()
@@ -91,6 +91,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         size.parameters,
         recipe.training.ema_half_life_images[0],
         config.model_dump(mode="json"),
+        inputs.autoencoder,
     )
     follow_launcher()
     if ranks > 1:
@@ -117,7 +118,7 @@ def _train(
     model, training, manifest = recipe.model, recipe.training, inputs.manifest
     torch.manual_seed(training.seed)
     flow = flow_of(model, manifest)
-    flow.pixels, flow.activations = inputs.pixels, recipe.parallelism.activations
+    flow.pixels, flow.activations, flow.latents = inputs.pixels, recipe.parallelism.activations, manifest.latents
     reader = _loader(inputs.mix, data, training.seed, logging.path, device)
     _say("initializing the flow on the first images; a checkpoint, if there is one, replaces the result")
     _initialize(flow.to(device), reader, training, model.class_conditional)
@@ -140,7 +141,7 @@ def _train(
             peak_flops=logging.peak_flops or peak_flops_of(device),
             ranks=distributed.world_size(),
         ),
-        preview=preview_of(model, manifest, inputs.pixels, logging.path, logging.preview_guidance, device),
+        preview=preview_of(inputs, model, logging.path, logging.preview_guidance, device),
     )
     progress = loop.resume()
     _say(_next_steps(logging, progress.images_seen, course.total_images))

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+from tarflow_scale.autoencoders.weights import AUTOENCODER_FILES, digest_of
 from tarflow_scale.config.data import AugmentationConfig, DataConfig
 from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.train import TrainingConfig, ValidationConfig
+from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.records import PixelFormat
+from tarflow_scale.registry import Registry
 from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.mix import Mix, open_mix
@@ -25,16 +28,22 @@ class Inputs:
         manifest: their manifest, with the size of the images that the model sees.
         pixels: how stored pixels become floats.
         validation: held-out data, or None.
+        autoencoder: files of the autoencoder of the latents; empty for images and vectors.
     """
 
     mix: Mix
     manifest: Manifest
     pixels: PixelFormat
     validation: Validation | None
+    autoencoder: dict[str, bytes]
 
 
 def open_inputs(
-    data: DataConfig, validation: ValidationConfig | None, model: ModelConfig, training: TrainingConfig
+    data: DataConfig,
+    validation: ValidationConfig | None,
+    model: ModelConfig,
+    training: TrainingConfig,
+    autoencoder: VersionConfig | None,
 ) -> Inputs:
     """Open the data sets.
 
@@ -55,7 +64,32 @@ def open_inputs(
         pixels=pixels,
         conditional=model.class_conditional,
     )
-    return Inputs(mix, manifest, pixels, held_out)
+    return Inputs(mix, manifest, pixels, held_out, _autoencoder_files(autoencoder, manifest))
+
+
+def _autoencoder_files(autoencoder: VersionConfig | None, manifest: Manifest) -> dict[str, bytes]:
+    """The files of the autoencoder that made the latents; none for images and vectors.
+
+    Raises:
+        ConfigError: the section is missing or has no effect, or names another autoencoder.
+    """
+    latents = manifest.latents
+    if (autoencoder is None) != (latents is None):
+        missing = f"add the section autoencoder for {manifest.event}" if autoencoder is None else "remove it"
+        raise ConfigError(
+            f"the section autoencoder is for latents and required for them (got {manifest.event}); {missing}"
+        )
+    if autoencoder is None or latents is None:
+        return {}
+    registry = Registry(autoencoder.path, autoencoder.model)
+    version = registry.resolve(autoencoder.version)
+    files = {name: content for name, content in registry.read_files(version).items() if name in AUTOENCODER_FILES}
+    if files.keys() != set(AUTOENCODER_FILES) or digest_of(files) != latents.autoencoder:
+        raise ConfigError(
+            f"autoencoder must be the one that made the latents, {latents.autoencoder[:12]} (got {autoencoder.model}@"
+            f"{version.version}); name that version"
+        )
+    return files
 
 
 def _check_event(
@@ -70,8 +104,13 @@ def _check_event(
     if noise not in event.noises:
         right = " or ".join(event.noises)
         raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); set it")
-    if augmentation != AugmentationConfig() and not isinstance(event, ImageEvent):
-        raise ConfigError(f"data.augmentation is for images (got {event.noun}); leave it out")
+    if not isinstance(event, ImageEvent) and augmentation.crop_pixels is not None:
+        raise ConfigError(f"data.augmentation.crop_pixels is for images (got {event.noun}); leave it out")
+    if augmentation.flip and not event.can_flip:
+        raise ConfigError(
+            f"data.augmentation.flip is for images, and for latents that encode made with encoding.mirrored (got "
+            f"{event}); leave it out"
+        )
     if event.num_conditions is None or not model.class_conditional:
         return
     if manifest.num_classes:

@@ -11,13 +11,14 @@ from tarflow_scale.config.sampling import Guidance, SamplingConfig
 from tarflow_scale.density.picture import density_picture
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
-from tarflow_scale.records import PixelFormat
+from tarflow_scale.loading import attach_renderer
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.training.construction import flow_of
 from tarflow_scale.training.loop import Preview
+from tarflow_scale.verbs.train.inputs import Inputs
 
 __all__ = ["preview_of"]
 
@@ -25,23 +26,25 @@ _IMAGES = 40
 _ZOOM = 4
 
 
-def preview_of(
-    model: ModelConfig, manifest: Manifest, pixels: PixelFormat, folder: str, guidance: float, device: torch.device
-) -> Preview:
+def preview_of(inputs: Inputs, model: ModelConfig, folder: str, guidance: float, device: torch.device) -> Preview:
     """A function that writes ``<folder>/previews/images-<images seen>.png``.
 
     It builds its own copy of the flow from the averaged weights. Each column of samples shows one class. If sampling
     fails it warns, because that is no reason to stop a run whose loss is finite.
     """
+    manifest = inputs.manifest
 
     def draw(weights: dict[str, Tensor], images_seen: int) -> None:
         with torch.device("meta"):
             flow = flow_of(model, manifest)
         flow.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
-        flow.pixels = pixels
+        flow.pixels, flow.latents = inputs.pixels, manifest.latents
+        attach_renderer(flow, inputs.autoencoder, "the autoencoder")
         try:
             flow.eval()
-            picture = _samples(flow, manifest, guidance) if isinstance(manifest.event, ImageEvent) else _density(flow)
+            picture = (
+                _samples(flow, manifest, guidance) if isinstance(manifest.event.shown, ImageEvent) else _density(flow)
+            )
         except (NumericsError, ConfigError) as error:
             warnings.warn(f"no preview at {images_seen} images: {error}", stacklevel=2)
             return

@@ -34,6 +34,7 @@ class Publication:
         first_half_life: half-life of the first average, in images; this average is exported to ``model/``, the others
             to ``model-ema-<half-life>/``.
         configuration: the resolved configuration.
+        autoencoder: files of the autoencoder of a flow on latents; else empty.
     """
 
     folder: str
@@ -42,10 +43,11 @@ class Publication:
     num_parameters: int
     first_half_life: int
     configuration: dict[str, Any]
+    autoencoder: dict[str, bytes]
 
     def publish(self, flow: Flow, weights: dict[str, Tensor], half_life: int, images_seen: int) -> None:
         """Export and register one average."""
-        files, configuration = flow_files(flow, weights), canonical_json(self.configuration)
+        files, configuration = flow_files(flow, weights) | self.autoencoder, canonical_json(self.configuration)
         exported = "model" if half_life == self.first_half_life else f"model-ema-{half_life}"
         for name, content in files.items():
             storage.write_bytes(f"{self.folder}/{exported}/{name}", content)
