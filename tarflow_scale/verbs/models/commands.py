@@ -18,7 +18,6 @@ from tarflow_scale.errors import ConfigError, RegistryError, StorageError
 from tarflow_scale.records import MetricsReport, ModelVersion
 from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
 from tarflow_scale.runtime import console
-from tarflow_scale.shards.events import event_of
 
 __all__ = [
     "alias",
@@ -62,6 +61,8 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
 
 def show(config: ModelsConfig, dry_run: bool) -> None:
     """Print the origin of one version, its numbers and its history."""
+    from tarflow_scale.shards.events import event_of  # imports NumPy, which other commands do without
+
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()
