@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from tarflow_scale import storage
-from tarflow_scale.autoencoders.autoencoder import Autoencoder
+from tarflow_scale.autoencoders.contract import Autoencoder
 from tarflow_scale.autoencoders.rendering import Renderer
-from tarflow_scale.autoencoders.weights import AUTOENCODER_FILES, autoencoder_from_files, digest_of
+from tarflow_scale.autoencoders.stored import AUTOENCODER_FILES, autoencoder_from_files, digest_of
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
 from tarflow_scale.flows import Flow, load_flow

@@ -120,7 +120,7 @@ class LatentFacts(Record):
     """Latents of an autoencoder, of which a data set consists."""
 
     autoencoder: str
-    """SHA-256 of the autoencoder, see `tarflow_scale.autoencoders.weights.digest_of`."""
+    """SHA-256 of the autoencoder, see `tarflow_scale.autoencoders.stored.digest_of`."""
     shape: tuple[int, int, int]
     """``(C, h, w)`` of a latent."""
     image_shape: tuple[int, int, int]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.autoencoders.autoencoder import Autoencoder, Posterior
+from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
 from tarflow_scale.config.autoencoder import ConvolutionalConfig
 
 __all__ = ["ConvolutionalAutoencoder"]
@@ -69,13 +69,13 @@ class ConvolutionalAutoencoder(Autoencoder):
         self.log_scale = nn.Parameter(torch.full((config.num_channels,), math.log(_FIRST_SCALE)))
         """Logarithm of the scale of the pixel distribution, for each channel."""
 
-    def encode(self, x: Float[Tensor, "B K H W"]) -> Posterior:
+    def encode(self, x: Float[Tensor, "B K H W"]) -> LatentGaussian:
         """The latents, with the variance that the configuration asks for."""
         moments = self.encoder(x)
         if self._log_var is not None:
-            return Posterior(moments, torch.full_like(moments, self._log_var))
+            return LatentGaussian(moments, torch.full_like(moments, self._log_var))
         mean, log_var = moments.chunk(2, dim=1)
-        return Posterior(mean, log_var.clamp(-_LOG_VAR_BOUND, _LOG_VAR_BOUND))
+        return LatentGaussian(mean, log_var.clamp(-_LOG_VAR_BOUND, _LOG_VAR_BOUND))
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """The means of the pixel distributions."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tarflow_scale.autoencoders.autoencoder import Autoencoder, Posterior
+from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
 from tarflow_scale.config.autoencoder import DiffusersConfig
 from tarflow_scale.errors import ConfigError
 
@@ -40,11 +40,11 @@ class DiffusersAutoencoder(Autoencoder):
         self.factor = 2 ** (len(settings["block_out_channels"]) - 1)
         self.num_channels, self.latent_channels = settings["in_channels"], settings["latent_channels"]
 
-    def encode(self, x: Float[Tensor, "B K H W"]) -> Posterior:
+    def encode(self, x: Float[Tensor, "B K H W"]) -> LatentGaussian:
         """The latents."""
         moments = self.inner.encode(x).latent_dist.parameters
         mean, log_var = torch.chunk(moments, 2, dim=1)
-        return Posterior(mean, log_var.clamp(*_LOG_VAR_BOUNDS))
+        return LatentGaussian(mean, log_var.clamp(*_LOG_VAR_BOUNDS))
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """The images."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tarflow_scale.autoencoders.autoencoder import Autoencoder
+from tarflow_scale.autoencoders.contract import Autoencoder
 from tarflow_scale.records import LatentFacts
 
 __all__ = ["Renderer"]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.autoencoders.autoencoder import Autoencoder, Posterior
+from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
 from tarflow_scale.config.autoencoder import TinyConfig
 
 __all__ = ["TinyAutoencoder"]
@@ -37,26 +37,26 @@ class TinyAutoencoder(Autoencoder):
             for level in range(_LEVELS)
             for layer in (
                 _convolution(width, width, stride=2, bias=False),
-                *(_Block(width, mixes=level == _LEVELS - 1) for _ in range(_BLOCKS)),
+                *(_TinyBlock(width, mixes=level == _LEVELS - 1) for _ in range(_BLOCKS)),
             )
         ]
         up = [
             layer
             for level in range(_LEVELS)
             for layer in (
-                *(_Block(width, mixes=level == 0) for _ in range(_BLOCKS)),
+                *(_TinyBlock(width, mixes=level == 0) for _ in range(_BLOCKS)),
                 nn.Upsample(scale_factor=2),
                 _convolution(width, width, bias=False),
             )
         ]
-        self.encoder = nn.Sequential(_convolution(3, width), _Block(width), *down, _convolution(width, latent))
+        self.encoder = nn.Sequential(_convolution(3, width), _TinyBlock(width), *down, _convolution(width, latent))
         self.decoder = nn.Sequential(
-            _Bound(), _convolution(latent, width), nn.ReLU(), *up, _Block(width), _convolution(width, 3)
+            _Bound(), _convolution(latent, width), nn.ReLU(), *up, _TinyBlock(width), _convolution(width, 3)
         )
 
-    def encode(self, x: Float[Tensor, "B 3 H W"]) -> Posterior:
+    def encode(self, x: Float[Tensor, "B 3 H W"]) -> LatentGaussian:
         """The latents; they have no variance."""
-        return Posterior(self.encoder((x + 1) / 2), None)
+        return LatentGaussian(self.encoder((x + 1) / 2), None)
 
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """The images."""
@@ -70,7 +70,7 @@ class _Bound(nn.Module):
         return torch.tanh(z / 3) * 3
 
 
-class _Block(nn.Module):
+class _TinyBlock(nn.Module):
     """relu(x + three convolutions of x); with ``mixes``, 1x1 convolutions around a group norm are added to x first."""
 
     def __init__(self, width: int, mixes: bool = False) -> None:

@@ -38,7 +38,7 @@ Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 """What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
 
 
-class Renderer(Protocol):
+class Rendering(Protocol):
     """Turns latents ``(B, C, h, w)`` into images; see `tarflow_scale.autoencoders.rendering`."""
 
     image_shape: tuple[int, int, int]
@@ -82,7 +82,7 @@ class Bijection(nn.Module, ABC):
         """Maps uniform noise of images to learned noise in the same bins; `build` sets it. None keeps it."""
         self.latents: LatentFacts | None = None
         """The latents of an autoencoder that are the events; None for pixels and vectors."""
-        self.renderer: Renderer | None = None
+        self.renderer: Rendering | None = None
         """Turns events that are latents into images; `tarflow_scale.load` sets it."""
         self.class_names: tuple[str, ...] = ()
         """Names of the classes, by which labels may be given; `tarflow_scale.load` sets them from the registry."""

@@ -15,7 +15,7 @@ finite, and a folder that holds another model. Running the same command again ch
 from torch import nn
 
 from tarflow_scale import storage
-from tarflow_scale.autoencoders.weights import autoencoder_files, digest_of, read_published
+from tarflow_scale.autoencoders.stored import autoencoder_files, digest_of, read_published
 from tarflow_scale.config.convert import ConvertConfig, ForeignWeightsConfig
 from tarflow_scale.config.versions import RegistryConfig
 from tarflow_scale.errors import ConfigError, DataError

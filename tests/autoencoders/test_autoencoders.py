@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from tarflow_scale.autoencoders.autoencoder import Autoencoder, Posterior
-from tarflow_scale.autoencoders.weights import (
+from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
+from tarflow_scale.autoencoders.stored import (
     autoencoder_files,
     autoencoder_from_files,
     build_autoencoder,
@@ -41,7 +41,7 @@ def images(num: int = 2, size: int = 32, channels: int = 3) -> Tensor:
 def test_a_posterior_has_torchs_density_and_divergence() -> None:
     generator = torch.Generator().manual_seed(1)
     mean, log_var, noise = torch.randn((3, 2, 4, 3, 3), generator=generator, dtype=torch.float64)
-    posterior = Posterior(mean, log_var)
+    posterior = LatentGaussian(mean, log_var)
     normal = torch.distributions.Normal(mean, (0.5 * log_var).exp())
     z = posterior.at(noise)
     assert torch.allclose(posterior.log_prob(z), normal.log_prob(z).flatten(1).sum(1))
@@ -50,7 +50,7 @@ def test_a_posterior_has_torchs_density_and_divergence() -> None:
 
 
 def test_one_latent_has_no_density() -> None:
-    posterior = Posterior(torch.zeros(1, 2, 3, 3), None)
+    posterior = LatentGaussian(torch.zeros(1, 2, 3, 3), None)
     assert posterior.at(torch.ones(1, 2, 3, 3)) is posterior.mean
     for use in (lambda: posterior.log_prob(posterior.mean), posterior.kl):
         with pytest.raises(ValueError, match="without a variance"):

@@ -90,7 +90,7 @@ def test_another_flow_is_not_overwritten(world: Path, tmp_path: Path, capsys: py
     before = (tmp_path / "flow/config.json").read_bytes()
     other = ["convert", f"weights.path={world}/model_0.05.pth", "weights.noise={kind: uniform}"]
     assert cli.main([*other, f"output.path={tmp_path}/flow"]) == 2
-    assert "holds another flow (config.json differs); choose another output.path" in capsys.readouterr().err
+    assert "holds another model (config.json differs); choose another output.path" in capsys.readouterr().err
     assert (tmp_path / "flow/config.json").read_bytes() == before
 
     state = torch.load(world / "model_0.05.pth", weights_only=True)

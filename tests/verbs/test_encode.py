@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tarflow_scale import cli
-from tarflow_scale.autoencoders.weights import autoencoder_files, build_autoencoder
+from tarflow_scale.autoencoders.stored import autoencoder_files, build_autoencoder
 from tarflow_scale.config.autoencoder import ConvolutionalConfig, TinyConfig
 from tarflow_scale.config.data import AugmentationConfig
 from tarflow_scale.loading import load_autoencoder

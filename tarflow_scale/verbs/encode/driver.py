@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 
 from tarflow_scale import storage
-from tarflow_scale.autoencoders.autoencoder import Autoencoder
+from tarflow_scale.autoencoders.contract import Autoencoder
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.encode import EncodeConfig, EncodingConfig
 from tarflow_scale.config.versions import VersionConfig

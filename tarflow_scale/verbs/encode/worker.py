@@ -103,11 +103,11 @@ class ShardEncoder:
             return
         source = ShardSet(unit.images)
         stored = source.read_run(unit.shard, 0, unit.num_images)
-        sums = _Sums(self._event.shape[0])
+        sums = _Totals(self._event.shape[0])
         samples = self._samples(source, stored, sums)
         shards.write(PackedShard.of(unit.tar_name, samples), sums.record().to_json())
 
-    def _samples(self, source: ShardSet, stored: list[StoredSample], sums: "_Sums") -> Iterator[Sample]:
+    def _samples(self, source: ShardSet, stored: list[StoredSample], sums: "_Totals") -> Iterator[Sample]:
         size = self._encoding.batch_size
         for low in range(0, len(stored), size):
             part = stored[low : low + size]
@@ -148,7 +148,7 @@ class ShardEncoder:
         return np.ascontiguousarray(bits.numpy())
 
 
-class _Sums:
+class _Totals:
     def __init__(self, channels: int) -> None:
         self._num = 0
         self._total, self._squares = np.zeros(channels), np.zeros(channels)

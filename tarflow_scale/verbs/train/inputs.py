@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tarflow_scale.autoencoders.weights import AUTOENCODER_FILES, digest_of
+from tarflow_scale.autoencoders.stored import AUTOENCODER_FILES, digest_of
 from tarflow_scale.config.data import AugmentationConfig, DataConfig
 from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.train import TrainingConfig, ValidationConfig

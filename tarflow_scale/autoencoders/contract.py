@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tarflow_scale.config.autoencoder import AutoencoderConfig
 
-__all__ = ["Autoencoder", "Posterior"]
+__all__ = ["Autoencoder", "LatentGaussian"]
 
 
-class Posterior(NamedTuple):
+class LatentGaussian(NamedTuple):
     """The Gaussian q(z | x) with a diagonal covariance, for a batch.
 
     Args:
@@ -64,7 +64,7 @@ class Autoencoder(nn.Module, ABC):
     """Number C of channels of a latent."""
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "B K H W"]) -> Posterior:
+    def encode(self, x: Float[Tensor, "B K H W"]) -> LatentGaussian:
         """The latents of images, in the scale of the encoder."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from tarflow_scale import storage
-from tarflow_scale.autoencoders.autoencoder import Autoencoder
+from tarflow_scale.autoencoders.contract import Autoencoder
 from tarflow_scale.autoencoders.convolutional import ConvolutionalAutoencoder
 from tarflow_scale.autoencoders.diffusers_kl import DiffusersAutoencoder
 from tarflow_scale.autoencoders.tiny import TinyAutoencoder

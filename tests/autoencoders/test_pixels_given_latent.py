@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tarflow_scale.autoencoders.likelihood import log_bins, log_density
+from tarflow_scale.autoencoders.pixels_given_latent import log_bins, log_density
 
 MEANS = (-1.4, -0.31, 0.0, 0.999, 4.0)
 SCALES = (-9.0, -4.0, -1.5, 2.0)
