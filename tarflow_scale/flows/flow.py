@@ -199,6 +199,8 @@ class Flow(Bijection):
                 are not finite.
         """
         check_stored(x, self.shown_shape)
+        if self.latents is not None and self.renderer is None:
+            raise ValueError("this flow is of latents and has no autoencoder; load it with tarflow_scale.load")
         if self.pixels is None or self.pixels.noise == "none":
             what = "does not know its pixel format; train or load it through the pipeline"
             raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else what}")

@@ -9,7 +9,7 @@ from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.runtime import console
 from tarflow_scale.shards import duplicates
-from tarflow_scale.shards.events import VectorEvent
+from tarflow_scale.shards.events import ImageEvent
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import AS_FOUND, MANIFEST_NAME
 from tarflow_scale.shards.reader import CorruptSample, ShardSet
@@ -64,8 +64,8 @@ def statistics(path: str) -> list[str]:
     """Lines of text that describe a data set: sizes, classes and near copies.
 
     Also writes a contact sheet of 64 images next to the manifest. The search for near copies includes the other splits
-    that were packed together with this one, so it decodes all their images. For vectors, the lines give the mean,
-    standard deviation and range of each number instead, and there is no contact sheet.
+    that were packed together with this one, so it decodes all their images. For vectors and latents, the
+    lines give the mean, standard deviation and range of each number or channel instead, and there is no contact sheet.
 
     Raises:
         DataError: the path is not a data set, or an image of the contact sheet is corrupt.
@@ -86,7 +86,7 @@ def statistics(path: str) -> list[str]:
         ("source", manifest.source),
         ("classes", _class_row(labels, manifest.class_names)),
     ]
-    if isinstance(manifest.event, VectorEvent):
+    if not isinstance(manifest.event, ImageEvent):
         return [console.table([*rows, *_columns(shards)], ("", path))]
     chosen = np.unique(np.linspace(0, manifest.num_images - 1, _SHEET_IMAGES).astype(np.int64))
     sheet = storage.join(path, "contact-sheet.png")
@@ -135,10 +135,12 @@ def _copies(splits: list[ShardSet]) -> list[str]:
 
 
 def _columns(shards: ShardSet) -> list[tuple[str, str]]:
-    """Mean, deviation and range of each number of vectors and of their conditions."""
+    """Mean, deviation and range of each number of vectors and of their conditions, or of each channel of latents."""
     batches = list(shards.batches(0, shards.manifest.num_images, _RUN))
     numbers = {
-        "value": [batch.events for batch in batches],
+        "value" if shards.manifest.latents is None else "channel": [
+            np.moveaxis(batch.events, 1, -1).reshape(-1, batch.events.shape[1]) for batch in batches
+        ],
         "given": [batch.conditions for batch in batches if batch.conditions is not None],
     }
     return [

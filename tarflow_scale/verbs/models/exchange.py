@@ -16,11 +16,12 @@ from typing import Any
 from pydantic import Field
 
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.stored import AUTOENCODER_FILES
 from tarflow_scale.config.models import BrowseConfig, CommandConfig, ModelsConfig
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, NumericsError
 from tarflow_scale.flows.weights import CONFIG_NAME, WEIGHTS_NAME, flow_from_files
-from tarflow_scale.loading import EXPORTED
+from tarflow_scale.loading import EXPORTED, attach_renderer
 from tarflow_scale.pages.markdown import cell
 from tarflow_scale.pages.numbers import decimals_of, fixed
 from tarflow_scale.records import MetricsReport, MetricValue, ModelVersion, Record
@@ -102,6 +103,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
     exported = _ExportedVersion.from_json(content, location, DataError)
     version, files = exported.version, _files(path, exported.version)
     flow = flow_from_files(files, path)
+    attach_renderer(flow, files, path)
     print(f"{path}: {exported.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
     if dry_run:
         print(f"dry run: would become a version of {model}")
@@ -130,6 +132,7 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
     num = max(1, _MOST_SAMPLES // columns) * columns
     print(f"no report has samples, drawing {num} (seed 0) for the model card; command.samples=false leaves them out")
     flow = flow_from_files(files, "the version").to(own_device()).eval()
+    attach_renderer(flow, files, "the version")
     try:
         images = Sampler(flow, 0, SamplingConfig(batch_size=None)).images(range(num)).numpy()
     except (ConfigError, NumericsError) as error:  # a model can be shared without samples
@@ -156,7 +159,7 @@ def _portable(report: MetricsReport) -> MetricsReport:
 
 def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
     """The files of the flow, checked against the exported version."""
-    if set(version.files) != {WEIGHTS_NAME, CONFIG_NAME}:
+    if set(version.files) - set(AUTOENCODER_FILES) != {WEIGHTS_NAME, CONFIG_NAME}:
         raise DataError(
             f"{path}/{_VERSION} must name {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export it "
             f"again"
@@ -204,7 +207,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
     }
     data = version.trained_on
     event = event_of(data, version.pixels.bit_depth)
-    noun = event.noun
+    noun = event.shown.noun
     lines = [
         "---",
         f"license: {licence}",
