@@ -78,7 +78,7 @@ class ImageSource(ABC):
         return ImageEvent(self.shape, self.bit_depth)
 
     def image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(C, H, W)`` uint8; a source of vectors returns the float32 bytes of a vector in this form.
+        """Image ``number`` as ``(C, H, W)`` uint8; a source of vectors returns the bytes of a vector in this form.
 
         Raises:
             BadImage: the image cannot be used.
