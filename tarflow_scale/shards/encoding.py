@@ -81,7 +81,7 @@ class _Processes:
         except (OSError, EOFError) as error:
             self._gave_up = process is None or not process.has_encoded  # a new process would not start either
             warnings.warn(
-                f"a process that encodes images died ({type(error).__name__}; is memory short?); "
+                f"a process that encodes images died ({type(error).__name__}; is there enough memory?); "
                 + ("images are encoded in the generating process" if self._gave_up else "a new one starts"),
                 stacklevel=2,
             )

@@ -267,7 +267,7 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
         return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     signs = image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
-    return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 not said
+    return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 undefined
 
 
 def _undecodable(origin: str, error: Exception) -> DataError:

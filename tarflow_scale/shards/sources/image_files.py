@@ -155,4 +155,4 @@ class ZipSource(_FileSource):
         return self._zip
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zip": None}  # an open file does not travel between processes
+        return self.__dict__ | {"_zip": None}  # an open file cannot be pickled

@@ -114,7 +114,9 @@ class LabelTables:
         if not table or not below:
             return None
         if len(below) < len(paths):
-            raise DataError(f"{name} labels {len(below)} of {len(paths)} images of {self._where}; move it up")
+            raise DataError(
+                f"{name} must be above all images of {self._where} (got {len(below)} of {len(paths)} below it); move it up"
+            )
         keys = {path: key for path in paths if (key := _key_of(path, folder, table)) is not None}
         if not keys:
             if f"labels: {name}" not in self.lines:

@@ -218,7 +218,7 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role]
         return meant, []
     raise DataError(
         f"folders must all be splits, or all be classes (got {splits.named(folders, 6)} in {where}, where "
-        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
+        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); assign them with "
         f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
 
@@ -229,7 +229,7 @@ def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
         if folder is not None:
             raise DataError(
                 f"a folder with the name of a split must be a split (got {folder} in {image.path} of {where}, beside "
-                f"or below folders that are not splits); say which is which with split.train, split.test and "
+                f"or below folders that are not splits); assign them with split.train, split.test and "
                 f"split.ignore, or set split.by_name=false if it is a class"
             )
 

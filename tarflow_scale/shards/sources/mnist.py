@@ -93,8 +93,8 @@ def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
     if present is None:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         raise DataError(
-            f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; source.path is an "
-            f".npz file or the folder of IDX files"
+            f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; set source.path "
+            f"to an .npz file or the folder of the IDX files"
         )
     location = storage.join(path, present)
     content = storage.read_bytes(location)

@@ -188,7 +188,7 @@ class EncodedSource(ImageSource):
                 self._shape = (channels, size, size)
                 return
         assert first_fault is not None
-        raise BadImage(f"none of the {_SAMPLED} images that were tried can be used, for one: {first_fault}")
+        raise BadImage(f"none of the {_SAMPLED} images that were tried can be used, for example: {first_fault}")
 
     def _square_size(self, image: NDArray[np.uint8], number: int) -> int:
         _, height, width = image.shape

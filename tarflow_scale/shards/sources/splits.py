@@ -222,7 +222,7 @@ def roles_of_files(
     if unknown is not None:
         known = next(name for name, role in roles.items() if role is not None)
         raise DataError(
-            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); say which is which with "
+            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); assign them with "
             f"split.train, split.test and split.ignore, or set split.by_name=false"
         )
     return roles, ignored

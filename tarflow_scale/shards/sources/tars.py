@@ -116,7 +116,7 @@ def for_each_tar(function: Callable[[str], T], names: Sequence[str], verb: str, 
 def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
     if not any(map(len, tars)):
         raise DataError(
-            f"no sample of {config.path} has an image (for one, {tars[0].without or tars[0].name}); check "
+            f"no sample of {config.path} has an image (for example, {tars[0].without or tars[0].name}); check "
             f"source.path and source.image_member"
         )
     if config.label_column is not None and all(label is None for tar in tars for label in tar.labels):
@@ -175,7 +175,7 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
     number = sum(tar.num_without for tar in tars)
     if number:
         example = next(tar.without for tar in tars if tar.num_without)
-        lines.append(f"warning: left out: {splits.counted(number, 'sample')} without an image, for one, {example}")
+        lines.append(f"warning: left out: {splits.counted(number, 'sample')} without an image, for example, {example}")
     return lines
 
 

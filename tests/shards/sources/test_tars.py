@@ -577,7 +577,9 @@ def test_samples_without_an_image_are_counted_and_reported(tmp_path: Path) -> No
     tar_of(tmp_path / "a.tar", [("0.png", PNGS[0]), ("1.json", b"{}"), ("2.json", b"{}"), ("3.png", PNGS[3])])
     source = opened(tmp_path)
     assert [source.origin(i) for i in range(len(source))] == ["a.tar:0", "a.tar:3"]
-    assert any("left out: 2 samples without an image, for one, a.tar:1 has no image" in line for line in source.lines)
+    assert any(
+        "left out: 2 samples without an image, for example, a.tar:1 has no image" in line for line in source.lines
+    )
 
 
 def test_a_name_that_a_tar_has_twice_is_refused(tmp_path: Path) -> None:
