@@ -115,7 +115,7 @@ class LabelTables:
             return None
         if len(below) < len(paths):
             raise DataError(
-                f"{name} must be above all images of {self._where} (got {len(below)} of {len(paths)} below it); move it up"
+                f"{name} must be above all images of {self._where} (got {len(below)} of {len(paths)}); move it up"
             )
         keys = {path: key for path in paths if (key := _key_of(path, folder, table)) is not None}
         if not keys:
