@@ -8,7 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -97,14 +97,14 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
 
 
 def _scan(name: str, location: str, num_bytes: int, rules: Rules, parse: Parse) -> ScannedTar:
-    scan = _Scan(name, location, rules)
+    scan = _Scan(name, location, rules, parse)
     with storage.open_seekable(location) as stream:
         hashed = HashedStream(stream)
         for member in parse(hashed):
             scan.add(member, hashed.read)
         _check_end(location, scan.end, num_bytes)
         hashed.seek(num_bytes)
-    return scan.result(parse, hashed.sha256.hexdigest())
+    return scan.result(hashed.sha256.hexdigest())
 
 
 def _check_end(location: str, end: int, size: int) -> None:
@@ -124,12 +124,14 @@ def _check_end(location: str, end: int, size: int) -> None:
 
 @dataclass
 class _KeyRun:
-    """Consecutive members that share a key, and the contents of those that may be labels."""
+    """Consecutive members that share a key. Links to files are replaced by the files, links to nothing are left out."""
 
     key: str
     start: int
     stop: int = 0
+    extensions: set[str] = field(default_factory=set)
     members: dict[str, Member] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -147,12 +149,12 @@ class _Sample(NamedTuple):
 class _Scan:
     """Collects the members of a tar into samples."""
 
-    def __init__(self, name: str, location: str, rules: Rules) -> None:
-        self._name, self._location, self._rules = name, location, rules
+    def __init__(self, name: str, location: str, rules: Rules, parse: Parse) -> None:
+        self._name, self._location, self._rules, self._parse = name, location, rules, parse
         self.end = 0
         self._run: _KeyRun | None = None
         self._seen: set[str] = set()
-        self._rows: list[_Sample | _KeyRun] = []
+        self._rows: list[_Sample] = []
         self._labels: dict[int | str | None, int] = {}
         self._extensions: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -188,27 +190,42 @@ class _Scan:
             self._seen.add(key)
             self._run = _KeyRun(key, member.start)
         run = self._run
-        if extension in run.members:
+        if extension in run.extensions:
             raise DataError(f"names in a tar must differ (got {member.name} twice in {self._location}); remove one")
-        if member.kind == "file" and self._rules.may_be_label(extension, run.members):
-            self._check_label_size(member)
-            run.contents[extension] = read(member.size)
-        run.members[extension] = member
+        run.extensions.add(extension)
         run.stop = member.stop
         self._extensions[extension] += 1
+        is_link = member.kind != "file"
+        target = _target(member, self._by_name) if is_link else member
+        if target is None:
+            self._ignored["link to nothing in its tar"] += 1
+            return
+        if is_link:
+            run.links.append(extension)
+        run.members[extension] = target
+        if self._rules.may_be_label(extension, run.members):
+            if target.size > _MAX_LABEL_BYTES:
+                place = f"{self._name}:{target.name}"
+                raise DataError(f"{place} is too large for a label ({target.size:,} bytes); remove it")
+            start, stop = target.data, target.data + target.size
+            content = storage.read_range(self._location, start, stop) if is_link else read(target.size)
+            run.contents[extension] = content
 
-    def result(self, parse: Parse, sha256: str) -> ScannedTar:
-        """The scanned tar. If there are links to follow, ``parse`` reads the headers again."""
+    @cached_property
+    def _by_name(self) -> dict[str, list[Member]]:
+        """All members of the tar by name, to follow links; read in another pass at the first link."""
+        by_name: dict[str, list[Member]] = {}
+        with storage.open_seekable(self._location) as stream:
+            for member in self._parse(stream):
+                by_name.setdefault(posixpath.normpath(member.name), []).append(member)
+        return by_name
+
+    def result(self, sha256: str) -> ScannedTar:
+        """The scanned tar."""
         self._finish()
         if not self._seen:
             raise DataError(f"no samples in {self._location}; replace or remove it")
-        by_name: dict[str, list[Member]] = {}
-        if any(isinstance(row, _KeyRun) for row in self._rows):
-            with storage.open_seekable(self._location) as stream:
-                for member in parse(stream):
-                    by_name.setdefault(posixpath.normpath(member.name), []).append(member)
-        rows = [self._follow(row, by_name) if isinstance(row, _KeyRun) else row for row in self._rows]
-        rows = [row for row in rows if row is not None]
+        rows = self._rows
         return ScannedTar(
             name=self._name,
             keys=tuple(row.key for row in rows),
@@ -223,58 +240,28 @@ class _Scan:
             sha256=sha256,
         )
 
-    def _check_label_size(self, member: Member) -> None:
-        if member.size > _MAX_LABEL_BYTES:
-            raise DataError(f"{self._name}:{member.name} is too large for a label ({member.size:,} bytes); remove it")
-
     def _finish(self) -> None:
-        """Turn the current run into a sample; a run with links is kept until all members are known."""
+        """Turn the current run into a sample, unless it has no image."""
         run, self._run = self._run, None
-        if run is not None:
-            is_plain = all(member.kind == "file" for member in run.members.values())
-            row = self._row(run) if is_plain else run
-            self._rows += [] if row is None else [row]
-
-    def _row(self, run: _KeyRun) -> _Sample | None:
-        """The sample of a run; None if it has no image."""
-        sample = f"{self._name}:{run.key}"
-        extensions = list(run.members)
+        if run is None or not run.members:
+            return
+        sample, extensions = f"{self._name}:{run.key}", list(run.members)
         image = self._rules.image_of(extensions, sample)
-        if image is None:
-            stem = run.key.rpartition("/")[2]
-            if stem.lower() in _METADATA or (stem.startswith("__") and stem.endswith("__")):
-                self._ignored.update(f"{stem}.{extension}" for extension in extensions)
-            else:
-                members = f"members: {', '.join(sorted(extensions))}"
-                self._without = self._without or f"{sample} has no {self._rules.image or 'image'} ({members})"
-                self._num_without += 1
-            return None
-        label = self._rules.label_of(extensions, run.contents.__getitem__, sample)
-        code = self._labels.setdefault(label, len(self._labels))
-        return _Sample(run.key, run.start, run.stop, run.members[image].data, run.members[image].size, code)
-
-    def _follow(self, run: _KeyRun, by_name: dict[str, list[Member]]) -> _Sample | None:
-        """The sample of a run with links; each link is replaced by the member that it points to."""
-        links = [extension for extension, member in run.members.items() if member.kind != "file"]
-        for extension in links:
-            target = _target(run.members[extension], by_name)
-            if target is None:
-                self._ignored["link to nothing in its tar"] += 1
-                del run.members[extension]
-            else:
-                run.members[extension] = target
-        if not run.members:
-            return None
-        for extension, member in run.members.items():
-            if extension not in run.contents and self._rules.may_be_label(extension, {}):
-                self._check_label_size(member)
-                run.contents[extension] = storage.read_range(self._location, member.data, member.data + member.size)
-        row = self._row(run)
-        for extension in run.members.keys() & links:
-            is_image = row is not None and run.members[extension].data == row.data
+        stem = run.key.rpartition("/")[2]
+        if image is not None:
+            label = self._rules.label_of(extensions, run.contents.__getitem__, sample)
+            code, member = self._labels.setdefault(label, len(self._labels)), run.members[image]
+            self._rows.append(_Sample(run.key, run.start, run.stop, member.data, member.size, code))
+        elif stem.lower() in _METADATA or (stem.startswith("__") and stem.endswith("__")):
+            self._ignored.update(f"{stem}.{extension}" for extension in extensions)
+        else:
+            members = f"members: {', '.join(sorted(extensions))}"
+            self._without = self._without or f"{sample} has no {self._rules.image or 'image'} ({members})"
+            self._num_without += 1
+        for extension in run.links:
+            is_image = image is not None and run.members[extension].data == run.members[image].data
             if is_image or self._rules.may_be_label(extension, {}):
-                self._linked = self._linked or f"{self._name}:{run.key}"
-        return row
+                self._linked = self._linked or sample
 
 
 def _target(link: Member, by_name: dict[str, list[Member]]) -> Member | None:
