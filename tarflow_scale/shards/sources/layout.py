@@ -130,7 +130,8 @@ def lay_out(
     elif len(class_names) == 1:
         lines.append(f"warning: one class, {class_names[0]}; set source.path to its folder if it is not a class")
     if class_names and not tables.used:
-        lines += [*_deeper_folders(kept), *_empty_folders(kept, set(files), names_in, splits.Patterns(split))]
+        ignored_folders = splits.Patterns(SplitConfig(ignore=split.ignore))
+        lines += [*_deeper_folders(kept), *_empty_folders(kept, set(files), names_in, ignored_folders)]
     return ImageFiles(
         names=[image.path for image in kept],
         labels=numbers,
@@ -353,16 +354,17 @@ def _numbered(
     labels: dict[str, int | str | None], config: SourceConfig, where: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Class names, and the class number of each image, from labels by path."""
-    given = [label for label in labels.values() if label is not None]
-    if 0 < len(given) < len(labels):
-        missing = next(path for path, label in labels.items() if label is None)
-        raise DataError(f"all images must have labels, or none (got none for {missing} of {where}); label or remove it")
-    given = list(labels.values())
-    if any(isinstance(label, str) for label in given):
-        given = [str(label) for label in given]
-    if config.label_names is not None and all(str(label).isdigit() for label in given):
-        given = [int(str(label)) for label in given]
-    return classes_of_labels(given, config.label_names, where)
+    missing = [path for path, label in labels.items() if label is None]
+    if 0 < len(missing) < len(labels):
+        raise DataError(
+            f"all images must have labels, or none (got none for {missing[0]} of {where}); label or remove it"
+        )
+    values = list(labels.values())
+    if any(isinstance(label, str) for label in values):
+        values = [str(label) for label in values]
+    if config.label_names is not None and all(str(label).isdigit() for label in values):
+        values = [int(str(label)) for label in values]
+    return classes_of_labels(values, config.label_names, where)
 
 
 def _deeper_folders(images: list[_Image]) -> list[str]:
@@ -376,7 +378,7 @@ def _deeper_folders(images: list[_Image]) -> list[str]:
 
 
 def _empty_folders(
-    images: list[_Image], files: set[str], names_in: Callable[[str], Iterable[str]], patterns: splits.Patterns
+    images: list[_Image], files: set[str], names_in: Callable[[str], Iterable[str]], ignored: splits.Patterns
 ) -> list[str]:
     """A warning about folders beside the class folders that contain no image."""
     classes: dict[str, set[str]] = {}
@@ -390,8 +392,8 @@ def _empty_folders(
     for above in sorted(classes):
         for name in sorted(names_in(above)):
             path = f"{above}/{name}" if above else name
-            is_ignored = junk_kind(path) is not None or (patterns.decide(path) or ("",))[0] == "ignore"
-            if path not in files and name not in known and name.lower() not in known and not is_ignored:
+            is_known = path in files or not known.isdisjoint((name, name.lower()))
+            if not is_known and junk_kind(path) is None and ignored.decide(path) is None:
                 empty.append(path)
     if not empty:
         return []
