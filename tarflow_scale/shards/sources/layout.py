@@ -170,17 +170,13 @@ def _common_top(images: list[_Image], below: int) -> str:
     return tops.pop() if len(tops) == 1 else ""
 
 
-def _drop_top(images: list[_Image]) -> None:
-    for image in images:
-        del image.parts[0]
-
-
 def _skip_top_folders(images: list[_Image]) -> list[str]:
     """Drop the top folder if it contains all images, and repeat; returns a line about the dropped folders."""
     dropped: list[str] = []
     while (top := _common_top(images, 2)) and splits.role_of(top) is None:
-        _drop_top(images)
         dropped.append(top)
+        for image in images:
+            del image.parts[0]
     return [f"skipped the folder {'/'.join(dropped)}, which contains all images"] if dropped else []
 
 
@@ -279,14 +275,16 @@ def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
-        while top := _common_top(members, 1):
-            if top.lower() not in _CONTAINERS and (role is None or splits.role_of(top) != role):
-                break
-            _drop_top(members)
+        while (top := _common_top(members, 1)) and (
+            top.lower() in _CONTAINERS or (role is not None and splits.role_of(top) == role)
+        ):
             dropped.add(top)
+            for image in members:
+                del image.parts[0]
     if top := _common_top(images, 2):
-        _drop_top(images)
         dropped.add(top)
+        for image in images:
+            del image.parts[0]
     return [f"skipped folders within the splits: {', '.join(sorted(dropped))}"] if dropped else []
 
 
