@@ -90,7 +90,7 @@ class Copies:
 
     Args:
         first: number of the first image with the same pixels, ``(n,)`` int64; -1 for images without a fingerprint.
-        near: numbers of the near copies of an image, by its number; only among images that are in ``first``.
+        near: numbers of the near copies of an image, by its number; only for the first image with the same pixels.
         are_told_apart: False if near copies were not searched, because too many hashes are alike.
     """
 

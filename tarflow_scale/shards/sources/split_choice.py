@@ -1,8 +1,8 @@
 """Which splits of a source are packed, and under which names.
 
 The training split is packed, together with the splits that patterns name; if they name none, with the test split, or
-else with the validation split. A split without labels is left out if the training split has labels. Everything that is
-left out is reported.
+else with the validation split, which is then packed as ``test``. A split without labels is left out if the training
+split has labels. Everything that is left out is reported.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """WebDataset tars of other programs, as a source of images.
 
 The image of a sample is its only member with the extension of an image (``jpg``, ``input.jpg``), or the member that
-``source.image_member`` names. Its label is the member ``cls`` (or the only member such as ``target.cls``), else the
-field ``label`` of its ``json``, or else what ``source.label_column`` names. The names of tars and folders may mean
-splits (`tarflow_scale.shards.sources.splits`).
+``source.image_member`` names. Its label is the member or field that ``source.label_column`` names; without that
+setting, the member ``cls``, the only member such as ``target.cls``, or the field ``label`` of the ``json``. The names
+of tars and folders may mean splits (`tarflow_scale.shards.sources.splits`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
