@@ -62,9 +62,17 @@ _SHOWN = 3
 
 
 def fingerprint(image: NDArray[np.uint8]) -> bytes:
-    """The fingerprint of an image ``(C, H, W)`` uint8: 8 bytes of a digest of its pixels, and its perceptual hash."""
-    digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
-    return digest.digest() + (_perceptual_hash(image) if min(image.shape[1:]) >= MIN_SIZE_PIXELS else bytes(8))
+    """The fingerprint of an image ``(C, H, W)`` uint8: a digest of its pixels and its perceptual hash, 8 bytes each.
+
+    The hash is zero for images below 32 pixels.
+    """
+    content = repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    if min(image.shape[1:]) < MIN_SIZE_PIXELS:
+        return digest + bytes(8)
+    import imagehash  # here, because it imports scipy, which takes a second, and small images do not need it
+
+    return digest + np.packbits(imagehash.phash(to_pillow(image)).hash).tobytes()
 
 
 def text_of(fingerprints: Iterable[bytes]) -> str:
@@ -76,12 +84,6 @@ def read_fingerprints(texts: Sequence[str]) -> NDArray[np.uint64]:
     """Decode texts of `text_of` into digests and hashes, ``(n, 2)``."""
     joined = b"".join(base64.b64decode(text) for text in texts)
     return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
-
-
-def _perceptual_hash(image: NDArray[np.uint8]) -> bytes:
-    import imagehash  # here, because it imports scipy, which takes a second, and small images do not need it
-
-    return np.packbits(imagehash.phash(to_pillow(image)).hash).tobytes()
 
 
 @dataclass(frozen=True)

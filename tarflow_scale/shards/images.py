@@ -246,14 +246,10 @@ def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image
         raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
     if image.mode.startswith(("I", "F")) or (reading is not None and _is_deep(image)):
         raise DataError(f"{origin} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-    if reading is not None and (frames := _frames(image)) > 1:
+    is_photo = image.format in ("JPEG", "MPO")  # of the pictures in a phone's JPEG (MPO), only the main one counts
+    if reading is not None and not is_photo and (frames := getattr(image, "n_frames", 1)) > 1:
         raise DataError(f"{origin} has {frames} frames or pages; save one of them as a single image, or remove it")
     return image
-
-
-def _frames(image: Image.Image) -> int:
-    """Number of frames of an animation, or of pages of a TIFF; 1 for a JPEG of a phone (MPO) with extra pictures."""
-    return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

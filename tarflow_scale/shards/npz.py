@@ -5,7 +5,6 @@ written batch by batch, so that one batch is in memory at a time. Grey images ge
 """
 
 import zipfile
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +60,11 @@ def write_npz(path: str, location: str) -> int:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}
             np.lib.format.write_array_header_1_0(member, header)
-            for images, batch_labels in _batches(shards):
-                member.write(images.tobytes())
-                labels.append(batch_labels)
+            for batch in shards.batches(0, num, _BATCH):
+                rgb = np.broadcast_to(batch.events, (len(batch), 3, size, size))
+                member.write(rgb.transpose(0, 2, 3, 1).tobytes())
+                labels.append(batch.labels)
         if manifest.class_names:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.concatenate(labels), allow_pickle=False)
     return num
-
-
-def _batches(shards: ShardSet) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
-        rgb = np.broadcast_to(batch.events, (len(batch), 3, *batch.events.shape[2:]))
-        yield np.ascontiguousarray(rgb.transpose(0, 2, 3, 1)), batch.labels

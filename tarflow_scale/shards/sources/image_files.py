@@ -24,11 +24,6 @@ def _digest(lines: Iterable[str]) -> str:
     return storage.digest("\n".join(lines).encode(errors="surrogateescape"))
 
 
-def _plain_name(name: str) -> str:
-    """The path of a member; some programs on Windows write backslashes, others begin with ``/`` or ``./``."""
-    return name.replace("\\", "/").removeprefix("./").lstrip("/")
-
-
 class _FileSource(EncodedSource):
     """Images in named files, whose splits and classes `lay_out` finds."""
 
@@ -147,7 +142,8 @@ class ZipSource(_FileSource):
             except (zipfile.BadZipFile, EOFError, ValueError) as error:
                 raise DataError(f"{self._path} is not a zip ({error}); check source.path") from error
             infos = self._zip.infolist()
-            names = [_plain_name(info.filename) for info in infos]
+            # Some programs on Windows write backslashes, others begin names with / or ./.
+            names = [info.filename.replace("\\", "/").removeprefix("./").lstrip("/") for info in infos]
             double, times = Counter(names).most_common(1)[0] if names else ("", 0)
             if times > 1:
                 raise DataError(f"names in a zip must differ (got {double} {times} times in {self._path}); remove one")
