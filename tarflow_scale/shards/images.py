@@ -201,12 +201,8 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
         image = np.load(io.BytesIO(content), allow_pickle=False)
     except NPY_FAULTS as error:
         raise _undecodable(origin, error) from error
-    if (
-        image.dtype != np.uint8
-        or image.ndim != 3
-        or image.shape[0] not in (1, 3)
-        or image.shape != (shape or image.shape)
-    ):
+    is_image = image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in (1, 3)
+    if not is_image or image.shape != (shape or image.shape):
         raise DataError(f"{origin} is {image.dtype} {image.shape} (not uint8 {shape or '(1 or 3, H, W)'}); pack again")
     return image
 

@@ -1,7 +1,6 @@
 """Record corrupt samples in a list, and stop the run if there are too many of them."""
 
 import json
-import os
 from pathlib import Path
 
 from tarflow_scale.errors import DataError
@@ -57,13 +56,8 @@ class Quarantine:
         self._known.add((shard, sample.place))
         record = {"shard": shard, "sample": sample.place, "key": sample.key, "reason": fault.reason}
         Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(
-                handle, json.dumps(record).encode() + b"\n"
-            )  # one write, so that lines of two processes do not mix
-        finally:
-            os.close(handle)
+        with Path(self._path).open("ab", buffering=0) as file:  # one write, so that lines of two processes do not mix
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def _read_known(path: str) -> set[tuple[str, int]]:

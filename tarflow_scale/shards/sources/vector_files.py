@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -126,8 +127,6 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         raise DataError(f"{path} must have a header and a row for each sample (got {len(rows)} rows); add them")
     header = [name.strip() for name in rows[0]]
     _check_header(header, path)
-    if all(_is_number(name) for name in header):
-        raise DataError(f"{path} must have a header (got numbers in its first line); name the columns there")
     special = [*([label_column] if label_column else []), *condition_columns]
     unknown = sorted(set(special) - set(header))
     if unknown or len(set(header)) < len(header) or len(set(special)) < len(special):
@@ -151,7 +150,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
 
 
 def _check_header(header: list[str], path: str) -> None:
-    """Refuse headers of other programs that would be misread: other separators, and columns without a name."""
+    """Refuse a first line that would be misread: another separator, a column without a name, or numbers."""
     separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if separator is not None:
         raise DataError(f"columns of {path} must be separated by commas (got {separator!r}); save it with commas")
@@ -160,14 +159,9 @@ def _check_header(header: list[str], path: str) -> None:
             f"every column of {path} must have a name (got {header[:4]}; pandas writes its index as a column without a "
             f"name); save it with index=False"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        numbers = [float(name) for name in header]
+        raise DataError(f"{path} must have a header (got {numbers[:4]} in its first line); name the columns there")
 
 
 def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:
