@@ -1,8 +1,11 @@
 """Data sets on disk: plain WebDataset tars, an index beside each, and a manifest; the only user of webdataset.
 
-A data set is a folder (or URL): ``<name>.tar``, beside each ``<name>.index.npz`` (where samples start, and a checksum
-of each), and ``manifest.json``, written last: without it there is no data set. Writing: `sources` reads images,
-`packing` plans and packs them, `writer` makes one tar. Reading: `order` decides the order of samples, `reader` reads
-ranges and checks every sample, `loader` feeds training and replaces corrupt samples, `mix` joins several sets.
-`inspection` checks and describes a packed set; `duplicates` finds near copies, and `copies` keeps them out of training.
+A data set is a folder (or URL) of shards ``<name>.tar``. Beside each shard is its index ``<name>.index.npz``, which has
+the offset and a checksum of every sample. ``manifest.json`` is written last; a folder without it is not a data set.
+
+* Writing: `sources` reads images, `packing` packs them shard by shard, `writer` makes one tar.
+* Reading: `order` sets the order of samples, `reader` reads ranges and checks every sample, `loader` feeds training and
+  replaces corrupt samples, `mix` joins data sets.
+* Inspection: `inspection` checks and describes a packed data set, `duplicates` finds near copies, `copies` reports them
+  or keeps them out of training.
 """

@@ -1,17 +1,18 @@
-"""Near copies among images: found by perceptual hashes, confirmed by their pixels.
+"""Find copies and near copies among images with perceptual hashes, and confirm them by their pixels.
 
-Two images are copies if their pixels are equal. They are near copies if imagehash's pHash of them (64 bits, from the
-low frequencies of the grey image in 32x32 pixels) differs in at most 6 bits, and their thumbnails (RGB, 32x32) also
-correlate to 0.9 or more: the same photograph stored again with another quality, size, brightness or contrast.
+Two images are copies if their pixels are equal. They are near copies if their pHashes (imagehash; 64 bits from the low
+frequencies of the grey image at 32x32 pixels) differ in at most 6 bits and the correlation of their thumbnails (RGB,
+32x32) is at least 0.9. This finds a photograph that is stored again with another quality, size, brightness or contrast.
 
-Measured on 200 images of Tiny ImageNet (64x64) and Kodak's photographs: all copies are found that were stored as JPEG
-of quality 40, halved and enlarged, or given a fifth more brightness or less contrast; about half of those cropped by 2%
-at each side or without colours; none that is mirrored or cropped by 10%. Of 5 x 10^7 pairs of 10,000 images of Tiny
-ImageNet, 2 are found; both are the same photograph in two classes.
+Measured on 200 images of Tiny ImageNet (64x64) and Kodak's photographs: the search finds every copy that was saved as
+JPEG of quality 40, halved and enlarged again, or changed by a fifth in brightness or contrast; about half of the copies
+that were cropped by 2% at each side or turned grey; and no copy that was mirrored or cropped by 10%. Among the 5 x 10^7
+pairs of 10,000 images of Tiny ImageNet it finds 2 pairs, each the same photograph in two classes.
 
-Hashes of small drawings do not separate them: 71% of 10,000 digits of MNIST have another one within 6 bits. So below 32
-pixels only equal images are searched, and near copies are not listed where they are more than two pairs an image, as of
-MNIST padded to 32 pixels. A hash takes 0.2 ms (64x64), finding the pairs of a million hashes 42 s.
+The hashes do not distinguish small drawings: 71% of 10,000 MNIST digits have another digit within 6 bits. So images
+below 32 pixels are compared only for equality, and near copies are not listed if there are more than two pairs per
+image, as for MNIST padded to 32 pixels. Hashing an image of 64x64 takes 0.2 ms; finding the pairs among a million
+hashes takes 42 s.
 """
 
 import base64
@@ -45,52 +46,54 @@ __all__ = [
 ]
 
 MIN_SIZE_PIXELS = 32
-"""Smallest side of an image for which near copies are searched; smaller images are compared only for equality."""
+"""Smallest side of images among which near copies are searched; smaller images are compared only for equality."""
 _MAX_BITS = 6
 _MIN_CORRELATION = 0.9
 NO_FINGERPRINT = bytes(16)
-"""The fingerprint of an image that cannot be used."""
+"""Stands for the fingerprint of an image that cannot be used."""
 _BLOCKS, _EQUAL_BLOCKS = 9, 3
-"""If two hashes differ in 6 bits, at least 3 of their 9 blocks are equal."""
-_MAX_PAIRS_AN_IMAGE = 2
+"""A hash is divided into 9 blocks of bits. If two hashes differ in 6 bits, at least 3 of their blocks are equal."""
+_MAX_PAIRS_PER_IMAGE = 2
 _SIDE = 32
 _FLAT = 2.0
-"""Standard deviation, of 255 levels, below which an image is plain and is compared by its mean."""
+"""Thumbnails with a lower standard deviation (in levels of 255) are compared by the mean difference of their pixels."""
 _CACHED = 1 << 16
 _SHOWN = 3
 
 
 def fingerprint(image: NDArray[np.uint8]) -> bytes:
-    """16 bytes of an image ``(C, H, W)`` uint8: a digest of its pixels, and its perceptual hash."""
-    digest = hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=8)
-    return digest.digest() + (_perceptual_hash(image) if min(image.shape[1:]) >= MIN_SIZE_PIXELS else bytes(8))
+    """The fingerprint of an image ``(C, H, W)`` uint8: a digest of its pixels and its perceptual hash, 8 bytes each.
+
+    The hash is zero for images below 32 pixels.
+    """
+    content = repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    if min(image.shape[1:]) < MIN_SIZE_PIXELS:
+        return digest + bytes(8)
+    import imagehash  # here, because it imports scipy, which takes a second, and small images do not need it
+
+    return digest + np.packbits(imagehash.phash(to_pillow(image)).hash).tobytes()
 
 
 def text_of(fingerprints: Iterable[bytes]) -> str:
-    """Fingerprints as text for JSON."""
+    """Encode fingerprints as text for JSON."""
     return base64.b64encode(b"".join(fingerprints)).decode()
 
 
 def read_fingerprints(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """Digests and hashes ``(n, 2)`` from texts of `text_of`."""
+    """Decode texts of `text_of` into digests and hashes, ``(n, 2)``."""
     joined = b"".join(base64.b64decode(text) for text in texts)
     return np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _perceptual_hash(image: NDArray[np.uint8]) -> bytes:
-    import imagehash  # here, because with scipy it takes a second, and small images never need it
-
-    return np.packbits(imagehash.phash(to_pillow(image)).hash).tobytes()
-
-
 @dataclass(frozen=True)
 class Copies:
-    """Which of ``n`` images are like which.
+    """The copies and near copies among ``n`` images, which are numbered from 0.
 
     Args:
-        first: ``(n,)`` int64, the number of the first image with equal pixels; -1 for images without a fingerprint.
-        near: near copies of such first images, among the first images, by number.
-        are_told_apart: False if so many hashes are alike that near copies were not searched.
+        first: number of the first image with the same pixels, ``(n,)`` int64; -1 for images without a fingerprint.
+        near: numbers of the near copies of an image, by its number; only for the first image with the same pixels.
+        are_told_apart: False if near copies were not searched, because too many hashes are alike.
     """
 
     first: NDArray[np.int64]
@@ -99,11 +102,11 @@ class Copies:
 
 
 def find_copies(fingerprints: NDArray[np.uint64], image: Callable[[int], NDArray[np.uint8]]) -> Copies:
-    """Copies and near copies among images.
+    """Find the copies and near copies among images.
 
     Args:
-        fingerprints: ``(n, 2)``, see `read_fingerprints`.
-        image: returns an image ``(C, H, W)`` uint8 by number; called for images that may be near copies.
+        fingerprints: fingerprints of the images, ``(n, 2)``; see `read_fingerprints`.
+        image: returns an image ``(C, H, W)`` uint8 by number; called only for images whose hashes are alike.
     """
     first = np.full(len(fingerprints), -1, dtype=np.int64)
     usable = np.flatnonzero(fingerprints[:, 0])
@@ -124,10 +127,13 @@ def find_copies(fingerprints: NDArray[np.uint64], image: Callable[[int], NDArray
 
 
 def _alike(hashes: NDArray[np.uint64]) -> NDArray[np.int64] | None:
-    """Pairs ``(p, 2)``, each in rising order, that differ in few bits; None if there are too many.
+    """Find the pairs of hashes that differ in at most 6 bits; None if there are too many pairs.
 
-    Two hashes that differ in 6 bits are equal in 3 of 9 blocks. So for each choice of 3 blocks, only hashes with equal
-    blocks are compared: 84 sorts of all hashes, and one comparison for two million pairs.
+    For each choice of 3 of the 9 blocks, the hashes are sorted by these blocks, and only hashes that agree in them are
+    compared. This takes 84 sorts instead of a comparison of all pairs.
+
+    Returns:
+        Index pairs ``(p, 2)``, the smaller index first.
     """
     num = len(hashes)
     pairs = np.zeros(0, dtype=np.int64)
@@ -146,7 +152,7 @@ def _alike(hashes: NDArray[np.uint64]) -> NDArray[np.int64] | None:
             a, b = order[lows], order[lows + step]
             near = np.bitwise_count(hashes[a] ^ hashes[b]) <= _MAX_BITS
             parts.append(a[near] * num + b[near])
-            if sum(map(len, parts[1:])) > _MAX_PAIRS_AN_IMAGE * num:
+            if sum(map(len, parts[1:])) > _MAX_PAIRS_PER_IMAGE * num:
                 return None
         pairs = np.unique(np.concatenate(parts))
     return np.stack([pairs // num, pairs % num], axis=1) if num else np.zeros((0, 2), dtype=np.int64)
@@ -165,12 +171,12 @@ def _correlate(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
 
 @dataclass(frozen=True)
 class Copy:
-    """An image and the first one that it is like.
+    """An image that is a copy or near copy of another image.
 
     Args:
-        image: its number.
-        like: the other's.
-        is_equal: whether all pixels are the same.
+        image: number of the image.
+        like: number of the other image.
+        is_equal: whether the pixels of both are equal.
     """
 
     image: int
@@ -179,12 +185,12 @@ class Copy:
 
 
 class _Places:
-    """The images that are like others, by the first image with equal pixels and by split.
+    """The images that have copies or near copies, grouped by equal pixels, with their splits.
 
     Args:
         copies: see `find_copies`.
-        split: ``(n,)`` number of the split of every image; -1 for images of none.
-        rank: sort key that decides which image counts as the earlier one.
+        split: number of the split of every image, ``(n,)``; -1 for images in no split.
+        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
     """
 
     def __init__(self, copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int) -> None:
@@ -200,13 +206,13 @@ class _Places:
             self._lowest.setdefault((first, place), number)
 
     def copy(self, number: int, first: int, splits: Iterable[int], below: float = math.inf) -> Copy | None:
-        """The first image of some splits that an image is like, equal ones before others; None if there is none.
+        """The first copy of an image in some splits, else its first near copy there; None if there is neither.
 
         Args:
-            number: the image.
-            first: the first one with its pixels.
-            splits: the splits.
-            below: only images before this index of `order` count.
+            number: number of the image.
+            first: number of the first image with the same pixels.
+            splits: numbers of the splits to search.
+            below: search only images before this position in ``order``.
         """
         candidates = [
             (near != first, self.order[like], like)
@@ -220,15 +226,15 @@ class _Places:
 def copies_between(
     copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int
 ) -> dict[tuple[int, int], list[Copy]]:
-    """Images of a split that are like an image of an earlier split, or like an earlier one of their own.
+    """Find the images that are like an image of an earlier split, or like an earlier image of the same split.
 
     Args:
         copies: see `find_copies`.
-        split: ``(n,)`` number of the split of every image; -1 for images of none.
-        rank: sort key that decides which image counts as the earlier one.
+        split: number of the split of every image, ``(n,)``; -1 for images in no split.
+        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Copies by the split of the image and that of the other; in order.
+        Sorted copies, by the split of the image and the split of the image that it is like.
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -243,10 +249,10 @@ def copies_between(
 
 
 def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
-    """Images of the first split, for training, that are like an image of another split, or like one that is kept.
+    """Find the training images to drop: those like a held-out image, or like a training image that is kept.
 
-    Held-out splits stay complete: a figure on a published test split is comparable only if all of its images are
-    scored, and training without the copy removes the leak as well.
+    The training split has the number 0. Held-out splits stay complete, because a metric on a published test split is
+    comparable only if it covers all images; dropping the copy from training removes the leak as well.
     """
     places = _Places(copies, split)
     held_out = range(1, int(split.max(initial=0)) + 1)
@@ -268,28 +274,29 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """A report in lines: numbers of copies, and a few pairs. It does not depend on how images are numbered.
+    """Lines of a report: the number of copies in each split, and some pairs; independent of the image numbers.
 
     Args:
         copies: see `find_copies`.
-        split: ``(n,)`` number of the split of every image; -1 for images of none.
-        names: of the splits.
-        origin: returns the name of an image at its source.
-        size_pixels: side of the images.
+        split: number of the split of every image, ``(n,)``; -1 for images in no split.
+        names: names of the splits.
+        origin: returns the name of an image at its source by number.
+        size_pixels: side of the images in pixels.
     """
     title = "copies and near copies"
     if size_pixels < MIN_SIZE_PIXELS:
-        title = f"copies (near copies are not looked for below {MIN_SIZE_PIXELS} pixels, where hashes say nothing)"
+        title = f"copies (near copies are not searched below {MIN_SIZE_PIXELS} pixels, where hashes do not help)"
     elif not copies.are_told_apart:
         title = (
-            f"copies (near copies are not listed: there are more than {_MAX_PAIRS_AN_IMAGE} an image, as of drawings "
-            f"or frames of films)"
+            f"copies (near copies are not listed: there are more than {_MAX_PAIRS_PER_IMAGE} pairs per image, as among "
+            f"drawings or frames of films)"
         )
     lines: list[str] = []
     for (own, other), pairs in copies_between(copies, split, origin).items():
         num, equal = int((split == own).sum()), sum(copy.is_equal for copy in pairs)
-        of = "an earlier one" if own == other else f"one in {names[other]}"
+        target = "an earlier image" if own == other else f"an image in {names[other]}"
         shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in pairs[:_SHOWN])
         more = "; ..." if len(pairs) > _SHOWN else ""
-        lines.append(f"{names[own]}: {len(pairs):,} of {num:,} images are like {of} ({equal:,} equal): {shown}{more}")
+        counts = f"{len(pairs):,} of {num:,} images are like {target} ({equal:,} equal)"
+        lines.append(f"{names[own]}: {counts}: {shown}{more}")
     return [f"{title}: {'none' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines)]

@@ -1,8 +1,8 @@
-"""Encoding in other processes than the one that generates the images.
+"""Encode images in separate processes while the next images are generated.
 
-A thread would share the interpreter with the sampler, which uses it all the time on a small model or a fast device, so
-that the times of both would add up. The processes are started as a module and not by `multiprocessing`, which would
-make them import the main module of the generating process, with all its imports.
+A thread would share the interpreter with the sampler, which with a small model or a fast device uses it all the time,
+so that the times for sampling and encoding would add up. The processes are started with ``python -m``, because
+processes of `multiprocessing` would import the main module of the generating process, with all its imports.
 """
 
 import multiprocessing
@@ -26,15 +26,15 @@ from tarflow_scale.shards.images import Codec, encode_image
 __all__ = ["Encoder"]
 
 _AHEAD = 2
-"""Batches per process that may wait; with more, encoding is the bottleneck, and the caller waits."""
+"""Number of batches per process that may wait to be encoded; if more are waiting, the caller waits."""
 _END_SECONDS = 10.0
 
 
 class Encoder:
-    """Encodes batches of images; its processes start with the first batches, and end with it or with this process.
+    """Encodes batches of images in processes, which start with the first batches and end with the encoder.
 
     Args:
-        num_processes: at most.
+        num_processes: largest number of processes.
         codec, quality: see `encode_image`.
     """
 
@@ -45,10 +45,10 @@ class Encoder:
         weakref.finalize(self, _end, self._threads, self._processes)
 
     def encoded(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[bytes]:
-        """The file of every image, in order; the next batch is requested while earlier ones are encoded.
+        """The encoded file of every image, in order. The next batch is requested while earlier batches are encoded.
 
         Args:
-            batches: images ``(B, C, H, W)`` uint8.
+            batches: batches of images, ``(B, C, H, W)`` uint8.
         """
         waiting: deque[Future[list[bytes]]] = deque()
         for images in batches:
@@ -60,7 +60,7 @@ class Encoder:
 
 
 class _Processes:
-    """The running processes; each is used by one thread at a time."""
+    """The running processes, each of which serves one thread at a time."""
 
     def __init__(self, codec: Codec, quality: int) -> None:
         self._how = codec, quality
@@ -68,7 +68,7 @@ class _Processes:
         self._gave_up = False
 
     def encode(self, images: NDArray[np.uint8]) -> list[bytes]:
-        """Encode a batch in another process; in this one if that dies."""
+        """Encode a batch in another process, or in this process if the other one dies."""
         if self._gave_up:
             return _encode(images, *self._how)
         process = None
@@ -79,10 +79,10 @@ class _Processes:
                 process = _Process()
             files = process.encode(images, *self._how)
         except (OSError, EOFError) as error:
-            self._gave_up = process is None or not process.has_encoded  # another one would not start either
+            self._gave_up = process is None or not process.has_encoded  # a new process would not start either
             warnings.warn(
-                f"a process that encodes images died ({type(error).__name__}; is memory short?); "
-                + ("images are encoded in the generating process" if self._gave_up else "another one starts"),
+                f"a process that encodes images died ({type(error).__name__}; is there enough memory?); "
+                + ("images are encoded in the generating process" if self._gave_up else "a new one starts"),
                 stacklevel=2,
             )
             if process is not None:
@@ -136,7 +136,7 @@ def _encode(images: NDArray[np.uint8], codec: Codec, quality: int) -> list[bytes
 
 
 def _serve(connection: Connection) -> None:
-    ignore_stop_signals()  # it ends when the connection is closed
+    ignore_stop_signals()  # this process ends when the connection is closed
     while True:
         try:
             request: tuple[Any, Any, Any] = connection.recv()

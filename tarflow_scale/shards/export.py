@@ -1,4 +1,4 @@
-"""A packed data set as single files, ``<class>/<key>.png`` and ``<key>.json``, which other programs read."""
+"""Export a packed data set as single files, ``<class>/<key>.png`` and ``<class>/<key>.json``."""
 
 import json
 
@@ -14,14 +14,14 @@ _BEGUN, _WHOLE = "begun", "complete"
 
 
 def check_folder(location: str, digest: str | None) -> None:
-    """Refuse a folder that `write_folder` would refuse.
+    """Check that `write_folder` can write a data set to a folder.
 
     Args:
         location: folder or URL.
-        digest: of the data set's manifest; None if the data set does not exist yet.
+        digest: digest of the manifest of the data set; None if the data set does not exist yet.
 
     Raises:
-        DataError: the folder holds another data set, or anything else.
+        DataError: the folder holds another data set or other files.
     """
     begun = storage.read_if_there(storage.join(location, _BEGUN))
     if begun is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
@@ -33,13 +33,15 @@ def check_folder(location: str, digest: str | None) -> None:
 def write_folder(path: str, location: str) -> int:
     """Write every image and its ``.json`` as files; returns the number of images.
 
+    The file ``begun`` is written first and the file ``complete`` last; both contain the digest of the data set.
+
     Args:
         path: folder or URL of the data set.
-        location: folder or URL, empty or absent, or begun by an earlier call for the same data set, whose digest the
-            file ``begun`` there holds; a file ``complete`` comes last.
+        location: folder or URL to write to. It may be absent, empty, or partly written by an earlier call for the same
+            data set.
 
     Raises:
-        DataError: the folder holds another data set, or anything else; a sample is not what was packed.
+        DataError: the folder holds another data set or other files, or a sample is damaged.
     """
     shards = ShardSet(path, verify="full")
     check_folder(location, shards.manifest.digest)

@@ -1,8 +1,8 @@
-"""Headers of tars: ustar, GNU (long names, base-256 sizes) and PAX (path, linkpath, size), read in one pass.
+"""Read the headers of tars in one pass: ustar, GNU (long names, base-256 sizes) and PAX (path, linkpath, size).
 
-`plain_members` reads the headers that archivers usually write and stops at anything else. `members_by_tarfile` reads
-what the standard library reads, several times slower, and decides about headers that are unusual or damaged. If both
-read a tar, they return the same members.
+`plain_members` reads the headers that archivers usually write, and raises an error at any other header.
+`members_by_tarfile` uses the standard library, which is several times slower but reads all kinds of headers; it also
+decides whether a header is damaged. Both return the same members of a tar that both can read.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
 """
@@ -31,9 +31,9 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _SKIP_BYTES = 1 << 20
 _MAX_EXTENDED_BYTES = 1 << 20
-"""Longer extended headers are left to ``tarfile``; no name needs them."""
+"""Longer extended headers are left to ``tarfile``; no name needs so many bytes."""
 _fields = struct.Struct("100s 24s 12s 12s 8s c 100s 72x 16s 155s 12x").unpack
-"""Name; mode, owner and group; size; time; sum; type; link; device numbers; prefix of the name."""
+"""Fields: name; mode, owner and group; size; time; sum; type; link target; device numbers; prefix of the name."""
 _KINDS: dict[bytes, Kind] = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
     **dict.fromkeys((b"3", b"4", b"6"), "special"),
@@ -44,7 +44,7 @@ _KINDS: dict[bytes, Kind] = {
 
 
 class UnusualHeader(ValueError):
-    """A header that `plain_members` leaves to ``tarfile``, because it is of a rare kind or damaged."""
+    """A header that `plain_members` does not read, because it is rare or damaged."""
 
 
 class Member(NamedTuple):
@@ -52,11 +52,11 @@ class Member(NamedTuple):
 
     Args:
         name: path in the tar.
-        kind: what it is.
-        start: byte at which its headers start, extended ones included.
+        kind: type of the member.
+        start: byte at which its headers start, including extended headers.
         data: byte at which its content starts.
-        size: bytes of content.
-        target: of a link.
+        size: size of its content in bytes.
+        target: path that a link points to; empty for other members.
     """
 
     name: str
@@ -73,10 +73,10 @@ class Member(NamedTuple):
 
 
 class HashedStream:
-    """A stream that is read once, forwards, and hashed with SHA-256 on the way.
+    """A stream that can only be read forwards, and whose bytes are hashed with SHA-256 as they are read.
 
     Args:
-        stream: at its first byte.
+        stream: the stream, at its first byte.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -85,7 +85,7 @@ class HashedStream:
         self.sha256 = hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        """Up to ``size`` bytes."""
+        """Read up to ``size`` bytes."""
         content = self._stream.read(size)
         self.sha256.update(content)
         self._position += len(content)
@@ -95,10 +95,10 @@ class HashedStream:
         """Read forwards up to a position, or to the end of the stream.
 
         Raises:
-            ValueError: the position is behind.
+            ValueError: the position has been read already.
         """
         if position < self._position:
-            raise ValueError("it leads back to what was read")
+            raise ValueError("a header points back to bytes that were read")
         while self._position < position and self.read(min(position - self._position, _SKIP_BYTES)):
             pass
         return self._position
@@ -109,19 +109,19 @@ class HashedStream:
 
 
 def padded(size: int) -> int:
-    """Bytes that content of ``size`` bytes occupies in a tar."""
+    """Number of bytes that a content of ``size`` bytes occupies in a tar."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def plain_members(stream: IO[bytes] | HashedStream, num_bytes: int) -> Iterator[Member]:
-    """Members of a tar up to the first block of zeros. When a member is yielded, the stream is at its content.
+    """Read the members of a tar up to the first block of zeros. At each yield, the stream is at the member's content.
 
     Args:
-        stream: at the first byte; it may also be moved between two members.
-        num_bytes: size of the tar.
+        stream: the tar, at its first byte; the caller may move its position between two members.
+        num_bytes: size of the tar in bytes.
 
     Raises:
-        UnusualHeader: a header is of another kind, or a member ends after the tar.
+        UnusualHeader: a header is rare or damaged, or a member extends past the end of the tar.
     """
     position = 0
     while (member := _next_member(stream, position, num_bytes)) is not None:
@@ -140,7 +140,7 @@ def _next_member(stream: IO[bytes] | HashedStream, start: int, num_bytes: int) -
         if header == _ZEROS and not long and not pax:
             return None
         if len(header) < _BLOCK:
-            raise UnusualHeader("it ends in a header")
+            raise UnusualHeader("the tar ends in a header")
         name, owner, size, modified, total, kind, link, device, prefix = _fields(header)
         num = _number(size)
         _check_numbers(owner, device)
@@ -172,31 +172,28 @@ def _next_member(stream: IO[bytes] | HashedStream, start: int, num_bytes: int) -
         num = int(pax["size"])
     num = num if meaning == "file" else 0
     if position + padded(num) > num_bytes:
-        raise UnusualHeader("it ends in a member")
+        raise UnusualHeader("the tar ends in a member")
     target = pax.get("linkpath", long.get("linkpath", _text(link))) if meaning.endswith("link") else ""
     return Member(path, meaning, start, position, num, target)
 
 
 @functools.lru_cache(maxsize=256)
 def _check_numbers(owner: bytes, device: bytes) -> None:
-    """Check that the fields that are not used are numbers; cached, because all headers of a writer have the same."""
+    """Check that the unused fields are numbers; cached, because all headers of a writer have the same fields."""
     for field in (owner[:8], owner[8:16], owner[16:], device[:8], device[8:]):
         _number(field)
 
 
 def _number(field: bytes) -> int:
-    """The value of a field of octal digits, or of a base-256 number that is not negative."""
+    """The value of a field: an octal number, or a base-256 number that is not negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
     if not digits:
         return 0
-    if not digits.isdigit():
-        raise UnusualHeader("a field is no octal number")
-    try:
-        return int(digits, 8)
-    except ValueError as error:
-        raise UnusualHeader("a field is no octal number") from error
+    if digits.strip(b"01234567"):
+        raise UnusualHeader("a field is not an octal number")
+    return int(digits, 8)
 
 
 def _text(field: bytes) -> str:
@@ -204,7 +201,7 @@ def _text(field: bytes) -> str:
 
 
 def _records(content: bytes, size: int) -> dict[str, str]:
-    """Keywords and values of a PAX header: records of ``length keyword=value`` and a line end."""
+    """The values of a PAX header by keyword; its records have the form ``length keyword=value`` with a line end."""
     records: dict[str, str] = {}
     position = 0
     while position < size:
@@ -217,29 +214,26 @@ def _records(content: bytes, size: int) -> dict[str, str]:
         if keyword.startswith(b"GNU.sparse"):
             raise UnusualHeader("a sparse member")
         if keyword in (b"path", b"linkpath", b"size"):
-            records[keyword.decode()] = _value(keyword, value)
+            if keyword == b"size" and not (value.isdigit() and len(value) < 20):
+                raise UnusualHeader("a size is not a number")
+            try:
+                records[keyword.decode()] = value.decode()
+            except UnicodeDecodeError as error:
+                raise UnusualHeader("a name is not UTF-8") from error
         else:
-            records[""] = ""  # so that the caller sees that there was a header
+            records[""] = ""  # shows the caller that there was a header
         position = end
     if content[size:].strip(b"\0") or b"hdrcharset=" in content:
-        raise UnusualHeader("a PAX header is damaged, or names are in a rare alphabet")
+        raise UnusualHeader("a PAX header is damaged, or its names are not in UTF-8")
     return records
 
 
-def _value(keyword: bytes, value: bytes) -> str:
-    if keyword == b"size" and not (value.isdigit() and len(value) < 20):
-        raise UnusualHeader("a size is no number")
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise UnusualHeader("a name that is no UTF-8") from error
-
-
 def members_by_tarfile(stream: IO[bytes] | HashedStream) -> Iterator[Member]:
-    """Members of a tar as ``tarfile`` reads them. When a member is yielded, the stream is at its content.
+    """Read the members of a tar with ``tarfile``. At each yield, the stream is at the member's content.
 
     Raises:
-        TarError, EOFError, ValueError, OverflowError: it is no tar, or a member is sparse or of negative size.
+        TarError, EOFError, ValueError, OverflowError: the stream is not a tar, or a member is sparse or has a negative
+            size.
     """
     with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as tar:
         for member in tar:
@@ -248,14 +242,15 @@ def members_by_tarfile(stream: IO[bytes] | HashedStream) -> Iterator[Member]:
             size = member.size if kind == "file" else 0
             target = member.linkname if kind.endswith("link") else ""
             yield Member(member.name, kind, member.offset, member.offset_data, size, target)
-            tar.members = []  # type: ignore[assignment]  # which `tarfile` would keep, a kilobyte each
+            tar.members = []  # type: ignore[assignment]  # `tarfile` would keep a kilobyte per member
 
 
 def check_member(member: tarfile.TarInfo) -> None:
-    """Check that a member's size is the number of its bytes in the tar.
+    """Check that the size of a member is the number of its bytes in the tar.
 
     Raises:
-        TarError: it is negative, which would send readers backwards, or the member is sparse and may have any size.
+        TarError: the size is negative, so that a reader would go backwards; or the member is sparse, and its size is
+            not the number of stored bytes.
     """
     if member.size < 0 or member.issparse():
         kind = "sparse" if member.issparse() else "of negative size"

@@ -1,4 +1,4 @@
-"""Images to bytes and back, losslessly; bytes of tar members to samples."""
+"""Encode and decode images; resize them, reduce their bit depth, and draw sheets of them."""
 
 import io
 import math
@@ -37,31 +37,31 @@ __all__ = [
 
 Codec = Literal["png", "webp", "jpeg", "raw"]
 CODECS: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "raw": "npy"}
-"""Codec to the extension of its member; ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only jpeg loses."""
+"""The extension of members by codec. ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only ``jpeg`` is lossy."""
 IMAGE_EXTENSIONS = (
     *("png", "jpg", "jpeg", "webp", "npy", "bmp", "jfif", "jpe", "tif", "tiff", "avif"),
     *("ppm", "pgm", "pbm", "pnm"),
 )
-"""Extensions of members that are read as images; of several in one sample, the first of these counts."""
+"""Extensions of members that are read as images; if a sample has more than one, the first in this order is read."""
 FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension != "npy")
-"""Extensions of files that are images wherever they lie; an array in a folder may be anything."""
+"""Extensions of image files in folders; without ``npy``, because an array in a folder need not be an image."""
 
 
 class Reading(Record):
-    """How image files of others become pixels; grey-scale images stay grey, all others (palettes, CMYK) become RGB.
+    """How image files of other programs become pixels.
 
-    Colour profiles are not applied.
+    Grey images stay grey; all other images (such as palettes and CMYK) become RGB. Colour profiles are not applied.
     """
 
     orientation: Literal["apply", "ignore"] = "apply"
-    """``apply`` turns an image as its EXIF (or XMP) tag says, as viewers do; ``ignore`` leaves it as it is stored."""
+    """``apply`` rotates an image as its EXIF (or XMP) tag says, as viewers do; ``ignore`` reads it as it is stored."""
     transparency: Literal["white", "black", "refuse"] = "white"
-    """The colour under transparent pixels; ``refuse`` refuses an image that has any. An alpha channel that is opaque
-    everywhere is no transparency."""
+    """The colour behind transparent pixels; ``refuse`` refuses an image that has any. An alpha channel that is opaque
+    everywhere does not count."""
 
 
 def image_extension(members: Mapping[str, bytes]) -> str | None:
-    """Extension of the member that is the image; None if there is none."""
+    """Extension of the image among the members of a sample; None if there is no image."""
     for extension in IMAGE_EXTENSIONS:
         if extension in members:
             return extension
@@ -69,19 +69,19 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
 
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF")
-"""Formats that Pillow tries, the most likely first."""
+"""Formats that Pillow tries, the most frequent first."""
 _MAX_PIXELS = 89_478_485
-"""Images with more pixels than 9,459 x 9,459 are refused before they are decoded; Pillow warns of them too."""
+"""Limit of the number of pixels (9,459 x 9,459), checked before an image is decoded; Pillow warns above it."""
 _NAME_PIXELS, _NAME_PART, _NAME_LETTERS = 12, 30, 20
-"""Class names on a sheet: their height in pixels, which is at least the sheet's width over ``_NAME_PART``, so that they
-are readable where a wide sheet is shown small; and the number of letters that are shown."""
+"""Class names on a sheet are at least 12 pixels high, at least a thirtieth of the width of the sheet (so that they are
+readable if a wide sheet is shown small), and are cut to 20 letters."""
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError),
     *(KeyError, IndexError, TypeError, RuntimeError, struct.error),  # damaged tags of TIFF and EXIF, damaged AVIF
 )
-"""What Pillow raises on damaged files."""
+"""Errors that Pillow raises for damaged files."""
 _GREY = ("1", "L", "LA", "La")
-"""Modes of Pillow that are grey."""
+"""Pillow's modes of grey images."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -91,56 +91,58 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Values of EXIF's orientation tag (CIPA DC-008, 4.6.4) to the operation that makes an image upright."""
+"""The operation that makes an image upright, by the value of its EXIF orientation tag (CIPA DC-008, 4.6.4)."""
 _BACK = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _SIDEWAYS = (5, 6, 7, 8)
-"""Values of the tag that swap height and width."""
+"""Values of the orientation tag for which height and width are exchanged."""
 NPY_FAULTS = (
     *(ValueError, TypeError, KeyError, OSError, EOFError, SyntaxError, RuntimeError, MemoryError, OverflowError),
     *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""What NumPy raises on damaged .npy and .npz files."""
+"""Errors that NumPy raises for damaged .npy and .npz files."""
 
 
 def encode_image(image: NDArray[np.uint8], codec: Codec, quality: int = 95) -> bytes:
-    """Bytes of an image ``(C, H, W)`` uint8 with 1 or 3 channels; ``quality`` is jpeg's."""
+    """Encode an image ``(C, H, W)`` uint8 with 1 or 3 channels; ``quality`` (1 to 100) is used only by ``jpeg``."""
     buffer = io.BytesIO()
     match codec:
         case "png":
-            to_pillow(image).save(buffer, format="PNG", compress_level=6)
+            to_pillow(image).save(buffer, "PNG", compress_level=6)
         case "webp":
-            to_pillow(image).save(buffer, format="WEBP", lossless=True, method=4)
+            to_pillow(image).save(buffer, "WEBP", lossless=True, method=4)
         case "jpeg":
-            to_pillow(image).save(buffer, format="JPEG", quality=quality, subsampling=0)
+            to_pillow(image).save(buffer, "JPEG", quality=quality, subsampling=0)
         case "raw":
             np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
     return buffer.getvalue()
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """Lossless PNG of an image ``(C, H, W)`` uint8 with 1 or 3 channels."""
+    """Encode an image ``(C, H, W)`` uint8 with 1 or 3 channels as PNG."""
     return encode_image(image, "png")
 
 
 def to_pillow(image: NDArray[np.uint8]) -> Image.Image:
-    """An image ``(C, H, W)`` uint8 with 1 or 3 channels as Pillow has it."""
+    """Convert an image ``(C, H, W)`` uint8 with 1 or 3 channels to a Pillow image."""
     return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
 def decode_image(
     content: bytes, origin: str, shape: tuple[int, int, int] | None = None, reading: Reading | None = None
 ) -> NDArray[np.uint8]:
-    """Decode to ``(C, H, W)`` uint8, read-only and in any memory order; grey images have one channel, others RGB.
+    """Decode an image to ``(C, H, W)`` uint8, with one channel if it is grey, else RGB.
+
+    The array is read-only and may have any memory order. The size is checked before pixels are decoded.
 
     Args:
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
-        origin: what to call it in an error.
-        shape: the required shape; None accepts any. A grey image becomes RGB if ``shape`` has three channels.
-        reading: see `Reading`; None for files of `encode_image`, which have neither tags nor transparency.
+        origin: name of the image, for messages.
+        shape: the required shape; None accepts any shape. A grey image becomes RGB if ``shape`` has three channels.
+        reading: how image files of other programs are read; None for files of `encode_image`.
 
     Raises:
-        DataError: the bytes are not an image, or the image has another shape or is huge, which is found before a
-            pixel is decoded. With a ``reading`` also: it has several frames, or what the reading refuses.
+        DataError: the content is not an image, or the image is too large or has another shape. With a ``reading``, also
+            if the image has more than one frame, more than 8 bits per channel, or transparency that is refused.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
@@ -167,7 +169,7 @@ def decode_image(
 
 
 def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image.Image:
-    """An image file upright and without transparency, as `Reading` says."""
+    """Apply the settings of a `Reading` to an image: rotate it, and replace transparent pixels."""
     turn, kind = _orientation(image), image.format
     if image.has_transparency_data:
         alpha = image.convert("RGBA")
@@ -180,13 +182,13 @@ def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image
             ground = Image.new(mode, alpha.size, reading.transparency)
             ground.paste(alpha.convert(mode), mask=opacity)
             image = ground
-    if kind == "TIFF":  # Pillow turns these by itself
+    if kind == "TIFF":  # Pillow rotates TIFFs on its own
         return image.transpose(_BACK[turn]) if reading.orientation == "ignore" and turn in _BACK else image
     return image.transpose(_TURNS[turn]) if reading.orientation == "apply" and turn in _TURNS else image
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation tag; 1, which means upright, if there is none or it cannot be read."""
+    """The value of the orientation tag; 1, which means upright, if there is no tag or it cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -199,21 +201,17 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
         image = np.load(io.BytesIO(content), allow_pickle=False)
     except NPY_FAULTS as error:
         raise _undecodable(origin, error) from error
-    if (
-        image.dtype != np.uint8
-        or image.ndim != 3
-        or image.shape[0] not in (1, 3)
-        or image.shape != (shape or image.shape)
-    ):
+    is_image = image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in (1, 3)
+    if not is_image or image.shape != (shape or image.shape):
         raise DataError(f"{origin} is {image.dtype} {image.shape} (not uint8 {shape or '(1 or 3, H, W)'}); pack again")
     return image
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """``(C, H, W)`` of what `decode_image` returns, from the header alone (and tags, which a PNG may have last).
+    """Shape ``(C, H, W)`` that `decode_image` would return, from the header and the tags of an image.
 
     Raises:
-        DataError: the bytes are not an image.
+        DataError: the content is not an image.
     """
     if content.startswith(b"\x93NUMPY"):
         channels, height, width = _decode_array(content, origin, None).shape
@@ -226,7 +224,7 @@ def image_size(content: bytes, origin: str, reading: Reading | None = None) -> t
 
 
 def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, int]:
-    """``(C, H, W)`` after decoding; Pillow reports the upright size of a TIFF and the stored size of others."""
+    """Shape ``(C, H, W)`` after decoding. Pillow reports the upright size of a TIFF, and the stored size otherwise."""
     channels = 1 if image.mode in _GREY else 3
     width, height = image.size
     is_turned = reading is not None and (reading.orientation == "ignore") == (image.format == "TIFF")
@@ -236,36 +234,32 @@ def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, in
 
 
 def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image:
-    """An image file after its header was read and checked."""
+    """Open an image file, and check its header."""
     if not content:
         raise DataError(f"{origin} is empty (0 bytes); replace or remove the image")
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
     if image.width * image.height > _MAX_PIXELS:
         raise DataError(f"{origin} is too large ({image.width}x{image.height} pixels); shrink or remove it")
     if image.mode.startswith(("I", "F")) or (reading is not None and _is_deep(image)):
-        raise DataError(f"{origin} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    if reading is not None and (frames := _frames(image)) > 1:
+        raise DataError(f"{origin} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    is_photo = image.format in ("JPEG", "MPO")  # of the pictures in a phone's JPEG (MPO), only the main one counts
+    if reading is not None and not is_photo and (frames := getattr(image, "n_frames", 1)) > 1:
         raise DataError(f"{origin} has {frames} frames or pages; save one of them as a single image, or remove it")
     return image
 
 
-def _frames(image: Image.Image) -> int:
-    """Frames of an animation, or pages of a TIFF; of a phone's JPEG (MPO), only the main picture counts."""
-    return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-
-
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether an image has channels that Pillow would reduce wrongly to 8 bits, by taking the high byte.
+    """Whether Pillow would reduce the channels of an image to 8 bits in a wrong way, by keeping the high byte.
 
-    This holds for TIFFs whose channels are signed or have more than 8 bits: in scientific files the high byte is often
-    empty. 16-bit colours of a PNG use the whole range, so the high byte is right, unless one colour is declared
-    transparent, because Pillow compares it with the high bytes.
+    This is so for TIFFs with signed channels or more than 8 bits: in scientific files the high byte is often empty. The
+    high byte is right for a 16-bit PNG, whose colours use the whole range, unless the PNG declares one colour as
+    transparent, which Pillow compares with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     signs = image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
-    return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 not said
+    return max(bits) > 8 or any(sign not in (1, 4) for sign in signs)  # 1 unsigned, 4 undefined
 
 
 def _undecodable(origin: str, error: Exception) -> DataError:
@@ -277,16 +271,16 @@ def _undecodable(origin: str, error: Exception) -> DataError:
 def resize_center_crop(
     image: NDArray[np.uint8], size: int, resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
 ) -> NDArray[np.uint8]:
-    """Bring the short side of ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square.
+    """Resize the short side of an image ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square.
 
     Raises:
-        DataError: the image is so long and narrow that the resized image would be huge.
+        DataError: the image is so long and narrow that the resized image would be too large.
     """
     _, height, width = image.shape
     scale = size / min(height, width)
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
     if new_height * new_width > _MAX_PIXELS:
-        raise DataError(f"an image must not be a thread (got {height}x{width} pixels for {size}x{size}); remove it")
+        raise DataError(f"an image must not be so narrow (got {height}x{width} pixels for {size}x{size}); remove it")
     resized = np.asarray(to_pillow(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]
@@ -294,20 +288,20 @@ def resize_center_crop(
 
 
 def reduce_depth(image: NDArray[np.uint8], bit_depth: int) -> NDArray[np.uint8]:
-    """Keep the ``bit_depth`` high bits of 8-bit pixels; the 2^bit_depth levels are spread evenly over 0..255."""
+    """Keep the ``bit_depth`` high bits of 8-bit pixels, and spread the 2^bit_depth levels evenly over 0..255."""
     levels = image >> (8 - bit_depth)
     return np.round(levels * (255 / (2**bit_depth - 1))).astype(np.uint8)
 
 
 def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names: Sequence[str] | None = None) -> bytes:
-    """A PNG of images ``(B, C, H, W)`` uint8 in rows of ``columns``, each pixel ``zoom`` wide, on a white border.
+    """Draw a sheet of images with white borders, as PNG.
 
     Args:
-        images: what is shown.
-        columns: images side by side.
-        zoom: width and height on the sheet of one pixel of an image.
-        names: class of each image. If every column holds one class, its name is above the column; else a name is above
-            each image.
+        images: the images, ``(B, C, H, W)`` uint8.
+        columns: number of images in a row.
+        zoom: width and height, in pixels of the sheet, of one pixel of an image.
+        names: class name of each image. If each column has one class, its name is above the column; else a name is
+            above each image.
     """
     num, channels, height, width = images.shape
     rows = -(-num // columns)
@@ -328,7 +322,7 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
 
 
 def _strips(rows: Sequence[Sequence[str]], cell: int, width: int) -> list[NDArray[np.uint8]]:
-    """For each row a strip ``(1, h, width)`` of names above cells of ``cell`` pixels; vertical if one does not fit."""
+    """Draw a strip ``(1, h, width)`` of names for each row of cells of ``cell`` pixels; upright if a name is long."""
     size = max(_NAME_PIXELS, width // _NAME_PART)
     font = ImageFont.load_default(size)
     short = [[name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 2]}.." for name in row] for row in rows]

@@ -1,7 +1,7 @@
-"""The index beside each tar: where every sample starts, and a checksum of its bytes.
+"""The index beside each tar: the offset of every sample, and a checksum of its bytes.
 
-With it, a sample or consecutive samples are one range read, and a reader that does not read the whole shard still
-detects a flipped bit.
+With the index, a sample or consecutive samples can be read as one range, and a reader that does not read the whole
+shard still detects a flipped bit.
 """
 
 import io
@@ -20,10 +20,10 @@ __all__ = ["ShardIndex", "checksum", "read_index"]
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """CRC-32 of the first and of the second half of a sample's bytes, tar headers and padding included; 64 bits.
+    """Checksum of the bytes of a sample, with its tar headers and padding: the CRC-32 of each half, as 64 bits.
 
-    It detects accidental damage at every read; the SHA-256 of the manifest detects any change. A cryptographic hash of
-    a 512 px JPEG takes a fifth of the time of decoding it, this checksum a twentieth.
+    It detects accidental damage at every read, while the SHA-256 in the manifest detects any change of a shard. For a
+    JPEG of 512x512 pixels, this checksum takes a twentieth of the decoding time; a cryptographic hash takes a fifth.
     """
     view = memoryview(content)
     middle = len(view) // 2
@@ -31,12 +31,16 @@ def checksum(content: bytes | memoryview) -> int:
 
 
 _ALGORITHM = "crc32 of halves"
-_ARRAYS = {"offsets": "int64", "checksums": "uint64"}
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Byte offsets ``(n + 1,)`` int64 at which samples start (the last: where they end), checksums ``(n,)`` uint64."""
+    """Offsets and checksums of the ``n`` samples of a shard.
+
+    Args:
+        offsets: byte at which each sample starts, and the byte after the last sample; ``(n + 1,)`` int64.
+        checksums: checksum of each sample; ``(n,)`` uint64.
+    """
 
     offsets: NDArray[np.int64]
     checksums: NDArray[np.uint64]
@@ -56,13 +60,13 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
 
     Args:
         location: path or URL of the ``.index.npz``.
-        samples: number of samples the manifest gives the shard.
-        sha256: digest the manifest gives the index.
-        num_bytes: size the manifest gives the shard.
+        samples: number of samples of the shard, from the manifest.
+        sha256: digest of the index, from the manifest.
+        num_bytes: size of the shard, from the manifest.
 
     Raises:
-        DataError: it is damaged or of another shard.
-        StorageError: it cannot be read.
+        DataError: the index is damaged, or belongs to another shard.
+        StorageError: the index cannot be read.
     """
     content = storage.read_bytes(location)
     if storage.digest(content) != sha256:
@@ -71,21 +75,20 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
     except (*NPY_FAULTS, AttributeError) as error:
-        raise DataError(f"{location} is no index ({' '.join(str(error).split())}); pack the data set again") from error
+        raise DataError(
+            f"{location} is not an index ({' '.join(str(error).split())}); pack the data set again"
+        ) from error
     algorithm = str(arrays.get("algorithm", "none"))
     if algorithm != _ALGORITHM:
         raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {algorithm}); pack the data set again")
-    index = ShardIndex(*(arrays.get(name, np.zeros((), kind)) for name, kind in _ARRAYS.items()))
-    for name, kind in _ARRAYS.items():
-        array = getattr(index, name)
-        if array.dtype != kind or array.ndim != 1:
+    for name, kind, length in (("offsets", "int64", samples + 1), ("checksums", "uint64", samples)):
+        array = arrays.get(name, np.zeros(0))
+        if array.dtype != kind or array.shape != (length,):
             raise DataError(
-                f"{name} of {location} must be a row of {kind} (got {array.dtype} {array.shape}); pack the data again"
+                f"{name} of {location} must be {kind} ({length},), because the manifest says {samples} samples (got "
+                f"{array.dtype} {array.shape}); pack the data set again"
             )
-    if len(index) != samples or len(index.offsets) != samples + 1:
-        raise DataError(
-            f"{location} indexes {len(index)} samples (the manifest says {samples}); pack the data set again"
-        )
+    index = ShardIndex(arrays["offsets"], arrays["checksums"])
     if int(index.offsets[0]) < 0 or int(index.offsets[-1]) > num_bytes or (np.diff(index.offsets) <= 0).any():
         raise DataError(
             f"offsets of {location} must rise within the {num_bytes:,} bytes of its shard (got "

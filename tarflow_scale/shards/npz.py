@@ -1,11 +1,10 @@
-"""A packed data set as the ``.npz`` that ADM's evaluator takes: ``arr_0`` uint8 (N, H, W, 3), ``arr_1`` labels (N,).
+"""Export a packed data set as the ``.npz`` that ADM's evaluator reads: ``arr_0`` (N, H, W, 3), ``arr_1`` labels (N,).
 
-ImageNet papers report numbers of that evaluator (openai/guided-diffusion, evaluations/evaluator.py). Images are
-streamed, so a file of 50,000 needs the memory of one batch. Grey images get three equal channels.
+ImageNet papers report the metrics of this evaluator (openai/guided-diffusion, evaluations/evaluator.py). Images are
+written batch by batch, so that one batch is in memory at a time. Grey images get three equal channels.
 """
 
 import zipfile
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +19,14 @@ _BATCH = 256
 
 
 def check_npz(location: str, digest: str | None) -> None:
-    """Refuse a location that has a file of another data set, or anything else.
+    """Check that `write_npz` can write a data set to a location.
 
     Args:
-        location: of the file.
-        digest: of the data set's manifest; None if the data set does not exist yet.
+        location: path or URL of the ``.npz``.
+        digest: digest of the manifest of the data set; None if the data set does not exist yet.
 
     Raises:
-        DataError: there is such a file, or a folder.
+        DataError: the location is a folder, or a file that was not made from this data set.
     """
     if storage.is_folder(location):
         raise DataError(f"shards.npz={location} is a folder; name a file")
@@ -43,14 +42,14 @@ def check_npz(location: str, digest: str | None) -> None:
 
 
 def write_npz(path: str, location: str) -> int:
-    """Write the images of a data set, and their labels if it has classes; returns their number.
+    """Write the images of a data set, and their labels if it has classes; returns the number of images.
 
     Args:
         path: folder or URL of the data set.
-        location: of the file, which appears complete or not at all.
+        location: path or URL of the ``.npz``, which appears only when it is complete.
 
     Raises:
-        DataError: a sample is not what was packed.
+        DataError: a sample is damaged.
     """
     shards = ShardSet(path)
     manifest = shards.manifest
@@ -61,16 +60,11 @@ def write_npz(path: str, location: str) -> int:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}
             np.lib.format.write_array_header_1_0(member, header)
-            for images, batch_labels in _batches(shards):
-                member.write(images.tobytes())
-                labels.append(batch_labels)
+            for batch in shards.batches(0, num, _BATCH):
+                rgb = np.broadcast_to(batch.events, (len(batch), 3, size, size))
+                member.write(rgb.transpose(0, 2, 3, 1).tobytes())
+                labels.append(batch.labels)
         if manifest.class_names:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, np.concatenate(labels), allow_pickle=False)
     return num
-
-
-def _batches(shards: ShardSet) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
-        rgb = np.broadcast_to(batch.events, (len(batch), 3, *batch.events.shape[2:]))
-        yield np.ascontiguousarray(rgb.transpose(0, 2, 3, 1)), batch.labels

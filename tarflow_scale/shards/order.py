@@ -1,34 +1,36 @@
-"""The order of samples: slot streams, a pure function of (seed, epoch).
+"""The order in which samples are read, as a pure function of the seed and the epoch.
 
-The shards of an epoch are permuted and laid end to end; this line is rotated by a random offset and cut into G equal
-stretches, where G is the global batch size. Slot j of every global batch walks stretch j in blocks of ``shuffle_block``
-samples; the blocks are visited in a random order and permuted inside. The first block that slot j visits is shorter by
-floor(j * shuffle_block / G), so that the slots do not all refill on the same step.
+The shards of an epoch are permuted and laid end to end. This line of samples is rotated by a random offset and cut into
+G equal stretches, where G is the global batch size. Slot j of each global batch takes its samples from stretch j, in
+blocks of ``shuffle_block`` samples: the blocks are visited in a random order, and the samples of a block are permuted.
+The first block that slot j visits is shorter by floor(j * shuffle_block / G), so that the slots do not all need a new
+block at the same step.
 
-What follows:
+Properties:
 
-* The state of a loader is one integer, the images seen. Step t of an epoch takes element t of every slot.
-* Whatever the world size or the number of workers, the global batches are the same: a rank owns a run of slots.
+* The state of a loader is one integer, the number of images seen. Step t of an epoch takes element t of every slot.
+* The global batches do not depend on the world size or the number of workers: each rank owns consecutive slots.
 * Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples; the rotation changes which.
-* A block is one contiguous range of the line, hence one or a few range reads, and no byte is read twice in an epoch.
+* A block is one contiguous range of the line. It needs one or a few range reads, and no byte is read twice in an epoch.
 
-Why (n samples, G slots, stretches of s = floor(n / G) samples):
+Proof (n samples, G slots, stretches of s = floor(n / G) samples):
 
 * *Once an epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
   modulo n. Stretch j is the positions [j s, (j + 1) s): disjoint for different j, G s = n - (n mod G) > n - G of them.
   The blocks of a slot cut its stretch without overlap, and both permutations, of blocks and inside blocks, are
   bijections. So every position is visited once, and n mod G < G samples are left out.
 * *The same for every world size.* Element t of slot j is a function of (seed, epoch, j, t) and the data set alone. Rank
-  r of R owns slots [r G / R, (r + 1) G / R), in order, and a batch is the slots in order; joined over ranks it is the
-  slots 0 to G - 1, whatever R is. Worker processes divide a rank's run in the same way.
+  r of R owns the slots [r G / R, (r + 1) G / R) in order, so the batches of all ranks together have the slots 0 to
+  G - 1 in order, for every R. Worker processes divide the slots of a rank in the same way.
 * *Resume is exact.* After i images (a multiple of G) the next step is t = i / G, its epoch floor(t / s), its element
-  t mod s. There is no other state, so starting at this step equals having arrived there. Each slot must read the block
-  that holds the element: at most one block a slot.
-* *Equal steps.* Every slot has s elements, hence every rank has s steps an epoch, whatever the sizes of shards.
+  t mod s. There is no other state, so a loader that starts at this step continues as if it had not stopped. It first
+  reads one block for each slot, the block that contains the element.
+* *Equal steps.* Every slot has s elements, so every rank has s steps per epoch, for shards of any sizes.
 
-`tests/shards/test_order.py` and `tests/shards/test_loader.py` check these as properties of random data sets.
+`tests/shards/test_order.py` and `tests/shards/test_loader.py` check these properties with random data sets.
 
-Units: samples. Positions are on the epoch's line; ``Line`` turns them into (shard, index in shard).
+All lengths and positions count samples. A position is on the line of the epoch; `Line` converts it to a shard and an
+index in the shard.
 """
 
 from dataclasses import dataclass
@@ -45,13 +47,13 @@ __all__ = ["Line", "OrderSpec", "SlotWalk", "steps_per_epoch"]
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """Everything that the order depends on.
+    """The quantities that determine the order.
 
     Args:
-        samples_per_shard: number of samples of each shard, in the manifest's order.
+        samples_per_shard: number of samples of each shard, in the order of the manifest.
         num_slots: G, the global batch size.
-        shuffle_block: samples of a block.
-        seed: the seed.
+        shuffle_block: number of samples in a block.
+        seed: seed of all permutations.
     """
 
     samples_per_shard: tuple[int, ...]
@@ -68,17 +70,17 @@ class OrderSpec:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the data set."""
+        """Number of samples of the data set."""
         return sum(self.samples_per_shard)
 
 
 def steps_per_epoch(spec: OrderSpec) -> int:
-    """Global batches of an epoch: the length of a stretch."""
+    """Number of global batches in an epoch, which is the length of a stretch."""
     return spec.num_samples // spec.num_slots
 
 
 class Line:
-    """The shards of one epoch, permuted, laid end to end and rotated."""
+    """The samples of one epoch in a line: its shards, permuted, laid end to end and rotated."""
 
     def __init__(self, spec: OrderSpec, epoch: int) -> None:
         self.spec = spec
@@ -89,7 +91,7 @@ class Line:
         self._rotation = integer(spec.num_samples, Purpose.ROTATION, spec.seed, epoch)
 
     def runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Line positions ``[start, stop)`` as runs ``(shard number, first index in it, index after the last)``."""
+        """Convert positions ``[start, stop)`` to runs ``(shard number, first index in the shard, last index + 1)``."""
         runs: list[tuple[int, int, int]] = []
         while start < stop:
             absolute = (start + self._rotation) % self.spec.num_samples
@@ -101,53 +103,52 @@ class Line:
         return runs
 
 
+@dataclass(frozen=True)
 class SlotWalk:
     """The positions that one slot visits in one epoch, block by block.
 
     Args:
-        spec: the order.
-        epoch: the epoch.
-        slot: j in [0, G).
+        spec: the quantities that determine the order.
+        epoch: number of the epoch.
+        slot: number of the slot, in [0, G).
     """
 
-    def __init__(self, spec: OrderSpec, epoch: int, slot: int) -> None:
-        self._spec = spec
-        self._epoch = epoch
-        self._slot = slot
-        self._length = steps_per_epoch(spec)
+    spec: OrderSpec
+    epoch: int
+    slot: int
 
     @cached_property
     def block_lengths(self) -> NDArray[np.int64]:
-        """Lengths of the blocks in the order in which they are visited; they sum to the stretch."""
-        block = self._spec.shuffle_block
-        first = min(block - (self._slot * block) // self._spec.num_slots, self._length)
-        full, rest = divmod(self._length - first, block)
+        """Lengths of the blocks, in the order of the visits; their sum is the length of the stretch."""
+        block, length = self.spec.shuffle_block, steps_per_epoch(self.spec)
+        first = min(block - (self.slot * block) // self.spec.num_slots, length)
+        full, rest = divmod(length - first, block)
         return np.array([first, *[block] * full, *([rest] if rest else [])], dtype=np.int64)
 
     @cached_property
     def visit_starts(self) -> NDArray[np.int64]:
-        """Step of the epoch at which each visited block begins, and the end ``(num_blocks + 1,)``."""
+        """Step of the epoch at which the visit of each block begins, and the last step + 1; ``(num_blocks + 1,)``."""
         return np.concatenate([[0], np.cumsum(self.block_lengths)])
 
     @cached_property
     def _line_starts(self) -> NDArray[np.int64]:
-        """Position on the line at which each visited block begins: the blocks lie in a random order."""
+        """Position on the line at which each block begins, in the order of the visits."""
         lengths = self.block_lengths
-        order = permutation(len(lengths), Purpose.BLOCK_ORDER, self._spec.seed, self._epoch, self._slot)
+        order = permutation(len(lengths), Purpose.BLOCK_ORDER, self.spec.seed, self.epoch, self.slot)
         starts = np.empty_like(lengths)
         starts[order] = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
-        return starts + self._slot * self._length
+        return starts + self.slot * steps_per_epoch(self.spec)
 
     def block_at(self, step: int) -> int:
-        """Number, in visiting order, of the block that holds ``step``."""
+        """Number, in the order of the visits, of the block that contains ``step``."""
         return int(np.searchsorted(self.visit_starts, step, side="right") - 1)
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """The contiguous range ``[start, stop)`` of line positions of a visited block."""
+        """The range ``[start, stop)`` of positions on the line of a block, by its number in the order of the visits."""
         start = int(self._line_starts[block])
         return start, start + int(self.block_lengths[block])
 
     def block_order(self, block: int) -> NDArray[np.int64]:
-        """The order in which the samples of a visited block are taken: a permutation of ``range(length)``."""
-        lane = (self._slot << 32) | block
-        return permutation(int(self.block_lengths[block]), Purpose.SAMPLE_ORDER, self._spec.seed, self._epoch, lane)
+        """The order in which the samples of a block are taken: a permutation of ``range(length)``."""
+        lane = (self.slot << 32) | block
+        return permutation(int(self.block_lengths[block]), Purpose.SAMPLE_ORDER, self.spec.seed, self.epoch, lane)

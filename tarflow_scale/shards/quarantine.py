@@ -1,7 +1,6 @@
-"""Corrupt samples are listed, counted, and stop the run if there are too many."""
+"""Record corrupt samples in a list, and stop the run if there are too many of them."""
 
 import json
-import os
 from pathlib import Path
 
 from tarflow_scale.errors import DataError
@@ -10,20 +9,20 @@ from tarflow_scale.shards.reader import CorruptSample
 __all__ = ["Quarantine", "check_share"]
 
 _ALLOWANCE_SAMPLES = 10_000
-"""The share is computed as if the run had read at least so many samples, so that one early fault does not stop it."""
+"""Smallest number of samples that the share refers to, so that one corrupt sample early in a run does not stop it."""
 
 
 def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str) -> None:
-    """Refuse to continue if all ranks and workers of a run together met too many corrupt samples.
+    """Stop a run if its ranks and workers together have read too many corrupt samples.
 
     Args:
-        num_replaced: corrupt samples so far.
-        num_read: samples so far.
-        max_fraction: the allowed share, ``data.max_corrupt_fraction``.
-        path: folder of the lists, for the message.
+        num_replaced: number of corrupt samples so far.
+        num_read: number of samples so far.
+        max_fraction: largest allowed share, ``data.max_corrupt_fraction``.
+        path: folder of the lists of corrupt samples, for the message.
 
     Raises:
-        DataError: there are too many.
+        DataError: the share of corrupt samples is too large.
     """
     if num_replaced > max_fraction * max(num_read, _ALLOWANCE_SAMPLES):
         raise DataError(
@@ -36,8 +35,8 @@ class Quarantine:
     """The list of corrupt samples of one rank.
 
     Args:
-        path: local JSONL file with a line ``{"shard", "sample", "key", "reason"}`` for each corrupt sample; several
-            processes may append to it. None writes nothing.
+        path: local file with a line of JSON, ``{"shard", "sample", "key", "reason"}``, for each corrupt sample; more
+            than one process may append to it. None keeps no list.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -45,7 +44,7 @@ class Quarantine:
         self._known: set[tuple[str, int]] | None = None
 
     def add(self, fault: CorruptSample) -> None:
-        """Append a corrupt sample, unless it is listed already."""
+        """Append a corrupt sample to the list, unless it is in the list already."""
         if self._path is None:
             return
         if self._known is None:
@@ -57,11 +56,8 @@ class Quarantine:
         self._known.add((shard, sample.place))
         record = {"shard": shard, "sample": sample.place, "key": sample.key, "reason": fault.reason}
         Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, json.dumps(record).encode() + b"\n")  # one write, so that lines of processes do not mix
-        finally:
-            os.close(handle)
+        with Path(self._path).open("ab", buffering=0) as file:  # one write, so that lines of two processes do not mix
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def _read_known(path: str) -> set[tuple[str, int]]:
@@ -72,5 +68,5 @@ def _read_known(path: str) -> set[tuple[str, int]]:
                 record = json.loads(line)
                 known.add((record["shard"], record["sample"]))
             except (ValueError, KeyError, TypeError):
-                continue  # a line that was cut short by a kill is appended again
+                continue  # a killed process left part of a line; the sample will be appended again
     return known

@@ -1,7 +1,7 @@
-"""Images from loader processes to their rank without copies: rings of arrays in shared memory.
+"""Arrays in shared memory, with which loader processes pass images to their rank without copies.
 
-A pipe would copy every image four times, with processor time that decoding needs. The shared memory is an anonymous
-file, not in ``/dev/shm``, which has 64 MiB in a container by default.
+A pipe would copy every image four times and take processor time from decoding. The shared memory is an anonymous file
+outside ``/dev/shm``, which by default has only 64 MiB in a container.
 """
 
 import mmap
@@ -16,14 +16,14 @@ __all__ = ["SharedRing"]
 
 
 class SharedRing:
-    """Zeroed uint8 arrays that processes share; a pickled ring is the same memory in a child process.
+    """Arrays of uint8 in shared memory, initially zero. A ring that is pickled to a child process shares its memory.
 
     Args:
-        shape: of all arrays together.
-        descriptor: of memory to attach; None creates new memory.
+        shape: shape of all arrays together; the first axis counts the arrays.
+        descriptor: file descriptor of existing memory; None creates new memory.
 
     Raises:
-        OSError: no memory is left.
+        OSError: there is not enough memory.
     """
 
     def __init__(self, shape: tuple[int, ...], descriptor: int | None = None) -> None:
@@ -37,7 +37,7 @@ class SharedRing:
         return _attached, (self.arrays.shape, DupFd(self._descriptor))
 
     def close(self) -> None:
-        """Close the descriptor; the memory is freed with the last array."""
+        """Close the file descriptor. The memory is freed when the last array is deleted."""
         os.close(self._descriptor)
 
 

@@ -19,16 +19,16 @@ _function_of_worker: list[Callable[[Any], Any]] = []
 
 
 def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Results, and errors too, in the order of the inputs.
+    """Apply a function to inputs; yields results, or raises errors, in the order of the inputs.
 
     Args:
-        function: of a module, or a `functools.partial` of one, or a method of an object that can be pickled; every
+        function: a function of a module, a `functools.partial`, or a method of an object that can be pickled. Each
             worker receives it once.
-        inputs: its inputs.
-        num_workers: processes; with one, or one input, the calling process does the work.
+        inputs: the inputs.
+        num_workers: number of processes. With one worker or one input, the calling process does the work.
 
     Raises:
-        UserError: a worker was killed.
+        UserError: a worker process died.
     """
     if num_workers <= 1 or len(inputs) <= 1:
         yield from map(function, inputs)
@@ -38,8 +38,9 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
     try:
         yield from pool.map(_apply, inputs)
     except BrokenProcessPool as error:
-        raise UserError(  # not DataError, so that what is packed stays and packing resumes
-            f"a worker process died ({error}); is memory short? lower shards.num_workers and run it again to continue"
+        raise UserError(  # not DataError, after which `prepare` would delete the shards that are packed
+            f"a worker process died ({error}); is there enough memory? lower shards.num_workers, and run it again to "
+            f"continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

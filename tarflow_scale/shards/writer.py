@@ -1,7 +1,7 @@
-"""Write samples as shards: reproducible tar files, an index next to each, and the manifest last.
+"""Write samples as shards: reproducible tar files, an index beside each, and the manifest last.
 
-The tar files are byte-identical to those of webdataset's ``TarWriter``. The package webdataset imports torch, which
-takes 700 MiB in every process that packs, so this module writes the tar headers itself. A test compares the two.
+The tar files are byte-identical to those of webdataset's ``TarWriter``; a test compares them. This module writes the
+tar headers itself, because webdataset imports torch, which takes 700 MiB in every packing process.
 """
 
 import functools
@@ -19,30 +19,30 @@ from tarflow_scale.shards.images import CODECS, Codec, encode_image
 from tarflow_scale.shards.index import ShardIndex, checksum
 from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, index_name
 
-__all__ = ["PackedShard", "Sample", "pack_shard", "publish_manifest"]
+__all__ = ["PackedShard", "Sample", "publish_manifest"]
 
 _MODIFIED_SECONDS = 0
-"""Time stamp of every member, so that equal samples give equal bytes. An integer; a float needs pax headers."""
+"""Time stamp of every member; a constant, so that equal samples give equal bytes. A float would need pax headers."""
 _MODE, _OWNER = 0o444, "bigdata"
-"""Permissions, and user and group, of every member, as in webdataset."""
+"""Permissions of every member, and the name of its user and group; the same as in webdataset."""
 
 _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
-"""Fields of a tar header (POSIX ustar): a name, and two octal numbers."""
+"""Fields of a tar header (POSIX ustar): the name, the size, and the sum of the header; both numbers are octal."""
 _LARGE_BYTES = 8**11
-"""The smallest size that does not fit into a header."""
+"""Smallest size of a member that does not fit into a plain header."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: an image, a label and metadata, which are written as members of a tar.
+    """A sample: an image, a label and metadata, which become members of a tar.
 
     Args:
-        key: base name of the members.
-        image: ``(C, H, W)`` uint8; or encoded members, by extension.
-        label: content of ``.cls``; None writes no such member.
-        metadata: content of ``.json``.
+        key: file name of the members, without the extension.
+        image: the image ``(C, H, W)`` uint8; or the contents of encoded members, by extension.
+        label: content of the member ``.cls``; None writes no such member.
+        metadata: content of the member ``.json``.
     """
 
     key: str
@@ -51,28 +51,13 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def pack_shard(samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> tuple[bytes, ShardIndex]:
-    """Tar and index of a shard; the same samples give the same bytes."""
-    parts: list[bytes] = []
-    offsets, checksums = [0], list[int]()
-    for sample in samples:
-        image = sample.image
-        encoded = {CODECS[codec]: encode_image(image, codec, quality)} if isinstance(image, np.ndarray) else image
-        members = dict(encoded)
-        if sample.label is not None:
-            members["cls"] = str(sample.label).encode()
-        members["json"] = json.dumps(sample.metadata, sort_keys=True).encode()
-        content = _tarred(sample.key, members)
-        parts.append(content)
-        offsets.append(offsets[-1] + len(content))
-        checksums.append(checksum(content))
-    end = offsets[-1] + 2 * tarfile.BLOCKSIZE
-    parts.append(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-    return b"".join(parts), ShardIndex(np.array(offsets, dtype=np.int64), np.array(checksums, dtype=np.uint64))
-
-
-def _tarred(key: str, members: dict[str, bytes]) -> bytes:
-    """The members of a sample, sorted by extension."""
+def _tarred(sample: Sample, codec: Codec, quality: int) -> bytes:
+    """The part of a tar with the members of a sample, sorted by extension."""
+    image, key = sample.image, sample.key
+    encoded = {CODECS[codec]: encode_image(image, codec, quality)} if isinstance(image, np.ndarray) else image
+    members = {**encoded, "json": json.dumps(sample.metadata, sort_keys=True).encode()}
+    if sample.label is not None:
+        members["cls"] = str(sample.label).encode()
     parts: list[bytes | bytearray] = []
     for extension, content in sorted(members.items()):
         parts += (_header(key, extension, len(content)), content, bytes(-len(content) % tarfile.BLOCKSIZE))
@@ -80,7 +65,7 @@ def _tarred(key: str, members: dict[str, bytes]) -> bytes:
 
 
 def _header(key: str, extension: str, size: int) -> bytes | bytearray:
-    """The header of a member; for plain names and sizes, in a tenth of `tarfile`'s time."""
+    """The header of a member. For plain names and sizes, this takes a tenth of the time of ``tarfile``."""
     name = f"{key}.{extension}".encode(errors="surrogateescape")
     if len(name) > _NAME.stop or not name.isascii() or size >= _LARGE_BYTES:
         return _any_header(f"{key}.{extension}", size)
@@ -93,7 +78,7 @@ def _header(key: str, extension: str, size: int) -> bytes | bytearray:
 
 
 def _any_header(name: str, size: int) -> bytes:
-    """A header for any name and size, with pax records if a plain header has no room."""
+    """A header for any name and size, with pax records if they do not fit into a plain header."""
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode = size, _MODIFIED_SECONDS, _MODE
     info.uname = info.gname = _OWNER
@@ -102,7 +87,7 @@ def _any_header(name: str, size: int) -> bytes:
 
 @functools.cache
 def _blank_header() -> tuple[bytes, int]:
-    """A header without name, size and sum; and the sum of its bytes."""
+    """A header without name, size and sum, and the sum of its bytes."""
     header = bytearray(_any_header("", 0))
     header[_NAME], header[_SIZE], header[_SUM] = bytes(100), bytes(12), b" " * 8
     return bytes(header), sum(header)
@@ -110,7 +95,7 @@ def _blank_header() -> tuple[bytes, int]:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A shard in memory: tar, index, and the record that describes both."""
+    """A shard in memory: the bytes of its tar and index, and the record for the manifest."""
 
     tar: bytes
     index: bytes
@@ -118,26 +103,29 @@ class PackedShard:
 
     @classmethod
     def of(cls, tar_name: str, samples: Iterable[Sample], codec: Codec = "png", quality: int = 95) -> "PackedShard":
-        """Pack samples; the same samples give the same bytes."""
-        tar, index = pack_shard(samples, codec, quality)
-        index_bytes = index.to_bytes()
+        """Pack samples into a shard; the same samples give the same bytes."""
+        parts = [_tarred(sample, codec, quality) for sample in samples]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        index = ShardIndex(offsets, np.array([checksum(part) for part in parts], dtype=np.uint64)).to_bytes()
+        end = int(offsets[-1]) + 2 * tarfile.BLOCKSIZE
+        tar = b"".join([*parts, bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE)])
         record = ShardRecord(
             file=tar_name,
-            samples=len(index),
+            samples=len(parts),
             bytes=len(tar),
             sha256=storage.digest(tar),
-            index_sha256=storage.digest(index_bytes),
+            index_sha256=storage.digest(index),
         )
-        return cls(tar, index_bytes, record)
+        return cls(tar, index, record)
 
     def write(self, path: str) -> ShardRecord:
-        """Write index and tar, each atomically, the index first; returns the record."""
+        """Write the index and then the tar, each atomically; returns the record."""
         storage.write_bytes(storage.join(path, index_name(self.record.file)), self.index)
         storage.write_bytes(storage.join(path, self.record.file), self.tar)
         return self.record
 
 
 def publish_manifest(path: str, manifest: Manifest) -> None:
-    """Remove what killed writers left, and write the manifest, which makes the folder a data set."""
+    """Delete temporary files of killed writers, and write the manifest, which makes the folder a data set."""
     storage.remove_abandoned(path)
     storage.write_bytes(storage.join(path, MANIFEST_NAME), manifest.to_json())

@@ -1,4 +1,4 @@
-"""Near copies: found wherever they lie, dropped from training alone, and never made up."""
+"""Near copies are found in all splits, are dropped only from training, and different images are not reported."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from tarflow_scale.shards.reader import ShardSet
 
 
 def picture(number: int, size: int = 64) -> Image.Image:
-    """Smooth colours, as different from those of other numbers as photographs are."""
+    """An image of smooth colours, which differs from the images of other numbers as much as photographs do."""
     coarse = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -59,7 +59,7 @@ def test_no_two_of_many_different_pictures_are_copies() -> None:
 
 
 def test_equal_hashes_of_different_pictures_are_not_enough() -> None:
-    """The pixels decide: here hashes of one picture are forged for another."""
+    """The pixels decide; this test gives one picture the hash of another."""
     images = [pixels(picture(number)) for number in range(2)]
     forged = np.array([[1, 77], [2, 77]], np.uint64)
     assert find_copies(forged, lambda number: images[number]).near == {}
@@ -88,7 +88,8 @@ def test_hashes_that_tell_nothing_apart_are_not_reported() -> None:
     assert not copies.are_told_apart
     lines = duplicates.described(copies, np.zeros(399, np.int64), ["train"], str, 64)
     assert lines == [
-        "copies (near copies are not listed: there are more than 2 an image, as of drawings or frames of films): none"
+        "copies (near copies are not listed: there are more than 2 pairs per image, as among drawings or frames of "
+        "films): none"
     ]
 
 
@@ -122,13 +123,13 @@ def test_copies_are_counted_within_and_across_splits() -> None:
     lines = duplicates.described(COPIES, split, ["train", "test"], "image {}".format, 64)
     assert lines[0] == "copies and near copies:"
     assert (
-        "  test: 3 of 5 images are like one in train (1 equal): image 3 like image 1; image 4 like image 0; "
+        "  test: 3 of 5 images are like an image in train (1 equal): image 3 like image 1; image 4 like image 0; "
         in lines[2]
     )
 
 
 def write_photographs(path: Path) -> list[str]:
-    """Of 40 photographs for training, the first is equal to a held-out one, two are near copies; one has a twin."""
+    """Write 40 training images: one equals a held-out image, two are near copies of held-out images, one has a copy."""
     for split, numbers in (("train", range(40)), ("test", range(100, 110))):
         (path / split / "a").mkdir(parents=True)
         for number in numbers:
@@ -143,10 +144,10 @@ def test_near_copies_are_reported_by_prepare_and_by_stats(tmp_path: Path, capsys
     arguments = [*write_photographs(tmp_path / "images"), f"shards.path={tmp_path}/out"]
     assert cli.main([*arguments, "shards.num_workers=2"]) == 0
     across = (
-        "  test: 3 of 10 images are like one in train (1 equal): test/a/100.png like train/a/000.png; "
+        "  test: 3 of 10 images are like an image in train (1 equal): test/a/100.png like train/a/000.png; "
         "test/a/101.png like train/a/001.png; test/a/102.png like train/a/002.png"
     )
-    within = "  train: 1 of 40 images are like an earlier one (0 equal): train/a/039.png like train/a/005.png"
+    within = "  train: 1 of 40 images are like an earlier image (0 equal): train/a/039.png like train/a/005.png"
     out = capsys.readouterr().out
     assert f"copies and near copies:\n{within}\n{across}\n" in out
     for split in ("train", "test"):
@@ -175,7 +176,7 @@ def test_near_copies_of_held_out_images_are_dropped_from_training(
         more = [f"shards.path={tmp_path}/{workers}", f"shards.num_workers={workers}"]
         assert cli.main([*arguments, *more]) == 0
         assert "train: 4 of 40 images are dropped, because they are like others" in capsys.readouterr().out
-    one, two = (
+    first, second = (
         {
             file.relative_to(tmp_path / name): file.read_bytes()
             for file in (tmp_path / name).rglob("*")
@@ -183,7 +184,7 @@ def test_near_copies_of_held_out_images_are_dropped_from_training(
         }
         for name in ("1", "2")
     )
-    assert one == two
+    assert first == second
     assert origins(tmp_path / "1/train") == [f"train/a/{number:03d}.png" for number in range(3, 39)]
     assert len(origins(tmp_path / "1/test")) == 10
     manifests = {split: ShardSet(f"{tmp_path}/1/{split}").manifest for split in ("train", "test")}
@@ -213,7 +214,7 @@ def test_near_copies_of_tiny_images_are_not_looked_for_and_that_is_said(
 ) -> None:
     assert cli.main(["prepare", "--stats", f"{digits}/test"]) == 0
     out = capsys.readouterr().out
-    assert "copies (near copies are not looked for below 32 pixels, where hashes say nothing): none" in out
+    assert "copies (near copies are not searched below 32 pixels, where hashes do not help): none" in out
 
 
 def test_equal_images_are_found_at_any_size() -> None:

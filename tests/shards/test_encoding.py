@@ -1,4 +1,4 @@
-"""Encoding beside the sampler: every file in its place, whatever becomes of the processes."""
+"""Encoding in separate processes: all files are in the right order, also if processes die."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ BATCHES = [np.random.default_rng(n).integers(0, 256, (5, 3, 16, 16), np.uint8) f
 
 
 def encoding_processes() -> list[int]:
-    """Children of this process that encode."""
+    """The child processes of this process that encode."""
     children = [
         int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
     ]

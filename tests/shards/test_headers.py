@@ -1,4 +1,4 @@
-"""Headers of tars: what is read quickly is what `tarfile` reads, of good tars and of damaged ones."""
+"""Headers of tars: `plain_members` returns what `tarfile` returns, for good and for damaged tars."""
 
 import io
 import os
@@ -31,8 +31,8 @@ def quickly(content: bytes) -> list[Member]:
 
 
 def compared(members: Iterable[Member]) -> list[Member]:
-    """Without slashes at the end of a folder's name, of which releases of `tarfile` leave more or fewer."""
-    return [one._replace(name=one.name.rstrip("/")) if one.kind == "folder" else one for one in members]
+    """Members without slashes at the end of folder names; releases of `tarfile` differ in how many they keep."""
+    return [member._replace(name=member.name.rstrip("/")) if member.kind == "folder" else member for member in members]
 
 
 def by_tarfile(content: bytes) -> list[Member]:
@@ -57,7 +57,7 @@ infos = st.tuples(
 
 
 def tar_of(members: list[tuple[str, bytes, bytes, str, float, int]], form: int) -> bytes | None:
-    """A tar of such members; None if the format has no room for them."""
+    """A tar of these members; None if they do not fit into the format."""
     buffer = io.BytesIO()
     try:
         with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
@@ -81,12 +81,12 @@ def test_every_tar_of_tarfile_is_read_as_tarfile_reads_it(
     if content is None:
         return
     try:
-        found = quickly(content)
+        quick = quickly(content)
     except UnusualHeader:
-        found = None
-    assert found is None or found == by_tarfile(content)
+        quick = None
+    assert quick is None or quick == by_tarfile(content)
     if all(set(name) <= set("abé") and kind == tarfile.REGTYPE for name, kind, *_ in members):
-        assert found is not None  # what archivers write every day takes the quick way
+        assert quick is not None  # usual headers are read without `tarfile`
 
 
 @settings(deadline=None, max_examples=200)
@@ -117,14 +117,14 @@ def test_a_damaged_tar_is_read_as_tarfile_reads_it_or_left_to_it(
                 content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
     damaged = bytes(content[: len(content) - cut] if cut < len(content) // 2 else content)
     try:
-        found = quickly(damaged)
+        quick = quickly(damaged)
     except UnusualHeader:
         return
-    assert found == by_tarfile(damaged)
+    assert quick == by_tarfile(damaged)
 
 
 def write_pax(path: Path) -> None:
-    """As webdataset does: an mtime of fractions, which needs a PAX header for every member."""
+    """Write a fractional mtime, which needs a PAX header for every member, as webdataset does."""
     with TarWriter(str(path), encoder=False) as writer:
         for number in range(3):
             writer.write({"__key__": f"{number:04d}", "png": b"x" * 700, "cls": b"1"})

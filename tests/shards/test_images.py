@@ -1,4 +1,4 @@
-"""Images to bytes and back."""
+"""Encoding, decoding and drawing of images."""
 
 import io
 import struct
@@ -62,7 +62,7 @@ UPRIGHT = {
     7: lambda a: np.rot90(a, 2).T,
     8: lambda a: np.rot90(a, 1),
 }
-"""What CIPA DC-008 says of the tag's values: 6 is to be turned by 90 degrees clockwise, 8 counter-clockwise, ..."""
+"""The operation for each value of the tag in CIPA DC-008: 6 is 90 degrees clockwise, 8 counter-clockwise, ..."""
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
@@ -143,7 +143,7 @@ def test_an_opaque_alpha_channel_is_no_transparency(content: bytes) -> None:
 
 
 def deep_png(key: bytes | None) -> bytes:
-    """Two colours of 16 bits a channel, of which one may be declared transparent."""
+    """A PNG of two colours with 16 bits per channel; one of them may be declared transparent."""
     colours = struct.pack(">6H", 0x1234, 0x2345, 0x3456, 0xFFFF, 0xFFFE, 0)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" + colours))]
     return png_of([parts[0], *([(b"tRNS", key)] if key else []), parts[1], (b"IEND", b"")])
@@ -184,7 +184,7 @@ def test_what_would_be_read_wrong_is_refused_by_its_header(kind: str) -> None:
 
 
 def rgb_tiff_of_16_bits() -> bytes:
-    """Uncompressed, little-endian, 2x1 pixels whose values fill 9 of 16 bits."""
+    """An uncompressed little-endian TIFF of 2x1 pixels whose values use 9 of 16 bits."""
     pixels = struct.pack("<6H", 500, 400, 300, 200, 100, 0)
     tags = [
         (256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 8 + len(pixels)), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8),
@@ -249,7 +249,7 @@ def test_an_image_bomb_is_refused_by_its_header(width: int, height: int) -> None
 
 
 def test_a_thread_is_not_resized() -> None:
-    with pytest.raises(DataError, match=r"must not be a thread \(got 1x1000000 pixels for 64x64\)"):
+    with pytest.raises(DataError, match=r"must not be so narrow \(got 1x1000000 pixels for 64x64\)"):
         resize_center_crop(np.zeros((3, 1, 1_000_000), np.uint8), 64)
 
 

@@ -1,4 +1,4 @@
-"""The npz of ADM's evaluator: images and labels as they were packed, whole or not there."""
+"""The npz for ADM's evaluator has the packed images and labels, and appears only when it is complete."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def test_it_holds_images_in_order_with_three_channels_and_labels(
     target = tmp_path / "digits.npz"
     assert cli.main(["prepare", "--npz", str(digits / "test"), str(target)]) == 0
     assert "359 images" in capsys.readouterr().out
-    with np.load(target, allow_pickle=False) as found:
-        images, labels = found["arr_0"], found["arr_1"]
+    with np.load(target, allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
     batch = next(ShardSet(str(digits / "test")).batches(0, 359, 359))
     assert images.dtype == np.uint8
     assert images.shape == (359, 8, 8, 3)

@@ -1,4 +1,4 @@
-"""The order of samples: the guarantees of slot streams, as properties."""
+"""The order of samples has the properties that its docstring proves."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def specs(draw: st.DrawFn) -> OrderSpec:
 
 
 def sample_at(line: Line, walk: SlotWalk, step: int) -> tuple[int, int]:
-    """Shard, and index in it, of the sample that a slot gives to a step."""
+    """The shard, and the index in the shard, of the sample that a slot takes at a step."""
     block = walk.block_at(step)
     start, _ = walk.block_range(block)
     position = start + int(walk.block_order(block)[step - int(walk.visit_starts[block])])
@@ -92,7 +92,7 @@ def test_the_rotation_lets_every_sample_in_sooner_or_later() -> None:
 
 
 def test_neighbours_are_well_mixed() -> None:
-    """Samples that lie together in a shard must not stay together: correlation of place and time near zero."""
+    """Neighbours in a shard must not stay neighbours: position and step have a correlation near zero."""
     spec = OrderSpec(samples_per_shard=(500,) * 8, num_slots=32, shuffle_block=8, seed=0)
     seen = epoch_samples(spec, 0)
     times = np.repeat(np.arange(len(seen)), seen.shape[1])

@@ -1,4 +1,4 @@
-"""Memory that a rank and its loader processes share."""
+"""The shared memory of a rank and its loader processes."""
 
 import contextlib
 import multiprocessing
@@ -27,12 +27,12 @@ def test_a_spawned_process_writes_what_its_parent_reads() -> None:
 
 
 def descriptors() -> int:
-    """Open descriptors of rings; other threads of a long session open and close what they like."""
-    found = 0
+    """Open file descriptors of rings; other threads of the test session may have other descriptors."""
+    number = 0
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
-            found += "tarflow-scale-batches" in str(entry.readlink())
-    return found
+            number += "tarflow-scale-batches" in str(entry.readlink())
+    return number
 
 
 def test_memory_outlives_the_descriptor_and_no_descriptor_is_left() -> None:

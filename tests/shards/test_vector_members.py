@@ -16,7 +16,7 @@ from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.events import VectorEvent
 from tarflow_scale.shards.inspection import check, statistics
 from tarflow_scale.shards.reader import ShardSet
-from tarflow_scale.shards.writer import Sample, pack_shard
+from tarflow_scale.shards.writer import PackedShard, Sample
 from tarflow_scale.verbs.prepare.driver import run as prepare
 
 EVENT = VectorEvent(VectorFacts(num_values=3, num_conditions=2))
@@ -90,7 +90,7 @@ def test_a_set_of_vectors_knows_its_shape_and_passes_its_checks(packed: Path) ->
 @pytest.mark.parametrize("length", [80, 85, 86, 87, 90])
 def test_long_keys_fit_or_get_long_headers(length: int) -> None:
     members = {"npy": npy(np.zeros(3, "<f4")), "condition.npy": npy(np.zeros(2, "<f4"))}
-    content, _ = pack_shard([Sample("k" * length, members, None)])
+    content = PackedShard.of("a.tar", [Sample("k" * length, members, None)]).tar
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert tar.getnames() == [f"{'k' * length}.{name}" for name in ("condition.npy", "json", "npy")]
 

@@ -1,4 +1,4 @@
-"""A function over many inputs: results stay in order, and the loss of a worker is reported."""
+"""Applying a function to many inputs: results are in order, and the death of a worker is reported."""
 
 import os
 import signal

@@ -1,7 +1,8 @@
-"""``prepare``: stratified, reproducible, whole or absent."""
+"""``prepare``: splits are stratified, bytes are reproducible, and a data set is complete or absent."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 def test_a_failure_half_way_leaves_nothing_and_mending_it_mixes_no_splits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: int
 ) -> None:
-    """Whichever split the broken image falls into: no split may survive from a division that is no longer valid."""
+    """The failed packing must leave no split, because the fixed source is divided in another way."""
     (tmp_path / "images/a").mkdir(parents=True)
     for i in range(40):
         content = b"no image" if i == broken else encode_png(np.full((1, 8, 8), i, np.uint8))
@@ -218,7 +219,7 @@ def test_a_packing_process_that_dies_costs_only_its_shard(
 
 
 def die_at_the_fourth(number: int) -> packing.PackNote:
-    """In a worker process: the first three shards, then a kill once they are there."""
+    """In a worker process, pack the first three shards; then kill the process."""
     plan = getattr(workers._function_of_worker[0], "__self__", None)
     assert isinstance(plan, packing.Packing)
     if number < 3:
@@ -287,7 +288,7 @@ def test_many_unusable_images_are_an_error(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_files_of_somebody_else_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They may be called just like ours: train-00000.tar is what WebDataset's own examples write."""
+    """Their names may be like ours: WebDataset's own examples write train-00000.tar."""
     (tmp_path / "out/train").mkdir(parents=True)
     for name in ("train-00000.tar", "train-00007.tar", "skipped.jsonl"):
         (tmp_path / "out/train" / name).write_bytes(b"precious")
@@ -335,7 +336,7 @@ def test_the_lock_is_where_the_shards_are(
 
 
 def test_a_killed_prepare_leaves_no_process_and_no_temporary_file(tmp_path: Path) -> None:
-    """Of its workers nothing may go on to write; of the copy of a table's images nothing may stay."""
+    """No worker may continue to write, and the temporary copy of the images of a table must be deleted."""
     some = np.random.default_rng(0).integers(0, 256, (60, 3, 64, 64), np.uint8)
     rows = [{"image": {"bytes": encode_png(image)}, "label": 0} for image in some] * 20
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -368,9 +369,9 @@ def test_a_source_that_was_written_again_is_not_mixed_with_what_is_packed(tmp_pa
     arguments = write_classes(tmp_path)
     assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
     for file in (tmp_path / "images").rglob("*.png"):
-        facts = file.stat()
+        status = file.stat()
         file.write_bytes(bytes(reversed(file.read_bytes()))[::-1])
-        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     source = open_source(SourceConfig(kind="folder", path=f"{tmp_path}/images"))
     (tmp_path / "images/a/000.png").touch()
     assert open_source(SourceConfig(kind="folder", path=f"{tmp_path}/images")).version != source.version
@@ -485,6 +486,20 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys: pytest.C
     assert "passed over: 2 *.psd, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_class_folders_without_an_image_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    write_tree(tmp_path, *(f"in/{c}/{i}.png" for c in "ab" for i in range(5)))
+    for name in ("bird", "fish/raw"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    path = tmp_path / "in"
+    if kind == "zip":
+        path = Path(shutil.make_archive(str(path), "zip", path))
+    assert cli.main(["prepare", f"source.kind={kind}", f"source.path={path}", f"shards.path={tmp_path}/out"]) == 0
+    assert "warning: 2 class folders without an image: bird, fish\n" in capsys.readouterr().out
+
+
 def write_tree(path: Path, *names: str) -> None:
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -505,7 +520,7 @@ def test_the_plan_says_which_folder_is_which_split_and_what_the_classes_are(
     for line in (
         "Training: train (train split, 6 images)",
         "valid: test (validation split, 2 images)",
-        "left out: test (test split, 1 image) has no labels; pack it as a source of its own to use it",
+        "left out: test (test split, 1 image) has no labels; pack it as a separate source to use it",
         "classes: Dog 1, cat 4, dog 3",
         "warning: classes 'Dog' and 'dog' differ only by case or Unicode form; rename one if they are the same",
         "warning: 1 of 3 classes are in train and not in test: dog",
@@ -525,7 +540,7 @@ def test_classes_whose_names_differ_by_unicode_form_are_reported(
 
 
 def test_classes_without_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As where labels start at 1."""
+    """This happens if labels start at 1."""
     write_tree(tmp_path, "in/0.png", "in/1.png")
     (tmp_path / "in/labels.csv").write_text("0.png,1\n1.png,3\n")
     assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0

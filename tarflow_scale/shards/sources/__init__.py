@@ -1,18 +1,23 @@
-"""Sources of images for ``prepare``; `open_source` opens the one that a configuration names."""
+"""Sources of images and vectors for ``prepare``; `open_source` opens the source that a configuration names."""
 
+from tarflow_scale import storage
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
+from tarflow_scale.errors import DataError
 from tarflow_scale.shards.sources.source import BadImage, ImageSource
 
 __all__ = ["BadImage", "ImageSource", "open_source"]
 
 
 def open_source(config: SourceConfig, split: SplitConfig | None = None, num_workers: int = 1) -> ImageSource:
-    """The source that a configuration names.
+    """Open the source that a configuration names.
 
     Args:
-        config: the configuration.
-        split: which parts of the source are which split.
-        num_workers: processes that scan it, where it is large.
+        config: the source.
+        split: how splits are found; None uses the defaults.
+        num_workers: number of processes that scan tars.
+
+    Raises:
+        DataError: the source is missing, damaged, ambiguous, or has no images.
     """
     source = _source(config, split or SplitConfig(), num_workers)
     source.check_labels()
@@ -22,8 +27,10 @@ def open_source(config: SourceConfig, split: SplitConfig | None = None, num_work
 
 
 def _source(config: SourceConfig, split: SplitConfig, num_workers: int) -> ImageSource:
-    """Imports only the module of the source's kind, because scikit-learn and pyarrow take seconds to import."""
+    """Open a source; imports only the module of its kind, because scikit-learn and pyarrow take seconds to import."""
     path = config.path or ""
+    if config.kind in ("zip", "mnist", "cifar", "parquet") and not storage.exists(path):
+        raise DataError(f"there is no {path}; check source.path")
     match config.kind:
         case "digits":
             from tarflow_scale.shards.sources.digits import DigitsSource

@@ -1,4 +1,4 @@
-"""Arrays of pixels in memory, as CIFAR and MNIST are published."""
+"""Sources whose images are arrays in memory: CIFAR and MNIST."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,14 @@ ImagesAndLabels = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class ArraySource(ImageSource):
-    """Images ``(n, C, H, W)`` uint8 and labels ``(n,)`` in memory, first those for training, then those for testing.
+    """Images and labels in memory, with an official split into training and test images.
 
     Args:
-        name: of the data set.
-        description: for the manifest.
-        class_names: the labels themselves where it is empty.
-        train: images and labels.
-        test: images and labels.
+        name: name of the data set.
+        description: where the images came from, for the manifest.
+        class_names: names of the classes; if empty, the labels are the names.
+        train: training images ``(n, C, H, W)`` uint8, and their labels ``(n,)``.
+        test: test images and labels, likewise.
     """
 
     def __init__(
@@ -36,9 +36,8 @@ class ArraySource(ImageSource):
         self.official = train_then_test(self._num_train, len(self.labels))
 
     def _image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(C, H, W)`` uint8."""
         return self._images[number]
 
     def origin(self, number: int) -> str:
-        """``train/17`` or ``test/3``."""
+        """Split, and number of the image in the split: ``train/17``, ``test/3``."""
         return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"

@@ -1,8 +1,8 @@
-"""CIFAR-10 and -100 in both of their formats.
+"""CIFAR-10 and CIFAR-100, as pickles or binary files (www.cs.toronto.edu/~kriz/cifar.html).
 
-CIFAR's Python version consists of pickles. They are read by an unpickler that knows NumPy arrays of plain numbers,
-numbers, strings and containers; it refuses anything else, so that no file can run code. NumPy's own unpickling is not
-called, because it trusts a pickled dtype that claims to have no pointers (www.cs.toronto.edu/~kriz/cifar.html).
+The pickles are read by an unpickler that accepts only containers, strings, numbers and NumPy arrays of numbers, so that
+no file can run code. It does not call NumPy's own unpickling, which trusts a pickled dtype that claims to have no
+pointers.
 """
 
 import io
@@ -27,20 +27,20 @@ __all__ = ["CifarSource", "restricted_unpickle"]
 _SIDE = 32
 _NUM_VALUES = 3 * _SIDE * _SIDE
 _MAX_ARCHIVE_BYTES = 1 << 29
-"""CIFAR has 186 MB."""
+"""Limit of the unpacked size; CIFAR has 186 MB."""
 
 
 @dataclass(frozen=True)
 class _Format:
-    """A published form of a data set.
+    """File names and contents of a data set in one format.
 
     Args:
-        name: of the data set.
-        train, test: files of batches.
-        names: file of class names.
-        label_key, names_key: of labels and of class names in pickles.
-        label_bytes: label bytes of a row of a binary file, the last of which counts; 0 for pickles.
-        num_classes: of binary files, whose labels may be any byte.
+        name: name of the data set.
+        train, test: names of the files of images.
+        names: name of the file of class names.
+        label_key, names_key: keys of labels and class names in pickles.
+        label_bytes: label bytes in a row of a binary file, of which the last is the label; 0 for pickles.
+        num_classes: number of classes in binary files, whose labels could be any byte.
     """
 
     name: str
@@ -70,13 +70,13 @@ _FORMATS = (
 
 
 class CifarSource(ArraySource):
-    """CIFAR-10 or -100 with the official split, from pickles or binaries, unpacked or as ``.tar.gz``.
+    """CIFAR-10, or CIFAR-100 with its fine labels; with the official split.
 
     Args:
-        path: folder (or URL) of the batches, or the archive. Labels of CIFAR-100 are the fine ones.
+        path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` of them.
 
     Raises:
-        DataError: a batch is missing or damaged.
+        DataError: a file is missing or damaged.
     """
 
     def __init__(self, path: str) -> None:
@@ -94,9 +94,7 @@ class CifarSource(ArraySource):
 
 
 def _read_files(path: str) -> dict[str, bytes]:
-    """Base name to content of the files of a folder or of a tar."""
-    if not storage.exists(path):
-        raise DataError(f"there is no {path}; check source.path")
+    """Contents of the files in a folder or tar, by file name."""
     if not path.endswith((".tar.gz", ".tgz", ".tar")):
         return {name: storage.read_bytes(storage.join(path, name)) for name in storage.list_sizes(path)}
     try:
@@ -107,7 +105,7 @@ def _read_files(path: str) -> dict[str, bytes]:
                 total += member.size
                 if total > _MAX_ARCHIVE_BYTES:
                     raise DataError(
-                        f"{path} must hold files of CIFAR alone (got {total:,} bytes up to {member.name!r:.80}); "
+                        f"{path} must hold the files of CIFAR only (got {total:,} bytes up to {member.name!r:.80}); "
                         f"download it again"
                     )
                 file = tar.extractfile(member) if member.isreg() else None
@@ -141,7 +139,7 @@ def _pickled(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8
     try:
         return data, np.array(labels)
     except (ValueError, OverflowError) as error:
-        raise DataError(f"labels of {name} are no list of numbers ({error}); download it again") from error
+        raise DataError(f"labels of {name} are not a list of numbers ({error}); download it again") from error
 
 
 def _binary(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8], NDArray[Any]]:
@@ -165,38 +163,38 @@ def _class_names(files: Mapping[str, bytes], form: _Format) -> tuple[str, ...]:
 
 
 def _value(mapping: Any, key: bytes) -> Any:
-    """Value of a key that Python 2 or Python 3 wrote; None without one."""
+    """Value of a key that Python 2 (bytes) or Python 3 (text) wrote; None if the key is missing."""
     return mapping.get(key, mapping.get(key.decode())) if isinstance(mapping, dict) else None
 
 
 class _PlainType:
-    """Replaces ``numpy.dtype`` in a pickle; accepts types of numbers only."""
+    """Takes the place of ``numpy.dtype`` in a pickle and accepts only types of numbers."""
 
     def __init__(self, name: object, *_: object) -> None:
         text = name.decode("ascii") if isinstance(name, bytes) else name
         if not isinstance(text, str) or not re.fullmatch(r"[biuf][1248]", text):
-            raise pickle.UnpicklingError(f"it has an array of {name!r:.40}")
+            raise pickle.UnpicklingError(f"an array has the type {name!r:.40}")
         self.plain = np.dtype(text)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """``(version, byte order, ...)``; the rest describes structured types, or is known."""
+        """Read the byte order from ``(version, byte order, ...)``; the rest describes structured types."""
         order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError(f"it has a byte order {order!r:.40}")
+            raise pickle.UnpicklingError(f"an array has the byte order {order!r:.40}")
         self.plain = self.plain.newbyteorder(order)
 
 
 class _PlainArray:
-    """Replaces an array in a pickle until the whole pickle is read."""
+    """Takes the place of an array until the whole pickle is read."""
 
     def __init__(self, *_: object) -> None:
         self.array: NDArray[Any] = np.zeros(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """``(version, shape, dtype, whether the order is Fortran's, bytes)``."""
+        """Read the array from ``(version, shape, dtype, whether it is in Fortran order, bytes)``."""
         _, shape, kind, fortran, content = state
         if not isinstance(kind, _PlainType) or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("it has an array of something else than numbers")
+            raise pickle.UnpicklingError("an array does not consist of numbers")
         self.array = np.frombuffer(content, kind.plain).reshape(shape, order="F" if fortran else "C")
 
 
@@ -217,10 +215,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def restricted_unpickle(content: bytes, origin: str) -> Any:
-    """The content of a pickle: an array, or a dictionary whose values may be arrays; bytes of Python 2 stay bytes.
+    """Read a pickle of an array, or of a dictionary whose values may be arrays; strings of Python 2 become bytes.
+
+    Args:
+        content: the pickle.
+        origin: name of the file, for messages.
 
     Raises:
-        DataError: it is no pickle, or has anything else than containers, numbers, strings and arrays of numbers.
+        DataError: the content is not a pickle, or has anything but containers, strings, numbers and arrays of numbers.
     """
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()

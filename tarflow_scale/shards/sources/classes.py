@@ -1,4 +1,4 @@
-"""Labels in members, columns and tables, numbers or text; and the classes that they make."""
+"""Labels and classes: labels are numbers or text in members, columns and tables; class names come from them."""
 
 import csv
 import io
@@ -28,20 +28,20 @@ __all__ = [
 ]
 
 _MAX_LABEL = 2**20
-"""No data set has as many classes; a larger label is a mistake, and would need as many class names."""
+"""No data set has that many classes. A larger label is a mistake, and would need as many class names."""
 _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
-"""Names of the first column of a table of class names that has a header."""
+"""Names that the first column of a table of class names has, if the table has a header."""
 
 
 def as_label(value: Any, origin: str) -> int | str | None:
-    """A label: a number that is not negative, text, or None for -1, which usually means no label.
+    """A label as a number from 0, or as text; None for -1, which usually means no label.
 
     Args:
-        value: a number, or text with or without line ends around it.
-        origin: the sample, for messages.
+        value: a number, or text with or without white space around it.
+        origin: name of the sample, for messages.
 
     Raises:
-        DataError: it is anything else: several labels, a fraction, empty text.
+        DataError: the value is not a label: it is a list, a fraction, or empty text.
     """
     label = value.decode(errors="replace") if isinstance(value, bytes) else value
     if isinstance(label, np.integer):
@@ -53,7 +53,7 @@ def as_label(value: Any, origin: str) -> int | str | None:
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise DataError(
             f"a label must be one whole number or text (got {str(value)[:40]!r} for {origin}); correct it, or name "
-            f"what holds the class with source.label_column"
+            f"the place of the label with source.label_column"
         )
     if label == -1:
         return None
@@ -65,10 +65,10 @@ def as_label(value: Any, origin: str) -> int | str | None:
 
 
 def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names where a source has numbers alone: 0 to the highest label.
+    """Class names of a source whose labels are numbers without names: ``0`` to the highest label.
 
     Raises:
-        DataError: there would be a great many.
+        DataError: there would be more than a million.
     """
     highest = int(labels.max(initial=0))
     if highest > _MAX_LABEL:
@@ -79,28 +79,29 @@ def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
 def classes_of_labels(
     labels: Sequence[int | str | None], names_path: str | None, origin: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of labels; no names and zeros where all labels are None.
+    """The class names of a source, and the class number of each image, ``(n,)``; without labels, no names and zeros.
 
-    Numbers stay what they are. Text becomes the classes in alphabetical order, or in the order of a table of names.
+    Labels that are numbers are the class numbers. Labels that are text are numbered in alphabetical order, or in the
+    order of the table of class names.
 
     Args:
-        labels: of every image; all are None, or none.
-        names_path: the table of `read_label_names`, if there is one.
+        labels: label of each image; either all of them are None, or none is.
+        names_path: path of the table of class names (see `read_label_names`); None if there is none.
         origin: the source, for messages.
 
     Raises:
-        DataError: numbers and text are mixed, or a label is not in the table.
+        DataError: numbers and text are mixed, or the table does not have a label.
     """
-    given = [label for label in labels if label is not None]
-    if not given:
+    present = [label for label in labels if label is not None]
+    if not present:
         return (), np.zeros(len(labels), dtype=np.int64)
-    refuse_mixture(given, origin)
+    refuse_mixture(present, origin)
     names = read_label_names(names_path)
-    if names is None and isinstance(given[0], int):
-        numbers = np.array(given, dtype=np.int64)
+    if names is None and isinstance(present[0], int):
+        numbers = np.array(present, dtype=np.int64)
         return numbered_classes(numbers), numbers
-    names = names or {name: name for name in sorted(map(str, set(given)))}
-    missing = next((label for label in given if label not in names), None)
+    names = names or {name: name for name in sorted(map(str, set(present)))}
+    missing = next((label for label in present if label not in names), None)
     if missing is not None:
         raise DataError(
             f"source.label_names must name every label (got none for {missing!r} of {origin}; it names "
@@ -108,34 +109,34 @@ def classes_of_labels(
         )
     keys = [key for key in names if isinstance(key, int)]
     if len(keys) == len(names):
-        return tuple(names.get(label, str(label)) for label in range(max(keys) + 1)), np.array(given, dtype=np.int64)
+        return tuple(names.get(label, str(label)) for label in range(max(keys) + 1)), np.array(present, dtype=np.int64)
     number_of = {key: number for number, key in enumerate(names)}
-    return tuple(names.values()), np.array([number_of[label] for label in given], dtype=np.int64)
+    return tuple(names.values()), np.array([number_of[label] for label in present], dtype=np.int64)
 
 
 def refuse_mixture(labels: Sequence[int | str | None], origin: str) -> None:
-    """Refuse labels of two kinds.
+    """Refuse a source where some labels are numbers and some are text.
 
     Raises:
-        DataError: some are numbers and some are text.
+        DataError: the labels are mixed.
     """
     text = next((label for label in labels if isinstance(label, str)), None)
     number = next((label for label in labels if isinstance(label, int)), None)
     if text is not None and number is not None:
         raise DataError(
             f"labels must be all numbers or all text (got {number} and {text!r} in {origin}); correct them, or name "
-            f"what holds the label with source.label_column"
+            f"the place of the label with source.label_column"
         )
 
 
 def read_label_names(path: str | None) -> dict[int | str, str] | None:
-    """Names of classes by label, in the order of the file; None without a file.
+    """Read the names of classes by label, in the order of the file; None without a file.
 
     A JSON list names the labels 0, 1, ..; a JSON mapping is ``{label: name}`` or ``{name: number}``. Any other file has
-    a row ``label,name`` for each class (a header such as ``label,name`` may stand first), or one name a line.
+    a row ``label,name`` for each class, perhaps below a header, or one name per line.
 
     Raises:
-        DataError: it is no such file, or names a label twice.
+        DataError: the file does not exist, has another format, or names a label twice.
     """
     if path is None:
         return None
@@ -167,10 +168,10 @@ def read_label_names(path: str | None) -> dict[int | str, str] | None:
 
 
 def parse_json(content: bytes, origin: str) -> Any:
-    """The value of JSON, with or without a byte order mark.
+    """Parse JSON, with or without a byte order mark.
 
     Raises:
-        DataError: it is no JSON.
+        DataError: the content is not JSON.
     """
     try:
         return json.loads(content.decode("utf-8-sig"))
@@ -179,10 +180,10 @@ def parse_json(content: bytes, origin: str) -> Any:
 
 
 def rows_of(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a table of text: separated by tabs, commas, semicolons, bars or blanks, whichever all rows have.
+    """Rows of a text table; the separator is the first of tab, comma, semicolon and bar that all rows have, or a blank.
 
     Raises:
-        DataError: it is no text.
+        DataError: the content is not UTF-8 text.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -199,13 +200,13 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """Lines about names that differ too little, classes without images, and classes that one split lacks.
+    """Warnings about class names that are nearly equal, classes without images, and classes that one split lacks.
 
     Args:
-        class_names: in the order of their labels.
-        labels: ``(n,)`` of the images.
-        official: ``(n,)`` index of each image's split in ``packed``; None without an official split.
-        packed: names of splits.
+        class_names: names of the classes, in the order of their labels.
+        labels: label of each image, ``(n,)``.
+        official: index in ``packed`` of the split of each image, ``(n,)``; None without an official split.
+        packed: names of the splits.
     """
     lines: list[str] = []
     alike: dict[str, list[str]] = {}
@@ -229,10 +230,10 @@ def class_warnings(
         return lines
     seen = {code: set(np.unique(labels[official == code]).tolist()) for code in np.unique(official).tolist()}
     for code, other in permutations(seen, 2):
-        alone = seen[code] - seen[other]
-        if alone:
+        missing = seen[code] - seen[other]
+        if missing:
             lines.append(
-                f"warning: {len(alone)} of {num} classes are in {packed[code]} and not in {packed[other]}: "
-                f"{listed(alone)}"
+                f"warning: {len(missing)} of {num} classes are in {packed[code]} and not in {packed[other]}: "
+                f"{listed(missing)}"
             )
     return lines

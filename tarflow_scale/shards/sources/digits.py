@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: real images that need no network."""
+"""Scikit-learn's handwritten digits, which need no network."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ __all__ = ["DigitsSource"]
 
 
 class DigitsSource(ImageSource):
-    """Scikit-learn's optical recognition of handwritten digits: 1,797 real images of 8x8, 10 classes, no network.
+    """Scikit-learn's handwritten digits: 1,797 images of 8x8 pixels in 10 classes.
 
-    Pixels are counts 0..16 of ink in a 4x4 cell; 16 is capped to 15, which makes them 4-bit data, stored as 17 v.
+    A pixel counts the dark pixels, 0 to 16, in a 4x4 cell of the scan. 16 is capped to 15, so that pixels have 4 bits;
+    the level v is stored as the byte 17 v.
     """
 
     def __init__(self) -> None:
@@ -30,5 +31,4 @@ class DigitsSource(ImageSource):
         self._levels = np.minimum(digits.images, 15).astype(np.uint8)
 
     def _image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(1, 8, 8)`` uint8."""
         return self._levels[number][None] * np.uint8(17)

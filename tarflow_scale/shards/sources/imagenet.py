@@ -22,17 +22,17 @@ __all__ = ["DownsampledImageNetSource"]
 
 
 class DownsampledImageNetSource(ImageSource):
-    """ImageNet at 8 to 64 pixels as published: ``train_data_batch_1.npz`` ... and ``val_data.npz``; official split.
+    """ImageNet at 8 to 64 pixels, from ``train_data_batch_*.npz`` and ``val_data.npz``, with the official split.
 
-    Each holds ``data (n, 3 S S)`` uint8 and ``labels`` 1..1000. The arrays are unpacked into temporary files (in
-    ``TMPDIR``, as large as the data, removed when the process ends) and mapped into memory, so that reading in any
-    order needs little memory.
+    Each file contains ``data (n, 3 S S)`` uint8 and ``labels`` from 1 to 1000. The images are unpacked into temporary
+    files, which are mapped into memory, so that reading in any order needs little memory. The temporary files are in
+    ``TMPDIR``, are as large as the data, and are deleted when the process ends.
 
     Args:
         path: folder or URL of the files.
 
     Raises:
-        DataError: files are missing or damaged.
+        DataError: a file is missing or damaged, or does not belong there.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,9 +41,11 @@ class DownsampledImageNetSource(ImageSource):
         test = [name for name in names if name == "val_data.npz"]
         if not train:
             raise DataError(f"no train_data_batch_*.npz in {path}; check source.path")
-        other = next((name for name in names if name.endswith(".npz") and name not in (*train, *test)), None)
-        if other is not None:
-            raise DataError(f"files of {path} must be train_data_batch_*.npz and val_data.npz (got {other}); rename it")
+        unknown = next((name for name in names if name.endswith(".npz") and name not in (*train, *test)), None)
+        if unknown is not None:
+            raise DataError(
+                f"files of {path} must be train_data_batch_*.npz and val_data.npz (got {unknown}); rename it"
+            )
         missing = sorted(set(range(1, _batch_number(train[-1]) + 1)) - set(map(_batch_number, train)))
         if missing:
             self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
@@ -70,15 +72,17 @@ class DownsampledImageNetSource(ImageSource):
             self.official = train_then_test(int(self._first[len(train)]), len(self.labels))
 
     def _image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(3, S, S)`` uint8."""
-        file = int(np.searchsorted(self._first, number, side="right")) - 1
-        row = self._files[file].rows()[number - int(self._first[file])]
-        return np.array(row).reshape(3, self._side, self._side)
+        file, row = self._row_of(number)
+        return np.array(file.rows()[row]).reshape(3, self._side, self._side)
 
     def origin(self, number: int) -> str:
         """File and row."""
+        file, row = self._row_of(number)
+        return f"{file.name}/{row}"
+
+    def _row_of(self, number: int) -> tuple["_Mapped", int]:
         file = int(np.searchsorted(self._first, number, side="right")) - 1
-        return f"{self._files[file].name}/{number - int(self._first[file])}"
+        return self._files[file], number - int(self._first[file])
 
 
 def _batch_number(name: str) -> int:
@@ -86,7 +90,7 @@ def _batch_number(name: str) -> int:
 
 
 class _Mapped:
-    """``data`` of one ``.npz``, mapped into memory; and its ``labels``."""
+    """The array ``data`` of an ``.npz``, mapped into memory, and the array ``labels``."""
 
     def __init__(self, location: str) -> None:
         self.name = location.rsplit("/", 1)[-1]
@@ -113,7 +117,7 @@ class _Mapped:
             )
 
     def rows(self) -> NDArray[np.uint8]:
-        """``(n, 3 S S)``."""
+        """The pixels, ``(n, 3 S S)`` uint8."""
         if self._rows is None:
             self._rows = np.lib.format.open_memmap(self._spool.path, mode="r")
         return self._rows

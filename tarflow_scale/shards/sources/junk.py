@@ -1,23 +1,32 @@
-"""Files that operating systems and programs leave among images, and kinds of files in words."""
+"""Names of files that operating systems and programs leave among images, and kinds of files for reports."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 
-__all__ = ["junk_kind", "kind_of"]
+__all__ = ["junk_kind", "sort_files"]
 
 _JUNK = re.compile(
     r"(?:^|/)(?:(?P<fork>\._[^/]*)"
     r"|(?P<other>\.(?!\.?(?:/|$))[^/]*|__MACOSX|@eaDir|\$RECYCLE\.BIN|lost\+found|(?i:thumbs\.db|desktop\.ini)))(?:/|$)"
 )
-"""Hidden files and folders, those of macOS, Synology, Windows and ext4."""
+"""Hidden files and folders, and files and folders that macOS, Synology, Windows and ext4 create."""
 
 
 def junk_kind(path: str) -> str | None:
-    """The kind of a hidden or system file: ``._*``, ``.DS_Store``, ``__MACOSX``; None for other paths."""
+    """The kind of a hidden or system file, such as ``._*``, ``.DS_Store`` or ``__MACOSX``; None for any other path."""
     match = _JUNK.search(path)
     return None if match is None else "._*" if match["fork"] else match["other"]
 
 
-def kind_of(path: str) -> str:
-    """The kind of a file in words: of `junk_kind`, or ``*.txt``, or its name if it has no extension."""
-    base = path.rpartition("/")[2]
-    return junk_kind(path) or (f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base)
+def sort_files(paths: Sequence[str], suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """Choose the files with one of the suffixes, in any case; count all other files and all hidden files by kind.
+
+    The kind of a file is its `junk_kind`, else its extension as ``*.txt``, else its name.
+    """
+    chosen = [path for path in paths if path.lower().endswith(suffixes) and junk_kind(path) is None]
+    ignored: Counter[str] = Counter()
+    for path in set(paths).difference(chosen):
+        base = path.rpartition("/")[2]
+        ignored[junk_kind(path) or (f"*.{base.rpartition('.')[2].lower()}" if "." in base[1:] else base)] += 1
+    return chosen, ignored

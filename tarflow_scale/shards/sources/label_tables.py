@@ -1,8 +1,8 @@
 """Tables of labels among image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
 
-A table labels the images below its folder. It names them by their path below that folder, by their file name, or by
-their file name without the extension. A table with a usual name is used if the images have no class folders;
-``dataset.json`` and the table that ``source.label_table`` names are used in any case.
+A table labels the images below its folder. It names an image by its path below that folder, by its file name, or by its
+file name without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
+and the table that ``source.label_table`` names are always used.
 """
 
 import json
@@ -25,21 +25,21 @@ _LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "label_i
 
 
 class LabelTables:
-    """The tables of a source.
+    """The label tables of a source.
 
     Args:
         files: paths of all files of the source.
-        read: reads one of them.
-        config: names a table or a column, or neither.
-        split: whether names may mean splits.
-        where: the source, for messages.
+        read: reads the file at a path.
+        config: the settings ``label_table`` and ``label_column``.
+        split: whether names mean splits.
+        where: path of the source, for messages.
 
     Attributes:
-        lines: which tables were used, and which were not, to be printed.
-        used: whether a table gave labels.
+        lines: lines to be printed: which tables are used, and which are not.
+        used: whether a table labels images.
 
     Raises:
-        DataError: there is no file of the name that the configuration gives.
+        DataError: no file matches ``source.label_table``.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class LabelTables:
         """Labels of the images of a split; None if no table labels them.
 
         Args:
-            paths: of the images.
-            flat: whether they are in no class folders.
+            paths: paths of the images.
+            flat: whether the images have no class folders.
 
         Raises:
-            DataError: a table labels some of them only, or two tables label them.
+            DataError: a table labels only some of the images, or two tables label them.
         """
         by_table: dict[str, list[Label]] = {}
         for name in self._names:
@@ -86,7 +86,7 @@ class LabelTables:
         if len(by_table) > 1:
             first, second, *_ = by_table
             raise DataError(
-                f"one table must label an image (got {first} and {second} in {self._where}); name one with "
+                f"only one table must label the images (got {first} and {second} in {self._where}); name it with "
                 f"source.label_table"
             )
         if not by_table:
@@ -103,18 +103,20 @@ class LabelTables:
         return labels
 
     def _labels_by(self, name: str, paths: Sequence[str]) -> list[Label] | None:
-        """Labels of images by one table; None if it does not label them."""
+        """Labels that a table gives the images; None if it does not label them."""
         table = self._table(name)
         folder = name.rpartition("/")[0]
         below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
         if table is None and len(below) == len(paths) and name.endswith("dataset.json"):
-            self._say(f"no labels: {name} says so")
+            self._say(f"no labels: {name} has none")
             self._matched = True
             return [None for _ in paths]
         if not table or not below:
             return None
         if len(below) < len(paths):
-            raise DataError(f"{name} labels {len(below)} of {len(paths)} images of {self._where}; move it up")
+            raise DataError(
+                f"{name} must be above all images of {self._where} (got {len(below)} of {len(paths)}); move it up"
+            )
         keys = {path: key for path in paths if (key := _key_of(path, folder, table)) is not None}
         if not keys:
             if f"labels: {name}" not in self.lines:
@@ -131,19 +133,19 @@ class LabelTables:
         double, times = Counter(keys.values()).most_common(1)[0]
         if times > 1:
             raise DataError(
-                f"{name} of {self._where} must name one image each (got {double}, which several folders hold); name "
-                f"images by their paths"
+                f"each name in {name} of {self._where} must mean one image (got {double}, a file in {times} folders); "
+                f"name images by their paths"
             )
         return [table[keys[path]] for path in paths]
 
     def check(self) -> None:
-        """Check that the table of the configuration named some images.
+        """Check that the table that ``source.label_table`` names labels some images.
 
         Raises:
-            DataError: it did not.
+            DataError: the table names no image of the source.
         """
         if self._pattern is not None and not self._matched:
-            raise DataError(f"{self._names[0]} of {self._where} must name its images (got none of them); correct it")
+            raise DataError(f"{self._names[0]} must name images of {self._where} (got none of them); correct it")
 
     def _say(self, line: str) -> None:
         if line not in self.lines:
@@ -160,8 +162,8 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Label by image; None if a table of a usual name is about something else."""
-        if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # the index of pandas
+        """Labels by image name; None if the table has a usual name but no labels of images."""
+        if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
         header = [cell.lower() for cell in rows[0]]
@@ -173,7 +175,7 @@ class LabelTables:
                 refuse_split_column(cell, (row[column] for row in rows[1:] if len(row) > column), origin)
         if image is not None and label is None and wanted is None and len(header) == 2:
             values = [row[1 - image] for row in rows[1:] if len(row) == 2]
-            label = 1 - image if 2 * len(set(values)) <= len(values) else None  # captions of images differ
+            label = 1 - image if 2 * len(set(values)) <= len(values) else None  # else it may hold captions
         columns, usual = ", ".join(rows[0]), " or ".join(_LABEL_COLUMNS[:3])
         if image is not None and label is not None and image != label:
             rows = rows[1:]
@@ -185,7 +187,7 @@ class LabelTables:
             self._say(f"not used: {name}, which has no column {usual}; name one of {columns} with source.label_column")
             return None
         elif min(map(len, rows)) < 2:
-            self._say(f"not used: {name}, which has rows of one column")
+            self._say(f"not used: {name}, which has rows with one column")
             return None
         else:
             image, label = 0, 1
@@ -193,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Label by image of ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None without labels."""
+    """Labels by path of ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None without labels."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):
@@ -205,7 +207,7 @@ def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
 
 
 def _json_rows(content: bytes, origin: str) -> list[list[str]]:
-    """Lines of JSON as rows below a header."""
+    """Rows of a file of JSON lines, below a row of column names."""
     records = [parse_json(line, origin) for line in content.splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
         raise DataError(f"lines of {origin} must be JSON objects (got {str(records[0])[:60]}); correct it")
@@ -219,12 +221,12 @@ def _unique(pairs: list[tuple[str, object]], origin: str) -> dict[str, Label]:
     for path, value in pairs:
         label = as_label(value, f"{path} in {origin}")
         if table.setdefault(path.replace("\\", "/").removeprefix("./"), label) != label:
-            raise DataError(f"{origin} must label an image once (got {path} twice); correct it")
+            raise DataError(f"{origin} must give an image one label (got two for {path}); correct it")
     return table
 
 
 def _key_of(path: str, folder: str, table: dict[str, Label]) -> str | None:
-    """The name of an image in a table; None if the table does not name it."""
+    """The name under which a table has an image; None if the table does not name the image."""
     below = path.removeprefix(f"{folder}/") if folder else path
     base = path.rpartition("/")[2]
     candidates = (below, path, base, below.rpartition(".")[0], base.rpartition(".")[0])

@@ -1,15 +1,16 @@
-"""Splits and classes of image files, from their paths: the rules for folders and zips.
+"""The rules that find the splits and classes of image files in folders and zips.
 
-1. Hidden files and those of operating systems are ignored. A folder that holds all the others is skipped.
-2. Splits: by patterns, else by the folders at the top (``train/cat/1.png``), else by those below the classes
-   (``cat/train/1.png``), else by all file names (``train_1.png``). `splits` says which names mean a split.
-3. Classes: by a label table (see `label_tables`), else by the first remaining folder (``train/cat/images/1.png``).
-   A folder such as ``images`` that only holds images is no class if there is nothing beside it.
-4. An ambiguous layout is refused; the message names the setting that decides.
+1. Hidden files and files of operating systems are ignored. A folder that contains all other folders is skipped.
+2. Splits come from the patterns of the configuration; else from the folders at the top (``train/cat/1.png``); else from
+   the folders below the classes (``cat/train/1.png``); else from the file names, if all of them name a split
+   (``train_1.png``). `splits` says which names mean a split.
+3. Classes come from a label table (see `label_tables`), else from the first remaining folder
+   (``train/cat/images/1.png``). A folder such as ``images`` is not a class unless there are folders beside it.
+4. An ambiguous layout is refused. The message names the setting that decides.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import FILE_EXTENSIONS
 from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import classes_of_labels
-from tarflow_scale.shards.sources.junk import junk_kind, kind_of
+from tarflow_scale.shards.sources.junk import junk_kind, sort_files
 from tarflow_scale.shards.sources.label_tables import LabelTables
 from tarflow_scale.shards.sources.split_choice import Group, settle
 
@@ -28,18 +29,18 @@ __all__ = ["ImageFiles", "lay_out"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
-"""Folders that only hold the images of a split or class."""
+"""Names of folders that contain the images of a split or class and do not name a class."""
 _PARTS = (
     *_CONTAINERS,
     *("masks", "mask", "labels", "annotations", "segmentation", "groundtruth", "gt", "depth", "thumbs"),
 )
-"""Folders that hold parts of the same samples, if they are beside each other."""
+"""Names of folders that, if they are beside each other, contain parts of the same samples."""
 _TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
 
 
 @dataclass
 class _Image:
-    """An image: its path, its split, and the folders and file name that have not been interpreted yet."""
+    """An image: its path, its split, and the parts of its path (folders and file name) that are not interpreted yet."""
 
     path: str
     role: splits.Role | None
@@ -52,13 +53,13 @@ class ImageFiles:
 
     Args:
         names: paths of the images that are packed, sorted.
-        labels: ``(n,)``, the label of each image; zeros if there are no classes.
+        labels: label of each image, ``(n,)``; zeros if there are no classes.
         class_names: names of the classes, in the order of the labels; empty if there are no classes.
-        official: ``(n,)``, the split of each image; see `ImageSource`.
+        official: split of each image, ``(n,)``; see `ImageSource`.
         lines: lines of text that are printed before packing.
         words: description of the split for the manifest; empty if the source has no split.
         ignored: number of files that are not packed, by kind.
-        by_table: whether labels come from a table and not from the paths.
+        by_table: whether the labels come from a table and not from the paths.
     """
 
     names: list[str]
@@ -72,21 +73,27 @@ class ImageFiles:
 
 
 def lay_out(
-    files: Sequence[str], read: Callable[[str], bytes], config: SourceConfig, split: SplitConfig, where: str
+    files: Sequence[str],
+    read: Callable[[str], bytes],
+    names_in: Callable[[str], Iterable[str]],
+    config: SourceConfig,
+    split: SplitConfig,
+    where: str,
 ) -> ImageFiles:
-    """Find splits and classes of the images among ``files``.
+    """Find the splits and classes of the images among ``files``.
 
     Args:
-        files: paths below the source, sorted.
-        read: reads one of them.
-        config: names a label table, a column of it, or a table of class names.
-        split: patterns, and whether names count.
-        where: the source, for messages.
+        files: paths of all files below the source, sorted.
+        read: reads the file at a path.
+        names_in: lists the names of files and folders in a folder, of empty folders too.
+        config: the label table, its column of labels, and the table of class names.
+        split: the patterns, and whether names mean splits.
+        where: path of the source, for messages.
 
     Raises:
-        DataError: no images, an ambiguous layout, or labels that do not cover the images.
+        DataError: there are no images, the layout is ambiguous, or some images have no label.
     """
-    names = [name for name in files if name.lower().endswith(_EXTENSIONS) and junk_kind(name) is None]
+    names, ignored = sort_files(files, _EXTENSIONS)
     if not names:
         raise DataError(
             f"no images in {where} (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or without); check "
@@ -117,11 +124,14 @@ def lay_out(
     settled = settle(groups, split)
     kept = [image for image in images if settled.keeps(image.role)]
     class_names, numbers = _numbered({image.path: labels[image.path] for image in kept}, config, where)
-    lines += [*tables.lines, *settled.lines, *_deeper_folders(kept, tables.used)]
+    lines += [*tables.lines, *settled.lines]
     if not class_names:
         lines.append("no classes: no class folders and no label table")
     elif len(class_names) == 1:
-        lines.append(f"warning: one class, {class_names[0]}; set source.path to its folder if it is none")
+        lines.append(f"warning: one class, {class_names[0]}; set source.path to its folder if it is not a class")
+    if class_names and not tables.used:
+        ignored_folders = splits.Patterns(SplitConfig(ignore=split.ignore))
+        lines += [*_deeper_folders(kept), *_empty_folders(kept, set(files), names_in, ignored_folders)]
     return ImageFiles(
         names=[image.path for image in kept],
         labels=numbers,
@@ -129,13 +139,13 @@ def lay_out(
         official=settled.codes([image.role for image in kept]),
         lines=tuple(lines),
         words=settled.words,
-        ignored=Counter(kind_of(name) for name in set(files).difference(names)),
+        ignored=ignored,
         by_table=tables.used,
     )
 
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
-    """The images that no pattern ignores, with the splits that patterns decide."""
+    """The images that ``split.ignore`` does not match, with the splits that the other patterns give them."""
     patterns = splits.Patterns(split)
     images: list[_Image] = []
     for name in names:
@@ -145,7 +155,7 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
             images.append(_Image(name, None, parts))
         elif decision[0] != "ignore":
             depth = decision[1].count("/")
-            if depth < len(parts) - 1:  # the folder of the split is no class
+            if depth < len(parts) - 1:  # the folder of the split is not a class
                 del parts[depth]
             images.append(_Image(name, decision[0], parts))
     patterns.check(where)
@@ -155,27 +165,23 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
 
 
 def _common_top(images: list[_Image], below: int) -> str:
-    """The top folder that holds all images, each with at least ``below`` more parts; empty if there is none."""
+    """The top folder that contains all images; empty if there is none, or an image has at most ``below`` parts."""
     tops = {image.parts[0] if len(image.parts) > below else "" for image in images}
     return tops.pop() if len(tops) == 1 else ""
 
 
-def _drop_top(images: list[_Image]) -> None:
-    for image in images:
-        del image.parts[0]
-
-
 def _skip_top_folders(images: list[_Image]) -> list[str]:
-    """Drop folders that hold all the others."""
+    """Drop the top folder if it contains all images, and repeat; returns a line about the dropped folders."""
     dropped: list[str] = []
     while (top := _common_top(images, 2)) and splits.role_of(top) is None:
-        _drop_top(images)
         dropped.append(top)
-    return [f"looked through the folder {'/'.join(dropped)}, which holds all images"] if dropped else []
+        for image in images:
+            del image.parts[0]
+    return [f"skipped the folder {'/'.join(dropped)}, which contains all images"] if dropped else []
 
 
 def _recognize(images: list[_Image], where: str) -> list[str]:
-    """Give images that no pattern decides the split that their folders or names mean."""
+    """Set the split of each image that no pattern matched, from its folders or its name."""
     undecided = [image for image in images if image.role is None]
     lines: list[str] = []
     for level in (0, 1):
@@ -193,7 +199,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The splits that folders beside each other mean, if they are splits; and a warning if one only may be."""
+    """The split of each of the folders beside each other, if they are splits; else none, and perhaps a warning."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]
@@ -201,15 +207,15 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role]
     strong = exact or both
     pair = splits.paired(folders)
     if not strong and not pair:
-        odd = next((name for name in meant if len(folders) > 1), None)
-        return {}, [f"warning: the folder {odd} is taken for a class (its name may mean a split)"] if odd else []
+        unclear = next((name for name in meant if len(folders) > 1), None)
+        return {}, [f"warning: the folder {unclear} is used as a class (its name may mean a split)"] if unclear else []
     times = Counter(meant.values())
     same_rest = len({splits.other_words(name) for name in meant}) == 1
     if meant and len(meant) == len(folders) and max(times.values()) == 1 and same_rest and "several" not in times:
         return meant, []
     raise DataError(
         f"folders must all be splits, or all be classes (got {splits.named(folders, 6)} in {where}, where "
-        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); say which is which with "
+        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); assign them with "
         f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
 
@@ -219,14 +225,14 @@ def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
         folder = next((part for part in image.parts[:-1] if splits.looks_split(part)), None)
         if folder is not None:
             raise DataError(
-                f"a folder with the name of a split must be one (got {folder} in {image.path} of {where}, beside or "
-                f"below folders that are none); say which is which with split.train, split.test and split.ignore, or "
-                f"set split.by_name=false if it is a class"
+                f"a folder with the name of a split must be a split (got {folder} in {image.path} of {where}, beside "
+                f"or below folders that are not splits); assign them with split.train, split.test and "
+                f"split.ignore, or set split.by_name=false if it is a class"
             )
 
 
 def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
-    """Splits by file names, where all of them mean one."""
+    """Set the split of each image from its file name, if all file names mean a split."""
     roles = [splits.role_of(image.parts[-1].rpartition(".")[0], strong=True) for image in images]
     times = Counter(role for role in roles if role is not None)
     if "train" not in times or not times.keys() & {"test", "validation"}:
@@ -234,54 +240,56 @@ def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     if len(roles) == times.total() and "several" not in times:
         for image, role in zip(images, roles, strict=True):
             image.role = role
-        return ["file names say the split"]
+        return ["splits: from the file names"]
     shown = ", ".join(f"{count} {role}" for role, count in sorted(times.items()))
     if 2 * times.total() > len(roles):
         raise DataError(
             f"file names must all mean a split, or none (got {shown} of {len(roles)} in {where}); say which is which "
             f"with split.train, split.test and split.ignore, or set split.by_name=false"
         )
-    return [f"warning: some file names may mean a split, which is not used ({shown} of {len(roles)})"]
+    return [f"warning: some file names may mean a split; they are not used ({shown} of {len(roles)})"]
 
 
 def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
-    """The images of each split; empty without splits."""
+    """The folders and number of images of each split; empty if the source has no splits."""
     groups: dict[splits.Role, Group] = {}
     for image in images:
         if image.role is not None:
             groups.setdefault(image.role, Group()).num_images += 1
     if not groups:
         return {}
-    left = next((image for image in images if image.role is None), None)
-    if left is not None:
+    undecided = next((image for image in images if image.role is None), None)
+    if undecided is not None:
         raise DataError(
-            f"images must all belong to a split, or none (got {left.path} beside the splits of {where}); name it with "
-            f"split.train, split.validation, split.test or split.ignore"
+            f"images must all belong to a split, or none (got {undecided.path} beside the splits of {where}); name it "
+            f"with split.train, split.validation, split.test or split.ignore"
         )
     for role, group in groups.items():
         dropped = {i.path.removesuffix("/".join(i.parts)).rstrip("/") or i.path for i in images if i.role == role}
-        group.names = sorted(dropped)  # the folders of the split, and those above
+        group.names = sorted(dropped)  # the folder of the split, and the folders above it
     return groups
 
 
 def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
-    """Drop folders within splits that hold images and mean nothing: ``train/train/cat``, ``val/images``."""
+    """Drop folders within splits that are neither splits nor classes: ``train/train/cat``, ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
-        while top := _common_top(members, 1):
-            if top.lower() not in _CONTAINERS and (role is None or splits.role_of(top) != role):
-                break
-            _drop_top(members)
+        while (top := _common_top(members, 1)) and (
+            top.lower() in _CONTAINERS or (role is not None and splits.role_of(top) == role)
+        ):
             dropped.add(top)
+            for image in members:
+                del image.parts[0]
     if top := _common_top(images, 2):
-        _drop_top(images)
         dropped.add(top)
-    return [f"looked through folders within the splits: {', '.join(sorted(dropped))}"] if dropped else []
+        for image in images:
+            del image.parts[0]
+    return [f"skipped folders within the splits: {', '.join(sorted(dropped))}"] if dropped else []
 
 
 def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[str] | list[None]:
-    """The class folder of every image, or None of all."""
+    """The class folder of every image, or None for every image if there are no class folders."""
     folders = [image.parts[0] if len(image.parts) > 1 else "" for image in images]
     classes = set(folders)
     _refuse_twins(images, where)
@@ -290,18 +298,18 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     if "" in classes:
         stray = images[folders.index("")].path
         raise DataError(
-            f"images must all be in class folders, or all in one (got {stray} beside them in {where}); move it, "
-            f"or leave it out with split.ignore"
+            f"images must all be in class folders, or all in one folder (got {stray} beside class folders in {where}); "
+            f"move it, or leave it out with split.ignore"
         )
     if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
         raise DataError(
             f"class folders must hold classes (got {', '.join(sorted(classes))} in {where}, which are parts of the "
-            f"same samples); leave out what are no images with split.ignore"
+            f"same samples); leave out all but the images with split.ignore"
         )
     below = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
     if len(classes) == 1 and len(below) > 1:
         raise DataError(
-            f"all images of {where} fall into the one class {classes.pop()}, though there are folders below it "
+            f"all images of {where} are in one class folder, {classes.pop()}, though there are folders below it "
             f"({', '.join(sorted(below)[:3])}); set source.path to the folder of the classes"
         )
     if split.by_name:
@@ -311,16 +319,17 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse class folders that hold the same folders: they may be splits or domains above the classes."""
+    """Refuse class folders that contain folders of the same name: they may be splits or domains above the classes."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
         if below not in (None, image.parts[0]) and above.setdefault(below, image.parts[0]) != image.parts[0]:
             other = f"in {above[below]}" if above[below] else "itself"
             raise DataError(
-                f"class folders must not hold the same folders (got {below} {other} and in {image.parts[0]} of "
-                f"{where}, which may be splits or domains above the classes); name splits with split.train and "
-                f"split.test, set source.path to one domain, or set split.by_name=false if they are the classes"
+                f"class folders must not contain folders of the same name (got {below} {other} and in "
+                f"{image.parts[0]} of {where}, which may be splits or domains above the classes); name splits with "
+                f"split.train and split.test, set source.path to one domain, or set split.by_name=false if they are "
+                f"the classes"
             )
 
 
@@ -333,33 +342,57 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
         return
     shown = masks[0] if masks else next(stem for stem, count in stems.items() if count > 1)
     raise DataError(
-        f"an image must be one file (got two of one name for most images of {where}, such as {shown}: perhaps masks); "
-        f'leave the others out with split.ignore, such as split.ignore=["*{"_mask.png" if masks else ".png"}"]'
+        f"an image must be one file (got two files of one name for most images of {where}, such as {shown}: perhaps "
+        f"masks); leave out the others with split.ignore, such as "
+        f'split.ignore=["*{"_mask.png" if masks else ".png"}"]'
     )
 
 
 def _numbered(
     labels: dict[str, int | str | None], config: SourceConfig, where: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of images, from their labels by path."""
-    given = [label for label in labels.values() if label is not None]
-    if 0 < len(given) < len(labels):
-        missing = next(path for path, label in labels.items() if label is None)
-        raise DataError(f"all images must have labels, or none (got none for {missing} of {where}); label or remove it")
-    given = list(labels.values())
-    if any(isinstance(label, str) for label in given):
-        given = [str(label) for label in given]
-    if config.label_names is not None and all(str(label).isdigit() for label in given):
-        given = [int(str(label)) for label in given]
-    return classes_of_labels(given, config.label_names, where)
+    """Class names, and the class number of each image, from labels by path."""
+    missing = [path for path, label in labels.items() if label is None]
+    if 0 < len(missing) < len(labels):
+        raise DataError(
+            f"all images must have labels, or none (got none for {missing[0]} of {where}); label or remove it"
+        )
+    values = list(labels.values())
+    if any(isinstance(label, str) for label in values):
+        values = [str(label) for label in values]
+    if config.label_names is not None and all(str(label).isdigit() for label in values):
+        values = [int(str(label)) for label in values]
+    return classes_of_labels(values, config.label_names, where)
 
 
-def _deeper_folders(images: list[_Image], by_table: bool) -> list[str]:
-    """A line about folders below the classes, which are no classes."""
+def _deeper_folders(images: list[_Image]) -> list[str]:
+    """A line about folders below the class folders, which are not classes."""
     deeper = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
     deeper = [name for name in sorted(deeper) if name.rpartition("/")[2].lower() not in _CONTAINERS]
-    if by_table or not deeper:
+    if not deeper:
         return []
-    return [
-        f"folders below the class folders are no classes ({splits.counted(len(deeper), 'folder')}, such as {deeper[0]})"
-    ]
+    number = splits.counted(len(deeper), "folder")
+    return [f"folders below the class folders are not classes ({number}, such as {deeper[0]})"]
+
+
+def _empty_folders(
+    images: list[_Image], files: set[str], names_in: Callable[[str], Iterable[str]], ignored: splits.Patterns
+) -> list[str]:
+    """A warning about folders beside the class folders that contain no image."""
+    classes: dict[str, set[str]] = {}
+    for image in images:
+        parts = image.path.split("/")
+        depth = len(parts) - len(image.parts)
+        depth -= parts[depth] != image.parts[0]  # a folder of a split below the class folder was removed
+        classes.setdefault("/".join(parts[:depth]), set()).add(image.parts[0])
+    known = {*_PARTS, *(name for names in classes.values() for name in names)}
+    empty: list[str] = []
+    for above in sorted(classes):
+        for name in sorted(names_in(above)):
+            path = f"{above}/{name}" if above else name
+            is_known = path in files or not known.isdisjoint((name, name.lower()))
+            if not is_known and junk_kind(path) is None and ignored.decide(path) is None:
+                empty.append(path)
+    if not empty:
+        return []
+    return [f"warning: {splits.counted(len(empty), 'class folder')} without an image: {splits.named(empty, 5)}"]

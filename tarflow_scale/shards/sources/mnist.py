@@ -1,7 +1,7 @@
 """MNIST and other data sets in its format: one ``.npz``, or four IDX files, plain or gzipped.
 
-The split is the official one. IDX: two zero bytes, a type (8 is uint8), the number of axes, each axis as a
-big-endian uint32, then the values in row-major order (yann.lecun.com/exdb/mnist).
+An IDX file consists of two zero bytes, a type (8 is uint8), the number of axes, the length of each axis as a big-endian
+uint32, and the values in row-major order (yann.lecun.com/exdb/mnist).
 """
 
 import difflib
@@ -21,8 +21,6 @@ from tarflow_scale.shards.sources.arrays import ArraySource
 
 __all__ = ["MnistSource", "read_idx"]
 
-_NPZ_KEYS = ("{split}_{part}", "{part}_{split}")
-"""``train_x`` as well as Keras's ``x_train``."""
 _IDX_NAMES = {
     ("train", "x"): "train-images-idx3-ubyte",
     ("train", "y"): "train-labels-idx1-ubyte",
@@ -31,23 +29,27 @@ _IDX_NAMES = {
 }
 _IDX_UINT8 = 8
 _MAX_FILE_BYTES = 1 << 30
-"""The largest known file in this format, of EMNIST, has 550 MB."""
+"""Limit of the unpacked size; the largest known file in this format, from EMNIST, has 550 MB."""
 
 
 class MnistSource(ArraySource):
-    """Grey images with integer labels and an official split; 8 bits.
+    """Square grey images of 8 bits with integer labels and an official split.
 
     Args:
         path: an ``.npz`` file with ``train_x train_y test_x test_y`` (or ``x_train ...``), or a folder (or URL) of
             the IDX files ``train-images-idx3-ubyte``, ``t10k-labels-idx1-ubyte`` and so on, plain or ``.gz``.
 
     Raises:
-        DataError: a file is missing or damaged, or images and labels do not fit.
+        DataError: a file is missing or damaged, or the numbers of images and labels differ.
     """
 
     def __init__(self, path: str) -> None:
-        arrays, unused = _read_npz(path) if path.endswith(".npz") else (_read_idx_folder(path), [])
-        self.lines = (f"left out: arrays {', '.join(unused)}, which are neither train nor test",) if unused else ()
+        if path.endswith(".npz"):
+            arrays, unused = _read_npz(path)
+        else:
+            names, unused = storage.list_names(path), list[str]()
+            arrays = {key: _read_idx(path, name, names) for key, name in _IDX_NAMES.items()}
+        self.lines = (f"left out: arrays {', '.join(unused)}, which are of neither split",) if unused else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
@@ -61,7 +63,11 @@ class MnistSource(ArraySource):
 
 
 def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
-    """Values of an IDX file of unsigned bytes.
+    """Read the values of an IDX file.
+
+    Args:
+        content: the file.
+        name: name of the file, for messages.
 
     Raises:
         DataError: the content is not an IDX file of unsigned bytes, or its length does not match its header.
@@ -80,59 +86,46 @@ def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _read_idx_folder(path: str) -> dict[tuple[str, str], NDArray[np.uint8]]:
-    names = storage.list_names(path)
-    return {key: _read_idx(path, name, names) for key, name in _IDX_NAMES.items()}
-
-
 def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
-    """One of the four files; its name may have a dot before ``idx``, and end with ``.gz``."""
+    """Read the IDX file ``name``; a dot may stand before ``idx``, and ``.gz`` at the end."""
     dotted = name.replace("-idx", ".idx")
     present = next((file for file in (name, dotted, f"{name}.gz", f"{dotted}.gz") if file in names), None)
     if present is None:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         raise DataError(
-            f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; source.path is an "
-            f".npz file or the folder of IDX files"
+            f"no {name} or {name}.gz in {path}{f' (there is {near[0]}; rename it)' if near else ''}; set source.path "
+            f"to an .npz file or the folder of the IDX files"
         )
     location = storage.join(path, present)
     content = storage.read_bytes(location)
-    if not present.endswith(".gz"):
-        return read_idx(content, location)
-    try:
-        with gzip.open(io.BytesIO(content)) as file:
-            unpacked = file.read(_MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{location} cannot be unpacked ({error}); download it again") from error
-    if len(unpacked) > _MAX_FILE_BYTES:
-        raise DataError(f"{location} holds more than {_MAX_FILE_BYTES:,} bytes; download it again")
-    return read_idx(unpacked, location)
+    if present.endswith(".gz"):
+        try:
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(_MAX_FILE_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{location} cannot be unpacked ({error}); download it again") from error
+        if len(content) > _MAX_FILE_BYTES:
+            raise DataError(f"{location} holds more than {_MAX_FILE_BYTES:,} bytes; download it again")
+    return read_idx(content, location)
 
 
 def _read_npz(path: str) -> tuple[dict[tuple[str, str], NDArray[np.uint8]], list[str]]:
-    """The arrays, and the names of others."""
-    if not storage.exists(path):
-        raise DataError(f"there is no {path}; check source.path")
+    """The arrays of the two splits, and the names of all other arrays."""
     try:
         with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
-            keys = {
-                (split, part): _npz_key(set(file.files), split, part, path)
-                for split in ("train", "test")
-                for part in ("x", "y")
-            }
-            return {part: file[key] for part, key in keys.items()}, sorted(set(file.files) - set(keys.values()))
+            names: dict[tuple[str, str], str] = {}
+            for split, part in _IDX_NAMES:
+                usual = f"{split}_{part}", f"{part}_{split}"  # the second as in Keras
+                name = next((name for name in usual if name in file.files), None)
+                if name is None:
+                    shown = ", ".join(sorted(file.files))
+                    raise DataError(f"{path} must hold {' or '.join(usual)} (got {shown}); rename its arrays")
+                names[split, part] = name
+            return {key: file[name] for key, name in names.items()}, sorted(set(file.files) - set(names.values()))
     except NPY_FAULTS as error:
         raise DataError(f"{path} is not an .npz file of plain arrays ({error}); check the file") from error
-
-
-def _npz_key(names: set[str], split: str, part: str, path: str) -> str:
-    candidates = [key.format(split=split, part=part) for key in _NPZ_KEYS]
-    for key in candidates:
-        if key in names:
-            return key
-    raise DataError(f"{path} must hold {' or '.join(candidates)} (got {', '.join(sorted(names))}); rename its arrays")
 
 
 def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], origin: str) -> None:
@@ -143,6 +136,6 @@ def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], origin: str) ->
     integers = np.issubdtype(labels.dtype, np.integer)
     if not integers or labels.shape != (len(images),) or len(labels) == 0 or int(labels.min()) < 0:
         raise DataError(
-            f"there must be one label of at least 0 for each of {len(images)} images (got {labels.shape} "
+            f"each of {len(images)} images must have one label, a whole number from 0 (got {labels.shape} "
             f"{labels.dtype} in {origin}); check the labels"
         )

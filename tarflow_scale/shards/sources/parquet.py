@@ -1,9 +1,9 @@
-"""Parquet tables with image bytes, as Hugging Face data sets are stored.
+"""Parquet tables with image bytes, the format of Hugging Face data sets.
 
-A column holds images as ``struct<bytes, path>`` or as binary, another the label: a number, text, or a dictionary; names
-of classes are in the schema's metadata. Rows of Parquet are compressed in groups and cannot be read one by one, so the
-image bytes of the splits that are packed are first copied into one temporary file (in ``TMPDIR``, as large as the
-images, removed when the process ends).
+One column contains the images, as ``struct<bytes, path>`` or as binary; another column contains the labels: numbers,
+text, or dictionaries. The metadata of the schema may have class names. Parquet compresses rows in groups, so they
+cannot be read one by one; therefore the images of the splits that are packed are first copied to one temporary file. It
+is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tarflow_scale.errors import DataError, needs_package
 from tarflow_scale.runtime import console
 from tarflow_scale.shards.sources import splits
 from tarflow_scale.shards.sources.classes import as_label, classes_of_labels
-from tarflow_scale.shards.sources.junk import junk_kind, kind_of
+from tarflow_scale.shards.sources.junk import sort_files
 from tarflow_scale.shards.sources.source import EncodedSource
 from tarflow_scale.shards.sources.split_choice import SourceFile, settle_files
 from tarflow_scale.shards.sources.spool import Spool
@@ -36,42 +36,35 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class _Table:
-    """A table: its path below the source, its location, its columns, and the label of every row."""
+    """A table: its path or URL, its split, the label of every row, and a line that says which columns are used."""
 
-    name: str
     location: str
-    role: splits.Role | None
+    file: SourceFile
     image_column: str
-    label_column: str | None
-    other_columns: tuple[str, ...]
     labels: list[int | str | None]
     class_names: tuple[str, ...]
+    line: str
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all below a folder (or URL); their names or folders may mean splits.
+    """Rows of one ``.parquet`` file, or of all such files below a folder (or URL).
 
     Raises:
-        DataError: no pyarrow, no tables, no column of images or several, or tables that do not fit together.
+        DataError: pyarrow is not installed; there are no tables; a table does not have exactly one column of images; or
+            the tables name their classes differently.
     """
 
     def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
         super().__init__(config)
         path = config.path or ""
-        files, self.ignored = _tables(path)
-        roles = splits.roles_of_files([name for name, _ in files], split, "tables")
-        tables = [
-            _read_table(name, location, role, config, split)
-            for (name, location), role in zip(files, roles, strict=True)
-            if role != "ignore"
-        ]
-        if not tables:
-            raise DataError(f"split.ignore must leave tables (got none of {len(files)} in {path}); narrow it")
-        settled = settle_files([_file_of(table) for table in tables], split)
-        self.lines = (*settled.lines, *dict.fromkeys(map(_columns_used, tables)))
-        kept = [table for table in tables if settled.keeps(table.role)]
+        locations, self.ignored = _tables(path)
+        roles, _ = splits.roles_of_files(list(locations), split, "tables", path)
+        tables = [_read_table(name, locations[name], role, config, split) for name, role in roles.items()]
+        settled = settle_files([table.file for table in tables], split)
+        self.lines = (*settled.lines, *dict.fromkeys(table.line for table in tables))
+        kept = [table for table in tables if settled.keeps(table.file.role)]
         self.class_names, self.labels = _labels_of(kept, config, path)
-        self.official = settled.codes([table.role for table in kept for _ in table.labels])
+        self.official = settled.codes([table.file.role for table in kept for _ in table.labels])
         self.name = storage.base_name(path).removesuffix(".parquet")
         self._spool = Spool()
         self._rows: list[tuple[str, int]] = []
@@ -84,7 +77,7 @@ class ParquetSource(EncodedSource):
                     content.update(image)
                     self._spool.write(image)
                     sizes.append(len(image))
-                    self._rows.append((table.name, row))
+                    self._rows.append((table.file.name, row))
                 bar.update(1)
         self._ends = np.cumsum([0, *sizes], dtype=np.int64)
         naming = f" {self.class_names}" if config.label_names else ""
@@ -93,7 +86,7 @@ class ParquetSource(EncodedSource):
         self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
-        """The bytes in the table."""
+        """The image bytes of row ``number``."""
         return storage.read_range(self._spool.path, int(self._ends[number]), int(self._ends[number + 1]))
 
     def origin(self, number: int) -> str:
@@ -102,21 +95,18 @@ class ParquetSource(EncodedSource):
         return f"{name}/{row}"
 
 
-def _tables(path: str) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """Names and locations of the tables, and the other files by kind."""
-    if not storage.exists(path):
-        raise DataError(f"there is no {path}; check source.path")
+def _tables(path: str) -> tuple[dict[str, str], Counter[str]]:
+    """Locations of the tables by name, and the number of other files by kind."""
     if not storage.is_folder(path):
-        return [(storage.base_name(path), path)], Counter()
-    files = [file.name for file in storage.walk(path)]
-    names = [name for name in files if name.lower().endswith(".parquet") and junk_kind(name) is None]
+        return {storage.base_name(path): path}, Counter()
+    names, ignored = sort_files([file.name for file in storage.walk(path)], (".parquet",))
     if not names:
         raise DataError(f"no .parquet in {path}; check source.path")
-    return [(name, storage.join(path, name)) for name in names], Counter(map(kind_of, set(files).difference(names)))
+    return {name: storage.join(path, name) for name in names}, ignored
 
 
 def _read_table(name: str, location: str, role: splits.Role | None, config: SourceConfig, split: SplitConfig) -> _Table:
-    """The columns of a table, and its labels; no image is read."""
+    """Read the schema and the labels of a table, but no images."""
     table = _open(location)
     image_column, label_column = _columns(table, config, location)
     labels: list[int | str | None] = [None] * table.metadata.num_rows
@@ -127,43 +117,37 @@ def _read_table(name: str, location: str, role: splits.Role | None, config: Sour
     for column in columns if split.by_name else ():
         if column.lower() in splits.SPLIT_COLUMNS and column != label_column:
             splits.refuse_split_column(column, (record[column] for record in _records(location, [column])), location)
-    other_columns = tuple(column for column in columns if column not in (image_column, label_column))
-    class_names = _class_names(table, label_column)
-    return _Table(name, location, role, image_column, label_column, other_columns, labels, class_names)
-
-
-def _columns_used(table: _Table) -> str:
-    """Which columns of a table are used, in words."""
-    others = f" (other columns: {', '.join(table.other_columns[:10])})" if table.other_columns else ""
-    if table.label_column is not None:
-        return f"labels: column {table.label_column}{others}"
-    return f"no labels{others}; name the column that holds them with source.label_column" if others else "no labels"
-
-
-def _file_of(table: _Table) -> SourceFile:
-    unlabelled = table.labels.count(None)
-    first = f"row {table.labels.index(None)} of {table.location}" if unlabelled else ""
-    return SourceFile(table.name, table.role, len(table.labels), len(table.labels) - unlabelled, first)
+    unused = [column for column in columns if column not in (image_column, label_column)]
+    line = f" (other columns: {', '.join(unused[:10])})" if unused else ""
+    if label_column is not None:
+        line = f"labels: column {label_column}{line}"
+    else:
+        line = f"no labels{line}{'; name the column of labels with source.label_column' if unused else ''}"
+    first = f"row {labels.index(None)} of {location}" if None in labels else ""
+    file = SourceFile(name, role, len(labels), len(labels) - labels.count(None), first)
+    return _Table(location, file, image_column, labels, _class_names(table, label_column), line)
 
 
 def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and numbers of all rows, of tables that name their classes alike."""
-    first = tables[0]
-    other = next((table for table in tables if table.class_names != first.class_names), None)
-    if other is not None:
+    """The class names of the tables, and the class number of each row.
+
+    Raises:
+        DataError: the tables name different classes, or in another order.
+    """
+    names = tables[0].class_names
+    different = next((table for table in tables if table.class_names != names), None)
+    if different is not None:
+        shown = [
+            f"{splits.named(table.class_names, 3) or 'none'} in {table.file.name}" for table in (tables[0], different)
+        ]
         raise DataError(
-            f"tables must name the same classes in one order (got {_shown(first)} in {first.name}, {_shown(other)} in "
-            f"{other.name}); pack them as sources of their own, or convert one"
+            f"tables must name the same classes in one order (got {', '.join(shown)}); pack them as separate sources, "
+            f"or convert one"
         )
     labels = [label for table in tables for label in table.labels]
-    if first.class_names and config.label_names is None and all(isinstance(label, int) for label in labels):
-        return first.class_names, np.array(labels, dtype=np.int64)
+    if names and config.label_names is None and all(isinstance(label, int) for label in labels):
+        return names, np.array(labels, dtype=np.int64)
     return classes_of_labels(labels, config.label_names, path)
-
-
-def _shown(table: _Table) -> str:
-    names = table.class_names
-    return ", ".join(names[:3]) + (f" .. ({len(names)})" if len(names) > 3 else "") if names else "none"
 
 
 def _records(location: str, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -191,11 +175,11 @@ def _open(location: str) -> Any:
 
 
 def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str | None]:
-    """The column of images, and that of labels if there is one."""
+    """The column of images, and the column of labels if there is one."""
     names = table.schema_arrow.names
-    for setting, asked in (("image_member", config.image_member), ("label_column", config.label_column)):
-        if asked is not None and asked not in names:
-            raise DataError(f"source.{setting} must be a column (got {asked}; {location} has {', '.join(names)})")
+    for setting, column in (("image_member", config.image_member), ("label_column", config.label_column)):
+        if column is not None and column not in names:
+            raise DataError(f"source.{setting} must be a column (got {column}; {location} has {', '.join(names)})")
     images = [name for name in names if _holds_images(table, name)]
     usual = [name for name in _IMAGE_COLUMNS if name in images]
     if config.image_member is None and len(images) > 1:
@@ -214,7 +198,7 @@ def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str 
 
 
 def _holds_images(table: Any, column: str) -> bool:
-    """Whether a column has the type of images."""
+    """Whether a column has a type that image bytes are stored in."""
     import pyarrow as arrow
 
     kind = table.schema_arrow.field(column).type
@@ -224,7 +208,7 @@ def _holds_images(table: Any, column: str) -> bool:
 
 
 def _class_names(table: Any, label_column: str | None) -> tuple[str, ...]:
-    """Names of a ClassLabel feature, from the metadata that Hugging Face's datasets writes."""
+    """Class names of the column of labels, from the metadata that Hugging Face's ``datasets`` writes; else empty."""
     metadata = (table.schema_arrow.metadata or {}).get(b"huggingface")
     if metadata is None or label_column is None:
         return ()

@@ -1,4 +1,4 @@
-"""The interface of sources of images, and the rules that bring encoded images of any size to one shape."""
+"""`ImageSource`, the interface of all sources of ``prepare``; `EncodedSource` brings image files to one shape."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tarflow_scale.shards.images import Reading, decode_image, image_size, reduc
 __all__ = ["BadImage", "EncodedSource", "ImageSource", "reading_of"]
 
 _SAMPLED = 64
-"""Images that are read before packing, to see whether there are colours and how large the first usable one is."""
+"""Number of images that are read before packing, to learn whether the source has colours, and the image size."""
 
 
 class BadImage(DataError):
@@ -23,16 +23,16 @@ class BadImage(DataError):
 
 
 def reading_of(config: SourceConfig) -> Reading:
-    """How the configuration wants image files to become pixels."""
+    """The settings of a source that say how image files become pixels."""
     return Reading(orientation=config.orientation, transparency=config.transparency)
 
 
 class ImageSource(ABC):
-    """Labelled images by number.
+    """Labelled images that are read by number.
 
-    A source knows its size, classes and format before it reads an image, and reads any single image by number, so that
-    packing can be planned, split and ordered first. It can be pickled, so that worker processes can read from it.
-    Subclasses set the attributes when they are made.
+    A source knows its size, classes and format before it reads an image. It reads any single image by number, so that
+    `prepare` can split and order the images before it packs them. It can be pickled, so that worker processes can read
+    from it. Subclasses set the attributes in their constructor.
     """
 
     name: str
@@ -44,23 +44,23 @@ class ImageSource(ABC):
     labels: NDArray[np.int64]
     """Label of every image, ``(n,)``; zeros without labels."""
     digest: str
-    """SHA-256 of what the source holds, so that a changed source is another data set. Files that are not read before
-    packing, such as those of a folder, count by name and size."""
+    """SHA-256 of the content of the source: a source that changes is another data set. Files that are not read before
+    packing, such as the files of a folder, count by name and size."""
     version: str = ""
-    """Changes also when a file is written again with the same size, so that a packing that was killed does not resume
-    with other images; empty if the digest covers this."""
+    """Like `digest`, but also changes when a file is written again with the same size, so that a killed packing does
+    not resume with other images; empty if the digest covers this."""
     bit_depth: int = 8
-    """High bits of a uint8 pixel that are data."""
+    """Number of high bits of a uint8 pixel that are data."""
     official: NDArray[np.int8] | None = None
-    """``(n,)``, the split of every image as an index of `splits.PACKED`; None if the source has no split of its own."""
+    """Split of every image as an index of `splits.PACKED`, ``(n,)``; None if the source has no official split."""
     reading: Reading | None = None
-    """Of a source of image files: how they become pixels."""
+    """How image files become pixels; None if the source does not read image files."""
     is_remote: bool = False
     """Whether every image is read from a store, so that parallel reads are faster."""
     ignored: Mapping[str, int] = MappingProxyType({})
-    """Number of other files of the source, which are not read, by kind."""
+    """Number of files of the source that are not read, by kind."""
     lines: Sequence[str] = ()
-    """How splits and classes were found, what is left out, and warnings: a line each, to be printed."""
+    """Lines to be printed: how splits and classes were found, what is left out, and warnings."""
     _reduces: bool = False
 
     def __len__(self) -> int:
@@ -74,14 +74,14 @@ class ImageSource(ABC):
 
     @property
     def event(self) -> EventType:
-        """What the samples are."""
+        """The type of the samples."""
         return ImageEvent(self.shape, self.bit_depth)
 
     def image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` as ``(C, H, W)`` uint8; a source of vectors returns them as loaders carry them.
+        """Image ``number`` as ``(C, H, W)`` uint8; a source of vectors returns the bytes of a vector in this form.
 
         Raises:
-            BadImage: it cannot be used.
+            BadImage: the image cannot be used.
         """
         return reduce_depth(self._image(number), self.bit_depth) if self._reduces else self._image(number)
 
@@ -94,15 +94,15 @@ class ImageSource(ABC):
         return f"{self.name}/{number}"
 
     def keep_bits(self, bit_depth: int) -> None:
-        """Keep the high bits of pixels, as Glow is trained at high resolution (arXiv 1807.03039, section 6).
+        """Keep only the high bits of pixels, as Glow is trained at high resolution (arXiv 1807.03039, section 6).
 
         Raises:
-            DataError: the source has fewer.
+            DataError: the source has fewer bits.
         """
         if bit_depth > self.bit_depth:
             raise DataError(
-                f"source.bit_depth must not exceed the source's (got {bit_depth} for {self.bit_depth}-bit "
-                f"{self.name}); lower it or leave it out"
+                f"source.bit_depth must not exceed the bit depth of the source (got {bit_depth} for "
+                f"{self.bit_depth}-bit {self.name}); lower it or leave it out"
             )
         if bit_depth < self.bit_depth:
             self.description = f"{self.description}; {bit_depth} of {self.bit_depth} bits kept"
@@ -119,16 +119,16 @@ class ImageSource(ABC):
         lowest, highest = int(self.labels.min()), int(self.labels.max())
         if lowest < 0 or (self.class_names and highest >= len(self.class_names)):
             raise DataError(
-                f"labels of {self.name} must lie in 0..{len(self.class_names) - 1}, the classes that it names "
+                f"labels of {self.name} must be numbers of its classes, 0..{len(self.class_names) - 1} "
                 f"(got {lowest if lowest < 0 else highest}); correct its class map"
             )
 
 
 class EncodedSource(ImageSource):
-    """Images in files of a format that `decode_image` reads, brought to one shape.
+    """Encoded images, in a format that `decode_image` reads, which are brought to one shape.
 
     Args:
-        config: the size of the images, and what is done with images of another size.
+        config: the size of the packed images, and the treatment of images of another size.
     """
 
     def __init__(self, config: SourceConfig) -> None:
@@ -138,7 +138,7 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def encoded(self, number: int) -> bytes:
-        """The bytes of image ``number``."""
+        """The encoded bytes of image ``number``."""
 
     def place(self, number: int) -> str:
         """Path or URL of image ``number``, for errors."""
@@ -161,7 +161,10 @@ class EncodedSource(ImageSource):
         self.description = ", ".join([*filter(None, parts), turned, f"transparency {over}", size])
 
     def _settle_shape(self) -> None:
-        """Read images from all over the source: are there colours, and how large is the first usable one?"""
+        """Set the shape of the packed images, from images at regular distances in the source.
+
+        All images get RGB if one of them has colours. Without ``size_pixels``, the first usable image gives the size.
+        """
         self.check_labels()
         skip_bad = self._config.bad_images == "skip"
         channels, first_fault = 1, None
@@ -185,7 +188,7 @@ class EncodedSource(ImageSource):
                 self._shape = (channels, size, size)
                 return
         assert first_fault is not None
-        raise BadImage(f"none of the {_SAMPLED} images that were looked at is usable, for one: {first_fault}")
+        raise BadImage(f"none of the {_SAMPLED} images that were tried can be used, for example: {first_fault}")
 
     def _square_size(self, image: NDArray[np.uint8], number: int) -> int:
         _, height, width = image.shape
@@ -201,7 +204,8 @@ class EncodedSource(ImageSource):
         """Image ``number`` in the shape of the data set.
 
         Raises:
-            BadImage: it cannot be decoded, or has other channels, or another size where sizes may not change.
+            BadImage: the image cannot be decoded, has colours in a grey data set, or has another size and
+                ``source.resize`` is ``refuse``.
         """
         image, shape, place = self._decoded(number), self.shape, self.place(number)
         if self._config.resize == "center_crop":

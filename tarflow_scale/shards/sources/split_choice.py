@@ -1,7 +1,8 @@
 """Which splits of a source are packed, and under which names.
 
-Beside ``train``, the splits that patterns name are packed; else the test split; else the validation split. A split
-without labels is left out if ``train`` has labels. Everything that is left out is reported.
+The training split is packed, together with the splits that patterns name; if they name none, with the test split, or
+else with the validation split, which is then packed as ``test``. A split without labels is left out if the training
+split has labels. Everything that is left out is reported.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ class Group:
     """The images of one split of a source.
 
     Args:
-        names: folders, tables or tars that make it.
-        num_images: how many images it has.
-        num_labelled: how many of them have labels: all, or none.
+        names: folders, tables or tars of the split.
+        num_images: number of its images.
+        num_labelled: number of its images that have labels: all, or none.
     """
 
     names: list[str] = field(default_factory=list)
@@ -40,14 +41,14 @@ class Group:
 
 
 class SourceFile(NamedTuple):
-    """A table or tar, which belongs to one split as a whole.
+    """A table or tar, all images of which belong to one split.
 
     Args:
         name: path below the source.
-        role: its split; None in a source without splits.
-        num_images: how many images it has.
-        num_labelled: how many of them have labels.
-        unlabelled: the first image without a label, for messages; empty if all have one.
+        role: the split; None in a source without splits.
+        num_images: number of images in the file.
+        num_labelled: number of these images that have labels.
+        unlabelled: the first image without a label, for messages; empty if all images have labels.
     """
 
     name: str
@@ -62,10 +63,10 @@ class Settled:
     """Which splits of a source are packed.
 
     Args:
-        packed: name under which each role is packed; roles that are left out are missing.
-        official: whether the source has a training and a held-out split; if not, all is packed as one and divided.
-        lines: what a user must know, to be printed.
-        words: for the manifest; empty without a split.
+        packed: name under which each split of the source is packed; without the splits that are left out.
+        official: whether a training and a held-out split are packed; if not, all images are pooled and divided.
+        lines: lines that explain the choice, to be printed.
+        words: description of the split for the manifest; empty without splits.
     """
 
     packed: dict[Role, str]
@@ -74,11 +75,15 @@ class Settled:
     words: str
 
     def keeps(self, role: Role | None) -> bool:
-        """Whether images of a role are packed."""
+        """Whether the images of a split are packed; always for None, a source without splits."""
         return role is None or role in self.packed
 
     def codes(self, roles: Sequence[Role | None]) -> NDArray[np.int8] | None:
-        """Index in `PACKED` of every image, from its role; None without an official split."""
+        """Index in `PACKED` of the split of every image; None without an official split.
+
+        Args:
+            roles: split of each image, all of them packed.
+        """
         if not self.official:
             return None
         return np.array([PACKED.index(self.packed[role or ""]) for role in roles], dtype=np.int8)
@@ -88,7 +93,7 @@ def settle_files(files: Sequence[SourceFile], split: SplitConfig) -> Settled:
     """Choose which splits of tables or tars are packed.
 
     Raises:
-        DataError: some images of a split have labels and some have none, or as `settle`.
+        DataError: some images of a split have labels and some have none; see also `settle`.
     """
     groups: dict[Role | None, Group] = {}
     for file in files:
@@ -111,7 +116,8 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     """Choose which splits are packed.
 
     Raises:
-        DataError: there is no training split, or a split that a pattern names does not fit ``train``.
+        DataError: there is no training split, or a pattern names a split with labels where the training split has
+            none, or without labels where the training split has some.
     """
     held_out: tuple[Role, ...] = ("test", "validation")
     wanted = [role for role in held_out if split.patterns[role]]
@@ -120,12 +126,12 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     missing = next((role for role in wanted if role not in groups), None)
     if missing is not None:
         raise DataError(
-            f"split.{missing} must match images that are not left out (got none: split.ignore matches them too, or "
-            f"there are no images in what it matches); correct it"
+            f"split.{missing} must match images that are not left out (got none: split.ignore also matches them, or "
+            f"the files that it matches have no images); correct it"
         )
     if len(groups) == 1:
         role, group = next(iter(groups.items()))
-        line = f"{group.words}: the only split ({role}); it is divided like images without a split"
+        line = f"{group.words}: the only split ({role}); it is divided like a source without splits"
         return Settled({role: "train"}, official=False, lines=(line,), words=f"{role} split alone")
     if "train" not in groups:
         raise DataError(
@@ -145,7 +151,7 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
         have, want = ("no labels", "labels") if labelled else ("labels", "no labels")
         raise DataError(
             f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
-            f"{train.words}); remove the pattern, or pack it as a source of its own"
+            f"{train.words}); remove the pattern, or pack it as a separate source"
         )
     chosen: dict[Role, str] = {role: role for role in wanted}
     if not chosen:
@@ -154,8 +160,8 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     unfit = next((role for role in held_out if role in groups), None)
     if not labelled and not chosen and unfit is not None:
         raise DataError(
-            f"training images must have labels where the held-out ones have (got none in {train.words}, "
-            f"labels in {groups[unfit].words}); label them, or leave the others out with split.ignore"
+            f"training images must have labels if held-out images have labels (got none in {train.words}, "
+            f"labels in {groups[unfit].words}); label them, or leave out the held-out images with split.ignore"
         )
     packed: dict[Role, str] = {"train": "train", **chosen}
     lines = [f"{groups[role].words}: {name} ({role} split, {_images(groups[role])})" for role, name in packed.items()]
@@ -171,7 +177,7 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
 
 def _left_out(role: Role, group: Group, labelled: bool) -> str:
     if labelled and not group.num_labelled:
-        why = "has no labels; pack it as a source of its own to use it"
+        why = "has no labels; pack it as a separate source to use it"
     elif role in PACKED:
         why = f"is not packed; name it with split.{role} to pack it"
     else:

@@ -1,10 +1,10 @@
-"""Which part of a source is which split: one set of rules for folders, zips, tables and tars.
+"""Splits of a source, from patterns and names: one set of rules for folders, zips, tables and tars.
 
-1. A pattern of the configuration decides: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
-2. Without a pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
+1. Patterns of the configuration have priority: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
+2. Without a matching pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
    ``seg_test``, ``imagenet-val-000003.tar``. `_WORDS` has the words and their meanings.
-3. If no name means a split, the source has none, and ``split.test_fraction`` of each class is held out.
-4. Names that mean a split beside names that do not are refused: the configuration must say which is which.
+3. If no name means a split, the source has no splits, and ``split.test_fraction`` of each class is held out.
+4. A source where some names mean a split and others do not is refused: the configuration must assign them.
 5. `tarflow_scale.shards.sources.split_choice` decides which of the splits are packed.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Role = str
-"""``train``, ``validation``, ``test``, or ``other`` for a split that is none of these."""
+"""Split of an image: ``train``, ``validation``, ``test``, or ``other`` for any other split, such as ``extra``."""
 PACKED = ("train", "validation", "test")
 """Names of packed splits; an image's entry in `ImageSource.official` is an index of it."""
 
@@ -47,27 +47,32 @@ _WORDS: dict[str, Role] = {
     **dict.fromkeys(("extra", "additional", "unlabeled", "unlabelled", "unsupervised", "pred", "predict"), "other"),
 }
 _STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
-"""Words that are hardly ever a class; the others mean a split only beside one of these."""
+"""Words that are hardly ever a class name; all other words of `_WORDS` mean a split only beside one of these."""
 _LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".mat", ".npy")
 _SPLITS = {"split", "splits", "partition", "partitions", "folds"}
-"""Words of lists that hold several splits."""
+"""Words in names of lists that have the images of several splits."""
 _FLAGS = ("is_train", "is_valid", "is_val", "is_test")
 SPLIT_COLUMNS = (*_FLAGS, "split", "set", "subset", "partition", "usage", "phase", "fold", "dataset")
 
 
 def words_of(name: str) -> list[str]:
-    """Words of a name in lower case: ``segTest_2`` has ``seg`` and ``test``."""
+    """The words of a name in lower case: ``seg`` and ``test`` for ``segTest_2``."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
 def role_of(name: str, strong: bool = False) -> Role | None:
-    """The split that a name means, or ``several``; ``strong`` counts only words that are hardly ever a class."""
+    """The split that a name means; ``several`` if its words mean different splits; None if it means none.
+
+    Args:
+        name: name of a file or folder.
+        strong: use only words that are hardly ever a class name.
+    """
     roles = {_WORDS[word] for word in words_of(name) if word in _WORDS and (not strong or word in _STRONG)}
     return None if not roles else roles.pop() if len(roles) == 1 else "several"
 
 
 def other_words(name: str) -> tuple[str, ...]:
-    """Words of a name that mean no split: ``seg`` and ``images`` of ``seg_train_images``."""
+    """The words of a name that do not mean a split: ``seg`` and ``images`` for ``seg_train_images``."""
     return tuple(word for word in words_of(name) if word not in _WORDS)
 
 
@@ -78,7 +83,7 @@ def looks_split(name: str) -> bool:
 
 
 def paired(names: Sequence[str]) -> tuple[str, str] | None:
-    """Two names that differ only in ``train`` and a word for held-out images, such as ``mytrain0`` and ``mytest0``."""
+    """Two names such as ``mytrain0`` and ``mytest0``, which differ only in the word for the split; else None."""
     by_lower = {name.lower(): name for name in names}
     for lower, name in by_lower.items():
         for word in ("test", "validation", "valid", "val", "dev", "eval"):
@@ -89,7 +94,7 @@ def paired(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def unread_lists(files: Iterable[str]) -> list[str]:
-    """A line about lists such as ``meta/train.txt`` and ``meta/test.txt``, which may define splits and are not read."""
+    """A warning about lists such as ``meta/train.txt``, which may define splits but are not read."""
     roles: dict[str, Role] = {}
     for file in files:
         stem = file.rpartition("/")[2].rpartition(".")[0]
@@ -99,16 +104,21 @@ def unread_lists(files: Iterable[str]) -> list[str]:
     if "several" not in roles.values() and not {"train"} < set(roles.values()):
         return []
     return [
-        f"warning: files that may say the split are not read ({named(list(roles), 4)}); divide the images by them, or "
-        f"name the splits with split.train and split.test"
+        f"warning: files that may define splits are not read ({named(list(roles), 4)}); divide the images as they say, "
+        f"or name the splits with split.train and split.test"
     ]
 
 
 def refuse_split_column(column: str, values: Iterable[object], table: str) -> None:
-    """Refuse a column of a table that defines splits, by its name and values, because such columns are not read.
+    """Refuse a table with a column that defines splits, because such columns are not read.
+
+    Args:
+        column: name of the column.
+        values: its values.
+        table: name of the table, for messages.
 
     Raises:
-        DataError: it does.
+        DataError: the name and the values of the column define splits.
     """
     if column.lower() not in SPLIT_COLUMNS:
         return
@@ -122,9 +132,9 @@ def refuse_split_column(column: str, values: Iterable[object], table: str) -> No
 
 
 class Patterns:
-    """The patterns of the configuration, and which of them matched.
+    """The patterns of the section ``split``, and a record of which patterns matched.
 
-    A pattern matches a path, a folder above it, or the name of either; ``*`` matches any text.
+    A pattern matches a file by its path or name, or by the path or name of a folder above it; ``*`` matches any text.
     """
 
     def __init__(self, split: SplitConfig) -> None:
@@ -135,10 +145,12 @@ class Patterns:
         return any(self._patterns.values())
 
     def decide(self, path: str) -> tuple[str, str] | None:
-        """``train``, ``validation``, ``test`` or ``ignore`` for a path, and the folder or file that matched.
+        """What the patterns assign a path to: a split or ``ignore``, and the folder or file that matched.
+
+        Returns None if no pattern matches.
 
         Raises:
-            DataError: two patterns decide differently.
+            DataError: patterns of two splits match.
         """
         parts = path.split("/")
         decisions: dict[str, str] = {}
@@ -160,7 +172,7 @@ class Patterns:
         """Check that every pattern matched something.
 
         Raises:
-            DataError: one did not.
+            DataError: a pattern matched nothing.
         """
         for decision, patterns in self._patterns.items():
             for pattern in patterns:
@@ -171,51 +183,58 @@ class Patterns:
                     )
 
 
-def roles_of_files(names: Sequence[str], split: SplitConfig, kind: str) -> list[Role | None]:
-    """The split of every table or tar, by its path below the source: by its file name, or by the folders above it.
+def roles_of_files(
+    names: Sequence[str], split: SplitConfig, kind: str, where: str
+) -> tuple[dict[str, Role | None], list[str]]:
+    """The split of every table or tar, from patterns, its file name, or the folders above it.
 
     Args:
         names: paths below the source.
-        split: patterns, and whether names count.
+        split: the patterns, and whether names mean splits.
         kind: ``tables`` or ``tars``, for messages.
+        where: path of the source, for messages.
 
     Returns:
-        Roles in order; all None if no name means a split, ``ignore`` for files that a pattern leaves out.
+        The split of each file by name, None if the source has no splits; and the files that ``split.ignore`` matches.
 
     Raises:
-        DataError: some names mean a split and others do not.
+        DataError: some names mean a split and others do not, or all files are ignored.
     """
     patterns = Patterns(split)
-    roles: list[Role | None] = []
+    roles: dict[str, Role | None] = {}
     for name in names:
         decision = patterns.decide(name)
-        roles.append(decision[0] if decision is not None else _role_of_path(name) if split.by_name else None)
+        roles[name] = decision[0] if decision is not None else _role_of_path(name) if split.by_name else None
     patterns.check(kind)
-    if not any(role in ("train", "validation", "test") for role in roles):
+    ignored = [name for name, role in roles.items() if role == "ignore"]
+    roles = {name: role for name, role in roles.items() if role != "ignore"}
+    if not roles:
+        raise DataError(f"split.ignore must leave {kind} (got none of {len(names)} in {where}); narrow it")
+    if not any(role in PACKED for role in roles.values()):
         pair = paired(names) if split.by_name else None
         if pair is not None:
             raise DataError(
                 f"{kind} whose names may mean splits must be assigned to splits (got {pair[0]} and {pair[1]}); name "
                 f"them with split.train and split.test, or set split.by_name=false"
             )
-        return [role if role == "ignore" else None for role in roles]
-    unknown = next((name for name, role in zip(names, roles, strict=True) if role is None), None)
+        return dict.fromkeys(roles), ignored
+    unknown = next((name for name, role in roles.items() if role is None), None)
     if unknown is not None:
-        known = next(name for name, role in zip(names, roles, strict=True) if role not in (None, "ignore"))
+        known = next(name for name, role in roles.items() if role is not None)
         raise DataError(
-            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); say which is which with "
+            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); assign them with "
             f"split.train, split.test and split.ignore, or set split.by_name=false"
         )
-    return roles
+    return roles, ignored
 
 
 def _role_of_path(path: str) -> Role | None:
-    """The split that the file's name means, else the nearest folder that means one."""
+    """The split that the file name means, else the split that the nearest folder with such a name means."""
     for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
         role = role_of(part)
         if role == "several":
             raise DataError(
-                f"a name must mean one split (got {part} in {path}); say which with split.train, split.test and "
+                f"a name must mean one split (got {part} in {path}); assign it with split.train, split.test or "
                 f"split.ignore, or set split.by_name=false"
             )
         if role is not None:
@@ -224,15 +243,15 @@ def _role_of_path(path: str) -> Role | None:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2,000 images``."""
+    """A number and its noun: ``1 image``, ``2,000 images``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def named(names: Sequence[str], most: int) -> str:
-    """``cat, dog, ..``: the first names of a list."""
+    """The first ``most`` names of a list, as text: ``cat, dog, ..``."""
     return ", ".join(names[:most]) + (", .." if len(names) > most else "")
 
 
 def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:
-    """`ImageSource.official` of a source whose training images come first."""
+    """`ImageSource.official` for a source of ``num`` images, of which the first ``num_train`` are for training."""
     return np.where(np.arange(num) < num_train, PACKED.index("train"), PACKED.index("test")).astype(np.int8)

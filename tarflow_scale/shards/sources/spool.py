@@ -1,4 +1,4 @@
-"""A temporary copy of the images of a source that has no random access."""
+"""A temporary file for the images of a source without random access."""
 
 import os
 import tempfile
@@ -10,14 +10,17 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """A temporary file without a name, which worker processes can read; it vanishes when this process ends."""
+    """A temporary file that has no name in the file system and is deleted when this process ends.
+
+    Worker processes can read it at ``path`` while this process runs.
+    """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = tempfile.TemporaryFile(prefix="tarflow-scale-")  # noqa: SIM115
         self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def write(self, content: bytes) -> None:
-        """Append; it can be read immediately.
+        """Append bytes, which can be read immediately.
 
         Raises:
             DataError: the file system is full.

@@ -1,4 +1,4 @@
-"""The tars that a path names: those in a folder and below it, one tar, or the tars of a pattern."""
+"""Find the tars that a path names: all tars below a folder, a single tar, or the tars that match a pattern."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from tarflow_scale import storage
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.manifest import MANIFEST_NAME
-from tarflow_scale.shards.sources.junk import junk_kind, kind_of
+from tarflow_scale.shards.sources.junk import junk_kind, sort_files
 
 __all__ = ["FoundTars", "find_tars", "refuse_compressed", "tars_of_folder"]
 
@@ -26,13 +26,13 @@ _WILD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True)
 class FoundTars:
-    """Tars of a source.
+    """The tars of a source.
 
     Args:
-        root: folder or URL that all of them are below.
-        names: their paths below it.
-        ignored: number of other files there, by kind.
-        lines: to be printed before packing.
+        root: folder or URL that contains all tars.
+        names: paths of the tars below ``root``.
+        ignored: number of other files below ``root``, by kind.
+        lines: lines to be printed before packing.
     """
 
     root: str
@@ -42,14 +42,14 @@ class FoundTars:
 
 
 def find_tars(path: str) -> FoundTars:
-    """The tars that ``source.path`` names.
+    """Find the tars that ``source.path`` names.
 
     Args:
-        path: a folder, a tar, or a pattern of tars: ``{000..031}`` and ``{a,b}`` as webdataset expands them, several
-            patterns with ``::`` between them, and ``*``, ``?``, ``[ab]`` for any text and ``**`` for any folders.
+        path: a folder, a tar, or a pattern. In a pattern, ``{000..031}`` and ``{a,b}`` are expanded as by webdataset,
+            ``::`` separates patterns, ``*``, ``?`` and ``[ab]`` match text, and ``**`` matches any folders.
 
     Raises:
-        DataError: there are none, one is missing, or one is compressed.
+        DataError: there are no tars, a tar is missing, or a tar is compressed.
     """
     if storage.exists(path):
         return _of_folder(path) if storage.is_folder(path) else _of_names([path])
@@ -59,58 +59,52 @@ def find_tars(path: str) -> FoundTars:
 
 
 def tars_of_folder(path: str) -> FoundTars:
-    """The tars directly in a folder; those in folders below it are counted among the other files.
+    """Find the tars directly in a folder; the tars in folders below it count as other files.
 
     Raises:
-        DataError: there are none, or one is compressed.
+        DataError: the folder itself has no tars, or a tar is compressed.
     """
     tars = _of_folder(path)
     names = [name for name in tars.names if "/" not in name]
     below = [name for name in tars.names if "/" in name]
     if not names:
-        raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder by itself")
+        raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder on its own")
     return FoundTars(path, names, tars.ignored + Counter({"tar in a folder below": len(below)}))
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
-    """Refuse a compressed tar, whose samples cannot be read at random.
+    """Refuse a compressed tar, because its samples cannot be read in any order.
 
     Args:
-        name: of the tar.
-        first: its first bytes; by default the name alone counts.
+        name: name of the tar.
+        first: first bytes of the tar; if empty, only the name is checked.
 
     Raises:
-        DataError: it is compressed.
+        DataError: the tar is compressed.
     """
     command = next((tool for end, tool in _COMPRESSED.items() if name.lower().endswith(end)), None)
     command = command or next((tool for magic, tool in _MAGIC.items() if first.startswith(magic)), None)
     if command is not None:
         raise DataError(
-            f"a tar must not be compressed, because its samples are read at random (got {name}); {command} it"
+            f"a tar must not be compressed, because its samples are read in any order (got {name}); {command} it"
         )
 
 
 def _of_folder(path: str) -> FoundTars:
     files = [file.name for file in storage.walk(path)]
-    ignored: Counter[str] = Counter()
-    names: list[str] = []
     for name in files:
-        junk = junk_kind(name)
-        if junk is None:
+        if junk_kind(name) is None:
             refuse_compressed(name)
-        if junk is None and name.lower().endswith(".tar"):
-            names.append(name)
-        else:
-            ignored[kind_of(name)] += 1
+    names, ignored = sort_files(files, (".tar",))
     if not names:
         raise DataError(f"no .tar in {path}; check source.path")
-    # Data sets that were packed below the folder of a source are left out, unless there is nothing else.
+    # Data sets that `prepare` packed below this folder are left out, unless there are no other tars.
     packed = {name.rpartition("/")[0] for name in files if name.endswith(f"/{MANIFEST_NAME}")}
     unpacked = [name for name in names if name.rpartition("/")[0] not in packed]
     if not unpacked or len(unpacked) == len(names):
         return FoundTars(path, names, ignored)
-    left = sorted(packed & {name.rpartition("/")[0] for name in names})
-    line = f"left out: {', '.join(left)} (packed data set); give it as source.path to pack it again"
+    left_out = sorted(packed & {name.rpartition("/")[0] for name in names})
+    line = f"left out: {', '.join(left_out)} (packed data set); give it as source.path to pack it again"
     return FoundTars(path, unpacked, ignored, (line,))
 
 
@@ -127,7 +121,11 @@ def _of_names(paths: list[str]) -> FoundTars:
 
 
 def _common(folders: list[str]) -> str:
-    """The folder that all are below."""
+    """The longest path of folders that all paths share.
+
+    Raises:
+        DataError: the paths are in different stores.
+    """
     parts = [folder.split("/") for folder in folders]
     same = 0
     while same < min(map(len, parts)) and len({part[same] for part in parts}) == 1:
@@ -139,7 +137,7 @@ def _common(folders: list[str]) -> str:
 
 
 def _expanded(path: str) -> list[str]:
-    """Patterns without braces."""
+    """Expand ``{..}`` and ``::`` into patterns without them."""
     if not re.search(r"[{]|::", path):
         return [path]
     from webdataset.shardlists import expand_urls  # here, because it takes seconds and imports torch
@@ -154,7 +152,11 @@ def _expanded(path: str) -> list[str]:
 
 
 def _matches(pattern: str, path: str) -> list[str]:
-    """Tars that match a pattern without braces, sorted."""
+    """Sorted paths that match a pattern without braces.
+
+    Raises:
+        DataError: nothing matches.
+    """
     if not _WILD.search(pattern):
         if not storage.exists(pattern):
             raise DataError(f"there is no {pattern} (of source.path={path}); check the pattern")
@@ -171,7 +173,7 @@ def _matches(pattern: str, path: str) -> list[str]:
 
 
 def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path fits a pattern, folder by folder; ``**`` is any number of folders."""
+    """Whether the parts of a path match the parts of a pattern; ``**`` matches any number of folders."""
     if not pattern or not parts:
         return not pattern and not parts
     if pattern[0] == "**":

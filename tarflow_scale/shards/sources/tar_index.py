@@ -1,4 +1,4 @@
-"""Indexes of WebDataset tars that others wrote, with which they are a data set as they are."""
+"""Index WebDataset tars of another program, so that they can be read as a data set without being packed again."""
 
 import re
 import tarfile
@@ -14,8 +14,9 @@ from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import Reading, image_extension, image_size
 from tarflow_scale.shards.index import ShardIndex, checksum
-from tarflow_scale.shards.manifest import ShardRecord
+from tarflow_scale.shards.manifest import AS_FOUND, Manifest, ShardRecord
 from tarflow_scale.shards.reader import members_of
+from tarflow_scale.shards.sources.source import reading_of
 from tarflow_scale.shards.sources.split_choice import settle_files
 from tarflow_scale.shards.sources.splits import role_of
 from tarflow_scale.shards.sources.tar_files import tars_of_folder
@@ -23,32 +24,11 @@ from tarflow_scale.shards.sources.tar_rules import Rules
 from tarflow_scale.shards.sources.tar_scan import ScannedTar, scan_tar
 from tarflow_scale.shards.sources.tars import classes_of_tars, file_of, for_each_tar
 
-__all__ = ["IndexedTars", "index_tars"]
+__all__ = ["index_tars"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
-"""Names of shards that a manifest accepts."""
+"""Names that a manifest accepts for a shard."""
 _AGAIN = "leave out source.in_place to pack them again"
-
-
-@dataclass(frozen=True)
-class IndexedTars:
-    """Tars that can be a data set where they are.
-
-    Args:
-        records: of the tars.
-        indexes: bytes of their indexes.
-        size_pixels: side of the images.
-        num_channels: of the images.
-        class_names: empty without labels.
-        ignored: members that belong to no sample, by kind.
-    """
-
-    records: tuple[ShardRecord, ...]
-    indexes: tuple[bytes, ...]
-    size_pixels: int
-    num_channels: int
-    class_names: tuple[str, ...]
-    ignored: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -59,14 +39,21 @@ class _IndexedTar:
     shapes: dict[tuple[int, int, int], str]
 
 
-def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> IndexedTars:
-    """Index the tars of a folder; a worker holds one sample at a time, and nothing is written.
+def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, list[bytes], Counter[str]]:
+    """Compute what makes the tars in a folder a data set, without writing it. A worker keeps one sample in memory.
+
+    Args:
+        config: the source.
+        num_workers: number of processes.
+
+    Returns:
+        The manifest, the bytes of the index of each tar, and the number of members that belong to no sample, by kind.
 
     Raises:
-        DataError: tars that cannot be a data set as they are: damaged, of several splits, of other sizes or channels,
-            or with images or labels that training would not find.
+        DataError: the tars cannot be used in place, because a tar is damaged, the tars belong to different splits, the
+            images are not squares of one size, or training would not find an image or a label.
     """
-    path = config.path or ""
+    path, reading = config.path or "", reading_of(config)
     if storage.exists(path) and not storage.is_folder(path):
         raise DataError(f"source.in_place needs a folder of tars (got {path}); give the folder")
     source = tars_of_folder(path)
@@ -80,25 +67,32 @@ def index_tars(config: SourceConfig, reading: Reading, num_workers: int = 1) -> 
     sizes = {shape[1:] for shape in shapes}
     if len(sizes) > 1 or any(height != width for height, width in sizes):
         got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
-        raise DataError(f"images must be squares of one size (got {got}); leave out source.in_place to pack again")
-    return IndexedTars(
-        records=tuple(tar.record for tar in tars),
-        indexes=tuple(tar.index for tar in tars),
-        size_pixels=next(iter(sizes))[0],
+        raise DataError(f"images must be squares of one size (got {got}); {_AGAIN}")
+    indexes = [tar.index for tar in tars]
+    manifest = Manifest(
+        name=storage.base_name(path),
+        split="train",
+        image_size_pixels=next(iter(sizes))[0],
         num_channels=max(shape[0] for shape in shapes),
         class_names=class_names,
-        ignored=sum((tar.ignored for tar in scanned), source.ignored),
+        bit_depth=8,
+        codec=AS_FOUND,
+        source="WebDataset tars, indexed in place",
+        recipe=storage.digest(b"".join(indexes)),
+        shards=tuple(tar.record for tar in tars),
+        reading=reading,
     )
+    return manifest, indexes, sum((tar.ignored for tar in scanned), source.ignored)
 
 
 def _check_names(names: Sequence[str], path: str) -> None:
-    """Check that a manifest can name the tars, and that they are of one split."""
+    """Check that a manifest accepts the names of the tars, and that their names mean one split."""
     roles = {role_of(name.removesuffix(".tar")): name for name in reversed(names)}
     if len(roles) > 1:
         splits = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())
         raise DataError(
-            f"a data set in place has one split (got {splits} of {path}); move each split to a folder of its own, or "
-            f"leave out source.in_place to pack them again"
+            f"a data set in place has one split (got {splits} of {path}); move each split to its own folder, or "
+            f"{_AGAIN}"
         )
     for name in names:
         if not _FILE_NAME.fullmatch(name):
@@ -112,7 +106,7 @@ def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _Indexed
         raise DataError(f"links cannot be read in place (got one in the sample {scanned.linked} of {root}); {_AGAIN}")
     if scanned.num_without or not len(scanned):
         raise DataError(f"every sample must have an image ({scanned.without}); remove it, or {_AGAIN}")
-    # Bytes between two samples, of a folder for instance, count to the first of them, so that samples are contiguous.
+    # Bytes between two samples, such as the header of a folder, belong to the earlier sample: samples are contiguous.
     offsets = [*scanned.places[:, 0].tolist(), int(scanned.places[-1, 1])]
     sums: list[int] = []
     shapes: dict[tuple[int, int, int], str] = {}
@@ -136,10 +130,10 @@ def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _Indexed
 
 
 def _check_as_read(content: bytes, image: bytes, label: int | str | None, place: str) -> None:
-    """Check that training will read the image and the label that the scan found in a sample.
+    """Check that training will read the same image and label from a sample as the scan.
 
     Raises:
-        DataError: it would read another member as the image, or another label, or nothing.
+        DataError: training would read another image or label, or none.
     """
     try:
         members = members_of(content)
@@ -148,8 +142,8 @@ def _check_as_read(content: bytes, image: bytes, label: int | str | None, place:
     extension = image_extension(members)
     if extension is None or members[extension] != image:
         raise DataError(
-            f"the image of a sample in place must be the member that training reads first (got "
-            f"{', '.join(sorted(members))} for {place}, of which it reads {extension or 'none'}); {_AGAIN}"
+            f"the image of a sample in place must be the member that training reads (got {', '.join(sorted(members))} "
+            f"for {place}, of which it reads {extension or 'none'}); {_AGAIN}"
         )
     if label is None:
         return

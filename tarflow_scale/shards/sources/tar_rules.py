@@ -1,7 +1,7 @@
-"""Which member of a sample of a WebDataset tar is its image, and which its label.
+"""Rules that choose the image and the label among the members of a sample in a WebDataset tar.
 
-A sample is a run of members that share a key, the path up to the first dot of the base name; what follows that dot, in
-lower case, is the extension. Both are webdataset's rules.
+A sample consists of consecutive members that share a key. The key is the path up to the first dot of the file name; the
+extension is the text after that dot, in lower case. Both rules are those of webdataset.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ __all__ = ["Rules", "key_and_extension"]
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member by webdataset's rule; None for a name without an extension, which has neither."""
+    """Key and extension of a member; None for a name without an extension, which belongs to no sample."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
@@ -25,11 +25,11 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Rules:
-    """Which member of a sample is the image, and which the label.
+    """The settings that choose the image and the label of a sample.
 
     Args:
-        image: extension of the member that is the image; None takes the only one that is an image.
-        label: extension of the member that is the label, or field of the ``json``; None takes the usual ones.
+        image: extension of the image member; None chooses the only member with the extension of an image.
+        label: extension of the label member, or a field of the ``json`` member; None tries the usual places.
     """
 
     image: str | None = None
@@ -37,15 +37,15 @@ class Rules:
 
     @classmethod
     def of(cls, config: SourceConfig) -> "Rules":
-        """The rules of a configuration."""
+        """The rules that a configuration sets."""
         image = config.image_member.lower().lstrip(".") if config.image_member else None
         return cls(image, config.label_column)
 
     def image_of(self, extensions: list[str], sample: str) -> str | None:
-        """Extension of the image of a sample; None without an image.
+        """Extension of the image of a sample; None if the sample has no image.
 
         Raises:
-            DataError: there are several.
+            DataError: the sample has more than one image.
         """
         if self.image is not None:
             return self.image if self.image in extensions else None
@@ -59,16 +59,26 @@ class Rules:
         return images[0] if images else None
 
     def may_be_label(self, extension: str, earlier: Mapping[str, Any]) -> bool:
-        """Whether the content of a member is needed, given the ``earlier`` members of its sample."""
+        """Whether a member may contain the label, so that it must be read.
+
+        Args:
+            extension: extension of the member.
+            earlier: the earlier members of the sample, by extension.
+        """
         if self.label is not None:
             return extension in ("json", self.label.lower().lstrip("."))
         return extension.endswith(".cls") or extension == "cls" or (extension == "json" and "cls" not in earlier)
 
     def label_of(self, extensions: list[str], content: Callable[[str], bytes], sample: str) -> int | str | None:
-        """The label of a sample; None without one, and for -1.
+        """The label of a sample; None if it has no label, or the label is -1.
+
+        Args:
+            extensions: extensions of the members.
+            content: returns the content of a member by extension.
+            sample: name of the sample, for messages.
 
         Raises:
-            DataError: there are several, or a member for labels has none.
+            DataError: the sample has more than one label member, or the label is not a number or text.
         """
         if self.label is not None:
             member = self.label.lower().lstrip(".")
@@ -86,14 +96,14 @@ class Rules:
             return as_label(content(labels[0]), sample)
         try:
             record = parse_json(content("json"), sample) if "json" in extensions else None
-        except DataError:  # it need not hold labels
+        except DataError:  # a .json that no setting names need not be JSON
             return None
         value = record.get("label") if isinstance(record, dict) else None
         return None if value is None else as_label(value, sample)
 
 
 def _field(record: Any, name: str) -> Any:
-    """Field ``a.b`` of a JSON object: the field of this name, or ``b`` of ``a``; None without."""
+    """Value of a field of a JSON object; ``a.b`` means the field ``a.b``, else the field ``b`` of ``a``; else None."""
     if not isinstance(record, dict):
         return None
     if name in record:

@@ -1,7 +1,6 @@
-"""Samples of a WebDataset tar that others wrote: where each image is, and its label; in one pass over the tar.
+"""Scan a WebDataset tar of another program: find the position and the label of every image in one pass.
 
-A sample is a run of members that share a key (`tarflow_scale.shards.sources.tar_rules`). Links lead to members of the
-same tar.
+`tarflow_scale.shards.sources.tar_rules` defines what a sample is. Links are followed within the tar.
 """
 
 import posixpath
@@ -9,7 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -26,12 +25,12 @@ __all__ = ["ScannedTar", "scan_tar"]
 
 _BLOCK = 512
 _END_BYTES = 1 << 20
-"""Bytes after the end of a tar that are checked to be zeros."""
+"""Number of bytes after the last member that are checked to be zeros."""
 _MAX_LABEL_BYTES = 1 << 24
 _MAX_LINKS = 40
-"""Links that lead to links, at most; the limit of Linux."""
+"""Limit of the length of a chain of links; the same as in Linux."""
 _METADATA = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
-"""Names of files that are about a data set and are no samples of it."""
+"""Names of files that describe a data set and are not samples."""
 
 Parse = Callable[[IO[bytes] | HashedStream], Iterator[Member]]
 
@@ -42,17 +41,17 @@ class ScannedTar:
 
     Args:
         name: path below the source.
-        keys: of the samples that have an image, in order.
-        places: ``(n, 4)`` int64, for each: byte at which the sample starts, byte at which it stops, first byte of the
-            image, and its size. The image of a link lies elsewhere in the tar.
-        labels: the different ones, None for no label.
-        codes: ``(n,)`` int32, index of each sample's label in ``labels``.
-        extensions: of members, the most frequent first.
-        ignored: members that belong to no sample, by kind.
-        num_without: samples without an image.
-        without: the first of these, in words; empty if there is none.
-        linked: first sample whose image or label is a link; empty if there is none.
-        sha256: of the tar.
+        keys: keys of the samples that have an image, in order.
+        places: for each of these samples the first byte of the sample, the byte after its last, the first byte of the
+            image, and the size of the image; ``(n, 4)`` int64. If the image is a link, it is outside the sample.
+        labels: the different labels; None stands for no label.
+        codes: index in ``labels`` of the label of each sample, ``(n,)`` int32.
+        extensions: extensions of the members, the most frequent first.
+        ignored: number of members that belong to no sample, by kind.
+        num_without: number of samples without an image.
+        without: description of the first sample without an image; empty if there is none.
+        linked: name of the first sample whose image or label is a link; empty if there is none.
+        sha256: SHA-256 of the tar.
     """
 
     name: str
@@ -72,15 +71,16 @@ class ScannedTar:
 
 
 def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
-    """Scan a tar in one pass; in two where it has links, or headers that `plain_members` leaves to ``tarfile``.
+    """Scan a tar in one pass. Links, and headers that `plain_members` does not read, need a second pass.
 
     Args:
         name: path below ``root``.
         root: folder or URL.
-        rules: of images and labels.
+        rules: rules that choose the image and the label of a sample.
 
     Raises:
-        DataError: it is no whole tar; a key occurs twice; a sample has several images, or an unusable label.
+        DataError: the tar is damaged or cut off; a key occurs twice; a sample has more than one image; or a label is
+            not a number or text.
     """
     location = storage.join(root, name)
     num_bytes = storage.size_bytes(location)
@@ -89,7 +89,7 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
     try:
         return scan(lambda stream: plain_members(stream, num_bytes))
     except UnusualHeader:
-        pass  # `tarfile` reads all headers, below, in more time
+        pass  # read again below with `tarfile`, which is slower and reads all headers
     try:
         return scan(members_by_tarfile)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -97,44 +97,46 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
 
 
 def _scan(name: str, location: str, num_bytes: int, rules: Rules, parse: Parse) -> ScannedTar:
-    scan = _Scan(name, location, rules)
+    scan = _Scan(name, location, rules, parse)
     with storage.open_seekable(location) as stream:
         hashed = HashedStream(stream)
         for member in parse(hashed):
             scan.add(member, hashed.read)
         _check_end(location, scan.end, num_bytes)
         hashed.seek(num_bytes)
-    return scan.result(parse, hashed.sha256.hexdigest())
+    return scan.result(hashed.sha256.hexdigest())
 
 
 def _check_end(location: str, end: int, size: int) -> None:
-    """Check that the last member is followed by two or more blocks of zeros, and nothing else.
+    """Check that only zeros, at least two blocks of them, follow the last member.
 
-    Otherwise the tar was cut, or a header is damaged; ``tarfile`` takes either for the end.
+    Otherwise the tar was cut off or a header is damaged, which ``tarfile`` would take for the end of the tar.
     """
     if size < end:
         raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
     rest = storage.read_range(location, end, min(size, end + _END_BYTES))
     if len(rest) < 2 * _BLOCK or rest.strip(b"\0"):
         raise DataError(
-            f"{location} is not a whole tar (no end after byte {end:,} of {size:,}: cut, or a damaged header); replace "
-            f"or remove it"
+            f"{location} is not a whole tar (no end after byte {end:,} of {size:,}: it was cut off, or a header is "
+            f"damaged); replace or remove it"
         )
 
 
 @dataclass
 class _KeyRun:
-    """Members that share a key and follow each other."""
+    """Consecutive members that share a key. Links to files are replaced by the files, links to nothing are left out."""
 
     key: str
     start: int
     stop: int = 0
+    extensions: set[str] = field(default_factory=set)
     members: dict[str, Member] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
 
 
 class _Sample(NamedTuple):
-    """A sample that has an image."""
+    """The position of a sample and of its image in the tar, in bytes; and the code of its label."""
 
     key: str
     start: int
@@ -145,21 +147,26 @@ class _Sample(NamedTuple):
 
 
 class _Scan:
-    """Takes the members of a tar one by one and makes them samples."""
+    """Collects the members of a tar into samples."""
 
-    def __init__(self, name: str, location: str, rules: Rules) -> None:
-        self._name, self._location, self._rules = name, location, rules
+    def __init__(self, name: str, location: str, rules: Rules, parse: Parse) -> None:
+        self._name, self._location, self._rules, self._parse = name, location, rules, parse
         self.end = 0
         self._run: _KeyRun | None = None
         self._seen: set[str] = set()
-        self._rows: list[_Sample | _KeyRun] = []
+        self._rows: list[_Sample] = []
         self._labels: dict[int | str | None, int] = {}
         self._extensions: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
         self._num_without, self._without, self._linked = 0, "", ""
 
     def add(self, member: Member, read: Callable[[int], bytes]) -> None:
-        """Take the next member; ``read`` reads from its first byte."""
+        """Add the next member of the tar.
+
+        Args:
+            member: the member.
+            read: reads bytes from the start of its content.
+        """
         self.end = member.stop
         if member.kind == "folder":
             return
@@ -167,11 +174,12 @@ class _Scan:
             self._ignored["special file"] += 1
             return
         junk = junk_kind(member.name)
-        named = None if junk else key_and_extension(member.name)
-        if named is None:
-            self._ignored[junk or _bare(member.name)] += 1
+        parts = None if junk else key_and_extension(member.name)
+        if parts is None:
+            base = member.name.rpartition("/")[2]
+            self._ignored[junk or (base if base.lower() in _METADATA else "name without extension")] += 1
             return
-        key, extension = named
+        key, extension = parts
         if self._run is None or self._run.key != key:
             self._finish()
             if key in self._seen:
@@ -182,27 +190,42 @@ class _Scan:
             self._seen.add(key)
             self._run = _KeyRun(key, member.start)
         run = self._run
-        if extension in run.members:
+        if extension in run.extensions:
             raise DataError(f"names in a tar must differ (got {member.name} twice in {self._location}); remove one")
-        if member.kind == "file" and self._rules.may_be_label(extension, run.members):
-            self._check_label_size(member)
-            run.contents[extension] = read(member.size)
-        run.members[extension] = member
+        run.extensions.add(extension)
         run.stop = member.stop
         self._extensions[extension] += 1
+        is_link = member.kind != "file"
+        target = _target(member, self._by_name) if is_link else member
+        if target is None:
+            self._ignored["link to nothing in its tar"] += 1
+            return
+        if is_link:
+            run.links.append(extension)
+        run.members[extension] = target
+        if self._rules.may_be_label(extension, run.members):
+            if target.size > _MAX_LABEL_BYTES:
+                place = f"{self._name}:{target.name}"
+                raise DataError(f"{place} is too large for a label ({target.size:,} bytes); remove it")
+            start, stop = target.data, target.data + target.size
+            content = storage.read_range(self._location, start, stop) if is_link else read(target.size)
+            run.contents[extension] = content
 
-    def result(self, parse: Parse, sha256: str) -> ScannedTar:
-        """The scanned tar; where links are to be followed, ``parse`` reads the headers again."""
+    @cached_property
+    def _by_name(self) -> dict[str, list[Member]]:
+        """All members of the tar by name, to follow links; read in another pass at the first link."""
+        by_name: dict[str, list[Member]] = {}
+        with storage.open_seekable(self._location) as stream:
+            for member in self._parse(stream):
+                by_name.setdefault(posixpath.normpath(member.name), []).append(member)
+        return by_name
+
+    def result(self, sha256: str) -> ScannedTar:
+        """The scanned tar."""
         self._finish()
         if not self._seen:
             raise DataError(f"no samples in {self._location}; replace or remove it")
-        by_name: dict[str, list[Member]] = {}
-        if any(isinstance(row, _KeyRun) for row in self._rows):
-            with storage.open_seekable(self._location) as stream:
-                for member in parse(stream):
-                    by_name.setdefault(posixpath.normpath(member.name), []).append(member)
-        rows = [self._follow(row, by_name) if isinstance(row, _KeyRun) else row for row in self._rows]
-        rows = [row for row in rows if row is not None]
+        rows = self._rows
         return ScannedTar(
             name=self._name,
             keys=tuple(row.key for row in rows),
@@ -217,68 +240,35 @@ class _Scan:
             sha256=sha256,
         )
 
-    def _check_label_size(self, member: Member) -> None:
-        if member.size > _MAX_LABEL_BYTES:
-            raise DataError(f"{self._name}:{member.name} is too large for a label ({member.size:,} bytes); remove it")
-
     def _finish(self) -> None:
-        """Close the run; one with links waits until all members are known."""
+        """Turn the current run into a sample, unless it has no image."""
         run, self._run = self._run, None
-        if run is not None:
-            is_plain = all(member.kind == "file" for member in run.members.values())
-            row = self._row(run) if is_plain else run
-            self._rows += [] if row is None else [row]
-
-    def _row(self, run: _KeyRun) -> _Sample | None:
-        """The sample of a run; None without an image."""
-        sample = f"{self._name}:{run.key}"
-        extensions = list(run.members)
+        if run is None or not run.members:
+            return
+        sample, extensions = f"{self._name}:{run.key}", list(run.members)
         image = self._rules.image_of(extensions, sample)
-        if image is None:
-            stem = run.key.rpartition("/")[2]
-            if stem.lower() in _METADATA or (stem.startswith("__") and stem.endswith("__")):
-                self._ignored.update(f"{stem}.{extension}" for extension in extensions)
-            else:
-                members = f"members: {', '.join(sorted(extensions))}"
-                self._without = self._without or f"{sample} has no {self._rules.image or 'image'} ({members})"
-                self._num_without += 1
-            return None
-        label = self._rules.label_of(extensions, run.contents.__getitem__, sample)
-        code = self._labels.setdefault(label, len(self._labels))
-        return _Sample(run.key, run.start, run.stop, run.members[image].data, run.members[image].size, code)
-
-    def _follow(self, run: _KeyRun, by_name: dict[str, list[Member]]) -> _Sample | None:
-        """The sample of a run with links, which become the members that they lead to."""
-        links = [extension for extension, member in run.members.items() if member.kind != "file"]
-        for extension in links:
-            target = _target(run.members[extension], by_name)
-            if target is None:
-                self._ignored["link to nothing in its tar"] += 1
-                del run.members[extension]
-                continue
-            run.members[extension] = target
-        if not run.members:
-            return None
-        for extension, member in run.members.items():
-            if extension not in run.contents and self._rules.may_be_label(extension, {}):
-                self._check_label_size(member)
-                run.contents[extension] = storage.read_range(self._location, member.data, member.data + member.size)
-        row = self._row(run)
-        for extension in links:
-            is_image = row is not None and extension in run.members and run.members[extension].data == row.data
-            if is_image or (extension in run.members and self._rules.may_be_label(extension, {})):
-                self._linked = self._linked or f"{self._name}:{run.key}"
-        return row
-
-
-def _bare(name: str) -> str:
-    """Kind of a name without an extension."""
-    base = name.rpartition("/")[2]
-    return base if base.lower() in _METADATA else "name without extension"
+        stem = run.key.rpartition("/")[2]
+        if image is not None:
+            label = self._rules.label_of(extensions, run.contents.__getitem__, sample)
+            code, member = self._labels.setdefault(label, len(self._labels)), run.members[image]
+            self._rows.append(_Sample(run.key, run.start, run.stop, member.data, member.size, code))
+        elif stem.lower() in _METADATA or (stem.startswith("__") and stem.endswith("__")):
+            self._ignored.update(f"{stem}.{extension}" for extension in extensions)
+        else:
+            members = f"members: {', '.join(sorted(extensions))}"
+            self._without = self._without or f"{sample} has no {self._rules.image or 'image'} ({members})"
+            self._num_without += 1
+        for extension in run.links:
+            is_image = image is not None and run.members[extension].data == run.members[image].data
+            if is_image or self._rules.may_be_label(extension, {}):
+                self._linked = self._linked or sample
 
 
 def _target(link: Member, by_name: dict[str, list[Member]]) -> Member | None:
-    """The file that a link leads to: the last of that name, and for a hard link the last that stands before it."""
+    """The file that a link points to; None if there is none.
+
+    Of members with the same name, the last counts; for a hard link, the last one before the link.
+    """
     for _ in range(_MAX_LINKS):
         is_hard = link.kind == "hard link"
         path = link.target if is_hard else posixpath.join(posixpath.dirname(link.name), link.target)

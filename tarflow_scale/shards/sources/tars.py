@@ -1,12 +1,12 @@
-"""WebDataset tars that others wrote, to be packed again.
+"""WebDataset tars of other programs, as a source of images.
 
-The image of a sample is its only member that is one (``jpg``, ``input.jpg``), or the one that ``source.image_member``
-names. Its label is ``cls`` (or ``target.cls``, if it is the only one), or ``label`` of its ``json``, or what
-``source.label_column`` names. Tars with names of splits, or in folders with such names, are these splits
-(`tarflow_scale.shards.sources.splits`).
+The image of a sample is its only member with the extension of an image (``jpg``, ``input.jpg``), or the member that
+``source.image_member`` names. Its label is the member or field that ``source.label_column`` names; without that
+setting, the member ``cls``, the only member such as ``target.cls``, or the field ``label`` of the ``json``. The names
+of tars and folders may mean splits (`tarflow_scale.shards.sources.splits`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -33,17 +33,17 @@ T = TypeVar("T")
 
 
 class TarSource(EncodedSource):
-    """Images of tars of other programs. It holds about a hundred bytes for each.
+    """The images of WebDataset tars; the source needs about a hundred bytes of memory per image.
 
-    Its digest is that of the digests of all tars, in their order.
+    The digest of the source covers the SHA-256 of all tars, in their order.
 
     Args:
-        config: path, and which member of a sample is the image and which the label.
-        split: which tars are which split.
-        num_workers: processes that scan the tars.
+        config: the path, and the settings that choose the image and the label of a sample.
+        split: the patterns, and whether names mean splits.
+        num_workers: number of processes that scan the tars.
 
     Raises:
-        DataError: no tars, a damaged one, or labels for some samples only.
+        DataError: there are no tars, a tar is damaged, or only some samples have labels.
     """
 
     def __init__(self, config: SourceConfig, split: SplitConfig, num_workers: int = 1) -> None:
@@ -51,24 +51,18 @@ class TarSource(EncodedSource):
         source = find_tars(config.path or "")
         self._root = source.root
         self.is_remote = storage.is_remote(source.root)
-        roles = splits.roles_of_files(source.names, split, "tars")
-        skipped = [name for name, role in zip(source.names, roles, strict=True) if role == "ignore"]
-        used = [(name, role) for name, role in zip(source.names, roles, strict=True) if role != "ignore"]
-        if not used:
-            raise DataError(f"split.ignore must leave some tars of {config.path} (got all {len(skipped)}); narrow it")
+        roles, skipped = splits.roles_of_files(source.names, split, "tars", config.path or "")
         scan = partial(scan_tar, root=source.root, rules=Rules.of(config))
-        scanned = for_each_tar(scan, [name for name, _ in used], "scan", num_workers)
+        scanned = for_each_tar(scan, list(roles), "scan", num_workers)
         _check_images(scanned, config)
-        by_role = [(tar, role) for tar, (_, role) in zip(scanned, used, strict=True) if len(tar)]
-        settled = settle_files([file_of(tar, role) for tar, role in by_role], split)
-        packed = [(tar, role) for tar, role in by_role if settled.keeps(role)]
-        tars = [tar for tar, _ in packed]
+        settled = settle_files([file_of(tar, roles[tar.name]) for tar in scanned], split)
+        tars = [tar for tar in scanned if len(tar) and settled.keeps(roles[tar.name])]
         self.class_names, self.labels = classes_of_tars(tars, config)
-        self.official = settled.codes([role for tar, role in packed for _ in range(len(tar)) if role is not None])
+        self.official = settled.codes([roles[tar.name] for tar in tars for _ in range(len(tar))])
         self._set_places(tars)
         self.ignored = sum((tar.ignored for tar in scanned), source.ignored)
         if split.by_name:
-            _check_folders(scanned, [role for _, role in used], config)
+            _check_folders(scanned, roles, config)
         self.lines = (
             *(*source.lines, *settled.lines),
             *(*_left_out(scanned, skipped), *_unlabelled(scanned, self.class_names)),
@@ -80,7 +74,7 @@ class TarSource(EncodedSource):
         self._settle_shape()
 
     def encoded(self, number: int) -> bytes:
-        """The image member."""
+        """The image member of sample ``number``."""
         start, size = self._images[number].tolist()
         content = storage.read_range(storage.join(self._root, self._tar_of(number)), start, start + size)
         if len(content) < size:
@@ -93,14 +87,14 @@ class TarSource(EncodedSource):
         return f"{self._tar_of(number)}:{key.decode(errors='surrogateescape')}"
 
     def place(self, number: int) -> str:
-        """Where the tar is, and the key."""
+        """Path or URL of the tar, and the key."""
         return f"{self._root.rstrip('/')}/{self.origin(number)}"
 
     def _tar_of(self, number: int) -> str:
         return self._names[int(np.searchsorted(self._ends, number, side="right"))]
 
     def _set_places(self, tars: Sequence[ScannedTar]) -> None:
-        """Keep the places of images in arrays; an object for every sample would cost a worker gigabytes."""
+        """Keep the positions of images in arrays, because an object per sample would cost each worker gigabytes."""
         self._names = [tar.name for tar in tars]
         self._ends = np.cumsum([len(tar) for tar in tars])
         self._images = np.concatenate([tar.places[:, 2:] for tar in tars])
@@ -110,7 +104,7 @@ class TarSource(EncodedSource):
 
 
 def for_each_tar(function: Callable[[str], T], names: Sequence[str], verb: str, num_workers: int) -> list[T]:
-    """Results of a function of the names of tars, in order, with a progress bar."""
+    """Apply a function to the names of tars, with a progress bar; results are in the order of the names."""
     results: list[T] = []
     with console.progress_bar(len(names), verb, unit="tars") as bar:
         for result in in_workers(function, names, num_workers):
@@ -122,7 +116,7 @@ def for_each_tar(function: Callable[[str], T], names: Sequence[str], verb: str, 
 def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
     if not any(map(len, tars)):
         raise DataError(
-            f"no sample of {config.path} has an image (for one, {tars[0].without or tars[0].name}); check "
+            f"no sample of {config.path} has an image (for example, {tars[0].without or tars[0].name}); check "
             f"source.path and source.image_member"
         )
     if config.label_column is not None and all(label is None for tar in tars for label in tar.labels):
@@ -134,7 +128,7 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
 
 
 def file_of(tar: ScannedTar, role: splits.Role | None) -> SourceFile:
-    """A tar as a file of its source, which `settle_files` takes."""
+    """The tar as `settle_files` needs it."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
@@ -145,28 +139,28 @@ def _folders(tar: ScannedTar) -> set[str]:
     return {key.rpartition("/")[0] for key in tar.keys}
 
 
-def _check_folders(tars: Sequence[ScannedTar], roles: Sequence[splits.Role | None], config: SourceConfig) -> None:
-    """Check that folders within a tar are no splits, because a tar as a whole belongs to one split.
+def _check_folders(tars: Sequence[ScannedTar], roles: Mapping[str, splits.Role | None], config: SourceConfig) -> None:
+    """Refuse tars with folders that are splits, because all samples of a tar belong to one split.
 
     Raises:
-        DataError: they are.
+        DataError: folders within a tar have the names of different splits.
     """
-    parts: dict[splits.Role | None, str] = {}
-    for tar, role in zip(tars, roles, strict=True):
-        within = {}
+    examples: dict[splits.Role | None, str] = {}
+    for tar in tars:
+        role, within = roles[tar.name], {}
         for folder in sorted(_folders(tar)):
             part = next((part for part in folder.split("/") if splits.looks_split(part)), None)
             within[role if part is None else splits.role_of(part)] = f"{tar.name}:{folder}"
-        parts = within if role is not None else parts | within
-        if len(parts) > 1:
+        examples = within if role is not None else examples | within
+        if len(examples) > 1:
             raise DataError(
-                f"folders in tars must not be splits (got {' and '.join(sorted(parts.values())[-2:])} of "
+                f"folders in tars must not be splits (got {' and '.join(sorted(examples.values())[-2:])} of "
                 f"{config.path}); unpack the tars and set source.kind=folder, or set split.by_name=false to pool them"
             )
 
 
 def classes_of_tars(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names and labels of all samples; no names and zeros without labels."""
+    """Class names, and the class number of each sample. Without labels there are no names, and all numbers are 0."""
     labels = [tar.labels[code] for tar in tars for code in tar.codes.tolist()]
     if config.label_names is not None and None in labels:
         raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")
@@ -181,24 +175,23 @@ def _left_out(tars: Sequence[ScannedTar], skipped: Sequence[str]) -> list[str]:
     number = sum(tar.num_without for tar in tars)
     if number:
         example = next(tar.without for tar in tars if tar.num_without)
-        lines.append(f"warning: left out: {splits.counted(number, 'sample')} without an image, for one, {example}")
+        lines.append(f"warning: left out: {splits.counted(number, 'sample')} without an image, for example, {example}")
     return lines
 
 
 def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> list[str]:
-    """A line about members or folders that may hold labels, if none were found."""
-    members = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
-    holders = [name for name in members if name != "cls" and name.rpartition(".")[2] not in IMAGE_EXTENSIONS]
+    """If no labels were found, a line about members or folders that may be labels."""
     if class_names:
         return []
-    if holders:
-        return [f"no labels (other members: {', '.join(holders[:10])}); name what holds them with source.label_column"]
-    folders = sorted(
-        {name for tar in tars for name in _folders(tar) if not splits.looks_split(name.rpartition("/")[2])}
-    )
+    extensions = dict.fromkeys(extension for tar in tars for extension in tar.extensions)
+    candidates = [name for name in extensions if name != "cls" and name.rpartition(".")[2] not in IMAGE_EXTENSIONS]
+    if candidates:
+        shown = ", ".join(candidates[:10])
+        return [f"no labels (other members: {shown}); name the member of the label with source.label_column"]
+    folders = {name for tar in tars for name in _folders(tar) if not splits.looks_split(name.rpartition("/")[2])}
     if len(folders) < 2:
-        return ["no labels (the tars hold images alone)"]
+        return ["no labels (the tars hold only images)"]
     return [
-        f"warning: no labels: folders in tars are no classes (got {', '.join(folders[-2:])}); unpack the tars and set "
-        f"source.kind=folder if they are"
+        f"warning: no labels: folders in tars are not classes (got {', '.join(sorted(folders)[-2:])}); if they should "
+        f"be classes, unpack the tars and set source.kind=folder"
     ]

@@ -1,8 +1,9 @@
-"""Tables of numbers: ``.npz`` arrays, or CSV with a header."""
+"""Vectors of numbers as a source: arrays of an ``.npz``, or columns of a CSV."""
 
 import csv
 import io
 import re
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -22,19 +23,19 @@ __all__ = ["VectorSource"]
 
 
 class VectorSource(ImageSource):
-    """Vectors of numbers, neither scaled nor centred.
+    """Vectors of numbers, which are neither scaled nor centred.
 
-    * ``.npz``: ``x (N, D)``, and perhaps ``labels (N,)`` of whole numbers and ``conditions (N, K)``; ``x_test`` and so
-      on are an official test split.
-    * ``.csv``: a header and a row for each sample. ``label_column`` has the class, ``condition_columns`` the condition
-      of a sample; all other columns are its values.
+    * ``.npz``: the array ``x (N, D)``; optionally ``labels (N,)`` of whole numbers and ``conditions (N, K)``. Arrays
+      ``x_test``, ``labels_test`` and ``conditions_test`` are an official test split.
+    * ``.csv``: a header, and a row for each sample. All columns are values, except the columns that the arguments name.
 
     Args:
-        path: file or URL.
-        label_column, condition_columns: of a CSV.
+        path: path or URL of the file.
+        label_column: column of a CSV with the class of each sample; None without classes.
+        condition_columns: columns of a CSV with the condition of each sample.
 
     Raises:
-        DataError: the file cannot be read, a number is missing or not finite, or shapes do not fit.
+        DataError: the file cannot be read, a number is missing or not finite, or the shapes of arrays do not agree.
     """
 
     def __init__(self, path: str, label_column: str | None = None, condition_columns: tuple[str, ...] = ()) -> None:
@@ -53,11 +54,11 @@ class VectorSource(ImageSource):
         else:
             raise DataError(f"vectors must be an .npz or .csv file (got {path}); convert them")
         self._event = VectorEvent(VectorFacts(num_values=values.shape[1], num_conditions=conditions.shape[1]))
-        with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite and is refused below
+        with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are refused below
             self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
         if not np.isfinite(self._numbers).all():
             row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
-            raise DataError(f"{path} must hold finite float32 numbers (got others in sample {row}); correct or drop it")
+            raise DataError(f"numbers of {path} must be finite in float32 (not so in sample {row}); correct or drop it")
         self.name = PurePosixPath(path).stem
         self.description = f"vectors from {PurePosixPath(path).name}"
         self.class_names, self.labels, self.official = names, labels, official
@@ -65,11 +66,11 @@ class VectorSource(ImageSource):
 
     @property
     def event(self) -> VectorEvent:
-        """What the samples are."""
+        """The type of the samples."""
         return self._event
 
     def _image(self, number: int) -> NDArray[np.uint8]:
-        """The bytes of vector ``number``, ``(1, 1, 4 (D + K))`` uint8."""
+        """The float32 bytes of vector ``number``, ``(1, 1, 4 (D + K))`` uint8."""
         return self._numbers[number].view(np.uint8)[None, None]
 
 
@@ -91,10 +92,10 @@ def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.int8] | No
     ):
         raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); correct it")
     x, conditions = np.concatenate([x for x, _, _ in parts]), np.concatenate([c for _, c, _ in parts])
-    given = [y for _, _, y in parts if y is not None]
-    labels = np.concatenate(given) if given else np.zeros(len(x), np.int64)
+    label_arrays = [y for _, _, y in parts if y is not None]
+    labels = np.concatenate(label_arrays) if label_arrays else np.zeros(len(x), np.int64)
     official = train_then_test(len(parts[0][0]), len(x)) if len(parts) > 1 else None
-    return x, conditions, labels, numbered_classes(labels) if given else (), official
+    return x, conditions, labels, numbered_classes(labels) if label_arrays else (), official
 
 
 def _part(
@@ -120,14 +121,12 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     try:
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig")), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is no CSV in UTF-8 ({error}); convert it") from error
+        raise DataError(f"{path} is not a CSV in UTF-8 ({error}); convert it") from error
     rows = [row for row in rows if row]
     if len(rows) < 2:
-        raise DataError(f"{path} must have a header and a row a sample (got {len(rows)} rows); add them")
+        raise DataError(f"{path} must have a header and a row for each sample (got {len(rows)} rows); add them")
     header = [name.strip() for name in rows[0]]
     _check_header(header, path)
-    if all(_is_number(name) for name in header):
-        raise DataError(f"{path} must have a header (got numbers in its first line); name the columns there")
     special = [*([label_column] if label_column else []), *condition_columns]
     unknown = sorted(set(special) - set(header))
     if unknown or len(set(header)) < len(header) or len(set(special)) < len(special):
@@ -142,35 +141,31 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
         texts = [row[header.index(label_column)].strip() for row in rows[1:]]
         if "" in texts:
             raise DataError(f"labels of {path} must be given (got none in line {texts.index('') + 2}); fill or drop it")
-        given = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
-        if None in given:
-            raise DataError(f"labels of {path} must not be -1 (got it in line {given.index(None) + 2}); drop the row")
-        names, labels = classes_of_labels(given, None, path)
+        label_of_row = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
+        if None in label_of_row:
+            line = label_of_row.index(None) + 2
+            raise DataError(f"labels of {path} must not be -1 (got -1 in line {line}); drop the row")
+        names, labels = classes_of_labels(label_of_row, None, path)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
 
 
 def _check_header(header: list[str], path: str) -> None:
-    """Refuse headers that other programs write and that would be misread."""
+    """Refuse a first line that would be misread: another separator, a column without a name, or numbers."""
     separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if separator is not None:
         raise DataError(f"columns of {path} must be separated by commas (got {separator!r}); save it with commas")
     if "" in header or any(re.fullmatch(r"Unnamed: \d+", name) for name in header):
         raise DataError(
-            f"every column of {path} must have a name (got {header[:4]}; a column without one is the index that pandas "
-            f"writes); save it with index=False"
+            f"every column of {path} must have a name (got {header[:4]}; pandas writes its index as a column without a "
+            f"name); save it with index=False"
         )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        numbers = [float(name) for name in header]
+        raise DataError(f"{path} must have a header (got {numbers[:4]} in its first line); name the columns there")
 
 
 def _numbers(row: list[str], line: int, header: list[str], label_column: str | None, path: str) -> list[float]:
-    """Numbers of a row, with 0 instead of its label."""
+    """The numbers of a row, with 0 in place of the label."""
     if len(row) != len(header):
         raise DataError(f"rows of {path} must have {len(header)} columns (got {len(row)} in line {line}); correct it")
     numbers: list[float] = []

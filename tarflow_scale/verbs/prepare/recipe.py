@@ -1,4 +1,4 @@
-"""Which data set a source and a configuration make, as a digest that its manifest keeps."""
+"""The digest that identifies a packed data set by its source and configuration; the manifest stores it."""
 
 from tarflow_scale import storage
 from tarflow_scale.config.base import Section
@@ -9,24 +9,24 @@ from tarflow_scale.shards.sources import ImageSource
 
 __all__ = ["recipe_digest"]
 
-_WHERE_SET = {
+_IF_CHANGED = {
     "source": ("label_column", "label_table", "label_names", "image_member", "condition_columns"),
     "split": ("by_name", "train", "validation", "test", "ignore"),
 }
-"""Settings that count only where they differ from their defaults, so that a new setting changes no digest."""
+"""Settings that count only if they differ from their defaults, so that a new setting does not change old digests."""
 
 
 def recipe_digest(source: ImageSource, config: SourceConfig, split: SplitConfig, shards: PackedShardsConfig) -> str:
-    """SHA-256 of the settings that decide the bytes of the data set, and of what the source holds.
+    """SHA-256 of the content of the source and of the settings that affect the bytes of the data set.
 
-    Paths and the number of workers do not count, nor does ``near_duplicates`` unless images are dropped.
+    Paths and the number of workers are left out, and so is ``near_duplicates`` unless it drops images.
     """
-    of_source = {"path", *_at_default(config, _WHERE_SET["source"])}
+    of_source = {"path", *_at_default(config, _IF_CHANGED["source"])}
     if isinstance(source.event, VectorEvent):
         of_source -= {"label_column", "condition_columns"}
     if source.reading is None:
         of_source |= {"orientation", "transparency"}
-    of_split = _at_default(split, _WHERE_SET["split"])
+    of_split = _at_default(split, _IF_CHANGED["split"])
     if split.near_duplicates != "drop":
         of_split.add("near_duplicates")
     settings = {

@@ -1,4 +1,4 @@
-"""Zips, CIFAR, downsampled ImageNet and Parquet: what comes out is what was put in."""
+"""Zips, CIFAR, downsampled ImageNet and Parquet: the images and labels that were written are read again."""
 
 import io
 import json
@@ -112,7 +112,7 @@ def cifar_rows(num: int) -> tuple[NDArray[np.uint8], list[int]]:
 
 
 def write_cifar10(path: Path, binary: bool, num: int = 4) -> tuple[NDArray[np.uint8], list[int]]:
-    """Five training batches and a test batch, as published; returns all rows and labels in that order."""
+    """Write five training batches and a test batch in the published form; returns all rows and labels in that order."""
     path.mkdir()
     rows, labels = [], []
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -187,7 +187,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 class Pointers:
-    """An array of objects whose pickled dtype denies that they are objects: NumPy would take the bytes for pointers."""
+    """An array of objects whose pickled dtype claims to have no pointers; NumPy would use the bytes as pointers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = (1, (4,), self.Denial(), False, b"A" * 32)
@@ -205,15 +205,15 @@ class Huge:
 
 def test_a_pickle_makes_no_array_but_of_the_bytes_that_it_holds() -> None:
     for evil in ({b"data": Pointers()}, {b"labels": [Pointers()]}, Pointers(), np.array([{}], object)):
-        with pytest.raises(DataError, match=r"not a pickle of plain arrays \(it has an array of '?O8?'?"):
+        with pytest.raises(DataError, match=r"not a pickle of plain arrays \(an array has the type '?O8?'?"):
             restricted_unpickle(pickle.dumps(evil, protocol=2), "it")
     assert restricted_unpickle(pickle.dumps(Huge(), protocol=2), "it").size == 0
     for kind in (">i4", "<f8", "|u1", "=f2"):
         for order in ("C", "F"):
             array = np.asarray(RNG.integers(0, 100, (3, 4)), dtype=kind, order=order)  # type: ignore[call-overload]
-            found = restricted_unpickle(pickle.dumps({b"data": array}, protocol=2), "it")[b"data"]
-            assert (found == array).all()
-            assert found.dtype == array.dtype
+            loaded = restricted_unpickle(pickle.dumps({b"data": array}, protocol=2), "it")[b"data"]
+            assert (loaded == array).all()
+            assert loaded.dtype == array.dtype
 
 
 def test_an_archive_of_other_sizes_than_cifars_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_an_archive_of_other_sizes_than_cifars_is_not_unpacked(tmp_path: Path, m
             info = tarfile.TarInfo(name)
             info.size = 6_000
             tar.addfile(info, io.BytesIO(bytes(6_000)))
-    with pytest.raises(DataError, match=r"files of CIFAR alone \(got 12,000 bytes up to 'data_batch_2'\)"):
+    with pytest.raises(DataError, match=r"the files of CIFAR only \(got 12,000 bytes up to 'data_batch_2'\)"):
         opened("cifar", tmp_path / "bomb.tar.gz")
 
 
@@ -338,7 +338,7 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def write_rows(path: Path, labels: object, names: list[str] | None = None, num: int = 4, column: str = "image") -> None:
-    """A table of images with labels of any Arrow type, and names of classes in Hugging Face's metadata."""
+    """Write a table of images with labels of any Arrow type, and class names in the metadata of Hugging Face."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -346,8 +346,8 @@ def write_rows(path: Path, labels: object, names: list[str] | None = None, num: 
     columns = {column: files} | ({} if labels is None else {"label": labels})
     table = arrow.table(columns)
     if names is not None:
-        facts = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(facts)})
+        metadata = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(table, path)
 
@@ -420,7 +420,7 @@ def test_the_plan_says_which_column_has_the_labels_and_junk_is_no_table(tmp_path
     assert source.ignored == {"._*": 1}
     write_columns(tmp_path / "b.parquet", species=["x", "x", "y"])
     assert opened("parquet", tmp_path / "b.parquet").lines == (
-        "no labels (other columns: species); name the column that holds them with source.label_column",
+        "no labels (other columns: species); name the column of labels with source.label_column",
     )
 
 

@@ -1,4 +1,4 @@
-"""Layouts of image files that people have: the right splits and classes, or a refusal that names the setting."""
+"""Usual layouts of image files give the right splits and classes, or a refusal that names the setting."""
 
 import io
 import json
@@ -27,21 +27,26 @@ Tables = dict[str, str | bytes]
 def laid_out(
     names: Sequence[str], tables: Tables | None = None, source: dict[str, Any] | None = None, **split: Any
 ) -> ImageFiles:
-    """The layout of a folder that holds images of these names, and these tables."""
+    """The layout of a folder with these images and tables; a name that ends in ``/`` is an empty folder."""
     contents = {name: text.encode() if isinstance(text, str) else text for name, text in (tables or {}).items()}
     config = SourceConfig.model_validate({"kind": "folder", "path": "x", **(source or {})})
-    files = sorted([*names, *contents])
-    return lay_out(files, contents.__getitem__, config, SplitConfig.model_validate(split), "x")
+    files = sorted([*(name for name in names if not name.endswith("/")), *contents])
+
+    def names_in(folder: str) -> set[str]:
+        above = f"{folder}/" if folder else ""
+        return {name.removeprefix(above).split("/")[0] for name in (*names, *files) if name.startswith(above)}
+
+    return lay_out(files, contents.__getitem__, names_in, config, SplitConfig.model_validate(split), "x")
 
 
-def assigned(found: ImageFiles) -> dict[str, tuple[str | None, str | None]]:
-    """Packed split and class of every image; None for the split where there is no official one."""
+def assigned(layout: ImageFiles) -> dict[str, tuple[str | None, str | None]]:
+    """Packed split and class of every image; the split is None if there is no official split."""
     return {
         name: (
-            None if found.official is None else PACKED[found.official[number]],
-            found.class_names[found.labels[number]] if found.class_names else None,
+            None if layout.official is None else PACKED[layout.official[number]],
+            layout.class_names[layout.labels[number]] if layout.class_names else None,
         )
-        for number, name in enumerate(found.names)
+        for number, name in enumerate(layout.names)
     }
 
 
@@ -160,21 +165,24 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "all in one class with folders below": (
         [*spread("train/x/", "ab"), *spread("test/x/", "ab"), "test/x/0.png"],
-        r"fall into the one class x, though there are folders below it",
+        r"in one class folder, x, though there are folders below it",
     ),
     "images and masks in folders": (spread("", ("images", "masks")), r"got images, masks .*split\.ignore"),
     "images and masks of one name": (
         [f"cat/{i}.{end}" for i in range(4) for end in ("jpg", "png")],
-        r"two of one name .*split\.ignore",
+        r"two files of one name .*split\.ignore",
     ),
     "masks with a suffix": (
         [f"benign/{i}{end}.png" for i in range(4) for end in ("", "_mask")],
         r"benign/0_mask.*split\.ignore",
     ),
-    "images beside class folders": ([*spread("", "ab"), "stray.png"], r"got stray\.png beside them .*split\.ignore"),
+    "images beside class folders": (
+        [*spread("", "ab"), "stray.png"],
+        r"got stray\.png beside class folders .*split\.ignore",
+    ),
     "labels for the held-out images alone": (
         ["train/0.png", "train/1.png", *spread("test/", "ab")],
-        r"training images must have labels where the held-out ones have",
+        r"training images must have labels if held-out images have labels",
     ),
     "splits in words of another language": (
         spread("训练集/", ("cat", "dog")) + spread("测试集/", ("cat", "dog")),
@@ -182,7 +190,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "splits below folds": (
         [f"fold{fold}/{split}/{c}/0.png" for fold in (1, 2) for split in ("train", "test") for c in "ab"],
-        r"must not hold the same folders .*split\.by_name=false",
+        r"must not contain folders of the same name .*split\.by_name=false",
     ),
     "a split in an unusual word beside the classes": (
         [*spread("", ("cat", "dog")), *spread("holdout/", ("cat", "dog"))],
@@ -190,7 +198,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "domains with a folder of images": (
         [f"{domain}/images/{c}/0.png" for domain in ("amazon", "webcam") for c in "ab"],
-        r"must not hold the same folders .*amazon.*webcam",
+        r"must not contain folders of the same name .*amazon.*webcam",
     ),
     "splits within one word": (
         spread("mytrain/", "ab") + spread("mytest/", "ab"),
@@ -210,35 +218,56 @@ def test_layouts_with_two_readings_are_refused_with_the_setting_that_decides(cas
         laid_out(names)
 
 
+EMPTY_FOLDERS = {
+    "no splits": (spread("", "ab"), ["bird/"], {}, "bird"),
+    "splits above the classes": (spread("train/", "ab") + spread("test/", "ab"), ["test/c/"], {}, "test/c"),
+    "splits below the classes": ([f"{c}/{s}/0.png" for c in "ab" for s in ("train", "test")], ["c/train/"], {}, "c"),
+    "a class that only the other split has": (spread("train/", "ab") + spread("test/", "a"), ["test/b/"], {}, None),
+    "a folder of labels": (spread("", "ab"), ["annotations/", ".cache/"], {}, None),
+    "a folder that is left out": (spread("", "ab"), ["drafts/"], {"ignore": ["drafts"]}, None),
+    "a folder of texts": (spread("top/", "ab"), ["top/c/notes.txt"], {}, "top/c"),
+    "no classes": (spread("", "x"), ["y/"], {}, "y"),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_FOLDERS)
+def test_class_folders_without_an_image_are_reported(case: str) -> None:
+    images, folders, split, folder = EMPTY_FOLDERS[case]
+    if "ignore" in split:  # a pattern has to match a file
+        images = [*images, "drafts/0.png"]
+    lines = [line for line in laid_out([*images, *folders], **split).lines if "without an image" in line]
+    assert lines == ([f"warning: 1 class folder without an image: {folder}"] if folder else [])
+
+
 def test_folders_below_the_classes_are_accepted_where_names_mean_no_split() -> None:
-    found = laid_out([f"{c}/{year}/0.png" for c in ("cat", "dog") for year in (2019, 2020)], by_name=False)
-    assert found.class_names == ("cat", "dog")
+    layout = laid_out([f"{c}/{year}/0.png" for c in ("cat", "dog") for year in (2019, 2020)], by_name=False)
+    assert layout.class_names == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
     "lists", [("meta/train.txt", "meta/test.txt"), ("train_test_split.txt",), ("list_eval_partition.txt",)]
 )
 def test_lists_that_may_say_the_split_are_reported(lists: tuple[str, ...]) -> None:
-    """As Food-101, CUB-200 and CelebA have them."""
-    found = laid_out(spread("images/", "ab"), dict.fromkeys(lists, "a/0\n"))
-    assert found.official is None
-    assert any(line.startswith("warning: files that may say the split") and lists[0] in line for line in found.lines)
-    assert not any("may say the split" in line for line in laid_out(spread("images/", "ab"), {"test.txt": ""}).lines)
+    """Food-101, CUB-200 and CelebA have such lists."""
+    layout = laid_out(spread("images/", "ab"), dict.fromkeys(lists, "a/0\n"))
+    assert layout.official is None
+    assert any(line.startswith("warning: files that may define splits") and lists[0] in line for line in layout.lines)
+    assert not any("may define splits" in line for line in laid_out(spread("images/", "ab"), {"test.txt": ""}).lines)
 
 
 def test_a_class_called_train_is_a_class_where_names_mean_no_split() -> None:
-    found = laid_out(spread("", ("train", "bus")), by_name=False)
-    assert assigned(found) == expected(None, "", ("train", "bus"))
+    layout = laid_out(spread("", ("train", "bus")), by_name=False)
+    assert assigned(layout) == expected(None, "", ("train", "bus"))
 
 
 def test_patterns_decide_splits() -> None:
     names = spread("alpha/", "ab") + spread("beta/", "ab") + spread("gamma/", "ab") + ["notes/0.png"]
-    found = laid_out(names, train=["alpha"], validation=["beta"], test=["gamma"], ignore=["notes"])
+    layout = laid_out(names, train=["alpha"], validation=["beta"], test=["gamma"], ignore=["notes"])
     wanted = (
         expected("train", "alpha/", "ab") | expected("validation", "beta/", "ab") | expected("test", "gamma/", "ab")
     )
-    assert assigned(found) == wanted
-    assert any("split.ignore: 1 image" in line for line in found.lines)
+    assert assigned(layout) == wanted
+    assert any("split.ignore: 1 image" in line for line in layout.lines)
 
 
 def test_patterns_go_before_names_and_reach_files() -> None:
@@ -276,18 +305,18 @@ def test_what_is_left_out_is_said() -> None:
 
 @pytest.mark.parametrize("name", ["images", "train images"])
 def test_an_annotation_table_labels_the_images_of_its_split(name: str) -> None:
-    """As Tiny ImageNet has it."""
+    """Tiny ImageNet has such a table."""
     names = [f"train/n0{c}/images/{i}.JPEG" for c in (1, 2) for i in range(2)]
     names += [f"val/images/val_{i}.JPEG" for i in range(3)] + ["test/images/test_0.JPEG"]
     table = "".join(f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62\n" for i in range(3))
-    found = laid_out(
+    layout = laid_out(
         names, {"val/val_annotations.txt": table, "train/n01/n01_boxes.txt": "x", "wnids.txt": "n01\nn02\n"}
     )
-    assert assigned(found) == (
+    assert assigned(layout) == (
         {f"train/n0{c}/images/{i}.JPEG": ("train", f"n0{c}") for c in (1, 2) for i in range(2)}
         | {f"val/images/val_{i}.JPEG": ("test", f"n0{1 + i % 2}") for i in range(3)}
     )
-    assert "labels: val/val_annotations.txt" in found.lines
+    assert "labels: val/val_annotations.txt" in layout.lines
 
 
 @pytest.mark.parametrize(
@@ -308,16 +337,16 @@ def test_an_annotation_table_labels_the_images_of_its_split(name: str) -> None:
     ],
 )
 def test_a_table_with_a_usual_name_labels_flat_images(name: str, table: str) -> None:
-    found = laid_out(["0.png", "1.png", "2.png"], {name: table})
-    assert [found.class_names[label] for label in found.labels] == ["cat", "dog", "cat"]
+    layout = laid_out(["0.png", "1.png", "2.png"], {name: table})
+    assert [layout.class_names[label] for label in layout.labels] == ["cat", "dog", "cat"]
 
 
 @pytest.mark.parametrize("text", ["a cat", "label"])
 def test_texts_about_images_are_no_classes(text: str) -> None:
-    """As captions in ``metadata.csv`` of Hugging Face."""
-    found = laid_out(["0.png", "1.png"], {"metadata.csv": f"file_name,text\n0.png,{text}\n1.png,a dog\n"})
-    assert found.class_names == ()
-    assert any(line.startswith("not used: metadata.csv, which has no column label") for line in found.lines)
+    """Captions in ``metadata.csv`` of Hugging Face data sets are an example."""
+    layout = laid_out(["0.png", "1.png"], {"metadata.csv": f"file_name,text\n0.png,{text}\n1.png,a dog\n"})
+    assert layout.class_names == ()
+    assert any(line.startswith("not used: metadata.csv, which has no column label") for line in layout.lines)
     breeds = "id,breed\n0,pug\n1,pug\n2,corgi\n3,corgi\n"
     assert laid_out([f"{i}.png" for i in range(4)], {"labels.csv": breeds}).class_names == ("corgi", "pug")
 
@@ -334,19 +363,19 @@ def test_a_column_of_splits_is_no_pool(column: str, train: object, test: object)
 
 @pytest.mark.parametrize("source", [{}, {"label_table": "labels.csv"}])
 def test_a_table_may_leave_the_test_split_unlabelled(source: dict[str, Any]) -> None:
-    """As tables of Kaggle do, also where the table of the test split says -1."""
+    """Tables of Kaggle do so, and may have -1 for the test split."""
     tables: Tables = {"labels.csv": "id,label\n0,cat\n1,dog\n"}
-    found = laid_out(["train/0.png", "train/1.png", "test/9.png"], tables, source)
-    assert (found.class_names, found.by_table) == (("cat", "dog"), True)
-    assert not any("not used" in line for line in found.lines)
+    layout = laid_out(["train/0.png", "train/1.png", "test/9.png"], tables, source)
+    assert (layout.class_names, layout.by_table) == (("cat", "dog"), True)
+    assert not any("not used" in line for line in layout.lines)
     own: Tables = {"train/labels.csv": "0.png,0\n1.png,1\n", "test/labels.csv": "9.png,-1\n"}
     assert laid_out(["train/0.png", "train/1.png", "test/9.png"], own).by_table
 
 
 def test_a_table_and_its_column_can_be_named() -> None:
     table = "picture_id,species,image\n9,cat,0.png\n9,dog,1.png\n"
-    found = laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "species"})
-    assert found.class_names == ("cat", "dog")
+    layout = laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "species"})
+    assert layout.class_names == ("cat", "dog")
     with pytest.raises(DataError, match=r"must have columns of images and genus"):
         laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "genus"})
     with pytest.raises(DataError, match=r"label_table must be a file below x \(got other\.csv\)"):
@@ -357,7 +386,10 @@ def test_a_table_and_its_column_can_be_named() -> None:
     ("tables", "message"),
     [
         ({"labels.csv": "0.png,cat\n1.png,dog\n"}, r"labels\.csv of x must label every image \(got none for 2\.png"),
-        ({"labels.csv": "0.png,a\n0.png,b\n1.png,a\n2.png,a\n"}, r"must label an image once \(got 0\.png twice\)"),
+        (
+            {"labels.csv": "0.png,a\n0.png,b\n1.png,a\n2.png,a\n"},
+            r"must give an image one label \(got two for 0\.png\)",
+        ),
         ({"labels.csv": "0.png,0\n1.png,dog\n2.png,1\n"}, r"all numbers or all text"),
         ({"labels.csv": "0.png,0\n1.png,-1\n2.png,1\n"}, r"must label every image \(got -1 for 1\)"),
         ({"dataset.json": json.dumps({"labels": [["0.png", [0.5, 1.0]]]})}, r"one whole number or text .*0\.png"),
@@ -366,7 +398,7 @@ def test_a_table_and_its_column_can_be_named() -> None:
                 "labels.csv": "0.png,a\n1.png,a\n2.png,a\n",
                 "dataset.json": '{"labels": [["0.png",0],["1.png",0],["2.png",0]]}',
             },
-            r"one table must label an image",
+            r"only one table must label the images",
         ),
         ({"labels.csv": b"\xff\xfe0\x00"}, r"must be UTF-8"),
     ],
@@ -377,18 +409,18 @@ def test_tables_that_do_not_cover_the_images_are_refused(tables: Tables, message
 
 
 def test_a_list_of_class_names_is_not_taken_for_labels() -> None:
-    found = laid_out(["0.png", "1.png"], {"labels.txt": "cat animal\ndog animal\n"})
-    assert found.class_names == ()
-    assert "not used: labels.txt, which names no image here" in found.lines
+    layout = laid_out(["0.png", "1.png"], {"labels.txt": "cat animal\ndog animal\n"})
+    assert layout.class_names == ()
+    assert "not used: labels.txt, which names no image here" in layout.lines
 
 
 def test_dataset_json_goes_before_folders_with_a_byte_order_mark_or_below_a_folder() -> None:
     names = [f"my/0000{i}/img{i}.png" for i in range(4)]
     labels = json.dumps({"labels": [[f"0000{i}/img{i}.png", i % 2] for i in range(4)]})
     for text in (labels.encode(), b"\xef\xbb\xbf" + labels.encode()):
-        found = laid_out(names, {"my/dataset.json": text})
-        assert found.class_names == ("0", "1")
-        assert found.labels.tolist() == [0, 1, 0, 1]
+        layout = laid_out(names, {"my/dataset.json": text})
+        assert layout.class_names == ("0", "1")
+        assert layout.labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -405,15 +437,15 @@ def test_a_table_names_the_classes(tmp_path: Path, file: str, text: str, wanted:
     (tmp_path / file).write_text(text)
     source = {"label_names": str(tmp_path / file)}
     assert laid_out(spread("", ("0", "1")), source=source).class_names == wanted
-    found = laid_out(["a.png", "b.png"], {"labels.csv": "a.png,1\nb.png,0\n"}, source)
-    assert (found.class_names, found.labels.tolist()) == (wanted, [1, 0])
+    layout = laid_out(["a.png", "b.png"], {"labels.csv": "a.png,1\nb.png,0\n"}, source)
+    assert (layout.class_names, layout.labels.tolist()) == (wanted, [1, 0])
 
 
 def test_a_table_names_classes_of_text_and_gives_their_order(tmp_path: Path) -> None:
     (tmp_path / "synsets.txt").write_text("n02 goldfish bowl\nn01 tench\n")
-    found = laid_out(spread("", ("n01", "n02")), source={"label_names": str(tmp_path / "synsets.txt")})
-    assert found.class_names == ("goldfish bowl", "tench")
-    assert found.labels.tolist() == [1, 1, 0, 0]
+    layout = laid_out(spread("", ("n01", "n02")), source={"label_names": str(tmp_path / "synsets.txt")})
+    assert layout.class_names == ("goldfish bowl", "tench")
+    assert layout.labels.tolist() == [1, 1, 0, 0]
     with pytest.raises(DataError, match=r"must name every label \(got none for 'n03'"):
         laid_out(spread("", ("n01", "n03")), source={"label_names": str(tmp_path / "synsets.txt")})
 
@@ -440,7 +472,7 @@ def test_other_class_names_make_another_data_set(kind: str, tmp_path: Path) -> N
 
 
 def test_names_of_a_zip_are_those_of_a_folder(tmp_path: Path) -> None:
-    """Programs on Windows write backslashes; a name that is there twice is no image less."""
+    """Programs on Windows write backslashes. A zip that has a name twice is refused."""
     path = tmp_path / "in.zip"
     names = [f"{split}\\{c}\\0.png" for split in ("train", "test") for c in "ab"] + ["./train/a/1.png", "/test/a/1.png"]
     for double in (False, True):
@@ -459,9 +491,9 @@ def test_names_of_a_zip_are_those_of_a_folder(tmp_path: Path) -> None:
 
 def test_junk_is_passed_over_and_counted() -> None:
     junk = ["cat/._0.png", "__MACOSX/cat/0.png", "cat/.DS_Store", "dog/Thumbs.db", "dog/@eaDir/0.png", "readme.md"]
-    found = laid_out([*spread("", ("cat", "dog")), *junk])
-    assert assigned(found) == expected(None, "", ("cat", "dog"))
-    assert dict(found.ignored) == {"._*": 1, "__MACOSX": 1, ".DS_Store": 1, "Thumbs.db": 1, "@eaDir": 1, "*.md": 1}
+    layout = laid_out([*spread("", ("cat", "dog")), *junk])
+    assert assigned(layout) == expected(None, "", ("cat", "dog"))
+    assert dict(layout.ignored) == {"._*": 1, "__MACOSX": 1, ".DS_Store": 1, "Thumbs.db": 1, "@eaDir": 1, "*.md": 1}
 
 
 def opened(kind: str, path: Path, **split: Any) -> ImageSource:
@@ -484,10 +516,10 @@ def test_folders_and_zips_follow_the_same_rules(kind: str, tmp_path: Path) -> No
         zipfile.ZipFile(tmp_path / "x.zip").extractall(path)
     source = opened(kind, path)
     assert source.official is not None
-    found = {
+    layout = {
         source.origin(i): (PACKED[source.official[i]], source.class_names[source.labels[i]]) for i in range(len(source))
     }
-    assert found == expected("train", "top/Train/", "ab") | expected("test", "top/Valid/", "ab")
+    assert layout == expected("train", "top/Train/", "ab") | expected("test", "top/Valid/", "ab")
     assert source.ignored == {"__MACOSX": 1}
 
 
@@ -504,7 +536,7 @@ CLASS_NAMES = ("cat", "dog", "Rose", "n01440764", "7", "ship 2", "été", "bulle
 
 @st.composite
 def planted(draw: st.DrawFn) -> tuple[list[str], dict[str, tuple[str, str | None]]]:
-    """Paths, and of each its role and class."""
+    """Random paths, and the split and class of each."""
     roles = draw(st.sampled_from([(), ("train",), ("train", "test"), ("train", "validation"), tuple(SPLIT_NAMES)]))
     folders = {role: draw(st.sampled_from(SPLIT_NAMES[role][: 4 if len(roles) == 1 else None])) for role in roles}
     classes = draw(st.just([]) | st.lists(st.sampled_from(CLASS_NAMES), min_size=2, max_size=4, unique=True))
@@ -528,21 +560,21 @@ def planted(draw: st.DrawFn) -> tuple[list[str], dict[str, tuple[str, str | None
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(planted())
 def test_what_is_accepted_is_what_was_planted(case: tuple[list[str], dict[str, tuple[str, str | None]]]) -> None:
-    """Random trees: either the planted splits and classes, or a refusal, or a line that reports what is left out."""
+    """Random trees give the planted splits and classes, or a refusal, or a line that reports what is left out."""
     names, truth = case
     try:
-        found = laid_out(names)
+        layout = laid_out(names)
     except DataError:
         return
     roles = {role for role, _ in truth.values()}
-    packed = {name: (found.official is not None and PACKED[found.official[i]]) for i, name in enumerate(found.names)}
-    for number, name in enumerate(found.names):
+    packed = {name: (layout.official is not None and PACKED[layout.official[i]]) for i, name in enumerate(layout.names)}
+    for number, name in enumerate(layout.names):
         role, planted_class = truth[name]
-        assert (found.class_names[found.labels[number]] if found.class_names else None) == planted_class, name
+        assert (layout.class_names[layout.labels[number]] if layout.class_names else None) == planted_class, name
         if packed[name]:
             assert (packed[name] == "train") == (role == "train"), name
-    left_out = roles - {truth[name][0] for name in found.names}
+    left_out = roles - {truth[name][0] for name in layout.names}
     for role in left_out:
-        assert any(line.startswith("left out:") and f"({role} split" in line for line in found.lines)
-    if found.official is None:
-        assert len(roles) == 1 or any("no held-out split with labels" in line for line in found.lines)
+        assert any(line.startswith("left out:") and f"({role} split" in line for line in layout.lines)
+    if layout.official is None:
+        assert len(roles) == 1 or any("no held-out split with labels" in line for line in layout.lines)

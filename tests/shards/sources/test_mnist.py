@@ -1,4 +1,4 @@
-"""MNIST's formats: npz and IDX, plain and gzipped; and what damaged files say."""
+"""MNIST's formats: npz and IDX, plain and gzipped; and the messages for damaged files."""
 
 import gzip
 import struct
@@ -57,7 +57,7 @@ def write_idx_gz(path: Path) -> str:
 
 
 def write_dotted_idx(path: Path) -> str:
-    """As some mirrors name the files."""
+    """Some mirrors use such file names."""
     for name, key in IDX.items():
         (path / name.replace("-idx", ".idx")).write_bytes(idx_bytes(ARRAYS[key]))
     return str(path)
@@ -102,8 +102,8 @@ def test_the_official_split_is_kept_unless_told_otherwise(tmp_path: Path, kind: 
     test = ShardSet(str(tmp_path / "packed/test"))
     assert test.manifest.num_images == num_test
     if num_test == 10:
-        found = {image.tobytes() for image in test.take(np.arange(10)).events}
-        assert found == {image.tobytes() for image in ARRAYS["test_x"]}
+        stored = {image.tobytes() for image in test.take(np.arange(10)).events}
+        assert stored == {image.tobytes() for image in ARRAYS["test_x"]}
 
 
 def test_digits_have_no_official_split(tmp_path: Path) -> None:
@@ -203,18 +203,16 @@ def floats(path: Path) -> str:
         (pickled, r"a.npz is not an .npz file of plain arrays \(Object arrays cannot be loaded"),
         (single_array, r"a.npz is not an .npz file of plain arrays"),
         (other_names, r"must hold train_x or x_train \(got images\)"),
-        (fewer_labels, r"one label of at least 0 for each of 10 images \(got \(9,\) uint8 in test"),
+        (fewer_labels, r"each of 10 images must have one label, a whole number from 0 \(got \(9,\) uint8 in test"),
         (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),
     ],
 )
 def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_scale.shards.sources.mnist._MAX_FILE_BYTES", 10_000)
     with pytest.raises(DataError, match=message):
-        MnistSource(make(tmp_path))
+        open_source(SourceConfig(kind="mnist", path=make(tmp_path)))
 
 
 def test_arrays_that_are_neither_train_nor_test_are_reported(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **ARRAYS, val_x=ARRAYS["test_x"], val_y=ARRAYS["test_y"])
-    assert MnistSource(str(tmp_path / "a.npz")).lines == (
-        "left out: arrays val_x, val_y, which are neither train nor test",
-    )
+    assert MnistSource(str(tmp_path / "a.npz")).lines == ("left out: arrays val_x, val_y, which are of neither split",)

@@ -1,4 +1,4 @@
-"""Random tars and tables with planted splits and labels: what is accepted is what was planted, or it is reported."""
+"""Random tars and tables are read with the splits and labels that were planted, or the difference is reported."""
 
 import io
 import json
@@ -29,26 +29,26 @@ NAMES = {
 }
 PATTERNS = ("{split}-{n:05d}-of-00002", "data-{split}-{n:06d}", "{split}/{n:04d}", "default/{split}/{n}", "{split}{n}")
 Sample = tuple[str, int, int | str | None]
-"""File, place in it, and label."""
+"""A file, the position of a sample in it, and the label."""
 
 
 @st.composite
 def planted(draw: st.DrawFn) -> dict[str, tuple[str, list[int | str | None]]]:
-    """Role and labels of every file, by its name without an end."""
+    """Split and labels of every file, by its name without the extension."""
     roles = draw(st.sampled_from([("train",), ("train", "test"), ("train", "validation"), tuple(NAMES)]))
     pattern = draw(st.sampled_from(PATTERNS))
     classes = draw(st.sampled_from([None, (0, 1, 2), ("cat", "dog", "red fox")]))
-    found: dict[str, tuple[str, list[int | str | None]]] = {}
+    files: dict[str, tuple[str, list[int | str | None]]] = {}
     for role in roles:
         split = draw(st.sampled_from(NAMES[role]))
         unlabelled = classes is None or (role == "test" and draw(st.booleans()))
         for number in range(draw(st.integers(1, 2))):
             size = draw(st.integers(1, 4))
             labels = [None] * size if unlabelled else [draw(st.sampled_from(classes or ())) for _ in range(size)]
-            found[pattern.format(split=split, n=number)] = (role, labels)
+            files[pattern.format(split=split, n=number)] = (role, labels)
     if draw(st.integers(0, 9)) == 0:
-        found["leftover"] = ("nothing", [classes[0] if classes else None])
-    return found
+        files["leftover"] = ("nothing", [classes[0] if classes else None])
+    return files
 
 
 def picture(number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""How image files of others become pixels: one list of formats, orientation and transparency."""
+"""How image files of other programs become pixels: formats, orientation and transparency."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.shards.sources import open_source
 
 HALVES = np.repeat(np.array([[10, 200]], np.uint8), 8, axis=1).repeat(16, axis=0)
-"""16x16: dark on the left, bright on the right."""
+"""An image of 16x16 pixels, dark on the left and bright on the right."""
 FORMATS = {"jfif": "JPEG", "jpe": "JPEG", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM", "avif": "AVIF"}
 
 
@@ -35,7 +35,7 @@ def saved(format: str, tag: int = 1, **options: Any) -> bytes:
 
 
 def write(kind: str, path: Path, members: dict[str, bytes]) -> str:
-    """The same files as a folder, a zip or a tar."""
+    """Open the same files as a folder, a zip or a tar."""
     path.mkdir()
     if kind == "folder":
         for name, content in members.items():
@@ -131,7 +131,7 @@ def test_tars_in_place_are_read_by_the_manifest(tmp_path: Path) -> None:
 
 
 def test_settings_about_files_do_not_change_recipes_of_sources_without_files(digits: Path) -> None:
-    """The recipe is what ``prepare`` at commit b8a8d6a wrote, which had no settings about tags or transparency."""
+    """The recipe equals that of ``prepare`` at commit b8a8d6a, which had no settings for tags or transparency."""
     assert read_manifest(f"{digits}/train").recipe == "29651fce8e7ce68a0b7520173e4976fbe62b278a41060dbaf280b93860c385bb"
 
 

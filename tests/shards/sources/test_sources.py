@@ -81,7 +81,7 @@ def test_fewer_bits_are_another_source_of_the_same_images(tmp_path: Path) -> Non
     assert [int(source.image(i)[0, 0, 0]) >> 3 for i in range(2)] == [201 >> 3, 0]
     assert source.origin(1) == "b/2.png"
     assert open_source(folder(tmp_path, bit_depth=8)).image(0)[0, 0, 0] == 201
-    with pytest.raises(DataError, match=r"must not exceed the source's \(got 5 for 4-bit digits\)"):
+    with pytest.raises(DataError, match=r"must not exceed the bit depth of the source \(got 5 for 4-bit digits\)"):
         open_source(SourceConfig(kind="digits", bit_depth=5))
 
 
@@ -92,7 +92,9 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert source.class_names == ()
     assert [int(source.image(i)[0, 0, 0]) for i in range(2)] == [1, 2]
     write(tmp_path / "c/d.png", (3, 4, 4))
-    with pytest.raises(DataError, match=r"all be in class folders, or all in one \(got a.png beside them"):
+    with pytest.raises(
+        DataError, match=r"all be in class folders, or all in one folder \(got a.png beside class folders"
+    ):
         open_source(folder(tmp_path))
 
 
@@ -133,7 +135,7 @@ def test_the_first_image_may_be_one_that_is_skipped(tmp_path: Path) -> None:
         open_source(folder(tmp_path))
     assert open_source(folder(tmp_path, bad_images="skip")).shape == (3, 8, 8)
     (tmp_path / "a/1.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of the 64 images that were looked at is usable"):
+    with pytest.raises(DataError, match=r"none of the 64 images that were tried can be used"):
         open_source(folder(tmp_path, bad_images="skip"))
 
 

@@ -1,4 +1,4 @@
-"""Foreign tars: what comes out is what was put in, and nothing wrong is taken without a word."""
+"""Tars of other programs: the samples that were written are read, and errors are refused or reported."""
 
 import gzip
 import io
@@ -47,7 +47,7 @@ def opened(path: Path | str, split: dict[str, Any] | None = None, num_workers: i
 
 
 def write_foreign(path: Path, some: NDArray[np.uint8], per_tar: int = 3, extension: str = "jpg") -> None:
-    """Tars by plain webdataset."""
+    """Write tars with webdataset itself."""
     path.mkdir(parents=True, exist_ok=True)
     for number in range(-(-len(some) // per_tar)):
         with TarWriter(str(path / f"shard-{number}.tar"), encoder=False) as writer:
@@ -135,7 +135,7 @@ def test_tars_in_place_that_cannot_be_used_are_refused(tmp_path: Path, capsys: p
     good = encode_png(images(1)[0])
     cases = {
         "labels must be in .cls (got one in the .json of": [("0.png", good), ("0.json", b'{"label": 1}')],
-        "has more than 8 bits a channel": [("0.png", wide.getvalue()), ("0.cls", b"1")],
+        "has more than 8 bits per channel": [("0.png", wide.getvalue()), ("0.cls", b"1")],
         "a label must be a whole number": [("0.png", good), ("0.cls", b"100000000000000000000")],
     }
     for number, (message, members) in enumerate(cases.items()):
@@ -162,7 +162,7 @@ def test_tars_in_place_may_use_the_same_keys_but_not_change(tmp_path: Path, caps
     tar_of(tmp_path / "c.tar", [("0.png", encode_png(images(1)[0]))])
     capsys.readouterr()
     assert cli.main([*arguments, "source.in_place=true"]) == 2
-    assert "has other tars than its manifest names (got c.tar new" in capsys.readouterr().err
+    assert "must be those that its manifest names (got c.tar, which is new" in capsys.readouterr().err
 
 
 def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def resized(content: bytes, field: bytes) -> bytes:
-    """A tar whose second header claims another size, with a checksum that agrees."""
+    """A tar whose second header has a wrong size and a checksum that fits it."""
     changed = bytearray(content)
     at = 1024
     changed[at + 124 : at + 136] = field.ljust(12, b"\0")
@@ -215,7 +215,7 @@ HOSTILE_SIZES = {
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("field", HOSTILE_SIZES.values(), ids=HOSTILE_SIZES)
 def test_a_size_that_is_not_that_of_the_bytes_is_refused(field: bytes, in_place: bool, tmp_path: Path) -> None:
-    """A negative one sends a reader back to what it has read, without an end."""
+    """A negative size would send a reader back to bytes that it has read, in an endless loop."""
     tar_of(tmp_path / "a.tar", [(f"{i}.txt", b"x") for i in range(3)])
     (tmp_path / "a.tar").write_bytes(resized((tmp_path / "a.tar").read_bytes(), field))
     check_refused(tmp_path, in_place)
@@ -223,7 +223,7 @@ def test_a_size_that_is_not_that_of_the_bytes_is_refused(field: bytes, in_place:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_sparse_member_is_refused(in_place: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a few bytes, it may claim to be terabytes of zeros."""
+    """A sparse member of a few bytes may claim to be terabytes of zeros."""
     png = encode_png(images(1)[0])
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("0.png")
@@ -247,7 +247,7 @@ def check_refused(path: Path, in_place: bool) -> None:
 
 
 def test_names_and_links_of_a_tar_reach_nothing_outside_of_it(tmp_path: Path) -> None:
-    """Nothing is unpacked: a member is bytes with a key, whatever its name; a link is no member."""
+    """No member is written to disk, so its name does no harm; links are followed only within the tar."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(encode_png(images(1)[0]))
     picture = images(1)[0]
@@ -279,7 +279,7 @@ PNGS = [encode_png(image) for image in SOME]
 
 
 def shard(path: Path, first: int, num: int = 2, labels: list[str] | None = None) -> None:
-    """A tar of images ``first`` and on, with their numbers for labels unless others are given."""
+    """Write a tar of images, numbered from ``first``; by default their numbers are their labels."""
     members: list[tuple[str, bytes]] = []
     for i in range(first, first + num):
         label = str(i) if labels is None else labels[i - first]
@@ -326,10 +326,10 @@ def test_folders_in_tars_are_neither_splits_nor_classes_without_a_word(tmp_path:
     write_tar(tmp_path / "c/val-0.tar", ["val/0.png"])
     source = opened(tmp_path / "c")
     assert source.official is not None
-    assert source.lines[-1] == "no labels (the tars hold images alone)"
+    assert source.lines[-1] == "no labels (the tars hold only images)"
     write_tar(tmp_path / "d/x.tar", ["cat/0.png", "dog/0.png"])
     (line,) = opened(tmp_path / "d").lines
-    assert "folders in tars are no classes (got cat, dog); unpack the tars and set source.kind=folder" in line
+    assert "folders in tars are not classes (got cat, dog); if they should be classes, unpack the tars" in line
 
 
 def test_tars_whose_names_hide_a_split_are_refused(tmp_path: Path) -> None:
@@ -393,13 +393,13 @@ def test_a_source_is_one_tar_or_a_pattern_of_tars(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["d/x-{000..012}.tar", "{a,b{c,d}}/x.tar", "a.tar::b-{0..1}.tar"])
 def test_braces_mean_what_they_mean_to_webdataset(tmp_path: Path, pattern: str) -> None:
-    path = "::".join(f"{tmp_path}/{one}" for one in pattern.split("::"))
+    path = "::".join(f"{tmp_path}/{part}" for part in pattern.split("::"))
     expanded = expand_urls(path)
     assert len(expanded) > 1
-    for one in expanded:
-        shard(Path(one), 0)
-    found = find_tars(path)
-    assert [f"{found.root}/{name}" for name in found.names] == expanded
+    for tar in expanded:
+        shard(Path(tar), 0)
+    tars = find_tars(path)
+    assert [f"{tars.root}/{name}" for name in tars.names] == expanded
 
 
 def test_tars_of_a_store_are_a_folder_a_tar_or_a_pattern(tmp_path: Path) -> None:
@@ -577,7 +577,9 @@ def test_samples_without_an_image_are_counted_and_reported(tmp_path: Path) -> No
     tar_of(tmp_path / "a.tar", [("0.png", PNGS[0]), ("1.json", b"{}"), ("2.json", b"{}"), ("3.png", PNGS[3])])
     source = opened(tmp_path)
     assert [source.origin(i) for i in range(len(source))] == ["a.tar:0", "a.tar:3"]
-    assert any("left out: 2 samples without an image, for one, a.tar:1 has no image" in line for line in source.lines)
+    assert any(
+        "left out: 2 samples without an image, for example, a.tar:1 has no image" in line for line in source.lines
+    )
 
 
 def test_a_name_that_a_tar_has_twice_is_refused(tmp_path: Path) -> None:
@@ -593,7 +595,7 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
 
 
 def write_links(path: Path) -> None:
-    """Hard links and symbolic links to members, to links, to later members, and to nothing."""
+    """The tar has hard and symbolic links to members, to links, to later members, and to nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
 
@@ -645,7 +647,7 @@ def test_tars_in_place_of_several_splits_are_refused(tmp_path: Path, capsys: pyt
     check_refused(tmp_path, in_place=True)
     error = capsys.readouterr().err
     assert "a data set in place has one split (got validation in imagenet-val-0.tar and train in" in error
-    assert "move each split to a folder of its own, or leave out source.in_place" in error
+    assert "move each split to its own folder, or leave out source.in_place" in error
     (tmp_path / "imagenet-val-0.tar").rename(tmp_path / "imagenet-train-1.tar")
     assert in_place(tmp_path) == 0
 
@@ -679,7 +681,7 @@ def test_training_never_reads_a_mask_of_tars_in_place(tmp_path: Path, capsys: py
         check_refused(tmp_path / name, in_place=True)
         assert "choose one with source.image_member=png" in capsys.readouterr().err
         assert in_place(tmp_path / name, f"source.image_member={second}") == 2
-        assert "must be the member that training reads first" in capsys.readouterr().err
+        assert "must be the member that training reads (got" in capsys.readouterr().err
         assert in_place(tmp_path / name, "source.image_member=png") == 0
         assert np.array_equal(ShardSet(str(tmp_path / name)).take(np.arange(2)).events, SOME[:2])
 
@@ -705,7 +707,7 @@ def test_in_place_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "source.in_place needs a folder of tars" in capsys.readouterr().err
     shard(tmp_path / "in/train/a.tar", 0)
     assert in_place(tmp_path / "in") == 2
-    assert "itself (got train/a.tar below it); index each folder by itself" in capsys.readouterr().err
+    assert "itself (got train/a.tar below it); index each folder on its own" in capsys.readouterr().err
     shard(tmp_path / "in/b.tar", 2)
     assert in_place(tmp_path / "in") == 0
     assert "passed over: 1 tar in a folder below" in capsys.readouterr().out
@@ -717,9 +719,13 @@ def test_in_place_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_workers_find_what_one_process_finds(tmp_path: Path) -> None:
     for number in range(3):
         shard(tmp_path / f"{number}.tar", 4 * number, 4, labels=[f"c{number}", "a", "b", "c"])
-    one, two = opened(tmp_path), opened(tmp_path, num_workers=2)
-    assert (one.digest, one.class_names, one.labels.tolist()) == (two.digest, two.class_names, two.labels.tolist())
-    assert [one.origin(i) for i in range(12)] == [two.origin(i) for i in range(12)]
+    alone, shared = opened(tmp_path), opened(tmp_path, num_workers=2)
+    assert (alone.digest, alone.class_names, alone.labels.tolist()) == (
+        shared.digest,
+        shared.class_names,
+        shared.labels.tolist(),
+    )
+    assert [alone.origin(i) for i in range(12)] == [shared.origin(i) for i in range(12)]
     tar_of(tmp_path / "1.tar", [("0.png", PNGS[0]), ("0.cls", b"")])
     with pytest.raises(DataError, match=r"a label must be one whole number or text \(got \"b''\" for 1.tar:0\)"):
         opened(tmp_path, num_workers=2)

@@ -1,4 +1,4 @@
-"""Tables of numbers: npz and CSV give the same vectors, and each mistake is named with its place."""
+"""Tables of numbers: npz and CSV give the same vectors, and messages name the position of each mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def test_csv_and_npz_give_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("left,kind,right,t\n" + "\n".join(rows) + "\n")
     ours = VectorSource(str(tmp_path / "a.npz"))
     theirs = VectorSource(str(tmp_path / "a.csv"), "kind", ("t",))
-    for one, other in zip(numbers_of(ours), numbers_of(theirs), strict=True):
-        assert np.allclose(one, other, atol=1e-6)
+    for ours_part, theirs_part in zip(numbers_of(ours), numbers_of(theirs), strict=True):
+        assert np.allclose(ours_part, theirs_part, atol=1e-6)
     assert numbers_of(ours)[0].tobytes() == x.tobytes()
     assert (ours.labels == theirs.labels).all()
     assert ours.class_names == theirs.class_names == ("0", "1", "2")
@@ -69,7 +69,7 @@ def test_mistakes_in_an_npz(tmp_path: Path, arrays: dict[str, Any], reason: str)
 @pytest.mark.parametrize(
     ("text", "label", "given", "reason"),
     [
-        ("a,b\n", None, (), "a row a sample"),
+        ("a,b\n", None, (), "a row for each sample"),
         ("1,2\n3,4\n", None, (), "must have a header"),
         ("a,b\n1,\n", "b", (), "none in line 2"),
         ("a,b\n1,x\n", None, (), "'x' in line 2, column b"),
@@ -79,12 +79,12 @@ def test_mistakes_in_an_npz(tmp_path: Path, arrays: dict[str, Any], reason: str)
         ("a,b\n1,2\n", "c", (), "each column once"),
         ("a,b\n1,2\n", "a", ("a",), "each column once"),
         ("a,b\n1,2\n", None, ("a", "b"), "a column of values"),
-        ('a,b\n"1,2\n', None, (), "no CSV"),
+        ('a,b\n"1,2\n', None, (), "is not a CSV"),
         ("a;b\n1;2\n", None, (), "separated by commas .got ';'.; save it with commas"),
         ("a\tb\n1\t2\n", None, (), "separated by commas"),
-        (",a,b\n0,1,2\n", None, (), "the index that pandas writes.; save it with index=False"),
+        (",a,b\n0,1,2\n", None, (), "pandas writes its index as a column without a name.; save it with index=False"),
         ("Unnamed: 0,a\n0,1\n", None, (), "save it with index=False"),
-        ("a,b\n1,0\n2,-1\n", "b", (), "must not be -1 .got it in line 3"),
+        ("a,b\n1,0\n2,-1\n", "b", (), "must not be -1 .got -1 in line 3"),
         ("a,b\n1,0\n2,cat\n", "b", (), "all numbers or all text"),
     ],
 )
