@@ -9,7 +9,7 @@ defaults. A section never needs a record.
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -298,5 +298,7 @@ class GenerationPlan(Record):
         """Shape of vectors; None for images."""
         return VectorFacts(num_values=self.num_channels) if self.pixels.noise == "none" else None
 
-    latents: ClassVar[None] = None
-    """Latents are not generated."""
+    @property
+    def latents(self) -> LatentFacts | None:
+        """None: a flow on latents generates images."""
+        return None

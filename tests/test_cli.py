@@ -27,7 +27,8 @@ def light(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "prepare", "train", "evaluate", "promote", "generate", "score", "doctor", "models", "models show"]
+    "verb",
+    ["", "prepare", "train", "evaluate", "promote", "generate", "encode", "score", "doctor", "models", "models show"],
 )
 def test_help_is_a_manual_and_imports_nothing_heavy(verb: str) -> None:
     script = (

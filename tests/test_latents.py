@@ -139,7 +139,7 @@ def test_an_exported_version_is_whole(top: Path, tmp_path: Path) -> None:
     imported = ["models", "import", f"registry.path={tmp_path}/r", "registry.model=flow", f"command.path={tmp_path}/e"]
     assert cli.main(imported) == 0
     assert cli.main(["models", "show", f"registry.path={tmp_path}/r", "registry.model=flow"]) == 0
-    (tmp_path / "e/autoencoder.json").write_text((tmp_path / "e/autoencoder.json").read_text().replace("0.5", "0.6"))
+    (tmp_path / "e/autoencoder.json").write_text((tmp_path / "e/autoencoder.json").read_text().replace("0.02", "0.03"))
     with pytest.raises(DataError, match="must have the autoencoder of its latents"):
         load(tmp_path / "e")
 

@@ -9,6 +9,7 @@ import yaml
 from tarflow_scale.config.base import load_config
 from tarflow_scale.config.convert import ConvertConfig
 from tarflow_scale.config.doctor import DoctorConfig
+from tarflow_scale.config.encode import EncodeConfig
 from tarflow_scale.config.evaluate import EvaluateConfig
 from tarflow_scale.config.generate import GenerateConfig
 from tarflow_scale.config.models import ModelsConfig
@@ -32,6 +33,7 @@ ROOTS = {
     "score": ScoreConfig,
     "convert": ConvertConfig,
     "doctor": DoctorConfig,
+    "encode": EncodeConfig,
 }
 FILES = sorted((TOP / "configs").rglob("*.yaml"))
 BASE = """

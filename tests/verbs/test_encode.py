@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarflow_scale import cli
+from tarflow_scale import cli, storage
 from tarflow_scale.autoencoders.stored import autoencoder_files, build_autoencoder
 from tarflow_scale.config.autoencoder import ConvolutionalConfig, TinyConfig
 from tarflow_scale.config.data import AugmentationConfig
@@ -174,9 +174,8 @@ def test_killed_drivers_leave_what_the_next_one_completes(world: Path, tmp_path:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert cli.main(arguments) == 0
-    left = {name for name in content(path) if ".partial" in name}
-    assert not left
-    assert content(path) == content(tmp_path / "whole")
+    complete = {name: file for name, file in content(path).items() if not name.endswith(storage.PARTIAL)}
+    assert complete == content(tmp_path / "whole")
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
