@@ -24,7 +24,7 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) for every label, in nats. With learned noise it is a bound, lower by the same log q for all labels.
+    """Log p(x | y) in nats for every label. With learned noise it is a bound; log q is the same for all labels.
 
     Raises:
         ValueError: the flow has no classes, or the images do not fit it.
@@ -41,8 +41,8 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
     Raises:
         ValueError: as `log_prob_of_labels`.
     """
-    of_labels = log_prob_of_labels(flow, x)
-    return torch.logsumexp(of_labels, dim=1) - math.log(of_labels.shape[1])
+    log_probs = log_prob_of_labels(flow, x)
+    return torch.logsumexp(log_probs, dim=1) - math.log(log_probs.shape[1])
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def attribute_direction(
 
 @torch.no_grad()
 def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: GivenCondition = None) -> Tensor:
-    """Images moved by ``strength * direction`` in latent space; strength 0 returns the same images."""
+    """Move images by ``strength * direction`` in latent space; strength 0 returns the same images."""
     labels = flow.check_data(x, y)
     return flow.inverse(flow(x, labels)[0] + strength * direction, labels)
 

@@ -1,7 +1,7 @@
 """Likelihood of images in memory under a flow: their bits/dim, and the contribution of every pixel.
 
-Does for an array what the verbs ``evaluate`` and ``score`` do for a data set: image i, counted from 0, gets the noise
-of sample i of a data set, so the numbers are equal to those of the verbs.
+These functions compute for an array what the verbs ``evaluate`` and ``score`` compute for a data set. Image i, counted
+from 0, gets the noise of sample i of a data set, so the numbers are equal.
 
 Shapes: B images, C channels, H W pixels.
 """

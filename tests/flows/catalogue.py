@@ -266,11 +266,11 @@ def moment_matched(name: str) -> Flow:
     with torch.no_grad():
         if name == "tarflow":
             sizes = {"patch_size": 2, "width": 8, "layers_per_block": (1,), "head_width": 8}
-            tar = TarFlow((1, 2, 2), None, variant="volume_preserving", **sizes).double()  # type: ignore[arg-type]
+            tar = TarFlow((1, 2, 2), None, TarFlowConfig(variant="volume_preserving", **sizes)).double()  # type: ignore[arg-type]
             assert tar.log_std is not None
             tar.log_std.fill_(log_std)
             return tar
-        flow = Glow((1, 2, 2), None, levels=1, steps_per_level=1, width=4, coupling="additive").double()
+        flow = Glow((1, 2, 2), None, GlowConfig(levels=1, steps_per_level=1, width=4, coupling="additive")).double()
         flow.initialize(torch.randn(8, 1, 2, 2, dtype=torch.float64))
         step = flow.levels[0].steps[0]  # type: ignore[union-attr, index]
         step.norm.bias.zero_()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import zuko
 
+from tarflow_scale.config.model import IAFConfig, MAFConfig
 from tarflow_scale.flows.autoregressive import Autoregressive
 from tests.flows.catalogue import moved
 
@@ -12,7 +13,8 @@ def flow(
     inverse: bool, transforms: int = 1, num_classes: int | None = None, widths: tuple[int, ...] = (64, 48)
 ) -> Autoregressive:
     torch.manual_seed(0)
-    made = Autoregressive((5,), num_classes, transforms=transforms, hidden_widths=widths, inverse=inverse).double()
+    config = (IAFConfig if inverse else MAFConfig)(transforms=transforms, hidden_widths=widths)
+    made = Autoregressive((5,), num_classes, config).double()
     moved(made, ("",))
     return made
 
@@ -77,14 +79,14 @@ def test_gradients_pass_through_samples_of_an_iaf() -> None:
 
 def test_networks_that_would_leave_dimensions_unread_are_refused() -> None:
     with pytest.raises(ValueError, match=r"hidden_widths must be at least 19 for 20 dimensions.*\(got \[64, 18\]\)"):
-        Autoregressive((20,), None, hidden_widths=(64, 18))
+        Autoregressive((20,), None, MAFConfig(hidden_widths=(64, 18)))
     with pytest.raises(ValueError, match="must be at least 20 for 20 dimensions"):
-        Autoregressive((20,), 3, hidden_widths=(19,))
+        Autoregressive((20,), 3, MAFConfig(hidden_widths=(19,)))
     assert (jacobians_of(flow(False, widths=(20, 20))) != 0).sum() >= 14
 
 
 def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
-    made = Autoregressive((2,), None, transforms=1, hidden_widths=(8,), inverse=True, logit_alpha=1e-6)
+    made = Autoregressive((2,), None, IAFConfig(transforms=1, hidden_widths=(8,), logit_alpha=1e-6))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.zero_()
@@ -96,7 +98,7 @@ def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
 
 def test_one_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
-        Autoregressive((1,), None)
+        Autoregressive((1,), None, MAFConfig())
 
 
 def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:

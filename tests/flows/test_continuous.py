@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tarflow_scale.config.model import ContinuousConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import continuous, standard_normal_log_prob
 from tarflow_scale.flows.continuous import Continuous
@@ -15,7 +16,7 @@ from tests.flows.catalogue import moved
 def flow(shape: tuple[int, ...] = (4,), **settings: Any) -> Continuous:
     torch.manual_seed(0)
     base: dict[str, Any] = {"width": 8, "hidden_layers": 2, "tolerance": 1e-9}
-    made = Continuous(shape, None, **(base | settings)).double()
+    made = Continuous(shape, None, ContinuousConfig(**(base | settings))).double()
     moved(made, ())
     return made.eval()
 
@@ -251,5 +252,5 @@ def test_log_determinants_of_values_are_a_division_of_the_same_solve() -> None:
 def test_an_estimated_trace_divides_no_surprise() -> None:
     made = flow((1, 4, 4), exact_trace_dims=15)
     assert not made.divides_surprise
-    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise it"):
+    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise exact_trace_dims"):
         made.nats_of_values(torch.zeros(1, 1, 4, 4, dtype=torch.float64))

@@ -209,7 +209,7 @@ def test_what_it_needs() -> None:
     flow = build(NICEConfig(dequantization=LEARNED, class_conditional=False), (1, 2, 2))
     x = noisy(4, shape=(1, 2, 2), dtype=torch.float32)
     assert torch.isfinite(flow.log_prob(x)).all()
-    with pytest.raises(ValueError, match=r"dequantization needs the depth of the images \(got a flow without a pixel"):
+    with pytest.raises(ValueError, match=r"dequantization needs the bit depth of the images \(got a flow without"):
         flow.log_prob_of_images(x)
     flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
     with pytest.raises(ValueError, match="images must be finite"):

@@ -19,7 +19,7 @@ from tests.flows.catalogue import moved
 def small(shape: tuple[int, int, int] = (3, 8, 8), classes: int | None = None, **options: object) -> Glow:
     """A float64 Glow, initialised on random images, with moved weights."""
     torch.manual_seed(0)
-    flow = Glow(shape, classes, **({"levels": 2, "steps_per_level": 2, "width": 8} | options)).double()  # type: ignore[arg-type]
+    flow = Glow(shape, classes, GlowConfig(**({"levels": 2, "steps_per_level": 2, "width": 8} | options))).double()  # type: ignore[arg-type]
     flow.initialize(torch.randn(8, *shape, dtype=torch.float64))
     moved(flow, ("",))
     return flow
@@ -73,7 +73,7 @@ def test_every_level_gives_out_latents_and_each_matters() -> None:
 
 def test_a_fresh_flow_starts_from_unit_activations() -> None:
     torch.manual_seed(0)
-    flow = Glow((3, 8, 8), None, levels=2, steps_per_level=3, width=8)
+    flow = Glow((3, 8, 8), None, GlowConfig(levels=2, steps_per_level=3, width=8))
     x = 0.2 + 0.1 * torch.randn(64, 3, 8, 8)
     with pytest.raises(RuntimeError, match="ActNorm was never initialised"):
         flow(x)
@@ -194,7 +194,7 @@ def test_settings_of_tarflow_are_refused() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of 2\^model.levels \(got 28x28 and 2\^3 = 8\)"):
-        Glow((1, 28, 28), None, levels=3, steps_per_level=1, width=8)
+        Glow((1, 28, 28), None, GlowConfig(levels=3, steps_per_level=1, width=8))
 
 
 def test_the_large_recipe_builds() -> None:

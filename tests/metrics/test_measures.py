@@ -302,7 +302,7 @@ def test_a_part_that_is_missing_or_damaged_gives_no_number(tmp_path: Path, damag
             if damage == "cut"
             else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         )
-    with pytest.raises(DataError, match=r"(is gone|is damaged).*run the same command again"):
+    with pytest.raises(DataError, match=r"(does not exist|is damaged).*run the same command again"):
         one(frechet(samples, "pool", location, infinity=False))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
@@ -27,9 +28,8 @@ GUIDANCES = [
 
 def flow_of(seed: int = 0, classes: int | None = 5, depth: tuple[int, ...] = (2, 1, 2), **options: object) -> TarFlow:
     torch.manual_seed(seed)
-    flow = TarFlow(
-        (3, 8, 8), classes, patch_size=2, width=32, layers_per_block=depth, head_width=16, **options  # type: ignore[arg-type]
-    )  # fmt: skip
+    config = TarFlowConfig(patch_size=2, width=32, layers_per_block=depth, head_width=16, **options)  # type: ignore[arg-type]
+    flow = TarFlow((3, 8, 8), classes, config)
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
             parameter.add_((0.01 if "proj_out" in name else 0.1) * torch.randn_like(parameter))
