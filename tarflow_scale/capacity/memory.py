@@ -1,7 +1,8 @@
 """Peak memory of a rank and its parts, computed from a configuration.
 
 Memory that stays allocated, in bytes per parameter on N ranks with E moving averages (Rajbhandari et al., "ZeRO",
-arXiv 1910.02054, section 3, for fp32 weights, and the behaviour of DeepSpeed 0.19.8):
+arXiv 1910.02054, section 3, for fp32 weights, and the behaviour of DeepSpeed 0.19.8). Masters are the copies of weights
+that the optimizer updates:
 
     stage 0     weights 4, moments 8, averages 4 E / N
     stage 1, 2  weights 4, masters 4 / N, moments 8 / N, averages 4 E / N
@@ -140,7 +141,11 @@ def memory_of(
 
 @dataclass(frozen=True)
 class _Buckets:
-    """Bytes of reduction buckets, kept always or during the backward pass; of the sent copy; and of a prefetch."""
+    """Bytes of the buffers of communication on a rank.
+
+    always: buckets that stay allocated. backward: buckets during the backward pass. sent: contiguous copies that are
+    sent. prefetch: weights that are gathered ahead of their use.
+    """
 
     always: float
     backward: float

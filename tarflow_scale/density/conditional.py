@@ -39,7 +39,7 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
     """Log p(x) in nats, with all labels equally likely.
 
     Raises:
-        ValueError: as `log_prob_of_labels`.
+        ValueError: see `log_prob_of_labels`.
     """
     log_probs = log_prob_of_labels(flow, x)
     return torch.logsumexp(log_probs, dim=1) - math.log(log_probs.shape[1])
@@ -50,7 +50,7 @@ def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B
     """The most likely label by Bayes' rule, and p(y | x).
 
     Raises:
-        ValueError: as `log_prob_of_labels`.
+        ValueError: see `log_prob_of_labels`.
     """
     posterior = torch.softmax(log_prob_of_labels(flow, x), dim=1)
     return posterior.argmax(dim=1), posterior

@@ -122,7 +122,7 @@ class Autoregressive(Flow):
         return x, log_det
 
     def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply all transformations; returns ``v`` and log|dv/du|."""
+        """Apply all transformations; return ``v`` and log|dv/du|."""
         log_det = u.new_zeros(len(u))
         for transform in self.transforms:
             u, more = self.recomputed(_do, transform, u, context)
@@ -130,7 +130,7 @@ class Autoregressive(Flow):
         return u, log_det
 
     def _undo_all(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply all inverses; returns ``u`` and log|du/dv|."""
+        """Apply the inverses of all transformations; return ``u`` and log|du/dv|."""
         log_det = v.new_zeros(len(v))
         for transform in reversed(list(self.transforms)):
             v, more = self.recomputed(_undo, transform, v, context)

@@ -314,9 +314,10 @@ class _Field:
 
 
 class _FiniteGradients(torch.autograd.Function):
-    """The identity on the results of a solve; its backward pass keeps non-finite gradients from the adjoint solve.
+    """The identity on the results of a solve; its backward pass stops non-finite gradients.
 
-    The solver cannot start from non-finite gradients. The parameters get NaN gradients, so training skips the step.
+    The adjoint solve cannot start from non-finite gradients. It gets zeros instead, and the parameters get NaN, so that
+    training skips the step.
     """
 
     @staticmethod

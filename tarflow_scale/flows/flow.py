@@ -226,7 +226,7 @@ class Flow(Bijection):
 
 
 class _OneDerivative(torch.autograd.Function):
-    """The identity, whose error for second derivatives says what to do; torch's would only name a kernel."""
+    """The identity, with an error for second derivatives that says what to do; torch's error only names a kernel."""
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor) -> Tensor:

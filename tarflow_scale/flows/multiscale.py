@@ -53,7 +53,7 @@ class Prior(nn.Module):
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.zeros(num_classes, 2 * channels))
 
     def forward(self, context: Tensor | None, y: Condition) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation, ``(B or 1, C, H or 1, W or 1)``, in fp32 or wider."""
+        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; constants ignore ``context``."""
         if self.network is not None:
             assert context is not None
             out = self.network(context).to(context.dtype)
@@ -104,7 +104,6 @@ class Level(nn.Module):
         self.squeezes = squeezes
         self.passed_on = channels // 2 if split else 0
         self.prior = Prior(self.passed_on if prior_sees_rest else 0, channels - self.passed_on, num_classes)
-        self._prior_sees_rest = prior_sees_rest
         self.groups_before: Groups = [step.layers() for step in before]
         """Layers of each step before the squeeze."""
         self.groups: Groups = [step.layers() for step in steps]
@@ -113,24 +112,21 @@ class Level(nn.Module):
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
         """Split ``h`` into features that go on (None at the last level) and latents, also with their log-deviations."""
         context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
-        mean, log_std = self.prior(self._seen(context), y)
+        mean, log_std = self.prior(context, y)
         with torch.autocast(h.device.type, enabled=False):
             return context, (latents - mean) * torch.exp(-log_std), log_std.expand_as(latents)
 
     def give_latents(self, z: Tensor, context: Tensor | None, y: Condition, guidance: Guidance | None) -> Tensor:
         """Inverse of `take_latents`; ``guidance`` is None unless it has an effect."""
-        mean, log_std = self.prior(self._seen(context), y)
+        mean, log_std = self.prior(context, y)
         if guidance is not None:
-            weak_mean, weak_log_std = self.prior(self._seen(context), None)
+            weak_mean, weak_log_std = self.prior(context, None)
             if guidance.what in ("both", "mean"):
                 mean = mean + guidance.scale * (mean - weak_mean)
             if guidance.what in ("both", "log_scale"):
                 log_std = log_std + guidance.scale * (log_std - weak_log_std)
         latents = z * torch.exp(log_std) + mean
         return latents if context is None else torch.cat([context, latents], dim=1)
-
-    def _seen(self, context: Tensor | None) -> Tensor | None:
-        return context if self._prior_sees_rest else None
 
 
 class MultiScaleFlow(Flow):

@@ -43,7 +43,7 @@ class _Weights:
     file: str
     """Name of the file, also in the torch hub cache."""
     source: str
-    """Place of the download, for error messages."""
+    """Address of the download, for error messages."""
     prefix: str = ""
     """Published prefix of the SHA-256; checked if the protocol has no digest."""
 

@@ -34,7 +34,7 @@ class Quality(Record):
     """Number of values of the accepted images that exceed [-1, 1] by more than a level."""
 
     def plus(self, other: "Quality") -> "Quality":
-        """The sums of the counts of both."""
+        """Add the counts of both."""
         return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 

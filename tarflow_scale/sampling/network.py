@@ -185,7 +185,7 @@ class BlockNetwork:
 
 
 class _Graph:
-    """A captured `BlockNetwork.outputs` of one token, with its own input buffers."""
+    """A CUDA graph of `BlockNetwork.outputs` for one token, with buffers for its input."""
 
     def __init__(
         self,
