@@ -1,4 +1,4 @@
-"""MAF and IAF: what sees what, and zuko's own numbers."""
+"""MAF and IAF: dependence of dimensions on each other, and equality with zuko."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def flow(
 
 
 def jacobians_of(made: Autoregressive) -> torch.Tensor:
-    """Largest size of every entry over 20 places; at one of them a unit may be off."""
+    """Largest absolute value of each entry of the Jacobian over 20 points; a unit may be inactive at one point."""
     found = [
         torch.autograd.functional.jacobian(lambda v: made(v[None])[0][0], x).abs()
         for x in torch.randn(20, 5, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_an_iaf_is_a_maf_the_other_way_round() -> None:
 
 
 def test_gradients_pass_through_samples_of_an_iaf() -> None:
-    """By finite differences of the ELBO's summand in one weight."""
+    """Compared with finite differences, in one weight, of a summand of the ELBO."""
     made = flow(True, 2)
     weight = made.transforms[0].hyper[-1].bias
 
@@ -102,7 +102,7 @@ def test_one_dimension_is_refused() -> None:
 
 
 def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:
-    """Of one transformation: ``-log p(x_i | x_1 .. x_(i-1))``, which nothing after it changes and which sums to one."""
+    """For one transformation, ``-log p(x_i | x_1 .. x_(i-1))`` ignores later dimensions; its density sums to one."""
     made = flow(False)
     x = torch.randn(5, dtype=torch.float64)
     grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_log_determinants_of_dimensions_are_those_of_a_diagonal(inverse: bool) -> None:
-    """Of one transformation, whose Jacobian is a triangle."""
+    """For one transformation, whose Jacobian is triangular."""
     made, x = flow(inverse, num_classes=3), torch.randn(1, 5, dtype=torch.float64)
     y = torch.tensor([1])
     z, log_dets = made.encode_values(x, y)

@@ -1,4 +1,4 @@
-"""Every flow of the catalogue keeps the contract. Tolerances are those of float64 unless a test says otherwise."""
+"""Every flow of the catalogue fulfils the contract. Tolerances are for float64 unless a test states others."""
 
 import copy
 import io
@@ -61,7 +61,7 @@ def test_the_surprise_of_values_adds_up_to_that_of_the_image(case: FlowCase) -> 
     ids=lambda case: case.name,
 )
 def test_an_odd_patch_in_a_flat_image_has_all_the_surprise_of_a_flow_that_moves_nothing(case: FlowCase) -> None:
-    """A fresh one is a scale of each value, or a rotation of each place; networks of MAF and IAF are random."""
+    """A new flow scales each value or rotates each place; only networks of MAF and IAF start random."""
     flow = case.fresh().double()
     flow.initialize(*case.data(16))
     flat = torch.zeros(1, *case.event_shape, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_log_prob_goes_through_vmap(case: FlowCase) -> None:
 
 @pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.name)
 def test_log_prob_has_second_derivatives(case: FlowCase) -> None:
-    """By autograd twice and, forward over reverse, by torch.func; against differences of first derivatives."""
+    """By autograd twice, and by torch.func forward over reverse, compared with differences of first derivatives."""
     flow, (x, y) = case.flow(), case.data(1)
     direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""What is particular to Glow: latents of all levels, initialisation, rebuilt activations at depth, the large recipe."""
+"""Properties of Glow: latents of all levels, initialisation, rebuilt activations at depth, the large recipe."""
 
 import hypothesis.strategies as st
 import pytest
@@ -100,7 +100,7 @@ def test_denoising_leaves_no_gradients_behind() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["keep", "rebuild"])
 def test_fp32_on_cuda_is_no_tf32(how: str) -> None:
-    """The 1x1 convolutions must not lose mantissa bits to tensor cores: the inverse and rebuilt gradients would."""
+    """Tensor cores must not shorten mantissas in 1x1 convolutions; the inverse and rebuilt gradients would be wrong."""
     flow = small((3, 8, 8), levels=1, steps_per_level=32, width=16).float()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = conformance.gradients(flow, x, None)
@@ -114,7 +114,7 @@ def test_fp32_on_cuda_is_no_tf32(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["checkpoint", "rebuild"])
 def test_gradients_at_depth_32_in_fp32(how: str) -> None:
-    """K = 32 steps: rounding errors of 32 inverses, bounded by the anchors, stay below 1e-3 of the gradient."""
+    """With K = 32 steps the rounding errors of inverses, limited by anchors, stay below 1e-3 of the gradient."""
     flow = small((3, 8, 8), levels=1, steps_per_level=32, width=16).float()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = conformance.gradients(flow, x, None)
@@ -127,7 +127,7 @@ def test_gradients_at_depth_32_in_fp32(how: str) -> None:
 
 
 def test_rebuilding_runs_each_network_twice_not_three_times() -> None:
-    """Once forward and once backward, where the inverse and the gradient share it."""
+    """Once forward and once backward, because the inverse and the gradient share a run."""
     flow = small(levels=1, steps_per_level=3)
     flow.activations = "rebuild"
     calls: list[int] = []
@@ -139,7 +139,7 @@ def test_rebuilding_runs_each_network_twice_not_three_times() -> None:
 
 
 def test_rebuilding_keeps_no_activations_of_the_steps() -> None:
-    """What autograd saves does not grow with the number of steps, but for one feature map per anchor."""
+    """The memory that autograd saves grows only by one feature map per anchor."""
     kept: dict[tuple[str, int], int] = {}
     for steps in (8, 32):
         flow = small((3, 8, 8), levels=1, steps_per_level=steps, width=32)
@@ -158,7 +158,7 @@ def test_rebuilding_keeps_no_activations_of_the_steps() -> None:
 @pytest.mark.parametrize("what", ["both", "mean", "log_scale"])
 @torch.no_grad()
 def test_guidance_moves_the_priors_by_the_rule(what: str) -> None:
-    """On one level the prior is a Gaussian per class; its guided form is written out here."""
+    """With one level the prior is a Gaussian per class; the test writes out its guided form."""
     flow = small((1, 4, 4), classes=3, levels=1)
     (level,) = flow.levels
     y = torch.tensor([0, 1, 2])
@@ -211,7 +211,7 @@ def test_the_large_recipe_builds() -> None:
 
 
 def test_surprise_of_a_place_is_that_of_what_its_coupling_sees() -> None:
-    """One step: a 3x3, a 1x1 and a 3x3 convolution, so two places further nothing is seen; a place is 2x2 pixels."""
+    """One step has a 3x3, a 1x1 and a 3x3 convolution, which reach two places; a place is 2x2 pixels."""
     flow = small((1, 16, 16), levels=1, steps_per_level=1)
     x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     other = x.clone()

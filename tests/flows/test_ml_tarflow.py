@@ -1,4 +1,4 @@
-"""Weights of apple/ml-tarflow: the same z, log-determinant and samples; what is no TarFlow is refused."""
+"""Weights of apple/ml-tarflow: equal z, log-determinant and samples; files of other models are refused."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def guidance(arguments: dict[str, object]) -> Guidance:
 
 @torch.no_grad()
 def differences(fixture: Fixture, name: str) -> dict[str, float]:
-    """Largest absolute difference to the public code, by what is compared."""
+    """Largest absolute difference from the public code, by name of the result."""
     case, flow, given = CASES[name], converted(fixture, name), inputs(CASES[name])
     y, sample_y = (given[key] if case.num_classes else None for key in ("y", "sample_y"))
     z, log_det = flow(given["x"], y)
@@ -69,7 +69,7 @@ def test_it_computes_what_the_public_code_computes(stored: Fixture, name: str) -
 
 
 def test_the_comparison_can_fail(stored: Fixture) -> None:
-    """Guided samples differ from each other by far more than the tolerance."""
+    """Guided samples differ from each other by much more than the tolerance."""
     samples = [stored[f"conditional/sample_{key}"] for key in CASES["conditional"].samplings]
     for i, first in enumerate(samples):
         for second in samples[:i]:
@@ -111,7 +111,7 @@ def test_channels_can_be_given(stored: Fixture) -> None:
 
 @torch.no_grad()
 def test_the_volume_preserving_likelihood_holds_the_scale_that_the_public_loss_leaves_out(stored: Fixture) -> None:
-    """Against the density written out by hand: z of the public code under N(0, var)."""
+    """Compared with the density written out: z of the public code under N(0, var)."""
     state, case = as_state_dict(stored, "volume_preserving"), CASES["volume_preserving"]
     flow, given = converted(stored, "volume_preserving"), inputs(case)
     z = torch.from_numpy(stored["volume_preserving/z"]).double()

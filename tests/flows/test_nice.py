@@ -1,4 +1,4 @@
-"""NICE: who shifts whom."""
+"""NICE: which half of the dimensions shifts the other."""
 
 import pytest
 import torch

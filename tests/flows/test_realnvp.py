@@ -1,4 +1,4 @@
-"""RealNVP: its masks, and the two lives of batch normalisation."""
+"""RealNVP: its masks, and batch normalisation in training and in evaluation."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_batch_statistics_in_training_and_running_ones_afterwards() -> None:
 
 
 def test_gradients_pass_through_the_statistics_of_the_batch() -> None:
-    """By finite differences of the whole training step, in which a sample moves the statistics of all."""
+    """Compared with finite differences of the whole training step, in which a sample changes the statistics of all."""
     norm = BatchNorm(2).double().train()
     weights = feature_maps(4, 2)
 
@@ -93,7 +93,7 @@ def test_images_that_cannot_be_squeezed_and_ways_that_there_are_not() -> None:
 
 
 def test_surprise_of_a_pixel_is_that_of_what_its_couplings_see() -> None:
-    """Four couplings of four 3x3 convolutions each; a level without a squeeze has a place for every pixel."""
+    """Four couplings have four 3x3 convolutions each; a level without a squeeze has a place for every pixel."""
     torch.manual_seed(0)
     flow = RealNVP((1, 1, 40), None, RealNVPConfig(levels=1, width=4, residual_blocks=1)).double()
     x = torch.randn(8, 1, 1, 40, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What is particular to TarFlow: order of features, causality, guidance, bounds. The contract: test_conformance."""
+"""Properties of TarFlow: order of features, causality, guidance, bounds. test_conformance tests the contract."""
 
 import hypothesis.strategies as st
 import pytest
@@ -120,7 +120,7 @@ def test_bounded_log_scales_stay_inside_and_are_not_clamped() -> None:
 
 
 def reference_guided(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tensor:
-    """The published rule, written without a cache: every token from two full forward passes."""
+    """The published rule without a cache: every token from two full forward passes."""
     tokens = z.reshape(len(z), -1, flow.event_shape[0] * flow.patch_size**2)
     for block in reversed(list(flow.blocks)):
         x = block.order(tokens).clone()
@@ -195,7 +195,7 @@ def test_activations_cannot_be_rebuilt() -> None:
 
 
 def test_samples_carry_gradients_when_asked() -> None:
-    """What a variational posterior needs: the graph of the sequential decoder equals that of no cache at all."""
+    """For variational posteriors: the graph of the sequential decoder equals that of a decoder without a cache."""
     flow, y = randomised(), torch.tensor([1])
     z = torch.randn(1, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(flow.inverse(z.requires_grad_(), y).square().sum(), z)
