@@ -27,11 +27,12 @@ _FLOWS: dict[str, Callable[..., Flow]] = {
     "glow": Glow,
     "nice": NICE,
     "realnvp": RealNVP,
+    "vector_realnvp": VectorRealNVP,
     "maf": Autoregressive,
     "iaf": Autoregressive,
     "continuous": Continuous,
 }
-"""The class of each kind of flow; the class of vectors for RealNVP is another."""
+"""The class of each ``model.kind``; RealNVP has a class of its own for vectors."""
 
 
 def build(
@@ -72,9 +73,9 @@ def build(
     if image is None and config.dequantization is not None:
         raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")
     classes = rows if config.class_conditional else None  # number of rows of the tables that conditions select
-    model: Callable[..., Flow] = VectorRealNVP if image is None and config.kind == "realnvp" else _FLOWS[config.kind]
+    kind = "vector_realnvp" if image is None and config.kind == "realnvp" else config.kind
     try:
-        flow = model(event_shape, classes, config)
+        flow = _FLOWS[kind](event_shape, classes, config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config
