@@ -1,10 +1,10 @@
-"""Decide whether a version may be promoted: a pure function of a gate and of metrics reports, which gives its reasons.
+"""Decide whether a version may be promoted. The decision depends only on the gate and on metrics reports.
 
-A candidate must beat the champion by more than chance. Bits/dim are compared image by image: the standard error is that
-of the mean difference over images, which is much smaller than that of either mean. Metrics of samples (FID and others)
-are compared as independent numbers, each with its jackknife error. The candidate wins if the one-sided confidence limit
-of the difference exceeds the margin. The candidate can also be required to beat a version of another model in the same
-way, which lets model families compete; both must be trained on the same data set.
+A candidate must beat the champion by more than chance: the lower one-sided confidence limit of the improvement must
+exceed the margin. Bits/dim are compared image by image, so the error is the standard error of the mean difference over
+images, which is much smaller than the error of either mean. Metrics of samples, such as FID, are compared as
+independent numbers, each with its jackknife error. A candidate can also be required to beat a version of another model
+in the same way; both must be trained on the same data set.
 """
 
 import math
@@ -24,7 +24,7 @@ Protocol = LikelihoodProtocol | SampledProtocol
 
 
 class Reason(Record):
-    """One requirement, the value that was found, and whether the requirement holds."""
+    """One requirement of a gate, the value of the candidate (``found``), and whether the requirement holds."""
 
     requirement: str
     found: str
@@ -40,7 +40,7 @@ class Rival(Record):
 
 
 class Decision(Record):
-    """The decision of a gate, as it is stored in the log."""
+    """The decision of a gate, as stored in the log."""
 
     gate: str
     promoted: bool
@@ -50,11 +50,15 @@ class Decision(Record):
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with its reports, approvals and numbers of each image.
+    """A version that takes part in a comparison.
 
-    name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: for the SHA-256 of each
-    file of numbers, ``(digest of the image, number)`` of every image, sorted. data: the training data.
-    weights_digest: digest of the files of the version.
+    Args:
+        name: ``model@version``.
+        reports: its metrics reports, oldest first.
+        approvals: users who approved it.
+        per_image: by SHA-256 of the file, the values of single images as sorted pairs ``(digest of the image, value)``.
+        data: its training data.
+        weights_digest: digest of its files.
     """
 
     name: str
@@ -75,12 +79,12 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """The numbers of each image that ``metric`` is the mean of; empty if they were not stored."""
+        """The values of single images whose mean is ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
 def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    """Read a version with its reports, approvals and numbers of each image.
+    """Read a version with its reports, approvals and the values of single images.
 
     Raises:
         RegistryError: a file is missing or damaged.
@@ -117,8 +121,8 @@ def decide(
     Args:
         gate: the requirements.
         protocols: protocol files of the requirements, by path.
-        candidate: the version that is to get the alias.
-        champion: the version that has the alias, or None.
+        candidate: the version to be promoted.
+        champion: the version that has the alias now, or None.
         rival: version of another model that the candidate must also beat, or None.
     """
     reasons = [] if rival is None else [_same_data(candidate, rival)]
@@ -205,7 +209,7 @@ def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
 def _against(
     requirement: Requirement, protocol: Protocol, value: MetricValue, candidate: Contender, other: Contender, whose: str
 ) -> Reason:
-    """The requirement that the candidate beats another version, which the reason calls ``whose``."""
+    """The requirement that the candidate beats ``other``; ``whose`` names it in the text: ``the champion's``."""
 
     def reason(found: str, holds: bool) -> Reason:
         return Reason(requirement=_wanted(requirement, protocol, whose), found=found, holds=holds)
@@ -224,14 +228,18 @@ def _against(
 def lead(
     protocol: Protocol, candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
-    """How much better the candidate is, the standard error (None if unknown), and how they were compared.
+    """Compare the numbers of two versions.
 
     Args:
         protocol: protocol of both numbers, which says whether higher is better.
         candidate: the version that is compared.
-        value: its number.
-        champion: the version that it is compared with.
+        value: number of the candidate.
+        champion: the version that the candidate is compared with.
         best: number of the champion, with the same protocol id.
+
+    Returns:
+        How much better the candidate is; the standard error of this, or None if it is unknown; and how the error was
+        computed, ``image by image`` or ``as independent numbers``.
     """
     gain, error, how = _difference(candidate, value, champion, best)
     return -gain if protocol.higher_is_better else gain, error, how
@@ -240,7 +248,7 @@ def lead(
 def _difference(
     candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
-    """How much lower the candidate's number is, the standard error, and how they were compared."""
+    """As `lead`, but how much lower the number of the candidate is."""
     ours, theirs = candidate.of_images(value), champion.of_images(best)
     if len(ours) > 1 and [image for image, _ in ours] == [image for image, _ in theirs]:
         differences = [b - a for (_, a), (_, b) in zip(ours, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""The origin of a result: package versions and git commit; and peak memory."""
+"""Facts about this process that are stored with results: package versions, git commit, peak memory."""
 
 import os
 import resource
@@ -24,9 +24,9 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of this code, with ``+`` if tracked files differ from it.
+    """Commit of this code, followed by ``+`` if tracked files were changed.
 
-    Outside a checkout it is ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
+    Outside a checkout, the value of ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
     """
     folder = Path(__file__).parent
     try:
@@ -38,7 +38,7 @@ def git_commit() -> str:
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """Peak memory so far: resident size of this process, or the memory that torch allocated on ``cuda``."""
+    """Peak memory so far: for ``cpu`` the resident size of this process, for ``cuda`` the allocations of torch."""
     if device == "cuda":
         import torch
 

@@ -39,7 +39,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     state = registry.state()
     holder = state.aliases.get(alias)
     version = _chosen(registry, state, config.registry.version, gate, protocols, holder)
-    registry.check_usable(version)
+    registry.check_usable(state, version)
     candidate = read_contender(registry, state, version)
     champion = read_contender(registry, state, holder) if holder is not None else None
     rival = None if config.gate.against is None else _rival(registry.path, config.gate, gate, protocols, candidate)
@@ -110,7 +110,7 @@ def _rival(
     try:
         state = registry.state()
         version = _chosen(registry, state, name, gate, protocols, None)
-        registry.check_usable(version)
+        registry.check_usable(state, version)
         rival = read_contender(registry, state, version)
     except RegistryError as error:
         raise RegistryError(f"gate.against={against} cannot be compared with: {error}") from error
