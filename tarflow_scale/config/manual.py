@@ -1,4 +1,4 @@
-"""The manual of a verb, ``VERB --help``: every key with its default and meaning, from docstrings of sections."""
+"""The manual ``VERB --help``: every key with its default and its meaning, from the docstrings of the sections."""
 
 import inspect
 from typing import Any, get_origin
@@ -30,7 +30,7 @@ def _describe(path: str, field: FieldInfo, required: str = "required") -> list[s
 
 
 def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseModel]], required: str) -> list[str]:
-    """Describe one section, or a union of sections: first the keys that all have, then those of each kind."""
+    """Describe a section, or a union of sections: first the keys of all kinds, then the other keys of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
     first, *others = sections
@@ -61,7 +61,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value as written in a configuration."""
+    """A value in the notation of a configuration."""
     match value:
         case None:
             return "none"
@@ -74,7 +74,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Each paragraph on one line; a table keeps its lines, without the rules."""
+    """Lines of a text with one line per paragraph; tables keep their lines, except the rules."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("="):

@@ -78,8 +78,7 @@ def _stream(number: int, before: TextIO | None) -> TextIO:
 
 
 def exit_code(code: int) -> int:
-    """Flush standard output, report lost output, and return the exit code of the process; ``code`` is that of the work.
-    """
+    """Flush standard output and return the exit code; ``code`` is the exit code of the work if no output was lost."""
     stream = sys.stdout
     stream.flush()
     buffer = getattr(stream, "buffer", None)
