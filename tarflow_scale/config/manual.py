@@ -33,20 +33,21 @@ def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseMode
     """Describe a section, or a union of sections: first the keys of all kinds, then the other keys of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
-    first, *others = sections
-    shared = [name for name in first.model_fields if others and all(_same(name, first, other) for other in others)]
+    first, *rest_of_union = sections
+    is_union = bool(rest_of_union)
+    shared = [name for name in first.model_fields if is_union and all(_same(name, first, s) for s in rest_of_union)]
     indent = "  " if "." in path else ""
     kinds = "One of the kinds below; `kind` is required. First the keys that all kinds have."
-    lines = [f"{indent}{path}:  {kinds}"] if others else []
+    lines = [f"{indent}{path}:  {kinds}"] if is_union else []
     for name in shared:
         lines += _describe(f"{path}.{name}", first.model_fields[name], required)
     for section in sections:
         own = " ".join((field.description or "").split())
         summary, *rest = _paragraphs(f"{own} {section.__doc__ or ''}".strip())
-        kind = f".kind={section.model_fields['kind'].default}" if others else ""
+        kind = f".kind={section.model_fields['kind'].default}" if is_union else ""
         lines += [f"{indent}{path}{kind}:  {summary}", *rest]
         for name, inner in section.model_fields.items():
-            if name not in shared and not (others and name == "kind"):
+            if name not in shared and not (is_union and name == "kind"):
                 lines += _describe(f"{path}.{name}", inner, required)
     return lines
 

@@ -21,6 +21,7 @@ __all__ = [
     "Protocol",
     "Requirement",
     "SampledProtocol",
+    "load_gate",
     "load_protocol",
 ]
 
@@ -265,3 +266,13 @@ class GateConfig(Section):
     requirements: tuple[Requirement, ...] = Field(min_length=1)
     approvals: tuple[str, ...] = ()
     """Names of users who must have approved the version (``models approve``)."""
+
+
+def load_gate(path: str, key: str) -> tuple[GateConfig, dict[str, LikelihoodProtocol | SampledProtocol]]:
+    """Read a gate file, and the protocol files of its requirements by path. ``key`` is as in `load_protocol`.
+
+    Raises:
+        ConfigError: a file cannot be read, or one of its keys is wrong.
+    """
+    gate = load_named(GateConfig, path, "gate", key)
+    return gate, {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}

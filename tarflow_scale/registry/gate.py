@@ -168,8 +168,8 @@ def _in_words(data: DataSetFacts | None) -> str:
 def _without_number(candidate: Contender) -> str:
     if not candidate.reports:
         return "no report at all; run 'tarflow-scale evaluate' first"
-    protocols = sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()})
-    return f"reports by {', '.join(protocols)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
+    names = ", ".join(sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()}))
+    return f"only reports by {names}, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
 
 
 def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) -> list[Reason]:

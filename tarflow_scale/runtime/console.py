@@ -39,7 +39,7 @@ class ProgressBar:
         self._total, self._description, self._unit, self._done = total, description, unit, initial
         self._enabled = enabled
         self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None
-        self._facts = ""
+        self._text = ""
         self._started = self._latest = time.monotonic()
         self._shown = initial
         self._rated: tuple[float, int] | None = None  # time and count from which speed is measured
@@ -59,11 +59,11 @@ class ProgressBar:
             dynamic_ncols=True,
         )
 
-    def tell(self, facts: str, brief: str | None = None) -> None:
+    def tell(self, text: str, brief: str | None = None) -> None:
         """Set the text that follows the counts in the next line; ``brief`` is a shorter text for the bar."""
-        self._facts = facts
+        self._text = text
         if self._bar is not None:
-            self._bar.set_postfix_str(facts if brief is None else brief, refresh=False)
+            self._bar.set_postfix_str(text if brief is None else brief, refresh=False)
 
     def update(self, number: int) -> None:
         """Add ``number`` to the count."""
@@ -76,7 +76,7 @@ class ProgressBar:
                 self._bar.refresh()
         elif self._bar is not None:
             self._bar.update(number)
-        if self._enabled and time.monotonic() >= self._latest + self._pause and (self._facts or self._bar is None):
+        if self._enabled and time.monotonic() >= self._latest + self._pause and (self._text or self._bar is None):
             self._write_line()
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class ProgressBar:
         line = (
             f"{self._description}: {self._done:,} of {self._total:,} {self._unit} "
             f"({self._done / max(self._total, 1):.0%}){speed}, "
-            f"{_clock(now - self._started)} passed{left}{self._facts and '; '}{self._facts}"
+            f"{_clock(now - self._started)} passed{left}{self._text and '; '}{self._text}"
         )
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
