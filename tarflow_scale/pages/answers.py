@@ -1,4 +1,4 @@
-"""The sentences at the start of a report: which model is best, by how much, how certainly, and what the gate decided."""
+"""The first sentences of a report: which model is best, by how much, how certainly, and what the gate decided."""
 
 import math
 import re

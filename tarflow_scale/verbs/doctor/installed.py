@@ -28,7 +28,7 @@ _COMPILE_SECONDS = 30.0
 
 
 def packages() -> list[Finding]:
-    """Compare Python and packages with the bounds in the metadata of the installed tarflow-scale."""
+    """Compare the versions of Python and packages with the bounds in the metadata of the installed tarflow-scale."""
     try:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
@@ -59,13 +59,13 @@ def _version(name: str) -> str | None:
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
-    """Torchvision and devices in one check, because importing torch takes seconds."""
+    """Check torchvision and devices together, because importing torch takes seconds."""
     gpus = cluster.num_workers * cluster.gpus_per_worker if cluster and cluster.address in (None, "local") else 0
     return [_torchvision(), _devices(parallelism.precision, gpus)]
 
 
 def _torchvision() -> Finding:
-    """Check that torchvision's operators run; a build for another torch has none that do."""
+    """Check that an operator of torchvision works; in a build for another version of torch, none does."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -120,17 +120,17 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 
 def compiler() -> list[Finding]:
-    """Check that C++ compiles with Python's headers: DeepSpeed builds operators, torch.compile builds kernels."""
+    """Check that C++ compiles with Python's headers, which DeepSpeed needs for operators and torch.compile for kernels."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
         text = os.environ.get(variable)
         try:
             command = shlex.split(text or name)
         except ValueError as error:
-            problem = f"{variable}={text} is no command ({error})"
+            problem = f"{variable}={text} is not a command ({error})"
             return [failed("compiler", problem, f"correct its quotes, or unset {variable}")]
         if text and command != [name] and not (command and shutil.which(command[0])):
-            problem = f"{variable}={text} names no command on the PATH"
+            problem = f"{variable}={text} is not a command on the PATH"
             return [failed("compiler", problem, f"correct {variable} or unset it")]
         commands[name] = command
     advice = "install them, e.g. apt-get install gcc g++"
@@ -148,7 +148,7 @@ def compiler() -> list[Finding]:
 
 
 def _compile(command: list[str], source: str) -> str:
-    """The compiler's first error; empty if there is none."""
+    """The first error message of the compiler; empty if the source compiles."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")
