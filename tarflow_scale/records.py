@@ -29,6 +29,7 @@ __all__ = [
     "VectorFacts",
     "canonical_json",
     "changes",
+    "leaves",
 ]
 
 _SHOWN_CHANGES, _SHOWN_CHARACTERS = 4, 40
@@ -41,17 +42,18 @@ def canonical_json(value: Any) -> bytes:
 
 def changes(before: Any, now: Any) -> str:
     """Differences of two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty without any."""
-    old, new = dict(_leaves("", before)), dict(_leaves("", now))
+    old, new = dict(leaves(before)), dict(leaves(now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
     more = len(differing) - _SHOWN_CHANGES
     return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("section.key", value)`` for every value of nested mappings; an empty mapping counts as a value."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            yield from _leaves(f"{key}.{name}" if key else str(name), part)
+            yield from leaves(part, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 

@@ -75,7 +75,7 @@ class RecordedBar:
 
 def test_a_job_runs_what_is_missing_and_shows_progress_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[RecordedBar] = []
-    monkeypatch.setattr(work.console, "progress_bar", lambda *a, **o: bars.append(RecordedBar(*a, **o)) or bars[-1])
+    monkeypatch.setattr(work.console, "ProgressBar", lambda *a, **o: bars.append(RecordedBar(*a, **o)) or bars[-1])
     units = [Images(10), Images(20), Images(30)]
     results: list[tuple[Images, int]] = []
     with Pool("local") as pool:

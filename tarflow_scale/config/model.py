@@ -94,7 +94,6 @@ class TarFlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False)
     kind: Literal["tarflow"] = "tarflow"
-    """Selects this model; required."""
     patch_size: int = Field(ge=1)
     """Side of a patch in pixels; must divide the image size."""
     width: int = Field(ge=1)
@@ -132,7 +131,6 @@ class GlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False, activations=("keep", "checkpoint", "rebuild"))
     kind: Literal["glow"] = "glow"
-    """Selects this model; required."""
     levels: int = Field(ge=1)
     """Number of levels L; the image size must be a multiple of 2^levels."""
     steps_per_level: int = Field(ge=1)
@@ -153,7 +151,6 @@ class NICEConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False)
     kind: Literal["nice"] = "nice"
-    """Selects this model; required."""
     couplings: int = Field(default=4, ge=2)
     """Number of additive couplings; they change even and odd dimensions in turn."""
     width: int = Field(default=1000, ge=1)
@@ -168,7 +165,6 @@ class RealNVPConfig(_FlowConfig):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
     BATCH_CAPABILITIES: ClassVar[Capabilities] = Capabilities(activations=("keep",), batch_statistics=True)
     kind: Literal["realnvp"] = "realnvp"
-    """Selects this model; required."""
     levels: int = Field(ge=1)
     """Number of levels. The size of images must be a multiple of 2^(levels - 1). For vectors, a level has four
     couplings."""
@@ -204,14 +200,12 @@ class MAFConfig(_AutoregressiveConfig):
     """Masked autoregressive flow (arXiv 1705.07057): scores in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["maf"] = "maf"
-    """Selects this model; required."""
 
 
 class IAFConfig(_AutoregressiveConfig):
     """Inverse autoregressive flow (arXiv 1606.04934): samples in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["iaf"] = "iaf"
-    """Selects this model; required."""
 
 
 class ContinuousConfig(_FlowConfig):
@@ -221,7 +215,6 @@ class ContinuousConfig(_FlowConfig):
         activations=("keep",), guidance=False, separate_networks=False, divided_weights=False
     )
     kind: Literal["continuous"] = "continuous"
-    """Selects this model; required."""
     width: int = Field(default=64, ge=1)
     """Number of channels (for vectors, units) in the hidden layers of the dynamics network."""
     hidden_layers: int = Field(default=3, ge=1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, RootModel, model_validator
 
@@ -27,13 +27,10 @@ __all__ = [
 
 
 class _Protocol(Section):
+    higher_is_better: ClassVar[bool] = False
+    """Whether a larger number is better."""
     name: Name
     """Name of the metric in reports."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger number is better."""
-        return False
 
     @property
     def digest(self) -> str:
@@ -168,15 +165,11 @@ class KernelProtocol(_ReferenceSubset):
 class InceptionScoreProtocol(_SampledProtocol):
     """Inception score: exp of the mean KL divergence of class probabilities from their mean; averaged over splits."""
 
+    higher_is_better: ClassVar[bool] = True
     metric: Literal["inception_score"]
     num_splits: int = Field(default=10, ge=1)
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
     """Seed of the order of images before they are split; equal seeds give the same order as torch-fidelity."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """True."""
-        return True
 
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":
@@ -194,14 +187,10 @@ class ManifoldProtocol(_ReferenceSubset):
     (arXiv 1904.06991).
     """
 
+    higher_is_better: ClassVar[bool] = True
     metric: Literal["precision", "recall"]
     neighbours: int = Field(default=3, ge=1)
     """Number k of the neighbour to which a ball reaches."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """True."""
-        return True
 
     @model_validator(mode="after")
     def _has_neighbours(self) -> "ManifoldProtocol":

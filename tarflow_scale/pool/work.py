@@ -126,7 +126,7 @@ class Pool:
         ``note`` is called after every unit, and returns a text for the bar.
         """
         total, remaining = (sum(unit.num_images for unit in group) for group in (units, missing))
-        with console.progress_bar(total, description, initial=total - remaining) as bar:
+        with console.ProgressBar(total, description, initial=total - remaining) as bar:
             for unit, result in self.run(worker_class, arguments, missing):
                 bar.update(unit.num_images)
                 yield unit, result

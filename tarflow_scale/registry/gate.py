@@ -136,7 +136,7 @@ def decide(
             continue
         reasons.extend(_bounds(requirement, protocol, value))
         if requirement.must_beat_champion:
-            reasons.append(_against_champion(requirement, protocol, value, candidate, champion))
+            reasons.append(_against(requirement, protocol, value, candidate, champion, "the champion's"))
             if comparable is not None:
                 reasons.append(_against(requirement, protocol, value, candidate, comparable, f"{comparable.name}'s"))
     for name in gate.approvals:
@@ -185,35 +185,26 @@ def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) ->
     return reasons
 
 
-def _against_champion(
+def _against(
     requirement: Requirement,
     protocol: Protocol,
     value: MetricValue,
     candidate: Contender,
-    champion: Contender | None,
-) -> Reason:
-    wanted = _wanted(requirement, protocol, "the champion's")
-    if champion is None:
-        return Reason(requirement=wanted, found="there is no champion yet", holds=True)
-    if champion.name == candidate.name:
-        return Reason(requirement=wanted, found="it is the champion", holds=True)
-    return _against(requirement, protocol, value, candidate, champion, "the champion's")
-
-
-def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
-    better = "above" if protocol.higher_is_better else "below"
-    by = f" by more than {requirement.margin:g}" if requirement.margin else ""
-    return f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
-
-
-def _against(
-    requirement: Requirement, protocol: Protocol, value: MetricValue, candidate: Contender, other: Contender, whose: str
+    other: Contender | None,
+    whose: str,
 ) -> Reason:
     """The requirement that the candidate beats ``other``; ``whose`` names it in the text: ``the champion's``."""
+    better = "above" if protocol.higher_is_better else "below"
+    by = f" by more than {requirement.margin:g}" if requirement.margin else ""
+    wanted = f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
 
     def reason(found: str, holds: bool) -> Reason:
-        return Reason(requirement=_wanted(requirement, protocol, whose), found=found, holds=holds)
+        return Reason(requirement=wanted, found=found, holds=holds)
 
+    if other is None:
+        return reason("there is no champion yet", True)
+    if other.name == candidate.name:
+        return reason("it is the champion", True)
     best = other.value(protocol, value.protocol_id)
     if best is None:
         return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
@@ -241,18 +232,12 @@ def lead(
         How much better the candidate is; the standard error of this, or None if it is unknown; and how the error was
         computed, ``image by image`` or ``as independent numbers``.
     """
-    gain, error, how = _difference(candidate, value, champion, best)
-    return -gain if protocol.higher_is_better else gain, error, how
-
-
-def _difference(
-    candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
-) -> tuple[float, float | None, str]:
-    """As `lead`, but how much lower the number of the candidate is."""
+    sign = -1 if protocol.higher_is_better else 1
     ours, theirs = candidate.of_images(value), champion.of_images(best)
     if len(ours) > 1 and [image for image, _ in ours] == [image for image, _ in theirs]:
         differences = [b - a for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-        return fmean(differences), stdev(differences) / math.sqrt(len(differences)), "image by image"
+        return sign * fmean(differences), stdev(differences) / math.sqrt(len(differences)), "image by image"
+    gain = sign * (best.value - value.value)
     if value.standard_error is None or best.standard_error is None:
-        return best.value - value.value, None, ""
-    return best.value - value.value, math.hypot(value.standard_error, best.standard_error), "as independent numbers"
+        return gain, None, ""
+    return gain, math.hypot(value.standard_error, best.standard_error), "as independent numbers"

@@ -5,20 +5,11 @@ import time
 import unicodedata
 from typing import Any, Self
 
-__all__ = ["ProgressBar", "printable", "progress_bar", "table"]
+__all__ = ["ProgressBar", "printable", "table"]
 
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 60.0
-
-
 _LEAST_RATED_SECONDS = 1.0
 """Speed is shown only if it was measured over at least this time."""
-
-
-def progress_bar(
-    total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
-) -> "ProgressBar":
-    """A `ProgressBar` that counts images by default."""
-    return ProgressBar(total, description, unit, initial, enabled)
 
 
 class ProgressBar:
@@ -35,7 +26,9 @@ class ProgressBar:
         enabled: whether to print anything.
     """
 
-    def __init__(self, total: int, description: str, unit: str, initial: int, enabled: bool) -> None:
+    def __init__(
+        self, total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
+    ) -> None:
         self._total, self._description, self._unit, self._done = total, description, unit, initial
         self._enabled = enabled
         self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None

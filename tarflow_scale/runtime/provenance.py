@@ -7,20 +7,22 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["git_commit", "package_versions", "peak_memory_bytes"]
+__all__ = ["git_commit", "installed_version", "package_versions", "peak_memory_bytes"]
 
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
 
 
 def package_versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that affect results."""
-    versions = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return {"python": sys.version.split()[0]} | {name: installed_version(name) or "not installed" for name in _PACKAGES}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str:

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.train import ParallelismConfig
 from tarflow_scale.runtime import distributed
+from tarflow_scale.runtime.provenance import installed_version
 from tarflow_scale.verbs.doctor.finding import Finding, failed, ok, skipped, warning
 
 __all__ = ["compiler", "packages", "torch_and_devices"]
@@ -41,21 +42,14 @@ def packages() -> list[Finding]:
         cures.append(f"a Python {python}")
     needed = [package for package in asked if package.marker is None or package.marker.evaluate({"extra": ""})]
     for package in needed:
-        version = _version(package.name)
+        version = installed_version(package.name)
         if version is None or not package.specifier.contains(version, prereleases=True):
             wrong.append(f"{package.name} {version or 'none'} is not {package.specifier}")
             cures.append(f"'{package.name}{package.specifier}'")
     if wrong:
         return [failed("packages", ", ".join(wrong), f"pip install {' '.join(cures)}")]
-    shown = ", ".join(f"{name} {_version(name)}" for name in _SHOWN)
+    shown = ", ".join(f"{name} {installed_version(name)}" for name in _SHOWN)
     return [ok("packages", f"Python {platform.python_version()}; {len(needed)} packages within bounds ({shown})")]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
@@ -78,7 +72,7 @@ def _torchvision() -> Finding:
         return failed("torchvision", f"does not work with torch {torch.__version__} ({error})", advice)
     if kept != [0, 2]:
         return failed("torchvision", f"computes wrong results with torch {torch.__version__} ({kept})", advice)
-    return ok("torchvision", f"{_version('torchvision')} works with torch {torch.__version__}")
+    return ok("torchvision", f"{installed_version('torchvision')} works with torch {torch.__version__}")
 
 
 def _devices(precision: str, gpus_wanted: int) -> Finding:
@@ -120,7 +114,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 
 def compiler() -> list[Finding]:
-    """Check that C++ compiles with Python's headers, which DeepSpeed needs for operators and torch.compile for kernels."""
+    """Check that C++ compiles with the headers of Python, which DeepSpeed and torch.compile need."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
         text = os.environ.get(variable)

@@ -1,23 +1,17 @@
 """Verb ``models``: inspect a registry, and add events to its logs. None of these commands builds a model from weights.
 
-A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
-``init`` tests that exactly one of many concurrent writers wins; with ``command.shared=group`` it lets a group use the
-registry, independent of the umask of each writer. ``list``, ``show`` and ``diff`` only read. ``verify`` reads every
-event and file. ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no
-version needs, and deletes them with ``command.delete=true``. ``export`` and ``import`` are in
-`tarflow_scale.verbs.models.exchange`.
-
-Events are added, never changed, so a command that is killed has done all of its work or none. Run a killed ``collect``
-again.
+`tarflow_scale.config.models` describes a registry. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
+``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version needs, and deletes
+them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events are
+added, never changed, so a command that is killed has done all of its work or none. Run a killed ``collect`` again.
 """
 
 import json
-from typing import Any
 
 from tarflow_scale import storage
 from tarflow_scale.config.models import BrowseConfig, ModelsConfig
 from tarflow_scale.errors import ConfigError, RegistryError, StorageError
-from tarflow_scale.records import MetricsReport, ModelVersion
+from tarflow_scale.records import MetricsReport, ModelVersion, leaves
 from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
 from tarflow_scale.runtime import console
 
@@ -112,7 +106,7 @@ def diff(config: ModelsConfig, dry_run: bool) -> None:
     other = resolve(state, config.command.other or "champion", registry.model)
     version = resolve(state, config.registry.version, registry.model)
     names = tuple(f"{registry.model}@{side.version}" for side in (other, version))
-    sides = [_flat(_configuration(registry, side)) | _provenance(side) for side in (other, version)]
+    sides = [_configuration(registry, side) | _provenance(side) for side in (other, version)]
     keys = sorted(set(sides[0]) | set(sides[1]))
     rows = [(key, *(side.get(key, "-") for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
     print(console.table(rows, ("configuration", *names)) if rows else f"{' and '.join(names)} have equal settings")
@@ -144,7 +138,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
             if number not in state.collected:
                 for name, record in collection.named_by(state, number):
                     needed.setdefault(record.sha256, f"{name} of {model}@{number}")
-    with console.progress_bar(len(needed), "verify", unit="files") as bar:
+    with console.ProgressBar(len(needed), "verify", unit="files") as bar:
         problems += Store(path).problems(needed, lambda _: bar.update(1))
     for problem in problems:
         print(console.printable(problem))
@@ -293,10 +287,12 @@ def _images(version: ModelVersion) -> str:
     return "unknown" if version.images_seen is None else f"{version.images_seen:,}"
 
 
-def _configuration(registry: Registry, version: ModelVersion) -> dict[str, Any]:
+def _configuration(registry: Registry, version: ModelVersion) -> dict[str, str]:
+    """The settings of a version as JSON, by ``section.key``; empty if they are not stored."""
     if version.configuration is None or version.version in registry.state().collected:
         return {}
-    return json.loads(registry.read("configuration", version.configuration))
+    settings = json.loads(registry.read("configuration", version.configuration))
+    return {key: json.dumps(value) for key, value in leaves(settings) if value != {}}
 
 
 def _provenance(version: ModelVersion) -> dict[str, str]:
@@ -309,14 +305,3 @@ def _provenance(version: ModelVersion) -> dict[str, str]:
         "(averaged over)": f"{version.ema_half_life_images} images",
         **{f"(package {name})": package for name, package in version.packages.items()},
     }
-
-
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    """Nested settings as a flat mapping from ``section.key`` to JSON."""
-    if isinstance(value, dict):
-        return {
-            key: text
-            for name, inner in value.items()
-            for key, text in _flat(inner, f"{path}.{name}" if path else name).items()
-        }
-    return {path: json.dumps(value)} if path else {}
