@@ -141,7 +141,9 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     files = [word for word in arguments if not _OVERRIDE.match(word) or is_there(word)]
     if len(files) > 1:
         got = " and ".join(files)
-        raise ConfigError(f"a verb reads one file (got {got}); an override is section.key=value, as training.seed=1")
+        raise ConfigError(
+            f"a verb reads one file (got {got}); an override is section.key=value, such as training.seed=1"
+        )
     return Path(files[0]) if files else None, [word for word in arguments if word not in files]
 
 

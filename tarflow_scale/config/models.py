@@ -72,17 +72,17 @@ class ModelsConfig(Root):
 
 
 _COMMANDS = {
-    "init": ("commands", "init", "make a registry, after a test that exactly one of many concurrent writers wins",
+    "init": ("commands", "init", "make a registry, after a test of its store with concurrent writers",
         "registry.path=s3://bucket/registry"),
     "list": ("commands", "list_models", "list all versions of all models of a registry", ""),
     "show": ("commands", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
     "diff": ("commands", "diff", "compare settings and numbers of two versions",
         "registry.version=latest command.other=champion"),
     "verify": ("commands", "verify", "check every event and every file of a registry against its digest", ""),
-    "alias": ("commands", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
+    "alias": ("commands", "alias", "move an unguarded alias to a version", "command.alias=candidate"),
     "approve": ("commands", "approve", "approve a version, for gates that require approvals",
         "registry.version=3"),
-    "rollback": ("commands", "rollback", "point an alias back to the version before", "registry.version=champion"),
+    "rollback": ("commands", "rollback", "move an alias back to its previous version", "registry.version=champion"),
     "retire": ("commands", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
     "collect": ("commands", "collect", "list files that no version needs any more, or remove them",
         "command.grace_days=30 command.delete=true"),

@@ -54,7 +54,7 @@ class PromoteConfig(Root):
 VERB = Verb(
     "verbs.promote",
     PromoteConfig,
-    "let a gate decide whether a version takes an alias",
+    "let a gate decide whether an alias moves to a version",
     "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
     flags=(
         Flag(

@@ -174,7 +174,9 @@ class InceptionScoreProtocol(_SampledProtocol):
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":
         if self.extractor != "inception-v3-compat":
-            raise ValueError(f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor})")
+            raise ValueError(
+                f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor}); set it"
+            )
         if self.num_images < self.num_splits:
             raise ValueError(f"num_images must not be below num_splits (got {self.num_images}); raise it")
         return self
@@ -196,7 +198,9 @@ class ManifoldProtocol(_ReferenceSubset):
     def _has_neighbours(self) -> "ManifoldProtocol":
         fewest = min(self.num_images, self.num_reference_images)
         if self.neighbours >= fewest:
-            raise ValueError(f"neighbours must be below the number of images (got {self.neighbours} of {fewest})")
+            raise ValueError(
+                f"neighbours must be below the number of images (got {self.neighbours} of {fewest}); lower it"
+            )
         return self
 
 

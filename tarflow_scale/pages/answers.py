@@ -94,7 +94,7 @@ def _against(ranking: Ranking, lead: Lead) -> str:
     if lead.gain == 0:
         return f"exactly as good as {role}, {lead.other.model}"
     if not lead.error:
-        return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, how certainly is not known"
+        return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, with unknown certainty"
     certainty = NormalDist().cdf(lead.gain / lead.error)
     if certainty >= _CERTAIN:
         words = "more than 99.9 % certain"
@@ -124,10 +124,10 @@ def gate_said(model: str, word: Word | None) -> str:
             reason.requirement if reason.found[:1].isdigit() else f"{reason.requirement} ({reason.found})"
             for reason in decision.reasons
         )
-        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
+        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would accept it'}{held and ': '}{held}"
     else:
-        overridden = f"; it became {word.alias} all the same: {word.override}" if word.alias else ""
-        said = f"{gate} says no: {failed}{overridden}"
+        overridden = f"; it became {word.alias} anyway: {word.override}" if word.alias else ""
+        said = f"{gate} refuses it: {failed}{overridden}"
     return readable(said)
 
 

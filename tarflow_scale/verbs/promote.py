@@ -62,7 +62,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         registry.promote(alias, version, holder, recorded, config.gate.reason or override or "")
         print(f"{model}@{version} is now {alias}" + (f" (was {model}@{holder})" if holder else ""))
         if not decision.promoted:
-            print(f"the gate said no; overridden, and recorded, for this reason: {override}")
+            print(f"the gate refused; moved anyway, for this reason, which is stored: {override}")
 
 
 def _chosen(

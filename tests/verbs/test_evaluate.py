@@ -489,7 +489,8 @@ def test_an_override_is_recorded_for_ever(
     assert "would become urgent, overridden" in capsys.readouterr().out
     assert cli.main(promote_arguments(own, strict, *more)) == 0
     assert (
-        "the gate said no; overridden, and recorded, for this reason: the demo is tomorrow" in capsys.readouterr().out
+        "the gate refused; moved anyway, for this reason, which is stored: the demo is tomorrow"
+        in capsys.readouterr().out
     )
     registry = Registry(str(own.registry), "small")
     event = registry.log.read([fact.number for fact in registry.state().history if fact.kind == "promote"][-1])

@@ -162,7 +162,7 @@ def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
         if pipes[0][0].poll(2 * timeout_seconds + _PULSE_SECONDS + _LEAVE_SECONDS):
             return pipes[0][0].recv()
     except EOFError:
-        outcome = "its end without a message"
+        outcome = "an exit without a message"
     finally:
         for process in ranks:
             process.kill()

@@ -127,7 +127,7 @@ def _of_machine(
 
 def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
     if not data_sets:
-        return [_Check("data", lambda: [skipped("data", "data.path names none")], seconds)]
+        return [_Check("data", lambda: [skipped("data", "data.path is not set")], seconds)]
     return [_Check("data", partial(places.data_set, key, path), seconds) for key, path in data_sets.items()]
 
 
@@ -151,7 +151,7 @@ def _of_stores(
         checks.append(_Check("store", answer, seconds, undo=partial(storage.remove_tree, folder)))
     if registry is not None and writes_registry is False:
         checks.append(_Check("store", partial(places.registry, registry), seconds))
-    return checks or [_Check("store", lambda: [skipped("store", "store.path names none")], seconds)]
+    return checks or [_Check("store", lambda: [skipped("store", "store.path is not set")], seconds)]
 
 
 def _findings(checks: list[_Check]) -> Iterator[Finding]:

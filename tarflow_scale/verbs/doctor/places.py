@@ -120,7 +120,7 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
         storage.remove_tree(folder)
     if winners is not None:
         return [winners]
-    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one winner of many writers"
+    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one of several concurrent writers wins"
     if abs(skew) > _SKEW_SECONDS:
         return [warning("store", f"{speed}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
     return [ok("store", speed)]
@@ -187,7 +187,7 @@ def weights(config: CheckedMetricsConfig | None) -> list[Finding]:
     named = [protocol for protocol in protocols if getattr(protocol, "extractor", "pixels") != "pixels"]
     given = config.extractor_weights if config else {}
     if not named and not given:
-        return [skipped("weights", "metrics.protocols and metrics.extractor_weights name none")]
+        return [skipped("weights", "metrics.protocols and metrics.extractor_weights are not set")]
     from tarflow_scale.metrics.features import published_digest, weights_digest
 
     digests: dict[str, str] = {}

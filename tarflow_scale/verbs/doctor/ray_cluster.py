@@ -13,7 +13,7 @@ __all__ = ["reach"]
 def reach(config: ClusterConfig | None) -> list[Finding]:
     """Check that the cluster answers, accepts our token, has our versions, this node, and resources for the workers."""
     if config is None or config.executor == "local" or config.address in (None, "local"):
-        return [skipped("cluster", "cluster.address names none; work is done on this machine")]
+        return [skipped("cluster", "cluster.address is not set, so work runs on this machine")]
     assert config.address is not None
     state = look_at(config.address)
     if state is None:

@@ -158,10 +158,10 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
             the store has no file modes or contains files of other users.
     """
     if dry_run:
-        print(f"dry run: would try create-if-absent below {config.registry.path}")
+        print(f"dry run: would test create-if-absent below {config.registry.path}")
         return
     marker = Store(config.registry.path).init(config.command.single_writer, config.command.shared)
-    how = "one process alone may write" if marker.single_writer else marker.checked or "a local file system"
+    how = "only one process may write" if marker.single_writer else marker.checked or "a local file system"
     if marker.shared != "umask":
         group = storage.group_of(storage.local(config.registry.path))
         how += f"; group {group} may read and write{', all may read' if marker.shared == 'all' else ''}"

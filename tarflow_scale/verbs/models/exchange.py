@@ -98,14 +98,14 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
     content = storage.read_if_there(location)
     if content is None:
         raise DataError(
-            f"{path} is no exported version (no {_VERSION}); weights of apple/ml-tarflow go through the verb convert"
+            f"{path} is not an exported version (no {_VERSION}); for weights of apple/ml-tarflow use the verb convert"
         )
     exported = _ExportedVersion.from_json(content, location, DataError)
     version, files = exported.version, _files(path, exported.version)
     flow = flow_from_files(files, path)
     print(f"{path}: {exported.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
     if dry_run:
-        print(f"dry run: would become a version of {model}")
+        print(f"dry run: it would become a version of {model}")
         return
     configuration = None
     if version.configuration is not None:
@@ -175,18 +175,16 @@ def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
 
 def _check_safetensors(location: str, content: bytes) -> None:
     if content.startswith((b"PK", b"\x80")):
-        raise DataError(
-            f"{location} holds a pickle, which is never read; convert it to safetensors with the verb convert"
-        )
+        raise DataError(f"{location} is a pickle, which is never read; convert it to safetensors with the verb convert")
     length = int.from_bytes(content[:8], "little")
     if length > min(_MOST_HEADER_BYTES, max(0, len(content) - 8)):
         raise DataError(f"{location} has a header of {length} bytes (file: {len(content)}); it is damaged or hostile")
     try:
         header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{location} is no safetensors file ({error}); export it again") from error
+        raise DataError(f"{location} is not a safetensors file ({error}); export it again") from error
     if not isinstance(header, dict):
-        raise DataError(f"{location} is no safetensors file (its header is no object); export it again")
+        raise DataError(f"{location} is not a safetensors file (its header is not an object); export it again")
 
 
 # -- the model card ----------------------------------------------------------------------------------------------------
