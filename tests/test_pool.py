@@ -154,6 +154,17 @@ def test_ray_that_cannot_use_its_temporary_folder_is_one_line(
     assert "\n" not in message
 
 
+def test_ray_that_starts_too_slowly_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore about it.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(UserError, match=r"^Ray must start on this machine \(got: The current node timed out during"):
+        run({"offset": 0}, [0], executor="ray")
+
+
 def refused(make: Any, below: str) -> Any:
     def made(name: Any, *arguments: Any, **options: Any) -> None:
         if str(name).startswith(below):

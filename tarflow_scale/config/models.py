@@ -65,7 +65,7 @@ class CommandConfig(Section):
 
 
 class ModelsConfig(Root):
-    """Only the commands export and import read weights."""
+    """A registry, and the arguments of a command on it. Only the commands export and import read weights."""
 
     registry: BrowseConfig
     command: CommandConfig = CommandConfig()

@@ -155,7 +155,7 @@ class SplitConfig(Section):
 
 
 class PrepareConfig(Root):
-    """Writes ``<shards.path>/train``, and ``<shards.path>/test`` and ``validation`` if there are such splits."""
+    """Write the shards of each split to a folder below ``shards.path``: ``train``, ``test``, ``validation``."""
 
     source: SourceConfig
     split: SplitConfig = SplitConfig()

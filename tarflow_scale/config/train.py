@@ -293,7 +293,7 @@ class Recipe(Section):
 
 
 class TrainConfig(Root):
-    """Write checkpoints, a log and sample grids to the run folder, and register the trained model as a version."""
+    """Train on shards, write checkpoints, a log and sample grids, and register the model as a version."""
 
     data: DataConfig
     model: ModelConfig

@@ -235,7 +235,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
         }
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain exceptions too, for instance if a node starts too slowly
         ray.shutdown()  # stops the processes of our own cluster that have started
         raise _refusal(error, address) from error
     try:
