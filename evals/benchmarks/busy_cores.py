@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 
 from evals.benchmarks.measuring import Figure, write_results
-from tarflow_scale.config.base import load_config
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import build, standard_normal_log_prob
 from tarflow_scale.runtime.cores import num_cores, spin_briefly
@@ -52,7 +51,7 @@ def work(threads: int, recipe: str) -> None:
     """Train on request: reads a number of seconds from a line of standard input, prints images per second."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = load_config(TrainConfig, Path(__file__).parents[2] / f"configs/train/{recipe}.yaml", [])
+    config = TrainConfig.load(Path(__file__).parents[2] / f"configs/train/{recipe}.yaml", [])
     shape, classes = RECIPES[recipe]
     batch = config.training.micro_batch_size
     flow = build(config.model, shape, classes).train()

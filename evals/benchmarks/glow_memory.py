@@ -18,7 +18,6 @@ import torch
 
 from evals.benchmarks.measuring import Figure, alternate, measure_step, synchronize, write_results
 from tarflow_scale.capacity.activations import activation_footprint
-from tarflow_scale.config.base import load_config
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
 from tarflow_scale.flows.glow import Glow
@@ -49,7 +48,7 @@ def worker(variant: list[str], device: str, steps: int) -> None:
 
 def large(device: str) -> dict[str, float]:
     """One training step of the 256x256 recipe on one image: parameters, seconds, and peak memory of the process."""
-    config = load_config(TrainConfig, RECIPE, [])
+    config = TrainConfig.load(RECIPE, [])
     torch.manual_seed(0)
     flow = build(config.model, (3, 256, 256), None).to(device)
     x = (torch.randint(0, 32, (1, 3, 256, 256), device=device) + torch.rand(1, 3, 256, 256, device=device)) / 16 - 1

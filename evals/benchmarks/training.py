@@ -35,7 +35,6 @@ import torch
 
 from evals.benchmarks.measuring import Figure, synchronize, write_results
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
-from tarflow_scale.config.base import load_config
 from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig, TrainingConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
@@ -198,7 +197,7 @@ def median_seconds(step: Callable[[], Any], device: str = "cpu", steps: int = ST
 
 def utilisation(arguments: argparse.Namespace) -> dict[str, Figure]:
     """Speed of a configuration's step on one device, of synthetic images."""
-    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    config = TrainConfig.load(arguments.config, arguments.overrides)
     shape = (arguments.channels, arguments.pixels, arguments.pixels)
     device = start_process_group(threads=config.training.threads)
     size = config.training.micro_batch_size

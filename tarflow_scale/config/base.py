@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -67,6 +67,11 @@ class Section(BaseModel, metaclass=_OneLine):
 
 class Root(Section):
     """Base class of the whole configuration of a verb."""
+
+    @classmethod
+    def load(cls, path: Path | None, overrides: list[str], example: str = "configs") -> Self:
+        """As `load_config` for this class."""
+        return load_config(cls, path, overrides, example)
 
 
 def load_config(kind: type[R], path: Path | str | None, overrides: list[str], example: str = "configs") -> R:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tarflow_scale.config.base import Root, Section, load_config
+from tarflow_scale.config.base import Root, Section
 from tarflow_scale.errors import ConfigError
 
 __all__ = ["Flag", "Verb", "flags_of"]
@@ -63,7 +63,7 @@ class Verb:
             ConfigError: the configuration is wrong. If a key is missing that a flag sets, the message names the flag.
         """
         try:
-            return load_config(self.config, path, overrides, self.file)
+            return self.config.load(path, overrides, self.file)
         except ConfigError as error:
             text = str(error)
             for flag in self.flags:

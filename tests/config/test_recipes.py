@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from tarflow_scale import cli
-from tarflow_scale.config.base import load_config
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.records import VectorFacts
 from tarflow_scale.shards.images import encode_png
@@ -54,7 +53,7 @@ def stand_in(path: Path, name: str) -> None:
 def test_every_recipe_has_a_plan(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(TrainConfig, recipe, [])
+    config = TrainConfig.load(recipe, [])
     (name,) = {part for part in Path(config.data.path).parts if part in FORMATS}
     paths = [f"data.path={tmp_path}/train", "data.verify=size", f"logging.path={tmp_path}/run"]
     stand_in(tmp_path / "train", name)

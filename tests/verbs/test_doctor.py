@@ -24,7 +24,6 @@ import pytest
 import yaml
 
 from tarflow_scale import cli, storage
-from tarflow_scale.config.base import load_config
 from tarflow_scale.config.doctor import CHECKS, DoctorConfig
 from tarflow_scale.verbs.doctor.launch import environment
 from tarflow_scale.verbs.doctor.machine import home
@@ -641,7 +640,7 @@ FILES = [file for verb in JOBS for file in sorted((TOP / "configs" / verb).glob(
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_a_file_of_a_job_will_do_as_it_is(file: Path) -> None:
-    config = load_config(DoctorConfig, file, ["store.path=elsewhere"])
+    config = DoctorConfig.load(file, ["store.path=elsewhere"])
     raw = yaml.safe_load(file.read_text())
     assert config.written["store.path"] == "elsewhere"
     for key, path in (config.written | config.data_sets).items():
