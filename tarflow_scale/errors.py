@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system cannot create a file only if it is absent, so two writers could both succeed."""
+    """The file system cannot create a file under the condition that it is absent, so two writers could both succeed."""
 
 
 class Interrupted(UserError):

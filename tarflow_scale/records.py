@@ -197,7 +197,7 @@ class MetricsReport(Record):
 
 
 class BlockDecoding(Record):
-    """How one block is decoded."""
+    """Settings for decoding one block of a flow."""
 
     chunk: int = Field(ge=1)
     """Number of tokens that are decoded together; 1 decodes token by token."""
@@ -206,7 +206,7 @@ class BlockDecoding(Record):
 
 
 class Calibration(Record):
-    """The fastest way to decode the blocks of a flow that was measured on a device, and its error."""
+    """The fastest settings for decoding the blocks of a flow, as measured on one device, with their error."""
 
     tensors_digest: str
     """Digest of the measured weights."""

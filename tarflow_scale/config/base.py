@@ -138,7 +138,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
 
 
 def absent_here(text: str) -> str:
-    """Advice where to find the files of the repository that ``text`` names; empty if they are present."""
+    """Advice on where to find the files of the repository that ``text`` names; empty if they are present."""
     named = sorted({folder for folder in _REPOSITORY if re.search(rf"(?<![\w.-]){folder}/", text)})
     if not named or (_TOP / "configs").is_dir():
         return ""

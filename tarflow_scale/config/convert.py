@@ -17,7 +17,7 @@ class ForeignWeightsConfig(Section):
     """Weights that another project saved (verb ``convert``)."""
 
     path: str
-    """The ``.pth`` that apple/ml-tarflow's train.py saved; path or URL."""
+    """Path or URL of the ``.pth`` file that train.py of apple/ml-tarflow saved."""
     num_channels: int | None = Field(default=None, ge=1)
     """Number of channels of the images; None infers 1 or 3 from the size of a token."""
     noise: NoiseConfig

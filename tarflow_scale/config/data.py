@@ -26,7 +26,7 @@ class ShardsConfig(Section):
 
 
 class EncodedShardsConfig(ShardsConfig):
-    """Shards of images that this package encodes."""
+    """Where shards of images are written, and how the images are encoded."""
 
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
     """File format of the images. ``png``, ``webp`` (smaller, slower to write) and ``raw`` (an array; large, fast to

@@ -55,7 +55,7 @@ class StoreConfig(Section):
     """A folder or store that a job will read and write."""
 
     path: str
-    """Folder or URL."""
+    """Folder or URL of the store."""
 
 
 class FindingsConfig(Section):

@@ -126,7 +126,7 @@ class SpikeConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Length, batch sizes, seed, noise, averages."""
+    """Length of training, batch sizes, seed, noise and moving averages."""
 
     total_images: int = Field(ge=1)
     """Number of images that the run has seen at its end; an image counts every time that it is used."""

@@ -87,7 +87,8 @@ def _own_address() -> str:
 def on_loopback_alone(address: str | None) -> bool:
     """Whether a cluster listens only on loopback; None means a cluster that is still to be started.
 
-    The caller must tell Ray, which otherwise replaces a loopback address by the network address of this machine.
+    The caller must pass the answer on to Ray, which by default replaces a loopback address by the network address of
+    this machine.
 
     Raises:
         UserError: nothing answers at the address.
@@ -109,7 +110,7 @@ def on_loopback_alone(address: str | None) -> bool:
 
 
 def is_own_address(host: str) -> bool:
-    """Whether this machine has the address: a process can listen only on addresses of its own machine."""
+    """Whether the address belongs to this machine, so that a process here can listen on it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         try:
             probe.bind((host, 0))

@@ -107,7 +107,7 @@ def _lead(ranking: Ranking) -> Lead | None:
 
 
 def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
-    """The decision of a gate on the best version: from the log, otherwise by ``report.gate``; None without a gate."""
+    """The decision on the best version: the one in the log, or a new one by ``report.gate``; None without a gate."""
     best = next(iter(ranking.ours), None)
     if best is None or best.entry is None or best.version is None:
         return None

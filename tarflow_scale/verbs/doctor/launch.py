@@ -37,7 +37,10 @@ def environment() -> list[Finding]:
 
 
 def _interfaces() -> Finding | None:
-    """Check network interfaces. NCCL takes prefixes, ``=`` for names, ``^`` for exclusions; gloo takes names."""
+    """Check the variables that select network interfaces.
+
+    NCCL's variable has prefixes of names, or names after ``=``; ``^`` excludes them. Gloo's variable has names.
+    """
     there = [name for _, name in socket.if_nameindex()]
     far = distributed.world_size() > distributed.local_world_size()
     for variable, exact in (("NCCL_SOCKET_IFNAME", False), ("GLOO_SOCKET_IFNAME", True)):
