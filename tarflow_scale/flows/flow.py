@@ -171,7 +171,7 @@ class Flow(Bijection):
             z = latents(int(seed), range(num), self.num_dims).to(reference)
         size = batch_size or max(1, num)
         samples: list[Tensor] = []
-        with console.progress_bar(num, "sample", enabled=progress) as bar:
+        with console.ProgressBar(num, "sample", enabled=progress) as bar:
             for low in range(0, num, size):
                 part = z[low : low + size]
                 labels_of_part = None if labels is None else labels[low : low + size]
