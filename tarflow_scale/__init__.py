@@ -1,6 +1,6 @@
 """tarflow_scale: train, evaluate, promote and sample image normalizing flows at scale.
 
-``load`` returns a flow from a registry or a folder; the subpackages hold everything else, one for each stage.
+``load`` reads a flow from a registry or a folder. Each stage of the pipeline is a subpackage.
 """
 
 import sys
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when ``load`` is used, with the same settings for waiting threads as on the command line."""
+    """Import torch only when ``load`` is used, and set how its threads wait, as the command line does."""
     if name == "load":
         if "torch" not in sys.modules:  # torch reads these settings from the environment when it is loaded
             from tarflow_scale.runtime import cores

@@ -1,6 +1,6 @@
-"""``tarflow-scale`` and ``python -m tarflow_scale``: the command line as a process.
+"""The entry point of ``tarflow-scale`` and ``python -m tarflow_scale``.
 
-`tarflow_scale.runtime.streams` documents the behaviour and the exit code when standard output is closed or full.
+See `tarflow_scale.runtime.streams` for the behaviour and the exit code when standard output is closed or full.
 """
 
 from typing import NoReturn

@@ -1,8 +1,8 @@
-"""Command line: argv to verb and configuration. A verb is imported when it is called; ``--help`` needs no torch or ray.
+"""Command line: parse the arguments, import the verb and run it. ``--help`` imports neither torch nor ray.
 
 An expected failure prints one line on standard error and exits with a code listed in `tarflow_scale.errors`; a bug
-keeps its traceback. Launchers of ranks have their own exit codes, so each process also appends its code to the file
-that ``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
+keeps its traceback. A launcher of ranks replaces their exit codes by its own, so each process also appends its code to
+the file ``$TARFLOW_SCALE_EXIT_CODES``, if that variable is set.
 """
 
 import argparse
@@ -57,7 +57,7 @@ _VERBS = {
 }
 _PACKAGE = Path(__file__).parent
 _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
-"""Start of an override; the path of a file may contain ``=`` too."""
+"""The start of an override, ``key=``. An existing file whose name matches is not an override."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def _warning_line(
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse flags and overrides in any order; argparse alone takes positional arguments from one place only."""
+    """Parse flags and overrides in any order; argparse by itself accepts positional arguments in one place only."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -111,14 +111,14 @@ def _run(verb: Verb, arguments: argparse.Namespace) -> int:
         overrides += [f"{flag.key}={json.dumps(values[0])}" for flag, values in given if flag.key]
         config = verb.load(path, overrides)
         if verb.imports and distributed.is_main():
-            print(f"importing {verb.imports}")  # this takes seconds, in which nothing else is printed
+            print(f"importing {verb.imports}")  # nothing else is printed during these seconds
         getattr(_module(verb), function)(config, arguments.dry_run)
     except UserError as error:
         message = printable(str(error) + where_paths_start(str(error), config))
         if distributed.is_main():
             prefix = "tarflow-scale" if isinstance(error, Interrupted) else "tarflow-scale: error"
             print(f"{prefix}: {message}", file=sys.stderr)
-        elif isinstance(error, DataError | StorageError):  # one rank alone may raise these
+        elif isinstance(error, DataError | StorageError):  # rank 0 may not have met this error
             print(f"tarflow-scale: error on rank {distributed.rank()}: {message}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -132,7 +132,7 @@ def _attribute(flag: Flag) -> str:
 
 
 def _module(verb: Verb) -> Any:
-    """Import the module of a verb. From then on Ctrl-C raises an exception, because there may be work to clean up."""
+    """Import the module of a verb. After that Ctrl-C raises an exception, because there may be work to clean up."""
     module = importlib.import_module(f"tarflow_scale.{verb.module}")
     raise_exceptions()
     return module
@@ -143,7 +143,9 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     files = [word for word in arguments if not _OVERRIDE.match(word) or is_there(word)]
     if len(files) > 1:
         got = " and ".join(files)
-        raise ConfigError(f"a verb reads one file (got {got}); an override is section.key=value, as training.seed=1")
+        raise ConfigError(
+            f"a verb reads one file (got {got}); an override is section.key=value, such as training.seed=1"
+        )
     return Path(files[0]) if files else None, [word for word in arguments if word not in files]
 
 
@@ -188,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _manual(verb: Verb) -> str:
-    """The example, and every key with its default and meaning."""
+    """The text below the flags in ``--help``: an example, and every key with its default and meaning."""
     lines = ["example:", f"  {verb.example}", ""]
     if advice := absent_here(verb.example):
         lines += [f"  {advice}", ""]

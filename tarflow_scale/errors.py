@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """A file system has no create-if-absent, by which exactly one of several writers wins."""
+    """The file system cannot create a file under the condition that it is absent, so two writers could both succeed."""
 
 
 class Interrupted(UserError):
@@ -87,9 +87,9 @@ class PromotionRefused(UserError):
 
 
 def install_extra(extra: str) -> str:
-    """The command that installs the packages of an extra of ``pyproject.toml``.
+    """The shell command that installs an extra of ``pyproject.toml``.
 
-    In a checkout (an editable install) the command names its folder, so that no package index needs this package.
+    In a checkout, it installs from the folder of the checkout, so the package need not be on a package index.
     """
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
@@ -98,5 +98,5 @@ def install_extra(extra: str) -> str:
 
 
 def needs_package(setting: str, package: str, extra: str) -> str:
-    """The error message for a setting (with its value) that needs a package that is not installed."""
+    """Error message: ``setting``, such as ``format=parquet``, needs a package that is not installed."""
     return f"{setting} needs {package} (got none installed); run: {install_extra(extra)}"

@@ -96,7 +96,7 @@ def _fast(flow: Flow) -> Flow:
 
 
 def worker_device(gpu: bool) -> torch.device:
-    """The device of a worker, which has a GPU or none.
+    """The device of a worker: its GPU if ``gpu`` is set, otherwise the CPU.
 
     Raises:
         ConfigError: the worker needs a GPU and the machine has none.
@@ -107,16 +107,16 @@ def worker_device(gpu: bool) -> torch.device:
 
 
 def calibration_for(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> Calibration | None:
-    """The newest decoding calibration of a version that was measured with these settings on this kind of device.
+    """The newest decoding calibration of a version that matches these settings and this kind of device.
 
-    If none matches, the newest one is returned, so that the error of the sampler says what differs. None if the decoder
+    If none matches, the newest calibration is returned, and the sampler then reports what differs. None if the decoder
     is exact, or the version has no calibration.
     """
     if settings.decoder.kind == "exact":
         return None
     measured = registry.state().calibrations.get(version, [])
-    fitting = [item for item in measured if measured_with(item, settings) and (item.device != "cpu") == gpu]
-    return (fitting or measured or [None])[-1]
+    matching = [item for item in measured if measured_with(item, settings) and (item.device != "cpu") == gpu]
+    return (matching or measured or [None])[-1]
 
 
 def load_version(registry: str, model: str, reference: int | str) -> Flow:

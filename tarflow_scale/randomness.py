@@ -1,8 +1,8 @@
 """Counter-based random numbers: a draw depends on its purpose, seed and indices, never on the process or the time.
 
 Every random quantity of the pipeline is a pure function of a purpose and a few integers (seed, epoch, sample index,
-...) through Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rank, worker, batch
-size and restarts therefore cannot change it. Draws are made on the CPU, so they are equal for every device.
+...) computed with Philox 4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Rank, worker,
+batch size and restarts therefore cannot change it. Draws are made on the CPU, so they are the same for every device.
 """
 
 from enum import IntEnum
@@ -37,27 +37,27 @@ class Purpose(IntEnum):
 
 
 def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.random.Generator:
-    """A generator for ``(purpose, seed, index, lane)``, all integers in [0, 2^64)."""
+    """The generator of ``(purpose, seed, index, lane)``; the last three are integers in [0, 2^64)."""
     return np.random.Generator(_philox(purpose, seed, index, lane))
 
 
 def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> NDArray[np.int64]:
     """A random permutation of ``range(size)``.
 
-    It ranks raw 64-bit words, whose stream NumPy guarantees to keep (NEP 19), so an upgrade of NumPy does not change
-    the order of samples; ties are broken by position.
+    It sorts raw 64-bit words. NumPy guarantees that their stream never changes (NEP 19), so an upgrade of NumPy keeps
+    the order of samples. Equal words keep their positions.
     """
     words = _philox(purpose, seed, index, lane).random_raw(size)
     return np.argsort(words, kind="stable")
 
 
 def integer(below: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> int:
-    """A random integer in ``[0, below)``, from one raw 64-bit word (its bias, below / 2^64, is negligible)."""
+    """A random integer in ``[0, below)``, from one raw 64-bit word; the bias, below / 2^64, is negligible."""
     return int(_philox(purpose, seed, index, lane).random_raw()) % below
 
 
 def raw_words(num: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> list[int]:
-    """Random integers in ``[0, 2^64)``, whose stream NumPy guarantees to keep (NEP 19)."""
+    """``num`` random integers in ``[0, 2^64)``. NumPy guarantees that their stream never changes (NEP 19)."""
     return [int(word) for word in _philox(purpose, seed, index, lane).random_raw(num)]
 
 
@@ -67,7 +67,7 @@ def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Phi
 
 
 class _Key(ISeedSequence):
-    """A Philox key. It has the effect of ``Philox(key=...)``, which would also draw entropy first and takes longer."""
+    """A Philox key; equal to ``Philox(key=...)`` but faster, because that also draws entropy."""
 
     def __init__(self, *words: int) -> None:
         self._words = np.array(words, dtype=np.uint64)

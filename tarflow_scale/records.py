@@ -1,9 +1,8 @@
-"""Records: what verbs hand to each other and store. Small, typed, without torch.
+"""Records that verbs store and pass to each other: small, typed, independent of torch.
 
-Units are in the names. Unknown fields are refused, so a record of a newer version is never read in part. Records lie
-one layer above the configuration, because some keep a section of it, such as how images were sampled: the section is
-validated once, where the JSON of the record is read, and settings that an older version did not know get their
-defaults. A section never needs a record.
+The names of fields contain their units. Unknown fields are refused, so a record of a newer version is never read in
+part. Some records contain a section of the configuration, such as the sampling settings. It is validated when the JSON
+of the record is read; settings that did not exist when the record was written get their defaults.
 """
 
 import hashlib
@@ -31,6 +30,7 @@ __all__ = [
     "VectorFacts",
     "canonical_json",
     "changes",
+    "leaves",
 ]
 
 _SHOWN_CHANGES, _SHOWN_CHARACTERS = 4, 40
@@ -42,18 +42,19 @@ def canonical_json(value: Any) -> bytes:
 
 
 def changes(before: Any, now: Any) -> str:
-    """Differences of two nested mappings, as ``optimizer.peak_lr was 0.001, is 0.0003``; empty if there are none."""
-    old, new = dict(_leaves("", before)), dict(_leaves("", now))
+    """Differences of two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty without any."""
+    old, new = dict(leaves(before)), dict(leaves(now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
     more = len(differing) - _SHOWN_CHANGES
     return "; ".join([*shown, f"and {more} more"] if more > 0 else shown)
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``("section.key", value)`` for every value of nested mappings; an empty mapping counts as a value."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            yield from _leaves(f"{key}.{name}" if key else str(name), part)
+            yield from leaves(part, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 
@@ -113,7 +114,7 @@ class VectorFacts(Record):
     num_values: int = Field(ge=1)
     """Length D of a vector."""
     num_conditions: int = Field(default=0, ge=0)
-    """Number K of condition values that come with each vector."""
+    """Number K of condition values of each vector."""
 
 
 class LatentFacts(Record):
@@ -140,7 +141,7 @@ class LatentFacts(Record):
 
 
 class DataSetFacts(Record):
-    """What a model must know about its training data."""
+    """Properties of the training data that a registered model records."""
 
     name: str
     split: str
@@ -162,7 +163,7 @@ class DataSetFacts(Record):
 
 
 class ModelVersion(Record):
-    """An immutable version in the registry: files by digest, and their origin."""
+    """An immutable version of a model in the registry: digests of its files, and their origin."""
 
     version: int = Field(ge=1)
     files: dict[str, FileRecord]
@@ -195,17 +196,17 @@ class ModelVersion(Record):
 
     @property
     def weights_digest(self) -> str:
-        """One digest over all files of the version."""
+        """One SHA-256 for all files of the version."""
         return hashlib.sha256(canonical_json({name: file.sha256 for name, file in self.files.items()})).hexdigest()
 
 
 class MetricValue(Record):
-    """One number, with its unit, error, sample count and protocol."""
+    """The value of a metric, with its unit, standard error, number of samples and protocol."""
 
     value: float
     unit: str
     standard_error: float | None = None
-    """Bits/dim: standard deviation over images, divided by the root of their number. Others: jackknife of 50 blocks."""
+    """Bits/dim: standard deviation over images / sqrt(number of images). Other metrics: jackknife over 50 blocks."""
     num_images: int = Field(ge=1)
     protocol: str
     """Name of the protocol."""
@@ -214,18 +215,18 @@ class MetricValue(Record):
     protocol_id: str
     """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
     per_image: FileRecord | None = None
-    """For likelihoods: safetensors with the number of each image, in the order of the split."""
+    """Likelihoods only: a safetensors file with the value of each image, in the order of the split."""
 
 
 class MetricsReport(Record):
-    """All numbers of one evaluation of one version."""
+    """All metrics from one evaluation of one version."""
 
     model: str
     version: int
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same measures of simple models, for scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics for simple models, as a scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]
@@ -234,16 +235,16 @@ class MetricsReport(Record):
 
 
 class BlockDecoding(Record):
-    """How one block is decoded."""
+    """Settings for decoding one block of a flow."""
 
     chunk: int = Field(ge=1)
-    """Tokens decoded at once; 1 is token by token."""
+    """Number of tokens that are decoded together; 1 decodes token by token."""
     planned: int = Field(ge=1)
-    """Iterations of a chunk before the first test for convergence."""
+    """Number of iterations of a chunk before the first test for convergence."""
 
 
 class Calibration(Record):
-    """The fastest way to decode the blocks of a flow, as measured on a device, and its error."""
+    """The fastest settings for decoding the blocks of a flow, as measured on one device, with their error."""
 
     tensors_digest: str
     """Digest of the measured weights."""
@@ -257,9 +258,9 @@ class Calibration(Record):
     iterations: tuple[float, ...]
     """Mean number of iterations of each block, over its chunks."""
     max_error: float
-    """Largest difference of a pixel on [-1, 1] from exact decoding of the same latents."""
+    """Largest absolute difference of a pixel, on [-1, 1], from exact decoding of the same latents."""
     mean_error: float
-    """Mean absolute difference of the pixels, measured in the same way."""
+    """Mean absolute difference of the pixels from exact decoding."""
     pixels_within_one_level: float
     """Share of 8-bit pixels that differ by at most one level."""
     exact_seconds: float
@@ -277,19 +278,19 @@ class GenerationPlan(Record):
     samples_per_shard: int
     sampling: SamplingConfig
     labels: Literal["balanced", "none"] | tuple[int, ...] | dict[int, float]
-    """``balanced``: image i has label i modulo the number of classes. Else see ``sampling.labels``."""
+    """``balanced``: image i has label i modulo the number of classes. For the other forms see ``sampling.labels``."""
     class_names: tuple[str, ...]
     image_size_pixels: int
     num_channels: int
     pixels: PixelFormat
     device: Literal["cpu", "cuda"]
-    """Where images are decoded; it changes the last bits of a float."""
+    """The kind of device that decodes images; it affects the last bits of floats."""
     threads: int
-    """Torch threads of a worker; they change the last bits of a sum."""
+    """Number of torch threads of a worker; it affects the last bits of sums."""
     decoding: Calibration | None = None
-    """How blocks are decoded, if not token by token."""
+    """Calibration of the adaptive decoder; None decodes token by token."""
     codec: Literal["png", "webp", "jpeg", "raw"] = "png"
-    """How images are stored."""
+    """File format of the images."""
     jpeg_quality: int = 95
     guard: GuardConfig = GuardConfig()
 

@@ -54,7 +54,7 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
         tarflow_scale.load(tmp_path)
     (tmp_path / "version.json").unlink()
     by_path = tarflow_scale.load(tmp_path)
-    with pytest.raises(ValueError, match="labels must be numbers where no names of classes are known"):
+    with pytest.raises(ValueError, match="labels must be numbers if the names of classes are not known"):
         by_path.sample(2, y="7")
 
 

@@ -75,7 +75,7 @@ class RecordedBar:
 
 def test_a_job_runs_what_is_missing_and_shows_progress_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     bars: list[RecordedBar] = []
-    monkeypatch.setattr(work.console, "progress_bar", lambda *a, **o: bars.append(RecordedBar(*a, **o)) or bars[-1])
+    monkeypatch.setattr(work.console, "ProgressBar", lambda *a, **o: bars.append(RecordedBar(*a, **o)) or bars[-1])
     units = [Images(10), Images(20), Images(30)]
     results: list[tuple[Images, int]] = []
     with Pool("local") as pool:
@@ -152,6 +152,17 @@ def test_ray_that_cannot_use_its_temporary_folder_is_one_line(
     assert message.startswith(f"Ray must be able to keep its sockets and files below {folder}/ray (got: ")
     assert message.endswith("set RAY_TMPDIR to a folder of your own with a short path and free space")
     assert "\n" not in message
+
+
+def test_ray_that_starts_too_slowly_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def late(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore about it.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(UserError, match=r"^Ray must start on this machine \(got: The current node timed out during"):
+        run({"offset": 0}, [0], executor="ray")
 
 
 def refused(make: Any, below: str) -> Any:

@@ -18,6 +18,7 @@ import torch
 
 from evals.benchmarks.measuring import Figure, alternate, measure_step, synchronize, write_results
 from tarflow_scale.capacity.activations import activation_footprint
+from tarflow_scale.config.model import GlowConfig
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
 from tarflow_scale.flows.glow import Glow
@@ -39,7 +40,8 @@ def worker(variant: list[str], device: str, steps: int) -> None:
     """Measure one variant and print it."""
     how, depth = variant
     torch.manual_seed(0)
-    flow = Glow((3, IMAGE, IMAGE), None, levels=LEVELS, steps_per_level=int(depth), width=WIDTH).to(device)
+    config = GlowConfig(levels=LEVELS, steps_per_level=int(depth), width=WIDTH)
+    flow = Glow((3, IMAGE, IMAGE), None, config).to(device)
     x = 2 * torch.rand(BATCH[device], 3, IMAGE, IMAGE, device=device) - 1
     flow.initialize(x)
     flow.activations = how  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from evals.benchmarks.measuring import Figure, alternate, measure_step, public_tarflow, write_results
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.flows import standard_normal_log_prob
 from tarflow_scale.flows.tarflow import TarFlow
 
@@ -59,13 +60,9 @@ def public_model(checkout: Path, sizes: Sizes) -> Any:
 
 def our_model(sizes: Sizes, activations: str) -> TarFlow:
     """The same sizes."""
-    flow = TarFlow(
-        (3, sizes.image_size, sizes.image_size),
-        NUM_CLASSES,
-        patch_size=sizes.patch_size,
-        width=sizes.width,
-        layers_per_block=(sizes.layers,) * sizes.blocks,
-    )
+    layers = (sizes.layers,) * sizes.blocks
+    config = TarFlowConfig(patch_size=sizes.patch_size, width=sizes.width, layers_per_block=layers)
+    flow = TarFlow((3, sizes.image_size, sizes.image_size), NUM_CLASSES, config)
     flow.activations = activations  # pyright: ignore[reportAttributeAccessIssue]
     return flow
 

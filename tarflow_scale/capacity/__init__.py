@@ -1,1 +1,1 @@
-"""What a training recipe needs: floating-point operations, memory, network traffic and time."""
+"""The needs of a training recipe: floating-point operations, memory, network traffic and time."""

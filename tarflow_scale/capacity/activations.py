@@ -1,8 +1,8 @@
 """Memory of activations in a training step, computed from a configuration.
 
-Autograd saves the tensors that each operation needs in the backward pass. A tensor that two operations need is saved
-once. A number takes 4 bytes. Inside networks it takes n bytes: 2 under bf16 autocast, otherwise 4. The tests compare
-these formulas with the tensors that PyTorch saves:
+Autograd saves the tensors that operations need in the backward pass, each tensor once. A number takes n bytes inside
+networks (2 under bf16 autocast, otherwise 4), and 4 bytes elsewhere. The tests compare these formulas with the tensors
+that PyTorch saves:
 
 * TarFlow. A transformer layer of width C saves ``8 C + 14 n C`` bytes per token: the two inputs of LayerNorm (4 bytes
   per number), and in n bytes the two outputs of LayerNorm, the queries, keys and values, the output of attention, and
@@ -16,15 +16,15 @@ these formulas with the tensors that PyTorch saves:
 * MAF saves each hidden layer once, 4.3 D numbers outside the network, and a masked copy of every weight. IAF saves the
   same in each of D + 1 passes.
 
-If activations are checkpointed or rebuilt, only the feature maps between units are saved, and only one unit at a time
-holds all its activations. ``working`` also counts the gradients inside that unit, about 1.5 times the largest feature
-map.
+A unit is a layer, step or coupling. If activations are checkpointed or rebuilt, only the feature maps between units are
+saved, and all activations of a single unit at a time. ``working`` also counts
+the gradients inside that unit, about 1.5 times the largest feature map.
 """
 
 import math
 from dataclasses import dataclass
 
-from tarflow_scale.capacity.flops import STAGES, linear_flops
+from tarflow_scale.capacity.flops import STAGES, linear_flops, realnvp_couplings
 from tarflow_scale.config.model import (
     Activations,
     ContinuousConfig,
@@ -36,7 +36,6 @@ from tarflow_scale.config.model import (
     RealNVPConfig,
     TarFlowConfig,
 )
-from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
 from tarflow_scale.flows.recompute import ANCHOR_EVERY
 from tarflow_scale.flows.vector_realnvp import COUPLINGS
 
@@ -44,17 +43,17 @@ __all__ = ["Footprint", "activation_footprint"]
 
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
-"""Bytes a channel and pixel that ActNorm, 1x1 convolution and coupling keep, by kind and bytes inside the network: a
-copy before and after the convolution, the half that the network sees, and the tensors of shift and scale."""
+"""Bytes for each channel and pixel that ActNorm, 1x1 convolution and coupling save, by kind of coupling and bytes of a
+number inside the network: copies before and after the convolution, the input of the network, shift and scale."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a micro batch on one rank.
+    """Bytes of activations of a micro batch on one rank.
 
     Args:
-        kept: saved from the forward pass to the backward pass.
-        working: on top, while the backward pass of one unit runs.
+        kept: bytes that are saved from the forward pass to the backward pass.
+        working: additional bytes while the backward pass runs through one unit.
     """
 
     kept: float
@@ -64,9 +63,9 @@ class Footprint:
 def activation_footprint(
     config: ModelConfig, event_shape: tuple[int, ...], batch: int, activations: Activations, bf16: bool
 ) -> Footprint:
-    """Memory of a forward and backward pass of ``batch`` images; proportional to ``batch``, except for constants.
+    """Memory of activations in a forward and backward pass of ``batch`` images.
 
-    It leaves out the bf16 copies of weights that autocast makes for the forward pass.
+    It does not include the bf16 copies of weights that autocast makes for the forward pass.
     """
     network = 2 if bf16 else 4
     footprint = _of_flow(config, event_shape, batch, activations, network)
@@ -113,7 +112,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Activations of all units, or of one unit beside the feature maps between units."""
+    """Activations of all units if they are kept, otherwise of one unit, and the feature maps between units."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)
@@ -157,21 +156,9 @@ def _glow(config: GlowConfig, shape: tuple[int, ...], batch: int, activations: A
 def _realnvp(
     config: RealNVPConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int
 ) -> Footprint:
-    channels, rows, columns = shape
-    width, units, in_flight = config.width, list[float](), 0.0
-    maps = 1.5 * 4.0 * batch * math.prod(shape)
-
-    def couplings(num: int) -> None:
-        nonlocal maps, in_flight
-        pixels = batch * rows * columns
-        units.extend(num * [pixels * (network * width * (4.0 * config.residual_blocks + 2) + 40.0 * channels)])
-        maps += 0.0 if activations == "keep" else num * 4.0 * pixels * channels
-        in_flight = max(in_flight, 2.0 * network * pixels * width)
-
-    for _ in range(config.levels - 1):
-        couplings(CHECKERBOARDS)
-        channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
-        couplings(CHANNEL_MASKS)
-        channels //= 2
-    couplings(LAST_CHECKERBOARDS)
+    units, maps, in_flight = list[float](), 1.5 * 4.0 * batch * math.prod(shape), 0.0
+    for pixels, channels, width in realnvp_couplings(config, shape):
+        units.append(batch * pixels * (network * width * (4.0 * config.residual_blocks + 2) + 40.0 * channels))
+        maps += 0.0 if activations == "keep" else 4.0 * batch * pixels * channels
+        in_flight = max(in_flight, 2.0 * network * batch * pixels * width)
     return _units(units, maps, activations, in_flight)

@@ -1,6 +1,6 @@
-"""How to make a run fit its GPUs: it tries every ZeRO stage, and where none fits, other settings."""
+"""Find settings with which a run fits its GPUs: every ZeRO stage, and other settings if no stage fits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,17 @@ __all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_mic
 USABLE = 0.95
 """Fraction of a card's memory that a plan may use; the allocator's fragmentation takes the rest."""
 _ALIKE = 0.05
-"""Relative differences of time below this are noise: the arithmetic leaves out hooks and kernel launches."""
+"""Smallest relative difference of times that counts; the estimates leave out hooks and kernel launches."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A recipe and the GPUs it is planned for; ``mfu`` is of one GPU, ``flops_per_image`` of a training step."""
+    """A recipe and the GPUs that it is planned for.
+
+    flops_per_image: operations of a training step. mfu: utilisation of one GPU. gpus: number of GPUs.
+    """
 
     recipe: Recipe
     event_shape: tuple[int, ...]
@@ -33,17 +36,16 @@ class Scenario:
     gpus: int
 
     def work(self, recipe: Recipe) -> Work:
-        """What a step of a variant of the recipe computes."""
+        """The work of a step of ``recipe``, a variant of the scenario's recipe."""
         return Work(self.flops_per_image, self.size, recipe.parallelism, recipe.training.micro_batch_size)
 
     def memory(self, recipe: Recipe) -> Memory:
-        """Memory of a GPU for a variant of the recipe."""
+        """Memory of a GPU with ``recipe``, a variant of the scenario's recipe."""
         return memory_per_rank(recipe, self.event_shape, self.size, self.gpus, cuda=True)
 
     def step(self, recipe: Recipe) -> StepTime:
-        """Time of a step of a variant of the recipe, with its global batch."""
-        work = self.work(recipe)
-        return step_of(work, self.cluster, self.mfu, self.gpus, recipe.training.global_batch_size)
+        """Time of a step of ``recipe``, a variant of the scenario's recipe, with its global batch size."""
+        return step_of(self.work(recipe), self.cluster, self.mfu, self.gpus, recipe.training.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ class StagePlan:
 
 
 def fits(memory: Memory, cluster: Cluster) -> bool:
-    """Whether the memory fits a GPU of the cluster."""
+    """Whether ``memory`` fits into a GPU of the cluster."""
     return memory.total <= USABLE * cluster.card.memory_bytes
 
 
 def by_stage(scenario: Scenario) -> list[StagePlan]:
-    """All stages that the other settings of the recipe allow."""
+    """The plan of every ZeRO stage that the other settings of the recipe allow."""
     stages: list[StagePlan] = []
     for stage in range(4):
         recipe = variant(scenario.recipe, {"parallelism.zero_stage": stage})
@@ -75,29 +77,23 @@ def by_stage(scenario: Scenario) -> list[StagePlan]:
 
 
 def largest_micro_batch(scenario: Scenario, recipe: Recipe) -> int:
-    """Images of a forward pass that fit, whether or not they divide the batch; 0 if one image does not fit."""
+    """Largest micro batch that fits in memory; 0 if one image does not fit. It need not divide the global batch."""
 
-    def enough(images: int) -> bool:
+    def fitting(images: int) -> bool:
         training = recipe.training.model_copy(update={"micro_batch_size": images})
         return fits(scenario.memory(recipe.model_copy(update={"training": training})), scenario.cluster)
 
-    return _largest(enough)
-
-
-def _largest(enough: Callable[[int], bool]) -> int:
-    if not enough(1):
-        return 0
-    low, high = 1, 2
-    while high < _MOST_IMAGES and enough(high):
+    low, high = 0, 1
+    while high < _MOST_IMAGES and fitting(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
+        low, high = (middle, high) if fitting(middle) else (low, middle)
     return low
 
 
 def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
-    """The recipe with other values of keys such as ``parallelism.zero_stage``; None if its rules forbid them."""
+    """The recipe with other values for keys like ``parallelism.zero_stage``; None if the recipe cannot have them."""
     raw = recipe.model_dump()
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -119,7 +115,9 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
         if configured in fast:
             return [f"stage {own}, as configured, fits and is about as fast as any"]
         best = fast[0]
-        slower = "does not fit" if configured not in fitting else f"takes {_more(configured, best)} more time a step"
+        slower = "does not fit"
+        if configured is not None and configured.fits:
+            slower = f"takes {configured.step.seconds / best.step.seconds - 1:.0%} more time a step"
         gigabytes = f"{best.memory.total / _GB:.1f} GB a GPU"
         return [f"parallelism.zero_stage={best.stage} ({gigabytes}); stage {own}, as configured, {slower}"]
     changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(scenario)]
@@ -129,13 +127,8 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
     return ["no stage fits as configured; one of these does:", *(f"  {change}" for change in changes)]
 
 
-def _more(configured: StagePlan | None, best: StagePlan) -> str:
-    assert configured is not None
-    return f"{configured.step.seconds / best.step.seconds - 1:.0%}"
-
-
 def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
-    """The smallest sufficient change of each kind, at the configured stage if possible."""
+    """The smallest change of each kind that makes the recipe fit, at the configured stage if possible."""
     own = scenario.recipe.parallelism.zero_stage
     stages = sorted(range(4), key=lambda stage: (stage != own, stage))
     for kind in _changes(scenario):
@@ -150,8 +143,8 @@ def _changes(scenario: Scenario) -> list[list[dict[str, Any]]]:
     """Kinds of change, and for each the settings to try, from the smallest change to the largest."""
     batch, own = scenario.recipe.training.global_batch_size, scenario.recipe.training.micro_batch_size
     smaller = [images for images in range(own - 1, 0, -1) if batch % (images * scenario.gpus) == 0]
-    recompute = [{"parallelism.activations": how} for how in ("checkpoint", "rebuild")]
-    offload = [{"parallelism.offload": how} for how in ("optimizer", "all")]
+    recompute = [{"parallelism.activations": activations} for activations in ("checkpoint", "rebuild")]
+    offload = [{"parallelism.offload": part} for part in ("optimizer", "all")]
     micro = [{"training.micro_batch_size": images} for images in smaller]
     both = [first | second for first in recompute for second in offload]
     return [micro, recompute, offload, both, [first | second for first in both for second in micro]]

@@ -1,31 +1,32 @@
-"""Operations of a training step, computed from a configuration; the basis of model FLOPs utilisation.
+"""Floating-point operations of a training step, computed from a configuration, for the model FLOPs utilisation (MFU).
 
 A multiplication and an addition are two operations. The count includes matrix products and convolutions and leaves out
-elementwise operations, as is usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare it with
-`torch.utils.flop_counter`. That cannot replace it: it counts the masked half of causal attention, and without real
-tensors it cannot run flows that read values, as ActNorm and ODE solvers do.
+elementwise operations, as usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare it with
+`torch.utils.flop_counter`. `flop_counter` cannot replace the formulas: it counts the masked half of causal attention,
+and without real tensors it cannot run flows that read values, as ActNorm and ODE solvers do.
 
-TarFlow, a block of K layers of width C on T tokens of F features:
+TarFlow, for a block of K layers of width C on T tokens of F features:
 
     2 T C (F + out) + K (24 T C^2 + 2 T^2 C)        out = 2 F (affine) or F; causal attention is half of 4 T^2 C
 
-Glow, a step on P pixels of c channels, half of which pass a network of width W:
+Glow, for a step on P pixels of c channels, where a network of width W reads half of the channels:
 
     2 P (c^2 + 9 (c / 2) W + W^2 + 9 W out)         out = c (affine) or c / 2
 
-and for every level but the last 2 P 9 (c / 2) c for its prior. RealNVP, a coupling with R residual blocks:
+and 2 P 9 (c / 2) c for the prior of every level except the last. RealNVP, for a coupling with R residual blocks:
 
     2 P (9 c W + 18 R W^2 + 9 W 2 c)
 
-NICE, MAF: twice the weights of their linear layers; IAF scores in D + 1 such passes. The number of evaluations of a
-continuous flow depends on its solver: the count is that of one step, each evaluation with the product for its trace, so
-its utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels in a network of width W,
+NICE and MAF: twice the number of weights of their linear layers. IAF: the same in each of D + 1 passes. Continuous
+flow: the evaluations of one step of the solver, each with the product for its trace. An adaptive solver may take more
+steps, so its utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels with a network
+of width W,
 
     2 P 9 (2 c W + W^2 + W 2 c)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from tarflow_scale.config.model import (
@@ -42,7 +43,7 @@ from tarflow_scale.config.model import (
 from tarflow_scale.flows.realnvp import CHANNEL_MASKS, CHECKERBOARDS, LAST_CHECKERBOARDS
 from tarflow_scale.flows.vector_realnvp import COUPLINGS
 
-__all__ = ["STAGES", "forward_flops", "linear_flops", "tokens_per_image", "training_flops"]
+__all__ = ["STAGES", "forward_flops", "linear_flops", "realnvp_couplings", "tokens_per_image", "training_flops"]
 
 
 def forward_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
@@ -68,36 +69,35 @@ def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
             half, blocks = event_shape[0] / 2, 2 * config.residual_blocks
             return COUPLINGS * config.levels * linear_flops([half, config.width, *[config.width] * blocks, 2 * half])
         case RealNVPConfig():
-            return _realnvp(config, event_shape)
+            return sum(
+                2.0 * pixels * (27 * channels * width + 18 * config.residual_blocks * width**2)
+                for pixels, channels, width in realnvp_couplings(config, event_shape)
+            )
         case NICEConfig():
             half = math.prod(event_shape) / 2
             return config.couplings * linear_flops([half, *[config.width] * config.hidden_layers, half])
         case MAFConfig() | IAFConfig():
             dims = math.prod(event_shape)
             inputs = dims + config.label_width * config.class_conditional
-            one_pass = config.transforms * linear_flops([inputs, *config.hidden_widths, 2 * dims])
-            return one_pass if config.kind == "maf" else (dims + 1) * one_pass
+            flops = config.transforms * linear_flops([inputs, *config.hidden_widths, 2 * dims])
+            return flops if config.kind == "maf" else (dims + 1) * flops
         case ContinuousConfig():
             evaluations = STAGES[config.solver] * (config.num_steps if config.solver in ("rk4", "midpoint") else 1)
             size = 9 * event_shape[1] * event_shape[2] if len(event_shape) == 3 else 1
-            return (
-                3
-                * size
-                * evaluations
-                * linear_flops([event_shape[0], *[config.width] * config.hidden_layers, event_shape[0]])
-            )
+            widths = [event_shape[0], *[config.width] * config.hidden_layers, event_shape[0]]
+            return 3 * size * evaluations * linear_flops(widths)
 
 
 def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
-    """Operations of a training step for one image: forward, and twice as many backward.
+    """Operations of a training step for one image: those of the forward pass, and twice as many for the backward pass.
 
-    Recomputation that saves memory does not count, so it does not raise the utilisation.
+    Recomputation, which saves memory, does not count, so it does not raise the utilisation.
     """
     return 3 * forward_flops(config, event_shape)
 
 
 def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int | None:
-    """T of TarFlow; None for models without tokens."""
+    """Number of tokens of an image in a TarFlow; None for models without tokens."""
     if not isinstance(config, TarFlowConfig):
         return None
     _, height, width = event_shape
@@ -105,28 +105,23 @@ def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int |
 
 
 STAGES = {"dopri5": 7, "bosh3": 4, "rk4": 4, "midpoint": 2}
-"""Evaluations of the dynamics in a step of each solver."""
+"""Number of evaluations of the dynamics in a step of each solver."""
 
 
 def linear_flops(widths: Sequence[int | float]) -> float:
-    """Operations of one pass through linear layers of these widths: twice their weights."""
+    """Operations of one pass through linear layers of these widths: twice the number of weights."""
     return sum(2.0 * a * b for a, b in pairwise(widths))
 
 
-def _realnvp(config: RealNVPConfig, event_shape: tuple[int, ...]) -> float:
-    total, width = 0.0, config.width
-    channels, rows, columns = event_shape
-
-    def couplings(num: int) -> float:
-        network = 27 * channels * width + 18 * config.residual_blocks * width**2
-        return num * 2.0 * rows * columns * network
-
+def realnvp_couplings(config: RealNVPConfig, event_shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Number of pixels, number of channels and width of the network of each coupling of a RealNVP for images."""
+    (channels, rows, columns), width = event_shape, config.width
     for _ in range(config.levels - 1):
-        total += couplings(CHECKERBOARDS)
+        yield from [(rows * columns, channels, width)] * CHECKERBOARDS
         channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
-        total += couplings(CHANNEL_MASKS)
+        yield from [(rows * columns, channels, width)] * CHANNEL_MASKS
         channels //= 2
-    return total + couplings(LAST_CHECKERBOARDS)
+    yield from [(rows * columns, channels, width)] * LAST_CHECKERBOARDS
 
 
 def _tarflow(config: TarFlowConfig, event_shape: tuple[int, ...]) -> float:

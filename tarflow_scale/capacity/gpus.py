@@ -1,7 +1,8 @@
 """GPUs and their figures from NVIDIA's data sheets.
 
-Peaks are dense (the sheets' larger numbers assume sparsity). Link speeds are bytes a second in one direction, where the
-sheets add both. The network is that of the maker's own eight-GPU machine, per GPU; a rented machine may have less.
+Peaks are without sparsity, which the larger numbers of the sheets assume. Link speeds are bytes per second in one
+direction; the sheets add both directions. Network speeds, per GPU, are those of NVIDIA's own eight-GPU machine; a
+rented machine may have less.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ class Card:
     """A GPU.
 
     Args:
-        name: its name on the command line.
-        device: a part of its CUDA device name.
+        name: name of the card on the command line.
+        device: a part of the CUDA device name of the card.
         memory_bytes: memory of the card.
-        bf16_flops: dense tensor-core peak, operations a second (V100: fp16).
-        fp32_flops: peak without tensor cores, for ``precision=fp32``.
-        link_bytes_per_second: to the other cards of its machine, one direction: NVLink, or PCIe where it has none.
-        network_bytes_per_second: to other machines, one direction.
-        network: the same in words.
+        bf16_flops: peak of dense operations per second with tensor cores (V100: fp16).
+        fp32_flops: peak of operations per second without tensor cores, for ``precision=fp32``.
+        link_bytes_per_second: speed to other cards of the machine, in one direction, of NVLink or else of PCIe.
+        network_bytes_per_second: speed to other machines, in one direction.
+        network: the network in words.
     """
 
     name: str
@@ -56,7 +57,7 @@ assumptions."""
 
 
 def card_named(name: str) -> Card:
-    """The card with a name, in any case.
+    """The card with this name; case does not matter.
 
     Raises:
         ConfigError: no card has this name.
@@ -68,6 +69,6 @@ def card_named(name: str) -> Card:
 
 
 def card_of_device(device_name: str) -> Card | None:
-    """The card with the longest match to a CUDA device name; None for an unknown device."""
+    """The card whose ``device`` is the longest part of a CUDA device name; None for an unknown device."""
     matching = [card for card in CARDS if card.device in device_name]
     return max(matching, key=lambda card: len(card.device), default=None)

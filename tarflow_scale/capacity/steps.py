@@ -1,14 +1,14 @@
 """Speed, traffic and scaling of a run on N GPUs, computed from an assumed utilisation.
 
-Compute. A rank's step of n images takes ``n F / (u R)`` seconds: F operations of a training step for an image
-(`tarflow_scale.capacity.flops`), R the peak of the card, u the model FLOPs utilisation (MFU) of one card, which counts
-no recomputation. Published for transformers in bf16 on H100s: 41.8 % at 1 B parameters on 8 GPUs and 40.9 % on 64
-(llm-foundry, FSDP); 44.3 % at 1.3 B on a node (nanotron); hence the default of 40 %, and three quarters of it if
-activations are recomputed, since a fourth pass is then added to three. We know no figures for other cards and for
-convolutional flows, and assume the same.
+Compute. A rank takes ``n F / (u R)`` seconds for a step of n images, where F is the number of operations of a training
+step for an image (`tarflow_scale.capacity.flops`), R the peak of the card, and u the model FLOPs utilisation (MFU) of
+one card, which does not count recomputation. Published for transformers in bf16 on H100s: 41.8 % at 1 B parameters on 8
+GPUs and 40.9 % on 64 (llm-foundry, FSDP); 44.3 % at 1.3 B on one machine (nanotron). Hence the default of 40 %, and
+three quarters of it with recomputed activations, which add a fourth pass to three. We know no figures for other cards
+and for convolutional flows, and assume the same.
 
-Traffic. In a ring, each of N ranks sends and receives ``2 (N-1)/N M`` bytes to sum M bytes on all ranks, and half of
-that to gather M bytes or to give each rank its part of a sum (Patarasuk and Yuan, 2009). A step moves, for P
+Traffic. In a ring, each of N ranks sends and receives ``2 (N-1)/N M`` bytes to sum M bytes on all ranks, and half as
+many bytes to gather M bytes or to give each rank its part of a sum (Patarasuk and Yuan, 2009). A step moves, for P
 parameters (``g`` bytes a gradient: 4, or 2 for weights that bf16 autocast casts):
 
     stage 0     all-reduce of 4 P, once a step, after the backward pass
@@ -17,12 +17,13 @@ parameters (``g`` bytes a gradient: 4, or 2 for weights that bf16 autocast casts
     stage 3     all-gather of g P and reduce-scatter of g P, for every micro batch, both during the passes; a second
                 all-gather in the backward pass of models above a billion parameters
 
-ZeRO's paper (arXiv 1910.02054, section 7) has a reduce-scatter at stages 1 and 2, hence 2 P numbers a step. DeepSpeed
-0.19.8 all-reduces whole buckets there, hence 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
+In ZeRO's paper (arXiv 1910.02054, section 7) stages 1 and 2 do a reduce-scatter, hence 2 P numbers a step. DeepSpeed
+0.19.8 all-reduces whole buckets instead, hence 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
 
-Time of traffic. Bytes over the slowest link of the ring: NVLink inside a machine; between machines the sum of their
-network cards, since rings run through all of them; each times `LINK_EFFICIENCY`. Each bucket adds ``2 ceil(log2 N)``
-latencies, as in a tree. Traffic overlaps with the passes as far as DeepSpeed allows.
+Time of traffic. It is the number of bytes divided by the speed of the slowest link of the ring times `LINK_EFFICIENCY`.
+The link is NVLink inside a machine; between machines it is all network cards of a machine together, since rings run
+through all of them. Each bucket adds ``2 ceil(log2 N)`` latencies, as in a tree. Traffic overlaps with the passes where
+DeepSpeed allows it.
 """
 
 import math
@@ -47,7 +48,7 @@ __all__ = [
 
 DEFAULT_MFU = 0.4
 RECOMPUTING = 3 / 4
-"""Factor on the utilisation if activations are recomputed: 3 useful passes of 4."""
+"""Factor on the utilisation if activations are recomputed: 3 of 4 passes count."""
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that traffic reaches; an assumption."""
 LATENCY_SECONDS = 10e-6
@@ -57,12 +58,12 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of GPUs.
+    """A cluster of machines with GPUs.
 
     Args:
         card: the GPU.
-        gpus_per_node: GPUs of a machine.
-        network_bytes_per_second: between machines, per GPU, in one direction.
+        gpus_per_node: number of GPUs of a machine.
+        network_bytes_per_second: network speed between machines, per GPU, in one direction.
     """
 
     card: Card
@@ -70,11 +71,11 @@ class Cluster:
     network_bytes_per_second: float
 
     def link(self, gpus: int) -> float:
-        """Bytes a second of a ring of ``gpus`` GPUs in one direction."""
-        inside = self.card.link_bytes_per_second
+        """Speed in bytes per second of a ring of ``gpus`` GPUs, in one direction."""
+        slowest = self.card.link_bytes_per_second
         if gpus > self.gpus_per_node:
-            inside = min(inside, self.gpus_per_node * self.network_bytes_per_second)
-        return LINK_EFFICIENCY * inside
+            slowest = min(slowest, self.gpus_per_node * self.network_bytes_per_second)
+        return LINK_EFFICIENCY * slowest
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ class Work:
     """The work of a training step.
 
     Args:
-        flops_per_image: operations of a training step.
-        size: parameters.
-        parallelism: the section.
-        micro_batch_size: most images of a forward pass.
+        flops_per_image: operations of a training step for an image.
+        size: number of parameters of the flow.
+        parallelism: the section ``parallelism``.
+        micro_batch_size: largest number of images of a forward pass.
     """
 
     flops_per_image: float
@@ -101,7 +102,7 @@ class Traffic:
     Args:
         summed: bytes of gradients.
         gathered: bytes of weights.
-        hideable: bytes of both that can overlap with the passes.
+        hideable: bytes of gradients and weights that can be sent during the passes.
         num_collectives: number of all-reduces, reduce-scatters and all-gathers.
     """
 
@@ -112,12 +113,12 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes of gradients and weights."""
         return self.summed + self.gathered
 
 
 def default_mfu(parallelism: ParallelismConfig) -> float:
-    """Utilisation to plan with where none is stated; see the module."""
+    """The utilisation that a plan assumes if the user gives none; see the module."""
     return DEFAULT_MFU * (1.0 if parallelism.activations == "keep" else RECOMPUTING)
 
 
@@ -127,11 +128,12 @@ def traffic_of(
     """Bytes that a rank sends in a step.
 
     Args:
-        size: parameters.
-        parallelism: the section.
+        size: number of parameters of the flow.
+        parallelism: the section ``parallelism``.
         ranks: number of ranks.
-        micro_batches: micro batches of a rank in a step.
-        cuda: GPUs overlap traffic with passes, and NCCL has reduce-scatter; gloo does an all-reduce instead.
+        micro_batches: number of micro batches of a rank in a step.
+        cuda: whether ranks are GPUs, whose traffic overlaps with the passes, and whose NCCL has a reduce-scatter; gloo
+            does an all-reduce instead.
     """
     parameters, passed_on = float(size.parameters), (ranks - 1) / ranks
     low = size.low_precision if parallelism.precision == "bf16" else 0
@@ -156,14 +158,14 @@ def traffic_of(
 
 @dataclass(frozen=True)
 class StepTime:
-    """An optimizer step on N GPUs.
+    """Time of an optimizer step on N GPUs.
 
     Args:
-        images: images of all ranks.
+        images: number of images of all ranks.
         compute_seconds: time of the passes.
-        traffic: bytes of a rank.
+        traffic: bytes that a rank sends.
         traffic_seconds: time of the traffic.
-        waiting_seconds: the part of it that does not overlap with the passes.
+        waiting_seconds: time of the traffic that does not overlap with the passes.
     """
 
     images: int
@@ -179,12 +181,12 @@ class StepTime:
 
     @property
     def images_per_second(self) -> float:
-        """Speed of all ranks together."""
+        """Throughput of all ranks together."""
         return self.images / self.seconds
 
 
 def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) -> StepTime:
-    """Time of a step of ``images`` on ``gpus``, which must divide them."""
+    """Time of a step of ``images`` images on ``gpus`` GPUs; ``images`` must be a multiple of ``gpus``."""
     each = images // gpus
     micro = -(-each // work.micro_batch_size)
     peak = cluster.card.bf16_flops if work.parallelism.precision == "bf16" else cluster.card.fp32_flops
@@ -195,7 +197,8 @@ def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) ->
     latency = traffic.num_collectives * 2 * math.ceil(math.log2(gpus)) * LATENCY_SECONDS
     moving = traffic.total / cluster.link(gpus) + latency
     hideable = moving * traffic.hideable / traffic.total
-    # Two thirds of the time is backward. Stage 1 overlaps with the last micro batch's, stage 3 with both directions.
+    # The backward pass takes two thirds of the time. Stage 1 overlaps with that of the last micro batch, stage 2 with
+    # that of each micro batch, stage 3 with forward and backward passes.
     behind = {0: 0.0, 1: 2 / 3 / micro, 2: 2 / 3, 3: 1.0}[work.parallelism.zero_stage] * compute
     return StepTime(images, compute, traffic, moving, moving - min(hideable, behind))
 
@@ -206,8 +209,8 @@ class Point:
 
     Args:
         gpus: number of GPUs.
-        weak: a step in which every GPU takes a micro batch, so the global batch grows with the GPUs.
-        strong: a step with the recipe's global batch; None if it does not divide among the GPUs.
+        weak: a step in which every GPU takes one micro batch, so the global batch grows with the number of GPUs.
+        strong: a step with the recipe's global batch; None if it is not a multiple of the number of GPUs.
     """
 
     gpus: int
@@ -218,19 +221,13 @@ class Point:
 def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> list[Point]:
     """Steps on 1, 2, 4, ..., 1,024 GPUs."""
     points: list[Point] = []
-    for power in range(round(math.log2(MOST_GPUS)) + 1):
-        gpus = 2**power
-        divides = global_batch_size % gpus == 0
-        points.append(
-            Point(
-                gpus,
-                step_of(work, cluster, mfu, gpus, work.micro_batch_size * gpus),
-                step_of(work, cluster, mfu, gpus, global_batch_size) if divides else None,
-            )
-        )
+    for gpus in (2**power for power in range(round(math.log2(MOST_GPUS)) + 1)):
+        weak = step_of(work, cluster, mfu, gpus, work.micro_batch_size * gpus)
+        strong = step_of(work, cluster, mfu, gpus, global_batch_size) if global_batch_size % gpus == 0 else None
+        points.append(Point(gpus, weak, strong))
     return points
 
 
 def efficiency(step: StepTime, gpus: int, alone: StepTime) -> float:
-    """Images a second per GPU of ``step`` on ``gpus`` GPUs, as a fraction of ``alone``, a step on one GPU."""
+    """Throughput per GPU of ``step`` on ``gpus`` GPUs, as a fraction of that of ``alone``, a step on one GPU."""
     return step.images_per_second / gpus / alone.images_per_second

@@ -1,4 +1,4 @@
-"""Prints a plan: memory by stage, speed, traffic, data, scaling, and the assumptions."""
+"""Print a plan: memory by stage, speed, traffic, data, scaling, and the assumptions."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ __all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Sizes", "print_answer"]
 
 _GB, _MB = 1e9, 1e6
 DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
-"""Bytes of pixels that one core decodes and collates in a second: 64 px PNG and 512 px JPEG, from
+"""Bytes of pixels that one core decodes and collates in a second, measured with 64 px PNG and 512 px JPEG:
 ``images_per_second_png64_ours_0`` and ``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
 
 
@@ -22,9 +22,9 @@ class Sizes:
     Args:
         event_shape: shape of the model's input.
         model: number of parameters.
-        decoded_bytes: bytes of a stored sample when decoded.
-        packed_bytes: mean bytes of a sample on disk; None if there is no data set yet.
-        codec: how samples are stored; None if there is no data set yet.
+        decoded_bytes: size of a stored sample after decoding.
+        packed_bytes: mean size of a sample on disk; None if there is no data set yet.
+        codec: codec of stored samples; None if there is no data set yet.
         source: where the sizes come from, in words.
     """
 
@@ -42,7 +42,7 @@ class Answer:
 
     Args:
         points: the scaling curve.
-        price: $ for a GPU and hour, or None.
+        price: price of a GPU for an hour in $, or None.
         mfu_stated: whether the user gave the MFU.
     """
 
@@ -86,28 +86,26 @@ def _recipe(answer: Answer) -> str:
 def _memory(answer: Answer) -> str:
     scenario = answer.scenario
     names = list(answer.stages[0].memory.parts)
-    rows: list[tuple[str, ...]] = []
-    for plan in answer.stages:
-        own = plan.stage == scenario.recipe.parallelism.zero_stage
-        rows.append(
-            (
-                f"{plan.stage}{' *' if own else ''}",
-                *(f"{size / _GB:.2f}" for size in plan.memory.parts.values()),
-                f"{plan.memory.total / _GB:.1f}",
-                f"{plan.memory.total / scenario.cluster.card.memory_bytes:.0%}",
-                "yes" if plan.fits else "no",
-                plan.memory.moment,
-                f"{plan.memory.in_main * min(scenario.gpus, scenario.cluster.gpus_per_node) / _GB:.1f}",
-                f"{plan.largest_micro_batch:,}" if plan.largest_micro_batch else "none",
-            )
+    rows = [
+        (
+            _stage(plan, scenario),
+            *(f"{size / _GB:.2f}" for size in plan.memory.parts.values()),
+            f"{plan.memory.total / _GB:.1f}",
+            f"{plan.memory.total / scenario.cluster.card.memory_bytes:.0%}",
+            "yes" if plan.fits else "no",
+            plan.memory.phase,
+            f"{plan.memory.in_main * min(scenario.gpus, scenario.cluster.gpus_per_node) / _GB:.1f}",
+            f"{plan.largest_micro_batch:,}" if plan.largest_micro_batch else "none",
         )
-    header = ("stage", *names, "GB a GPU", "used", "fits", "peak in", "host GB a machine", "largest micro batch")
-    lines = [
-        console.table(rows, header),
-        "* as configured",
-        *(f"advice: {line}" for line in advice(scenario, answer.stages)),
+        for plan in answer.stages
     ]
-    return "\n".join(lines)
+    header = ("stage", *names, "GB a GPU", "used", "fits", "peak in", "host GB a machine", "largest micro batch")
+    lines = (f"advice: {line}" for line in advice(scenario, answer.stages))
+    return "\n".join([console.table(rows, header), "* as configured", *lines])
+
+
+def _stage(plan: StagePlan, scenario: Scenario) -> str:
+    return f"{plan.stage}{' *' if plan.stage == scenario.recipe.parallelism.zero_stage else ''}"
 
 
 def _figure(value: float) -> str:
@@ -139,7 +137,7 @@ def _traffic(answer: Answer) -> str:
     scenario = answer.scenario
     rows = [
         (
-            f"{plan.stage}{' *' if plan.stage == scenario.recipe.parallelism.zero_stage else ''}",
+            _stage(plan, scenario),
             f"{plan.step.traffic.summed / _GB:.2f}",
             f"{plan.step.traffic.gathered / _GB:.2f}",
             f"{plan.step.traffic_seconds * 1e3:,.0f}",
@@ -179,27 +177,17 @@ def _scaling(answer: Answer) -> str:
         if point.strong is not None:
             hours = training.total_images / point.strong.images_per_second / 3600
             strong = (
-                f"{_figure(point.strong.images_per_second)}",
+                _figure(point.strong.images_per_second),
                 f"{efficiency(point.strong, point.gpus, alone):.0%}",
-                f"{_figure(hours)}",
+                _figure(hours),
             )
-        weak = point.weak
-        rows.append(
-            (str(point.gpus), f"{weak.images:,}", f"{_figure(weak.images_per_second)}",
-             f"{efficiency(weak, point.gpus, alone):.0%}", *strong)
-        )  # fmt: skip
-    header = (
-        "GPUs",
-        "weak: batch",
-        "images/s",
-        "each",
-        f"strong: images/s at {training.global_batch_size:,}",
-        "each",
-        "hours",
-    )
-    table = console.table(rows, header)
+        weak = (_figure(point.weak.images_per_second), f"{efficiency(point.weak, point.gpus, alone):.0%}")
+        rows.append((str(point.gpus), f"{point.weak.images:,}", *weak, *strong))
+    at_batch = f"strong: images/s at {training.global_batch_size:,}"
+    header = ("GPUs", "weak: batch", "images/s", "each", at_batch, "each", "hours")
     return (
-        f"{table}\nweak: every GPU takes a micro batch of {training.micro_batch_size}, so the global batch grows; "
+        f"{console.table(rows, header)}\n"
+        f"weak: every GPU takes a micro batch of {training.micro_batch_size}, so the global batch grows; "
         f"strong: the GPUs share the recipe's global batch (-: it does not divide)"
     )
 

@@ -1,6 +1,6 @@
 """Configuration: pydantic sections, one YAML file for each run, ``section.key=value`` overrides. Imports nothing heavy.
 
-Each verb has a file with its root section and the sections that only it reads. ``data``, ``model``, ``sampling``,
-``versions``, ``cluster`` and ``protocols`` have sections that several verbs share; ``base`` reads a configuration,
-and ``manual`` prints every key with its default and meaning, from the docstrings of the sections (``VERB --help``).
+Each verb has a module with its root section and the sections that only this verb reads. Sections that several verbs
+share are in ``data``, ``model``, ``sampling``, ``versions``, ``cluster`` and ``protocols``. ``base`` reads a
+configuration. ``manual`` formats the docstrings of the sections for ``VERB --help``.
 """

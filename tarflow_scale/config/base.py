@@ -1,8 +1,8 @@
-"""Read a configuration: one YAML file, then ``section.key=value`` overrides, then validation of the whole.
+"""Read a configuration: parse a YAML file, merge ``section.key=value`` overrides, validate the result.
 
-Every problem is reported with the path of its key, before heavy imports and before anything is written. A YAML file is
-treated as untrusted data: tags create no objects, its size after expansion of references is limited, and passwords are
-refused, because a run stores its configuration.
+Every problem is reported with the path of its key, before slow imports and before anything is written. A YAML file is
+untrusted input: tags create no objects, the size after expansion of references is limited, and passwords are refused,
+because a run stores its configuration.
 """
 
 import difflib
@@ -32,13 +32,13 @@ __all__ = [
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
 _MOST_VALUES = 100_000
-"""Limit after expansion: with references, a YAML file of a kilobyte can stand for a billion values."""
+"""Maximum number of values after expansion: with references, a kilobyte of YAML can stand for a billion values."""
 _ALIKE = 0.75
-"""Least similarity of a key that an error suggests."""
+"""Minimum similarity of a key that an error message suggests."""
 _MOST_SHOWN = 300
-"""Most characters of a value in an error."""
+"""Maximum number of characters of a value in an error message."""
 _TOP = Path(__file__).parents[2]
-"""Top folder of the checkout; a package installed as a wheel has none."""
+"""Top folder of the checkout, if the package is not installed as a wheel."""
 _REPOSITORY = ("configs", "evals", "launch")
 _SOURCE = "the source of tarflow-scale"
 _NO_SECTION = re.compile(r"(^|; )\w+: required section is missing")
@@ -46,7 +46,7 @@ _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 
 
 class _OneLine(type(BaseModel)):
-    """Report the errors of a section that is built in Python, such as ``GlowConfig(levels=0)``, in one line."""
+    """Report the errors of a section that Python code constructs, such as ``GlowConfig(levels=0)``, in one line."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -58,7 +58,7 @@ class _OneLine(type(BaseModel)):
 
 
 class Section(BaseModel, metaclass=_OneLine):
-    """Base of every section: frozen; refuses unknown keys, NaN and infinity; validates defaults."""
+    """Base class of every section: frozen, validates defaults, refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -66,11 +66,11 @@ class Section(BaseModel, metaclass=_OneLine):
 
 
 class Root(Section):
-    """Base of every verb's configuration."""
+    """Base class of the whole configuration of a verb."""
 
     @classmethod
     def load(cls, path: Path | None, overrides: list[str], example: str = "configs") -> Self:
-        """Read a YAML file, merge the overrides and validate; see `load_config`."""
+        """As `load_config` for this class."""
         return load_config(cls, path, overrides, example)
 
 
@@ -79,12 +79,12 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
 
     Args:
         kind: the root section of the verb.
-        path: the YAML file; None uses the overrides alone.
+        path: the YAML file; None uses only the overrides.
         overrides: ``section.key=value``, where the value is YAML. They are merged before validation.
-        example: file of the repository that the error names if ``path`` is None and a section is missing.
+        example: file of the repository that the error message names if ``path`` is None and a section is missing.
 
     Raises:
-        ConfigError: all problems in one line, each with the path of its key.
+        ConfigError: the configuration is wrong. The message is one line with all problems and the paths of their keys.
     """
     raw = _read_yaml(Path(path), "the configuration") if path else {}
     for override in overrides:
@@ -102,16 +102,16 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
 
 
 def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
-    """Read a file that a configuration names.
+    """Read a YAML file whose path is a value of the configuration.
 
     Args:
-        kind: section that the file holds.
+        kind: section that the file contains.
         path: path of the file, relative to the working folder.
-        noun: kind of file, for errors.
-        key: key of the configuration that names the file.
+        noun: kind of file, for error messages.
+        key: key of the configuration that has the path.
 
     Raises:
-        ConfigError: one line that begins with the key and names the file.
+        ConfigError: the file cannot be read or is wrong. The message begins with the key and names the file.
     """
     try:
         raw = _read_yaml(Path(path), f"the {noun} file")
@@ -125,10 +125,10 @@ def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
 
 
 def validated(kind: type[R], raw: dict[str, Any]) -> R:
-    """The section that ``raw`` describes.
+    """Validate parsed YAML and return the section.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as in `load_config`.
     """
     try:
         return kind.model_validate(raw)
@@ -138,7 +138,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
 
 
 def absent_here(text: str) -> str:
-    """Advice about files of the repository in ``text``, if the package was installed without them; else empty."""
+    """Advice on where to find the files of the repository that ``text`` names; empty if they are present."""
     named = sorted({folder for folder in _REPOSITORY if re.search(rf"(?<![\w.-]){folder}/", text)})
     if not named or (_TOP / "configs").is_dir():
         return ""
@@ -147,7 +147,7 @@ def absent_here(text: str) -> str:
 
 
 def working_folder() -> str:
-    """The folder that relative paths start from, for messages."""
+    """The folder in which relative paths start, for messages."""
     try:
         return str(Path.cwd())
     except OSError:
@@ -155,7 +155,7 @@ def working_folder() -> str:
 
 
 def where_paths_start(message: str, config: Root | None) -> str:
-    """An addition to an error message that names a missing relative path of the configuration: its start folder."""
+    """An addition to an error message: the start folder of a missing relative path that the message names."""
     if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):
@@ -174,7 +174,7 @@ def is_there(path: str) -> bool:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Values of a configuration that are local paths: they contain a slash, which names do not."""
+    """Values of a configuration that are local paths, recognized by a slash; names have none."""
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _paths(item)
@@ -209,7 +209,7 @@ def _parsed(text: str) -> Any:
     """Parse YAML.
 
     Raises:
-        YAMLError: it is not YAML, is nested too deep, or has a number of thousands of digits.
+        YAMLError: the text is not YAML, is nested too deep, or has a number with thousands of digits.
     """
     try:
         return yaml.safe_load(text)
@@ -289,16 +289,16 @@ def _keys_below(kind: type[BaseModel]) -> Iterator[str]:
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation: none for a plain value, several for a union."""
+    """The section classes in an annotation: none for a plain value, several for a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys of the path to a problem, and the sections at its end: none for a value, several for a union.
+    """The keys on the path to a problem, and the section classes at its end: none for a value, several for a union.
 
-    Pydantic's path also contains the ``kind`` of a section of a union, which is not a key.
+    In ``loc``, pydantic also names the ``kind`` of a section of a union, which is not a key.
     """
     keys, sections = list[str](), [kind]
     for part in loc:
@@ -312,7 +312,7 @@ def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], lis
 
 
 def _first_key(sections: list[type[BaseModel]]) -> str:
-    """The first key to set in a missing section."""
+    """The key that an error message shows for a missing section: the first required one."""
     if len(sections) > 1:
         return "kind"
     keys = sections[0].model_fields
@@ -320,7 +320,7 @@ def _first_key(sections: list[type[BaseModel]]) -> str:
 
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
-    """One problem as a line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
+    """A problem as one line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     keys, sections = _walked(kind, problem["loc"])
     path = ".".join(keys)
     match problem["type"]:

@@ -13,14 +13,14 @@ class ClusterConfig(Section):
     """Where units of work run."""
 
     executor: Literal["ray", "local"] = "ray"
-    """``ray``: on Ray actors. ``local``: in this process. The results are identical."""
+    """``ray``: run on Ray actors. ``local``: run in this process. The results are identical."""
     address: str | None = None
-    """Address of a running Ray cluster; None starts one on this machine, on loopback."""
+    """Address of a running Ray cluster; None starts a cluster on this machine that listens only on loopback."""
     num_workers: int = Field(default=2, ge=1)
-    """Number of actors; each has one copy of the model."""
+    """Number of Ray actors; each loads a copy of the model."""
     cpus_per_worker: int = Field(default=1, ge=1)
-    """CPU cores, and torch threads, of each worker."""
+    """Number of CPU cores, and of torch threads, of a worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
-    """GPUs of each worker."""
+    """Number of GPUs of a worker."""
     start_seconds: float = Field(default=0.0, ge=0)
-    """Time to wait until enough machines for all workers have joined the cluster."""
+    """How long to wait until the cluster answers and has the resources for all workers."""

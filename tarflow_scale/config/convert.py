@@ -1,4 +1,4 @@
-"""Conversion: weights of another project in, a flow out."""
+"""Configuration of the verb ``convert``."""
 
 from typing import Self
 
@@ -17,12 +17,12 @@ class ForeignWeightsConfig(Section):
     """Weights that another project saved (verb ``convert``)."""
 
     path: str
-    """The ``.pth`` that apple/ml-tarflow's train.py saved; path or URL."""
+    """Path or URL of the ``.pth`` file that train.py of apple/ml-tarflow saved."""
     num_channels: int | None = Field(default=None, ge=1)
-    """Channels of the images; None infers 1 or 3 from the size of a token."""
+    """Number of channels of the images; None infers 1 or 3 from the size of a token."""
     noise: NoiseConfig
-    """Noise of the training. The file does not tell, but its name does: ``..._0.05.pth`` is
-    ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` is ``{kind: uniform}``."""
+    """Noise of the training. It is not stored in the file, but its name contains it: ``..._0.05.pth`` means
+    ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` means ``{kind: uniform}``."""
 
     @model_validator(mode="after")
     def _is_of_images(self) -> "ForeignWeightsConfig":
@@ -48,7 +48,7 @@ class FlowOutputConfig(Section):
 
 
 class ConvertConfig(Root):
-    """A flow of apple/ml-tarflow or an autoencoder in, files of this package out, and a version in a registry."""
+    """Convert a flow of apple/ml-tarflow or an autoencoder to files of this package; with ``registry`` register it."""
 
     weights: ForeignWeightsConfig | None = None
     autoencoder: PublishedAutoencoderConfig | None = None

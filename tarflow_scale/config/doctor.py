@@ -1,4 +1,4 @@
-"""Configuration of the verb ``doctor``: the sections of other verbs, and a few of its own."""
+"""Configuration of the verb ``doctor``: sections of other verbs, and a few sections of its own."""
 
 from typing import Any, Literal, get_args
 
@@ -34,42 +34,42 @@ CHECKS: tuple[CheckName, ...] = get_args(CheckName)
 
 
 class ChecksConfig(Section):
-    """Which checks run, and how long each may take."""
+    """Selection of checks, and their time limit."""
 
     only: tuple[CheckName, ...] = CHECKS
     """The checks to run."""
     timeout_seconds: float = Field(default=60.0, gt=0)
-    """A check that takes longer is stopped and counts as failed."""
+    """Time limit of a check; a check that takes longer is stopped and fails."""
 
 
 class RanksConfig(Section):
-    """The check of collective operations. Under a launcher all its ranks take part, and no others are started."""
+    """The check of collective operations. If a launcher started ranks, the check uses these and starts no others."""
 
     num_ranks: int = Field(default=2, ge=0)
-    """Number of gloo ranks to start on this machine without a launcher; 0 starts none."""
+    """Without a launcher: number of gloo ranks to start on this machine; 0 skips the check."""
     timeout_seconds: float = Field(default=30.0, gt=0)
-    """How long a rank waits for the others to connect, and again for the sum."""
+    """How long a rank waits until all ranks have connected, and then again until the all-reduce ends."""
 
 
 class StoreConfig(Section):
-    """A folder or store that jobs write to and read from."""
+    """A folder or store that a job will read and write."""
 
     path: str
-    """Folder or URL."""
+    """Folder or URL of the store."""
 
 
 class FindingsConfig(Section):
-    """Where the findings are also written."""
+    """Where the findings are stored, in addition to printing them."""
 
     path: str
-    """File or URL, JSON."""
+    """Local path or URL of a JSON file."""
 
 
 class CheckedMetricsConfig(MetricsConfig):
-    """Protocols and weights to check; either may be given alone."""
+    """Protocols and extractor weights to check; one of the two is enough."""
 
     protocols: tuple[str, ...] = ()
-    """Protocol files, which name extractors and the required sha256 of their weights."""
+    """Protocol files; they name extractors and the required SHA-256 of their weights."""
 
 
 class WrittenShardsConfig(GeneratedShardsConfig):
@@ -80,10 +80,10 @@ class WrittenShardsConfig(GeneratedShardsConfig):
 
 
 class DoctorConfig(Root):
-    """Nothing is required. Without arguments it checks this machine; each section adds the needs of such a job.
+    """No key is required. Without a configuration, doctor checks this machine in general.
 
-    It also accepts a file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score``, and ignores sections that
-    a machine cannot fail, such as ``optimizer``.
+    Pass the file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` to check what this job needs.
+    Sections that do not depend on the machine, such as ``optimizer``, are ignored.
     """
 
     checks: ChecksConfig = ChecksConfig()
@@ -123,21 +123,21 @@ class DoctorConfig(Root):
 
     @property
     def data_sets(self) -> dict[str, str]:
-        """Data sets that the job reads: path by key."""
+        """Paths of the data sets that the job reads, by key."""
         sections = ("data", "validation", "reference", "calibration", "anomalies")
         paths = {f"{name}.path": getattr(self, name).path for name in sections if getattr(self, name) is not None}
         return paths | {f"data.mix.{i}.path": data.path for i, data in enumerate(self.data.mix if self.data else ())}
 
     @property
     def writes_registry(self) -> bool | None:
-        """Whether the job writes to its registry; None if only a registry is given."""
+        """Whether the job writes to its registry; None if the configuration has a registry but describes no job."""
         if self.training is not None or self.metrics is not None:
             return True
         return False if self.shards is not None or self.scoring is not None else None
 
     @property
     def written(self) -> dict[str, str]:
-        """Folders and URLs that the job writes to, except the run folder: path by key."""
+        """Folders and URLs that the job writes to, by key, without the run folder."""
         paths = {
             f"{name}.path": getattr(self, name).path
             for name in ("store", "registry", "shards", "scoring")

@@ -13,30 +13,32 @@ __all__ = ["VERB", "EvaluateConfig", "MetricsConfig", "ReferenceConfig"]
 
 
 class MetricsConfig(Section):
-    """What is measured."""
+    """The metrics to measure."""
 
     protocols: tuple[str, ...] = Field(min_length=1)
-    """Protocol files, one for each number; see ``evals/protocols/``."""
+    """Protocol files, one for each metric; see ``evals/protocols/``."""
     extractor_weights: dict[str, str] = Field(default_factory=dict)
-    """Weights file of each extractor, by extractor name. Published weights may also be in the torch hub cache. The
-    SHA-256 of the file is checked, and is part of the protocol id."""
+    """Paths of weights files, by name of the extractor. Published weights are also found in the cache of torch hub. The
+    SHA-256 of the file is verified, and is part of the protocol id."""
     baselines: bool = True
-    """Also measure a full-covariance Gaussian fitted to the reference, and real images, by the same protocols."""
+    """Also measure two baselines by the same protocols: a full-covariance Gaussian fitted to the reference, and real
+    images."""
     watch_seconds: float = Field(default=30.0, gt=0)
-    """Time between checks of the registry with ``--watch``."""
+    """With ``--watch``: time between checks of the registry."""
 
 
 class ReferenceConfig(Section):
-    """The real images that distances are measured to."""
+    """The data set of real images with which generated images are compared."""
 
     path: str
-    """Folder or URL of the data set, which holds ``manifest.json``."""
+    """Folder or URL that holds ``manifest.json``."""
     cache: str
-    """Folder or URL for reference statistics and temporary parts of evaluations; all workers must have access to it."""
+    """Folder or URL for reference statistics and temporary results of evaluations; all workers must have access to it.
+    """
 
 
 class EvaluateConfig(Root):
-    """Measure a registered version, and attach a report with all numbers and their protocols to it."""
+    """Measure a registered version, and attach a report with all metrics and their protocols to it."""
 
     registry: VersionConfig
     data: DataSetConfig
@@ -54,7 +56,7 @@ VERB = Verb(
     flags=(
         Flag(
             "reference",
-            "instead, compute the reference statistics of the protocols and bind these to them; needs no model",
+            "instead, compute the reference statistics that the protocols need, and store them; needs no model",
             function="bind",
         ),
         Flag("watch", "evaluate every new version of the model, until interrupted", function="watch"),

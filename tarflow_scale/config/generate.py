@@ -16,27 +16,27 @@ class SeededSamplingConfig(SamplingConfig):
     """How images are sampled."""
 
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """Seed of the latents and of drawn labels."""
+    """Seed of the latents and of random labels."""
     num_images: int = Field(ge=1)
     """Number of images to generate."""
     labels: NamedLabels = "balanced"
-    """For a model with classes. ``balanced``: all classes in turn. A list such as ``[3, 3, 7]``: its labels in turn. A
-    mapping such as ``{0: 1, 7: 2.5}``: each label is drawn with its weight. Labels are numbers or names of classes, as
-    ``prepare --stats`` lists them."""
+    """Labels of the images, for a model with classes. ``balanced``: all classes in turn. A list such as ``[3, 3, 7]``:
+    these labels in turn. A mapping such as ``{0: 1, 7: 2.5}``: random labels with these weights. A label is the number
+    or the name of a class; ``prepare --stats`` lists them."""
     guard: GuardConfig = GuardConfig()
 
 
 class GeneratedShardsConfig(EncodedShardsConfig):
-    """Where shards are written, how images are stored, and additional output formats."""
+    """Where and how images are stored, and additional output formats."""
 
     folder: str | None = None
-    """Folder or URL for additional single files: ``<class>/<key>.png`` and ``<key>.json``."""
+    """Folder or URL for additional single image files, ``<class>/<key>.png`` with ``<key>.json``; None writes none."""
     npz: str | None = None
-    """File or URL for an additional npz file, as ADM's evaluator reads it."""
+    """Path or URL of an additional npz file for ADM's evaluator; None writes none."""
 
 
 class GenerateConfig(Root):
-    """Generate shards of images from a registered version. Run again, it generates only missing shards."""
+    """Generate shards of images from a registered version. A repeated run generates only the missing shards."""
 
     registry: VersionConfig
     sampling: SeededSamplingConfig

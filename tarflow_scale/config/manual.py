@@ -1,4 +1,4 @@
-"""The manual of a verb, ``VERB --help``: every key with its default and meaning, from docstrings of sections."""
+"""The manual ``VERB --help``: every key with its default and its meaning, from the docstrings of the sections."""
 
 import inspect
 from typing import Any, get_origin
@@ -30,23 +30,24 @@ def _describe(path: str, field: FieldInfo, required: str = "required") -> list[s
 
 
 def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseModel]], required: str) -> list[str]:
-    """Describe one section, or a union of sections: first the keys that all have, then those of each kind."""
+    """Describe a section, or a union of sections: first the keys of all kinds, then the other keys of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
-    first, *others = sections
-    shared = [name for name in first.model_fields if others and all(_same(name, first, other) for other in others)]
+    first, *rest_of_union = sections
+    is_union = bool(rest_of_union)
+    shared = [name for name in first.model_fields if is_union and all(_same(name, first, s) for s in rest_of_union)]
     indent = "  " if "." in path else ""
     kinds = "One of the kinds below; `kind` is required. First the keys that all kinds have."
-    lines = [f"{indent}{path}:  {kinds}"] if others else []
+    lines = [f"{indent}{path}:  {kinds}"] if is_union else []
     for name in shared:
         lines += _describe(f"{path}.{name}", first.model_fields[name], required)
     for section in sections:
         own = " ".join((field.description or "").split())
         summary, *rest = _paragraphs(f"{own} {section.__doc__ or ''}".strip())
-        kind = f".kind={section.model_fields['kind'].default}" if others else ""
+        kind = f".kind={section.model_fields['kind'].default}" if is_union else ""
         lines += [f"{indent}{path}{kind}:  {summary}", *rest]
         for name, inner in section.model_fields.items():
-            if name not in shared and not (others and name == "kind"):
+            if name not in shared and not (is_union and name == "kind"):
                 lines += _describe(f"{path}.{name}", inner, required)
     return lines
 
@@ -61,7 +62,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value as written in a configuration."""
+    """A value in the notation of a configuration."""
     match value:
         case None:
             return "none"
@@ -74,7 +75,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Each paragraph on one line; a table keeps its lines, without the rules."""
+    """Lines of a text with one line per paragraph; tables keep their lines, except the rules."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("="):

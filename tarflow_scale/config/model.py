@@ -1,6 +1,6 @@
-"""The section ``model``: one class for each kind of flow, and what flows of that kind can do.
+"""The section ``model``: one class for each kind of flow, with its capabilities.
 
-Defaults live here and nowhere else. Code outside of a flow's own module asks for `Capabilities`, not for the kind.
+All defaults are here. Code outside the module of a flow asks for `Capabilities`, not for the kind.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ __all__ = [
 
 
 Activations = Literal["keep", "checkpoint", "rebuild"]
-"""What the backward pass does for activations: keep them, compute them again from the kept inputs of layers, or rebuild
-them from outputs by inverting layers."""
+"""Where the backward pass gets activations: kept in memory; computed again from the kept inputs of layers
+(``checkpoint``); or computed from outputs by inverting layers (``rebuild``)."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Capabilities:
     """What a kind of flow can do.
 
     Args:
-        vectors: whether events may be vectors ``(D,)``, beside images ``(C, H, W)``.
-        activations: what its backward pass can do for activations.
-        guidance: whether its samples can be guided.
-        separate_networks: whether its maps are made by networks that can be compiled by themselves, and whose matrices
-            Muon can update.
-        divided_weights: whether its weights may be divided among ranks (ZeRO stage 3).
-        batch_statistics: whether a training pass normalizes by statistics of its batch, so that the division of a batch
-            into micro batches changes results.
+        vectors: whether events may be vectors ``(D,)``, in addition to images ``(C, H, W)``.
+        activations: supported values of ``parallelism.activations``.
+        guidance: whether sampling supports guidance.
+        separate_networks: whether the flow contains networks that can be compiled separately, and whose matrices Muon
+            can update.
+        divided_weights: whether its weights can be divided among ranks (ZeRO stage 3).
+        batch_statistics: whether training normalizes by batch statistics, so that results depend on the micro batch
+            size.
     """
 
     vectors: bool = True
@@ -57,22 +57,23 @@ class DequantizationConfig(Section):
     """Variational dequantization (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
 
     couplings: int = Field(default=4, ge=1)
-    """Affine couplings; they alternate between the two colours of a checkerboard, so two change every pixel."""
+    """Number of affine couplings. They alternate between the colours of a checkerboard, so two couplings change every
+    pixel."""
     width: int = Field(default=32, ge=1)
-    """Channels of the network inside each coupling."""
+    """Number of channels of the network in each coupling."""
 
 
 class _FlowConfig(Section):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
 
     class_conditional: bool = True
-    """Whether the flow is conditioned on labels, or on the condition values of vectors."""
+    """Whether the flow is conditioned on labels (for vectors, on their condition values)."""
     logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
-    """Pixels p on [0, 1] are transformed by logit(alpha + (1 - 2 alpha) p) before the flow, which spreads out values
-    near black and white; for images that are mostly black or white, with uniform noise. None keeps [-1, 1]."""
+    """Transform pixels p on [0, 1] by logit(alpha + (1 - 2 alpha) p) before the flow, which spreads out values near
+    black and white. Use it for images that are mostly black or white, with uniform noise. None keeps [-1, 1]."""
     dequantization: DequantizationConfig | None = None
-    """Variational dequantization: a small flow, conditioned on the image and trained with this one, transforms the
-    uniform noise, which tightens the bound on bits/dim. None keeps uniform noise."""
+    """Variational dequantization: a small flow, conditioned on the image, transforms the uniform noise and is trained
+    together with the model, which tightens the bound on bits/dim. None keeps uniform noise."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -81,7 +82,7 @@ class _FlowConfig(Section):
 
     @model_serializer(mode="wrap")
     def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``dequantization`` if it is None, so that digests of configurations without it stay the same."""
+        """Omit ``dequantization`` if it is None, so that configurations without it keep their digests."""
         written: dict[str, Any] = handler(self)
         if self.dequantization is None:
             written.pop("dequantization", None)
@@ -93,23 +94,24 @@ class TarFlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False)
     kind: Literal["tarflow"] = "tarflow"
-    """Selects this model; required."""
     patch_size: int = Field(ge=1)
     """Side of a patch in pixels; must divide the image size."""
     width: int = Field(ge=1)
-    """Channels of the transformer; a multiple of ``head_width``."""
+    """Number of channels of the transformer; a multiple of ``head_width``."""
     layers_per_block: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
-    """Number of transformer layers of each block, from data to noise; the list has one entry per block."""
+    """Number of transformer layers in each block, in the order from data to noise. The length of the list is the number
+    of blocks."""
     head_width: int = Field(default=64, ge=1)
-    """Width of one attention head."""
+    """Number of channels of an attention head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of features of the residual branches, the same for all tokens of a sample; for small data sets."""
+    """Dropout probability of a feature in the residual branches, the same features for all tokens of a sample. For
+    small data sets."""
     variant: Literal["affine", "volume_preserving"] = "affine"
-    """``affine``: every token is shifted and scaled. ``volume_preserving``: tokens are only shifted, and the latent has
-    a learned standard deviation for each feature."""
+    """``affine``: tokens are shifted and scaled. ``volume_preserving``: tokens are only shifted, and each feature of
+    the latent has a learned standard deviation."""
     log_scale_bound: float | None = Field(default=None, gt=0)
-    """Bound c of the log-scales of a block: a log-scale a becomes c tanh(a / c). This prevents overflow at high
-    resolution. None: no bound."""
+    """Bound c of the log-scales in a block: a log-scale a becomes c tanh(a / c), which prevents overflow at high
+    resolution. None sets no bound."""
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
@@ -129,19 +131,18 @@ class GlowConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False, activations=("keep", "checkpoint", "rebuild"))
     kind: Literal["glow"] = "glow"
-    """Selects this model; required."""
     levels: int = Field(ge=1)
     """Number of levels L; the image size must be a multiple of 2^levels."""
     steps_per_level: int = Field(ge=1)
-    """Number K of steps on each level; a step is ActNorm, 1x1 convolution and coupling."""
+    """Number K of steps on each level. A step consists of ActNorm, a 1x1 convolution and a coupling."""
     width: int = Field(default=512, ge=1)
-    """Channels of the networks inside couplings."""
+    """Number of channels of the network in each coupling."""
     coupling: Literal["affine", "additive"] = "affine"
-    """``affine`` reaches better likelihoods; ``additive`` is the published choice for samples of large images."""
+    """``affine`` reaches better likelihoods; ``additive`` is the published choice for sampling large images."""
     convolution: Literal["dense", "lu"] = "lu"
-    """Parametrisation of the 1x1 convolutions; ``lu`` has a cheap determinant, ``dense`` needs fewer operations."""
+    """Parametrization of the 1x1 convolutions: ``lu`` has a cheap determinant, ``dense`` needs fewer operations."""
     log_scale_bound: float | None = Field(default=3.0, gt=0)
-    """Smooth bound c of affine couplings, whose scale is sigmoid(c tanh(raw / c) + 2): for 3, between 0.27 and 0.99.
+    """Bound c of affine couplings: their scale is sigmoid(c tanh(raw / c) + 2), for c = 3 between 0.27 and 0.99.
     None is the published form, whose samples may overflow. No effect on additive couplings."""
 
 
@@ -150,13 +151,12 @@ class NICEConfig(_FlowConfig):
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False)
     kind: Literal["nice"] = "nice"
-    """Selects this model; required."""
     couplings: int = Field(default=4, ge=2)
-    """Number of additive couplings, which alternate between even and odd dimensions."""
+    """Number of additive couplings; they change even and odd dimensions in turn."""
     width: int = Field(default=1000, ge=1)
-    """Width of a hidden layer."""
+    """Number of units in a hidden layer."""
     hidden_layers: int = Field(default=5, ge=1)
-    """Hidden layers of the network of each coupling."""
+    """Number of hidden layers of the network in each coupling."""
 
 
 class RealNVPConfig(_FlowConfig):
@@ -165,18 +165,19 @@ class RealNVPConfig(_FlowConfig):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
     BATCH_CAPABILITIES: ClassVar[Capabilities] = Capabilities(activations=("keep",), batch_statistics=True)
     kind: Literal["realnvp"] = "realnvp"
-    """Selects this model; required."""
     levels: int = Field(ge=1)
-    """Number of levels. Images: the size must be a multiple of 2^(levels - 1). Vectors: a level has four couplings."""
+    """Number of levels. The size of images must be a multiple of 2^(levels - 1). For vectors, a level has four
+    couplings."""
     width: int = Field(default=64, ge=1)
-    """Channels of the residual networks on the first level; each squeeze doubles them. Vectors: width of the layers."""
+    """Number of channels of the residual networks on the first level; each squeeze doubles it. For vectors, the number
+    of units in a layer."""
     residual_blocks: int = Field(default=4, ge=1)
-    """Residual blocks of the network of each coupling."""
+    """Number of residual blocks of the network in each coupling."""
     normalization: Literal["actnorm", "batch"] = "actnorm"
-    """Normalization between couplings. ``actnorm``: a learned scale and shift, initialised from the first batch.
-    ``batch``: the published batch normalization, with running statistics after training."""
+    """Normalization between couplings. ``actnorm``: a learned scale and shift, initialized from the first batch.
+    ``batch``: the published batch normalization, which uses running statistics after training."""
     log_scale_bound: float = Field(default=2.0, gt=0)
-    """Bound c of the log-scales, c tanh(raw / c)."""
+    """Bound c of the log-scales, which are c tanh(raw / c)."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -188,25 +189,23 @@ class _AutoregressiveConfig(_FlowConfig):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(guidance=False, separate_networks=False)
 
     transforms: int = Field(default=5, ge=1)
-    """Number of autoregressive transformations; each reverses the order of dimensions of the one before it."""
+    """Number of autoregressive transformations; each reverses the order of the dimensions."""
     hidden_widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(512, 512), min_length=1)
-    """Widths of the hidden layers of each masked network."""
+    """Number of units in each hidden layer of a masked network."""
     label_width: int = Field(default=16, ge=1)
-    """Size of the label embedding at the input of every network."""
+    """Size of the label embedding at the input of each network."""
 
 
 class MAFConfig(_AutoregressiveConfig):
     """Masked autoregressive flow (arXiv 1705.07057): scores in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["maf"] = "maf"
-    """Selects this model; required."""
 
 
 class IAFConfig(_AutoregressiveConfig):
     """Inverse autoregressive flow (arXiv 1606.04934): samples in one pass; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["iaf"] = "iaf"
-    """Selects this model; required."""
 
 
 class ContinuousConfig(_FlowConfig):
@@ -216,26 +215,25 @@ class ContinuousConfig(_FlowConfig):
         activations=("keep",), guidance=False, separate_networks=False, divided_weights=False
     )
     kind: Literal["continuous"] = "continuous"
-    """Selects this model; required."""
     width: int = Field(default=64, ge=1)
-    """Channels of the hidden layers of the dynamics; for vectors, their width."""
+    """Number of channels (for vectors, units) in the hidden layers of the dynamics network."""
     hidden_layers: int = Field(default=3, ge=1)
-    """Hidden layers of the dynamics."""
+    """Number of hidden layers of the dynamics network."""
     solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
-    """Adaptive (``dopri5``, ``bosh3``) or with fixed steps (``rk4``, ``midpoint``). Fixed steps are used only in
-    training; later likelihoods and samples use an adaptive solver."""
+    """ODE solver in training: adaptive (``dopri5``, ``bosh3``) or with fixed steps (``rk4``, ``midpoint``). Evaluation
+    and sampling always use an adaptive solver."""
     tolerance: float = Field(default=1e-5, gt=0)
-    """Relative and absolute error tolerance of an adaptive solver; it also limits how exact the inverse is."""
+    """Relative and absolute error tolerance of the adaptive solver; it limits the accuracy of the inverse."""
     num_steps: int = Field(default=20, ge=1)
     """Number of steps of a solver with fixed steps."""
     gradients: Literal["adjoint", "direct"] = "adjoint"
-    """``adjoint``: an adjoint solve, whose memory does not grow with the number of steps. ``direct``: backpropagation
-    through the operations of the solver, exact for the computed result."""
+    """``adjoint``: the adjoint method, whose memory does not grow with the number of steps. ``direct``: backpropagation
+    through the operations of the solver, which gives exact gradients of the computed result."""
     exact_trace_dims: int = Field(default=64, ge=0)
-    """In evaluation the trace is exact up to this number of dimensions, and estimated with a probe above; in training
-    it is always estimated."""
+    """Evaluation computes the exact trace for at most this number of dimensions, and estimates it for more; training
+    always estimates it."""
     max_evaluations: int = Field(default=2000, ge=1)
-    """A solve that needs more evaluations of the dynamics fails."""
+    """Maximum number of evaluations of the dynamics in one solve; a solve that needs more fails."""
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "ContinuousConfig":

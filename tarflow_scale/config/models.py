@@ -1,18 +1,18 @@
 """Commands on a registry: a folder or a bucket, without a server.
 
-Each model has a log of numbered events. An event is claimed by create-if-absent, carries a checksum, and names the
-digest of the event before it. Versions, reports, aliases and their history follow from the log; a snapshot avoids
-reading all of it. Files are stored under their SHA-256 and verified whenever they are read. Only safetensors and JSON
-are stored, and nothing is unpickled.
+Each model has a log of numbered events. An event has a checksum and contains the digest of the event before it.
+Versions, reports, aliases and their history are computed from the log; a snapshot avoids reading all of it. Files are
+stored under their SHA-256 and verified whenever they are read. Only safetensors and JSON are stored; nothing is
+unpickled.
 
 A gate (evals/gates/) guards an alias such as champion: `promote` moves it, and `models alias` refuses to. `rollback`
-and `retire` are refused, with the reason, where there is no other version. An exported version is a folder in the
-Hugging Face layout with a model card.
+fails if the alias has no earlier version, `retire` if the version has an alias. `export` writes a folder in the Hugging
+Face layout with a model card.
 
-`init` tests the store. It refuses a store without create-if-absent unless command.single_writer=true promises that only
-one process writes. File systems without hard links (FAT, CIFS, many of FUSE) work if they can rename without replacing.
-command.shared=group (or all: others may read) works as git's core.sharedRepository; on an existing registry it adds
-the missing modes.
+`init` tests whether the store can create a file only if it is absent, so that one of several writers wins. A store that
+cannot is refused, unless command.single_writer=true promises that only one process writes. File systems without hard
+links (FAT, CIFS, many of FUSE) work if they can rename without replacing. command.shared=group, or all, sets the modes
+of files as git's core.sharedRepository does; in an existing registry it adds missing modes.
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ __all__ = ["VERBS", "BrowseConfig", "CommandConfig", "ModelsConfig"]
 
 
 class BrowseConfig(Section):
-    """A registry to look at (verb ``models``)."""
+    """The registry, and the model and version that a command works on (verb ``models``)."""
 
     path: str
     """Folder or URL of the registry."""
@@ -38,30 +38,30 @@ class BrowseConfig(Section):
 
 
 class CommandConfig(Section):
-    """What commands of the verb ``models`` need besides a version."""
+    """Other arguments of the commands of ``models``. Each key names the commands that read it."""
 
     other: int | str | None = None
     """``diff``: the version to compare with; None takes the champion."""
     alias: Name | None = None
-    """``alias``: the alias to point to the version."""
+    """``alias``: the name of the alias that is set to the version."""
     reason: str = ""
-    """``alias``, ``approve``, ``retire``, ``rollback``, ``import``: why; stored."""
+    """``alias``, ``approve``, ``retire``, ``rollback``, ``import``: the reason, which is stored in the log."""
     path: str | None = None
-    """``export``: folder or URL to write; ``import``: to read."""
+    """``export``: the folder or URL to write. ``import``: the folder or URL to read."""
     licence: str = "other"
-    """``export``: SPDX identifier for the model card."""
+    """``export``: SPDX identifier of the licence, for the model card."""
     samples: bool = True
-    """``export``: draw samples for the model card if no report has any; slow for a large model without a GPU."""
+    """``export``: draw samples for the model card if no report has samples; slow for a large model without a GPU."""
     delete: bool = False
-    """``collect``: remove what is listed; without it, it is only listed."""
+    """``collect``: delete the listed files; by default they are only listed."""
     grace_days: float = Field(default=7.0, ge=0.125)
-    """``collect``: retired versions, and files that no event ever named, are kept for this long."""
+    """``collect``: how long retired versions, and files that belong to no version, are kept."""
     single_writer: bool = False
-    """``init``: promise that only one process writes, for stores without create-if-absent."""
+    """``init``: promise that only one process writes, for a store that cannot create a file only if it is absent."""
     shared: Literal["umask", "group", "all"] = "umask"
-    """``init``: who may use the files of a local registry, whatever the umask of their writer, as git's
-    ``core.sharedRepository``. ``umask``: the umask decides. ``group``: the group of the folder may read and write.
-    ``all``: so may the group, and all others may read. On an existing registry it also adds missing modes."""
+    """``init``: who may use the files of a local registry, like git's ``core.sharedRepository``. ``umask``: the umask
+    of each writer decides. ``group``: the group of the folder may read and write. ``all``: in addition, all users may
+    read."""
 
 
 class ModelsConfig(Root):
@@ -72,17 +72,17 @@ class ModelsConfig(Root):
 
 
 _COMMANDS = {
-    "init": ("commands", "init", "make a registry, after a test that one of many concurrent writers wins",
+    "init": ("commands", "init", "make a registry, after a test of its store with concurrent writers",
         "registry.path=s3://bucket/registry"),
     "list": ("commands", "list_models", "list all versions of all models of a registry", ""),
     "show": ("commands", "show", "show where a version came from, its numbers and its history", "registry.version=2"),
     "diff": ("commands", "diff", "compare settings and numbers of two versions",
         "registry.version=latest command.other=champion"),
     "verify": ("commands", "verify", "check every event and every file of a registry against its digest", ""),
-    "alias": ("commands", "alias", "point an alias that no gate guards to a version", "command.alias=candidate"),
+    "alias": ("commands", "alias", "move an unguarded alias to a version", "command.alias=candidate"),
     "approve": ("commands", "approve", "approve a version, for gates that require approvals",
         "registry.version=3"),
-    "rollback": ("commands", "rollback", "point an alias back to the version before", "registry.version=champion"),
+    "rollback": ("commands", "rollback", "move an alias back to its previous version", "registry.version=champion"),
     "retire": ("commands", "retire", "take a version out of use", "registry.version=1 command.reason=leak"),
     "collect": ("commands", "collect", "list files that no version needs any more, or remove them",
         "command.grace_days=30 command.delete=true"),
@@ -92,7 +92,7 @@ _COMMANDS = {
     "import": ("exchange", "import_version", "register a version from a folder that export wrote",
         "registry.model=copy command.path=exported"),
 }  # fmt: skip
-"""Module, function, summary and overrides of the example."""
+"""For each command: module, function, summary, and the overrides of its example."""
 
 VERBS = {
     name: Verb(

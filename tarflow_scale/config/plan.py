@@ -10,33 +10,33 @@ __all__ = ["VERB", "GpusConfig", "PlanConfig"]
 
 
 class GpusConfig(Section):
-    """The GPUs for the recipe; each key is also a flag, such as ``--gpus 8``."""
+    """The GPUs to plan for. Each key is also a flag, such as ``--gpus 8``."""
 
     gpus: int = Field(ge=1, le=65536)
     """Number of GPUs."""
     gpu: str
     """Kind of GPU: h200, h100, a100, b200, ..."""
     gpus_per_node: int = Field(default=8, ge=1)
-    """GPUs per machine."""
+    """Number of GPUs in a machine."""
     network: float | None = Field(default=None, gt=0)
-    """Network bandwidth between machines: GB/s per GPU in one direction. The default is the value of NVIDIA's own
-    server with this GPU."""
+    """Network bandwidth between machines, in GB/s per GPU in one direction. The default is that of NVIDIA's server with
+    this GPU."""
     mfu: float | None = Field(default=None, gt=0, le=1)
-    """Model FLOPs utilisation of one GPU, 0 to 1; the default is from published figures."""
+    """Model FLOPs utilization of a GPU, 0 to 1. The default comes from published figures."""
     price: float | None = Field(default=None, gt=0)
-    """Price of a GPU and hour in $."""
+    """Price of one GPU for one hour, in $."""
     curve: str | None = None
-    """PNG file for a plot of the speed on 1 to 1,024 GPUs."""
+    """Path of a PNG to write, with a plot of the speed on 1 to 1,024 GPUs."""
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the images in pixels, if there is no data set yet."""
+    """Side of the images in pixels; needed if there is no data set yet."""
     channels: int = Field(default=3, ge=1)
-    """Channels of the images, if there is no data set yet."""
+    """Number of channels of the images; used if there is no data set yet."""
     classes: int | None = Field(default=None, ge=0)
-    """Classes of the images, if there is no data set yet; 0 for none."""
+    """Number of classes of the images; used if there is no data set yet. 0 means no labels."""
 
 
 class PlanConfig(TrainConfig):
-    """A recipe of ``train``, planned for GPUs: memory, speed, traffic and cost. Needs no GPU and no data set."""
+    """Predict memory, speed, traffic and cost of a recipe of ``train``. Needs no GPU and no data set."""
 
     plan: GpusConfig
 

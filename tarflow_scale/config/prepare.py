@@ -1,4 +1,4 @@
-"""Packing: images in, WebDataset shards out."""
+"""Configuration of the verb ``prepare``."""
 
 from typing import Literal, Self
 
@@ -11,7 +11,7 @@ from tarflow_scale.config.verb import Flag, Verb
 __all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
-"""Sources whose splits and classes are found by names."""
+"""Kinds of sources whose splits and classes are recognized by names of folders and files."""
 _IMAGE_KINDS = ("digits", "mnist", "cifar", "imagenet_npz", *LAYOUT_KINDS)
 _KINDS_OF_SETTINGS = {
     **dict.fromkeys(("size_pixels", "resize", "orientation", "transparency"), LAYOUT_KINDS),
@@ -26,62 +26,64 @@ _KINDS_OF_SETTINGS = {
 
 
 class SourceConfig(Section):
-    """Where images come from (verb ``prepare``). Paths may be URLs."""
+    """The images to pack (verb ``prepare``). Paths may be URLs."""
 
     kind: Literal["digits", "folder", "zip", "mnist", "cifar", "imagenet_npz", "parquet", "webdataset", "vectors"]
-    """``digits``: scikit-learn's 1,797 handwritten digits, 8x8, 4 bits, 10 classes, no network.
-    ``folder``: image files (png, jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif); each sub-folder is a class, or
-    there are no classes, or a label table names them (``label_table``). Folders named like ``train`` and ``val`` above
-    the classes are an official split. Files with several frames or pages, and channels of more than 8 bits, cannot be
-    used.
-    ``zip``: the same in a zip.
-    ``mnist``: MNIST, Fashion-MNIST and the like, as ``path.npz`` or a folder of IDX files, plain or gzipped.
-    ``cifar``: CIFAR-10 or -100, pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
+    """Kind of source.
+    ``digits``: the 1,797 handwritten digits of scikit-learn, 8x8, 4 bits, 10 classes; needs no network.
+    ``folder``: image files (png, jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif). Each sub-folder is a class, or
+    a table has the labels (``label_table``), or there are no classes. Folders with names such as ``train`` and ``val``
+    above the classes are an official split. Files with several frames or pages, or with more than 8 bits per channel,
+    cannot be used.
+    ``zip``: as ``folder``, in a zip file.
+    ``mnist``: MNIST, Fashion-MNIST and similar sets: ``path.npz``, or a folder of IDX files, plain or gzipped.
+    ``cifar``: CIFAR-10 or CIFAR-100: pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
-    ``parquet``: tables with image bytes as Hugging Face stores them; needs the extra ``parquet``.
-    ``webdataset``: tars of other programs: a folder of them, one tar, or a pattern such as ``tars/{00..31}.tar``.
-    ``vectors``: vectors of numbers instead of images, ``path.npz`` (arrays ``x``, and perhaps ``labels``,
-    ``conditions``, and the same with ``_test``) or ``path.csv`` with a header; packed unchanged, in float32."""
+    ``parquet``: tables with image bytes, as Hugging Face stores them; needs the extra ``parquet``.
+    ``webdataset``: tars of other programs: a folder of tars, one tar, or a pattern such as ``tars/{00..31}.tar``.
+    ``vectors``: vectors of numbers instead of images, packed unchanged in float32. Either ``path.npz`` with the array
+    ``x``, optionally ``labels`` and ``conditions``, and optionally the same arrays with the suffix ``_test``; or
+    ``path.csv`` with a header."""
     path: str | None = None
-    """Where the images are; all kinds but ``digits`` need it."""
+    """Path of the images; required for all kinds except ``digits``."""
     size_pixels: int | None = Field(default=None, ge=1)
-    """Side of the square training images; None keeps the size of the images."""
+    """Side in pixels of the square training images; None keeps the size of the images."""
     bit_depth: int | None = Field(default=None, ge=1, le=8)
     """Number of high bits of a pixel to keep; None keeps all bits of the source."""
     resize: Literal["refuse", "center_crop"] = "refuse"
-    """``refuse``: images of another size are an error. ``center_crop``: shrink or enlarge the short side to
-    ``size_pixels``, then crop the centre."""
+    """``refuse``: images of another size are an error. ``center_crop``: scale the short side to ``size_pixels``, then
+    crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
-    """Filter of ``center_crop``; named in the manifest. All of them average when they shrink."""
+    """Filter of ``center_crop``, recorded in the manifest. All filters average when they shrink an image."""
     orientation: Literal["apply", "ignore"] = "apply"
-    """``apply``: images are turned as their EXIF tag says, as in viewers. ``ignore``: they are read as they are stored,
-    as in published protocols that ignore the tag."""
+    """``apply``: rotate images by their EXIF tag, as viewers do. ``ignore``: use the stored pixels, as in published
+    protocols that ignore the tag."""
     transparency: Literal["white", "black", "refuse"] = "white"
-    """The colour under transparent pixels; ``refuse``: an image that has any cannot be used."""
+    """Colour that replaces transparent pixels. ``refuse``: an image with transparent pixels cannot be used."""
     bad_images: Literal["refuse", "skip"] = "refuse"
-    """``refuse``: an image that cannot be used is an error. ``skip``: it is left out, and listed in
+    """``refuse``: an image that cannot be used is an error. ``skip``: leave it out, and list it in
     ``skipped.jsonl``."""
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Largest share of the images that ``bad_images=skip`` may leave out."""
+    """Maximum share of the images that ``bad_images=skip`` may leave out."""
     label_column: str | None = None
-    """Where the class is. ``vectors`` and ``parquet``: the column. ``webdataset``: the member's extension (``cls``,
-    ``txt``) or a field of the sample's ``json``. ``folder`` and ``zip``: the column of the label table. None tries the
-    usual names."""
+    """Place of the label. ``vectors`` and ``parquet``: a column. ``webdataset``: the extension of a tar member
+    (``cls``, ``txt``), or a field of the ``json`` member. ``folder`` and ``zip``: a column of the label table. None
+    tries common names."""
     label_table: str | None = None
-    """``folder`` and ``zip``: a file below ``path`` that names the label of every image: CSV, TSV or JSON lines with a
-    header, two columns of text, or ``dataset.json`` of StyleGAN and EDM. None reads tables with a usual name
+    """``folder`` and ``zip``: a file below ``path`` with the label of every image: CSV, TSV or JSON lines with a
+    header, text in two columns, or ``dataset.json`` of StyleGAN and EDM. None looks for common names
     (``dataset.json``, ``*annotations.txt``, ``labels.csv``, ``metadata.csv``)."""
     label_names: str | None = None
-    """Path or URL of a table that names the classes: a JSON list or mapping, or rows ``label,name`` (CSV, TSV, or text
-    separated by a blank). If the labels are text, its order is that of the classes."""
+    """Path or URL of a table with the names of the classes: a JSON list or mapping, or rows ``label,name`` (CSV, TSV,
+    or text separated by a blank). If labels are text, the order of the table is the order of the classes."""
     image_member: str | None = None
-    """Which image is used if a sample has several. ``webdataset``: the member's extension (``jpg``, ``input.jpg``).
-    ``parquet``: the column."""
+    """The image to use if a sample has several. ``webdataset``: the extension of a tar member (``jpg``,
+    ``input.jpg``). ``parquet``: a column."""
     condition_columns: tuple[str, ...] = ()
-    """Of a CSV of vectors: columns of numbers that are the condition of a vector."""
+    """``vectors`` as CSV: the columns that form the condition of a vector."""
     in_place: bool = False
-    """``webdataset``: index the tars in place: an index beside each and a manifest make them a data set;
-    ``shards.path`` is then ``source.path``."""
+    """``webdataset``: do not copy the tars; write an index beside each tar, and a manifest, so that the folder becomes
+    a data set. ``shards.path`` must be ``source.path``."""
 
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
@@ -102,42 +104,42 @@ class PackedShardsConfig(EncodedShardsConfig):
     """Where ``prepare`` writes, and how images are stored."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Number of processes that pack; it does not affect the packed bytes."""
+    """Number of processes that pack; the packed bytes do not depend on it."""
 
 
 class SplitConfig(Section):
-    """How ``prepare`` divides the source into ``train`` and ``test``."""
+    """How ``prepare`` divides the source into ``train``, ``validation`` and ``test``."""
 
     kind: Literal["auto", "official", "stratified"] = "auto"
-    """``official``: the split of the source. ``stratified``: ``test_fraction`` of each class. ``auto``: official if the
-    source has a split, else stratified."""
+    """``official``: use the split of the source. ``stratified``: move ``test_fraction`` of each class to ``test``.
+    ``auto``: ``official`` if the source has a split, otherwise ``stratified``."""
     by_name: bool = True
-    """Folders, tables and tars with a usual name (such as train, val, test, in any case) are splits. False: neither
-    names, nor columns, nor equal folders below the classes mean a split, for instance if ``train`` is a class beside
-    ``bus``."""
+    """Whether folders, tables and tars with common names (train, val, test, in any case) are splits. Set it to false if
+    they are not, for instance if ``train`` is a class beside ``bus``; then neither names, nor columns, nor equal
+    folders below the classes mean a split."""
     train: tuple[str, ...] = ()
-    """Patterns of the paths below the source that are for training, such as ``[seg_train]`` or ``["part-0*.tar"]``; a
-    folder means all files below it. Patterns take precedence over names."""
+    """Patterns of paths below the source that are packed as ``train``, such as ``[seg_train]`` or ``["part-0*.tar"]``.
+    A folder means all files below it. Patterns take precedence over names."""
     validation: tuple[str, ...] = ()
-    """Patterns of the paths that are packed as ``validation``, with or without ``test``."""
+    """Patterns of paths that are packed as ``validation``."""
     test: tuple[str, ...] = ()
-    """Patterns of the paths that are packed as ``test``. Without patterns, the test split of the source is packed as
-    ``test``, or its validation split if it has no labelled test split."""
+    """Patterns of paths that are packed as ``test``. Without patterns, the test split of the source is packed as
+    ``test``, or its validation split if the source has no labelled test split."""
     ignore: tuple[str, ...] = ()
-    """Patterns of the paths that are left out, such as ``[masks]``."""
+    """Patterns of paths that are left out, such as ``[masks]``."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
-    """Share of each class that goes to the test split of ``stratified``; 0 makes no test split."""
+    """``stratified``: share of each class that is packed as ``test``; 0 packs no test split."""
     near_duplicates: Literal["keep", "report", "drop"] = "report"
-    """Treatment of copies and near copies, within and across splits, as `tarflow_scale.shards.duplicates` defines them.
-    ``report``: count them, and name some, after packing. ``drop``: leave out images for training that are like a
-    held-out one, or like an earlier one; held-out splits stay complete, so that figures on them stay comparable. This
-    decodes all images twice. ``keep``: do not search them."""
+    """What to do about copies and near copies, within and across splits; `tarflow_scale.shards.duplicates` defines
+    them. ``report``: count them after packing, and name some. ``drop``: leave out training images that resemble a
+    held-out image or an earlier training image; this decodes all images twice. Held-out splits stay complete, so that
+    numbers on them stay comparable. ``keep``: do not look for them."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the split and of the order in which samples are packed."""
 
     @property
     def patterns(self) -> dict[str, tuple[str, ...]]:
-        """Patterns by what they decide."""
+        """Patterns by the name of the split; those of ``ignore`` leave images out."""
         return {"train": self.train, "validation": self.validation, "test": self.test, "ignore": self.ignore}
 
     @model_validator(mode="after")
@@ -153,7 +155,7 @@ class SplitConfig(Section):
 
 
 class PrepareConfig(Root):
-    """Images in, WebDataset shards out: ``<shards.path>/train`` and ``<shards.path>/test``."""
+    """Write the shards of each split to a folder below ``shards.path``: ``train``, ``test``, ``validation``."""
 
     source: SourceConfig
     split: SplitConfig = SplitConfig()

@@ -1,4 +1,4 @@
-"""Promotion: a version with its report in, a decision out."""
+"""Configuration of the verb ``promote``."""
 
 import re
 
@@ -12,21 +12,21 @@ __all__ = ["VERB", "GateRef", "PromoteConfig"]
 
 
 class GateRef(Section):
-    """Which gate guards which alias."""
+    """The gate that decides, and the alias that it guards."""
 
     path: str
     """Gate file; see ``evals/gates/``."""
     alias: Name = "champion"
-    """The alias that moves if the gate passes the version."""
+    """The alias that moves to the version if the gate accepts it."""
     against: str | None = None
-    """A version of another model of the registry, such as ``other-model@champion``, that must also be beaten in each
-    requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the same
-    protocol ids. The alias of the other model must exist; it does not move."""
+    """A version of another model of the registry, such as ``other-model@champion``. The version must also beat it in
+    each requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the
+    same protocol ids. The alias of the other model must exist, and does not move."""
     reason: str = ""
-    """Why the version is promoted; stored."""
+    """Why the version is promoted; stored in the log."""
     override: str | None = None
-    """Promote although the gate refuses, for this reason; decision and reason are recorded. The flag ``--override``
-    sets it."""
+    """A reason to promote the version even if the gate refuses it. Decision and reason are stored. The flag
+    ``--override`` sets this key."""
 
     @field_validator("against")
     @classmethod
@@ -45,7 +45,7 @@ class GateRef(Section):
 
 
 class PromoteConfig(Root):
-    """A version with its report in, a decision out; the alias moves if the gate passes the version."""
+    """Check a version against the requirements of a gate, and move the alias to it if it meets all of them."""
 
     registry: VersionConfig
     gate: GateRef
@@ -54,12 +54,12 @@ class PromoteConfig(Root):
 VERB = Verb(
     "verbs.promote",
     PromoteConfig,
-    "let a gate decide whether a version takes an alias",
+    "let a gate decide whether an alias moves to a version",
     "tarflow-scale promote configs/promote/digits.yaml 'gate.reason=longer training'",
     flags=(
         Flag(
             "override",
-            "promote although the gate refuses; decision and reason are recorded",
+            "promote even if the gate refuses; decision and reason are stored",
             ("REASON",),
             "gate.override",
         ),

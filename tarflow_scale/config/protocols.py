@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, RootModel, model_validator
 
@@ -21,18 +21,16 @@ __all__ = [
     "Protocol",
     "Requirement",
     "SampledProtocol",
+    "load_gate",
     "load_protocol",
 ]
 
 
 class _Protocol(Section):
+    higher_is_better: ClassVar[bool] = False
+    """Whether a larger number is better."""
     name: Name
-    """Name under which the number is reported."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger number is better."""
-        return False
+    """Name of the metric in reports."""
 
     @property
     def digest(self) -> str:
@@ -45,7 +43,7 @@ class _LikelihoodProtocol(_Protocol):
     """Negative log-likelihood of a whole split; the value of each sample is stored."""
 
     labels: Literal["given", "none"] = "given"
-    """``given``: log p(x | y) for a class-conditional flow. ``none``: labels are dropped."""
+    """``given``: measure log p(x | y) of a class-conditional flow. ``none``: drop the labels."""
 
 
 class NatsProtocol(_LikelihoodProtocol):
@@ -64,12 +62,12 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
 
     metric: Literal["bits_per_dim"]
     bit_depth: int = Field(ge=1, le=8)
-    """Bits of a pixel, which has 2^bit_depth levels; must be that of the data set."""
+    """Number of bits of a pixel, which has 2^bit_depth levels; must equal that of the data set."""
     num_draws: int = Field(default=1, ge=1)
-    """Dequantization draws per image."""
+    """Number of dequantization draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
-    """``mean`` over draws: an upper bound of the cost of the discrete image. ``importance``: log of the mean density, a
-    tighter bound, exact in the limit of many draws."""
+    """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound for the discrete
+    image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
 
@@ -87,11 +85,11 @@ class _SampledProtocol(_Protocol):
     """Keys of all protocols that measure features of generated images."""
 
     extractor: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    """``pixels``: the flattened image in levels 0..2^bit_depth-1. ``inception-v3-compat``: torch-fidelity's port of
-    the Inception that defines FID. ``dinov2-vitl14``: that of FD-DINOv2. Or the name of an entry point of the group
-    ``tarflow_scale.extractors`` in another package."""
+    """Function from an image to features. ``pixels``: the flattened image in levels 0..2^bit_depth-1.
+    ``inception-v3-compat``: torch-fidelity's port of the Inception network that defines FID. ``dinov2-vitl14``: the
+    network of FD-DINOv2. Or the name of an entry point in the group ``tarflow_scale.extractors`` of another package."""
     extractor_sha256: str | None = None
-    """SHA-256 that the weights file of the extractor must have. None: ``inception-v3-compat`` is checked against the
+    """Required SHA-256 of the weights file of the extractor. With None, ``inception-v3-compat`` is checked against the
     published prefix 6726825d. ``pixels`` has no weights file."""
     num_images: int = Field(ge=2)
     """Number of generated images."""
@@ -100,13 +98,13 @@ class _SampledProtocol(_Protocol):
     labels: Literal["balanced"] = "balanced"
     """Image i has label i modulo the number of classes."""
     bit_depth: int = Field(ge=1, le=8)
-    """Images are compared after quantization to this many bits."""
+    """Number of bits to which pixels are quantized before images are compared."""
     rounding: Literal["floor", "nearest", "truncate"] = "floor"
-    """How a continuous pixel becomes a level: ``floor`` is the inverse of uniform dequantization, ``nearest`` that of
-    noise around the level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference images, as
-    torchmetrics does; half a level too dark, but published TarFlow numbers were measured with it."""
+    """How a continuous pixel is quantized. ``floor``: the inverse of uniform dequantization. ``nearest``: the inverse
+    of noise that is centred on a level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference
+    images, as in torchmetrics; half a level too dark, but published TarFlow numbers were measured in this way."""
     clip: Literal[True] = True
-    """Values outside [-1, 1] are clipped."""
+    """Clip values outside [-1, 1]; there is no other choice."""
 
     @property
     def events(self) -> str:
@@ -128,8 +126,8 @@ class FrechetProtocol(_SampledProtocol):
     """``pool``: the output of the extractor. ``spatial``: the layer of sFID, the first 7 channels of ``mixed_6/conv``
     in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
-    """``infinity``: extrapolated in 1 / n to infinitely many generated images (arXiv 1911.07023), from disjoint groups
-    of 10 to 50 of the 50 index blocks."""
+    """``plain``: from all generated images. ``infinity``: extrapolated in 1 / n to infinitely many generated images
+    (arXiv 1911.07023), from disjoint groups of 10 to 50 of the 50 index blocks."""
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -140,8 +138,8 @@ class FrechetProtocol(_SampledProtocol):
 
 class _ReferenceSubset(_SampledProtocol):
     num_reference_images: int = Field(ge=2)
-    """Number of reference images: a random subset of the data set, which ``seed`` determines; or the whole data set in
-    order, if it has this number of images."""
+    """Number of reference images, a random subset of the data set that depends on ``seed``; or the whole data set in
+    order, if it has exactly this number of images."""
 
 
 class KernelProtocol(_ReferenceSubset):
@@ -151,7 +149,7 @@ class KernelProtocol(_ReferenceSubset):
     num_subsets: int = Field(default=100, ge=1)
     subset_size: int = Field(default=1000, ge=2)
     subset_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Seed of the subsets, which are drawn as torch-fidelity draws them."""
+    """Seed of the subsets; equal seeds give the same subsets as torch-fidelity."""
 
     @model_validator(mode="after")
     def _subsets_fit(self) -> "KernelProtocol":
@@ -165,47 +163,44 @@ class KernelProtocol(_ReferenceSubset):
 
 
 class InceptionScoreProtocol(_SampledProtocol):
-    """exp of the mean divergence between the class probabilities of an image and their mean; the mean over splits."""
+    """Inception score: exp of the mean KL divergence of class probabilities from their mean; averaged over splits."""
 
+    higher_is_better: ClassVar[bool] = True
     metric: Literal["inception_score"]
     num_splits: int = Field(default=10, ge=1)
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Seed of the order of images before they are split, which is drawn as torch-fidelity draws it."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """True."""
-        return True
+    """Seed of the order of images before they are split; equal seeds give the same order as torch-fidelity."""
 
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":
         if self.extractor != "inception-v3-compat":
-            raise ValueError(f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor})")
+            raise ValueError(
+                f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor}); set it"
+            )
         if self.num_images < self.num_splits:
             raise ValueError(f"num_images must not be below num_splits (got {self.num_images}); raise it")
         return self
 
 
 class ManifoldProtocol(_ReferenceSubset):
-    """Improved precision or recall: the share of generated (reference) features inside the manifold of the other set.
+    """Improved precision (recall): share of generated (reference) features inside the manifold of the other set.
 
-    A manifold is the union of balls around features that reach to their k-th neighbour (arXiv 1904.06991).
+    A manifold is the union of balls around the features of a set; each ball reaches to the k-th nearest neighbour
+    (arXiv 1904.06991).
     """
 
+    higher_is_better: ClassVar[bool] = True
     metric: Literal["precision", "recall"]
     neighbours: int = Field(default=3, ge=1)
-    """Number k of the neighbour that a ball reaches to."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """True."""
-        return True
+    """Number k of the neighbour to which a ball reaches."""
 
     @model_validator(mode="after")
     def _has_neighbours(self) -> "ManifoldProtocol":
         fewest = min(self.num_images, self.num_reference_images)
         if self.neighbours >= fewest:
-            raise ValueError(f"neighbours must be below the number of images (got {self.neighbours} of {fewest})")
+            raise ValueError(
+                f"neighbours must be below the number of images (got {self.neighbours} of {fewest}); lower it"
+            )
         return self
 
 
@@ -218,34 +213,35 @@ class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(d
 
 
 def load_protocol(path: str, key: str = "metrics.protocols") -> LikelihoodProtocol | SampledProtocol:
-    """Read a protocol file that the configuration names in ``key``.
+    """Read a protocol file; ``key`` is the key of the configuration that names it, for error messages.
 
     Raises:
-        ConfigError: it cannot be read, or a key is wrong.
+        ConfigError: the file cannot be read, or one of its keys is wrong.
     """
     return load_named(Protocol, path, "protocol", key).root
 
 
 class Requirement(Section):
-    """Requirements for one number of a version."""
+    """Requirements for one metric of a version."""
 
     protocol: str
-    """Protocol file of the number."""
+    """Protocol file of the metric."""
     maximum: float | None = None
-    """The value must not exceed this."""
+    """Largest accepted value."""
     minimum: float | None = None
-    """The value must not be below this."""
+    """Smallest accepted value."""
     minimum_images: int | None = Field(default=None, ge=1)
-    """The value must be measured on at least this number of images."""
+    """Smallest accepted number of images on which the value was measured."""
     must_beat_champion: bool = False
-    """The value must be significantly better than that of the present champion, by more than ``margin``, for the same
-    protocol id. The standard error is that of differences between images for bits/dim, else that of both numbers."""
+    """Whether the value must be significantly better than the value of the present champion with the same protocol id.
+    The standard error comes from the differences of single images for bits/dim, and from both values for other
+    metrics."""
     margin: float = Field(default=0.0, ge=0)
-    """Margin in the unit of the metric."""
+    """By how much the value must be better than that of the champion, in the unit of the metric."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided confidence of the comparison with the champion."""
     protocol_id: str | None = None
-    """Full protocol id of the number, which also fixes the images; None accepts any reference."""
+    """Full protocol id of the value, which also determines the reference images; None accepts any reference."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> "Requirement":
@@ -257,9 +253,19 @@ class Requirement(Section):
 
 
 class GateConfig(Section):
-    """Requirements for a version before an alias moves to it."""
+    """A gate: the requirements that a version must meet before an alias moves to it."""
 
     name: Name
     requirements: tuple[Requirement, ...] = Field(min_length=1)
     approvals: tuple[str, ...] = ()
-    """Users who must all have approved the version (``models approve``)."""
+    """Names of users who must have approved the version (``models approve``)."""
+
+
+def load_gate(path: str, key: str) -> tuple[GateConfig, dict[str, LikelihoodProtocol | SampledProtocol]]:
+    """Read a gate file, and the protocol files of its requirements by path. ``key`` is as in `load_protocol`.
+
+    Raises:
+        ConfigError: a file cannot be read, or one of its keys is wrong.
+    """
+    gate = load_named(GateConfig, path, "gate", key)
+    return gate, {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}

@@ -1,4 +1,4 @@
-"""Reports: leaderboards that set published numbers beside those of registries, and pages of runs."""
+"""Configuration of the verb ``report``, and leaderboard files."""
 
 from typing import Self
 
@@ -12,43 +12,42 @@ __all__ = ["VERB", "LeaderboardConfig", "PublishedRow", "ReportConfig", "ReportO
 
 
 class PublishedRow(Section):
-    """A published number, measured by a protocol of its own."""
+    """A published number, which was measured by another protocol."""
 
     model: str
     """Name and size of the model."""
     value: float
     source: str
-    """Where it is published: paper and table, or URL."""
+    """Where the number is published: paper and table, or URL."""
     note: str = ""
-    """What is known of how it was measured."""
+    """Remarks on how the number was measured."""
 
 
 class LeaderboardConfig(Section):
-    """One measure on one data set."""
+    """A leaderboard: one metric on one data set."""
 
     name: Name
     title: str
     protocol: str
-    """The protocol file; only numbers by this protocol become rows."""
+    """The protocol file; only numbers measured by this protocol become rows."""
     protocol_id: str | None = Field(default=None, min_length=8)
-    """The protocol id of the rows, or its first digits; None takes the id that all rows share, and refuses different
-    ids."""
+    """Protocol id, or its first digits, that the rows must have. With None, rows with different ids are an error."""
     published: tuple[PublishedRow, ...] = ()
 
 
 class ReportOutputConfig(Section):
-    """What is reported, and where it is written."""
+    """The content of the report, and where it is written."""
 
     path: str
     """Folder or URL for ``index.html`` and ``leaderboard.md``."""
     leaderboards: tuple[str, ...] = ()
-    """Leaderboard files, in the order of the page; they need ``registries``."""
+    """Leaderboard files, in the order in which they are shown; they need ``registries``."""
     registries: tuple[str, ...] = ()
-    """Registries whose models are rows, and whose history is shown."""
+    """Registries whose models are ranked and whose history is shown."""
     gate: str | None = None
-    """Gate file; its decision on the best version is shown if that version was not promoted. See ``evals/gates/``."""
+    """Gate file, see ``evals/gates/``. Its decision on the best version is shown, if that version was not promoted."""
     runs: tuple[str, ...] = ()
-    """Folders of training runs, finished or not; their loss and newest samples are shown."""
+    """Folders of training runs, finished or not, whose losses and newest samples are shown."""
     generated: tuple[str, ...] = ()
     """Folders that ``generate`` wrote, whose first samples are shown."""
     title: str = "Report"
@@ -63,7 +62,7 @@ class ReportOutputConfig(Section):
 
 
 class ReportConfig(Root):
-    """Registries and runs in; leaderboards out, as Markdown and as one HTML page that needs no network."""
+    """Show registries and training runs as a Markdown file and as one HTML file that needs no network."""
 
     report: ReportOutputConfig
 

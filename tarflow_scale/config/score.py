@@ -21,33 +21,34 @@ class ScoringConfig(Section):
     format: Literal["csv", "parquet"] = "csv"
     """Format of the table; ``parquet`` needs the extra ``parquet``."""
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the held-out normal images above the threshold; images with a higher score are flagged."""
+    """Share of the held-out normal images whose score is above the threshold; images above the threshold are flagged.
+    """
     num_draws: int = Field(default=1, ge=1)
-    """Dequantization draws per image; the score uses the log of their mean density."""
+    """Number of dequantization draws per image; the score uses the log of their mean density."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["dropped", "marginal"] = "dropped"
-    """How labels are treated, which anomalies do not have. ``dropped``: as in training without the label. ``marginal``:
-    the density is summed over all labels, with one pass for each."""
+    """What replaces the labels, because anomalies have none. ``dropped``: the density of the model without a label.
+    ``marginal``: the mean density over all labels, which needs one pass for each label."""
     batch_size: int = Field(default=128, ge=1)
-    """Images scored together."""
+    """Number of images that are scored together."""
     maps: int = Field(default=0, ge=0)
-    """Number of the least likely images of ``data`` in the picture ``maps.png``, which marks the pixels that contribute
-    most (of Glow and RealNVP, squares of pixels); labels are dropped."""
+    """Number of images in the picture ``maps.png``. It shows the least likely images of ``data``, and marks the pixels
+    (for Glow and RealNVP, squares of pixels) that contribute most. Labels are dropped."""
 
 
 class ScoreConfig(Root):
-    """Write a table of anomaly scores of images under a registered version."""
+    """Write a table with an anomaly score for each image, computed by a registered version."""
 
     registry: VersionConfig
     background: VersionConfig | None = None
-    """A model of images in general, for the likelihood ratio; for example one trained on noisier or broader data."""
+    """A second model for the likelihood ratio, which models images in general: trained on noisier or broader data."""
     data: DataSetConfig
     """The images to score."""
     calibration: DataSetConfig
     """Held-out normal images, not used in training; they determine the typical score and the threshold."""
     anomalies: DataSetConfig | None = None
-    """Known anomalies, also scored; ``data`` is compared with them as the normal set."""
+    """Known anomalies. They are also scored, and compared with ``data`` as the normal images."""
     scoring: ScoringConfig
     cluster: ClusterConfig = ClusterConfig()
 

@@ -1,6 +1,6 @@
 """Configuration of the verb ``train``: optimizer, schedule, length, parallelism, checkpoints, validation, log.
 
-Progress is counted in images, independent of the batch size and the number of ranks.
+Progress is counted in images, so that it does not depend on the batch size and the number of ranks.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -31,21 +31,21 @@ __all__ = [
 
 
 class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices with AdamW for the rest."""
+    """The optimizer: AdamW, or Muon for matrices with AdamW for the other parameters."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """``muon``: DeepSpeed's Muon updates matrices inside the flow by their orthogonalized momentum; AdamW updates all
-    other parameters, and the first and last layer of every block. It needs ZeRO stage 1 or 2."""
+    """``muon``: DeepSpeed's Muon updates the matrices inside the flow by orthogonalized momentum; AdamW updates all
+    other parameters, including the first and the last layer of every block. Muon needs ZeRO stage 1 or 2."""
     peak_lr: float = Field(default=1e-4, gt=0)
     """Highest learning rate of AdamW."""
     muon_peak_lr: float | None = Field(default=None, gt=0)
-    """Highest learning rate of Muon, which follows the same schedule; usually 10 to 100 times AdamW's."""
+    """Highest learning rate of Muon, on the same schedule; usually 10 to 100 times that of AdamW."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay of Muon's momentum."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay of AdamW's first and second moment."""
+    """Decay of the first and the second moment of AdamW."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Decoupled weight decay on every parameter, as published for TarFlow."""
+    """Decoupled weight decay of all parameters, as published for TarFlow."""
     gradient_clip_norm: float = Field(default=1.0, gt=0)
     """Maximum global norm of the gradients; a larger gradient is scaled down to this norm. No effect on Muon."""
 
@@ -69,17 +69,18 @@ class ScheduleConfig(Section):
     """Learning rate as a function of images seen: linear warm-up, then one of three shapes."""
 
     kind: Literal["cosine", "constant", "wsd"] = "cosine"
-    """``cosine``: down to ``final_lr_fraction`` at the end of training. ``constant``: the peak. ``wsd`` (warm-up,
-    stable, decay): the peak, and linearly down to ``final_lr_fraction`` over the last ``decay_images``.
+    """Shape after the warm-up. ``cosine``: fall to ``final_lr_fraction`` at the end of training. ``constant``: stay at
+    the peak. ``wsd`` (warm-up, stable, decay): stay at the peak, then fall linearly to ``final_lr_fraction`` over the
+    last ``decay_images``.
 
-    A finished run continues if ``training.total_images`` is raised. With ``cosine`` the rate then rises to that of the
-    longer schedule, which makes the model worse at first. ``wsd`` is for runs that may be extended: keep a checkpoint
-    from before the decay (``checkpoint.keep_every_images``) and delete the later ones; the run then continues at the
-    peak, to the same weights as a run that was planned with this length."""
+    A finished run continues if ``training.total_images`` is raised. With ``cosine``, the rate then jumps up to the
+    longer schedule, which makes the model worse at first. Use ``wsd`` for runs that may be extended: keep a checkpoint
+    from before the decay (``checkpoint.keep_every_images``) and delete the later checkpoints. The run then continues
+    at the peak, and reaches the same weights as a run that had this length from the start."""
     warmup_images: int = Field(default=0, ge=0)
-    """Images over which the rate rises from 0 to its peak."""
+    """Number of images over which the rate rises from 0 to its peak."""
     decay_images: int | None = Field(default=None, ge=1)
-    """Length of the decay of ``wsd``."""
+    """``wsd``: number of images over which the rate falls."""
     final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
     """Rate at the end, as a fraction of the peak; no effect on ``constant``."""
 
@@ -97,8 +98,8 @@ class NoiseConfig(Section):
 
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
-    ``gaussian``: noise of ``std``, for sample quality; such a model has no bits/dim.
-    ``none``: for vectors, whose likelihood is in nats."""
+    ``gaussian``: noise with standard deviation ``std``, for sample quality; the model then has no bits/dim.
+    ``none``: no noise, for vectors, whose likelihood is measured in nats."""
     std: float = Field(default=0.0, ge=0)
     """Standard deviation on [-1, 1]; required by ``gaussian``."""
 
@@ -110,45 +111,45 @@ class NoiseConfig(Section):
 
 
 class SpikeConfig(Section):
-    """The reaction to a step whose loss jumps above the losses before it."""
+    """What training does after a spike: a step whose loss is far above the mean loss of the steps before."""
 
     rule: Literal["off", "skip", "roll_back"] = "off"
-    """``skip``: the step changes nothing, like one whose gradient is not finite. ``roll_back``: weights, moments and
-    averages return to the latest checkpoint, and training continues with the samples after the jump, so that it does
+    """``skip``: the step changes nothing, like a step whose gradient is not finite. ``roll_back``: weights, moments and
+    averages return to the latest checkpoint, and training continues with the samples after the spike, so that it does
     not see the same samples again."""
     above_nats_per_dim: float = Field(default=0.5, gt=0)
-    """A step is a jump if its loss exceeds the mean loss of the steps before it by this much."""
+    """A step is a spike if its loss exceeds the mean loss by more than this."""
     window_steps: int = Field(default=64, ge=2)
-    """Number of steps for the mean; the rule applies once there are this many steps."""
+    """Number of previous steps in the mean; the rule applies once there are this many steps."""
     max_roll_backs: int = Field(default=5, ge=1)
-    """The run stops after more roll-backs than this."""
+    """Maximum number of roll-backs; the run stops if it needs more."""
 
 
 class TrainingConfig(Section):
-    """Length, batch sizes, seed, noise, averages."""
+    """Length of training, batch sizes, seed, noise and moving averages."""
 
     total_images: int = Field(ge=1)
-    """Images seen by the end of the run; the unit of all progress."""
+    """Number of images that the run has seen at its end; an image counts every time that it is used."""
     global_batch_size: int = Field(ge=1)
-    """Images per optimizer step over all ranks; part of the order of samples."""
+    """Number of images per optimizer step, over all ranks. It determines the order of samples."""
     micro_batch_size: int = Field(ge=1)
-    """Images per rank in one forward pass; gradients accumulate over the rest."""
+    """Number of images per rank in one forward pass; gradients accumulate until the global batch is complete."""
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """Seed of weights, order of samples, noise and label dropping."""
+    """Seed of initial weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    """Probability that a sample's label is dropped; guidance needs the unconditional model that this trains."""
+    """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs."""
     ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
-    """Half-life, in images, of the exponential moving average of the weights; or a list, for several averages.
+    """Half-life, in images, of the exponential moving average of the weights; a list makes several averages.
     Validation, sample grids and ``latest`` in the registry use the first; the others are registered before it."""
     max_skipped_steps: int = Field(default=10, ge=0)
-    """A step whose loss or gradient is not finite is skipped; the run stops after more than this many in a row."""
+    """Maximum number of steps in a row that are skipped because loss or gradient is not finite; then the run stops."""
     spike: SpikeConfig = SpikeConfig()
     max_seconds: float | None = Field(default=None, gt=0)
-    """After this many seconds of training since its start the run saves and stops with exit code 75, and continues when
-    it is started again; for schedulers with a time limit."""
+    """Time limit of one start of the run, for schedulers. After this time of training, the run saves its state and
+    stops with exit code 75; when it is started again, it continues."""
     threads: int = Field(default=0, ge=0)
-    """Torch threads per rank on a CPU; 0: ``OMP_NUM_THREADS``, or an equal share of the job's cores."""
+    """Number of torch threads per rank on a CPU. 0 uses ``OMP_NUM_THREADS``, or an equal share of the cores."""
 
     @field_validator("ema_half_life_images", mode="before")
     @classmethod
@@ -167,8 +168,8 @@ class ZeroPlusPlusConfig(Section):
     """ZeRO++ (arXiv 2306.10209): less traffic between nodes at stage 3, on CUDA."""
 
     secondary_partition_ranks: int = Field(default=1, ge=1)
-    """hpZ: a second copy of the weights is divided among this many ranks, usually those of a node, so that the backward
-    pass gathers inside it; it costs 4 bytes per parameter, divided by this number. 1 is off."""
+    """hpZ: number of ranks that share a second copy of the weights, usually the ranks of a node, so that the backward
+    pass gathers weights inside the node. It needs 4 bytes per parameter, divided by this number. 1 is off."""
     quantized_weights: bool = False
     """qwZ: weights are sent as int8."""
     quantized_gradients: bool = False
@@ -181,40 +182,41 @@ class ZeroPlusPlusConfig(Section):
 
 
 class ParallelismConfig(Section):
-    """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, 2 also the gradients, 3 also the weights.
+    """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, stage 2 also gradients, stage 3 also weights.
 
-    Bytes per parameter on N ranks with E moving averages, without activations: memory that stays allocated, and memory
-    that comes on top in the backward pass (buckets are 50 million numbers, two to four times):
+    The table shows bytes per parameter on N ranks with E moving averages, without activations: memory that is always
+    allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50 million numbers.
 
     ===== ================== ============= ===============================================================
-    stage held               N = 8, E = 1  on top
+    stage always             N = 8, E = 1  additional
     ===== ================== ============= ===============================================================
-    0     12 + 4 E / N       12.5          gradients 4, and 4 for the copy that is reduced
+    0     12 + 4 E / N       12.5          gradients 4, and 4 for the copy that is reduced over ranks
     1     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 4 and buckets where gradients accumulate
     2     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 8 / N and buckets where gradients accumulate
-    3     (20 + 4 E) / N     3.0           weights gathered for the passes: 4, up to a billion of them
+    3     (20 + 4 E) / N     3.0           4 for gathered weights, at most a billion of them
     ===== ================== ============= ===============================================================
 
-    Which to choose: stage 0 for small models, up to about 0.2 billion parameters (4.1 GB), since it waits least for
-    buckets. Stage 1 or 2 for 0.2 to 3 billion (3 billion at stage 2 on 8 ranks: 20 GB a GPU), which covers every
-    published TarFlow; both need the same memory unless gradients accumulate, when stage 2 saves memory and reduces
-    gradients for every micro batch. Stage 3 for larger models or small GPUs. Offloading saves more memory at the cost
-    of speed: the optimizer's 16 + 4 E bytes over N move to main memory. The verb ``plan`` computes memory, speed and
-    traffic of a recipe at all stages.
+    Which stage to choose: stage 0 for models of up to about 0.2 billion parameters (4.1 GB), because it waits least for
+    buckets. Stage 1 or 2 for 0.2 to 3 billion parameters (3 billion at stage 2 on 8 ranks: 20 GB per GPU), which covers
+    every published TarFlow. Both need the same memory unless gradients accumulate; then stage 2 saves memory, but
+    reduces gradients over ranks for every micro batch. Stage 3 for larger models or small GPUs. Offloading saves more
+    memory at the cost of speed: it moves the (16 + 4 E) / N bytes of the optimizer to main memory. The verb ``plan``
+    computes memory, speed and traffic of a recipe at all stages.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: matrix products in bfloat16 through autocast; parameters, affine maps and sums stay fp32."""
+    """``bf16``: compute matrix products in bfloat16 by autocast; parameters, affine maps and sums stay fp32."""
     activations: Activations = "keep"
-    """``checkpoint``: save only the inputs of layers, and run each layer again in the backward pass.
-    ``rebuild`` (Glow): invert layer after layer, so that memory does not grow with depth. Both take more time."""
+    """How the backward pass gets activations. ``keep``: from memory. ``checkpoint``: keep only the inputs of layers,
+    and run each layer again. ``rebuild`` (Glow): invert the layers one by one, so that memory does not grow with depth.
+    The last two take more time."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """``optimizer``: masters, moments and averages are in main memory, and the CPU makes the update (stages 1 to 3).
-    ``all``: so are the weights, which are fetched when they are needed (stage 3)."""
+    """``optimizer``: keep master weights, moments and averages in main memory, and update them on the CPU (stages 1 to
+    3). ``all``: also keep the weights there, and fetch them when they are needed (stage 3)."""
     compile: bool = False
-    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; then the first
-    step takes about a minute."""
+    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; the first step
+    then takes about a minute."""
     zero_plus_plus: ZeroPlusPlusConfig = ZeroPlusPlusConfig()
 
     @model_validator(mode="after")
@@ -232,52 +234,52 @@ class ParallelismConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved so that it can resume."""
+    """Checkpoints, from which a run resumes: how often they are written, and which are kept."""
 
     every_images: int = Field(ge=1)
-    """Images between checkpoints; rounded up to whole steps."""
+    """Number of images between checkpoints; rounded up to whole steps."""
     keep_last: int = Field(default=2, ge=1)
-    """Older complete checkpoints are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted."""
     keep_every_images: int | None = Field(default=None, ge=1)
-    """The first checkpoint at or after each multiple of this is kept permanently."""
+    """Also keep, permanently, the first checkpoint at or after each multiple of this number of images."""
     upload_path: str | None = None
-    """Folder or URL to which complete checkpoints are copied in the background, manifest last; a run whose own
-    folder has no newer one resumes from there. ``keep_last`` and ``keep_every_images`` hold there too."""
+    """Folder or URL to which complete checkpoints are copied in the background. A run resumes from there if its own
+    folder has no newer checkpoint. ``keep_last`` and ``keep_every_images`` also apply there."""
 
 
 class ValidationConfig(DataSetConfig):
-    """Bits/dim of held-out images during training, from averaged weights."""
+    """Measurement of bits/dim on held-out images during training, with averaged weights."""
 
     every_images: int = Field(ge=1)
-    """Images between validations."""
+    """Number of training images between validations."""
     num_images: int | None = Field(default=None, ge=1)
-    """Number of images, from the start of the data set; None takes all."""
+    """Number of held-out images, from the start of the data set; None uses all."""
 
 
 class LoggingConfig(Section):
-    """The run folder and what is written to it."""
+    """The folder of a run, and what is written to it."""
 
     path: str
-    """Folder of the run: ``config.yaml environment.json status.json log.jsonl curve.png checkpoints/
-    previews/ model/``."""
+    """Folder of the run. It gets ``config.yaml``, ``environment.json``, ``status.json``, ``log.jsonl``, ``curve.png``,
+    ``checkpoints/``, ``previews/`` and ``model/``."""
     every_images: int = Field(default=2_000, ge=1)
-    """Images between lines of ``log.jsonl``."""
+    """Number of images between lines of ``log.jsonl``."""
     preview_every_images: int = Field(default=50_000, ge=1)
-    """Images between sample grids."""
+    """Number of images between sample grids."""
     preview_guidance: float = Field(default=0.0, ge=0)
-    """Guidance of the sample grids."""
+    """Guidance scale of the sample grids."""
     tensorboard: bool = False
-    """Also write TensorBoard's event files to ``tensorboard/``; needs the extra ``tensorboard``."""
+    """Also write event files of TensorBoard to ``tensorboard/``; needs the extra ``tensorboard``."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases; needs the package ``wandb``. The folder keeps the id of its run in
-    ``wandb-id.json``; a copy of the folder gets a run of its own."""
+    """Project of Weights & Biases to which the run is also logged; needs the package ``wandb``. The id of the W&B run
+    is stored in ``wandb-id.json``; a copy of the folder gets a new W&B run."""
     peak_flops: float | None = Field(default=None, gt=0)
-    """Peak operations a second of one rank's device, for the model FLOPs utilisation (MFU) in the log; None takes the
-    dense bf16 peak of common GPUs, and logs no utilisation for others."""
+    """Peak operations per second of the device of a rank, for the model FLOPs utilization (MFU) in the log. None uses
+    the dense bf16 peak of common GPUs, and logs no MFU for other devices."""
 
 
 class Recipe(Section):
-    """The sections that memory, traffic and speed of a training step depend on."""
+    """The sections that determine memory, traffic and speed of a training step."""
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -291,7 +293,7 @@ class Recipe(Section):
 
 
 class TrainConfig(Root):
-    """Shards in; checkpoints, a log, sample grids and a registered model version out."""
+    """Train on shards, write checkpoints, a log and sample grids, and register the model as a version."""
 
     data: DataConfig
     model: ModelConfig
@@ -331,17 +333,17 @@ class TrainConfig(Root):
 
     @property
     def recipe(self) -> Recipe:
-        """The sections that memory and speed depend on."""
+        """The sections that determine memory and speed."""
         return Recipe(model=self.model, optimizer=self.optimizer, training=self.training, parallelism=self.parallelism)
 
 
 def _check_recipe(
     model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, parallelism: ParallelismConfig
 ) -> None:
-    """Rules between sections.
+    """Check rules that concern several sections.
 
     Raises:
-        ValueError: two of them contradict each other.
+        ValueError: two sections contradict each other.
     """
     batch, micro = training.global_batch_size, training.micro_batch_size
     kind, capabilities = model.kind, model.capabilities

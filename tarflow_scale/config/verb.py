@@ -1,4 +1,4 @@
-"""Declaration of a verb beside its configuration: its function, manual and flags."""
+"""Declaration of a verb, beside its configuration: its function, manual and flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +11,15 @@ __all__ = ["Flag", "Verb", "flags_of"]
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag that sets a key, or that calls another function of the module of the verb.
+    """A flag of a verb. It sets a key of the configuration, or calls another function of the module of the verb.
 
     Args:
         name: name without the dashes.
-        help: what the flag does.
-        values: names of its values in the manual; none for a switch.
+        help: description for the manual.
+        values: names of the flag's values in the manual; empty for a flag without values.
         key: key of the configuration that is set to the value.
-        function: function that is called instead of that of the verb. For a switch it is called with the configuration;
-            for a flag with values it is called with these, and no configuration is read.
+        function: function that is called instead of the function of the verb. It gets the configuration; if the flag
+            has values, it gets only these, and no configuration is read.
     """
 
     name: str
@@ -31,16 +31,16 @@ class Flag:
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb.
+    """A verb of the command line.
 
     Args:
-        module: module below the package, which has ``function(configuration, dry_run)``.
-        config: root section of its configuration.
-        summary: what it does, for the list of verbs.
+        module: module of the package that contains ``function(configuration, dry_run)``.
+        config: root section of the configuration.
+        summary: description for the list of verbs.
         example: an example command, which names a file in ``configs/``.
-        function: entry function.
-        flags: flags in addition to ``--dry-run``. At most one flag with a function may be given.
-        imports: slow imports, to be announced.
+        function: name of the entry function.
+        flags: flags in addition to ``--dry-run``. A user may give at most one flag with a function.
+        imports: names of packages that are slow to import, for a message before the import.
     """
 
     module: str
@@ -57,10 +57,10 @@ class Verb:
         return next(word for word in self.example.split() if word.startswith("configs/"))
 
     def load(self, path: Path | None, overrides: list[str]) -> Root:
-        """The configuration.
+        """Read the configuration.
 
         Raises:
-            ConfigError: one line for every problem; where a key is missing that a flag sets, it names the flag.
+            ConfigError: the configuration is wrong. If a key is missing that a flag sets, the message names the flag.
         """
         try:
             return self.config.load(path, overrides, self.file)

@@ -25,5 +25,5 @@ class VersionConfig(RegistryConfig):
     """One version of a model."""
 
     version: int | str = "latest"
-    """A number, an alias such as ``champion``, or ``latest``: the newest version that is not retired; for ``promote``,
-    the newest of these that has all numbers that the gate requires."""
+    """A number, an alias such as ``champion``, or ``latest``, the newest version that is not retired. For ``promote``,
+    ``latest`` is the newest version that is not retired and has all numbers that the gate requires."""

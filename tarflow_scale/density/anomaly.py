@@ -80,7 +80,7 @@ def scores_of(
 
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
-    """The lowest of the scores ``normal`` such that at most the share ``false_alarm_rate`` of them exceeds it."""
+    """The lowest score in ``normal`` that is exceeded by at most the share ``false_alarm_rate`` of all of them."""
     allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
     return float(np.sort(normal)[len(normal) - 1 - allowed])
 

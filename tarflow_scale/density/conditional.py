@@ -24,7 +24,7 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) for every label, in nats. With learned noise it is a bound, lower by the same log q for all labels.
+    """Log p(x | y) in nats for every label. With learned noise it is a bound; log q is the same for all labels.
 
     Raises:
         ValueError: the flow has no classes, or the images do not fit it.
@@ -39,10 +39,10 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
     """Log p(x) in nats, with all labels equally likely.
 
     Raises:
-        ValueError: as `log_prob_of_labels`.
+        ValueError: see `log_prob_of_labels`.
     """
-    of_labels = log_prob_of_labels(flow, x)
-    return torch.logsumexp(of_labels, dim=1) - math.log(of_labels.shape[1])
+    log_probs = log_prob_of_labels(flow, x)
+    return torch.logsumexp(log_probs, dim=1) - math.log(log_probs.shape[1])
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B
     """The most likely label by Bayes' rule, and p(y | x).
 
     Raises:
-        ValueError: as `log_prob_of_labels`.
+        ValueError: see `log_prob_of_labels`.
     """
     posterior = torch.softmax(log_prob_of_labels(flow, x), dim=1)
     return posterior.argmax(dim=1), posterior
@@ -109,7 +109,7 @@ def attribute_direction(
 
 @torch.no_grad()
 def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: float, y: GivenCondition = None) -> Tensor:
-    """Images moved by ``strength * direction`` in latent space; strength 0 returns the same images."""
+    """Move images by ``strength * direction`` in latent space; strength 0 returns the same images."""
     labels = flow.check_data(x, y)
     return flow.inverse(flow(x, labels)[0] + strength * direction, labels)
 

@@ -16,11 +16,11 @@ from tarflow_scale.shards.images import encode_png
 __all__ = ["density_picture", "log_density"]
 
 _SIDE, _GRID = 320, 160
-"""Pixels of a panel's side, and points of the density along it."""
+"""Number of pixels of a side of a panel, and of points of the density along it."""
 _MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
 _SAMPLES = 2000
 _MIDDLE = (0.5, 99.5)
-"""Percentiles of the samples that the panels show, plus a margin of a tenth on each side."""
+"""Range of percentiles of the samples that a panel shows, plus a margin of a tenth on each side."""
 _AT_ONCE = 4096
 _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 

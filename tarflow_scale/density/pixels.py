@@ -1,7 +1,7 @@
 """Likelihood of images in memory under a flow: their bits/dim, and the contribution of every pixel.
 
-Does for an array what the verbs ``evaluate`` and ``score`` do for a data set: image i, counted from 0, gets the noise
-of sample i of a data set, so the numbers are equal to those of the verbs.
+These functions compute for an array what the verbs ``evaluate`` and ``score`` compute for a data set. Image i, counted
+from 0, gets the noise of sample i of a data set, so the numbers are equal.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -67,7 +67,7 @@ def image_bits_per_dim(
         estimate: how draws are combined.
 
     Raises:
-        ValueError: as `image_tensor`, and for labels that do not fit the flow.
+        ValueError: see `image_tensor`, and for labels that do not fit the flow.
     """
     draws = [flow.log_prob_of_images(image_tensor(flow, images, seed, k), y).double() for k in _draws(num_draws)]
     assert flow.pixels is not None
@@ -81,7 +81,7 @@ def image_nats(
     """Contribution of each value of each image to its nats, the mean over draws; see `Flow.nats_of_values`.
 
     Raises:
-        ValueError: as `image_bits_per_dim`; or the latents of the flow mix values.
+        ValueError: see `image_bits_per_dim`; or the latents of the flow mix values.
     """
     draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in _draws(num_draws)]
     return torch.stack(draws).mean(dim=0).cpu().numpy()

@@ -148,7 +148,7 @@ def fit_posterior(
     losses: list[float] = []
     skipped = 0
     flow.train()
-    with console.progress_bar(num_steps, "fit", unit="steps", enabled=progress) as bar:
+    with console.ProgressBar(num_steps, "fit", unit="steps", enabled=progress) as bar:
         for step in range(num_steps):
             rate = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
             for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The transformer inside a TarFlow block: pre-LayerNorm, causal, with a key/value cache that is passed around.
+"""The causal pre-LayerNorm transformer inside a TarFlow block; callers own its key/value cache and pass it in.
 
 Shapes: B batch, T tokens, C width, N heads, H = C / N head width.
 """
@@ -17,7 +17,7 @@ __all__ = ["KeyValueCache", "TransformerLayer"]
 
 
 class KeyValueCache:
-    """Preallocated keys and values ``(layers, B, N, T, H)`` of one block; filled one token at a time."""
+    """Preallocated keys and values ``(layers, B, N, T, H)`` of one block, filled one token at a time."""
 
     def __init__(self, num_layers: int, batch: int, heads: int, tokens: int, head_width: int, like: Tensor) -> None:
         shape = (num_layers, batch, heads, tokens, head_width)
@@ -28,7 +28,7 @@ class KeyValueCache:
         self._grown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token ``(B, N, 1, H)`` of ``layer`` and return everything stored so far ``(B, N, t, H)``."""
+        """Store key and value ``(B, N, 1, H)`` of one token; return those of all tokens so far ``(B, N, t, H)``."""
         if k.requires_grad or is_transformed():  # autograd needs the old values, so this copies
             if layer in self._grown:
                 earlier_k, earlier_v = self._grown[layer]
@@ -45,10 +45,10 @@ class TransformerLayer(nn.Module):
     """Pre-LayerNorm attention and MLP with exact GELU, as in arXiv 2412.06329; LayerNorm is kept in fp32.
 
     Args:
-        width: C, a multiple of ``head_width``.
-        head_width: H.
-        dropout: probability of dropping a feature of a residual branch in training, for all tokens of a sample at
-            once (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
+        width: number of features C of a token, a multiple of ``head_width``.
+        head_width: width H of one attention head.
+        dropout: probability that training drops a feature of a residual branch, for all tokens of a sample together
+            (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
     """
 
     def __init__(self, width: int, head_width: int, dropout: float = 0.0) -> None:
@@ -63,7 +63,7 @@ class TransformerLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, h: Float[Tensor, "B T C"], twice: bool = False) -> Float[Tensor, "B T C"]:
-        """All tokens at once; token t attends to tokens <= t. ``twice``: only operations with second derivatives."""
+        """Map all tokens; token t attends to tokens <= t. ``twice`` uses only operations with second derivatives."""
         q, k, v = self._heads(h)
         attended = _attended(q, k, v) if twice else F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self._dropped(self._merge(attended))
@@ -72,12 +72,12 @@ class TransformerLayer(nn.Module):
     def step(
         self, h: Float[Tensor, "B 1 C"], cache: KeyValueCache, layer: int, sharpness: Tensor | None = None
     ) -> Float[Tensor, "B 1 C"]:
-        """The next token alone, attending to the cache and to itself.
+        """Map the next token alone, which attends to the cached tokens and to itself.
 
         Args:
-            h: the token.
-            cache: what came before; the token is added.
-            layer: number of this layer in the cache.
+            h: features of the token.
+            cache: keys and values of earlier tokens; those of this token are added.
+            layer: index of this layer in the cache.
             sharpness: factor on the attention logits of each sample, ``(B, 1, 1, 1)``; None for 1.
         """
         q, k, v = self._heads(h)
@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
 def _attended(
     q: Float[Tensor, "B N t H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
 ) -> Float[Tensor, "B N t H"]:
-    """Causal attention of the last tokens by its definition: PyTorch's fused kernels have no second derivative."""
+    """Causal attention of the last t tokens, by its definition: PyTorch's fused kernels have no second derivative."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

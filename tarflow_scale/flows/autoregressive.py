@@ -1,20 +1,21 @@
 """Masked and inverse autoregressive flows on flattened events, with zuko's masked networks.
 
-A transformation shifts and scales each dimension by a masked network of the dimensions before it,
+A masked network computes the shift and scale of each dimension from the dimensions before it,
 
     v_i = u_i exp(a_i) + b_i,        a_i, b_i = network(u_1 .. u_(i-1)),        log|dv/du| = sum a
 
-with the order of dimensions reversed from one transformation to the next. All ``v`` follow from ``u`` in one pass of
-the network; ``u`` follow from ``v`` one after the other, in D passes.
+and each transformation reverses the order of dimensions of the one before it. One pass of the network computes all
+``v`` from ``u``; the inverse computes one dimension of ``u`` after the other, in D passes.
 
 * MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. It scores in one pass and samples in D.
 * IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it suits
   variational posteriors, which only score their own samples, better than densities of data.
 
-Every dimension keeps its place, so each has its own log-determinant: the sum of its ``a`` over transformations.
+Every dimension of the data corresponds to one dimension of the noise, so each has its own log-determinant: the sum of
+its ``a`` over transformations.
 
-A label enters every network as an input, a row of a learned table; a dropped label is the mean of all rows. There is no
-batch normalisation between transformations. Networks are in fp32 or wider also under autocast.
+Every network also reads a row of a learned table, selected by the label; a dropped label reads the mean of all rows.
+There is no batch normalisation between transformations. Networks compute in fp32 or wider, also under autocast.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -25,84 +26,69 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflow_scale.config.model import MAFConfig
+from tarflow_scale.config.model import IAFConfig, MAFConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.errors import ConfigError, needs_package
 from tarflow_scale.flows.conditions import Condition, GivenCondition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import from_logits, logit_log_dets
-from tarflow_scale.flows.recompute import checkpoint
 
 __all__ = ["Autoregressive"]
 
 
 class Autoregressive(Flow):
-    """A MAF, or an IAF if ``inverse``.
+    """A MAF or an IAF.
 
     Args:
-        event_shape: of images or vectors; at least two dimensions.
-        num_classes: classes, or None for an unconditional model.
-        transforms: how many.
-        hidden_widths: of the hidden layers of each network.
-        label_width: numbers that a label becomes.
-        inverse: whether data are made in one pass from noise (IAF), or noise from data (MAF).
-        logit_alpha: see `Flow`.
+        event_shape: shape of an image or vector of at least two dimensions.
+        num_classes: number of classes; None for an unconditional model.
+        config: the section ``model``.
 
     Raises:
         ConfigError: zuko is not installed.
-        ValueError: an event of one dimension, or hidden layers that are too narrow to read all of them.
+        ValueError: the event has one dimension, or a hidden layer is too narrow to read all dimensions.
     """
 
     capabilities = MAFConfig.CAPABILITIES
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        num_classes: int | None,
-        *,
-        transforms: int = 5,
-        hidden_widths: tuple[int, ...] = (512, 512),
-        label_width: int = 16,
-        inverse: bool = False,
-        logit_alpha: float | None = None,
-    ) -> None:
-        super().__init__(event_shape, num_classes, logit_alpha)
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, config: MAFConfig | IAFConfig) -> None:
+        super().__init__(event_shape, num_classes, config.logit_alpha)
         if self.num_dims < 2:
             raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
         needed = self.num_dims - 1 + bool(num_classes)
-        if min(hidden_widths) < needed:  # with fewer units some inputs would not be read
+        if min(config.hidden_widths) < needed:  # with fewer units the network would not read some inputs
             raise ValueError(
-                f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, a unit for each that "
-                f"is read (got {list(hidden_widths)}); widen them"
+                f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, one unit for each "
+                f"input (got {list(config.hidden_widths)}); widen them"
             )
         try:
             with torch.device("cpu"):
                 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
         except ImportError as error:
-            kind = "iaf" if inverse else "maf"
-            raise ConfigError(needs_package(f"model.kind={kind}", "zuko", "flows")) from error
-        self.inverse_autoregressive = inverse
+            raise ConfigError(needs_package(f"model.kind={config.kind}", "zuko", "flows")) from error
+        self.inverse_autoregressive = config.kind == "iaf"
         orders = (torch.arange(self.num_dims, device="cpu"), torch.arange(self.num_dims, device="cpu").flip(0))
         with torch.device("cpu"):  # masks are computed, and the meta device computes nothing
             self.transforms = nn.ModuleList(
                 MaskedAutoregressiveTransform(
                     self.num_dims,
-                    context=label_width if num_classes else 0,
+                    context=config.label_width if num_classes else 0,
                     order=orders[number % 2],  # pyright: ignore[reportArgumentType]
-                    hidden_features=hidden_widths,
+                    hidden_features=config.hidden_widths,
                 )
-                for number in range(transforms)
+                for number in range(config.transforms)
             )
-        self.class_embedding = None if num_classes is None else nn.Parameter(torch.randn(num_classes, label_width))
+        table = None if num_classes is None else torch.randn(num_classes, config.label_width)
+        self.class_embedding = None if table is None else nn.Parameter(table)
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
+        """Map data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
+        transform = self._undo_all if self.inverse_autoregressive else self._do_all
         with torch.autocast(h.device.type, enabled=False):
-            way = self._undo_all if self.inverse_autoregressive else self._do_all
-            return way(h.flatten(1), self._context(y, len(h)))
+            return transform(h.flatten(1), self._context(y, len(h)))
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`."""
+        """See `Flow.encode_values`."""
         with torch.autocast(h.device.type, enabled=False):
             transforms: list[Any] = list(self.transforms)
             context, values, log_dets = self._context(y, len(h)), h.flatten(1), torch.zeros_like(h).flatten(1)
@@ -116,15 +102,15 @@ class Autoregressive(Flow):
         return values.view(h.shape), log_dets.view(h.shape)
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
-        """Noise to data; there is no guidance."""
+        """Map noise to data, without guidance."""
+        transform = self._do_all if self.inverse_autoregressive else self._undo_all
         with torch.autocast(z.device.type, enabled=False):
-            way = self._do_all if self.inverse_autoregressive else self._undo_all
-            return way(z, self._context(y, len(z)))[0].unflatten(1, self.event_shape)
+            return transform(z, self._context(y, len(z)))[0].unflatten(1, self.event_shape)
 
     def inverse_and_log_det(
         self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """As `Flow.inverse_and_log_det`; an IAF computes both in one pass."""
+        """See `Flow.inverse_and_log_det`; an IAF computes both in one pass."""
         if not self.inverse_autoregressive:
             return super().inverse_and_log_det(z, y)
         with torch.autocast(z.device.type, enabled=False):
@@ -136,24 +122,20 @@ class Autoregressive(Flow):
         return x, log_det
 
     def _do_all(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply all transformations; returns ``v`` and log|dv/du|."""
+        """Apply all transformations; return ``v`` and log|dv/du|."""
         log_det = u.new_zeros(len(u))
         for transform in self.transforms:
-            u, more = self._run(_do, transform, u, context)
+            u, more = self.recomputed(_do, transform, u, context)
             log_det = log_det + more
         return u, log_det
 
     def _undo_all(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Apply all inverses; returns ``u`` and log|du/dv|."""
+        """Apply the inverses of all transformations; return ``u`` and log|du/dv|."""
         log_det = v.new_zeros(len(v))
         for transform in reversed(list(self.transforms)):
-            v, more = self._run(_undo, transform, v, context)
+            v, more = self.recomputed(_undo, transform, v, context)
             log_det = log_det + more
         return v, log_det
-
-    def _run(self, function: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
-        return checkpoint(function, *arguments) if recompute else function(*arguments)
 
     def _context(self, y: Condition, num: int) -> Tensor | None:
         return None if self.class_embedding is None else embed(self.class_embedding, y).expand(num, -1)

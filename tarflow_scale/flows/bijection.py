@@ -1,17 +1,17 @@
-"""The contract every flow keeps: an exact bijection between data and a standard normal.
+"""The contract of every flow: an exact bijection between data and a standard normal.
 
 Shapes: B batch, D = prod(event_shape) dimensions, K classes. Units: nats per sample, summed over dimensions. Images
-live on [-1, 1]; whatever prior a model learns is folded into ``z`` and ``log_det``, so that one temperature and one
-bits/dim formula serve the whole family.
+live on [-1, 1]. A learned prior is part of the map: ``z`` and ``log_det`` include it, so one temperature and one
+bits/dim formula hold for all flows.
 
-A model implements `Bijection.encode` and `Bijection.decode`; what all models share around them is here, and what users
-do with a model is in `tarflow_scale.flows.flow`. ``forward`` and ``inverse`` check shapes only, which costs nothing.
+A model implements `Bijection.encode` and `Bijection.decode`. This module has the code around them that all models
+share; `tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but no values.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -30,12 +30,13 @@ from tarflow_scale.flows.conditions import (
 from tarflow_scale.flows.dequantization import Dequantizer
 from tarflow_scale.flows.inputs import check_shape
 from tarflow_scale.flows.logits import from_logits, to_logits
+from tarflow_scale.flows.recompute import checkpoint
 from tarflow_scale.records import LatentFacts, PixelFormat
 
 __all__ = ["Bijection", "Decode"]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
-"""What `Flow.decode` does: latents, labels, and guidance that has an effect or None, to data."""
+"""A function like `Bijection.decode`: latents, labels, and guidance (None if it has no effect), to data."""
 
 
 class Rendering(Protocol):
@@ -51,13 +52,12 @@ class Rendering(Protocol):
 class Bijection(nn.Module, ABC):
     """A normalizing flow ``x <-> z`` with exact log-determinant.
 
-    A model implements `encode` and `decode`; what all models share around them is here. Its configuration declares its
-    ``capabilities``.
+    A model implements `encode` and `decode`; its configuration declares its ``capabilities``.
 
     Args:
         event_shape: shape of one sample, ``(C, H, W)`` for images.
-        num_classes: number of classes the flow is conditioned on; None for an unconditional flow.
-        logit_alpha: the data passes `to_logits` first; None leaves it on [-1, 1].
+        num_classes: number of classes that the flow is conditioned on; None for an unconditional flow.
+        logit_alpha: parameter of `to_logits`, which transforms the data first; None leaves the data on [-1, 1].
     """
 
     capabilities = Capabilities()
@@ -68,24 +68,24 @@ class Bijection(nn.Module, ABC):
         self.event_shape = event_shape
         self.num_classes = num_classes
         self.num_conditions: int | None = None
-        """Numbers that the flow is conditioned on in place of a label; `build` sets it."""
+        """How many numbers the flow is conditioned on in place of a label, or None; `build` sets it."""
         self.num_dims = math.prod(event_shape)
         self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
-        """The configuration the flow was built from; saved with the weights."""
+        """The configuration that the flow was built from; it is saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """Returns the function that `sample` uses in place of `decode`, which reports its progress in samples;
-        `tarflow_scale.load` sets it to the fast decoder of a model."""
+        """Takes a callback for progress, counted in samples, and returns the function that `sample` uses in place of
+        `decode`. `tarflow_scale.load` sets it to the fast decoder of a model."""
         self.pixels: PixelFormat | None = None
-        """How the training images were quantised and noised; needed to turn samples back into pixels."""
+        """Bit depth and noise of the training images; needed to convert samples to pixels. None if unknown."""
         self.dequantizer: Dequantizer | None = None
-        """Maps uniform noise of images to learned noise in the same bins; `build` sets it. None keeps it."""
+        """Maps uniform noise of images to learned noise in the same bins; `build` sets it. None keeps uniform noise."""
         self.latents: LatentFacts | None = None
         """The latents of an autoencoder that are the events; None for pixels and vectors."""
         self.renderer: Rendering | None = None
         """Turns events that are latents into images; `tarflow_scale.load` sets it."""
         self.class_names: tuple[str, ...] = ()
-        """Names of the classes, by which labels may be given; `tarflow_scale.load` sets them from the registry."""
+        """Names of the classes, which may be used as labels; `tarflow_scale.load` reads them from the registry."""
 
     def forward(
         self,
@@ -97,12 +97,11 @@ class Bijection(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Map data ``x (B, *event)`` to ``z (B, D)`` and ``log_det (B,)`` = log|det dz/dx| in nats.
 
-        With ``dequantize``, ``x`` are images under uniform noise, which passes the flow's `dequantizer` first if it has
-        one: both are then those of the dequantized images, and ``log_det`` is less by log q of their noise. ``twice``
-        selects `encode_twice`.
+        With ``dequantize``, ``x`` are images with uniform noise. The flow's `dequantizer`, if it has one, transforms
+        that noise first, and log q of the new noise is subtracted from ``log_det``. ``twice`` selects `encode_twice`.
 
         Raises:
-            ValueError: data or labels of another shape, or images to dequantize whose depth is not known.
+            ValueError: the data or labels have another shape, or the bit depth of images to dequantize is unknown.
         """
         self.check_shape(x)
         labels = self._labels(y, len(x), x.device)
@@ -128,8 +127,8 @@ class Bijection(nn.Module, ABC):
     def _bit_depth(self) -> int:
         if self.pixels is None:
             raise ValueError(
-                "dequantization needs the depth of the images (got a flow without a pixel format); train or load it "
-                "through the pipeline"
+                "dequantization needs the bit depth of the images (got a flow without a pixel format); train or load "
+                "the flow through the pipeline"
             )
         return self.pixels.bit_depth
 
@@ -140,16 +139,18 @@ class Bijection(nn.Module, ABC):
         guidance: Guidance | None = None,
         decode: Decode | None = None,
     ) -> Float[Tensor, "B ..."]:
-        """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is None or its scale 0.
+        """Map ``z (B, D)`` back to ``x (B, *event)``; exact when ``guidance`` is None or its scale is 0.
 
-        ``decode`` takes the place of `decode`; `tarflow_scale.sampling` has faster ones.
+        The argument ``decode`` replaces the method `decode`, for example by a faster one of `tarflow_scale.sampling`.
 
         Raises:
-            ValueError: latents or labels of another shape, or guidance that cannot have an effect.
+            ValueError: the latents or labels have another shape, or guidance cannot have an effect.
         """
         if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
             got = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
-            raise ValueError(f"latents must have shape (batch, {self.num_dims}) (got {got}); pass one for each value")
+            raise ValueError(
+                f"latents must have shape (batch, {self.num_dims}) (got {got}); pass one number per value of an event"
+            )
         labels = self._labels(y, len(z), z.device)
         check_count(labels, len(z), self.num_conditions)
         h = (decode or self.decode)(z, labels, guidance if self.is_guided(labels, guidance) else None)
@@ -158,49 +159,50 @@ class Bijection(nn.Module, ABC):
     def inverse_and_log_det(
         self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """`inverse`, and log|det dx/dz| ``(B,)`` in nats; models that compute both in one pass override this."""
+        """`inverse` and its log|det dx/dz| ``(B,)`` in nats. A model that computes both in one pass overrides this."""
         x = self.inverse(z, y)
         return x, -self(x, y)[1]
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures of the latest `forward` for the training log; most flows have none."""
+        """Numbers about the latest `forward`, by name, for the training log; empty for most flows."""
         return {}
 
     @property
     def activations(self) -> Activations:
-        """How the backward pass gets its activations; changes memory and time, never a result.
+        """How the backward pass gets its activations. It changes memory and time, but no result.
 
-        Setting it raises ValueError where the model does not support it. Under torch.func activations are always kept.
+        Setting an unsupported value raises ValueError. Under torch.func, activations are always kept.
         """
         return "keep" if is_transformed() else self._activations
 
     @activations.setter
     def activations(self, how: Activations) -> None:
-        self.check_activations(how)
-        self._activations = how
-
-    def check_activations(self, how: Activations) -> None:
-        """Raise ValueError where the model does not support this choice."""
         if how not in self.capabilities.activations:
             choices = ", ".join(self.capabilities.activations)
             raise ValueError(f"activations of {type(self).__name__} must be one of {choices} (got {how}); choose one")
+        self._activations = how
+
+    def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``; if activations are checkpointed, the backward pass computes them again."""
+        recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
+        return checkpoint(function, *arguments) if recompute else function(*arguments)
 
     @abstractmethod
     def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """The model itself: ``h (B, *event)`` to ``z (B, D)`` and log-determinant ``(B,)``."""
+        """The map of the model: ``h (B, *event)`` to ``z (B, D)`` and the log-determinant ``(B,)``."""
 
     def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """`encode` with operations that all have second derivatives and forward-mode derivatives."""
+        """`encode` by operations that all have second derivatives and forward-mode derivatives."""
         return self.encode(h, y)
 
     @abstractmethod
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
-        """Inverse of `encode`; ``guidance`` is None or has an effect."""
+        """Inverse of `encode`; ``guidance`` is None unless it has an effect."""
 
     def initialize(self, x: Tensor, y: Condition = None) -> None:
-        """Data-dependent initialisation of a fresh flow; all ranks must call, each with its part of one batch.
+        """Initialise a new flow from data. All ranks must call this, each with its part of one batch.
 
-        Flows that need none do nothing.
+        Flows without data-dependent initialisation do nothing.
         """
 
     @property
@@ -209,27 +211,27 @@ class Bijection(nn.Module, ABC):
         return True
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `encode`, latents and log-determinants in the shape of ``h``; for models that mix no values.
+        """`encode` with latents and log-determinants in the shape of ``h``, for models that do not mix values.
 
         Raises:
-            ValueError: this model mixes them.
+            ValueError: this model mixes values.
         """
         del h, y
         raise ValueError(f"{type(self).__name__} mixes values, so they have no latents of their own; use another model")
 
     def check_shape(self, x: Tensor) -> None:
-        """Raise ValueError when images have another shape than this flow's."""
+        """Raise ValueError if ``x`` does not have the shape of this flow's events."""
         check_shape(x, self.event_shape)
 
     def check_labels(self, y: Condition, batch_size: int) -> None:
-        """Raise ValueError when labels or conditions do not fit this flow (host-side, for the edges of the API)."""
+        """Raise ValueError if labels or conditions do not fit this flow. Reading their values waits for the device."""
         check_condition(y, batch_size, self.num_classes, self.num_conditions)
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """Whether sampling needs a second, weak prediction.
+        """Whether sampling needs a second prediction, without the label or with weaker attention.
 
         Raises:
-            ValueError: guidance that cannot have an effect, because there is no label to drop.
+            ValueError: guidance cannot have an effect on this flow, or needs labels.
         """
         if guidance is None or guidance.scale == 0:
             return False

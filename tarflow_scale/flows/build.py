@@ -1,21 +1,12 @@
-"""Builds a flow from its configuration, and lists its networks, which optimizers and compilers treat separately."""
+"""Build a flow from its configuration, and list its networks, which optimizers and compilers treat separately."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 from torch import Tensor, nn
 
-from tarflow_scale.config.model import (
-    ContinuousConfig,
-    GlowConfig,
-    IAFConfig,
-    MAFConfig,
-    ModelConfig,
-    NICEConfig,
-    RealNVPConfig,
-    TarFlowConfig,
-)
+from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows.attention import TransformerLayer
 from tarflow_scale.flows.autoregressive import Autoregressive
@@ -31,6 +22,18 @@ from tarflow_scale.flows.vector_realnvp import ResidualLayers, VectorRealNVP
 
 __all__ = ["build"]
 
+_FLOWS: dict[str, Callable[..., Flow]] = {
+    "tarflow": TarFlow,
+    "glow": Glow,
+    "nice": NICE,
+    "realnvp": RealNVP,
+    "vector_realnvp": VectorRealNVP,
+    "maf": Autoregressive,
+    "iaf": Autoregressive,
+    "continuous": Continuous,
+}
+"""The class of each ``model.kind``; RealNVP has a class of its own for vectors."""
+
 
 def build(
     config: ModelConfig,
@@ -38,16 +41,16 @@ def build(
     num_classes: int | None = None,
     num_conditions: int | None = None,
 ) -> Flow:
-    """Build the flow that ``config`` describes, freshly initialised from torch's global generator.
+    """Build the flow that ``config`` describes; torch's global generator initialises its weights.
 
     Args:
         config: the section ``model``.
         event_shape: ``(C, H, W)`` of images, or ``(D,)`` of vectors.
-        num_classes: classes of the data set, or None.
-        num_conditions: numbers that condition a sample of the data set in place of a label, or None.
+        num_classes: number of classes of the data set, or None.
+        num_conditions: how many numbers condition a sample of the data set in place of a label, or None.
 
     Raises:
-        ConfigError: when the model does not fit the data.
+        ConfigError: the model does not fit the data.
     """
     event_shape = _checked_shape(event_shape)
     for noun, number in (("num_classes", num_classes), ("num_conditions", num_conditions)):
@@ -61,39 +64,22 @@ def build(
     rows = num_classes or num_conditions
     if config.class_conditional and not rows:
         raise ConfigError(
-            "model.class_conditional needs a data set with classes, or vectors given with numbers (got none); set it "
-            "to false"
+            "model.class_conditional needs a data set with classes, or vectors with condition values (got neither); "
+            "set it to false"
         )
     image = event_shape if len(event_shape) == 3 else None
     if image is None and not config.capabilities.vectors:
         raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
     if image is None and config.dequantization is not None:
         raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")
-    settings = config.model_dump(exclude={"kind", "class_conditional", "dequantization"})
-    classes = rows if config.class_conditional else None  # rows of the tables that conditions select
+    classes = rows if config.class_conditional else None  # number of rows of the tables that conditions select
+    kind = "vector_realnvp" if image is None and config.kind == "realnvp" else config.kind
     try:
-        match config:
-            case TarFlowConfig():
-                assert image is not None
-                flow = TarFlow(image, classes, **settings)
-            case GlowConfig():
-                assert image is not None
-                flow = Glow(image, classes, **settings)
-            case NICEConfig():
-                flow = NICE(event_shape, classes, **settings)
-            case RealNVPConfig() if image is None:
-                flow = VectorRealNVP(event_shape, classes, **settings)
-            case RealNVPConfig():
-                assert image is not None
-                flow = RealNVP(image, classes, **settings)
-            case MAFConfig() | IAFConfig():
-                flow = Autoregressive(event_shape, classes, inverse=config.kind == "iaf", **settings)
-            case ContinuousConfig():
-                flow = Continuous(event_shape, classes, **settings)
+        flow = _FLOWS[kind](event_shape, classes, config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     flow.config = config
-    if image is not None and config.dequantization is not None:  # last, so that all else starts as without it
+    if image is not None and config.dequantization is not None:  # last, so it does not change the other weights
         flow.dequantizer = Dequantizer(image[0], config.dequantization.couplings, config.dequantization.width)
     if config.class_conditional and num_conditions:
         flow.num_classes, flow.num_conditions = None, num_conditions
@@ -101,7 +87,7 @@ def build(
 
 
 def _checked_shape(event_shape: Sequence[int]) -> tuple[int, ...]:
-    """A tuple of ints, so that it can be compared with shapes of tensors."""
+    """The shape as a tuple of ints, which can be compared with shapes of tensors."""
     try:
         shape = tuple(operator.index(size) for size in event_shape)
     except TypeError:
@@ -116,23 +102,22 @@ Network = TransformerLayer | CouplingNetwork | ResidualNetwork | ResidualLayers 
 
 def networks(module: nn.Module) -> list[Network]:
     """The networks that compute the parameters of a flow's maps. They take most of the time of a training step."""
-    return [one for one in module.modules() if isinstance(one, Network)]
+    return [network for network in module.modules() if isinstance(network, Network)]
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
     """Weights of the linear maps inside the networks, except the output layers."""
-    own = (ShiftNetwork, ResidualLayers)
-    last = (one.out if isinstance(one, own) else getattr(one, "conv_out", None) for one in networks(module))
-    outer = {id(weight) for layer in last if layer is not None for weight in layer.parameters()}
+    ends = [getattr(network, name, None) for network in networks(module) for name in ("out", "conv_out")]
+    outer = {id(weight) for layer in ends if layer is not None for weight in layer.parameters()}
     return [
         weight
-        for one in networks(module)
-        for name, weight in one.named_parameters()
+        for network in networks(module)
+        for name, weight in network.named_parameters()
         if weight.ndim in (2, 4) and id(weight) not in outer and name != "class_embedding"
     ]
 
 
 def compile_networks(module: nn.Module) -> None:
-    """Compile each network in place; names of parameters stay, and the code around the networks is not compiled."""
-    for one in networks(module):
-        one.compile(dynamic=False)
+    """Compile each network in place. Names of parameters do not change; code around the networks is not compiled."""
+    for network in networks(module):
+        network.compile(dynamic=False)

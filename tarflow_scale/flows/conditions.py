@@ -1,7 +1,7 @@
-"""What a flow is conditioned on: a label or a vector of numbers, how it becomes features, and how it is checked.
+"""The condition of a flow, a label or a vector of numbers: its checks and its embedding.
 
-A label selects a row of a learned table. A vector of K numbers selects the sum of K rows, weighted by the numbers; a
-label is a one-hot vector.
+A label selects a row of a learned table. A vector of K numbers selects the sum of K rows, weighted by the numbers; so a
+label is equivalent to a one-hot vector.
 """
 
 import difflib
@@ -27,20 +27,20 @@ __all__ = [
 ]
 
 Condition = Tensor | None
-"""Labels ``(B,)`` int64 in [0, num_classes), -1 where the label is dropped, or None, which drops all of them; floats
-``(B, K)`` for a flow that is conditioned on vectors."""
+"""Labels ``(B,)`` int64 in [0, num_classes), where -1 is a dropped label and None drops all labels. For a flow that is
+conditioned on vectors: floats ``(B, K)``."""
 GivenCondition = Condition | np.ndarray | int | str | Sequence[int | str]
-"""What a user may write for a `Condition`: also one class for all samples, by number or name, a list of classes, or an
-array of either."""
+"""A `Condition` as a user may give it: also one class for all samples, by number or name; a list or an array of
+classes."""
 
 _SHOWN_CLASSES = 10
 _ALIKE = 0.6
-"""How similar a name must be to be suggested."""
+"""Least similarity of a class name that an error message suggests."""
 
 
 def is_transformed() -> bool:
     """Whether `torch.vmap`, another transformation of torch.func or forward-mode differentiation runs this code."""
-    if torch.compiler.is_compiling():  # which cannot look at the state of torch.func
+    if torch.compiler.is_compiling():  # compiled code cannot read the state of torch.func
         return False
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0  # pyright: ignore
 
@@ -51,15 +51,15 @@ def hides_values() -> bool:
 
 
 def class_number(name: str, class_names: Sequence[str]) -> int:
-    """Label of a class.
+    """The label of the class with this name.
 
     Raises:
-        ValueError: no class has this name; the message suggests a similar one.
+        ValueError: no class has this name; the message suggests a similar name.
     """
     if name in class_names:
         return class_names.index(name)
     if not class_names:
-        raise ValueError(f"must be numbers where no names of classes are known (got {name}); a registry knows them")
+        raise ValueError(f"must be numbers if the names of classes are not known (got {name}); a registry stores them")
     alike = difflib.get_close_matches(name, class_names, 1, _ALIKE)
     meant = f", did you mean {alike[0]}?" if alike else ""
     there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")
@@ -67,10 +67,12 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """The condition of ``num`` samples from what a user wrote; integers become int64, as narrow ones index as masks.
+    """Convert what a user gave to the condition of ``num`` samples.
+
+    Integers become int64, because torch reads an index of narrower integers as a mask.
 
     Raises:
-        ValueError: anything but classes.
+        ValueError: it contains something other than classes.
     """
     if isinstance(y, np.ndarray):
         y = torch.as_tensor(y) if y.dtype.kind in "biuf" else y.tolist()
@@ -80,13 +82,13 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
         return y.to(device) if y.is_floating_point() else y.to(device, torch.int64)
     classes = [y] if isinstance(y, str | Integral) else y
     if isinstance(classes, bytes) or not (
-        isinstance(classes, Sequence) and all(isinstance(one, str | Integral) for one in classes)
+        isinstance(classes, Sequence) and all(isinstance(label, str | Integral) for label in classes)
     ):
         raise ValueError(
-            f"labels must be a tensor, a number or name of a class for all, or a list of them (got {y!r}); correct them"
+            f"labels must be a tensor, one class by number or name, or a list of classes (got {y!r}); correct them"
         )
     try:
-        numbers = [class_number(one, class_names) if isinstance(one, str) else int(one) for one in classes]
+        numbers = [class_number(label, class_names) if isinstance(label, str) else int(label) for label in classes]
     except ValueError as error:
         raise ValueError(f"labels {error}") from error
     labels = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -94,12 +96,12 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
 
 
 def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]:
-    """Rows of ``table`` by label, the mean of all rows where the label is dropped; one row if ``y`` is None.
+    """The row of ``table`` for each label, or the mean of all rows for a dropped label; a single row if ``y`` is None.
 
-    For conditions ``(B, K)``: weighted sums of the rows.
+    Conditions ``(B, K)`` give weighted sums of the rows.
     """
     if y is not None and y.ndim == 2:
-        with torch.autocast(table.device.type, enabled=False):  # bf16 would round all recent years to one number
+        with torch.autocast(table.device.type, enabled=False):  # bf16 would round all recent years to the same number
             return y.to(table.dtype) @ table
     dropped = table.mean(dim=0, keepdim=True)
     if y is None:
@@ -108,7 +110,7 @@ def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]
 
 
 def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> None:
-    """Raise ValueError unless there is one label, or one vector, per sample; costs nothing.
+    """Raise ValueError unless there is one label or one vector for each sample; it reads no values.
 
     Vectors cannot be dropped, because no value is defined to replace them.
     """
@@ -121,7 +123,7 @@ def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> No
 
 
 def check_condition(y: Condition, batch_size: int, num_classes: int | None, num_conditions: int | None) -> None:
-    """Raise ValueError when labels or conditions do not fit a flow; looks at their values."""
+    """Raise ValueError if labels or conditions do not fit a flow; it reads their values."""
     if num_conditions is not None:
         check_count(y, batch_size, num_conditions)
         assert y is not None

@@ -1,33 +1,35 @@
 """Continuous flow: data becomes noise along an ordinary differential equation.
 
 Grathwohl et al., "FFJORD: Free-form continuous dynamics for scalable reversible generative models", arXiv 1810.01367.
-A network gives the velocity; the log-determinant is the integral of its divergence,
+A network computes the velocity; the log-determinant is the integral of the divergence of the velocity,
 
     dh/dt = f(t, h),   h(0) = data, h(1) = z,        log|det dz/dx| = integral of tr(df/dh) dt
 
 In evaluation the trace is exact up to ``exact_trace_dims`` dimensions. It is computed by forward-mode products with the
 Jacobian, one for each dimension of a vector, many at once. In an image, places that no layer connects share a product
 (grouped as in Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974), so that L convolutions
-need (L + 1)^2 C products for an image of any size. Each value then has its own log-determinant, the integral of its
-entry on the diagonal of the Jacobian, which `Flow.nats_of_values` uses. Otherwise the trace is Hutchinson's estimate
-e^T (df/dh) e with a probe e of random signs, drawn once for a whole solve, so that the solver sees a smooth function.
-In training the probe comes from torch's generator, which the loop seeds from (seed, images seen, rank); in evaluation
-from a generator seeded by the values of the sample, so that a number does not depend on the batch and errors of
-different images are independent. The estimate is unbiased for log p, and so is a mean over images. Its exponential is
-biased, so importance-weighted figures and sums over labels are no bounds where the trace is estimated.
+need (L + 1)^2 C products for an image of any size. Then each value has its own log-determinant, the integral of its
+entry on the diagonal of the Jacobian, which `Flow.nats_of_values` uses.
 
-Solvers and the adjoint are torchdiffeq's. A few fixed steps are cheap to train with, but the same number of steps back
-does not invert them, and their density does not integrate to one. So likelihoods and samples in evaluation always come
-from an adaptive solver: ``dopri5`` where training uses fixed steps. It chooses one step size for a whole batch from the
+In higher dimensions, and in training, the trace is Hutchinson's estimate e^T (df/dh) e with a probe e of random signs.
+The probe is drawn once for a whole solve, so that the solver integrates a smooth function. In training it comes from
+torch's generator, which the loop seeds from (seed, images seen, rank). In evaluation it comes from a generator seeded
+by the values of the sample, so that a result does not depend on the batch and errors of different images are
+independent. The estimate of log p is unbiased, and so is a mean over images. Its exponential is biased, so
+importance-weighted numbers and sums over labels are not bounds if the trace is estimated.
+
+Solvers and the adjoint are torchdiffeq's. Training with a few fixed steps is cheap, but the same number of steps back
+does not invert them, and their density does not integrate to one. So evaluation always uses an adaptive solver for
+likelihoods and samples: ``dopri5`` if training uses fixed steps. It chooses one step size for a whole batch from the
 mean error, so a sample depends on the rest of its batch within ``tolerance``. Its first step is the whole interval,
-which smooth dynamics accept, and its last step ends where the integral does; torchdiffeq by itself would step past the
-end and interpolate back, without an error estimate.
+which it accepts for smooth dynamics. Its last step ends exactly at the end of the interval; by default torchdiffeq
+would step past the end and interpolate back, without an error estimate.
 
-Accuracy at the tolerance of 1e-5, against a solver of 1e-12 and in 4 to 64 dimensions: seven evaluations give log
-densities within 1e-5 nats, inverses within 2e-6 and gradients within 3e-6 of the largest; fp32 adds 5e-5 nats. Errors
-grow where dynamics stretch: with weights twice as large (25 evaluations) 1e-3 of 64 nats; inverses 3e-4.
-Every layer of the dynamics is scaled and shifted by time (FFJORD's "concatsquash"), the last starts at zero, and a
-label is added to the first.
+Accuracy at a tolerance of 1e-5, compared with 1e-12, in 4 to 64 dimensions: a solve takes seven evaluations; errors of
+log densities are below 1e-5 nats, of inverses below 2e-6, of gradients below 3e-6 of the largest; fp32 adds 5e-5 nats.
+Errors grow with the weights: twice as large weights take 25 evaluations, and errors are 1e-3 of 64 nats and 3e-4 in
+inverses. Every layer of the dynamics is scaled and shifted by functions of time (FFJORD's "concatsquash"), the last
+layer starts at zero, and the label's embedding is added to the output of the first layer.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -53,19 +55,19 @@ __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Hidden values of all products that are computed together: what fits in a core's cache, and in memory."""
+"""Number of hidden values of products that are computed together; they fit in a core's cache, or in GPU memory."""
 _STALLED = 24
-"""So many evaluations in a row at the same time, to rounding, mean that a solver is stuck; a step has at most seven."""
+"""Number of successive evaluations at about the same time that mean that a solver is stuck; a step has at most 7."""
 
 
 class Dynamics(nn.Module):
-    """Velocity of every sample at a time: 3x3 convolutions on images, linear layers on vectors.
+    """The network of the velocity at a point and time: 3x3 convolutions for images, linear layers for vectors.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(D,)``.
-        width: of the hidden layers.
-        hidden_layers: how many.
-        num_classes: classes, or None.
+        width: channels or width of the hidden layers.
+        hidden_layers: number of hidden layers.
+        num_classes: number of classes, or None.
     """
 
     def __init__(self, event_shape: tuple[int, ...], width: int, hidden_layers: int, num_classes: int | None) -> None:
@@ -83,16 +85,16 @@ class Dynamics(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor, h: Float[Tensor, "B ..."], y: Condition) -> Float[Tensor, "B ..."]:
-        """dh/dt."""
+        """The velocity dh/dt."""
         return self._through(t, h, y, [])
 
     def with_diagonal(
         self, t: Tensor, h: Float[Tensor, "B ..."], y: Condition
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
-        """dh/dt, and the diagonal of its Jacobian."""
+        """The velocity dh/dt, and the diagonal of its Jacobian."""
         hidden: list[Tensor] = []
         velocity = self._through(t, h, y, hidden)
-        slopes = [torch.sigmoid(one) for one in hidden]
+        slopes = [torch.sigmoid(before) for before in hidden]
         gates: list[Tensor] = [torch.sigmoid(gate(t.reshape(1, 1).to(h.dtype)))[0] for gate in self.gates]
         matrices: list[Any] = [layer.weight for layer in self.layers]
         weights = [
@@ -101,7 +103,7 @@ class Dynamics(nn.Module):
         return velocity, self._diagonal(weights, slopes)
 
     def _through(self, t: Tensor, h: Tensor, y: Condition, hidden: list[Tensor]) -> Tensor:
-        """dh/dt; the input of every nonlinearity is appended to ``hidden``."""
+        """The velocity dh/dt; appends the input of every nonlinearity to ``hidden``."""
         time = t.reshape(1, 1).to(h.dtype)
         for number, (layer, gate, shift) in enumerate(zip(self.layers, self.gates, self.shifts, strict=True)):
             if number:
@@ -113,28 +115,28 @@ class Dynamics(nn.Module):
         return h
 
     def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
-        """Diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1, with the slopes S of every sample.
+        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1 for the slopes S of every sample.
 
-        The first and last layer are the same for all samples: probes are pushed forward from the first layer and
-        multiplied with the last layer's weights at the same places.
+        The weights of the first and last layer are the same for all samples. So their products with the probes are
+        computed once: forward through the first layer, and backward through the last.
         """
         probes = self._probes(slopes[0])
         columns, rows = self._linear(probes, weights[0]), self._transposed(probes, weights[-1])
         together = max(1, _TANGENTS.get(probes.device.type, 2**19) // max(1, slopes[0].numel()))
         diagonal = torch.zeros((), dtype=probes.dtype, device=probes.device)
         for low in range(0, len(probes), together):
-            some = slice(low, low + together)
-            tangents = columns[some, None] * slopes[0]
+            part = slice(low, low + together)
+            tangents = columns[part, None] * slopes[0]
             for weight, slope in zip(weights[1:-1], slopes[1:], strict=True):
                 tangents = self._linear(tangents.flatten(0, 1), weight).unflatten(0, tangents.shape[:2]) * slope
-            met = (tangents * rows[some, None]).sum(dim=2)
-            if self._expanded:  # places of a probe are at least three apart, so its products do not overlap
-                met = 9 * F.avg_pool2d(met, 3, stride=1, padding=1)
-            diagonal = diagonal + (met.unsqueeze(2) * probes[some, None]).sum(dim=0)
+            products = (tangents * rows[part, None]).sum(dim=2)
+            if self._expanded:  # places of a probe are at least three apart, so their products do not overlap
+                products = 9 * F.avg_pool2d(products, 3, stride=1, padding=1)
+            diagonal = diagonal + (products.unsqueeze(2) * probes[part, None]).sum(dim=0)
         return diagonal
 
     def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
-        """Probes of zeros and ones; every value is in one probe, and no two values of a probe depend on each other."""
+        """Probes of zeros and ones: each value is 1 in one probe; values that are 1 together are independent."""
         if not self._expanded:
             return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
         apart = len(self.layers) + 1
@@ -157,15 +159,8 @@ class Continuous(Flow):
 
     Args:
         event_shape: ``(C, H, W)`` or ``(D,)``.
-        num_classes: classes, or None for an unconditional model.
-        width, hidden_layers: of the dynamics.
-        solver: its method; methods of fixed steps are used in training only.
-        tolerance: relative and absolute, of an adaptive solver.
-        num_steps: of a solver of fixed ones.
-        gradients: by the adjoint equation or directly.
-        exact_trace_dims: largest number of dimensions whose trace is exact in evaluation.
-        max_evaluations: of the dynamics in a solve.
-        logit_alpha: see `Flow`.
+        num_classes: number of classes; None for an unconditional model.
+        config: the section ``model``.
 
     Raises:
         ConfigError: torchdiffeq is not installed.
@@ -173,63 +168,49 @@ class Continuous(Flow):
 
     capabilities = ContinuousConfig.CAPABILITIES
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        num_classes: int | None,
-        *,
-        width: int = 64,
-        hidden_layers: int = 3,
-        solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5",
-        tolerance: float = 1e-5,
-        num_steps: int = 20,
-        gradients: Literal["adjoint", "direct"] = "adjoint",
-        exact_trace_dims: int = 64,
-        max_evaluations: int = 2000,
-        logit_alpha: float | None = None,
-    ) -> None:
-        super().__init__(event_shape, num_classes, logit_alpha)
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, config: ContinuousConfig) -> None:
+        super().__init__(event_shape, num_classes, config.logit_alpha)
         try:
-            with torch.device("cpu"):  # flows are loaded on the meta device, which would lose these tables
+            with torch.device("cpu"):  # on the meta device, where flows are loaded, its tables would be empty
                 import torchdiffeq
         except ImportError as error:
             raise ConfigError(needs_package("model.kind=continuous", "torchdiffeq", "flows")) from error
-        self.dynamics = Dynamics(event_shape, width, hidden_layers, num_classes)
-        self.tolerance = tolerance
-        self.exact_trace_dims = exact_trace_dims
-        self.gradients: Literal["adjoint", "direct"] = gradients
-        """How the backward pass is solved; may be set. Second derivatives need ``direct``."""
+        self.dynamics = Dynamics(event_shape, config.width, config.hidden_layers, num_classes)
+        self.tolerance = config.tolerance
+        self.exact_trace_dims = config.exact_trace_dims
+        self.gradients: Literal["adjoint", "direct"] = config.gradients
+        """Method of the backward pass; may be changed. Second derivatives need ``direct``."""
         self._solvers: dict[str, Any] = {"adjoint": torchdiffeq.odeint_adjoint, "direct": torchdiffeq.odeint}
-        self._method = solver
-        self._step_size = 1 / num_steps
-        self.max_evaluations = max_evaluations
+        self._method = config.solver
+        self._step_size = 1 / config.num_steps
+        self.max_evaluations = config.max_evaluations
         self._evaluations = {"forward": 0, "backward": 0}
 
     def diagnostics(self) -> dict[str, float]:
-        """Evaluations of the dynamics in the latest `encode`, and in its adjoint once that is solved."""
-        return {f"{way}_evaluations": float(number) for way, number in self._evaluations.items()}
+        """Number of evaluations of the dynamics in the latest solve, and in its adjoint solve once that has run."""
+        return {f"{direction}_evaluations": float(number) for direction, number in self._evaluations.items()}
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats.
+        """Map data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats.
 
         Raises:
             NumericsError: the solver is stuck, or needs too many evaluations.
-            ValueError: weights of half precision, or a transformation of torch.func.
+            ValueError: the weights have half precision, or a transformation of torch.func is active.
         """
         with torch.autocast(h.device.type, enabled=False):
             z, log_det = self._solved(self._field(h, y), (h, h.new_zeros(len(h))), (0.0, 1.0))
         return z.flatten(1), log_det
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`, with the steps of `encode`.
+        """See `Flow.encode_values`; the solver takes the same steps as in `encode`.
 
         Raises:
             ValueError: the trace is estimated.
         """
         if not self.divides_surprise:
             raise ValueError(
-                f"surprise is divided by an exact trace, of at most model.exact_trace_dims={self.exact_trace_dims} "
-                f"dimensions (got {self.num_dims}); raise it"
+                f"surprise needs an exact trace, which is limited to model.exact_trace_dims={self.exact_trace_dims} "
+                f"dimensions (got {self.num_dims}); raise exact_trace_dims"
             )
 
         def rates(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
@@ -243,21 +224,17 @@ class Continuous(Flow):
 
     @property
     def divides_surprise(self) -> bool:
-        """As `Flow.divides_surprise`: true where the trace is exact."""
+        """See `Flow.divides_surprise`: true if the trace is exact."""
         return self.num_dims <= self.exact_trace_dims
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
-        """Noise to data; there is no guidance.
-
-        Raises:
-            NumericsError: as `encode`.
-        """
+        """Map noise to data, without guidance; raises NumericsError like `encode`."""
         with torch.autocast(z.device.type, enabled=False):
             field = _Field(self, lambda t, at: (self.dynamics(t, at, y),))
             return self._solved(field, (z.unflatten(1, self.event_shape),), (1.0, 0.0))[0]
 
     def _field(self, h: Tensor, y: Condition) -> "_Field":
-        """Velocity and divergence, from ``h`` on."""
+        """The field of velocity and divergence for a solve that starts at ``h``."""
         probe = self._probe(h)
 
         def exact(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
@@ -267,10 +244,10 @@ class Continuous(Flow):
         return _Field(self, exact if probe is None else lambda t, at: _estimated(self.dynamics, t, at, y, probe))
 
     def _probe(self, h: Tensor) -> Tensor | None:
-        """Random signs for each sample; None where the trace is exact."""
+        """Random signs for each sample; None if the trace is exact."""
         if self.training:
             return torch.randint(0, 2, h.shape, device=h.device).to(h.dtype) * 2 - 1
-        if self.num_dims <= self.exact_trace_dims:
+        if self.divides_surprise:
             return None
         return torch.stack([_signs_of(sample) for sample in h.detach().cpu()]).to(h)
 
@@ -290,28 +267,28 @@ class Continuous(Flow):
                 begin = at[:1] if times[0] < times[1] else -at[:1]  # torchdiffeq's internal time always increases
                 options["adjoint_options"] = {"norm": "seminorm", "first_step": 1.0, "step_t": begin}
         try:
-            found = self._solvers[gradients](field, start, at, **options)
-        except AssertionError as error:  # torchdiffeq: the step is too small, or the state not finite
+            paths = self._solvers[gradients](field, start, at, **options)
+        except AssertionError as error:  # from torchdiffeq: the step is too small, or the state is not finite
             raise self.stuck(str(error)) from error
         field.forward_is_over = True
-        ends = tuple(path[-1] for path in found)
+        ends = tuple(path[-1] for path in paths)
         if gradients == "direct" or not torch.is_grad_enabled():
             return ends
         return _FiniteGradients.apply(len(ends), *ends, *self.dynamics.parameters())  # pyright: ignore[reportReturnType]
 
     @staticmethod
-    def stuck(why: str) -> NumericsError:
-        """The error that is raised where the solver fails."""
+    def stuck(reason: str) -> NumericsError:
+        """The error of a solver that fails."""
         return NumericsError(
-            f"the solver of the continuous flow is stuck ({why}); the dynamics have become stiff: raise "
+            f"the solver of the continuous flow is stuck ({reason}); the dynamics have become stiff: raise "
             f"model.tolerance, use model.solver=rk4, or lower optimizer.peak_lr"
         )
 
 
 class _Field:
-    """The right-hand side for one solve: rates of its states, of which the first is ``h``.
+    """The right-hand side of the equation for one solve: rates of the states, of which the first is ``h``.
 
-    It counts its own evaluations, because threads may share a flow.
+    It counts the evaluations itself, because threads may share a flow.
     """
 
     def __init__(self, flow: Continuous, rates: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
@@ -323,25 +300,24 @@ class _Field:
         self._stalled = 0
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        way = "backward" if self.forward_is_over else "forward"
-        self.evaluations[way] += 1
-        if self.evaluations[way] > self._flow.max_evaluations:
+        direction = "backward" if self.forward_is_over else "forward"
+        self.evaluations[direction] += 1
+        if self.evaluations[direction] > self._flow.max_evaluations:
             raise self._flow.stuck(f"more than model.max_evaluations={self._flow.max_evaluations} evaluations")
-        self._watch(float(t.detach()))
-        return self._rates(t, state[0])
-
-    def _watch(self, time: float) -> None:
-        """Raise an error if the solver makes no progress; inside a backward pass nothing else would detect it."""
+        time = float(t.detach())
+        # Nothing else would detect that the solver makes no progress inside a backward pass.
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:
             raise self._flow.stuck(f"steps below 1e-7 at time {time:.6f}")
+        return self._rates(t, state[0])
 
 
 class _FiniteGradients(torch.autograd.Function):
-    """The identity on the results of a solve; its backward pass withholds non-finite gradients from the adjoint.
+    """The identity on the results of a solve; its backward pass stops non-finite gradients.
 
-    The solver cannot start from such a gradient. The parameters get NaN gradients instead, so that the step is skipped.
+    The adjoint solve cannot start from non-finite gradients. It gets zeros instead, and the parameters get NaN, so that
+    training skips the step.
     """
 
     @staticmethod
@@ -351,7 +327,7 @@ class _FiniteGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # with create_graph=True; what the adjoint's solver computes has no derivatives
+        if torch.is_grad_enabled():  # with create_graph=True; the results of the adjoint solve have no derivatives
             raise ValueError(
                 "second derivatives of a continuous flow need the solver's own operations (got model.gradients="
                 "adjoint); set flow.gradients = 'direct'"
@@ -367,13 +343,13 @@ def _check_solvable(h: Tensor) -> None:
         raise ValueError(f"the solver of a continuous flow needs fp32 or fp64 (got {h.dtype}); use flow.float()")
     if is_transformed():
         raise ValueError(
-            "the solver of a continuous flow chooses steps by values, which vmap and torch.func hide (got one of "
-            "them); give it the whole batch, and use torch.autograd for derivatives"
+            "the solver of a continuous flow reads values, which vmap and torch.func hide (got a call inside one of "
+            "them); pass the whole batch, and use torch.autograd for derivatives"
         )
 
 
 def _signs_of(sample: Tensor) -> Tensor:
-    """Random signs that the values of a sample on the CPU decide."""
+    """Random signs from a generator that is seeded by the values of a sample on the CPU."""
     digest = hashlib.sha256(sample.contiguous().numpy().tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randint(0, 2, sample.shape, generator=generator) * 2 - 1
@@ -393,8 +369,8 @@ def _estimated(
 
 
 def _mean_error(states: tuple[Tensor, ...]) -> Tensor:
-    """Norm by which steps are chosen, torchdiffeq's own, of ``h`` and its log-determinant alone.
+    """The norm of errors by which steps are chosen: torchdiffeq's own, of ``h`` and the log-determinant alone.
 
-    What else is integrated beside them so changes no step.
+    So further states, which are integrated beside these two, do not change the steps.
     """
     return torch.stack([state.square().mean().sqrt() for state in states[:2]]).max()

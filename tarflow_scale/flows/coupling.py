@@ -1,8 +1,9 @@
 """Invertible layers on feature maps: activation normalisation, 1x1 convolution, coupling, and the squeeze.
 
-They are Glow's (Kingma and Dhariwal, arXiv 1807.03039, section 3 and table 1). Shapes: B batch, C channels, H W
-pixels. A log-determinant is ``(B,)``, in nats, summed over dimensions. Layers compute in the precision of their
-input, which a flow keeps at fp32 or wider under autocast; only the networks inside couplings run in bf16.
+These are the layers of Glow (Kingma and Dhariwal, arXiv 1807.03039, section 3 and table 1). Layers compute in the
+precision of their input, which is fp32 or wider also under autocast; only the networks inside couplings run in bf16.
+
+Shapes: B batch, C channels, H W pixels. A log-determinant is ``(B,)``, in nats, summed over dimensions.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +35,7 @@ __all__ = [
 
 _STD_FLOOR = 1e-6
 _ZERO_CONV_GAIN = 3.0
-"""Published factor on the log-scale of the last convolution; it has the effect of a higher learning rate."""
+"""Published factor on the log-scale of the last convolution; it acts like a higher learning rate."""
 _SIGMOID_SHIFT = 2.0
 """A zero-initialised affine coupling scales by sigmoid(2) = 0.88, as published."""
 
@@ -54,15 +55,15 @@ def unsqueeze(x: Float[Tensor, "B C4 H2 W2"]) -> Float[Tensor, "B C H W"]:
 class Layer(nn.Module, ABC):
     """An invertible layer.
 
-    Both directions are called through ``__call__``, where ZeRO-3 gathers the parameters of a module.
+    Call both directions through ``__call__``, because ZeRO-3 gathers the parameters of a module there.
     """
 
     def forward(self, x: Tensor, inverse: bool = False) -> Any:
-        """``(y, log_det)``; with ``inverse``, see `inverse`."""
+        """Map ``x`` to ``(y, log_det)``; with ``inverse``, map ``x`` back as `inverse` does."""
         return self._invert(x) if inverse else self._map(x)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """``y`` and the log-determinant of each place; evenly divided, unless the layer has one per place."""
+        """``y`` and the log-determinant of each place, which is an even share unless the layer overrides this."""
         y, log_det = self(x)
         return y, (log_det / (x.shape[2] * x.shape[3]))[:, None, None].expand(len(x), *x.shape[2:])
 
@@ -94,18 +95,18 @@ class Normalization(Layer):
 
     @abstractmethod
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Initialise from ``x``, this rank's part, maybe empty, of one batch."""
+        """Initialise from ``x``, this rank's part of one batch, which may be empty."""
 
 
 class ActNorm(Normalization):
-    """A scale and a shift per channel, ``y = (x + bias) exp(log_scale)``, set from data to mean 0 and deviation 1.
+    """A scale and a shift for each channel: ``y = (x + bias) exp(log_scale)``.
 
-    The statistics of the first batch are summed over all ranks, so that ranks with different numbers of images agree
-    to the bit with each other and to rounding with one process that has all images. Whether it was initialised is a
-    buffer, saved with the weights.
+    Initialisation gives the outputs of the first batch mean 0 and deviation 1. Statistics are summed over all ranks, so
+    all ranks get the same bits, which agree to rounding with those of one process that has all images. A buffer, saved
+    with the weights, records whether the layer was initialised.
 
     Args:
-        channels: C.
+        channels: number of channels C.
     """
 
     initialized: Tensor
@@ -119,7 +120,7 @@ class ActNorm(Normalization):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Initialise scale and shift from ``x``, this rank's part, maybe empty, of one batch."""
+        """Initialise scale and shift from ``x``, this rank's part of one batch, which may be empty."""
         mean, variance = statistics(x, all_reduce_sum)
         self.bias.copy_(-mean)
         self.log_scale.copy_(-torch.log(variance.sqrt() + _STD_FLOOR))
@@ -135,7 +136,7 @@ class ActNorm(Normalization):
         return y * per_channel((-self.log_scale).exp(), y) - per_channel(self.bias, y)
 
     def _check_initialized(self) -> None:
-        """Check the buffer ``initialized``. Once it is true, it is not read again: a read waits for the device."""
+        """Check the buffer ``initialized``, which is not read again once it is true: a read waits for the device."""
         if not self._known_initialized:
             if not bool(self.initialized):
                 raise RuntimeError("ActNorm was never initialised; call initialize() of the flow, or load weights")
@@ -147,14 +148,14 @@ class ActNorm(Normalization):
 
 
 class InvertibleConv(Layer):
-    """A 1x1 convolution, ``y = W x`` at every pixel, that starts as a random rotation (section 3.2).
+    """A 1x1 convolution, ``y = W x`` at every pixel, initialised as a random rotation (section 3.2).
 
     ``dense``: W is the parameter; log|det W| costs O(C^3). ``lu``: W = P L (U + diag(sign exp(log_diagonal))) with
-    fixed P and sign; the determinant is the sum of ``log_diagonal``. Determinants and inverses are fp64.
+    fixed P and sign; log|det W| is the sum of ``log_diagonal``. Determinants and inverses are computed in fp64.
 
     Args:
-        channels: C.
-        kind: the parametrisation.
+        channels: number of channels C.
+        kind: parametrisation of W.
     """
 
     def __init__(self, channels: int, kind: Literal["dense", "lu"]) -> None:
@@ -175,7 +176,7 @@ class InvertibleConv(Layer):
         self.log_diagonal = nn.Parameter(diagonal.abs().log())
 
     def matrix(self) -> Float[Tensor, "C C"]:
-        """W, in the precision of the parameters."""
+        """The matrix W, in the precision of the parameters."""
         if self.kind == "dense":
             return self.weight
         lower, upper = self._triangles()
@@ -204,15 +205,15 @@ class InvertibleConv(Layer):
 
     @staticmethod
     def _apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
-        # A product, not a convolution: cuDNN would compute that in TF32, and the inverse would be 1e-2 off.
+        # A matrix product, because cuDNN computes convolutions in TF32, which would make the inverse wrong by 1e-2.
         return torch.einsum("dc,bchw->bdhw", matrix.to(x.dtype), x)
 
 
 class ZeroConv(nn.Module):
-    """A 3x3 convolution that starts at zero, with a learned scale per output channel.
+    """A 3x3 convolution that starts at zero, with a learned scale for each output channel.
 
     Args:
-        inputs, outputs: channels.
+        inputs, outputs: numbers of channels.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -229,11 +230,11 @@ class ZeroConv(nn.Module):
 
 
 class CouplingNetwork(nn.Module):
-    """3x3, 1x1 and zero-initialised 3x3 convolution, with ActNorm and ReLU between.
+    """A 3x3, a 1x1 and a zero-initialised 3x3 convolution, with ActNorm and ReLU between them.
 
     Args:
-        inputs, outputs: channels.
-        width: channels in between.
+        inputs, outputs: numbers of channels.
+        width: number of channels of the hidden feature maps.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:
@@ -247,24 +248,24 @@ class CouplingNetwork(nn.Module):
             nn.init.normal_(conv.weight, std=0.05)
 
     def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
-        """Raw parameters of the map of the other half of the channels."""
+        """Unbounded shifts and log-scales for the other half of the channels."""
         h = F.relu(self.norm_in(self.conv_in(h))[0])
         h = F.relu(self.norm_mid(self.conv_mid(h))[0])
         return self.conv_out(h)
 
 
 class Coupling(Layer):
-    """The first half of the channels decides how the second half is changed.
+    """A coupling layer: a network of the first half of the channels shifts and scales the second half.
 
-    ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. Where C is odd, the
-    changed half is the larger. The published form has no bound c. Its scale can be arbitrarily small, and
-    dividing by it makes some samples overflow.
+    ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. If C is odd, the
+    second half is the larger. The published form has no bound c: its scale can be arbitrarily small, and dividing by
+    it makes some samples overflow.
 
     Args:
-        channels: C, at least 2.
-        width: of the network.
-        kind: affine or additive.
-        bound: c; None for the published form.
+        channels: number of channels C, at least 2.
+        width: number of channels inside the network.
+        kind: ``affine`` or ``additive``.
+        bound: bound c; None for the published form.
     """
 
     def __init__(
@@ -279,7 +280,7 @@ class Coupling(Layer):
         self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """As `Layer.map_places`, with the log-scales of each place."""
+        """See `Layer.map_places`; each place has its own log-scales."""
         kept, changed = x.split(self.sizes, dim=1)
         shift, log_scale = self._shift_and_log_scale(kept)
         y, _ = _couple(kept, changed, shift, log_scale)
@@ -295,12 +296,12 @@ class Coupling(Layer):
         return torch.cat([kept, _uncouple(changed, shift, log_scale)], dim=1)
 
     def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
-        """Invert ``y`` and map the result forward again with a graph; for `tarflow_scale.flows.recompute`.
+        """Invert ``y``, and map the result forward again with a graph, for `tarflow_scale.flows.recompute`.
 
-        The network has the same input in both directions and runs once.
+        The network has the same input in both directions, so it runs once.
 
         Returns:
-            The input as leaves that require gradients, in parts along the channels; the output; ``log_det``.
+            The two halves of the input as leaves that require gradients; the output; and ``log_det``.
         """
         kept, changed = (part.detach() for part in y.split(self.sizes, dim=1))
         kept.requires_grad_()
@@ -332,5 +333,5 @@ def _uncouple(changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> Tenso
 
 
 def per_channel(values: Float[Tensor, " C"], like: Tensor) -> Float[Tensor, "C 1 1"]:
-    """A value for each channel, shaped to broadcast against feature maps, in the precision of ``like``."""
+    """Values of channels in a shape that broadcasts against feature maps, and in the precision of ``like``."""
     return values.to(like.dtype)[:, None, None]

@@ -1,20 +1,21 @@
-"""Variational dequantization: noise inside the bins of pixels, by a small flow that knows the image.
+"""Variational dequantization: a small flow, conditioned on the image, draws the noise inside the bins of pixels.
 
-Uniform noise makes a density that is flat on every bin, which a smooth model is bad at. Where noise u' in (0, 1) is
+Uniform noise makes a density that is constant on every bin, which a smooth model fits badly. If noise u' in (0, 1) is
 drawn from q(u' | levels) instead, Jensen's inequality bounds the log probability of a discrete image by the mean of
 
     log p(x') - log q(u' | levels),        x' = 2 (level + u') / 2^n - 1
 
-on [-1, 1], up to the D (n - 1) ln 2 that `tarflow_scale.flows.likelihood` knows; both are learned by it (Flow++, Ho et
-al., arXiv 1902.00275, section 3.1). q is a flow of its own, whose base is the uniform noise u of the pipeline,
+on [-1, 1], up to the constant D (n - 1) ln 2, see `tarflow_scale.flows.likelihood`. Training maximises this bound over
+p and q (Flow++, Ho et al., arXiv 1902.00275, section 3.1). q is a second flow, which maps the uniform noise u of the
+pipeline,
 
     u' = sigmoid(f(logit(u); levels)),        log q(u' | levels) = -log|du' / du|
 
-f being affine couplings. The base has density 1 on a bin of width 1, and q counts in these units too. A fresh f is the
-identity, and u' then is u to the last bit.
+where f consists of affine couplings. u has density 1 on a bin of width 1, and q is a density in the same units. A new f
+is the identity, so that u' equals u to the last bit.
 
-Shapes: B batch, C channels, H W pixels, W' channels of a network. Units: nats. What lies between networks is computed
-in the precision of ``x``, fp32 or wider; only the networks run in bf16 under autocast.
+Shapes: B batch, C channels, H W pixels, W' channels of a network. Units: nats. Everything except the
+networks is computed in the precision of ``x``, fp32 or wider; the networks run in bf16 under autocast.
 """
 
 import torch
@@ -31,12 +32,12 @@ _LOG_SCALE_BOUND = 2.0
 class Dequantizer(nn.Module):
     """A flow on the noise of images, conditioned on their levels.
 
-    Both directions of it are never needed: noise is drawn, and its density is that of the draw.
+    Only one direction is needed, because the density q is evaluated only at noise that the flow itself draws.
 
     Args:
-        channels: C.
-        couplings: how many; from one to the next the kept pixels are those that the one before changed.
-        width: channels of each network.
+        channels: number of channels C.
+        couplings: number of couplings; each keeps the pixels that the one before it changed.
+        width: number of channels inside each network.
     """
 
     def __init__(self, channels: int, couplings: int, width: int) -> None:
@@ -46,11 +47,11 @@ class Dequantizer(nn.Module):
     def forward(
         self, x: Float[Tensor, "B C H W"], bit_depth: int
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """Images under uniform noise to images under learned noise, and log q of that noise at every value.
+        """Map images with uniform noise to images with learned noise, and return log q of that noise at every value.
 
         Args:
-            x: on [-1, 1]; each value stays in the bin that it lies in.
-            bit_depth: n.
+            x: images on [-1, 1]; each value stays in its bin.
+            bit_depth: bits n of a pixel.
         """
         width = 2.0 / 2**bit_depth
         levels = torch.floor((x.detach() + 1) / width).clamp(0, 2**bit_depth - 1)
@@ -62,15 +63,15 @@ class Dequantizer(nn.Module):
         for coupling in self.couplings:
             v, log_scale = coupling(v, seen)
             log_scales = log_scales + log_scale
-        # The move of u, not u' itself, is added to x: where nothing moves, nothing is rounded.
+        # Add the change of u instead of u' itself: if u does not change, x is not rounded.
         moved = x + width * (torch.sigmoid(v) - torch.sigmoid(start))
         return _inside(moved, x, levels, width), _log_slope(start) - _log_slope(v) - log_scales
 
 
 class _Coupling(nn.Module):
-    """``v exp(c tanh(raw / c)) + shift`` on every other pixel, both by a network that reads the others and the levels.
+    """A coupling ``v exp(c tanh(raw / c)) + shift`` of every second pixel; a network reads the others and the levels.
 
-    Its last layer starts at zero, so that a fresh coupling is the identity.
+    The last layer of the network starts at zero, so that a new coupling is the identity.
     """
 
     def __init__(self, channels: int, parity: int, width: int) -> None:
@@ -85,36 +86,36 @@ class _Coupling(nn.Module):
     def forward(
         self, v: Float[Tensor, "B C H W"], seen: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """The new ``v``, and its log-scale at every value, 0 where it is kept; ``seen`` are levels on [-1, 1]."""
+        """The new ``v``, and the log-scale of every value, 0 for kept values; ``seen`` are levels on [-1, 1]."""
         kept = self._kept(v)
-        # Noise near an edge has a logit that is far from all others; as noise on [-1, 1] it is one like them.
+        # Noise near the edge of a bin has a very large logit, so the network reads tanh(v / 2) = 2 u - 1 instead.
         h = F.silu(self.conv_in(torch.cat([kept * torch.tanh(v / 2), seen], dim=1)))
         shift, raw = self.conv_out(F.silu(self.conv_mid(h))).to(v.dtype).chunk(2, dim=1)
         log_scale = (1 - kept) * _LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)
         return v * log_scale.exp() + (1 - kept) * shift, log_scale
 
     def _kept(self, v: Tensor) -> Tensor:
-        """A checkerboard ``(H, W)``; computed at every call, because a flow is loaded on the meta device."""
+        """A checkerboard ``(H, W)``, 1 for kept pixels; not a buffer, because flows are loaded on the meta device."""
         rows, columns = (torch.arange(size, device=v.device) for size in v.shape[2:])
         return ((rows[:, None] + columns + self.parity) % 2 == 0).to(v.dtype)
 
 
 def _log_slope(v: Tensor) -> Tensor:
-    """Logarithm of the derivative of the sigmoid."""
+    """Logarithm of the derivative of the sigmoid at ``v``."""
     return -F.softplus(v) - F.softplus(-v)
 
 
 def _resolution(dtype: torch.dtype, bit_depth: int) -> float:
-    """How near noise comes to the edges of a bin: half the distance of floats there, so that logits are finite.
+    """The least distance of noise to the edges of a bin, which keeps logits finite: half the resolution of ``u``.
 
-    Floats on [-1, 1] know u up to 2^(n - 2) epsilon: 2^-17 of a bin of 8 bits. What they round to an edge counts as
-    half of that away from it.
+    Floats on [-1, 1] resolve u to 2^(n - 2) epsilon, which is 2^-17 of a bin of 8 bits. Values that they round to an
+    edge are moved away from it by half of that.
     """
     return max(2.0 ** (bit_depth - 3), 1.0) * torch.finfo(dtype).eps
 
 
 def _inside(moved: Tensor, x: Tensor, levels: Tensor, width: float) -> Tensor:
-    """``moved``, but in the bin of ``x`` also where rounding would take it out."""
+    """``moved``, clamped to the bin of ``x``, which rounding could leave."""
     low = levels * width - 1
-    high = low + (width - 2 * torch.finfo(x.dtype).eps)  # as near to the edge as `(x + 1) / width` can tell from it
+    high = low + (width - 2 * torch.finfo(x.dtype).eps)  # the largest for which `(x + 1) / width` is below the edge
     return torch.clamp(moved, low, torch.maximum(high, x.detach()))

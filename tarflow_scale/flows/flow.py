@@ -1,7 +1,7 @@
-"""What users do with a model: densities, samples and pictures, on top of `tarflow_scale.flows.bijection`.
+"""The methods of a model for users: densities, samples and pictures, on top of `tarflow_scale.flows.bijection`.
 
-``log_prob`` and ``sample`` are the edge of the API and check values (`tarflow_scale.flows.inputs`). Several threads
-may use a flow at once, as long as none of them changes it.
+``log_prob`` and ``sample`` check the values of their arguments (`tarflow_scale.flows.inputs`). Several threads may use
+a flow at the same time if none of them changes it.
 """
 
 from functools import partial
@@ -29,15 +29,15 @@ __all__ = ["Decode", "Flow"]
 
 
 class Flow(Bijection):
-    """A normalizing flow: a `Bijection`, its density and its samples."""
+    """A normalizing flow: a `Bijection` with its density and samples."""
 
     def rsample_and_log_prob(
         self, num: int, y: GivenCondition = None, generator: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """Samples ``(num, *event)`` and their log densities ``(num,)`` in nats, through which gradients pass.
+        """Differentiable samples ``(num, *event)`` and their log densities ``(num,)`` in nats.
 
         Raises:
-            ValueError: labels that do not fit this flow.
+            ValueError: the labels do not fit this flow.
         """
         check_draws(num, generator=generator)
         reference = next(self.parameters())
@@ -47,30 +47,31 @@ class Flow(Bijection):
         return x, standard_normal_log_prob(z) - log_det
 
     def log_prob(self, x: Tensor, y: GivenCondition = None) -> Float[Tensor, " B"]:
-        """Log density of ``x (B, *event)``, in nats of the continuous density.
+        """Log density of ``x (B, *event)`` in nats, as a continuous density.
 
-        It is differentiable, twice where ``x`` requires gradients, and works under `torch.vmap` and torch.func, where
-        values are not checked. A continuous flow supports less and reports what it needs.
+        It is differentiable, and twice differentiable if ``x`` requires gradients. It works under `torch.vmap` and
+        torch.func, where values are not checked. A continuous flow supports less; its errors say what it needs.
 
         Args:
             x: images on [-1, 1], or vectors, in the precision of the weights.
-            y: labels ``(B,)``; one label, by number or name of the class, for all; a list of them; conditions
-                ``(B, K)`` of a flow that is given numbers; or None, which drops labels.
+            y: labels ``(B,)``; one class for all, by number or name; a list of classes; conditions ``(B, K)`` for a
+                flow that is conditioned on numbers; or None, which drops the labels.
 
         Raises:
-            ValueError: data of another kind, shape or scale, values that are not finite, or labels that do not fit.
+            ValueError: the data have another type, shape or scale, values are not finite, or labels do not fit.
         """
         return self._log_prob(x, y, dequantize=False)
 
     def log_prob_of_images(self, x: Tensor, y: GivenCondition = None) -> Float[Tensor, " B"]:
-        """Log density of images under uniform noise ``x (B, C, H, W)``, less log q of the noise if that is learned.
+        """Log density ``(B,)`` in nats of images with uniform noise ``x (B, C, H, W)``, minus log q of learned noise.
 
-        Without a `dequantizer` it is `log_prob`. With one it is log p(x') - log q(u' | image), where x' is what becomes
-        of ``x`` inside its bins. Either way the mean over noise bounds the log probability of the discrete image from
-        below, and so does the logarithm of a mean over several draws; see `tarflow_scale.flows.likelihood`.
+        Without a `dequantizer` it equals `log_prob`. With one it is log p(x') - log q(u' | image), and the dequantizer
+        maps ``x`` to x' inside the same bins. In both cases the mean over noise is a lower bound of the log probability
+        of the discrete image, and so is the logarithm of the mean density over several draws of noise; see
+        `tarflow_scale.flows.likelihood`.
 
         Raises:
-            ValueError: as `log_prob`, or a depth of pixels that is not known.
+            ValueError: see `log_prob`; or the bit depth of pixels is unknown.
         """
         return self._log_prob(x, y, dequantize=True)
 
@@ -83,7 +84,7 @@ class Flow(Bijection):
         return _OneDerivative.apply(log_prob) if once else log_prob  # pyright: ignore[reportReturnType]
 
     def check_data(self, x: Tensor, y: GivenCondition) -> Condition:
-        """Labels as a tensor.
+        """Check data and labels; return the labels as a tensor.
 
         Raises:
             ValueError: see `log_prob`.
@@ -99,15 +100,15 @@ class Flow(Bijection):
 
     @torch.no_grad()
     def nats_of_values(self, x: Tensor, y: GivenCondition = None, *, dequantize: bool = False) -> Tensor:
-        """``-log_prob`` divided among the values of each event, in the shape of ``x``: each value's surprise.
+        """The surprise of each value, in the shape of ``x``: its contribution to ``-log_prob`` in nats.
 
-        A value's part is the negative log density of its latent under a standard normal, less its own log-determinant.
-        The sum over values is exact; the division depends on the model, and needs one in which values keep their
-        places. Where a model mixes the values of a place, as `MultiScaleFlow` does, the part of the place is spread
-        evenly over them. ``dequantize`` divides `log_prob_of_images` instead.
+        The contribution is the negative log density of the value's latent under a standard normal, minus the value's
+        own log-determinant. The sum over values is exact. The division among values depends on the model, which must
+        map each value to a latent of its own. If a model mixes only the values of a place, as `MultiScaleFlow` does,
+        they share the contribution of the place equally. ``dequantize`` divides `log_prob_of_images` instead.
 
         Raises:
-            ValueError: a model whose latents mix values.
+            ValueError: the latents of this model mix values.
         """
         labels = self.check_data(x, y)
         log_q: Tensor | float = 0.0
@@ -119,10 +120,10 @@ class Flow(Bijection):
         return log_q + self.nats_of_encoded(h, labels) - logit_log_dets(h, self.logit_alpha)
 
     def nats_of_encoded(self, h: Tensor, y: Condition) -> Tensor:
-        """`nats_of_values` for an input of `encode`.
+        """`nats_of_values` for ``h``, an input of `encode`.
 
         Raises:
-            ValueError: as `encode_values`.
+            ValueError: see `encode_values`.
         """
         z, log_dets = self.encode_values(h, y)
         return standard_normal_nats(z) - log_dets
@@ -149,83 +150,84 @@ class Flow(Bijection):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw ``num`` samples ``(num, *event)``, images on about [-1, 1]; `pictures` converts them to PIL images.
+        """Draw ``num`` samples ``(num, *event)``; `pictures` converts images, which are roughly on [-1, 1], for PIL.
 
         A flow on latents that has a `renderer` draws images, too.
 
         Args:
-            num: how many.
-            y: as in `log_prob`.
-            temperature: standard deviation of the latent; at 0 all samples are the image of the mean latent.
+            num: number of samples.
+            y: see `log_prob`.
+            temperature: standard deviation of the latents; at 0 all samples are the image of the mean latent.
             guidance: a `Guidance`, or its scale.
-            generator: of the latents.
-            seed: draw sample i from (seed, i) alone, as the verb ``generate`` does, whatever ``num`` is.
-            batch_size: samples decoded together; None for all.
-            progress: show a bar.
+            generator: random generator of the latents.
+            seed: draws sample i from (seed, i) alone, for any ``num``, as the verb ``generate`` does.
+            batch_size: number of samples decoded together; None decodes all together.
+            progress: whether to show a progress bar.
 
         Raises:
-            ValueError: labels or guidance that do not fit this flow, numbers out of their range, or both a seed and a
-                generator.
+            ValueError: labels or guidance do not fit this flow, a number is out of range, or both a seed and a
+                generator are given.
         """
         check_draws(num, temperature, batch_size, seed, generator)
         if seed is not None and generator is not None:
             raise ValueError("latents come from a seed or from a generator (got both); leave one out")
         reference = next(self.parameters())
         labels = self._checked_labels(y, num, reference.device)
-        way = Guidance(scale=float(guidance)) if isinstance(guidance, Real) else guidance
-        if way is not None and not isinstance(way, Guidance):
-            raise ValueError(f"guidance must be a Guidance, or its scale (got {way!r}); tarflow_scale.flows has it")
+        if isinstance(guidance, Real):
+            guidance = Guidance(scale=float(guidance))
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance must be a tarflow_scale.flows.Guidance or a number (got {guidance!r})")
         if seed is None:
             z = torch.randn(num, self.num_dims, generator=generator, dtype=reference.dtype, device=reference.device)
         else:
             z = latents(int(seed), range(num), self.num_dims).to(reference)
         size = batch_size or max(1, num)
-        parts: list[Tensor] = []
-        with console.progress_bar(num, "sample", enabled=progress) as bar:
+        samples: list[Tensor] = []
+        with console.ProgressBar(num, "sample", enabled=progress) as bar:
             for low in range(0, num, size):
                 part = z[low : low + size]
-                of_part = None if labels is None else labels[low : low + size]
+                labels_of_part = None if labels is None else labels[low : low + size]
                 decode = None if self.decoder is None else self.decoder(partial(_advance, bar, len(part)))
-                parts.append(self.shown(self.inverse(temperature * part, of_part, way, decode)))
+                samples.append(self.shown(self.inverse(temperature * part, labels_of_part, guidance, decode)))
                 if decode is None:
                     bar.update(len(part))
-        return torch.cat(parts) if parts else z.new_empty(0, *self.shown_shape)
+        return torch.cat(samples) if samples else z.new_empty(0, *self.shown_shape)
 
     def stored(self, x: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
-        """Images as stored pixels, quantised as the training noise asks.
+        """Images as stored pixels, rounded in the way that inverts the training noise.
 
         Raises:
-            ValueError: when the flow does not know its pixel format; images of another shape, pixels, or values that
-                are not finite.
+            ValueError: the flow has no pixel format, the images have another shape or are pixels already, or a value is
+                not finite.
         """
         check_stored(x, self.shown_shape)
         if self.latents is not None and self.renderer is None:
             raise ValueError("this flow is of latents and has no autoencoder; load it with tarflow_scale.load")
         if self.pixels is None or self.pixels.noise == "none":
-            what = "does not know its pixel format; train or load it through the pipeline"
-            raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else what}")
+            unknown = "does not know its pixel format; train or load it through the pipeline"
+            raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else unknown}")
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
         """Images as PIL images.
 
         Raises:
-            ValueError: when the flow does not know its pixel format, or there are not 1 or 3 channels.
+            ValueError: see `stored`; or the number of channels is not 1 or 3.
         """
         from PIL import Image
 
         levels = self.stored(x).permute(0, 2, 3, 1).cpu().numpy()
         if levels.shape[3] not in (1, 3):
             raise ValueError(f"pictures have 1 or 3 channels (got {levels.shape[3]}); use the tensor")
-        return [Image.fromarray(one.squeeze(2) if one.shape[2] == 1 else one) for one in levels]
+        return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
         """One step of Tweedie's formula, ``x + strength noise_std^2 grad log p(x)``.
 
-        A flow trained on images plus N(0, noise_std^2) samples noisy images; at strength 1 this is the mean of the
-        clean image given the noisy one (arXiv 2412.06329, section 3.3).
+        A flow that was trained with noise N(0, noise_std^2) samples noisy images. At strength 1, the result is the mean
+        of the clean image given the noisy one (arXiv 2412.06329, section 3.3).
         """
-        how, self._activations = self._activations, "keep"  # rebuilding would change the gradients of parameters
+        kept, self._activations = self._activations, "keep"  # rebuilding would change the gradients of parameters
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 y = None if y is None else y.clone()  # tensors of inference mode have no gradients
@@ -233,12 +235,12 @@ class Flow(Bijection):
                 z, log_det = self(x, y)
                 (score,) = torch.autograd.grad((standard_normal_log_prob(z) + log_det).sum(), x)
         finally:
-            self._activations = how
+            self._activations = kept
         return x.detach() + strength * noise_std**2 * score
 
 
 class _OneDerivative(torch.autograd.Function):
-    """The identity; it explains what to do, where torch would only report that a kernel has no second derivative."""
+    """The identity, with an error for second derivatives that says what to do; torch's error only names a kernel."""
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Checks of what users pass to a flow; every mistake is reported in one line.
+"""Checks of the arguments that users pass to a flow; each mistake is reported in one line.
 
-Images on another scale do not fail by themselves: the density of pixels on [0, 1] looks plausible and is wrong. So each
-call checks the values, with one transfer from the device. Code that runs under a compiler, a tracer or torch.func
-cannot read values and skips these checks.
+Images on another scale cause no error by themselves: the density of pixels on [0, 1] looks plausible but is wrong. So
+each call checks the values, with one transfer from the device. Code under a compiler, a tracer or torch.func cannot
+read values and skips these checks.
 """
 
 import math
@@ -22,22 +22,22 @@ from tarflow_scale.records import PixelFormat
 __all__ = ["check_draws", "check_shape", "check_stored", "check_values"]
 
 _FAR = 4.0
-"""Images on [-1, 1], with or without noise, and samples of a trained model have almost no values beyond."""
+"""Images on [-1, 1], with or without noise, and samples of a trained model have almost no values beyond +-4."""
 _MOST_FAR_SHARE = 0.01
 _OUTSIDE, _MOST_OUTSIDE_SHARE = 1.5, 0.05
-"""Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond."""
+"""Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond +-1.5."""
 _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
-"""A batch on [0, 1] starts near 0 and spans most of it; a batch on [-1, 1] with no value below 0 seldom does."""
+"""A batch on [0, 1] has its least value near 0 and spans most of [0, 1]. A batch on [-1, 1] seldom does that."""
 _ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
 
 
 def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False) -> None:
-    """Raise ValueError unless ``x`` is a tensor, a batch of events of this shape; costs nothing.
+    """Raise ValueError unless ``x`` is a tensor with a batch of events of this shape; it reads no values.
 
     Args:
         x: the batch.
-        event_shape: of the flow.
-        of_array: whether the user passed a NumPy array, which the advice is then for.
+        event_shape: shape of the events of the flow.
+        of_array: whether the user passed a NumPy array, so that the message suggests code for arrays.
     """
     shape = tuple(_checked_tensor(x, event_shape).shape)
     if shape[1:] == event_shape:
@@ -57,18 +57,19 @@ def check_values(
 ) -> None:
     """Check the type and the values of a batch.
 
-    A batch that seems to be on [0, 1], or standardised, causes a warning and no error, because bright images on [-1, 1]
-    and samples of an untrained model look the same.
+    A batch that seems to be on [0, 1], or standardised, causes a warning instead of an error, because bright images on
+    [-1, 1] and samples of an untrained model look the same.
 
     Args:
         x: the batch ``(B, *event)``.
-        event_shape: of this flow.
-        like: one of its weights.
-        pixels: how its training images were made; None where that is not known.
-        logit_alpha: see `tarflow_scale.flows.logits.to_logits`; it is defined only slightly beyond [-1, 1].
+        event_shape: shape of the events of the flow.
+        like: one of the weights of the flow.
+        pixels: pixel format of the training images; None if unknown.
+        logit_alpha: see `tarflow_scale.flows.logits.to_logits`, which is defined only slightly beyond [-1, 1].
 
     Raises:
-        ValueError: not a tensor of floats in this precision on this device, or values that cannot be images on [-1, 1].
+        ValueError: ``x`` is not a tensor of floats in the precision and on the device of ``like``, or its values cannot
+            be images on [-1, 1].
     """
     x, noun = _checked_tensor(x, event_shape), _noun(event_shape)
     is_image = pixels is not None and pixels.noise != "none"
@@ -88,8 +89,8 @@ def check_values(
     values = x.detach()
     size = values.abs()
     shares = ((size > limit).double().mean() for limit in (_FAR, _OUTSIDE))
-    facts = [(~torch.isfinite(values)).sum(), values.amin(), values.amax(), *shares]
-    bad, low, high, far, outside = torch.stack([one.double() for one in facts]).tolist()  # one wait for the device
+    statistics = [(~torch.isfinite(values)).sum(), values.amin(), values.amax(), *shares]
+    bad, low, high, far, outside = torch.stack([value.double() for value in statistics]).tolist()  # one wait
     if bad:
         raise ValueError(f"{noun} must be finite (got {bad:.0f} values that are not); check how they were made")
     if logit_alpha is not None and max(-low, high) >= 1 / (1 - 2 * logit_alpha):
@@ -102,14 +103,14 @@ def check_values(
     if is_image and 0 <= low < _DARKEST and high <= 1 and high - low > _SMALLEST_RANGE:
         _warn(f"these images seem to be on [0, 1] (got {low:g} to {high:g})", "if they are, use 2 * x - 1")
     if is_image and outside > _MOST_OUTSIDE_SHARE:
-        what = f"{outside:.0%} of the values of these images are beyond +-{_OUTSIDE:g} (got {low:g} to {high:g})"
-        _warn(what, "if they were standardised, undo it")
+        finding = f"{outside:.0%} of the values of these images are beyond +-{_OUTSIDE:g} (got {low:g} to {high:g})"
+        _warn(finding, "if they were standardised, undo it")
 
 
 def check_draws(
     num: object, temperature: object = 1.0, batch_size: object = None, seed: object = None, generator: object = None
 ) -> None:
-    """Raise ValueError for invalid arguments of sampling; temperature 0 is valid: the image of the mean latent."""
+    """Raise ValueError for invalid arguments of sampling. Temperature 0 is valid: it gives the mean latent's image."""
     if not _is_whole(num, 0):
         raise ValueError(f"the number of samples must be an integer >= 0 (got {num!r}); correct it")
     if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
@@ -161,7 +162,7 @@ def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool
 
 
 def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
-    """What to do with integers, which are stored pixels; the suggested code works as it is written."""
+    """The error message for integers, which are stored pixels; the code that it suggests works as it stands."""
     is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
     images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
     images += ".cpu().numpy()" * is_tensor
@@ -172,8 +173,8 @@ def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[i
     )
 
 
-def _warn(what: str, cure: str) -> None:
-    warnings.warn(f"{what}, and this flow is for [-1, 1]; {cure}", stacklevel=6)  # who called log_prob
+def _warn(finding: str, cure: str) -> None:
+    warnings.warn(f"{finding}, and this flow is for [-1, 1]; {cure}", stacklevel=6)  # the line that called log_prob
 
 
 def _noun(event_shape: tuple[int, ...]) -> str:

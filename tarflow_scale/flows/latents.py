@@ -1,4 +1,4 @@
-"""Sample index to latent: a function of (seed, index) alone."""
+"""The latent of a sample index: a function of (seed, index) alone."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ def latents(seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0) 
     """Standard normal ``z (len(indices), D)`` fp32, drawn on the CPU; row i depends on (seed, indices[i], attempt).
 
     Args:
-        seed: of the latents.
-        indices: of samples.
-        num_dims: D.
-        attempt: number of the attempt; a sample that is rejected is drawn again with the next one.
+        seed: seed of the latents.
+        indices: indices of the samples.
+        num_dims: number of dimensions D.
+        attempt: number of the attempt, from 0; a rejected sample is drawn again with the next number.
     """
     z = np.empty((len(indices), num_dims), dtype=np.float32)
     for row, index in enumerate(indices):

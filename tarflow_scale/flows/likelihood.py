@@ -1,20 +1,20 @@
-"""Pixels to floats and densities to bits: the only place for dequantization, noise, nats and bits/dim.
+"""Conversion of pixels to floats and of densities to nats and bits/dim; the only code for noise and dequantization.
 
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
-* Uniform dequantization, x = 2 (level + u) / 2^n - 1 with u in [0, 1): by Jensen the mean of -log p(x) over u bounds
-  the cost of the discrete image (Theis et al., arXiv 1511.01844), which in bits per dimension is
+* Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). By Jensen's inequality the mean of -log p(x)
+  over u is an upper bound of the cost of the discrete image (Theis et al., arXiv 1511.01844). In bits per dimension:
 
       bits/dim = -log_prob / (D ln 2) + n - 1
 
-  With K draws of u the importance-weighted estimate -log mean_k p(x + u_k) bounds it more tightly, and converges to
-  the cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal, uniform on the bin, has density 1).
+  With K draws of u, the importance-weighted estimate -log mean_k p(x + u_k) is a tighter bound, which converges to the
+  cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal is uniform on the bin and has density 1).
 
-* Variational dequantization moves u in its bin by a flow of its own (`tarflow_scale.flows.dequantization`): all of the
-  above holds with log p(x') - log q(u' | levels) in place of log_prob, q being a density of u' on a bin of width 1.
+* Variational dequantization maps u to u' in the same bin by a second flow (`tarflow_scale.flows.dequantization`). The
+  above holds with log p(x') - log q(u' | levels) in place of log_prob; q is a density of u' on a bin of width 1.
 
-* Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, as TarFlow trains for sample quality (arXiv 2412.06329): a
-  density of noisy data, without a comparable bits/dim.
+* Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, with which TarFlow trains for sample quality (arXiv
+  2412.06329), gives a density of noisy data and no comparable bits/dim.
 
 Shapes: images (B, C, H, W) uint8; x (B, C, H, W) float on [-1, 1]; log_prob (B,) nats, summed over dimensions.
 """
@@ -47,7 +47,7 @@ def to_levels(images: UInt8[Tensor, "B C H W"], bit_depth: int) -> UInt8[Tensor,
     """Levels 0..2^bit_depth-1 of stored pixels.
 
     Raises:
-        ValueError: a depth outside 1..8.
+        ValueError: the bit depth is not in 1..8.
     """
     _check_depth(bit_depth)
     return images >> (8 - bit_depth)
@@ -56,12 +56,12 @@ def to_levels(images: UInt8[Tensor, "B C H W"], bit_depth: int) -> UInt8[Tensor,
 def add_noise(
     images: UInt8[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], pixels: PixelFormat
 ) -> Float[Tensor, "B C H W"]:
-    """Stored pixels to the floats that a flow is trained on.
+    """Convert stored pixels to the floats that a flow is trained on.
 
     Args:
-        images: stored pixels; not changed.
+        images: stored pixels; they are not changed.
         noise: u in [0, 1) for uniform dequantization, a standard normal for Gaussian noise.
-        pixels: the format.
+        pixels: bit depth, and kind and size of the noise.
     """
     levels = to_levels(images, pixels.bit_depth).to(noise)
     num_levels = 2**pixels.bit_depth
@@ -73,14 +73,14 @@ def add_noise(
 def dequantized(
     images: UInt8[Tensor, "B C H W"], bit_depth: int, seed: int, samples: Iterable[int], draw: int = 0
 ) -> Float[Tensor, "B C H W"]:
-    """Stored pixels to floats by uniform noise, which depends on (seed, sample, draw) alone.
+    """Convert stored pixels to floats with uniform noise, which depends on (seed, sample, draw) alone.
 
     Args:
-        images: stored pixels; not changed.
-        bit_depth: their high bits that are data.
-        seed: of the noise.
-        samples: number of each image.
-        draw: number of the draw.
+        images: stored pixels; they are not changed.
+        bit_depth: number of high bits of a pixel that are data.
+        seed: seed of the noise.
+        samples: sample index of each image.
+        draw: number of the draw, from 0.
     """
     noise = np.empty(images.shape, np.float32)
     for row, sample in zip(noise, samples, strict=True):
@@ -89,18 +89,17 @@ def dequantized(
 
 
 def rounding_of(pixels: PixelFormat) -> Literal["floor", "nearest"]:
-    """The rounding that undoes the training noise."""
+    """The rounding that inverts the training noise."""
     return "floor" if pixels.noise == "uniform" else "nearest"
 
 
 def quantize(
     x: Float[Tensor, "B C H W"], bit_depth: int, rounding: Literal["floor", "nearest", "truncate"]
 ) -> UInt8[Tensor, "B C H W"]:
-    """Floats to stored pixels, clipped to [-1, 1]; inverse of `add_noise` with the rounding of its noise.
+    """Convert floats, clipped to [-1, 1], to stored pixels; with the right rounding this inverts `add_noise`.
 
-    ``floor`` takes the bin that x lies in, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1].
-    ``truncate`` takes the level below, by the same operations as the public evaluation code, so that it
-    repeats their rounding errors too.
+    ``floor`` takes the bin of x, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1]. ``truncate``
+    takes the level below by the same operations as the public evaluation code, so that rounding errors are equal too.
     """
     _check_depth(bit_depth)
     top = 2**bit_depth - 1
@@ -116,7 +115,7 @@ def quantize(
 
 
 def nats_per_image(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
-    """Cost of each discrete image in nats, from the log density of its dequantized values on [-1, 1]."""
+    """Cost of each discrete image in nats, computed from the log density of its dequantized values on [-1, 1]."""
     return -log_prob + num_dims * (bit_depth - 1) * math.log(2)
 
 
@@ -128,8 +127,8 @@ def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
     """Combine the log densities of K dequantization draws of each image into one number per image.
 
-    ``mean``: the mean of the log densities; it is a lower bound of the log-likelihood of the discrete image.
-    ``importance``: the log of the mean density; this lower bound is at least as tight.
+    ``mean`` is the mean of the log densities, a lower bound of the log-likelihood of the discrete image.
+    ``importance`` is the log of the mean density, a lower bound that is at least as tight.
 
     Raises:
         ValueError: there are no draws, or the estimate is unknown.

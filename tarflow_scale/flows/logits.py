@@ -13,8 +13,8 @@ __all__ = ["from_logits", "logit_log_dets", "to_logits"]
 def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
     """``logit(alpha + (1 - 2 alpha) (x + 1) / 2)`` and its log-determinant (Dinh et al., arXiv 1605.08803, sec. 4.1).
 
-    It spreads out the ends of [-1, 1], where nearly all pixels of an image like MNIST are. Values outside of that
-    interval, as Gaussian noise makes them, give NaN.
+    It spreads out values near -1 and 1, where nearly all pixels of images like MNIST's are. Values beyond
+    +-1 / (1 - 2 alpha), which Gaussian noise makes, give NaN.
     """
     p = alpha + (1 - 2 * alpha) * (x + 1) / 2
     h = torch.log(p) - torch.log1p(-p)
@@ -22,7 +22,7 @@ def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B
 
 
 def logit_log_dets(h: Tensor, alpha: float) -> Tensor:
-    """Log-derivative of `to_logits` at every value, computed from its output."""
+    """Log-derivative of `to_logits` at every value, computed from the output ``h``."""
     return math.log((1 - 2 * alpha) / 2) + F.softplus(h) + F.softplus(-h)
 
 

@@ -1,18 +1,18 @@
-"""What image flows of several resolutions share: levels, and the learned priors of the latents that each emits.
+"""The base of image flows of several resolutions: levels, and the learned priors of their latents.
 
-An image passes L levels. Each applies invertible layers to feature maps, squeezes space into channels, and (except the
-last) splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma and Dhariwal,
-arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation; they are
-standardised,
+An image passes L levels. Each level applies invertible layers to feature maps, squeezes space into channels, and
+(except the last level) splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma
+and Dhariwal, arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation, by
+which they are standardised:
 
     z = (h - mean) exp(-log_std),        log|det| -= sum log_std
 
 so ``z`` is standard normal as a whole and one temperature acts on every level.
 
-Surprise (the nats of an image) is divided among places. A feature map of level l has one place for each square of 2^l
-by 2^l pixels, counted after the squeeze. A place gets the nats of its latents under their prior and the log-scales of
-couplings there; a log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly. Inside a place
-pixels and channels are mixed, so its part is spread evenly over them.
+Surprise (the nats of an image) is divided among places. After its squeeze, level l has one place for each square of 2^l
+by 2^l pixels. A place contributes the nats of its latents under their prior and the log-scales of couplings at this
+place; a log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly among places. Inside a
+place pixels and channels are mixed, so its contribution is shared evenly among them.
 
 Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
 """
@@ -30,7 +30,7 @@ from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.normal import standard_normal_nats
-from tarflow_scale.flows.recompute import ANCHOR_EVERY, run_layers
+from tarflow_scale.flows.recompute import run_layers
 
 __all__ = ["Level", "MultiScaleFlow", "Prior", "Step"]
 
@@ -41,9 +41,9 @@ class Prior(nn.Module):
     """Mean and log-deviation of latents, given the features that go on to the next level, and the label.
 
     Args:
-        context_channels: channels of those features; 0 at the last level, which learns constants.
-        channels: of the latents.
-        num_classes: classes, or None.
+        context_channels: number of channels of these features; with 0 the prior has learned constants.
+        channels: number of channels of the latents.
+        num_classes: number of classes, or None.
     """
 
     def __init__(self, context_channels: int, channels: int, num_classes: int | None) -> None:
@@ -53,7 +53,7 @@ class Prior(nn.Module):
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.zeros(num_classes, 2 * channels))
 
     def forward(self, context: Tensor | None, y: Condition) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation, ``(B or 1, C, H or 1, W or 1)``, in fp32 or wider."""
+        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; constants ignore ``context``."""
         if self.network is not None:
             assert context is not None
             out = self.network(context).to(context.dtype)
@@ -67,7 +67,7 @@ class Prior(nn.Module):
 
 
 class Step(nn.Module):
-    """Layers that are checkpointed together: one group of `tarflow_scale.flows.recompute`."""
+    """Layers that are checkpointed together, as one group of `tarflow_scale.flows.recompute`."""
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers, in the direction from data to noise."""
@@ -78,13 +78,13 @@ class Level(nn.Module):
     """Steps before and after a squeeze, and the prior of the latents that this level emits.
 
     Args:
-        steps: after the squeeze.
-        channels: after the squeeze.
+        steps: steps after the squeeze.
+        channels: number of channels after the squeeze.
         split: whether half of the channels go on to another level.
-        num_classes: classes, or None.
+        num_classes: number of classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.
-        prior_sees_rest: whether a convolution predicts the prior from the half that goes on; else it is constant.
+        prior_sees_rest: whether a convolution predicts the prior from the half that goes on; otherwise it is constant.
     """
 
     def __init__(
@@ -104,24 +104,23 @@ class Level(nn.Module):
         self.squeezes = squeezes
         self.passed_on = channels // 2 if split else 0
         self.prior = Prior(self.passed_on if prior_sees_rest else 0, channels - self.passed_on, num_classes)
-        self._prior_sees_rest = prior_sees_rest
         self.groups_before: Groups = [step.layers() for step in before]
         """Layers of each step before the squeeze."""
         self.groups: Groups = [step.layers() for step in steps]
         """Layers of each step after the squeeze."""
 
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Split ``h`` into what goes on (None at the last level) and standardised latents; and their log-deviations."""
+        """Split ``h`` into features that go on (None at the last level) and latents, also with their log-deviations."""
         context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
-        mean, log_std = self.prior(self._seen(context), y)
+        mean, log_std = self.prior(context, y)
         with torch.autocast(h.device.type, enabled=False):
             return context, (latents - mean) * torch.exp(-log_std), log_std.expand_as(latents)
 
     def give_latents(self, z: Tensor, context: Tensor | None, y: Condition, guidance: Guidance | None) -> Tensor:
-        """Inverse of `take_latents`; ``guidance`` is None or has an effect."""
-        mean, log_std = self.prior(self._seen(context), y)
+        """Inverse of `take_latents`; ``guidance`` is None unless it has an effect."""
+        mean, log_std = self.prior(context, y)
         if guidance is not None:
-            weak_mean, weak_log_std = self.prior(self._seen(context), None)
+            weak_mean, weak_log_std = self.prior(context, None)
             if guidance.what in ("both", "mean"):
                 mean = mean + guidance.scale * (mean - weak_mean)
             if guidance.what in ("both", "log_scale"):
@@ -129,26 +128,21 @@ class Level(nn.Module):
         latents = z * torch.exp(log_std) + mean
         return latents if context is None else torch.cat([context, latents], dim=1)
 
-    def _seen(self, context: Tensor | None) -> Tensor | None:
-        return context if self._prior_sees_rest else None
-
 
 class MultiScaleFlow(Flow):
-    """A flow of `Level`.
+    """A flow that consists of `Level` modules.
 
     Args:
         event_shape: ``(C, H, W)``.
-        num_classes: classes, or None for an unconditional model.
+        num_classes: number of classes; None for an unconditional model.
         logit_alpha: see `Flow`.
     """
 
     def __init__(self, event_shape: tuple[int, int, int], num_classes: int | None, logit_alpha: float | None) -> None:
         super().__init__(event_shape, num_classes, logit_alpha)
-        self.anchor_every = ANCHOR_EVERY
-        """Groups between anchors when activations are rebuilt."""
         self.levels = nn.ModuleList()
         self.latent_shapes: list[tuple[int, int, int]] = []
-        """Shape of the latents of each level; ``z`` is their concatenation, flattened."""
+        """Shape of the latents of each level; ``z`` is the concatenation of all latents, flattened."""
 
     def add_level(self, level: Level, channels: int, height: int, width: int) -> None:
         """Add a level whose last feature maps have this shape."""
@@ -157,7 +151,7 @@ class MultiScaleFlow(Flow):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B c H W"], y: Condition = None) -> None:
-        """Initialise every normalisation from ``x``, this rank's part of one batch; all ranks must call."""
+        """Initialise every normalisation from ``x``, this rank's part of one batch; all ranks must call this."""
         norms = [module for module in self.modules() if isinstance(module, Normalization)]
         hooks = [norm.register_forward_pre_hook(_initialize_norm) for norm in norms]
         try:
@@ -167,7 +161,7 @@ class MultiScaleFlow(Flow):
                 hook.remove()
 
     def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Data to noise: ``z (B, D)``, level after level, and ``log_det (B,)`` in nats."""
+        """Map data to noise: ``z (B, D)``, level after level, and ``log_det (B,)`` in nats."""
         log_det, latents = h.new_zeros(len(h)), list[Tensor]()
         passed_on: Tensor | None = h
         for level in self._levels():
@@ -180,7 +174,7 @@ class MultiScaleFlow(Flow):
         return torch.cat(latents, dim=1), log_det
 
     def nats_of_encoded(self, h: Float[Tensor, "B c H W"], y: Condition) -> Float[Tensor, "B c H W"]:
-        """As `Flow.nats_of_encoded`, spread evenly inside a place; see the module."""
+        """See `Flow.nats_of_encoded`; the values of a place share its nats evenly, see the module."""
         nats = torch.zeros_like(h)
         passed_on: Tensor | None = h
         for level in self._levels():
@@ -189,15 +183,14 @@ class MultiScaleFlow(Flow):
             nats = nats - _spread(log_dets, h)
             mapped, log_dets = _map_places(level.groups, squeeze(mapped) if level.squeezes else mapped)
             passed_on, z, log_std = level.take_latents(mapped, y)
-            of_latents = standard_normal_nats(z) + log_std
-            nats = nats + _spread(of_latents.sum(dim=1) - log_dets, h)
+            nats_of_latents = standard_normal_nats(z) + log_std
+            nats = nats + _spread(nats_of_latents.sum(dim=1) - log_dets, h)
         return nats
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
-        """Noise to data.
+        """Map noise to data.
 
-        Guidance moves the means and log-deviations of the priors, where the label enters; it has no effect on a
-        model without classes.
+        Guidance changes the means and log-deviations of the priors, which read the label.
         """
         parts = z.split([c * h * w for c, h, w in self.latent_shapes], dim=1)
         h: Tensor | None = None
@@ -211,11 +204,7 @@ class MultiScaleFlow(Flow):
         return h
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """As `Flow.is_guided`; guidance needs classes, and has no tokens to anneal over and no attention.
-
-        Raises:
-            ValueError: guidance without classes or labels, or settings that are TarFlow's.
-        """
+        """See `Flow.is_guided`; settings of TarFlow's tokens and attention raise ValueError too."""
         if guidance is None or guidance.scale == 0:
             return False
         if self.num_classes is None or y is None:
@@ -232,7 +221,7 @@ class MultiScaleFlow(Flow):
         return True
 
     def _run(self, groups: Groups, h: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        h, more = run_layers(groups, h, self.activations, self.anchor_every)
+        h, more = run_layers(groups, h, self.activations)
         return h, log_det + more
 
     def _levels(self) -> list[Level]:
@@ -247,7 +236,7 @@ def _undo(groups: Groups, h: Tensor) -> Tensor:
 
 
 def _map_places(groups: Groups, h: Tensor) -> tuple[Tensor, Float[Tensor, "B H W"]]:
-    """Apply all layers of all groups; returns the output and the log-determinant of each place."""
+    """Apply all layers of all groups; return the output and the log-determinant of each place."""
     log_dets = torch.zeros_like(h[:, 0])
     for layer in itertools.chain.from_iterable(groups):
         h, more = layer.map_places(h)
@@ -255,10 +244,10 @@ def _map_places(groups: Groups, h: Tensor) -> tuple[Tensor, Float[Tensor, "B H W
     return h, log_dets
 
 
-def _spread(of_places: Float[Tensor, "B h w"], like: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Each place's part, spread evenly over the pixels and channels that it covers."""
-    size = like.shape[2] // of_places.shape[1]
-    shares = of_places / (size**2 * like.shape[1])
+def _spread(nats: Float[Tensor, "B h w"], like: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """The nats of each place, shared evenly among the pixels and channels of the place."""
+    size = like.shape[2] // nats.shape[1]
+    shares = nats / (size**2 * like.shape[1])
     return repeat(shares, "b h w -> b c (h p) (w q)", c=like.shape[1], p=size, q=size)
 
 

@@ -1,4 +1,4 @@
-"""The standard normal distribution that every flow maps to."""
+"""The standard normal distribution, to which every flow maps data."""
 
 import math
 
@@ -16,5 +16,5 @@ def standard_normal_log_prob(z: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
 
 
 def standard_normal_nats(z: Tensor) -> Tensor:
-    """``-log`` of the standard normal density at every value, in nats."""
+    """Negative log of the standard normal density at every value, in nats."""
     return 0.5 * (z.square() + math.log(2 * math.pi))

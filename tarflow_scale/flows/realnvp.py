@@ -1,21 +1,21 @@
-"""RealNVP for images: masked affine couplings with residual networks, on several scales.
+"""RealNVP for images: masked affine couplings with residual networks, at several resolutions.
 
-Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803. Each level but the last has three couplings whose
-masks are checkerboards, a squeeze, and three whose masks are halves of the channels; half of the channels then go on.
-The last level has four checkerboards and no squeeze (their section 3.6). A coupling keeps the values that its mask m
-selects and changes the rest,
+Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803. Each level except the last has three couplings with
+checkerboard masks, a squeeze, and three couplings with masks of half of the channels; then half of the channels go on.
+The last level has four couplings with checkerboard masks and no squeeze (section 3.6). A coupling keeps the values that
+its mask m selects and changes the rest,
 
     y = m x + (1 - m) (x exp(s) + t),        log|det| = sum (1 - m) s,        s, t = network(m x)
 
-After each is a normalisation (section 3.7). ``batch`` is the published one: in training it uses the statistics of the
-batch over all ranks, mixed into the running statistics, with gradients through the batch's part; in evaluation it uses
-the running statistics, and only then is the log-determinant that of a function of one image. So the division of a batch
-into micro batches is part of such a run, and a run cannot continue with another one.
+A normalisation follows each coupling (section 3.7). ``batch`` is the published one. In training it normalises by the
+running statistics, updated with the statistics of the batch over all ranks, and gradients flow through the latter. In
+evaluation it normalises by the running statistics alone; only then is the flow a function of a single image. So results
+of training depend on the division of a batch into micro batches, and a run cannot continue with another division.
 
-Differences from the published model: log-scales are bounded as c tanh(raw / c), without a learned c; residual
-networks are normalised by ActNorm, not by weight and batch normalisation, so that a batch is never needed to evaluate
-one image; their last convolution starts at zero; latents have a learned mean and deviation per channel, which a label
-shifts, as in Glow; averages of weights keep the running statistics of the weights themselves.
+Differences from the published model: log-scales are bounded by c tanh(raw / c), where c is not learned. Residual
+networks have ActNorm instead of weight and batch normalisation, so that the network evaluates images one by one; their
+last convolution starts at zero. Latents have a learned mean and deviation for each channel, which a label shifts, as in
+Glow. Moving averages of weights use the running statistics of the weights that are trained.
 
 Shapes: B batch, C channels, H W pixels. log_det: nats, summed over dimensions.
 """
@@ -45,15 +45,15 @@ __all__ = [
 CHECKERBOARDS, CHANNEL_MASKS, LAST_CHECKERBOARDS = 3, 3, 4
 """Number of couplings before the squeeze of a level, after the squeeze, and in the last level, which has no squeeze."""
 _BATCH_SHARE = 0.1
-"""Of the batch in the statistics that a training step uses and keeps."""
+"""Weight of the batch in the running statistics, which a training step updates before it uses them."""
 _VARIANCE_FLOOR = 1e-5
 
 
 class BatchNorm(Normalization):
-    """Every channel to mean 0 and deviation 1, by statistics of batches in training and running ones otherwise.
+    """Normalises each channel to mean 0 and deviation 1, by statistics that training updates with each batch.
 
     Args:
-        channels: C.
+        channels: number of channels C.
     """
 
     def __init__(self, channels: int) -> None:
@@ -65,7 +65,7 @@ class BatchNorm(Normalization):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Start the running statistics at those of ``x``."""
+        """Set the running statistics to those of ``x``."""
         mean, variance = statistics(x, all_reduce_sum)
         self.running_mean.copy_(mean)
         self.running_variance.copy_(variance)
@@ -81,23 +81,23 @@ class BatchNorm(Normalization):
         return y * per_channel(std, y) + per_channel(self.running_mean, y)
 
     def _mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        found = statistics(x, all_reduce_sum_with_gradient)
-        kept = (self.running_mean, self.running_variance)
-        # Buffers are written only once the graph holds what it needs of them, so copies of them go into it.
-        mean, variance = (torch.lerp(old.to(new), new, _BATCH_SHARE) for old, new in zip(kept, found, strict=True))
+        of_batch = statistics(x, all_reduce_sum_with_gradient)
+        stored = (self.running_mean, self.running_variance)
+        # The graph keeps copies of the buffers, because the buffers are overwritten below.
+        mean, variance = (torch.lerp(old.to(new), new, _BATCH_SHARE) for old, new in zip(stored, of_batch, strict=True))
         with torch.no_grad():
-            for old, new in zip(kept, (mean, variance), strict=True):
+            for old, new in zip(stored, (mean, variance), strict=True):
                 old.copy_(new)
         return mean, variance
 
 
 class ResidualNetwork(nn.Module):
-    """A convolution, residual blocks of two, and one that starts at zero.
+    """A convolution, residual blocks of two convolutions each, and a convolution that starts at zero.
 
     Args:
-        inputs, outputs: channels.
-        width: channels in between.
-        blocks: how many.
+        inputs, outputs: numbers of channels.
+        width: number of channels of the hidden feature maps.
+        blocks: number of residual blocks.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int) -> None:
@@ -108,7 +108,7 @@ class ResidualNetwork(nn.Module):
         self.conv_out = ZeroConv(width, outputs)
 
     def forward(self, h: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
-        """What a coupling makes its log-scale and shift of."""
+        """Shifts and unbounded log-scales for a coupling."""
         h = self.conv_in(h)
         for block in self.blocks:
             h = block(h)
@@ -129,14 +129,15 @@ class _ResidualBlock(nn.Module):
 
 
 class MaskedCoupling(Layer):
-    """An affine coupling that changes what its mask hides.
+    """An affine coupling that keeps the values where its mask is 1 and changes the others.
 
     Args:
-        channels: C.
-        pattern: ``checkerboard`` over pixels, or ``channels``: halves of them.
-        parity: which of the two complementary masks.
-        width, blocks: of the network.
-        bound: c of the log-scales.
+        channels: number of channels C.
+        pattern: ``checkerboard``: every second pixel; ``channels``: half of the channels.
+        parity: 0 or 1 for the two complementary masks.
+        width: number of channels inside the network.
+        blocks: number of residual blocks of the network.
+        bound: bound c of the log-scales.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class MaskedCoupling(Layer):
         self.network = ResidualNetwork(channels, 2 * channels, width, blocks)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """As `Layer.map_places`; the log-scales have places."""
+        """See `Layer.map_places`; each place has its own log-scales."""
         shift, log_scale = self._shift_and_log_scale(x)
         return x * log_scale.exp() + shift, log_scale.sum(dim=1)
 
@@ -168,13 +169,13 @@ class MaskedCoupling(Layer):
         return (y - shift) * (-log_scale).exp()
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both are 0 where the mask shows ``x``, which therefore is the same before and after."""
+        """Shift and log-scale, both 0 where the mask is 1; so they are equal for input and output of the coupling."""
         mask = self._mask(x)
         shift, raw = self.network(mask * x).to(x.dtype).chunk(2, dim=1)
         return (1 - mask) * shift, (1 - mask) * self.bound * torch.tanh(raw / self.bound)
 
     def _mask(self, x: Tensor) -> Tensor:
-        """1 where ``x`` is kept; ``(C, 1, 1)`` or ``(1, H, W)``."""
+        """The mask, 1 where ``x`` is kept, of shape ``(C, 1, 1)`` or ``(1, H, W)``."""
         _, channels, height, width = x.shape
         if self.pattern == "channels":
             first = torch.arange(channels, device=x.device)[:, None, None] < channels // 2
@@ -200,52 +201,31 @@ class RealNVP(MultiScaleFlow):
 
     Args:
         event_shape: ``(C, H, W)``; H and W must be multiples of ``2^(levels - 1)``.
-        num_classes: classes, or None for an unconditional model.
-        levels: how many.
-        width: channels of the networks on the first level; each squeeze doubles them.
-        residual_blocks: of each network.
-        normalization: after each coupling; see the module.
-        log_scale_bound: c.
-        logit_alpha: see `Flow`.
+        num_classes: number of classes; None for an unconditional model.
+        config: the section ``model``.
 
     Raises:
-        ValueError: when the image cannot be squeezed so often, or has a single pixel.
+        ValueError: the image cannot be squeezed on every level, or its last feature maps have a single pixel.
     """
 
-    def __init__(
-        self,
-        event_shape: tuple[int, int, int],
-        num_classes: int | None,
-        *,
-        levels: int,
-        width: int = 64,
-        residual_blocks: int = 4,
-        normalization: Literal["actnorm", "batch"] = "actnorm",
-        log_scale_bound: float = 2.0,
-        logit_alpha: float | None = None,
-    ) -> None:
-        super().__init__(event_shape, num_classes, logit_alpha)
-        if normalization == "batch":  # a pass that is computed again would count its batch twice in running statistics
-            self.capabilities = RealNVPConfig.BATCH_CAPABILITIES
-        channels, rows, columns = event_shape
-        factor = 2 ** (levels - 1)
+    def __init__(self, event_shape: tuple[int, int, int], num_classes: int | None, config: RealNVPConfig) -> None:
+        super().__init__(event_shape, num_classes, config.logit_alpha)
+        self.capabilities = config.capabilities  # recomputation would count a batch twice in running statistics
+        (channels, rows, columns), width = event_shape, config.width
+        factor = 2 ** (config.levels - 1)
         if rows % factor or columns % factor or rows * columns == factor**2:
             raise ValueError(
-                f"image height and width must be multiples of 2^(model.levels - 1), and one of them a larger one (got "
+                f"image height and width must be multiples of 2^(model.levels - 1), and not both equal to it (got "
                 f"{rows}x{columns} and {factor}); choose fewer levels"
             )
+        norm = ActNorm if config.normalization == "actnorm" else BatchNorm
 
         def steps(pattern: Literal["checkerboard", "channels"], num: int) -> list[_Step]:
-            norm = ActNorm if normalization == "actnorm" else BatchNorm
-            return [
-                _Step(
-                    MaskedCoupling(channels, pattern, number % 2, width, residual_blocks, log_scale_bound),
-                    norm(channels),
-                )
-                for number in range(num)
-            ]
+            network = (width, config.residual_blocks, config.log_scale_bound)
+            couplings = (MaskedCoupling(channels, pattern, number % 2, *network) for number in range(num))
+            return [_Step(coupling, norm(channels)) for coupling in couplings]
 
-        for _ in range(levels - 1):
+        for _ in range(config.levels - 1):
             before = steps("checkerboard", CHECKERBOARDS)
             channels, rows, columns, width = 4 * channels, rows // 2, columns // 2, 2 * width
             after = steps("channels", CHANNEL_MASKS)

@@ -1,12 +1,13 @@
-"""Run layers in sequence and choose how the backward pass gets their activations: less memory for more time.
+"""Run layers in sequence; the backward pass keeps, recomputes or rebuilds their activations.
 
-* ``keep``: autograd keeps them all. Memory grows with the number of layers.
-* ``checkpoint``: the inputs of groups of layers are kept and each group runs forward again (Chen et al.,
-  arXiv 1604.06174): memory for the activations of one group and one feature map per group; about 4/3 of the time.
-* ``rebuild``: only outputs are kept, one every ``anchor_every`` groups (an anchor); the backward pass walks from an
-  anchor down, inverting a few layers at a time (Gomez et al., arXiv 1707.04585). Memory does not grow with depth,
-  except for one feature map per anchor. Rounding errors of the inverses add up between anchors only. Gradients of
-  parameters are added to ``.grad`` by ``backward()``; ``torch.autograd.grad`` with respect to parameters finds none.
+* ``keep``: autograd keeps all activations. Memory grows with the number of layers.
+* ``checkpoint``: only the inputs of groups of layers are kept, and the backward pass runs each group forward again
+  (Chen et al., arXiv 1604.06174). It needs memory for the activations of one group and for one feature map per group,
+  and takes about 4/3 of the time.
+* ``rebuild``: only one output in every `ANCHOR_EVERY` groups is kept, an anchor. The backward pass starts at an anchor
+  and inverts a few layers at a time (Gomez et al., arXiv 1707.04585). Memory grows only by one feature map per anchor.
+  Rounding errors of inverses add up between two anchors only. ``backward()`` adds gradients of parameters to ``.grad``;
+  ``torch.autograd.grad`` gives none for parameters.
 """
 
 import contextlib
@@ -26,24 +27,21 @@ __all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 Group = Sequence[Layer]
 
 ANCHOR_EVERY = 8
-"""Groups between anchors: so few anchors cost little memory, and the rounding errors of 8 inverses are small."""
+"""Groups of layers from one anchor to the next: anchors need little memory, and rounding errors stay small."""
 
 
 def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``; the backward pass computes its activations again, with equal autocast and dropout."""
+    """``function(*arguments)``; the backward pass recomputes its activations with the same autocast and dropout."""
     return torch_checkpoint(function, *arguments, use_reentrant=False)
 
 
-def run_layers(
-    groups: Sequence[Group], h: Tensor, activations: Activations = "keep", anchor_every: int = ANCHOR_EVERY
-) -> tuple[Tensor, Tensor]:
+def run_layers(groups: Sequence[Group], h: Tensor, activations: Activations = "keep") -> tuple[Tensor, Tensor]:
     """Map ``h (B, C, H, W)`` through all layers of all groups, in order.
 
     Args:
-        groups: groups of layers; one group is checkpointed at a time, and anchors are counted in groups.
-        h: input.
-        activations: what the backward pass does.
-        anchor_every: groups between anchors, for ``rebuild``.
+        groups: groups of layers; each group is checkpointed by itself.
+        h: the input of the first layer.
+        activations: how the backward pass gets its activations.
 
     Returns:
         The output and the log-determinant ``(B,)``.
@@ -51,9 +49,9 @@ def run_layers(
     log_det = h.new_zeros(len(h))
     recompute = torch.is_grad_enabled() and activations != "keep"
     if recompute and activations == "rebuild":
-        for low in range(0, len(groups), anchor_every):
-            layers = tuple(itertools.chain.from_iterable(groups[low : low + anchor_every]))
-            # Autograd calls backward only if an input requires a gradient, and the first h, an image, does not.
+        for low in range(0, len(groups), ANCHOR_EVERY):
+            layers = tuple(itertools.chain.from_iterable(groups[low : low + ANCHOR_EVERY]))
+            # Autograd calls backward only if an input requires a gradient. The first h, an image, does not; this does.
             token = torch.zeros((), device=h.device, requires_grad=True)
             h, segment_log_det = _Rebuilt.apply(layers, token, h)  # pyright: ignore[reportGeneralTypeIssues]
             log_det = log_det + segment_log_det
@@ -73,10 +71,10 @@ def _run(layers: Sequence[Layer], h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Rebuilt(torch.autograd.Function):
-    """A run of layers whose backward pass needs only their output.
+    """A sequence of layers whose backward pass needs only their output.
 
-    The inner backward passes are re-entrant: they accumulate into the parameters themselves, where DDP and ZeRO have
-    their hooks, instead of returning gradients, which for a gathered ZeRO-3 parameter would go nowhere.
+    The inner backward passes are re-entrant. They add gradients to the parameters directly, where DDP and ZeRO have
+    their hooks. Returned gradients would be lost for a gathered ZeRO-3 parameter.
     """
 
     @staticmethod
@@ -106,9 +104,9 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
-    """Layers from last to first: couplings alone, and the layers between two couplings together in forward order.
+    """Divide layers, from last to first, into runs: a coupling alone, or all layers between two couplings in order.
 
-    The latter are cheap, so one inner backward pass for all of them saves calls.
+    Layers between couplings are cheap, so one inner backward pass for all of them saves calls.
     """
     for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
         if is_coupling:
@@ -118,7 +116,7 @@ def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
 
 
 def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Tensor]:
-    """`Coupling.rebuild` for one coupling, and its equivalent for a run of other layers."""
+    """`Coupling.rebuild` of a single coupling, or the equivalent for a run of other layers."""
     if isinstance(layers[0], Coupling):
         return layers[0].rebuild(h)
     with torch.no_grad():
@@ -129,6 +127,6 @@ def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Ten
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The autocast state of the forward pass: CUDA runs the backward pass in another thread, without this state."""
+    """A context with the present autocast state, which the thread of CUDA's backward pass does not have."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)

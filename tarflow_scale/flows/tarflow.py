@@ -1,32 +1,29 @@
 """TarFlow: a stack of autoregressive transformer blocks over image patches.
 
-Zhai et al., "Normalizing Flows are Capable Generative Models", arXiv 2412.06329. An image becomes T tokens of
-D = C p p features; each block predicts, from the tokens before it, a log-scale and a mean for every token:
+Zhai et al., "Normalizing Flows are Capable Generative Models", arXiv 2412.06329. An image is cut
+into T tokens of D features. Each block predicts a log-scale and a mean for every token from the tokens before it:
 
     z_t = (x_t - mean_t) * exp(-log_scale_t),    log|det| = -sum_t sum_d log_scale_td        (their equation 5)
 
-with the order of tokens reversed from one block to the next. Training sees all tokens at once; sampling inverts a
-block token by token with a key/value cache. The volume-preserving variant predicts means only; all of its scale is
-one learned deviation per feature of the last tokens,
+and each block reverses the order of tokens of the one before it. Training processes all tokens at once; sampling
+inverts a block token by token with a key/value cache. The volume-preserving variant predicts means only; after the last
+block it divides each feature of each token by a learned deviation:
 
     z = u exp(-log_std),    log|det| = -sum log_std
 
-Blocks may differ in depth: one deep block and several shallow ones are the layout of STARFlow (arXiv 2506.06276).
+Blocks may have different depths, such as one deep block and several shallow ones in STARFlow (arXiv 2506.06276).
 
-Differences from the public code (apple/ml-tarflow): log_det is a sum in nats, not a mean per dimension;
-the volume-preserving loss is the likelihood, with log_std in it and learned by gradient (the public loss scores
-z under a unit normal, leaves the logarithm of the scale out, and tracks it by a moving average of z^2); the output
-layer starts at exactly zero (the public one leaves its bias random), so a fresh flow is the identity; causality is
-SDPA's ``is_causal``, not a stored mask, which lets attention skip half of its work; the cache is an object that is
-passed, not module state; log-scales may be bounded smoothly, c tanh(a / c), as STARFlow does at high resolution;
-layers may have dropout, for small data sets. Token order, feature order (channel, row, column), the shift of the
-output by one token with an untouched first token, the mean class embedding for dropped labels, and the rules of
-guidance are as published; `tarflow_scale.flows.ml_tarflow` reads the public weights.
+Differences from the public code (apple/ml-tarflow): log_det is a sum in nats, not a mean per dimension. The
+volume-preserving loss is the likelihood, and log_std is learned by gradient; the public loss leaves out the logarithm
+of the scale, which is a moving average of z^2. The output layer starts at exactly zero (the public one has a random
+bias), so a new flow is the identity. Attention is causal by SDPA's ``is_causal``, not by a stored mask, so it can skip
+half of the work. The cache is an argument, not module state. Log-scales may be bounded smoothly by c tanh(a / c), as in
+STARFlow at high resolution. Layers may have dropout, for small data sets. As published are the order of tokens and of
+features (channel, row, column), the shift of outputs by one token with an unchanged first token, the mean class
+embedding for dropped labels, and the rules of guidance; `tarflow_scale.flows.ml_tarflow` reads the public weights.
 
 Shapes: B batch, T tokens, D features per token, C width, K classes.
 """
-
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -42,8 +39,6 @@ from tarflow_scale.flows.recompute import checkpoint
 
 __all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
 
-Variant = Literal["affine", "volume_preserving"]
-
 
 def patchify(x: Float[Tensor, "B c H W"], patch_size: int) -> Float[Tensor, "B T D"]:
     """Cut images into row-major tokens whose features are ordered (channel, row, column)."""
@@ -57,49 +52,46 @@ def unpatchify(tokens: Float[Tensor, "B T D"], patch_size: int, height: int) -> 
 
 
 class TarFlowBlock(nn.Module):
-    """One autoregressive block: transformer in, log-scale and mean of the next token out.
+    """One autoregressive block: a transformer that predicts the log-scale and mean of the next token.
 
     Args:
-        num_tokens: T. features: D. width: C. num_layers: transformer layers. head_width: width of one head.
-        num_classes: K, or None.
-        flip: read the tokens back to front.
-        dropout: dropout of the transformer layers.
-        variant: whether there are log-scales.
-        log_scale_bound: c, the smooth bound of the log-scales; None for no bound.
+        num_tokens: number of tokens T.
+        features: number of features D of a token.
+        num_layers: number of transformer layers.
+        num_classes: number of classes K, or None.
+        flip: whether the block reads the tokens back to front.
+        config: the section ``model``.
     """
 
     def __init__(
         self,
         num_tokens: int,
         features: int,
-        width: int,
         num_layers: int,
-        head_width: int,
         num_classes: int | None,
         flip: bool,
-        dropout: float = 0.0,
-        variant: Variant = "affine",
-        log_scale_bound: float | None = None,
+        config: TarFlowConfig,
     ) -> None:
         super().__init__()
         self.flip = flip
-        self.head_width = head_width
-        self.variant: Variant = variant
-        self.log_scale_bound = log_scale_bound
+        self.head_width, self.variant = config.head_width, config.variant
+        self.log_scale_bound, width = config.log_scale_bound, config.width
         self.proj_in = nn.Linear(features, width)
         self.position = nn.Parameter(torch.randn(num_tokens, width) * 1e-2)
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.randn(num_classes, width) * 1e-2)
-        self.layers = nn.ModuleList(TransformerLayer(width, head_width, dropout) for _ in range(num_layers))
-        self.proj_out = nn.Linear(width, 2 * features if variant == "affine" else features)
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.head_width, config.dropout) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(width, 2 * features if config.variant == "affine" else features)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, " B"]]:
-        """Data to noise: tokens ``z`` and the log-determinant in nats.
+        """Map data to noise: tokens ``z`` and the log-determinant in nats.
 
-        ``recompute`` checkpoints every layer; ``twice`` is `TransformerLayer`'s.
+        ``recompute`` checkpoints every layer; see `TransformerLayer` for ``twice``.
         """
         z, log_scale = self.encode_values(x, y, recompute, twice)
         return z, x.new_zeros(len(x)) if log_scale is None else -log_scale.sum(dim=(1, 2))
@@ -107,7 +99,7 @@ class TarFlowBlock(nn.Module):
     def encode_values(
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"] | None]:
-        """As `forward`, with the log-scale of every value; None where volume is preserved."""
+        """`forward`, but with the log-scale of every value, or None if the block preserves volume."""
         x = self.order(x)
         h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
         for layer in self.layers:
@@ -121,9 +113,9 @@ class TarFlowBlock(nn.Module):
     def inverse(
         self, z: Float[Tensor, "B T D"], y: Condition, guidance: Guidance | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Noise to data, token by token; ``guidance`` is None or has an effect.
+        """Map noise to data, token by token; ``guidance`` is None unless it has an effect.
 
-        The weak predictions of guidance are decoded in the same batch.
+        The weak predictions of guidance are computed in the same batch.
         """
         batch, num_tokens, _ = z.shape
         z = self.order(z)
@@ -160,12 +152,12 @@ class TarFlowBlock(nn.Module):
         return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
 
     def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Parameters of token t come from tokens < t; token 0 gets zeros and does not change."""
+        """Log-scales and means; those of token t come from tokens before t, and those of token 0 are zero."""
         out = self.proj_out(h).to(like)
         return self.parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
 
     def parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Log-scale, None if volume is preserved, and mean; the published order of the output layer."""
+        """Log-scale (None if the block preserves volume) and mean, in the published order of the output layer."""
         if self.variant == "volume_preserving":
             return None, out
         log_scale, mean = out.chunk(2, dim=-1)
@@ -178,7 +170,7 @@ class TarFlowBlock(nn.Module):
         return tokens.flip(dims=(1,)) if self.flip else tokens
 
     def condition(self, y: Condition) -> Tensor:
-        """Class embedding ``(B or 1, 1, C)``; the mean over classes where the label is dropped."""
+        """Class embedding ``(B or 1, 1, C)``; the mean over classes for a dropped label."""
         if self.class_embedding is None:
             return self.position.new_zeros(1, 1, self.position.shape[1])
         return embed(self.class_embedding, y)[:, None]
@@ -190,73 +182,41 @@ def _guided(lanes: Tensor, scale: float) -> Tensor:
 
 
 class TarFlow(Flow):
-    """A stack of `TarFlowBlock`, every second one reading the tokens back to front.
+    """A stack of `TarFlowBlock`; every second block reads the tokens back to front.
 
     Args:
-        event_shape: ``(C, H, W)``; H and W must be multiples of ``patch_size``.
-        num_classes: K, or None for an unconditional model.
-        patch_size: side of a patch in pixels.
-        width: C, width of every block, a multiple of ``head_width``.
-        layers_per_block: transformer layers of each block, from data to noise.
-        head_width: width of one attention head.
-        dropout: dropout of the transformer layers.
-        variant: ``affine``, or ``volume_preserving`` with one learned deviation per feature of the latent.
-        log_scale_bound: smooth bound of the log-scales of a block; None for no bound.
-        logit_alpha: see `Flow`.
+        event_shape: shape of an image; height and width must be multiples of the patch size.
+        num_classes: number of classes K; None for an unconditional model.
+        config: the section ``model``.
 
     Raises:
-        ValueError: when the image does not divide into patches.
+        ValueError: the image cannot be divided into patches.
     """
 
     capabilities = TarFlowConfig.CAPABILITIES
 
-    def __init__(
-        self,
-        event_shape: tuple[int, int, int],
-        num_classes: int | None,
-        *,
-        patch_size: int,
-        width: int,
-        layers_per_block: tuple[int, ...],
-        head_width: int = 64,
-        dropout: float = 0.0,
-        variant: Variant = "affine",
-        log_scale_bound: float | None = None,
-        logit_alpha: float | None = None,
-    ) -> None:
-        super().__init__(event_shape, num_classes, logit_alpha)
-        channels, height, image_width = event_shape
-        if height % patch_size or image_width % patch_size:
+    def __init__(self, event_shape: tuple[int, int, int], num_classes: int | None, config: TarFlowConfig) -> None:
+        super().__init__(event_shape, num_classes, config.logit_alpha)
+        (channels, height, width), patch_size = event_shape, config.patch_size
+        if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image height and width must be multiples of model.patch_size "
-                f"(got {height}x{image_width} and {patch_size}); choose another patch size"
+                f"(got {height}x{width} and {patch_size}); choose another patch size"
             )
         self.patch_size = patch_size
-        num_tokens = (height // patch_size) * (image_width // patch_size)
-        features = channels * patch_size**2
-        self.log_std = nn.Parameter(torch.zeros(num_tokens, features)) if variant == "volume_preserving" else None
+        tokens, features = (height // patch_size) * (width // patch_size), channels * patch_size**2
+        self.log_std = nn.Parameter(torch.zeros(tokens, features)) if config.variant == "volume_preserving" else None
         self.blocks = nn.ModuleList(
-            TarFlowBlock(
-                num_tokens=num_tokens,
-                features=features,
-                width=width,
-                num_layers=num_layers,
-                head_width=head_width,
-                num_classes=num_classes,
-                flip=index % 2 == 1,
-                dropout=dropout,
-                variant=variant,
-                log_scale_bound=log_scale_bound,
-            )
-            for index, num_layers in enumerate(layers_per_block)
+            TarFlowBlock(tokens, features, num_layers, num_classes, index % 2 == 1, config)
+            for index, num_layers in enumerate(config.layers_per_block)
         )
 
     def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Data to noise: ``z (B, D)`` in token order and ``log_det (B,)`` in nats."""
+        """Map data to noise: ``z (B, T D)`` in the order of tokens, and ``log_det (B,)`` in nats."""
         return self._encode(h, y, twice=False)
 
     def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_twice`: attention by its definition, in memory that grows with the square of tokens."""
+        """See `Flow.encode_twice`; the memory of attention grows with the square of the number of tokens."""
         return self._encode(h, y, twice=True)
 
     def _encode(self, h: Tensor, y: Condition, twice: bool) -> tuple[Tensor, Tensor]:
@@ -272,7 +232,7 @@ class TarFlow(Flow):
         return rearrange(tokens, "b t d -> b (t d)"), log_det
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`."""
+        """See `Flow.encode_values`."""
         tokens = patchify(h, self.patch_size)
         log_dets = torch.zeros_like(tokens)
         for block in self.blocks:
@@ -285,7 +245,7 @@ class TarFlow(Flow):
         return unpatchify(tokens, self.patch_size, height), unpatchify(log_dets, self.patch_size, height)
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Float[Tensor, "B c H W"]:
-        """Noise to data, exact token-by-token decoding; guidance acts in every block."""
+        """Map noise to data by exact decoding, token by token; guidance acts in every block."""
         features = self.event_shape[0] * self.patch_size**2
         tokens = rearrange(z, "b (t d) -> b t d", d=features)
         if self.log_std is not None:
@@ -295,11 +255,7 @@ class TarFlow(Flow):
         return unpatchify(tokens, self.patch_size, self.event_shape[1])
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """As `Flow.is_guided`; a volume-preserving model has no log-scales to guide.
-
-        Raises:
-            ValueError: guidance that cannot have an effect.
-        """
+        """See `Flow.is_guided`; a volume-preserving model has no log-scales to guide."""
         guided = super().is_guided(y, guidance)
         if guided and guidance is not None and guidance.what == "log_scale" and self.log_std is not None:
             raise ValueError("a volume-preserving flow has no log-scales to guide (got what=log_scale); use mean")

@@ -1,13 +1,13 @@
-"""RealNVP for vectors: affine couplings on even and odd dimensions in turn.
+"""RealNVP for vectors: affine couplings that alternate between even and odd dimensions.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803, section 3.4, with a mask of every second dimension.
-A coupling keeps one half a and changes the other,
+A coupling keeps one half a of the dimensions and changes the other half b,
 
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
 Before the first coupling each dimension has its own shift and scale. They are initialised from the data, whose columns
-have different units, and are the identity where there are no data, as for a variational posterior. Log-scales are
-bounded as in `tarflow_scale.flows.realnvp`; networks start at zero, so that a fresh flow is the identity.
+have different units; without data, as for a variational posterior, they start as the identity. Log-scales are bounded
+as in `tarflow_scale.flows.realnvp`. Networks start at zero, so that new couplings are the identity.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -25,25 +25,24 @@ from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.logits import to_logits
 from tarflow_scale.flows.nice import halves_of, whole_of
-from tarflow_scale.flows.recompute import checkpoint
 from tarflow_scale.runtime.distributed import all_reduce_sum
 
 __all__ = ["COUPLINGS", "ResidualLayers", "VectorRealNVP"]
 
 COUPLINGS = 4
-"""Couplings of a level."""
+"""Number of couplings on each level."""
 _LEAST_DEVIATION = 1e-6
-"""Smallest deviation of a dimension that is not rounding, as a share of its root mean square."""
+"""Smallest deviation of a dimension, relative to its root mean square, that is not due to rounding."""
 
 
 class ResidualLayers(nn.Module):
-    """A linear layer, residual blocks of two, and one that starts at zero.
+    """A linear layer, residual blocks of two linear layers each, and a linear layer that starts at zero.
 
     Args:
-        inputs, outputs: numbers.
-        width: of a hidden layer.
-        blocks: how many.
-        num_classes: rows of the table that conditions pass, or None.
+        inputs, outputs: numbers of dimensions.
+        width: width of each hidden layer.
+        blocks: number of residual blocks.
+        num_classes: number of rows of the table of label embeddings, or None.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int, num_classes: int | None) -> None:
@@ -56,7 +55,7 @@ class ResidualLayers(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, h: Float[Tensor, "B I"], y: Condition) -> Float[Tensor, "B O"]:
-        """Raw parameters of an affine map."""
+        """Unbounded log-scales, and shifts, of an affine map."""
         h = self.enter(h)
         if self.class_embedding is not None:
             h = h + embed(self.class_embedding, y)
@@ -71,13 +70,8 @@ class VectorRealNVP(Flow):
 
     Args:
         event_shape: ``(D,)``, at least two dimensions.
-        num_classes: classes, or None for an unconditional model.
-        levels: number of levels; each level has four couplings.
-        width: width of a hidden layer.
-        residual_blocks: number of residual blocks in each network.
-        normalization: must be ``actnorm``.
-        log_scale_bound: bound c of the log-scales.
-        logit_alpha: see `Flow`.
+        num_classes: number of classes; None for an unconditional model.
+        config: the section ``model``; each level has four couplings, and ``normalization`` must be ``actnorm``.
 
     Raises:
         ValueError: the event has one dimension, or the normalization is not ``actnorm``.
@@ -85,51 +79,41 @@ class VectorRealNVP(Flow):
 
     capabilities = replace(RealNVPConfig.CAPABILITIES, guidance=False)
 
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        num_classes: int | None,
-        *,
-        levels: int,
-        width: int = 64,
-        residual_blocks: int = 4,
-        normalization: str = "actnorm",
-        log_scale_bound: float = 2.0,
-        logit_alpha: float | None = None,
-    ) -> None:
-        super().__init__(event_shape, num_classes, logit_alpha)
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, config: RealNVPConfig) -> None:
+        super().__init__(event_shape, num_classes, config.logit_alpha)
         if self.num_dims < 2:
             raise ValueError(f"RealNVP needs at least 2 dimensions (got {self.num_dims}); use another model")
-        if normalization != "actnorm":
-            raise ValueError(f"model.normalization of vectors must be actnorm (got {normalization}); set it")
-        self.log_scale_bound = log_scale_bound
+        if config.normalization != "actnorm":
+            raise ValueError(f"model.normalization of vectors must be actnorm (got {config.normalization}); set it")
+        self.log_scale_bound = config.log_scale_bound
         sizes = (self.num_dims - self.num_dims // 2, self.num_dims // 2)
+        network = (config.width, config.residual_blocks, num_classes)
         self.networks = nn.ModuleList(
-            ResidualLayers(sizes[number % 2], 2 * sizes[1 - number % 2], width, residual_blocks, num_classes)
-            for number in range(COUPLINGS * levels)
+            ResidualLayers(sizes[number % 2], 2 * sizes[1 - number % 2], *network)
+            for number in range(COUPLINGS * config.levels)
         )
         self.bias = nn.Parameter(torch.zeros(self.num_dims))
         self.log_scale = nn.Parameter(torch.zeros(self.num_dims))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, y: Condition = None) -> None:
-        """Initialise each dimension's shift and scale from mean and deviation of the batch over all ranks."""
+        """Initialise the shift and scale of each dimension from its mean and deviation in the batch of all ranks."""
         del y
         h = (x if self.logit_alpha is None else to_logits(x, self.logit_alpha)[0]).flatten(1).double()
         sums = all_reduce_sum(torch.cat([h.new_tensor([len(h)]), h.sum(dim=0), h.square().sum(dim=0)]))
         mean, square = (sums[1:] / sums[0]).chunk(2)
         std = (square - mean.square()).clamp(min=0).sqrt()
-        told = std > _LEAST_DEVIATION * square.sqrt()  # a dimension that is constant in this batch has no scale
+        varies = std > _LEAST_DEVIATION * square.sqrt()  # a dimension that is constant in this batch keeps scale 1
         self.bias.copy_(-mean)
-        self.log_scale.copy_(-torch.log(torch.where(told, std, torch.ones_like(std))))
+        self.log_scale.copy_(-torch.log(torch.where(varies, std, torch.ones_like(std))))
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
+        """Map data to noise: ``z (B, D)`` and ``log_det (B,)`` in nats."""
         z, log_dets = self.encode_values(h, y)
         return z.flatten(1), log_dets.flatten(1).sum(dim=1)
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """As `Flow.encode_values`: every map changes one dimension, given others."""
+        """See `Flow.encode_values`; every dimension is mapped by itself, given others."""
         with torch.autocast(h.device.type, enabled=False):
             halves = halves_of((h.flatten(1) + self.bias) * self.log_scale.exp())
             log_dets = halves_of(self.log_scale.expand(len(h), -1))
@@ -141,7 +125,7 @@ class VectorRealNVP(Flow):
         return whole_of(halves).view(h.shape), whole_of(log_dets).view(h.shape)
 
     def decode(self, z: Float[Tensor, "B D"], y: Condition, guidance: Guidance | None) -> Tensor:
-        """Noise to data; there is no guidance."""
+        """Map noise to data, without guidance."""
         halves = halves_of(z)
         for number in reversed(range(len(self.networks))):
             changed = 1 - number % 2
@@ -150,8 +134,5 @@ class VectorRealNVP(Flow):
         return (whole_of(halves) * (-self.log_scale).exp() - self.bias).unflatten(1, self.event_shape)
 
     def _affine(self, number: int, half: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        network = self.networks[number]
-        recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
-        raw = (checkpoint(network, half, y) if recompute else network(half, y)).to(half.dtype)
-        scale, shift = raw.chunk(2, dim=1)
+        scale, shift = self.recomputed(self.networks[number], half, y).to(half.dtype).chunk(2, dim=1)
         return self.log_scale_bound * torch.tanh(scale / self.log_scale_bound), shift

@@ -1,4 +1,4 @@
-"""A flow on disk: ``model.safetensors`` and ``config.json``. Nothing is pickled, nothing is executed on loading."""
+"""A flow on disk: ``model.safetensors`` and ``config.json``. Nothing is pickled; loading executes no code."""
 
 import hashlib
 import json
@@ -19,7 +19,17 @@ from tarflow_scale.flows.build import build
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.records import LatentFacts, PixelFormat, canonical_json
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "flow_files", "flow_from_files", "load_flow", "save_flow", "tensors_digest"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "check_finite",
+    "flow_files",
+    "flow_from_files",
+    "load_flow",
+    "read_plain_weights",
+    "save_flow",
+    "tensors_digest",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -27,10 +37,10 @@ _FORMAT = 1
 
 
 def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str, bytes]:
-    """The files of a flow by name; ``weights`` (by parameter and buffer name) replace the flow's own."""
+    """The contents of the files of a flow, by file name; ``weights`` by name replace the flow's own."""
     assert flow.config is not None, "only a flow made by build() knows its configuration"
     tensors = weights if weights is not None else flow.state_dict()
-    facts = {
+    description = {
         "format": _FORMAT,
         "model": flow.config.model_dump(mode="json"),
         "event_shape": list(flow.event_shape),
@@ -42,36 +52,37 @@ def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str
     }
     return {
         WEIGHTS_NAME: save_tensors({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}),
-        CONFIG_NAME: canonical_json(facts),
+        CONFIG_NAME: canonical_json(description),
     }
 
 
 def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
-    """Rebuild a flow, in evaluation mode on the CPU.
+    """The flow with these files, in evaluation mode on the CPU.
 
     Raises:
-        DataError: when a file is missing or damaged, or the weights do not fit the configuration.
+        DataError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     try:
-        facts: dict[str, Any] = json.loads(files[CONFIG_NAME])
-        config: ModelConfig = TypeAdapter(ModelConfig).validate_python(facts["model"])
-        # No memory and no random numbers: every tensor comes from the file. zuko's networks still allocate.
+        stored: dict[str, Any] = json.loads(files[CONFIG_NAME])
+        config: ModelConfig = TypeAdapter(ModelConfig).validate_python(stored["model"])
+        # Every tensor comes from the file, so building takes no memory (except in zuko) and draws no random numbers.
         # Tensors made in inference mode could not be trained or written to outside of it.
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
-                flow = build(config, tuple(facts["event_shape"]), facts["num_classes"], facts.get("num_conditions"))
+                flow = build(config, tuple(stored["event_shape"]), stored["num_classes"], stored.get("num_conditions"))
             flow.load_state_dict(load_tensors(files[WEIGHTS_NAME]), assign=True)
-        flow.pixels = PixelFormat.model_validate(facts["pixels"]) if facts["pixels"] else None
-        flow.latents = LatentFacts.model_validate(facts["latents"]) if "latents" in facts else None
-        flow.class_names = tuple(map(str, facts.get("class_names", ())))
-        _check_finite(flow)
+        flow.pixels = PixelFormat.model_validate(stored["pixels"]) if stored["pixels"] else None
+        flow.latents = LatentFacts.model_validate(stored["latents"]) if "latents" in stored else None
+        flow.class_names = tuple(map(str, stored.get("class_names", ())))
+        check_finite(flow)
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{origin} does not hold a flow ({reason}); export or register it again") from error
     return flow.eval()
 
 
-def _check_finite(flow: Flow) -> None:
+def check_finite(flow: Flow) -> None:
+    """Raise ValueError if a parameter or buffer of the flow has a value that is not finite."""
     for name, tensor in flow.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             number = int((~torch.isfinite(tensor)).sum())
@@ -79,7 +90,7 @@ def _check_finite(flow: Flow) -> None:
 
 
 def tensors_digest(flow: Flow) -> str:
-    """SHA-256 of a flow's parameters and buffers, names included."""
+    """SHA-256 of a flow's parameters and buffers and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(flow.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -87,8 +98,23 @@ def tensors_digest(flow: Flow) -> str:
     return digest.hexdigest()
 
 
+def read_plain_weights(path: str | os.PathLike[str], origin: str) -> Any:
+    """The content of a ``.pth`` file of plain tensors, on the CPU.
+
+    Raises:
+        DataError: the file is damaged, or would run code; the message names ``origin``.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can raise any exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{origin} cannot be read as plain weights ({reason}); give a file that holds tensors and no code"
+        ) from error
+
+
 def save_flow(flow: Flow, path: str | os.PathLike[str]) -> None:
-    """Write a flow to a folder or URL; the configuration last, so that a partly written flow is not one."""
+    """Write a flow to a folder or URL. The configuration is written last; without it the folder is not a flow."""
     for name, content in flow_files(flow).items():
         storage.write_bytes(storage.join(os.fspath(path), name), content)
 
@@ -97,7 +123,7 @@ def load_flow(path: str | os.PathLike[str]) -> Flow:
     """Read a flow from a folder or URL, in evaluation mode on the CPU.
 
     Raises:
-        DataError: when it is not a flow.
+        DataError: there is no complete flow at ``path``.
     """
     path, names = os.fspath(path), (CONFIG_NAME, WEIGHTS_NAME)
     for name in names:

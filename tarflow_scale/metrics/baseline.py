@@ -1,7 +1,7 @@
 """Baseline: a full-covariance Gaussian fitted to pixels, measured by the same protocols as a flow.
 
-Units are levels: a dequantized pixel is level + u with u in [0, 1), so its mean is larger than that of the level by 1/2
-and its variance by 1/12. Shapes: B images, D pixels.
+The unit is a level: a dequantized pixel is level + u with u in [0, 1), which adds 1/2 to the mean and 1/12 to the
+variance of the level. Shapes: B images, D pixels.
 """
 
 import math
@@ -44,13 +44,13 @@ class PixelGaussian:
         return standard_normal_log_prob(whitened.T) + log_det
 
     def sample_levels(self, num: int, seed: int) -> Tensor:
-        """``(num, D)`` float64 samples, floored to bins and clipped to levels."""
+        """Samples ``(num, D)`` float64, rounded down to levels and clipped to the range of levels."""
         z = np.stack([generator(Purpose.BASELINE, seed, i).standard_normal(len(self._mean)) for i in range(num)])
         return (torch.from_numpy(z) @ self._factor.T + self._mean).floor().clamp(0, self._top)
 
 
 def gaussian_for(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
-    """The Gaussian of a reference in pixels; None for other features, or for too many pixels."""
+    """The Gaussian of the reference of a protocol; None for features other than pixels, or for too many pixels."""
     if protocol.extractor != "pixels" or len(reference.mean) > MAX_DIMS:
         return None
     return PixelGaussian(reference, protocol.bit_depth)

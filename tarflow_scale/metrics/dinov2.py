@@ -1,8 +1,8 @@
 """DINOv2 ViT-L/14 as in published FD-DINOv2: PIL's bicubic resize to 224, ImageNet's mean and deviation, class token.
 
-Equals dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's own DINOv2 resizes as
-TensorFlow does, and cannot read a local file. The transformer is timm's (extra ``dinov2``); the position embedding is
-resampled from the trained grid of 37 x 37 to 16 x 16 as in the published code, which differs from timm's way.
+Features equal those of dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's own
+DINOv2 resizes as TensorFlow does, and cannot read a local file. The transformer is timm's (extra ``dinov2``). The
+position embedding is resampled from the trained grid of 37 x 37 to 16 x 16 as in the published code, not as in timm.
 """
 
 import importlib
@@ -22,12 +22,12 @@ __all__ = ["DINOv2Extractor"]
 
 _SIZE, _GRID = 224, 16
 _INTERPOLATION_OFFSET = 0.1
-"""The published code adds it to the target size of the interpolation, which shifts the sample points slightly."""
+"""Offset that the published code adds to the target size of the interpolation; it shifts sample points slightly."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DINOv2Extractor(FeatureExtractorBase):
-    """Class token ``(B, 1024)`` after the last norm; feature layer ``dinov2``.
+    """Extracts the class token ``(B, 1024)`` after the last norm, as feature layer ``dinov2``.
 
     Args:
         name: name of the extractor.
@@ -36,11 +36,11 @@ class DINOv2Extractor(FeatureExtractorBase):
 
     Raises:
         ConfigError: timm is not installed.
-        DataError: the file has no weights of this model.
+        DataError: the file does not hold weights of this model.
     """
 
     model_name = "vit_large_patch14_dinov2"
-    """timm's name."""
+    """Name of the model in timm."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any) -> None:
         super().__init__(name, features_list)
@@ -61,21 +61,21 @@ class DINOv2Extractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of layers: there is one."""
+        """Names of the feature layers."""
         return ("dinov2",)
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The same for every metric."""
+        """The layer for a metric, which is the same for every metric."""
         return "dinov2"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """False, because it uses PIL."""
+        """Whether torch can compile the extractor; it cannot compile PIL."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
-        """``(B, 3, H, W)`` uint8 to ``(B, 1024)`` fp32."""
+        """Map images ``(B, 3, H, W)`` uint8 to features ``(B, 1024)`` fp32."""
         pictures = (Image.fromarray(pixels) for pixels in input.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         resized = np.stack([np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)) for image in pictures])
         x = torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 255
@@ -84,7 +84,7 @@ class DINOv2Extractor(FeatureExtractorBase):
 
 
 def _resampled(position: Tensor) -> Tensor:
-    """Position embedding ``(1, 1 + 37 x 37, C)``, class token first, to ``(1, 1 + 16 x 16, C)``."""
+    """Resample the position embedding ``(1, 1 + 37 x 37, C)``, class token first, to ``(1, 1 + 16 x 16, C)``."""
     token, grid = position[:, :1], position[:, 1:]
     side = math.isqrt(grid.shape[1])
     scale = (_GRID + _INTERPOLATION_OFFSET) / side

@@ -1,9 +1,9 @@
-"""Images to features, through torch-fidelity's registry of extractors.
+"""Compute features of images with extractors from torch-fidelity's registry.
 
-``pixels`` is the flattened image in levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the TensorFlow
-Inception that defines FID; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Other packages offer extractors as
-entry points of the group ``tarflow_scale.extractors``: subclasses of torch-fidelity's ``FeatureExtractorBase``, under
-the name that a protocol uses. The digest of the weights file is part of the protocol id.
+Extractor ``pixels`` flattens the image to levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the
+TensorFlow Inception that defines FID; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Other packages add
+extractors as entry points of the group ``tarflow_scale.extractors``. They are subclasses of torch-fidelity's
+``FeatureExtractorBase``; protocols use the name of the entry point. The digest of the weights is part of a protocol id.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,14 @@ from torch_fidelity.utils import create_feature_extractor
 from tarflow_scale import storage
 from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, SampledProtocol
 from tarflow_scale.errors import ConfigError, DataError
+from tarflow_scale.flows.weights import read_plain_weights
 from tarflow_scale.metrics.dinov2 import DINOv2Extractor
 from tarflow_scale.metrics.parts import FeatureSet
 
 __all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "published_digest", "weights_digest"]
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""Stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 of each layer, on the CPU."""
+"""Maps stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 of each layer, on the CPU."""
 
 _GROUP = "tarflow_scale.extractors"
 _INCEPTION = "inception-v3-compat"
@@ -40,11 +41,11 @@ class _Weights:
     """A published weights file."""
 
     file: str
-    """File name, also in the torch hub cache."""
+    """Name of the file, also in the torch hub cache."""
     source: str
-    """Where to download it, for error messages."""
+    """Address of the download, for error messages."""
     prefix: str = ""
-    """Published prefix of its SHA-256; checked if the protocol has no digest."""
+    """Published prefix of the SHA-256; checked if the protocol has no digest."""
 
 
 _WEIGHTS = {
@@ -58,7 +59,7 @@ _WEIGHTS = {
 
 
 class PixelsExtractor(FeatureExtractorBase):
-    """The flattened image in levels 0..2^bit_depth-1; feature layer ``levels-<bit_depth>``."""
+    """Extracts the flattened image in levels 0..2^bit_depth-1, as feature layer ``levels-<bit_depth>``."""
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
@@ -66,21 +67,21 @@ class PixelsExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of layers: one for every bit depth."""
+        """Names of the feature layers, one for every bit depth."""
         return tuple(f"levels-{bits}" for bits in range(1, 9))
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """8-bit levels for every metric."""
+        """The layer for a metric: 8-bit levels for every metric."""
         return "levels-8"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """False: there is nothing to compile."""
+        """Whether torch can compile the extractor; there is nothing to compile."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
-        """``(B, C, H, W)`` uint8 to ``(B, C H W)`` fp32, which holds every level exactly."""
+        """Map images ``(B, C, H, W)`` uint8 to levels ``(B, C H W)`` in fp32, which is exact."""
         return ((input >> (8 - self._bit_depth)).flatten(1).float(),)
 
 
@@ -98,15 +99,16 @@ def layer_of(protocol: SampledProtocol) -> str:
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
     """SHA-256 of the weights file of an extractor, compared with the digest that the protocol requires.
 
-    Without a weights file it is ``none`` for ``pixels``, and the name and version of its package for an entry point.
+    An extractor without a weights file has the digest ``none`` (``pixels``), or the name and version of its package
+    (entry points).
 
     Args:
-        protocol: names the extractor, and the digest of its weights if that is fixed.
-        weights: paths of weights files by name of the extractor; published ones may also be in the torch hub cache.
+        protocol: has the name of the extractor, and the required digest of its weights or None.
+        weights: paths of weights files by name of the extractor; published files may also be in the torch hub cache.
 
     Raises:
         ConfigError: the extractor does not exist.
-        DataError: the file is missing, or its digest is not that of the protocol (or not the published prefix).
+        DataError: the file is missing, or its digest is not the required one or does not have the published prefix.
     """
     return _checked_digest(protocol.extractor, weights, protocol.extractor_sha256 or "", protocol.name)
 
@@ -139,29 +141,16 @@ def _digest(name: str, weights: Mapping[str, str]) -> str:
     return storage.digest(path)
 
 
-def _check_plain(path: Path) -> None:
-    """Check that a file holds plain tensors and no code, because torch-fidelity unpickles the weights of its Inception.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise any exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read as plain weights ({reason}); download it again") from error
-
-
 def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: torch.device) -> Extractor:
-    """The extractor of a set of features, in evaluation mode.
+    """Open the extractor of a set of features, in evaluation mode.
 
     Args:
-        features: names the extractor, its digest and the layers.
+        features: has the name of the extractor, its digest and the layers.
         weights: see `weights_digest`.
         device: device of the extractor.
 
     Raises:
-        DataError: the weights are missing on this machine, or differ from those of the driver.
+        DataError: the weights are missing on this machine, or differ from the driver's.
     """
     name = features.extractor
     digest = _digest(name, weights)
@@ -175,10 +164,10 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
     _register(name)
     path = _weights_path(name, weights)
     if name == _INCEPTION and path is not None:
-        _check_plain(path)
+        read_plain_weights(path, str(path))  # refuses code, which torch-fidelity would run when it unpickles the file
     options = {} if path is None else {"feature_extractor_weights_path": str(path)}
     cuda = device.type == "cuda"
-    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # a layer after the one of sFID
+    wanted = sorted(set(names.values()) - {"spatial"}) or ["768"]  # any layer after the layer of sFID
     model = create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **options)
     model = (_faster(model) if name == _INCEPTION else model).to(device)
     spatial: list[Tensor] = []
@@ -197,9 +186,9 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
 
 
 def _faster(inception: Any) -> Any:
-    """An equivalent, faster Inception: batch norms folded into convolutions, channels last in memory.
+    """A faster, equivalent Inception: batch norms are folded into convolutions, and channels are last in memory.
 
-    Features agree to 1e-6 of the largest one; 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py).
+    It is 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py). Features agree to 1e-6 of the largest one.
     """
     blocks: list[Any] = [module for module in inception.modules() if isinstance(module, BasicConv2d)]
     for block in blocks:
@@ -209,7 +198,7 @@ def _faster(inception: Any) -> Any:
 
 
 def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str, str]:
-    """Names in the extractor of our layers."""
+    """The extractor's name of each of our layers."""
     if name == "pixels":
         return dict.fromkeys(layers, f"levels-{bit_depth}")
     if name == _INCEPTION:
@@ -223,8 +212,8 @@ def _register(name: str) -> None:
 
 
 def _extractor_class(name: str) -> Any:
-    own = {"pixels": PixelsExtractor, "dinov2-vitl14": DINOv2Extractor}
-    return own[name] if name in own else _entry_point(name).load()
+    builtin = {"pixels": PixelsExtractor, "dinov2-vitl14": DINOv2Extractor}
+    return builtin[name] if name in builtin else _entry_point(name).load()
 
 
 def _entry_point(name: str) -> metadata.EntryPoint:

@@ -1,7 +1,8 @@
-"""Inception score (arXiv 1606.03498): exp of the mean divergence of p(class | image) from its mean, over splits.
+"""Inception score (arXiv 1606.03498): the exponential of the mean divergence of p(class | image) from its mean.
 
-With p the class probabilities of an image and q their mean over a split, the mean divergence is
-mean(sum p log p) - sum q log q, so sums over blocks of images suffice. Order and splits are those of torch-fidelity.
+Let p be the class probabilities of an image and q their mean over a split of the images. The mean divergence is
+mean(sum p log p) - sum q log q, so sums over blocks of images suffice. The score is the mean over splits. The order of
+images and the splits are those of torch-fidelity.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ _LAYER = "logits_unbiased"
 
 
 def inception_score(samples: FeatureSet, num_splits: int, shuffle_seed: int) -> Measure:
-    """Mean score over splits, with its jackknife error."""
+    """The mean score over splits, with its jackknife error."""
     cut = blocks(samples.images.num)
     sums = yield [_Sums(samples, num_splits, shuffle_seed, start, stop) for start, stop in cut]
     total = np.sum(sums, axis=0)
@@ -37,7 +38,7 @@ def _score(sums: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums of the images ``[start, stop)`` in each split, see `_score`."""
+    """A task that computes the sums of `_score` over the images ``[start, stop)`` in each split."""
 
     samples: FeatureSet
     num_splits: int

@@ -1,7 +1,8 @@
 """Standard errors by the delete-one-block jackknife.
 
-A set of n images is cut by index into 50 blocks, and a measure is computed 50 times without one of them (Efron and
-Stein, 1981). A bootstrap would repeat images and so bias distances between distributions upwards; a jackknife does not.
+A set of n images is divided by index into 50 blocks, and a measure is computed 50 times, each time without one block
+(Efron and Stein, 1981). A bootstrap would repeat images, which biases distances between distributions upwards; a
+jackknife does not.
 """
 
 import math
@@ -13,13 +14,13 @@ NUM_BLOCKS = 50
 
 
 def blocks(num: int) -> list[tuple[int, int]]:
-    """``[start, stop)`` of each block of ``num`` images; 50 blocks, or one for each image if there are fewer."""
+    """The range ``[start, stop)`` of each of 50 blocks of ``num`` images; with fewer images each is a block."""
     count = min(NUM_BLOCKS, num)
     return [(i * num // count, (i + 1) * num // count) for i in range(count)]
 
 
 def standard_error(without: Sequence[float]) -> float:
-    """Standard error of a measure from its values without each block."""
+    """Standard error of a measure, from the values of the measure without each block."""
     count = len(without)
     mean = math.fsum(without) / count
     return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in without))

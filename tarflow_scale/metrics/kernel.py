@@ -1,8 +1,8 @@
 """Kernel distance (KID, arXiv 1801.01401): unbiased squared MMD with the kernel (x . y / D + 1)^3.
 
-The value equals torch-fidelity's: the mean over the same random subsets. Its error is the jackknife of the statistic
-over all images, which the mean over subsets approximates. It needs only the sums of the kernel between blocks, each
-computed once.
+The value equals torch-fidelity's: the mean over the same random subsets. Its error is the jackknife error of the
+statistic over all images, which the mean over subsets approximates. The jackknife needs only the sums of the kernel
+between blocks, each of which is computed once.
 """
 
 import functools
@@ -25,7 +25,7 @@ _TASKS = 10
 def kernel_distance(
     samples: FeatureSet, reference: FeatureSet, num_subsets: int, subset_size: int, subset_seed: int
 ) -> Measure:
-    """Mean kernel distance over subsets, with the jackknife of the distance over all images."""
+    """The mean kernel distance over subsets, with the jackknife error of the distance over all images."""
     cut = blocks(samples.images.num)
     step = -(-num_subsets // _TASKS)
     results = yield [
@@ -47,7 +47,7 @@ def _all_rows(features: FeatureSet) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Subsets:
-    """Distances of the subsets ``[start, stop)``; holds all features in memory, in fp32."""
+    """A task that computes the distances of the subsets ``[start, stop)``, with all features in memory in fp32."""
 
     samples: FeatureSet
     reference: FeatureSet
@@ -69,7 +69,7 @@ class _Subsets:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """Sums of the kernel of a block with itself (off the diagonal), with each later block, and with the reference."""
+    """A task that sums the kernel of a block with itself without the diagonal, each later block, and the reference."""
 
     samples: FeatureSet
     reference: FeatureSet
@@ -94,7 +94,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic without each block, except the term of the reference with itself, which is the same for all."""
+    """The statistic without each block, up to the term of the reference alone, which is the same for all."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

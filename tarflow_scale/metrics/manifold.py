@@ -1,11 +1,11 @@
 """Improved precision and recall (arXiv 1904.06991): the share of one set inside balls around features of the other.
 
-The ball of a feature reaches to its k-th neighbour in the same set. Precision is the share of generated images inside
-a ball of a reference image; recall is the share of reference images inside a ball of a generated image. Distances are
-Euclidean, in float64; every task holds two blocks.
+The radius of the ball of a feature is the distance to its k-th neighbour in the same set. Precision is the share of
+generated images inside a ball of a reference image; recall is the share of reference images inside a ball of a
+generated image. Distances are Euclidean, in float64. A task has two blocks in memory.
 
-The jackknife deletes blocks of generated images. For precision a deleted block removes queries. For recall it removes
-balls, and the balls of the other blocks grow; so radii are stored without each block, and all of them are queried.
+The jackknife deletes blocks of generated images. For precision this removes queries. For recall it removes balls, and
+the balls of other blocks grow; so radii without each block are stored too, and queries use all of them.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ __all__ = ["manifold_share"]
 def manifold_share(
     kind: Literal["precision", "recall"], samples: FeatureSet, reference: FeatureSet, neighbours: int
 ) -> Measure:
-    """Precision or recall, with the jackknife over samples."""
+    """Precision or recall, with its jackknife error over samples."""
     balls, queries = (reference, samples) if kind == "precision" else (samples, reference)
     num_balls = len(blocks(balls.images.num))
     yield [_Radii(balls, neighbours, number) for number in range(num_balls)]
@@ -50,7 +50,7 @@ def _radii_location(balls: FeatureSet, neighbours: int, number: int) -> str:
 
 @dataclass(frozen=True)
 class _Radii:
-    """Store the radii of the balls of a block: among all features, and among all features without each block."""
+    """A task that stores the radii of the balls of a block, among all features and without each of the blocks."""
 
     balls: FeatureSet
     neighbours: int
@@ -82,7 +82,7 @@ class _Radii:
 
 @dataclass(frozen=True)
 class _Inside:
-    """Number of features of a block inside some ball; with ``deleted``, also without each block of balls."""
+    """A task that counts features of a block inside a ball; with ``deleted``, also without each block of balls."""
 
     queries: FeatureSet
     balls: FeatureSet

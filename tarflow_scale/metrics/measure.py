@@ -1,7 +1,7 @@
 """Compute numbers from features in rounds of tasks, which run on workers.
 
-A measure is a generator: it yields tasks, receives their results in the same order, and finally returns the number.
-Tasks read features and return sums; all measures of an evaluation run their rounds together.
+A measure is a generator. It yields tasks, receives their results in the same order, and finally returns the number.
+Tasks read features and return sums. Each round runs the tasks of all measures of an evaluation together.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +15,7 @@ class Task(Protocol):
     """A picklable piece of a measure."""
 
     def run(self) -> Any:
-        """Compute the result, which should be small."""
+        """Compute the result, which should be small because it is sent to the driver."""
         ...
 
 
@@ -46,7 +46,7 @@ class Reducer:
 
 
 def in_rounds(measures: dict[str, Measure], run: Run) -> dict[str, Measured]:
-    """Run all measures; the tasks of one round of all measures run together.
+    """Run all measures, and the tasks of each round of all measures together.
 
     Args:
         measures: measures by name.

@@ -1,8 +1,8 @@
-"""Parts: the files in which ``evaluate`` and ``score`` keep the results of workers for ranges of images.
+"""Parts: the files in which ``evaluate`` and ``score`` store the results of workers for ranges of images.
 
 A part is one ``.npz`` that is written completely or not at all, in a folder whose name is a digest of everything that
-decides its content. A worker may die, two workers may make the same part, or the whole job may start again: a part that
-exists is correct. All sets of the same size are divided into the same ranges.
+determines its content. A part that exists is correct, even if a worker died, two workers wrote the same part, or the
+whole job started again. All sets of the same size are divided into the same ranges.
 """
 
 import functools
@@ -21,9 +21,9 @@ from tarflow_scale.errors import DataError
 __all__ = ["Arrays", "FeatureSet", "Images", "Part", "PartUnit", "packed", "parts_of", "read_arrays", "write_arrays"]
 
 PART_IMAGES = 250
-"""Images of a part: few enough to balance workers, enough to hide the cost of the call."""
+"""Number of images of a part: few enough to balance workers, enough to hide the cost of a call."""
 _MOST_PARTS = 64
-"""Most parts of a set of moments; the size of moments does not depend on the number of images."""
+"""Largest number of parts of a set of moments, whose size does not depend on the number of images."""
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -38,12 +38,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        """File name."""
+        """Name of the file."""
         return f"{self.start:09d}-{self.stop:09d}.npz"
 
     @property
     def location(self) -> str:
-        """Path or URL."""
+        """Path or URL of the file."""
         return storage.join(self.folder, self.name)
 
     def write(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
@@ -51,7 +51,7 @@ class Part:
         write_arrays(self.location, arrays)
 
     def read(self, *names: str) -> Arrays:
-        """See `read_arrays`."""
+        """Read arrays of the file; see `read_arrays`."""
         return read_arrays(self.location, *names)
 
 
@@ -63,18 +63,18 @@ class PartUnit:
 
     @property
     def num_images(self) -> int:
-        """Images of the part."""
+        """Number of images of the part."""
         return self.part.stop - self.part.start
 
     @classmethod
     def missing(cls, units: Sequence[Self]) -> list[Self]:
-        """The units whose part does not exist yet; lists every folder once."""
+        """The units whose part does not exist yet; every folder is listed once."""
         existing = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
         return [unit for unit in units if unit.part.name not in existing[unit.part.folder]]
 
 
 def parts_of(folder: str, num: int, most: int | None = None) -> list[Part]:
-    """The parts of ``num`` images, of 250 images each, or of more where that would give more than ``most`` parts."""
+    """Divide ``num`` images into parts of 250 images, or of more images if there would be more than ``most`` parts."""
     size = PART_IMAGES if most is None else max(PART_IMAGES, -(-num // most))
     return [Part(folder, low, min(low + size, num)) for low in range(0, num, size)]
 
@@ -92,13 +92,13 @@ def write_arrays(location: str, arrays: Mapping[str, NDArray[np.generic]]) -> No
 
 
 def read_arrays(location: str, *names: str) -> Arrays:
-    """Arrays of an ``.npz`` by name, all if none is named; numpy checks their CRCs.
+    """Arrays of an ``.npz`` with these names, or all arrays without names; numpy checks their CRCs.
 
     Raises:
         DataError: the file is missing or damaged.
     """
     if not storage.exists(location):
-        raise DataError(f"{location} is gone, perhaps another evaluation removed it; run the same command again")
+        raise DataError(f"{location} does not exist, perhaps another evaluation removed it; run the same command again")
     try:
         with np.load(io.BytesIO(storage.read_bytes(location)), allow_pickle=False) as archive:
             return {name: archive[name] for name in names or archive.files}
@@ -108,16 +108,16 @@ def read_arrays(location: str, *names: str) -> Arrays:
 
 @functools.lru_cache(maxsize=8)
 def _rows(location: str, layer: str) -> NDArray[np.float32]:
-    """A layer of a part. The cache is small because callers read the blocks of one part one after the other."""
+    """Features of a layer in a part. The cache is small, because callers read the blocks of a part one by one."""
     return read_arrays(location, layer)[layer].astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Which images an extractor sees, and how their values become levels.
+    """The images of an extractor's input, and the conversion of their values to levels.
 
-    kind: ``sample`` for images generated from latents of ``seed``; ``reference`` for the reference data set: all of it
-    in order if ``seed`` is None, else a random subset of ``num`` images.
+    kind: ``sample`` for images generated from latents of ``seed``; ``reference`` for images of the reference data set:
+    all of them in order if ``seed`` is None, otherwise a random subset of ``num`` images.
     """
 
     kind: Literal["sample", "reference"]
@@ -131,8 +131,8 @@ class Images:
 class FeatureSet:
     """Features of some images by one extractor, which several protocols may share.
 
-    extractor_digest: see `tarflow_scale.metrics.features.weights_digest`. layers: layers of the extractor, ``pool``
-    and others. folder: where the parts are. reduced: whether parts hold moments of features instead of features.
+    extractor_digest: see `tarflow_scale.metrics.features.weights_digest`. layers: layers of the extractor, such as
+    ``pool``. folder: folder of the parts. reduced: whether parts hold moments of features instead of features.
     """
 
     images: Images
@@ -147,7 +147,7 @@ class FeatureSet:
         return parts_of(self.folder, self.images.num, _MOST_PARTS if self.reduced else None)
 
     def rows(self, layer: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Features ``(stop - start, D)`` of a layer; those of all images if no range is given."""
+        """Features ``(stop - start, D)`` of a layer; of all images by default."""
         stop = self.images.num if stop is None else stop
         blocks = [
             _rows(part.location, layer)[max(start - part.start, 0) : stop - part.start]
@@ -162,5 +162,5 @@ class FeatureSet:
             yield from map(str, part.read("hashes")["hashes"])
 
     def beside(self, name: str) -> str:
-        """Location of another file that is computed from the set."""
+        """Location for another file that is computed from the set."""
         return storage.join(self.folder, name)

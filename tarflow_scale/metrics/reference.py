@@ -1,8 +1,8 @@
-"""Bind a protocol to its reference images, once; afterwards other images are refused.
+"""Bind a protocol to its reference images once; later, other images are refused.
 
 ``<cache>/<protocol>.json`` records the digests of the protocol, the extractor and the images; the moments of the
-features are in a file beside it. So the name of a protocol always means the same number where the cache is shared;
-elsewhere the protocol id shows whether two numbers are comparable.
+features are in a file beside it. So the name of a protocol always means the same metric for all users of a cache. For
+different caches, the protocol id shows whether two numbers are comparable.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = ["Binding", "References"]
 
 
 class Binding(Record):
-    """Record of what a protocol is bound to."""
+    """The extractor, data and images that a protocol is bound to."""
 
     protocol: str
     protocol_digest: str
@@ -35,10 +35,10 @@ class Binding(Record):
 
 
 class References:
-    """Bindings and moments in a folder.
+    """The stored bindings and moments of protocols.
 
     Args:
-        path: folder or URL.
+        path: folder or URL of the cache.
     """
 
     def __init__(self, path: str) -> None:
@@ -58,7 +58,7 @@ class References:
 
         Raises:
             ConfigError: the protocol has changed since it was bound.
-            DataError: it is bound to other data, or the record is damaged.
+            DataError: the protocol is bound to other data or another extractor, or its record is damaged.
         """
         location = self._location(protocol)
         if not storage.exists(location):
@@ -92,10 +92,10 @@ class References:
         moments: Moments | None = None,
         layer: str = "pool",
     ) -> Binding:
-        """Bind a protocol to images, which all its numbers then refer to.
+        """Bind a protocol to reference images, to which all its numbers will then refer.
 
         Raises:
-            DataError: it is bound to other images.
+            DataError: the protocol is already bound to other images.
         """
         before = self.find(protocol, extractor, manifest, again=True)
         if before is not None and before.images_digest != images_digest:
@@ -124,10 +124,10 @@ class References:
         return storage.join(self._path, f"{binding.protocol}-{binding.moments[:16]}.npz")
 
     def is_whole(self, binding: Binding) -> bool:
-        """Whether the moments of a binding are stored, if it has any.
+        """Whether the moments of a binding are stored; true for a binding without moments.
 
         Raises:
-            DataError: they do not match their digest.
+            DataError: the stored moments do not match their digest.
         """
         if binding.moments is None:
             return True
@@ -139,7 +139,7 @@ class References:
         return True
 
     def parts(self, key: Any) -> str:
-        """Folder for the parts of a computation that ``key``, a JSON value, determines."""
+        """Folder for the parts of a computation, which ``key``, a JSON value, determines."""
         return storage.join(self._path, "parts", storage.digest(canonical_json(key))[:32])
 
     def _location(self, protocol: SampledProtocol) -> str:

@@ -1,7 +1,7 @@
-"""What an evaluation has to make: the feature sets that its protocols share, and where their parts are stored.
+"""The feature sets and likelihoods that the protocols of an evaluation need, and the folders of their parts.
 
-A set lies in a folder whose name is a digest of everything that decides its numbers: weights, data, sampling,
-extractor, layers, device and threads. Protocols that look at the same images through the same extractor share one pass.
+The name of a folder is a digest of everything that determines its numbers: weights, data, sampling, extractor, layers,
+device and threads. Protocols with the same images and the same extractor share one pass over the images.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,11 @@ __all__ = ["PartIdentity", "ProtocolInputs", "requirements_of"]
 
 @dataclass(frozen=True)
 class PartIdentity:
-    """What decides the numbers of parts, apart from protocol and extractor.
+    """Everything except protocol and extractor that determines the numbers of parts.
 
-    device: kind of device, threads and version of torch. weights: digest of the model, with the sampling settings;
-    None where nothing is sampled. test, reference: digests of manifests. folder: the folder of a part, from a value
-    that holds all that decides its numbers.
+    device: kind of device, number of threads and version of torch. weights: digest of the model, and sampling settings;
+    None if nothing is sampled. test, reference: digests of the manifests. folder: a function that returns the folder of
+    parts for a value that contains everything that determines their numbers.
     """
 
     device: Any
@@ -33,10 +33,10 @@ class PartIdentity:
 
 @dataclass(frozen=True)
 class ProtocolInputs:
-    """What one protocol needs.
+    """The inputs that one protocol needs.
 
-    samples: features of generated images. reference: features that these are compared with. real: features of some
-    real images, for the baseline. likelihoods: parts with the bits/dim or nats of each sample of the split.
+    samples: features of generated images. reference: features of the reference images. real: features of some real
+    images, for the baseline. likelihoods: parts with the bits/dim or nats of each sample of the split.
     """
 
     samples: FeatureSet | None = None
@@ -45,7 +45,7 @@ class ProtocolInputs:
     likelihoods: tuple[Part, ...] = ()
 
     def feature_sets(self) -> list[FeatureSet]:
-        """The feature sets that are needed."""
+        """The feature sets among the inputs."""
         return [features for features in (self.samples, self.reference, self.real) if features is not None]
 
 
@@ -57,21 +57,21 @@ def requirements_of(
     baselines: bool,
     identity: PartIdentity,
 ) -> dict[str, ProtocolInputs]:
-    """What each protocol needs, by the path of its file.
+    """The inputs that each protocol needs, by path of the protocol.
 
     Args:
-        protocols: by path.
+        protocols: protocols by path.
         extractors: digests of extractors, by path of the protocol.
-        num_test: images of the split whose likelihood is measured.
-        num_reference: images of the reference data set.
+        num_test: number of images of the split whose likelihood is measured.
+        num_reference: number of images of the reference data set.
         baselines: whether real images are measured too.
-        identity: what else decides the numbers.
+        identity: everything else that determines the numbers.
     """
     requirements: dict[str, ProtocolInputs] = {}
     for path, protocol in protocols.items():
         if isinstance(protocol, LikelihoodProtocol):
-            decisive = ["likelihoods", protocol.digest, identity.weights, identity.test, identity.device]
-            requirements[path] = ProtocolInputs(likelihoods=tuple(parts_of(identity.folder(decisive), num_test)))
+            folder = identity.folder(["likelihoods", protocol.digest, identity.weights, identity.test, identity.device])
+            requirements[path] = ProtocolInputs(likelihoods=tuple(parts_of(folder, num_test)))
         else:
             requirements[path] = _of_samples(protocol, extractors[path], num_reference, baselines)
     layers: dict[Any, set[str]] = {}
@@ -80,7 +80,7 @@ def requirements_of(
             layers.setdefault(_pass_of(features), set()).update(features.layers)
 
     def stored(features: FeatureSet | None) -> FeatureSet | None:
-        """The set with its folder, and with the layers that other protocols need of the same pass."""
+        """The feature set with its folder, and with all layers that any protocol needs from the same pass."""
         if features is None:
             return None
         images, layers_of_pass = features.images, tuple(sorted(layers[_pass_of(features)]))
@@ -92,13 +92,13 @@ def requirements_of(
         return replace(features, layers=layers_of_pass, folder=folder)
 
     return {
-        path: replace(need, samples=stored(need.samples), reference=stored(need.reference), real=stored(need.real))
-        for path, need in requirements.items()
+        path: replace(inputs, **{name: stored(getattr(inputs, name)) for name in ("samples", "reference", "real")})
+        for path, inputs in requirements.items()
     }
 
 
 def _pass_of(features: FeatureSet) -> Any:
-    """A key that is equal for sets which one pass over the images can make, whatever the number of samples."""
+    """A key that is equal for feature sets from the same pass over images, for any number of samples."""
     images = features.images
     return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
 

@@ -1,4 +1,4 @@
-"""The answer of a report in a sentence: which model is best, by how much, how certainly, and what the gate decided."""
+"""The first sentences of a report: which model is best, by how much, how certainly, and what the gate decided."""
 
 import math
 import re
@@ -18,13 +18,13 @@ _CERTAIN, _PROBABLE = 0.999, 0.95
 
 @dataclass(frozen=True)
 class Lead:
-    """How much better the best version is than another one.
+    """How much better the best version is than another version.
 
     Args:
         other: the row of the other version.
-        gain: how much better the best is.
+        gain: how much better the best version is.
         error: standard error of the gain; None if unknown.
-        how: how the error was computed, in words: ``image by image``.
+        how: description of how the error was computed, such as ``image by image``.
     """
 
     other: Row
@@ -35,12 +35,12 @@ class Lead:
 
 @dataclass(frozen=True)
 class Word:
-    """What a gate decided on the best version.
+    """The decision of a gate on the best version.
 
     Args:
-        decision: with its reasons.
-        alias: the alias that the version took by this decision; None if the gate was asked only for the report.
-        override: why the alias was moved against the gate; empty if it was not.
+        decision: the decision with its reasons.
+        alias: the alias that moved to the version after this decision; None if the decision was made for the report.
+        override: why the alias was moved although the gate refused; empty if it was not.
     """
 
     decision: Decision
@@ -57,11 +57,12 @@ def champion_of(ranking: Ranking) -> Row | None:
 
 
 def answer(ranking: Ranking, lead: Lead | None) -> str:
-    """The conclusion of a leaderboard, without a full stop.
+    """The conclusion of a leaderboard as a sentence without a full stop.
 
     Args:
-        ranking: its rows.
-        lead: over the champion, or over the next best if the best is the champion.
+        ranking: the rows of the leaderboard.
+        lead: comparison of the best version with the champion, or with the next best if the best is the champion; None
+            if there is no other version.
     """
     title = ranking.board.title
     if not ranking.ours:
@@ -93,7 +94,7 @@ def _against(ranking: Ranking, lead: Lead) -> str:
     if lead.gain == 0:
         return f"exactly as good as {role}, {lead.other.model}"
     if not lead.error:
-        return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, how certainly is not known"
+        return f"{ranking.number(lead.gain)} better than {role}, {lead.other.model}, with unknown certainty"
     certainty = NormalDist().cdf(lead.gain / lead.error)
     if certainty >= _CERTAIN:
         words = "more than 99.9 % certain"
@@ -106,7 +107,7 @@ def _against(ranking: Ranking, lead: Lead) -> str:
 
 
 def gate_said(model: str, word: Word | None) -> str:
-    """Why a gate promoted a version or refused it, without a full stop.
+    """Why a gate accepted or refused a version, as a sentence without a full stop.
 
     Args:
         model: ``model@version``.
@@ -118,26 +119,29 @@ def gate_said(model: str, word: Word | None) -> str:
     gate = f"gate {decision.gate}" if decision.gate else "a gate"
     failed = ", ".join(f"{reason.requirement} (got {reason.found})" for reason in decision.reasons if not reason.holds)
     if decision.promoted:
-        # The page shows numbers elsewhere; a finding in words is shown here, because it says how a requirement holds.
+        # Numbers are in the tables of the page, so only findings in words are repeated here.
         held = ", ".join(
             reason.requirement if reason.found[:1].isdigit() else f"{reason.requirement} ({reason.found})"
             for reason in decision.reasons
         )
-        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would let it pass'}{held and ': '}{held}"
+        said = f"{gate} {f'made it {word.alias}' if word.alias else 'would accept it'}{held and ': '}{held}"
     else:
-        overridden = f"; it became {word.alias} all the same: {word.override}" if word.alias else ""
-        said = f"{gate} says no: {failed}{overridden}"
+        overridden = f"; it became {word.alias} anyway: {word.override}" if word.alias else ""
+        said = f"{gate} refuses it: {failed}{overridden}"
     return readable(said)
 
 
 def readable(text: str) -> str:
-    """A gate's text in the format of the page: numbers with four digits instead of four decimals, and ``95 %``."""
+    """The text of a gate in the format of the page: numbers with four digits instead of four decimals, and ``95 %``."""
     shorter = re.sub(r"\d+\.\d{4}\b", lambda match: fixed(float(match[0]), decimals_of(float(match[0]))), text)
     return re.sub(r"(?<=\d)%", " %", shorter).replace("<=", "≤").replace(">=", "≥")
 
 
 def answer_of_runs(runs: Sequence[Run]) -> list[str]:
-    """For all runs whose losses can be compared, a sentence on the lowest: held-out if there is one, else training."""
+    """A sentence on the lowest loss for each group of runs whose losses can be compared.
+
+    It names the lowest held-out loss, or the lowest training loss if the group has no held-out loss.
+    """
     sentences: list[str] = []
     groups = list(dict.fromkeys((run.loss.unit, run.measured_on) for run in runs))
     for unit, measured_on in groups:

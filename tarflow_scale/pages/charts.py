@@ -1,7 +1,7 @@
-"""Curves over one pair of axes, as inline SVG for a page or as a PNG.
+"""Line charts as inline SVG for a page, or as PNG.
 
-The SVG needs no script and no request. A page gets it in two shapes, and its style shows the one that fits the screen,
-so that letters are as large as those of the text on a phone too. Every run has a colour of its own.
+The SVG needs no script and makes no request. It is drawn in two sizes, and the style sheet shows the size that fits the
+screen, so that its text is as large as the text of the page on a phone too. Each run has its own colour.
 """
 
 import io
@@ -32,9 +32,9 @@ class Series:
     """A line of a chart.
 
     Args:
-        points: ``(x, y)`` in order of x; those that are not finite are left out.
-        run: number of its run, which decides the colour.
-        dashed: whether it is the second curve of its run.
+        points: ``(x, y)`` in order of x; points that are not finite are left out.
+        run: number of the run, which determines the colour.
+        dashed: whether the line is dashed, as the second curve of a run is.
     """
 
     points: Points
@@ -43,9 +43,9 @@ class Series:
 
 
 def run_colour(run: int, dark: bool = False) -> str:
-    """Colour of a run, ``#rrggbb``, for light or dark paper.
+    """Colour of a run as ``#rrggbb``, for a light or dark background.
 
-    Hues are a golden angle apart in OKLCH (https://bottosson.github.io/posts/oklab), so that no two runs have the same.
+    Hues differ by the golden angle in OKLCH (https://bottosson.github.io/posts/oklab), so no two runs have the same.
     """
     hue = math.radians((255 + 137.508 * run) % 360)
     lightness, chroma = (0.78 if dark else 0.52) + 0.05 * (run % 2), 0.14
@@ -79,7 +79,7 @@ class _Placed:
 
 
 def _finite(series: Mapping[str, Series]) -> dict[str, Series]:
-    """Curves that have finite points, thinned to what can be seen."""
+    """The curves that have finite points, with at most a few hundred points each."""
     kept = {name: [p for p in curve.points if all(map(math.isfinite, p))] for name, curve in series.items()}
     return {
         name: Series(_thinned(points), series[name].run, series[name].dashed) for name, points in kept.items() if points
@@ -106,12 +106,12 @@ def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
-    """A chart as SVG with a key; empty if nothing is finite.
+    """A chart as SVG with a legend; empty if no point is finite.
 
     Args:
-        series: by name.
-        x_label: under the axis.
-        y_label: beside the values.
+        series: curves by name.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
     """
     shown = _finite(series)
     if not shown:
@@ -157,7 +157,7 @@ def _colours(run: int) -> str:
 
 
 def line_chart_png(series: Mapping[str, Series], x_label: str, y_label: str) -> bytes:
-    """The same chart as a PNG with its key inside; an empty chart if nothing is finite."""
+    """The same chart as a PNG that contains the legend; an empty chart if no point is finite."""
     shown = _finite(series)
     canvas = Image.new("RGB", (_PNG[0], _PNG[1] + _KEY_HEIGHT * len(shown) + 8), _PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -186,7 +186,7 @@ def _draw(draw: ImageDraw.ImageDraw, placed: _Placed, x_label: str, y_label: str
 
 
 def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], curve: Series) -> None:
-    """A line, or a dot for a single point. Dashes are measured along the line."""
+    """Draw a line, or a dot for a single point. The lengths of dashes are measured along the line."""
     colour, along = run_colour(curve.run), 0.0
     if len(spots) == 1:
         (x, y), *_ = spots

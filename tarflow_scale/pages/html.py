@@ -1,8 +1,9 @@
 """Answers, rankings, pictures, curves and history as one HTML file that makes no requests.
 
-Styles, script and pictures are in the file. It begins with the answer, sorts and folds by keyboard, follows the
-reader's light or dark setting, and shows every number on a phone without scrolling sideways, also without a script. The
-markup is in ``page.html.jinja``, where every value is escaped; the page's policy allows no script but its own.
+Styles, script and pictures are inside the file. The page begins with the answers, can be sorted and folded by keyboard,
+follows the light or dark setting of the browser, and shows every number on a phone without scrolling sideways. Only
+sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the security policy of the
+page allows only its own script.
 """
 
 import base64
@@ -28,12 +29,12 @@ _EVENTS = 200
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with what it shows.
+    """A picture on the page.
 
     Args:
         content: the PNG.
-        caption: a line about it.
-        details: more about it, shown on demand.
+        caption: one line of text.
+        details: names and values that are shown on demand.
     """
 
     content: bytes
@@ -43,12 +44,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown, from top to bottom.
+    """Content of the page, from top to bottom.
 
     Args:
-        words: what a gate said of the best of a leaderboard, by its name.
+        title: heading of the page.
+        answers: sentences below the heading.
+        rankings: the leaderboards.
+        words: decision of a gate on the best version, by name of the leaderboard.
         entries: models whose history is shown.
-        grids: PNGs of first samples by sha256, as reports name them.
+        grids: PNGs of first samples, by the SHA-256 in the reports.
+        runs: training runs.
+        generated: first samples of generated data sets.
     """
 
     title: str
@@ -62,7 +68,7 @@ class Page:
 
 
 def html_page(page: Page) -> str:
-    """The whole file."""
+    """The HTML file as text."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -99,7 +105,7 @@ def html_page(page: Page) -> str:
 
 
 def _boards(page: Page) -> list[dict[str, Any]]:
-    """Each ranking with its protocol, what its gate said, and its pictures; each picture is on the page once."""
+    """For each ranking, its protocol, the decision of the gate, and its pictures. No picture is on the page twice."""
     grids = dict(page.grids)
     boards: list[dict[str, Any]] = []
     for ranking in page.rankings:
@@ -148,7 +154,7 @@ def _decoding(row: Row) -> dict[str, str]:
 
 
 def _events(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """What happened in registries, newest first."""
+    """The events of the registries, newest first."""
     events = sorted(
         ((event.time, entry.model, event) for entry in entries for event in entry.state.history),
         key=lambda item: item[:2],
@@ -168,7 +174,7 @@ def _plain(value: Any) -> str:
 
 
 def _place(value: float, ticks: Sequence[float]) -> float:
-    """Where a value lies on an axis, in percent."""
+    """The position of a value on an axis, in percent."""
     return 100 * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 

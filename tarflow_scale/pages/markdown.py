@@ -9,7 +9,7 @@ __all__ = ["cell", "markdown"]
 
 
 def markdown(title: str, answers: Sequence[str], rankings: Sequence[Ranking]) -> str:
-    """The whole document; ``answers`` are its first sentences."""
+    """The Markdown document: the title, the sentences ``answers``, and a table for each ranking."""
     lines = [f"# {cell(title)}", ""]
     for sentence in answers:
         lines += [cell(sentence), ""]
@@ -23,7 +23,7 @@ def markdown(title: str, answers: Sequence[str], rankings: Sequence[Ranking]) ->
         ]
         lines += [_line(row, ranking) for row in ranking.rows]
         if ranking.has_published:
-            lines += ["", "Published numbers are on protocols of their own, so they carry no rank."]
+            lines += ["", "Published numbers were measured by other protocols, so they have no rank."]
         lines.append("")
     return "\n".join(lines)
 
@@ -47,5 +47,5 @@ def _line(row: Row, ranking: Ranking) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that no table, heading or terminal breaks on."""
+    """The text in one line, escaped for tables, headings and terminals."""
     return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""How pages write numbers: one format for measures, one for axes, and axes with round numbers."""
+"""Formats of numbers on pages, and axes with round numbers."""
 
 import itertools
 import math
@@ -10,19 +10,19 @@ _MOST_DECIMALS = 6
 
 
 def decimals_of(value: float) -> int:
-    """Decimals that show four digits of ``value``, also to be used for numbers beside it."""
+    """Number of decimals that shows four digits of ``value``; also for other numbers in the same table."""
     if value == 0 or not math.isfinite(value):
         return 3
     return min(max(3 - math.floor(math.log10(abs(value))), 0), _MOST_DECIMALS)
 
 
 def fixed(value: float, decimals: int) -> str:
-    """``1.897``, ``12,345.6``."""
+    """A number with this number of decimals, such as ``1.897`` or ``12,345.6``."""
     return f"{value:,.{decimals}f}"
 
 
 def short_number(value: float) -> str:
-    """Three digits and a suffix: ``12.3 k``."""
+    """A number with three digits and a suffix, such as ``12.3 k``."""
     for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
@@ -30,13 +30,14 @@ def short_number(value: float) -> str:
 
 
 def round_ticks(low: float, high: float, most: int, outside: bool = True) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, at most ``most``.
+    """Ticks of an axis: multiples of 1, 2 or 5 times a power of ten.
 
     Args:
-        low: end of the range.
-        high: its other end, larger.
-        most: at least 3.
-        outside: whether the first and last tick enclose the range; else all lie inside it, and there may be only one.
+        low: lower end of the range.
+        high: upper end of the range.
+        most: maximum number of ticks, at least 3.
+        outside: whether the first and last tick enclose the range; otherwise all ticks are inside the range, and there
+            may be only one.
     """
     power = math.floor(math.log10((high - low) / most))
     first, last = (math.floor, math.ceil) if outside else (math.ceil, math.floor)
@@ -50,7 +51,7 @@ def round_ticks(low: float, high: float, most: int, outside: bool = True) -> lis
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Labels of axis ticks, with as many decimals as the spacing of the ticks needs; large numbers have suffixes."""
+    """Labels of axis ticks, with as many decimals as their spacing needs; large numbers get suffixes."""
     if max(map(abs, ticks)) >= 10_000:
         return [short_number(tick) for tick in ticks]
     step = ticks[1] - ticks[0]

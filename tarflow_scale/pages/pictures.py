@@ -1,4 +1,4 @@
-"""Charts as PNG files: lines over an axis whose ticks double."""
+"""Line charts with a logarithmic x axis as PNG; each tick is twice the one before."""
 
 import io
 import math
@@ -24,10 +24,10 @@ class Panel:
     """One chart.
 
     Args:
-        title: above it.
-        series: ``(x, y)`` by name, in order of x; x > 0.
-        x_label: under the axis.
-        logarithmic: whether the y axis is, from decade to decade; else it starts at 0.
+        title: text above the chart.
+        series: points ``(x, y)`` of each line, by its name, in order of x; x > 0.
+        x_label: label of the x axis.
+        logarithmic: whether the y axis is logarithmic, with ticks at powers of ten; otherwise it starts at 0.
     """
 
     title: str

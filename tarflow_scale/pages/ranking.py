@@ -1,8 +1,8 @@
-"""Rows of a leaderboard: numbers of registries by one protocol id, and published ones beside them.
+"""Rows of a leaderboard: numbers from registries with one protocol id, published numbers and baselines.
 
-Two numbers are comparable only if they have the same protocol id, so a ranking requires it. Published rows have
-protocols of their own: they are shown in order of value, but carry no rank. So are the baselines that an evaluation
-measured by the same protocol.
+Two numbers are comparable only if they have the same protocol id, so all ranked rows must share it. Published numbers
+were measured by other protocols: they are sorted by value among the others, but have no rank. Baselines, which an
+evaluation measured by the same protocol, have no rank either.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a ranking. Ours have a rank, an interval and a version; baselines and published rows have a source."""
+    """A row of a ranking. A row from a registry has a rank and a version; a baseline or published row has a source."""
 
     model: str
     value: float
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def grid(self) -> FileRecord | None:
-        """The picture of samples that came with the number."""
+        """The picture of samples in the report with this number."""
         return self.report.grid if self.report else None
 
 
@@ -65,26 +65,26 @@ class Ranking:
 
     @property
     def ours(self) -> list[Row]:
-        """Rows of registries."""
+        """Rows from registries, which have a rank."""
         return [row for row in self.rows if row.rank is not None]
 
     @property
     def to_beat(self) -> list[Row]:
-        """Baselines that a model should beat; real images are not among them, because no model beats them."""
+        """Baselines that a model should beat; without real images, because no model beats them."""
         return [row for row in self.rows if row.source == _BASELINE and row.model != _BASELINES["real"]]
 
     @property
     def decimals(self) -> int:
-        """Decimals of all numbers of the board, which show four digits of the best."""
+        """Number of decimals of all numbers on the board; the best number gets four digits."""
         first = next(iter([*self.ours, *self.rows]), None)
         return 3 if first is None else decimals_of(first.value)
 
     def number(self, value: float) -> str:
-        """A number as the board writes it."""
+        """A number in the format of the board."""
         return fixed(value, self.decimals)
 
     def shown(self, row: Row) -> str:
-        """The number of a row; a published one without trailing zeros, which were not printed."""
+        """The number of a row; a published number gets no trailing zeros, because they are not in the publication."""
         text = self.number(row.value)
         return (
             text if row.rank is not None or row.source == _BASELINE or "." not in text else text.rstrip("0").rstrip(".")
@@ -92,23 +92,23 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Axis ticks at round numbers that enclose the intervals of all our rows; empty if there are no intervals."""
+        """Axis ticks at round numbers that enclose the intervals of all ranked rows; empty without intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 
     @property
     def has_published(self) -> bool:
-        """Whether some rows were measured elsewhere."""
+        """Whether the board has published numbers."""
         return bool(self.board.published)
 
     @property
     def unit(self) -> str:
-        """Unit of the numbers; empty without rows of ours."""
+        """Unit of the numbers; empty without ranked rows."""
         return next((row.metric.unit for row in self.ours if row.metric), "")
 
     @property
     def protocol_id(self) -> str:
-        """Protocol id of all our rows; empty without rows of ours."""
+        """Protocol id of all ranked rows; empty without ranked rows."""
         return next((row.metric.protocol_id for row in self.ours if row.metric), "")
 
 
@@ -116,7 +116,7 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     """Rank the newest number of every version.
 
     Raises:
-        ConfigError: our rows have different protocol ids.
+        ConfigError: the rows from registries have different protocol ids.
     """
     names = [entry.model for entry in entries]
     measured = [row for entry in entries for row in _rows(board, protocol, entry, names.count(entry.model) > 1)]
@@ -136,7 +136,7 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
 
 
 def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
-    """Each baseline once: it depends on protocol and reference, not on the model."""
+    """Rows of the baselines. Each is shown once, because it depends on protocol and reference, not on the model."""
     values = {
         kind: row.report.baselines[f"{kind}_{protocol.name}"]
         for row in ours
@@ -149,7 +149,7 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
 def _rows(
     board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
 ) -> list[Row]:
-    """Rows of one model; ``is_namesake``: a model in another registry has the same name."""
+    """Rows of one model. ``is_namesake`` says that a model in another registry has the same name."""
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:

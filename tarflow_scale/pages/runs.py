@@ -1,6 +1,6 @@
-"""Training runs as pages show them: what kind of model, how far, its loss, its newest preview.
+"""Read the folders of training runs: kind of model, progress, loss, newest preview.
 
-A run folder can be read while the run trains. `CurveFile` keeps the curve as a picture beside the log.
+A folder can be read while the run trains. `CurveFile` draws the loss curve as a picture beside the log.
 """
 
 import json
@@ -25,10 +25,10 @@ _REDRAWN_SECONDS = 60.0
 
 @dataclass
 class Loss:
-    """The loss of a run over images seen, taken from the records of its log.
+    """The loss of a run over images seen, from the records of its log.
 
-    ``training`` is the mean over the batches since the previous record, ``held_out`` that of validation. ``unit`` is
-    bits/dim if the log has any, else nats/dim.
+    ``training`` is the mean loss of the batches since the previous record, ``held_out`` the loss of validations.
+    ``unit`` is bits/dim if the log contains bits/dim, otherwise nats/dim.
     """
 
     training: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {"bits": [], "nats": []})
@@ -38,7 +38,7 @@ class Loss:
         """Add a record.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not a record of a training run.
+            KeyError, TypeError, ValueError: the record is not from a training run.
         """
         for points, prefix in ((self.training, ""), (self.held_out, "validation_")):
             for unit, line in points.items():
@@ -57,22 +57,23 @@ class Loss:
 
     @property
     def series(self) -> tuple[Points, Points]:
-        """The curves of training and of held-out images; either may be empty."""
+        """The curves of the training loss and of the held-out loss; each may be empty."""
         return self.training[self._key], self.held_out[self._key]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    """The content of a run folder.
 
     Args:
-        path: as it was given.
-        kind: of the model, such as ``tarflow``; empty if the folder does not tell.
-        state: ``running``, ``finished``, ``stopped`` or ``failed``; empty if the folder does not tell.
-        images_seen, total_images: its progress; 0 if the folder does not tell.
-        loss: over images seen.
-        measured_on: data and settings that decide what a loss means; only losses with equal ones can be compared.
-        preview: the newest sample grid, if there is one, as ``(file name, PNG)``.
+        path: path of the folder, as it was given.
+        kind: kind of model, such as ``tarflow``; empty if unknown.
+        state: ``running``, ``finished``, ``stopped`` or ``failed``; empty if unknown.
+        images_seen: progress of the run; 0 if unknown.
+        total_images: progress at the end of the run; 0 if unknown.
+        loss: loss over images seen.
+        measured_on: data and settings on which the loss depends; losses are comparable only if these are equal.
+        preview: the newest sample grid as ``(file name, PNG)``; None if there is none.
     """
 
     path: str
@@ -86,7 +87,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The path with the kind of model."""
+        """The path, followed by the kind of model in parentheses."""
         return f"{self.path} ({self.kind})" if self.kind else self.path
 
 
@@ -94,8 +95,8 @@ def read_run(path: str) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        DataError: it is not the folder of a run.
-        StorageError: there is no log.
+        DataError: this is not the folder of a run.
+        StorageError: the folder has no log.
     """
     location = storage.join(path, "log.jsonl")
     text = storage.read_bytes(location).decode(errors="replace")
@@ -112,7 +113,7 @@ def read_run(path: str) -> Run:
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not the folder of a training run ({reason}); remove it from report.runs") from error
-    # While a run trains, its status is still that of its start.
+    # While a run trains, its status file still has the progress at its start.
     last = max((points[-1][0] for points in loss.series if points), default=0)
     return Run(path, kind, state, max(seen, int(last)), total, loss, measured_on, _newest_preview(path))
 
@@ -136,7 +137,7 @@ def _newest_preview(path: str) -> tuple[str, bytes] | None:
 
 
 def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
-    """The curves of all runs whose loss has this unit, by name; a run's place in ``runs`` decides its colour."""
+    """The curves of all runs whose loss has this unit, by name. The index of a run in ``runs`` decides its colour."""
     curves: dict[str, Series] = {}
     for number, run in enumerate(runs):
         if run.loss.unit == unit:
@@ -147,10 +148,10 @@ def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
 
 
 class CurveFile:
-    """``curve.png`` of a run folder and a copy beside its previews, redrawn at most once a minute and at the end.
+    """Draws ``curve.png`` in a run folder, and a copy beside the previews, at most once a minute and at the end.
 
     Args:
-        path: the run folder; the curve begins with what its log holds already.
+        path: the run folder; the curve includes the records that its log already has.
     """
 
     def __init__(self, path: str) -> None:

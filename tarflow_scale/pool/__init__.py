@@ -2,10 +2,10 @@
 
 A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable where it
 runs. A unit must be idempotent: the unit of a lost worker runs again, and the unit of a slow worker may run twice.
-Results come in the order in which units finish. They must not depend on the worker, so both executors give the same
-results.
+Results come in the order in which units finish. They must not depend on the worker, so that both executors give the
+same results.
 
-A remote cluster is reached by its address (``host:port`` or ``ray://host:port``), and only if Ray's token
+The address of a remote cluster is ``host:port`` or ``ray://host:port``. Such a cluster is used only if Ray's token
 authentication is enabled on both sides, because everyone who can submit work to a cluster can run code on it.
 """
 

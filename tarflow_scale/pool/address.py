@@ -1,4 +1,4 @@
-"""Where a cluster is, whether it is on this machine, and whether it may be used without a token."""
+"""Addresses of Ray clusters: whether a cluster is on this machine, and whether it may be used without a token."""
 
 import ipaddress
 import os
@@ -35,18 +35,22 @@ def _is_loopback(host: str) -> bool:
 
 
 def temporary_folder() -> Path:
-    """The folder in which Ray keeps its sockets and files, below ``ray``."""
+    """The parent of the folder ``ray``, in which Ray keeps its sockets and files."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108 - Ray's own place
 
 
 def found_by_ray() -> str | None:
-    """The cluster that ``auto`` means: that of ``RAY_ADDRESS``, or the last one that was started on this machine."""
-    known = temporary_folder() / "ray" / "ray_current_cluster"
-    return os.environ.get("RAY_ADDRESS") or (known.read_text(encoding="utf-8").strip() if known.is_file() else None)
+    """Address of the cluster that ``auto`` means: ``RAY_ADDRESS``, or the last cluster started on this machine."""
+    latest = temporary_folder() / "ray" / "ray_current_cluster"
+    return os.environ.get("RAY_ADDRESS") or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else None)
 
 
 def check_token(address: str) -> None:
-    """Refuse a cluster on another machine unless Ray will send it a token."""
+    """Refuse a cluster on another machine unless Ray will send a token to it.
+
+    Raises:
+        ConfigError: the cluster is on another machine, and token authentication is not set up.
+    """
     here = False
     if address == "auto":
         address = found_by_ray() or "localhost"
@@ -71,7 +75,7 @@ def _answers(host: str, port: str) -> bool:
 
 
 def _own_address() -> str:
-    """This machine's address as Ray determines it: that of the outgoing route; sends nothing."""
+    """This machine's address as Ray determines it: the source address of the route to the internet. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))
@@ -81,9 +85,10 @@ def _own_address() -> str:
 
 
 def on_loopback_alone(address: str | None) -> bool:
-    """Whether a cluster listens, or will listen, on loopback only.
+    """Whether a cluster listens only on loopback; None means a cluster that is still to be started.
 
-    Ray replaces a loopback address by this machine's own one, where such a cluster does not listen.
+    The caller must pass the answer on to Ray, which by default replaces a loopback address by the network address of
+    this machine.
 
     Raises:
         UserError: nothing answers at the address.
@@ -105,7 +110,7 @@ def on_loopback_alone(address: str | None) -> bool:
 
 
 def is_own_address(host: str) -> bool:
-    """Whether the address is one of this machine's, which alone a process here can listen on."""
+    """Whether the address belongs to this machine, so that a process here can listen on it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         try:
             probe.bind((host, 0))
@@ -115,7 +120,7 @@ def is_own_address(host: str) -> bool:
 
 
 def token_in_words() -> str:
-    """Which token this process would send."""
+    """Description of the token that this process would send."""
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return "none, as RAY_AUTH_MODE is not token"
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):

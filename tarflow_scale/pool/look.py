@@ -1,4 +1,4 @@
-"""What a running cluster reports about itself, before any work goes there."""
+"""Query a running Ray cluster before any work is submitted to it."""
 
 import importlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ["ClusterFacts", "look_at"]
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """What a running cluster reports about itself."""
+    """Versions and resources of a running cluster."""
 
     ray_version: str
     python_version: str
@@ -27,20 +27,20 @@ class ClusterFacts:
     num_cpus: float
     num_gpus: float
     here: bool
-    """Whether this machine is one of its nodes; otherwise it accepts work from here over ``ray://`` only."""
+    """Whether this machine is a node of the cluster; if not, the cluster accepts work from here only by ``ray://``."""
 
 
 def look_at(address: str) -> ClusterFacts | None:
-    """Ask a running cluster for its facts, with the token that work would be submitted with; starts nothing there.
+    """Ask a running cluster for its versions and resources, with the token of this process; starts nothing there.
 
     Args:
         address: see `Pool`.
 
     Returns:
-        Its facts; None for ``ray://``, whose server answers but reports nothing before it has work.
+        Versions and resources; None for ``ray://``, whose server reports nothing before it has work.
 
     Raises:
-        UserError: a needed token is missing, nothing answers, the cluster needs another token, or it has no node.
+        UserError: a required token is missing or wrong, nothing answers, or the cluster has no live node.
     """
     check_token(address)
     on_loopback_alone(address)

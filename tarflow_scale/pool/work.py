@@ -1,15 +1,12 @@
-"""Workers that take units of work, one after the other, until all are done."""
+"""Workers that run units of work, one after the other, until all are done."""
 
 import importlib
 import logging
 import os
 import pickle
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -22,43 +19,42 @@ __all__ = ["OBJECT_STORE_BYTES", "Pool", "Unit", "Worker"]
 
 
 class Worker(Protocol):
-    """What a pool runs."""
+    """A class that a pool runs; it is constructed once per actor."""
 
     def run(self, unit: Any) -> Any:
-        """Do one unit of work and return a small result."""
+        """Do one unit of work and return a small, picklable result."""
         ...
 
 
 class Unit(Protocol):
-    """A unit of work whose result is stored, so that a job that was killed continues where it stopped."""
+    """A unit of work whose result is stored, so that a killed job continues where it stopped."""
 
     @property
     def num_images(self) -> int:
-        """Images that the unit makes or measures."""
+        """Number of images that the unit generates or measures."""
         ...
 
 
 T = TypeVar("T")
 U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""An idle worker also takes a unit that another has had for this many times the longest time that any unit took."""
+"""An idle worker repeats a unit that has run for longer than 3 times the longest unit so far, and at least 10 s."""
 _POLL_SECONDS = 0.5
-_GREETING = b"Set ray log level from environment variable"
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Size of the object store of a cluster that the pool starts. It can be small, because workers return records and
 statistics, never images."""
 
 
 class Pool:
-    """Workers that live as long as the ``with`` block; so does a Ray cluster that the pool starts.
+    """A pool of workers. The workers, and a Ray cluster that the pool started, end with the ``with`` block.
 
     Args:
         executor: ``ray`` for actors; ``local`` runs all work in this process.
-        address: a running cluster; None starts one on this machine's loopback.
-        num_workers: maximum number of actors; no more are started than there are units.
-        cpus_per_worker: cores per actor, and threads of its numerical libraries.
-        gpus_per_worker: GPUs per actor.
-        start_seconds: how long to wait until a cluster answers and has the resources for all workers.
+        address: address of a running cluster; None starts a cluster that listens on loopback.
+        num_workers: maximum number of actors; not more actors are started than there are units.
+        cpus_per_worker: number of cores of an actor, and of threads of its numerical libraries.
+        gpus_per_worker: number of GPUs of an actor.
+        start_seconds: how long to wait until the cluster answers and has the resources for all workers.
 
     Raises:
         ConfigError: the cluster is on another machine and has no token authentication.
@@ -93,12 +89,12 @@ class Pool:
     def run(
         self, worker_class: type[Worker], arguments: dict[str, Any], units: Sequence[Any]
     ) -> Iterator[tuple[Any, Any]]:
-        """Run every unit until it has succeeded once; yield ``(unit, result)`` as they finish.
+        """Run every unit until it has succeeded once; yield ``(unit, result)`` in the order in which units finish.
 
         Args:
-            worker_class: built once on each worker, with ``arguments``.
-            arguments: keyword arguments of the worker, small and picklable.
-            units: the work.
+            worker_class: class of the workers, constructed with ``arguments``.
+            arguments: keyword arguments of a worker, small and picklable.
+            units: the units to run.
 
         Raises:
             UserError: a worker raised it, or the cluster is too small.
@@ -125,12 +121,12 @@ class Pool:
         description: str,
         note: Callable[[], str] = str,
     ) -> Generator[tuple[U, Any]]:
-        """Run the units of a job whose results are missing, as `run` does, with a progress bar over all its images.
+        """As `run`, for the units of a job whose results are missing, with a progress bar over all images of the job.
 
-        ``note`` is called after every unit; the bar shows its text.
+        ``note`` is called after every unit, and returns a text for the bar.
         """
         total, remaining = (sum(unit.num_images for unit in group) for group in (units, missing))
-        with console.progress_bar(total, description, initial=total - remaining) as bar:
+        with console.ProgressBar(total, description, initial=total - remaining) as bar:
             for unit, result in self.run(worker_class, arguments, missing):
                 bar.update(unit.num_images)
                 yield unit, result
@@ -138,11 +134,11 @@ class Pool:
 
 
 class _Host:
-    """An actor. It builds its worker with the first unit, so that the driver receives an error of building it.
+    """A Ray actor with one worker. The first `run` constructs the worker, so that the driver gets errors of this.
 
     Args:
-        pickled: class and arguments of the worker. The first unit unpickles them, because that imports torch, which
-            reads the environment when it is loaded.
+        pickled: class and arguments of the worker. They are unpickled after the environment is set, because this
+            imports torch, which reads the environment when it is loaded.
     """
 
     def __init__(self, pickled: bytes) -> None:
@@ -173,7 +169,7 @@ def _run_on_ray(
     host: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Host)
     pickled = cloudpickle.dumps((worker_class, arguments))
     actors = [host.remote(pickled) for _ in range(num_workers)]
-    starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # an actor without resources delays no unit
+    starting = {actor.__ray_ready__.remote(): actor for actor in actors}  # gets units only once it is placed on a node
     idle: list[Any] = []
     waiting = list(reversed(range(len(units))))
     attempts: dict[Any, _Attempt] = {}
@@ -186,7 +182,7 @@ def _run_on_ray(
     while waiting or attempts:
         while waiting and idle:
             give(waiting.pop())
-        # An actor whose node has died waits for another node, perhaps forever: an idle actor then takes its unit too.
+        # An actor whose node died may wait forever for another node, so an idle actor also runs its unit.
         patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
         done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
         if not done:
@@ -201,15 +197,15 @@ def _run_on_ray(
         idle.append(first.actor)
         attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
         yield units[first.number], _result(done[0])
-    # Only after the last unit. If the job ends early, so does the pool, which stops the actors without Ray's messages
-    # that their units may be retried.
+    # The next workers need the cores of these. If the job ends early, the pool stops the actors instead: killing actors
+    # that are at work makes Ray print that their units will be retried.
     for actor in actors:
-        ray.kill(actor)  # the next workers need their cores
+        ray.kill(actor)
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A unit, by its number, that an actor has been given."""
+    """A unit that was given to an actor, by the index of the unit."""
 
     actor: Any
     number: int
@@ -218,7 +214,6 @@ class _Attempt:
 
 def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_seconds: float) -> None:
     deadline = time.monotonic() + start_seconds
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # our one line says what Ray would log in twenty
     # Ray reads both variables when it is imported. The first makes it use loopback only, as it does on laptops; the
     # second lets the workers of our own cluster run at normal priority.
     alone = _patiently(deadline, lambda: _reached(address))
@@ -229,7 +224,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
     import ray
 
     constants: Any = importlib.import_module("ray._private.ray_constants")
-    constants.ENABLE_RAY_CLUSTER = not alone  # the variable has no effect if Ray was imported before
+    constants.ENABLE_RAY_CLUSTER = not alone  # the variable has no effect if Ray was imported earlier
     options: dict[str, Any] = {"address": address}
     if address is None:
         options = {
@@ -239,10 +234,9 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     try:
-        with _without_greeting():
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        ray.shutdown()  # stops what had started of our own cluster
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises plain exceptions too, for instance if a node starts too slowly
+        ray.shutdown()  # stops the processes of our own cluster that have started
         raise _refusal(error, address) from error
     try:
         _patiently(deadline, lambda: _check_size(ray.cluster_resources(), num_workers, cpus, gpus))
@@ -252,7 +246,7 @@ def _start(address: str | None, num_workers: int, cpus: int, gpus: int, start_se
 
 
 def _refusal(error: Exception, address: str | None) -> UserError:
-    """The error of `ray.init` as one line that says what to do."""
+    """Convert an error of `ray.init` to one line that says what to do."""
     got = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         place = temporary_folder() / "ray"
@@ -270,34 +264,15 @@ def _refusal(error: Exception, address: str | None) -> UserError:
     )
 
 
-@contextmanager
-def _without_greeting() -> Generator[None]:
-    """Drop the line in which Ray's core reports its log level; pass on the rest of stderr."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as output:
-        os.dup2(output.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            output.seek(0)
-            for line in output:
-                if _GREETING not in line:
-                    sys.stderr.write(line.decode(errors="replace"))
-
-
 def _reached(address: str | None) -> bool:
-    """Whether a cluster listens on loopback only; a running one must answer and accept our token."""
+    """Whether a cluster listens only on loopback; a running cluster must also answer and accept our token."""
     if address is not None:
         look_at(address)
     return on_loopback_alone(address)
 
 
 def _patiently(deadline: float, look: Callable[[], T]) -> T:
-    """The result of ``look``; until the deadline, a `UserError` that is no `ConfigError` leads to a retry."""
+    """The result of ``look``, which is retried until the deadline after a `UserError` that is not a `ConfigError`."""
     while True:
         try:
             return look()

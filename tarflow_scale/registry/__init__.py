@@ -1,10 +1,12 @@
 """Model registry: versions, metrics reports, aliases and gates, stored as files. It does not import torch.
 
-In a folder or bucket, ``<model>/_log/<n>.json`` are the events of a model, each with the digest of the event before it,
-and ``blobs/sha256/<digest>`` are files. `Registry` is one model, `EventLog` its log, `state` the state that the events
-add up to, `Store` the blobs and the test for create-if-absent, `gate` the promotion decision, `collection` garbage
-collection. Writers compete for the next event number and exactly one wins; readers need no lock. A missing, damaged or
-modified event or blob raises an error that names it.
+A registry is a folder or bucket. ``<model>/_log/<n>.json`` are the events of a model; each contains the digest of the
+event before it. ``blobs/sha256/<digest>`` are the files. Writers compete for the next event number and exactly one
+wins; readers need no lock. A missing, damaged or modified event or blob raises an error that names it.
+
+`Registry` reads and changes one model. `log` has its events, `state` computes its state from them, `store` keeps the
+blobs and tests whether the store can create a file only if it is absent, `gate` decides on promotions, and
+`collection` deletes blobs that no version needs.
 """
 
 from tarflow_scale.registry import collection

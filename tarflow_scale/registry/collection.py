@@ -1,12 +1,12 @@
 """Garbage collection: find and delete blobs that no version needs.
 
-A blob is needed while an event of a version names it, until the version has been retired for longer than the grace
-period. A blob that no event names is left over from an upload that was not completed; it is deleted when it is older
-than the grace period. All models of a registry share its blobs, so all logs are read.
+A version needs every blob that its events name, until it has been retired for longer than the grace period. A blob that
+no event names comes from an upload that was not completed; it is deleted when it is older than the grace period. All
+models of a registry share its blobs, so all logs are read.
 
-A ``collect`` event is written before blobs of a version are deleted; if the collector is killed, the next one deletes
-the rest. A writer that reuses an old blob writes it again (`Store.keep`), which resets its age, before and after its
-event; the collector checks the age of a blob just before it deletes it.
+A ``collect`` event is written before the blobs of a version are deleted; if the collector is killed, the next one
+deletes the rest. A writer that reuses an old blob writes it again before and after its event (`Store.keep`), which
+resets the age of the blob. The collector checks this age just before it deletes the blob.
 """
 
 import time
@@ -26,16 +26,16 @@ __all__ = ["Garbage", "collect", "garbage", "named_by"]
 
 @dataclass
 class Garbage:
-    """What may be deleted."""
+    """Versions and blobs that may be deleted."""
 
     versions: dict[str, list[int]] = field(default_factory=dict)
-    """Retired versions by model."""
+    """Numbers of retired versions, by model."""
     blobs: dict[str, int] = field(default_factory=dict)
-    """Bytes of each blob."""
+    """Size of each blob in bytes, by digest."""
 
 
 def garbage(path: str, grace_seconds: float) -> Garbage:
-    """What may be deleted from a registry now.
+    """Find the versions and blobs that may be deleted from a registry now.
 
     Raises:
         RegistryError: there is no registry, a log is damaged, or the grace period is too short for running writers.
@@ -61,7 +61,7 @@ def garbage(path: str, grace_seconds: float) -> Garbage:
 
 
 def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> int:
-    """Record in the logs what is deleted, and delete it. Returns the number of bytes freed.
+    """Record the deletion in the logs, then delete the blobs. Returns the number of bytes freed.
 
     Raises:
         RegistryError: a version to collect is not retired.
@@ -83,7 +83,7 @@ def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> 
 
 
 def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]]:
-    """Every blob that the events of a version name, as ``(description, record)``."""
+    """Yield ``(description, record)`` for every blob that the events of a version name."""
     record = state.versions[version]
     yield from record.files.items()
     if record.configuration is not None:

@@ -1,10 +1,10 @@
-"""Decide whether a version may be promoted: a pure function of a gate and of metrics reports, which gives its reasons.
+"""Decide whether a version may be promoted. The decision depends only on the gate and on metrics reports.
 
-A candidate must beat the champion by more than chance. Bits/dim are compared image by image: the standard error is that
-of the mean difference over images, which is much smaller than that of either mean. Metrics of samples (FID and others)
-are compared as independent numbers, each with its jackknife error. The candidate wins if the one-sided confidence limit
-of the difference exceeds the margin. The candidate can also be required to beat a version of another model in the same
-way, which lets model families compete; both must be trained on the same data set.
+A candidate must beat the champion by more than chance: the lower one-sided confidence limit of the improvement must
+exceed the margin. Bits/dim are compared image by image, so the error is the standard error of the mean difference over
+images, which is much smaller than the error of either mean. Metrics of samples, such as FID, are compared as
+independent numbers, each with its jackknife error. A candidate can also be required to beat a version of another model
+in the same way; both must be trained on the same data set.
 """
 
 import math
@@ -24,7 +24,7 @@ Protocol = LikelihoodProtocol | SampledProtocol
 
 
 class Reason(Record):
-    """One requirement, the value that was found, and whether the requirement holds."""
+    """One requirement of a gate, the value of the candidate (``found``), and whether the requirement holds."""
 
     requirement: str
     found: str
@@ -40,7 +40,7 @@ class Rival(Record):
 
 
 class Decision(Record):
-    """The decision of a gate, as it is stored in the log."""
+    """The decision of a gate, as stored in the log."""
 
     gate: str
     promoted: bool
@@ -50,11 +50,15 @@ class Decision(Record):
 
 @dataclass(frozen=True)
 class Contender:
-    """A version with its reports, approvals and numbers of each image.
+    """A version that takes part in a comparison.
 
-    name: ``model@version``. reports: oldest first. approvals: users who approved it. per_image: for the SHA-256 of each
-    file of numbers, ``(digest of the image, number)`` of every image, sorted. data: the training data.
-    weights_digest: digest of the files of the version.
+    Args:
+        name: ``model@version``.
+        reports: its metrics reports, oldest first.
+        approvals: users who approved it.
+        per_image: by SHA-256 of the file, the values of single images as sorted pairs ``(digest of the image, value)``.
+        data: its training data.
+        weights_digest: digest of its files.
     """
 
     name: str
@@ -75,12 +79,12 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """The numbers of each image that ``metric`` is the mean of; empty if they were not stored."""
+        """The values of single images whose mean is ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
 def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    """Read a version with its reports, approvals and numbers of each image.
+    """Read a version with its reports, approvals and the values of single images.
 
     Raises:
         RegistryError: a file is missing or damaged.
@@ -117,8 +121,8 @@ def decide(
     Args:
         gate: the requirements.
         protocols: protocol files of the requirements, by path.
-        candidate: the version that is to get the alias.
-        champion: the version that has the alias, or None.
+        candidate: the version to be promoted.
+        champion: the version that has the alias now, or None.
         rival: version of another model that the candidate must also beat, or None.
     """
     reasons = [] if rival is None else [_same_data(candidate, rival)]
@@ -132,7 +136,7 @@ def decide(
             continue
         reasons.extend(_bounds(requirement, protocol, value))
         if requirement.must_beat_champion:
-            reasons.append(_against_champion(requirement, protocol, value, candidate, champion))
+            reasons.append(_against(requirement, protocol, value, candidate, champion, "the champion's"))
             if comparable is not None:
                 reasons.append(_against(requirement, protocol, value, candidate, comparable, f"{comparable.name}'s"))
     for name in gate.approvals:
@@ -164,8 +168,8 @@ def _in_words(data: DataSetFacts | None) -> str:
 def _without_number(candidate: Contender) -> str:
     if not candidate.reports:
         return "no report at all; run 'tarflow-scale evaluate' first"
-    protocols = sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()})
-    return f"reports by {', '.join(protocols)}, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
+    names = ", ".join(sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()}))
+    return f"only reports by {names}, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
 
 
 def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) -> list[Reason]:
@@ -181,35 +185,26 @@ def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) ->
     return reasons
 
 
-def _against_champion(
+def _against(
     requirement: Requirement,
     protocol: Protocol,
     value: MetricValue,
     candidate: Contender,
-    champion: Contender | None,
+    other: Contender | None,
+    whose: str,
 ) -> Reason:
-    wanted = _wanted(requirement, protocol, "the champion's")
-    if champion is None:
-        return Reason(requirement=wanted, found="there is no champion yet", holds=True)
-    if champion.name == candidate.name:
-        return Reason(requirement=wanted, found="it is the champion", holds=True)
-    return _against(requirement, protocol, value, candidate, champion, "the champion's")
-
-
-def _wanted(requirement: Requirement, protocol: Protocol, whose: str) -> str:
+    """The requirement that the candidate beats ``other``; ``whose`` names it in the text: ``the champion's``."""
     better = "above" if protocol.higher_is_better else "below"
     by = f" by more than {requirement.margin:g}" if requirement.margin else ""
-    return f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
-
-
-def _against(
-    requirement: Requirement, protocol: Protocol, value: MetricValue, candidate: Contender, other: Contender, whose: str
-) -> Reason:
-    """The requirement that the candidate beats another version, which the reason calls ``whose``."""
+    wanted = f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
 
     def reason(found: str, holds: bool) -> Reason:
-        return Reason(requirement=_wanted(requirement, protocol, whose), found=found, holds=holds)
+        return Reason(requirement=wanted, found=found, holds=holds)
 
+    if other is None:
+        return reason("there is no champion yet", True)
+    if other.name == candidate.name:
+        return reason("it is the champion", True)
     best = other.value(protocol, value.protocol_id)
     if best is None:
         return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
@@ -224,27 +219,25 @@ def _against(
 def lead(
     protocol: Protocol, candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
 ) -> tuple[float, float | None, str]:
-    """How much better the candidate is, the standard error (None if unknown), and how they were compared.
+    """Compare the numbers of two versions.
 
     Args:
         protocol: protocol of both numbers, which says whether higher is better.
         candidate: the version that is compared.
-        value: its number.
-        champion: the version that it is compared with.
+        value: number of the candidate.
+        champion: the version that the candidate is compared with.
         best: number of the champion, with the same protocol id.
+
+    Returns:
+        How much better the candidate is; the standard error of this, or None if it is unknown; and how the error was
+        computed, ``image by image`` or ``as independent numbers``.
     """
-    gain, error, how = _difference(candidate, value, champion, best)
-    return -gain if protocol.higher_is_better else gain, error, how
-
-
-def _difference(
-    candidate: Contender, value: MetricValue, champion: Contender, best: MetricValue
-) -> tuple[float, float | None, str]:
-    """How much lower the candidate's number is, the standard error, and how they were compared."""
+    sign = -1 if protocol.higher_is_better else 1
     ours, theirs = candidate.of_images(value), champion.of_images(best)
     if len(ours) > 1 and [image for image, _ in ours] == [image for image, _ in theirs]:
         differences = [b - a for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-        return fmean(differences), stdev(differences) / math.sqrt(len(differences)), "image by image"
+        return sign * fmean(differences), stdev(differences) / math.sqrt(len(differences)), "image by image"
+    gain = sign * (best.value - value.value)
     if value.standard_error is None or best.standard_error is None:
-        return best.value - value.value, None, ""
-    return best.value - value.value, math.hypot(value.standard_error, best.standard_error), "as independent numbers"
+        return gain, None, ""
+    return gain, math.hypot(value.standard_error, best.standard_error), "as independent numbers"

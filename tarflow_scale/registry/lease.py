@@ -1,8 +1,8 @@
-"""A lease: a temporary exclusive right, on any store that has create-if-absent.
+"""A lease: a lock that expires, on any store that can create a file only if it is absent.
 
-The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; when a file has expired, another
-process may become holder n + 1. Expiry compares the clocks of machines, so a lease only saves duplicate work; the
-event log decides what must happen at most once.
+The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; after the file has expired,
+another process may become holder n + 1. Expiry compares the clocks of machines, so a lease only avoids duplicate work.
+Correctness does not depend on it: the event log decides what happens at most once.
 """
 
 import json
@@ -58,7 +58,7 @@ class Lease(AbstractContextManager["Lease | None"]):
     def _renew(self) -> None:
         assert self._location is not None
         while not self._done.wait(self._seconds / 4):
-            with suppress(StorageError):  # the next renewal may succeed; if none does, the lease expires
+            with suppress(StorageError):  # the next renewal may succeed; otherwise the lease expires
                 storage.write_bytes(self._location, self._content())
 
     def _content(self) -> bytes:

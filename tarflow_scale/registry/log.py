@@ -1,8 +1,8 @@
 """The append-only log of a model: numbered JSON events, each with the digest of the event before it.
 
-Event n is the object ``<registry>/<model>/_log/<n>.json``. It is claimed by create-if-absent, so exactly one of several
-writers gets a number and the others retry with the next. Events are never changed or deleted, so a reader that knows
-events up to n continues from n + 1.
+Event n is the file ``<registry>/<model>/_log/<n>.json``. A writer creates it only if it is absent, so exactly one of
+several writers gets a number and the others retry with the next number. Events are never changed or deleted, so a
+reader that knows the events up to n continues with n + 1.
 """
 
 import getpass
@@ -25,7 +25,7 @@ Kind = Literal[
     "register", "evaluate", "calibrate", "approve", "promote", "alias", "rollback", "retire", "collect"
 ]  # fmt: skip
 _AT_ONCE = 200
-"""Events fetched together when a whole log is read."""
+"""Number of events that are fetched together when a whole log is read."""
 
 
 class Event(Record):
@@ -34,11 +34,11 @@ class Event(Record):
     number: int = Field(ge=1)
     kind: Kind
     id: str
-    """Random; distinguishes the event from those of other writers."""
+    """Random; distinguishes the event from an equal one of another writer."""
     time: str
     """UTC, ISO 8601."""
     actor: str
-    """``user@host`` that wrote it."""
+    """``user@host`` that wrote the event."""
     reason: str
     previous: str
     """SHA-256 of the previous event; empty for the first."""
@@ -51,7 +51,7 @@ class Event(Record):
         return self.model_copy(update={"checksum": storage.digest(self.to_json())})
 
     def is_intact(self, content: bytes) -> bool:
-        """Whether ``content``, from which the event was read, matches its checksum."""
+        """Whether the bytes from which the event was read match its checksum."""
         unsealed = content.replace(f'"checksum":"{self.checksum}"'.encode(), b'"checksum":""', 1)
         return storage.digest(unsealed) == self.checksum
 
@@ -74,17 +74,17 @@ class EventLog:
         """Read one event.
 
         Raises:
-            UserError: it does not exist or is damaged.
+            UserError: the event does not exist or is damaged.
         """
         location = self.location(number)
         return Event.from_json(storage.read_bytes(location), location)
 
     def after(self, number: int, previous: str) -> Iterator[tuple[Event, str]]:
-        """Read the events after event ``number``, whose digest is ``previous``. Yields each event and its digest.
+        """Yield ``(event, digest)`` for every event after event ``number``, whose digest is ``previous``.
 
         Raises:
-            RegistryError: an event is missing although a later one exists, is damaged, or does not match the digest
-                that the next event records.
+            RegistryError: an event is damaged, is missing although a later one exists, or does not contain the digest
+                of the event before it.
         """
         first = number == 0
         ahead = self._listed() if first else iter(())
@@ -93,7 +93,7 @@ class EventLog:
             location = self.location(number)
             content = next(ahead, None) or storage.read_if_there(location)
             if content is None:
-                later = self.names()[-1:] if first else []  # a list costs more with every event: only when reading all
+                later = self.names()[-1:] if first else []  # listing is slow for long logs
                 gap = later > [location.rpartition("/")[2]] or storage.exists(self.location(number + 1))
                 if gap and not storage.exists(location):
                     raise RegistryError(f"{location} is missing from the log; restore the log from a backup")
@@ -120,7 +120,7 @@ class EventLog:
 
 
 def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str, payload: dict[str, Any]) -> Event:
-    """A sealed event by this user at the present time."""
+    """A new event of this user with its checksum; its time is now."""
     return Event(
         number=number,
         kind=kind,
@@ -134,7 +134,7 @@ def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str
 
 
 def user() -> str:
-    """Name of the user, or the user id where it has no name, as in some containers."""
+    """Name of the user; the user id if the user has no name, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

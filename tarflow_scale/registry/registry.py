@@ -1,8 +1,8 @@
-"""Models, versions and aliases as the fold of an append-only log; files as content-addressed blobs.
+"""One model of a registry: its versions and aliases, computed from an append-only log, and its files.
 
-Layout: ``<registry>/<model>/_log/000000000001.json ...``, beside it ``_snapshot`` (a cache, see
-`tarflow_scale.registry.state`), and ``<registry>/blobs/sha256/<hex>``. Blobs are written before the event that names
-them, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
+Layout: ``<registry>/<model>/_log/000000000001.json ...``; beside it ``_snapshot``, a cache (see
+`tarflow_scale.registry.state`); and the files as ``<registry>/blobs/sha256/<hex>``. Blobs are written before the event
+that names them, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
 """
 
 import random
@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ATTEMPTS = 200
 _SNAPSHOT = "_snapshot"
 _SNAPSHOT_EVERY = 50
-"""Events between snapshots: the most that are read after the newest snapshot."""
+"""Number of events between snapshots."""
 
 
 class _Registered(Exception):
@@ -56,7 +56,7 @@ class Registry:
         self.path = path
         self.model = _checked(model, "a model")
         self.store = Store(path)
-        """Blobs and modes, which all models share."""
+        """The part of the registry that all models share."""
         self.log = EventLog(storage.join(path, model, "_log"))
         """The events of this model."""
         self._snapshot = storage.join(path, model, _SNAPSHOT)
@@ -65,7 +65,7 @@ class Registry:
 
     @staticmethod
     def models(path: str) -> list[str]:
-        """Names of the models of a registry.
+        """Sorted names of the models of a registry.
 
         Raises:
             RegistryError: there is no registry at ``path``.
@@ -100,10 +100,10 @@ class Registry:
         )
 
     def replayed(self) -> ModelState:
-        """The state from all events, each read and checked, without use of a snapshot.
+        """The state, computed from all events without a snapshot; every event is read and checked.
 
         Raises:
-            RegistryError: the log is damaged, or shorter than the newest snapshot says.
+            RegistryError: the log is damaged, or ends before the newest snapshot.
         """
         self._state = ModelState()
         self._read_on(self._state)
@@ -121,7 +121,7 @@ class Registry:
         """The version that a number, an alias or ``latest`` names.
 
         Raises:
-            RegistryError: it does not exist.
+            RegistryError: there is no such version.
         """
         return resolve(self.state(), reference, self.model)
 
@@ -137,29 +137,29 @@ class Registry:
         return {name: self.read(name, record) for name, record in version.files.items()}
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """Verified content of a blob; ``name`` describes it in errors.
+        """Verified content of a blob; errors call it ``name``.
 
         Raises:
-            RegistryError: it is missing or does not match its digest.
+            RegistryError: the blob is missing or does not match its digest.
         """
         return self.store.read(f"{name} of {self.model}", record)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def keep(self, content: bytes) -> FileRecord:
-        """Store content as a blob, which a report may name."""
+        """Store content as a blob that a report may name."""
         return self.store.keep(content)
 
     def register(
         self, files: dict[str, bytes], fields: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files as the next version. Returns the existing one if a usable version has these files and settings.
+        """Store files as the next version. If a usable version has the same files and settings, return that one.
 
         Args:
             files: content by name.
             fields: the other fields of `ModelVersion`.
-            reason: why.
-            configuration: the resolved configuration, whose digest ``fields`` has.
+            reason: why the version is registered.
+            configuration: the resolved configuration; ``fields`` contains its digest.
         """
         records = {name: self.store.keep(content) for name, content in files.items()}
         if configuration is not None:
@@ -178,19 +178,19 @@ class Registry:
         except _Registered as existing:
             return existing.version
         for content in [*files.values(), *([] if configuration is None else [configuration])]:
-            self.store.keep(content)  # a collector may have deleted it before the event
+            self.store.keep(content)  # garbage collection may have deleted it before the event was written
         return ModelVersion.model_validate(event.payload["version"])
 
     def attach_report(self, report: MetricsReport, reason: str, once: bool = False) -> None:
-        """Add a report to the version it is about.
+        """Add a report to the version that it names.
 
         Args:
             report: the report.
-            reason: why.
-            once: refuse the report if this version already has a number for each of its protocols.
+            reason: why the version was evaluated.
+            once: refuse the report if the version already has a value for each protocol of the report.
 
         Raises:
-            AlreadyReported: ``once``, and the version has these numbers.
+            AlreadyReported: ``once`` is set, and the version has these values.
             RegistryError: the version does not exist or has other weights.
         """
 
@@ -209,7 +209,7 @@ class Registry:
         self.append("evaluate", reason, decide)
 
     def attach_calibration(self, version: int, calibration: Calibration, reason: str) -> None:
-        """Add a decoding calibration to the version it was measured on.
+        """Add a decoding calibration to a version.
 
         Raises:
             RegistryError: the version does not exist.
@@ -229,7 +229,7 @@ class Registry:
         name = user()
 
         def decide(state: ModelState) -> dict[str, Any]:
-            self._usable(state, version)
+            self.check_usable(state, version)
             if any(approval.user == name for approval in state.approvals.get(version, [])):
                 raise RegistryError(f"{self.model}@{version} was already approved by {name}")
             return {"version": version, "user": name}
@@ -238,23 +238,23 @@ class Registry:
         return name
 
     def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
-        """Move an alias by the decision of a gate, if it still points to ``expected``.
+        """Move an alias after the decision of a gate, if it still points to ``expected``.
 
         Raises:
-            RegistryError: the alias has moved, or the version is retired.
+            RegistryError: the alias does not point to ``expected``, or the version is retired.
         """
         self._move("promote", alias, version, expected, {"decision": decision}, reason)
 
     def set_alias(self, alias: str, version: int, expected: int | None, reason: str) -> None:
-        """Point an alias that no gate guards to a version, if it still points to ``expected``.
+        """Move an alias that no gate guards, if it still points to ``expected``.
 
         Raises:
-            RegistryError: a gate guards the alias, it has moved, or the version is retired.
+            RegistryError: a gate guards the alias, the alias does not point to ``expected``, or the version is retired.
         """
         self._move("alias", _checked(alias, "an alias"), version, expected, {}, reason)
 
     def rollback(self, alias: str, reason: str) -> tuple[int, int]:
-        """Point an alias back to its previous version that is not retired. Returns (from, to).
+        """Move an alias back to its newest previous version that is not retired. Returns ``(from, to)``.
 
         Raises:
             RegistryError: the alias does not exist or has no earlier version.
@@ -275,14 +275,14 @@ class Registry:
         return current, int(event.payload["version"])
 
     def retire(self, version: int, reason: str) -> None:
-        """Take a version out of use: no alias may point to it, and garbage collection may delete its files.
+        """Take a version out of use: aliases can no longer move to it, and garbage collection may delete its files.
 
         Raises:
-            RegistryError: the version does not exist, an alias points to it, or it is already retired.
+            RegistryError: the version does not exist, has an alias, or is already retired.
         """
 
         def decide(state: ModelState) -> dict[str, Any]:
-            self._usable(state, version)
+            self.check_usable(state, version)
             held = [alias for alias, number in state.aliases.items() if number == version]
             if held:
                 raise RegistryError(f"{self.model}@{version} is {', '.join(held)}; move the alias first")
@@ -295,22 +295,22 @@ class Registry:
 
         Args:
             kind: kind of event.
-            reason: why.
-            decide: returns the payload for the present state. It is called again after another writer took the number,
-                and may raise if the event is not valid any more.
+            reason: why it happens.
+            decide: returns the payload, given the present state. It is called again if another writer took the event
+                number, and may raise an error if the event is no longer valid.
         """
         identity = uuid.uuid4().hex
         for attempt in range(_ATTEMPTS):
             state = self._refreshed()
             event = new_event(state.number + 1, kind, identity, reason, state.digest, decide(state))
             location, content = self.log.location(event.number), event.to_json()
-            # an earlier attempt of this writer may have created it, although the answer of the store was lost
+            # The event may exist from an earlier attempt of this writer, if the response of the store was lost.
             if self.store.create(location, content) or storage.read_bytes(location) == content:
                 if event.number - self._saved >= _SNAPSHOT_EVERY:
                     self._refreshed()
                     self._save_snapshot()
                 return event
-            time.sleep(random.uniform(0, min(attempt, 20) * 0.005))  # noqa: S311 - random, so that writers do not collide again
+            time.sleep(random.uniform(0, min(attempt, 20) * 0.005))  # noqa: S311 - so that writers do not collide again
         raise RegistryError(f"{self.log.path} has too many concurrent writers ({_ATTEMPTS} attempts lost); try again")
 
     # -- internal ------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Registry:
     ) -> None:
         def decide(state: ModelState) -> dict[str, Any]:
             self._check_unmoved(state, alias, expected)
-            self._usable(state, version)
+            self.check_usable(state, version)
             if kind == "alias" and alias in state.guarded:
                 raise RegistryError(
                     f"alias {alias!r} of {self.model} is guarded by gate {state.guarded[alias] or 'of promote'}; use "
@@ -330,15 +330,12 @@ class Registry:
 
         self.append(kind, reason, decide)
 
-    def check_usable(self, version: int) -> None:
-        """Check that a version exists and is not retired.
+    def check_usable(self, state: ModelState, version: int) -> None:
+        """Check that a version exists in ``state`` and is not retired.
 
         Raises:
-            RegistryError: it does not exist, or is retired.
+            RegistryError: the version does not exist or is retired.
         """
-        self._usable(self.state(), version)
-
-    def _usable(self, state: ModelState, version: int) -> None:
         resolve(state, version, self.model)
         if version in state.retired:
             raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; choose another")
@@ -347,7 +344,7 @@ class Registry:
         version = state.aliases.get(alias)
         if version != expected:
             raise RegistryError(
-                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); look again"
+                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); try again"
             )
 
     def _refreshed(self) -> ModelState:
@@ -387,7 +384,7 @@ class Registry:
 
 
 def _has_log(path: str, name: str) -> bool:
-    """Whether a model of this name exists; a folder without read access counts, because it may be one."""
+    """Whether there is a model of this name. A folder without read access counts, because it may be a model."""
     try:
         return storage.exists(storage.join(path, name, "_log"))
     except StorageError:

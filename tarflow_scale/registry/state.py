@@ -1,7 +1,7 @@
-"""State of a model: a fold over the events of its log, and snapshots of it, which save reading the whole log.
+"""The state of a model, computed from the events of its log, and snapshots, which avoid reading the whole log.
 
-A snapshot is a cache. It is used only if its digest is right and its last event is the one in the log; otherwise the
-log is read from the start.
+A snapshot is a cache. It is used only if its digest is right and the log contains its last event; otherwise the log is
+read from the start.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class _Plain(BaseModel):
 
 
 class HistoryEntry(_Plain):
-    """An event without its payload."""
+    """An event of the log without its payload."""
 
     number: int
     kind: str
@@ -32,7 +32,7 @@ class HistoryEntry(_Plain):
     actor: str
     reason: str
     version: int | None
-    """The version that it is about."""
+    """The version that the event concerns, if it concerns one."""
 
 
 class Approval(_Plain):
@@ -59,18 +59,18 @@ class ModelState:
     approvals: dict[int, list[Approval]] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     holders: dict[str, list[int]] = field(default_factory=dict)
-    """For each alias, the versions that rollbacks go back through; the present version is the last."""
+    """For each alias, its present version (the last), and before it the versions that rollbacks return to."""
     guarded: dict[str, str] = field(default_factory=dict)
-    """Aliases that a gate has moved, with the name of the gate; they can only be moved forward by a gate."""
+    """Name of the gate for each alias that a gate has moved; ``set_alias`` refuses these aliases."""
     retired: dict[int, str] = field(default_factory=dict)
-    """Versions that must not be used any more, with the time of their retirement."""
+    """Time of retirement of each version that must not be used any more."""
     collected: dict[int, str] = field(default_factory=dict)
-    """Retired versions whose files were deleted, with the time of the deletion."""
+    """Time at which the files of each collected version were deleted."""
     history: list[HistoryEntry] = field(default_factory=list)
     """All events, oldest first."""
 
     def has_numbers(self, version: int, protocols: set[str]) -> bool:
-        """Whether a version has a metric value for each of these protocol digests."""
+        """Whether a version has a value for each of these protocol digests."""
         metrics = (metric for report in self.reports.get(version, []) for metric in report.metrics.values())
         return protocols <= {metric.protocol_digest for metric in metrics}
 
@@ -78,18 +78,18 @@ class ModelState:
         """Apply the next event.
 
         Raises:
-            pydantic.ValidationError: this version of the package does not know the payload.
+            pydantic.ValidationError: this release of the package cannot read the payload.
         """
-        payload, about = event.payload, event.payload.get("version")
+        payload, version_number = event.payload, event.payload.get("version")
         match event.kind:
             case "register":
                 version = ModelVersion.model_validate(payload["version"])
                 self.versions[version.version] = version
-                about = version.version
+                version_number = version.version
             case "evaluate":
                 report = MetricsReport.model_validate(payload["report"])
                 self.reports.setdefault(report.version, []).append(report)
-                about = report.version
+                version_number = report.version
             case "calibrate":
                 self.calibrations.setdefault(payload["version"], []).append(Calibration.model_validate(payload["plan"]))
             case "approve":
@@ -108,7 +108,7 @@ class ModelState:
                 self.collected |= dict.fromkeys(payload["versions"], event.time)
         self.number, self.digest = event.number, digest
         fields = {name: getattr(event, name) for name in ("number", "kind", "time", "actor", "reason")}
-        self.history.append(HistoryEntry(version=about, **fields))
+        self.history.append(HistoryEntry(version=version_number, **fields))
 
     def _go_back(self, alias: str, version: int) -> None:
         self.aliases[alias] = version
@@ -118,7 +118,7 @@ class ModelState:
             held.pop()
 
     def earlier(self, alias: str) -> int | None:
-        """The version that a rollback of ``alias`` would go back to; retired versions are skipped."""
+        """The version to which a rollback of ``alias`` would return, or None; retired versions are skipped."""
         usable = [held for held in self.holders[alias][:-1] if held not in self.retired]
         return usable[-1] if usable else None
 
@@ -151,7 +151,7 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
     """The version that a number, an alias or ``latest`` (the newest that is not retired) names.
 
     Raises:
-        RegistryError: it does not exist.
+        RegistryError: there is no such version.
     """
     if reference == "latest":
         usable = [number for number in state.versions if number not in state.retired]

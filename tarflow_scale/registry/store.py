@@ -1,8 +1,9 @@
-"""What all models of a registry share: content-addressed blobs, the way in which events are claimed, and file modes.
+"""The part of a registry that all its models share: blobs, and the settings in ``registry.json``.
 
-``<registry>/blobs/sha256/<hex>`` stores every file once. ``<registry>/registry.json`` records how events are claimed:
-by create-if-absent if a test showed that the store has it, or by check-then-write if the user promised a single writer.
-It also records which modes every writer sets for files and folders, as git's ``core.sharedRepository`` does.
+``<registry>/blobs/sha256/<hex>`` stores every file once. ``<registry>/registry.json`` records how writers create
+events: by create-if-absent, after a test showed that the store supports it; or by check-then-write, if the user
+promised that there is only one writer. It also records which file modes every writer sets, like git's
+``core.sharedRepository``.
 """
 
 import stat
@@ -30,9 +31,9 @@ _FORMAT = 1
 _PROBE = ".probe"
 _WRITERS, _KEYS = 8, 100
 _BITS = {"umask": 0, "group": 0o060, "all": 0o064}
-"""Permission bits that files get in addition to those of the umask; see `storage.share` for folders."""
+"""Permission bits that files get in addition to the umask; see `storage.share` for folders."""
 FRESH_SECONDS = 3600.0
-"""An older blob is written again when a new event is about to name it, so that no collector deletes it."""
+"""An existing blob that is older is written again before a new event names it, so that it is not collected."""
 
 
 class Marker(Record):
@@ -40,16 +41,16 @@ class Marker(Record):
 
     format: int = Field(ge=1)
     single_writer: bool = False
-    """Events are claimed by check-then-write, because the user promised that only one process writes."""
+    """The user promised that only one process writes, so events are created by check-then-write."""
     checked: str = ""
-    """How create-if-absent was tested."""
+    """Description of the test of create-if-absent."""
     shared: Literal["umask", "group", "all"] = "umask"
-    """Who else may use the files: ``umask``, as the umask of each writer allows; ``group``, also the group of the
-    folder, to read and write; ``all``, also all others, to read."""
+    """Who else may use the files. ``umask``: the umask of each writer decides. ``group``: the group of the folder may
+    read and write. ``all``: in addition, all users may read."""
 
 
 class Store:
-    """The files of a registry that belong to no single model.
+    """The part of a registry that all its models share.
 
     Args:
         path: folder or URL of the registry.
@@ -62,10 +63,10 @@ class Store:
     # -- create-if-absent ----------------------------------------------------------------------------------------------
 
     def marker(self) -> Marker | None:
-        """Content of ``registry.json``; None if the registry was not initialised.
+        """Content of ``registry.json``; None if there is no such file yet.
 
         Raises:
-            RegistryError: a later version of this package wrote it.
+            RegistryError: a later release of this package wrote it.
         """
         if self._marker is None or not storage.is_remote(self.path):  # `init` may change the mode of a local one
             location = storage.join(self.path, _MARKER)
@@ -81,16 +82,16 @@ class Store:
         return self._marker
 
     def init(self, single_writer: bool = False, shared: Literal["umask", "group", "all"] = "umask") -> Marker:
-        """Test create-if-absent, and write ``registry.json``. For an existing registry, only change the file modes.
+        """Test create-if-absent and write ``registry.json``; for an existing registry, only add file modes.
 
         Args:
             single_writer: the user promises that only one process writes, so create-if-absent is not tested.
-            shared: which modes are set, see `Marker`. For an existing registry, the files and folders of this user get
-                the missing permission bits, and lose none.
+            shared: who may use the files, see `Marker`. In an existing registry, the files and folders of this user get
+                the missing permission bits, and none is removed.
 
         Raises:
-            RegistryError: create-if-absent failed and ``single_writer`` is not set, the store has no modes, or other
-                users own files that must be shared.
+            RegistryError: the test of create-if-absent failed, the store has no file modes, or other users own files
+                that must be shared.
         """
         marker, bits = self.marker(), _BITS[shared]
         if bits:
@@ -107,7 +108,7 @@ class Store:
         return marker
 
     def _share_root(self, bits: int) -> None:
-        """Make the folder with shared modes, and check that its file system keeps modes."""
+        """Create the folder with shared modes, and check that its file system keeps the modes."""
         if storage.is_remote(self.path):
             raise RegistryError(
                 f"command.shared sets modes of local files (got it for {self.path}); set who may write in the store"
@@ -139,7 +140,7 @@ class Store:
         """Set the modes of all existing files and folders.
 
         Raises:
-            RegistryError: other users own some of them, and must run the same command.
+            RegistryError: other users own some of the files, and must run the same command.
         """
         not_owned: list[Path] = []
         for path in sorted(storage.local(self.path).rglob("*")):
@@ -190,7 +191,7 @@ class Store:
         return True
 
     def _first_write(self) -> Marker:
-        """Initialise the registry; a local one is tested only by the creation of its marker."""
+        """Create ``registry.json``. In a local registry, its creation is the only test of create-if-absent."""
         return self.init() if storage.is_remote(self.path) else self._mark(Marker(format=_FORMAT))
 
     def _mark(self, marker: Marker) -> Marker:
@@ -236,9 +237,9 @@ class Store:
         return storage.list_sizes(folder) if storage.exists(folder) else {}
 
     def keep(self, content: bytes) -> FileRecord:
-        """Store content as a blob, which an event may name."""
+        """Store content as a blob that an event may name."""
         if self.marker() is None:
-            self._first_write()  # before any file, because it may reject the store
+            self._first_write()  # before any blob, because it may refuse the store
         record = FileRecord(sha256=storage.digest(content), bytes=len(content))
         location = self.blob(record.sha256)
         written = storage.modified_seconds(location)
@@ -247,10 +248,10 @@ class Store:
         return record
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """Verified content of a blob; ``name`` describes it in errors.
+        """Verified content of a blob; errors call it ``name``.
 
         Raises:
-            RegistryError: it is missing or does not match its digest.
+            RegistryError: the blob is missing or does not match its digest.
         """
         location = self.blob(record.sha256)
         content = storage.read_if_there(location)
@@ -261,11 +262,11 @@ class Store:
         return content
 
     def problems(self, needed: dict[str, str], seen: Callable[[str], None]) -> list[str]:
-        """Read blobs, verify their digests, and return a line for every missing or damaged one.
+        """Read blobs and verify their digests. Returns a line for every missing or damaged blob.
 
         Args:
-            needed: description of the blob of each digest.
-            seen: called with every digest that was checked.
+            needed: description of each blob, by digest.
+            seen: is called with the digest of every checked blob.
         """
         lines: list[str] = []
         for digest, name in sorted(needed.items()):
@@ -283,7 +284,7 @@ class Store:
 
 @contextmanager
 def _or_one_writer() -> Generator[None]:
-    """Add the setting for a single writer to the error of a file system without create-if-absent."""
+    """Mention the setting for a single writer in the error of a file system without create-if-absent."""
     try:
         yield
     except NotExclusive as error:

@@ -1,1 +1,1 @@
-"""This process and its machine: ranks, signals, CPU cores, the console, and the provenance of results."""
+"""Properties and control of this process: ranks, signals, CPU cores, console output, provenance of results."""

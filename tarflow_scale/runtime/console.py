@@ -1,52 +1,45 @@
-"""Output for a terminal or a log file: progress bars, tables, text without control characters."""
+"""Output for a terminal or a log file: progress bars, tables, escaped control characters."""
 
 import sys
 import time
 import unicodedata
 from typing import Any, Self
 
-__all__ = ["ProgressBar", "printable", "progress_bar", "table"]
+__all__ = ["ProgressBar", "printable", "table"]
 
 _FIRST_LINE_SECONDS, _LINE_SECONDS = 2.0, 60.0
-
-
 _LEAST_RATED_SECONDS = 1.0
 """Speed is shown only if it was measured over at least this time."""
 
 
-def progress_bar(
-    total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
-) -> "ProgressBar":
-    """A `ProgressBar`; it shows nothing unless ``enabled``."""
-    return ProgressBar(total, description, unit, initial, enabled)
-
-
 class ProgressBar:
-    """A bar on a terminal, and lines that stay: at most one a minute, more often in the first minute.
+    """Progress of work on standard error: a bar on a terminal, lines of text in a file.
 
-    A file, such as the log of a scheduler, gets only lines, and none for work that takes less than two seconds. On a
-    terminal there are lines, above the bar, only for work that calls `tell`.
+    A file, such as the log of a scheduler, gets a line per minute, and more lines in the first minute; work that takes
+    less than two seconds gets no line. On a terminal, lines are printed above the bar only if `tell` was called.
 
     Args:
         total: the count at the end.
         description: the work, in a word or two.
-        unit: the things that are counted, in the plural.
+        unit: plural noun for what is counted.
         initial: the count at the start.
-        enabled: whether to show anything.
+        enabled: whether to print anything.
     """
 
-    def __init__(self, total: int, description: str, unit: str, initial: int, enabled: bool) -> None:
+    def __init__(
+        self, total: int, description: str, unit: str = "images", initial: int = 0, enabled: bool = True
+    ) -> None:
         self._total, self._description, self._unit, self._done = total, description, unit, initial
         self._enabled = enabled
         self._bar = self._on_terminal() if enabled and sys.stderr.isatty() else None
-        self._facts = ""
+        self._text = ""
         self._started = self._latest = time.monotonic()
         self._shown = initial
         self._rated: tuple[float, int] | None = None  # time and count from which speed is measured
         self._pause = _FIRST_LINE_SECONDS
 
     def _on_terminal(self) -> Any:
-        from tqdm import tqdm  # imported here, because it takes a tenth of a second, also for verbs without a bar
+        from tqdm import tqdm  # imported here, because the import takes 0.1 s and many verbs show no bar
 
         return tqdm(
             total=self._total,
@@ -59,16 +52,16 @@ class ProgressBar:
             dynamic_ncols=True,
         )
 
-    def tell(self, facts: str, brief: str | None = None) -> None:
-        """Set the text that the next line adds to the counts; ``brief`` is a shorter text for the bar."""
-        self._facts = facts
+    def tell(self, text: str, brief: str | None = None) -> None:
+        """Set the text that follows the counts in the next line; ``brief`` is a shorter text for the bar."""
+        self._text = text
         if self._bar is not None:
-            self._bar.set_postfix_str(facts if brief is None else brief, refresh=False)
+            self._bar.set_postfix_str(text if brief is None else brief, refresh=False)
 
     def update(self, number: int) -> None:
         """Add ``number`` to the count."""
         self._done += number
-        if self._rated is None:  # the time before is start-up, of workers or a compiler
+        if self._rated is None:  # the time until now is start-up of workers or compilation
             self._rated = time.monotonic(), self._done
             if self._bar is not None:
                 self._bar.unpause()
@@ -76,11 +69,11 @@ class ProgressBar:
                 self._bar.refresh()
         elif self._bar is not None:
             self._bar.update(number)
-        if self._enabled and time.monotonic() >= self._latest + self._pause and (self._facts or self._bar is None):
+        if self._enabled and time.monotonic() >= self._latest + self._pause and (self._text or self._bar is None):
             self._write_line()
 
     def close(self) -> None:
-        """Write a last line, unless there was none or it would repeat the one before; close the bar."""
+        """Write a last line if there were lines before and the count has changed since; close the bar."""
         if self._enabled and self._latest > self._started and self._done > self._shown:
             self._write_line()
         if self._bar is not None:
@@ -101,7 +94,7 @@ class ProgressBar:
         line = (
             f"{self._description}: {self._done:,} of {self._total:,} {self._unit} "
             f"({self._done / max(self._total, 1):.0%}){speed}, "
-            f"{_clock(now - self._started)} passed{left}{self._facts and '; '}{self._facts}"
+            f"{_clock(now - self._started)} passed{left}{self._text and '; '}{self._text}"
         )
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
@@ -134,5 +127,5 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped; names of files may contain some."""
+    """The text with its control characters escaped; names of files may contain control characters."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c).startswith("C") else c for c in text)

@@ -1,4 +1,4 @@
-"""Cores that this process may use, the number of threads on them, and how those threads wait for each other."""
+"""CPU cores: how many this process may use, the number of threads, and how threads wait for each other."""
 
 import os
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 __all__ = ["num_cores", "num_threads", "spin_briefly"]
 
 _SPINS = "1000"
-"""Iterations that a thread of GNU's OpenMP runtime spins, some tens of microseconds; its default is 300,000."""
+"""Number of iterations, some tens of microseconds, for which a waiting thread of GNU's OpenMP runtime spins before it
+sleeps. The default of the runtime is 300,000."""
 
 
 def num_cores(system: Path = Path("/")) -> int:
@@ -24,9 +25,10 @@ def num_cores(system: Path = Path("/")) -> int:
 
 
 def _quotas(system: Path) -> Iterator[tuple[int, int]]:
-    """CPU quotas as pairs (microseconds of CPU time, microseconds of a period), of both versions of control groups.
+    """CPU quotas of control groups of both versions, as pairs (microseconds of CPU time, microseconds of the period).
 
-    A container may see its group's path on the host, and its own group's files only at the top of the hierarchy.
+    In a container, the path of its group may be the path on the host, while the files of the group are at the top of
+    the hierarchy. So all groups above the path are read.
     """
     groups = system / "proc/self/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
@@ -44,7 +46,7 @@ def _quotas(system: Path) -> Iterator[tuple[int, int]]:
 
 
 def _quota(folder: Path, is_first_version: bool) -> tuple[int, int] | None:
-    """Quota and period of a control group; None if it has no quota, or a container does not see it."""
+    """Quota and period of a control group; None if the group has no quota or is not visible in the container."""
     try:
         if is_first_version:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
@@ -59,9 +61,9 @@ def num_threads(asked: int, num_ranks: int) -> int:
     """Number of torch threads of a rank on a CPU.
 
     Args:
-        asked: number in the configuration; 0 takes ``OMP_NUM_THREADS``, and if that is not set or not a number, the
-            rank's share of the cores.
-        num_ranks: ranks on this machine.
+        asked: number in the configuration; 0 takes ``OMP_NUM_THREADS``, or if that is not a number, an equal share of
+            the cores.
+        num_ranks: number of ranks on this machine.
     """
     if asked:
         return asked
@@ -74,11 +76,11 @@ def num_threads(asked: int, num_ranks: int) -> int:
 def spin_briefly() -> None:
     """Make waiting OpenMP threads sleep after a short spin, unless the user has set how they wait.
 
-    Call it before torch is imported, because torch's GNU runtime reads the setting when it loads. By default a thread
-    that has finished its part spins for milliseconds. If another program uses one of the cores, the spinning takes time
-    from the thread that still computes, and two threads are slower than one. Without any spin each parallel region
-    waits for a thread to wake up, which slows training on an idle machine. ``evals/results/busy-cores-cpu.json`` has
-    measurements of both.
+    Call this function before torch is imported, because torch's OpenMP runtime reads the setting when it loads. By
+    default a thread that has finished its part spins for milliseconds. If another program uses one of the cores,
+    spinning takes time from the threads that still compute, and two threads are slower than one. Without any spinning,
+    each parallel region waits until threads wake up, which slows training on an idle machine. Both are measured in
+    ``evals/results/busy-cores-cpu.json``.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

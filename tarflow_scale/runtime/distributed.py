@@ -1,4 +1,4 @@
-"""Ranks: the number of this process, the number of all, and the collectives that the pipeline needs.
+"""Ranks: the rank of this process, the number of ranks, and the collective operations that the pipeline needs.
 
 Importing this module does not import torch; the functions that need torch do. A single process is rank 0 of 1.
 """
@@ -47,7 +47,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank of this process among those on this machine; the number of its GPU."""
+    """Rank of this process among the ranks on this machine; also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -62,7 +62,7 @@ def is_main() -> bool:
 
 
 def agent_serves_store() -> bool:
-    """Whether torchrun's agent, not rank 0, listens at MASTER_PORT."""
+    """Whether the agent of torchrun, instead of rank 0, listens at MASTER_PORT."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -119,7 +119,7 @@ def check_equal(module: "Module") -> None:
     """Check by hash that all ranks have the same parameters and buffers, bit for bit.
 
     Raises:
-        RuntimeError: on every rank, with the names of tensors that differ; a bug, not a mistake of the user.
+        RuntimeError: tensors differ, which is a bug. Every rank raises the error, with the names of the tensors.
     """
     import hashlib
 
@@ -165,7 +165,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def shut_down() -> None:
-    """Leave the process group, which NCCL requires of every rank; see also `tarflow_scale.runtime.processes.leave`."""
+    """Destroy the process group, as NCCL requires of every rank; see also `tarflow_scale.runtime.processes.leave`."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Process control: exit with the parent, ignore signals, exit cleanly, lock a folder, run a child with a deadline."""
+"""Control of processes: end with the parent, ignore signals, exit cleanly, lock a folder, run a child within a time."""
 
 import atexit
 import ctypes
@@ -36,12 +36,12 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died while this process was starting
+    if parent is not None and os.getppid() != parent.pid:  # the parent died while this process was starting
         os.kill(os.getpid(), number)
 
 
 def ignore_stop_signals() -> None:
-    """Ignore the signals that schedulers and launchers send to all processes of a job; the parent acts on them."""
+    """Ignore the stop signals that schedulers and launchers send to all processes of a job; the parent handles them."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -50,8 +50,8 @@ def ignore_stop_signals() -> None:
 def stop_signals_held() -> Generator[None]:
     """Block stop signals in this thread while it starts processes that must not receive them.
 
-    Child processes inherit the block. It protects a worker until it ignores signals by itself, and the resource tracker
-    of `multiprocessing`, which ignores SIGTERM and SIGINT but dies of SIGUSR1, with a traceback when its parent ends.
+    Child processes inherit the block. A worker needs it until it ignores the signals itself. The resource tracker of
+    `multiprocessing` needs it because SIGUSR1 would kill it, which prints a traceback when the parent ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -61,11 +61,11 @@ def stop_signals_held() -> Generator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process when its work is done: run exit handlers, flush output, and skip Python's own shutdown.
+    """End this process: run exit handlers, flush output, and skip Python's own shutdown.
 
-    Threads of gloo hold tensors, and outlive `torch.distributed.destroy_process_group` because DeepSpeed keeps
-    references to the groups. A thread that releases its tensor while Python shuts down aborts the process, which
-    turns a finished run into a failed one (https://github.com/pytorch/pytorch/issues/190489).
+    The shutdown may fail a finished run (https://github.com/pytorch/pytorch/issues/190489): threads of gloo hold
+    tensors, and still run after `torch.distributed.destroy_process_group`, because DeepSpeed keeps references to the
+    groups. A thread that releases its tensor while Python shuts down aborts the process.
     """
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what `sys.exit` would run
     sys.stdout.flush()
@@ -74,13 +74,13 @@ def leave(code: int) -> NoReturn:
 
 
 def answer_within(seconds: float, compute: Callable[[], T]) -> T:
-    """The result of a function that runs in a child process with a deadline.
+    """Run a function in a child process with a deadline, and return its result.
 
-    Use it for a function that may hang, crash, or change this process. The child is a fork, so this process must have
-    no threads yet. The child and all processes that it started are killed at the end.
+    Use this for a function that may hang, crash, or change its process. The child is a fork, so this process must not
+    have started threads. The child and all processes that it started are killed at the end.
 
     Args:
-        seconds: deadline.
+        seconds: time until the deadline.
         compute: returns a picklable value and raises no exception.
 
     Raises:
@@ -119,7 +119,7 @@ def _end_with_offspring(child: BaseProcess) -> None:
     with suppress(ProcessLookupError):  # no process is left
         os.killpg(child.pid, signal.SIGKILL)
     child.kill()
-    child.join(_REAP_SECONDS)  # one that waits for a dead file system cannot be killed
+    child.join(_REAP_SECONDS)  # with a limit, because a process that waits for a dead file system cannot be killed
 
 
 def _end_in_words(exit_code: int | None, output: bytes) -> str:
@@ -130,12 +130,12 @@ def _end_in_words(exit_code: int | None, output: bytes) -> str:
 
 @contextmanager
 def exclusive(folder: Path, wait_seconds: float = 0.0) -> Generator[None]:
-    """Lock a local folder against other processes on this machine, and on other machines if its file system can.
+    """Lock a local folder against other processes, also on other machines if its file system supports that.
 
-    The kernel releases the lock when this process ends, in any way.
+    The kernel releases the lock when this process ends, even if it is killed.
 
     Raises:
-        StorageError: the folder cannot be written, or another process holds it for longer than ``wait_seconds``.
+        StorageError: the folder cannot be written, or another process holds the lock for longer than ``wait_seconds``.
     """
     lock = folder / ".lock"
     try:
@@ -180,4 +180,4 @@ def _locked(lock: Path, wait_seconds: float) -> IO[bytes]:
             return file
         if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             return file
-        file.close()  # its holder has just removed this file
+        file.close()  # the previous holder removed this file after it was opened

@@ -1,4 +1,4 @@
-"""The origin of a result: package versions and git commit; and peak memory."""
+"""Facts about this process that are stored with results: package versions, git commit, peak memory."""
 
 import os
 import resource
@@ -7,26 +7,28 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["git_commit", "package_versions", "peak_memory_bytes"]
+__all__ = ["git_commit", "installed_version", "package_versions", "peak_memory_bytes"]
 
 _PACKAGES = ("tarflow-scale", "torch", "deepspeed", "webdataset", "torch-fidelity", "einops", "ray", "fsspec", "numpy")
 
 
 def package_versions() -> dict[str, str]:
     """Installed versions of Python and of the packages that affect results."""
-    versions = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return {"python": sys.version.split()[0]} | {name: installed_version(name) or "not installed" for name in _PACKAGES}
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str:
-    """Commit of this code, with ``+`` if tracked files differ from it.
+    """Commit of this code, followed by ``+`` if tracked files were changed.
 
-    Outside a checkout it is ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
+    Outside a checkout, the value of ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
     """
     folder = Path(__file__).parent
     try:
@@ -38,7 +40,7 @@ def git_commit() -> str:
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """Peak memory so far: resident size of this process, or the memory that torch allocated on ``cuda``."""
+    """Peak memory so far: for ``cpu`` the resident size of this process, for ``cuda`` the allocations of torch."""
     if device == "cuda":
         import torch
 

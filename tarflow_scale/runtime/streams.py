@@ -1,12 +1,12 @@
-"""Standard output and error that cannot stop the work.
+"""Make failures of standard output and standard error harmless, so that a verb still finishes its work.
 
-Printing can fail: the reader has left (``| head``), a disk is full (``>/dev/full``), the stream is closed (``2>&-``),
-or its encoding lacks a character (a C locale). After `guard` none of these raises an exception. Characters that
-cannot be encoded are escaped, and text that cannot be written is dropped, so that a verb still finishes its work.
+Printing can fail: the reader has exited (``| head``), a disk is full (``>/dev/full``), the stream is closed (``2>&-``),
+or its encoding lacks a character (a C locale). After `guard` none of these raises an exception: characters that cannot
+be encoded are escaped, and text that cannot be written is dropped.
 
 The exit code reports lost standard output:
 
-* If the reader left, or the stream was closed from the start, the exit code is that of the work.
+* If the reader exited, or the stream was closed from the start, the exit code does not change.
 * If a write failed for another reason, exit code 0 becomes 2, with one line on standard error. Other codes stay.
 
 Lost standard error does not change the exit code.
@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor whose writes never fail: after an error it keeps the error and drops all data."""
+    """A file descriptor whose writes never fail: after an error it stores the error and drops all further data."""
 
     error: OSError | None = None
 
@@ -39,7 +39,7 @@ class _Output(io.FileIO):
             except OSError as error:
                 self.error = error
                 break
-            if written is None:  # another program has made a pipe or terminal non-blocking
+            if written is None:  # the descriptor is non-blocking, which another program may have set
                 select.select([], [self], [])
             else:
                 rest = rest[written:]
@@ -49,8 +49,8 @@ class _Output(io.FileIO):
 def guard() -> None:
     """Replace `sys.stdout` and `sys.stderr` of this process, and open /dev/null for every closed standard descriptor.
 
-    If descriptor 0, 1 or 2 stayed closed, a file or socket that is opened later would get its number, and would receive
-    the output that libraries print.
+    If descriptor 0, 1 or 2 stayed closed, the next file or socket that is opened would get its number, and the output
+    of libraries would go there.
     """
     for number in (0, 1, 2):
         try:
@@ -62,7 +62,7 @@ def guard() -> None:
 
 
 def _stream(number: int, before: TextIO | None) -> TextIO:
-    """A stream like the one before, which is None if the descriptor was closed."""
+    """A stream for descriptor ``number`` with the settings of ``before``, which is None if it was closed."""
     if before is not None:
         with suppress(OSError):
             before.flush()
@@ -78,7 +78,7 @@ def _stream(number: int, before: TextIO | None) -> TextIO:
 
 
 def exit_code(code: int) -> int:
-    """Exit code of a process whose work ended with ``code``; flushes standard output and reports lost output."""
+    """Flush standard output and return the exit code; ``code`` is the exit code of the work if no output was lost."""
     stream = sys.stdout
     stream.flush()
     buffer = getattr(stream, "buffer", None)

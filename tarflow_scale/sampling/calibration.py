@@ -35,7 +35,7 @@ def candidates(num_tokens: int) -> list[int]:
 
 
 def schedules_of(blocks: Sequence[BlockDecoding], tolerance: float) -> list[Schedule]:
-    """Schedules for the decoder."""
+    """Schedules of the blocks for the decoder."""
     return [Schedule(block.chunk, block.planned, tolerance) for block in blocks]
 
 
@@ -55,7 +55,7 @@ def measure_blocks(
         z: latents ``(B, T D)`` of a batch.
         y: labels, or None.
         guidance: guidance with an effect, or None.
-        tolerance: largest allowed error of a feature, and the move at which iterations end.
+        tolerance: largest allowed error of a feature; iterations end when no feature moves by more.
     """
     tokens = decoder.tokens_of(z)
     blocks: list[BlockDecoding] = []
@@ -78,7 +78,7 @@ def measure_blocks(
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """The result of a function, and the seconds of the faster of two runs."""
+    """The result of a function, and the time in seconds of the faster of two runs."""
     seconds: list[float] = []
     for _ in range(_REPEATS):
         _synchronize(device)

@@ -32,9 +32,9 @@ __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 _LIMIT = 1e4
 """Iterates are clamped to this magnitude: they can overflow, and an infinite key would make exact tokens NaN."""
 _RECHECK = 2
-"""Iterations between tests for convergence, after the planned ones."""
+"""Number of iterations from one test for convergence to the next, after the planned iterations."""
 _ACTIVATIONS = 16
-"""Upper bound of the activations of a token, in widths: queries, keys, values, the wide layer twice, copies."""
+"""Upper bound of the activations of a token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
 
 Progress = Callable[[int], object]
 """Called with the number of tokens that have become final; there are T - 1 in a block."""
@@ -42,10 +42,10 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a block is decoded.
+    """The chunk size and number of iterations with which a block is decoded.
 
-    chunk: tokens at once. planned: iterations before the first test for convergence, which waits for the device.
-    tolerance: iterations end when no feature of a token moved by more.
+    chunk: number of tokens that are decoded together. planned: number of iterations before the first test for
+    convergence, which waits for the device. tolerance: iterations end when no feature of a token moves by more.
     """
 
     chunk: int = 1
@@ -73,8 +73,8 @@ class TarFlowDecoder:
     has neither.
 
     Args:
-        flow: the flow.
-        dtype: precision of the transformers; None keeps that of the flow. Affine maps are fp32 or wider.
+        flow: the TarFlow.
+        dtype: precision of the transformers; None keeps that of the flow. Affine maps are computed in fp32 or wider.
     """
 
     def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:
@@ -142,7 +142,7 @@ class TarFlowDecoder:
         return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
 
     def cache(self, rows: int) -> Tensor:
-        """Keys and values ``(L, 2, R, N, T, H)`` of one block; all blocks and later calls use the same memory."""
+        """Memory ``(L, 2, R, N, T, H)`` for keys and values of one block, which all blocks and later calls share."""
         if self._cache is None or self._cache.shape[2] != rows:
             self._cache = None  # free the old one first
             self._cache = (self._networks or self.networks())[0].new_cache(self._num_layers, rows)
@@ -160,14 +160,14 @@ class TarFlowDecoder:
         schedules: Sequence[Schedule] | None = None,
         progress: Progress | None = None,
     ) -> tuple[Tensor, list[BlockCost]]:
-        """Decode latents ``(B, T D)`` to data ``(B, C, H, W)``, before any logit transform. Also returns block costs.
+        """Decode latents ``(B, T D)`` to data ``(B, C, H, W)``, before any logit transform; also return block costs.
 
         Args:
             z: latents in token order.
             y: labels, or None.
             guidance: guidance with an effect, or None.
-            schedules: schedule of each block, in the order of decoding; None decodes all token by token.
-            progress: called with the number of tokens that became final.
+            schedules: schedule of each block, in the order of decoding; None decodes token by token.
+            progress: called with the number of tokens that have become final.
         """
         costs: list[BlockCost] = []
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -184,7 +184,7 @@ class TarFlowDecoder:
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
             with self._lock:
                 x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
-                self._cache = None  # it can have gigabytes, which should not be held between calls
+                self._cache = None  # it can have gigabytes, which should not stay allocated between calls
             return x
 
         return decode

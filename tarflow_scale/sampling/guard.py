@@ -1,4 +1,4 @@
-"""Which generated images are kept: bad ones are drawn again by a rule that is part of the plan.
+"""Replace bad generated images by new attempts, by a rule that is part of the generation plan.
 
 Attempt a at image i decodes latent a of index i, so every worker gets the same image.
 """
@@ -18,28 +18,29 @@ __all__ = ["Drawn", "Quality", "guarded"]
 
 
 class Quality(Record):
-    """What was wrong with the images of a shard, or of all."""
+    """Counts of images, of their values and of bad attempts, for one shard or for all shards."""
 
     images: int = 0
+    """Number of accepted images."""
     not_finite: int = 0
-    """Attempts with a value that is not finite."""
+    """Number of attempts with a value that is not finite."""
     saturated: int = 0
-    """Attempts with too many values outside [-1, 1]."""
+    """Number of attempts with too many values outside [-1, 1]."""
     redrawn: int = 0
-    """Images that are kept from a later attempt than the first."""
+    """Number of accepted images that are not from the first attempt."""
     values: int = 0
-    """Values of the images that are kept."""
+    """Number of values of the accepted images."""
     outside: int = 0
-    """Values of the images that are kept which lie outside [-1, 1] by more than a level."""
+    """Number of values of the accepted images that exceed [-1, 1] by more than a level."""
 
     def plus(self, other: "Quality") -> "Quality":
-        """The sum of both."""
+        """Add the counts of both."""
         return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch of images that are kept, ``x (b, C, H, W)``, with the attempt of each image and what was wrong."""
+    """A batch of accepted images ``x (b, C, H, W)``, the attempt that each is from, and counts of bad attempts."""
 
     indices: range
     x: Tensor
@@ -48,16 +49,16 @@ class Drawn:
 
 
 def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) -> Iterator[Drawn]:
-    """Batches of good images.
+    """Draw batches of images, and replace bad images by new attempts.
 
     Args:
         sampler: draws the images.
-        indices: of the images.
-        guard: which images are good.
-        level: width of a level on [-1, 1].
+        indices: indices of the images.
+        guard: the section ``guard``, which defines bad images.
+        level: width of a pixel level on [-1, 1].
 
     Raises:
-        NumericsError: an image was bad at every attempt.
+        NumericsError: all attempts at an image were bad.
     """
     for low in range(0, len(indices), sampler.batch_size):
         part = indices[low : low + sampler.batch_size]

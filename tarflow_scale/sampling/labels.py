@@ -1,4 +1,4 @@
-"""The label of a sample index: a function of (rule, seed, index) alone."""
+"""The label of a sample, which depends on (rule, seed, sample index) alone."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
 
 
 def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
-    """A rule with class numbers instead of class names.
+    """The rule with class numbers instead of class names.
 
     Raises:
         ConfigError: no class has this name.
@@ -40,7 +40,7 @@ def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int)
     """Labels of samples ``(len(indices),)`` int64.
 
     Args:
-        rule: ``balanced``; a list of labels that are used in turn; or the weight with which each label is drawn.
+        rule: ``balanced``; a list of labels, which are used in turn; or the weight with which each label is drawn.
         indices: indices of the samples.
         num_classes: number of classes of the flow.
         seed: seed of drawn labels.

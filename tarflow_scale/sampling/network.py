@@ -1,4 +1,4 @@
-"""The transformer of a TarFlow block for decoding: from tokens, the log-scale and mean of the next tokens.
+"""The transformer of a TarFlow block for decoding: it predicts log-scale and mean of tokens from earlier tokens.
 
 Shapes: B batch, R rows (B, or 2 B with guidance), c tokens of a call, T tokens of an image, D features, C width,
 N heads, H head width, L layers.
@@ -20,14 +20,14 @@ from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, Window
 __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
-"""Number of positions for one CUDA graph, whose attention covers the cache up to the last of them."""
+"""Number of positions that share a CUDA graph, whose attention covers the cache up to the last of them."""
 _LANES = 509
 
 
 class _Linear:
-    """A linear layer that also packs its weights for oneDNN, for products of one token per row on a CPU.
+    """A linear layer that packs its weights for oneDNN, if a CPU multiplies them with one token per row.
 
-    Such a product reads all weights for few rows, and is 1.5 to 2 times faster with packed weights
+    This product reads all weights for few rows, and is 1.5 to 2 times faster with packed weights
     (evals/benchmarks/sampling.py). PyTorch's compiler emits the same two operators for frozen weights.
     """
 
@@ -109,15 +109,15 @@ class BlockNetwork:
         return [_checksum(tensor) for linear in self._linears for tensor in linear.copied]
 
     def cast_again(self) -> None:
-        """Update all copies, on a GPU, where weights are never packed and a copy is cheaper than a comparison."""
+        """Update all copies. For GPUs, where weights are never packed and copying is cheaper than comparing."""
         for linear in self._linears:
             linear.cast_again()
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Precision of keys and values: that of products, but fp32 on a CPU without a compiled `OneQuery`.
+        """Precision of keys and values: that of products, or fp32 on a CPU without a compiled `OneQuery`.
 
-        There PyTorch's attention is slower for a single bf16 query than for an fp32 one, although bf16 products are
+        Without it, PyTorch's attention is slower for a single query in bf16 than in fp32, although bf16 products are
         faster.
         """
         if not self._on_cpu or OneQuery.function(self.block.head_width, self.dtype) is not None:
@@ -132,7 +132,7 @@ class BlockNetwork:
         return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
-        """Sum of position embedding and condition of every token in reading order, ``(B, T, C)``."""
+        """Sum ``(B, T, C)`` of position embedding and condition for every token, in reading order."""
         block = self.block
         return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
 
@@ -185,7 +185,7 @@ class BlockNetwork:
 
 
 class _Graph:
-    """A captured `BlockNetwork.outputs` of one token, with its own input buffers."""
+    """A CUDA graph of `BlockNetwork.outputs` for one token, with buffers for its input."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm in the precision of its weights; on a CPU the operator accepts narrower input directly."""
+    """LayerNorm in the precision of its weights; a CPU's operator accepts input of lower precision directly."""
     if h.device.type == "cpu":
         return F.layer_norm(h, h.shape[-1:], *weights)
     wide = h.to(weights[0])

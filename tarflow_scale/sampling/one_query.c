@@ -1,13 +1,13 @@
-/* Attention of one token to itself and to those before it, whose keys and values are in a cache.
+/* Attention of one token to itself and to all earlier tokens, whose keys and values are in a cache.
 
-   Compiled for one HEAD_WIDTH and for one precision of the cache, fp32 or (NARROW) bf16; sums are fp32. One thread
-   takes a head of a row: it reads each key and each value once, in the order in which they lie in memory. */
+   Compiled for one HEAD_WIDTH and one precision of the cache, fp32 or (NARROW) bf16; sums are fp32. A thread computes
+   one head of one row at a time and reads each key and each value once, in the order of memory. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#if NARROW /* a word is two features: neither has to be moved to another place to become a float */
+#if NARROW /* a word holds two bf16 features; a mask or a shift turns either into a float */
 typedef uint32_t word;
 #define LANES 2
 
@@ -38,10 +38,10 @@ static inline word joined(const float *lanes) { return lanes[0]; }
 #endif
 #define WORDS (HEAD_WIDTH / LANES)
 
-/* exp(x) for x <= 0 to 2 units in the last place, as a loop's vector instructions compute it: 2^n exp(r), |r| <= ln(2) / 2,
-   with Taylor's polynomial. Below -87 the result is that at -87, 1.6e-38; NaN stays. */
+/* exp(x) for x <= 0 to 2 units in the last place, in a form that compilers vectorise: 2^n exp(r), |r| <= ln(2) / 2, with
+   Taylor's polynomial. Below -87 the result is exp(-87), 1.6e-38; NaN stays NaN. */
 static inline float exponential(float x) {
-    const float magic = 0x1.8p23f; /* adding it rounds to a whole number, in the lowest bits */
+    const float magic = 0x1.8p23f; /* adding it rounds to an integer, which is in the lowest bits */
     const float clamped = x < -87.0f ? -87.0f : x, shifted = clamped * 0x1.715476p0f + magic, n = shifted - magic;
     const float r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
     float result = 1.0f / 5040;

@@ -1,12 +1,13 @@
-"""Sample indices to images.
+"""Draw images from a flow by their sample indices.
 
 Image i depends on (weights, seed, i, sampling settings): its latent is counter-based and its label follows from i.
-Batch size and thread count change the last bits of a float, and so in rare cases a pixel by one level. For equal bytes
-they must be fixed, as the generation plan does.
+Batch size and thread count change the last bits of floats, and in rare cases a pixel by one level. For equal bytes they
+must be fixed, which the generation plan does.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ __all__ = ["Sampler", "calibrate"]
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
-"""Images of a batch that are encoded again to measure the error of decoding."""
+"""Number of images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Parts of a batch that are denoised one after the other, because denoising stores the activations of a whole pass."""
+"""Number of parts of a batch that are denoised one by one, because denoising stores all activations of a pass."""
 
 
 class Sampler:
@@ -40,7 +41,7 @@ class Sampler:
         flow: a flow in evaluation mode; its ``pixels`` define how floats become levels.
         seed: seed of the latents.
         settings: the section ``sampling``.
-        calibration: how blocks are decoded; required by ``decoder.kind=adaptive``.
+        calibration: chunk sizes of the blocks; required by ``decoder.kind=adaptive``.
         labels: rule for the label of an index, for a flow with classes.
 
     Raises:
@@ -58,9 +59,9 @@ class Sampler:
     ) -> None:
         check_labels(labels, flow.num_classes)
         self._rule: Labels = labels
-        some = balanced_labels(range(1), flow.num_classes) if flow.num_classes else None
+        example = balanced_labels(range(1), flow.num_classes) if flow.num_classes else None
         try:
-            guided = flow.is_guided(some, settings.guidance)
+            guided = flow.is_guided(example, settings.guidance)
         except ValueError as error:
             raise ConfigError(f"sampling.guidance: {error}") from error
         noise = flow.pixels.noise if flow.pixels else "unknown"
@@ -81,7 +82,7 @@ class Sampler:
         chunk = max((schedule.chunk for schedule in self._schedules), default=1) if self._schedules else 1
         per_image = (1 + guided) * self.decoder.bytes_per_row(chunk) if self.decoder else 4 * flow.num_dims
         self.batch_size = fitting_batch(settings.batch_size, per_image, self._device)
-        """Images decoded together."""
+        """Number of images that are decoded together."""
         self._latest: tuple[Tensor, Tensor | None, Tensor] | None = None
         self.costs: list[BlockCost] = []
         """Cost of each block for the latest batch, in the order of decoding."""
@@ -93,7 +94,7 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, indices: Sequence[int], attempt: int = 0) -> Tensor:
-        """Continuous images ``(b, C, H, W)``, at most `batch_size`, without a check of their values.
+        """Draw continuous images ``(b, C, H, W)``, at most `batch_size` of them; their values are not checked.
 
         Args:
             indices: indices of the images.
@@ -109,7 +110,7 @@ class Sampler:
         return self._flow.shown(self._denoised(x, labels) if settings.denoise > 0 else x)
 
     def floats(self, indices: range) -> Iterator[Tensor]:
-        """Batches of continuous images ``(b, C, H, W)``; values may lie outside [-1, 1].
+        """Draw batches of continuous images ``(b, C, H, W)``; values may lie outside [-1, 1].
 
         Raises:
             NumericsError: a value is not finite.
@@ -135,16 +136,16 @@ class Sampler:
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents of the latest batch and its encoded images; None with guidance.
+        """Largest difference between latents of the latest batch and encodings of its images; None with guidance.
 
-        It is below 1e-3 for an exact flow in fp32; rounding is amplified if the inverse of the model contracts.
+        It is below 1e-3 for an exact flow in fp32; it is larger if the inverse of the model contracts strongly.
         """
         if self._latest is None or self._settings.guidance.scale > 0:
             return None
         z, y, x = self._latest
         back, _ = self._flow(x, y)
         error = float((back.cpu() - z).abs().max())
-        return error if math.isfinite(error) else None  # not finite for images that the guard draws again
+        return error if math.isfinite(error) else None  # it is not finite for images that the guard draws again
 
     def _decoded(self, z: Tensor, y: Tensor | None) -> Tensor:
         decoder = self.decoder
@@ -167,9 +168,9 @@ class Sampler:
 
 @torch.no_grad()
 def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
-    """Measure on this device the fastest way to decode each block, and the error of the images.
+    """Measure the fastest chunk size of each block on this device, and the resulting error of images.
 
-    Decodes the first batch of ``seed`` in all ways, see `tarflow_scale.sampling.calibration`. The result is exact
+    It decodes the first batch of ``seed`` with all sizes, see `tarflow_scale.sampling.calibration`. The result is exact
     decoding if that is the fastest for all blocks together.
 
     Raises:
@@ -186,21 +187,18 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     guidance = settings.guidance if flow.is_guided(y, settings.guidance) else None
     tolerance = settings.decoder.tolerance
     blocks = measure_blocks(decoder, z, y, guidance, tolerance)
-    ways = [BlockDecoding(chunk=1, planned=1)] * len(blocks), blocks
-    images, seconds, costs = [], [], []
-    for way in ways:
 
-        def run(way: Sequence[BlockDecoding] = way) -> tuple[Tensor, list[BlockCost]]:
-            x, costs = decoder(z, y, guidance, schedules_of(way, tolerance))
-            return x.cpu(), costs
+    def decoded(blocks: Sequence[BlockDecoding]) -> tuple[Tensor, list[BlockCost]]:
+        x, costs = decoder(z, y, guidance, schedules_of(blocks, tolerance))
+        return x.cpu(), costs
 
-        (x, cost), fastest = timed(run, device)
-        images.append(x)
-        costs.append(cost)
-        seconds.append(fastest)
-    used = int(seconds[1] < seconds[0])  # the fastest ways of single blocks may be slower together
-    errors = (images[0] - images[used]).abs()
-    levels = [quantize(x, 8, "nearest").int() for x in (images[0], images[used])]
+    one_by_one = [BlockDecoding(chunk=1, planned=1)] * len(blocks)
+    (reference, reference_costs), exact_seconds = timed(partial(decoded, one_by_one), device)
+    (images, costs), seconds = timed(partial(decoded, blocks), device)
+    if seconds >= exact_seconds:  # sizes that are the fastest for single blocks may be slower together
+        blocks, images, costs, seconds = one_by_one, reference, reference_costs, exact_seconds
+    errors = (reference - images).abs()
+    levels = [quantize(x, 8, "nearest").int() for x in (reference, images)]
     return Calibration(
         tensors_digest=tensors_digest(flow),
         device=_device_name(device),
@@ -208,13 +206,13 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
         guidance=settings.guidance,
         precision=settings.decoder.precision,
         tolerance=tolerance,
-        blocks=tuple(ways[used]),
-        iterations=tuple(sum(cost.iterations) / len(cost.iterations) for cost in costs[used]),
+        blocks=tuple(blocks),
+        iterations=tuple(sum(cost.iterations) / len(cost.iterations) for cost in costs),
         max_error=float(errors.max()),
         mean_error=float(errors.mean()),
         pixels_within_one_level=float(((levels[0] - levels[1]).abs() <= 1).float().mean()),
-        exact_seconds=seconds[0],
-        adaptive_seconds=seconds[used],
+        exact_seconds=exact_seconds,
+        adaptive_seconds=seconds,
     )
 
 

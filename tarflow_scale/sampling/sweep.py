@@ -33,7 +33,7 @@ def sweep(
     base: SamplingConfig | None = None,
     labels: NamedLabels | Sequence[int | str] | np.ndarray | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
-    """Settings and images ``(num_images, C, H, W)`` uint8 for every combination of settings.
+    """Draw images ``(num_images, C, H, W)`` uint8 for every combination of settings; return both.
 
     Attention temperatures only have an effect with guidance; without it there is one row for all of them.
 
@@ -42,7 +42,7 @@ def sweep(
         seed: seed of the latents.
         num_images: number of images in each row, those of indices 0, 1, ...
         guidances: scales of guidance.
-        temperatures: standard deviations of the latent.
+        temperatures: standard deviations of the latents.
         attention_temperatures: see `tarflow_scale.config.sampling.Guidance`.
         base: the other settings.
         labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.

@@ -27,11 +27,11 @@ _log = logging.getLogger(__name__)
 
 
 class Window(abc.ABC):
-    """The positions of tokens in the cache, and the positions that they attend to."""
+    """The positions of some tokens in the cache, and the positions to which they attend."""
 
     @abc.abstractmethod
     def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
-        """Write keys and values to the cache. Returns the attention output ``(R, c, C)`` in the precision of ``qkv``.
+        """Write keys and values to the cache; return the attention output ``(R, c, C)`` in the precision of ``qkv``.
 
         Args:
             qkv: ``(R, c, 3 C)``.
@@ -62,9 +62,9 @@ class WindowOfTokens(Window):
 
 @dataclass(frozen=True)
 class FixedWindow(Window):
-    """One token whose position is a tensor, so that shapes do not depend on it.
+    """One token whose position is a tensor, so that shapes do not depend on the position.
 
-    position: ``(1,)`` int64. length: number of positions in attention; those after ``position`` are masked.
+    position: ``(1,)`` int64. length: number of positions in attention, where positions after ``position`` are masked.
     """
 
     position: Tensor

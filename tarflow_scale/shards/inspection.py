@@ -33,7 +33,7 @@ def check(path: str) -> int:
     as_found = shards.manifest.codec == AS_FOUND  # keys of such tars may repeat from tar to tar
     faults: list[str] = []
     keys: Counter[str] = Counter()
-    with console.progress_bar(shards.manifest.num_images, "check") as bar:
+    with console.ProgressBar(shards.manifest.num_images, "check") as bar:
         for number, record in enumerate(shards.manifest.shards):
             try:
                 shards.verify_shard(record)
@@ -74,7 +74,7 @@ def statistics(path: str) -> list[str]:
     manifest = shards.manifest
     stored_bytes = sum(shard.bytes for shard in manifest.shards)
     labels = Counter[int]()
-    with console.progress_bar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
+    with console.ProgressBar(manifest.num_images, "labels", enabled=manifest.num_classes > 0) as bar:
         for stored in shards.stored() if manifest.num_classes else ():
             labels[shards.label(stored)] += 1
             bar.update(1)
@@ -112,7 +112,7 @@ def _copies(splits: list[ShardSet]) -> list[str]:
     fingerprints: list[bytes] = []
     origins: list[str] = []
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
-    with console.progress_bar(int(firsts[-1]), "look for copies") as bar:
+    with console.ProgressBar(int(firsts[-1]), "look for copies") as bar:
         for shards in splits:
             for stored in shards.stored():
                 try:

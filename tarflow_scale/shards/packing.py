@@ -207,7 +207,7 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
     """
     units = list(range(-(-len(source) // _UNIT)))
     texts: list[str] = []
-    with console.progress_bar(len(source), "look for copies") as bar:
+    with console.ProgressBar(len(source), "look for copies") as bar:
         read = partial(_fingerprints, source=source, skip_bad=skip_bad)
         for unit, text in enumerate(in_workers(read, units, num_workers)):
             texts.append(text)
@@ -227,7 +227,7 @@ def pack(packing: Packing, num_workers: int) -> list[PackNote]:
     missing = [number for number in range(packing.num_shards) if number not in notes]
     if notes:
         print(f"{packing.path}: continuing, {len(notes)} of {packing.num_shards} shards are packed")
-    with console.progress_bar(len(packing.order), f"prepare {packing.split}") as bar:
+    with console.ProgressBar(len(packing.order), f"prepare {packing.split}") as bar:
         size = packing.samples_per_shard
         bar.update(sum(min(size, len(packing.order) - number * size) for number in notes))
         for number, note in zip(missing, in_workers(packing.pack, missing, num_workers), strict=True):

@@ -1,8 +1,8 @@
 """Files at a local path or a URL: read, list, write atomically, create if absent. The only user of fsspec.
 
 A location is a local path or an fsspec URL (``s3://bucket/run``). A reader never sees an incomplete file: a local file
-is written under a temporary name, flushed to disk and renamed; an object store publishes an object when its upload
-completes. With ``create``, exactly one of several concurrent writers wins.
+is written under a temporary name, flushed to disk and renamed; an object store shows an object only after its upload
+is complete. If several writers call `create` for the same file, exactly one of them succeeds.
 """
 
 from tarflow_scale.storage.files import (

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def retrying(call: Callable[[], T], attempts: int, first_wait_seconds: float) -> T:
-    """Result of ``call``, which is called again after a `StorageError`; the wait doubles after every attempt.
+    """Call ``call`` until it raises no `StorageError`, and return its result; the wait doubles after every attempt.
 
     Raises:
         StorageError: the last attempt failed.
@@ -42,7 +42,7 @@ def read_bytes(location: str) -> bytes:
     """The whole content of a file.
 
     Raises:
-        StorageError: it is missing or cannot be read.
+        StorageError: the file is missing or cannot be read.
     """
     content = read_if_there(location)
     if content is None:
@@ -51,7 +51,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def read_if_there(location: str) -> bytes | None:
-    """The whole content of a file, or None if it does not exist; one request."""
+    """The whole content of a file, or None if the file does not exist; makes one request."""
     with explained(location, "read"):
         try:
             if is_remote(location):
@@ -63,7 +63,7 @@ def read_if_there(location: str) -> bytes | None:
 
 
 def read_many(locations: list[str]) -> list[bytes]:
-    """The contents of files of one store, in order; a remote store gets concurrent requests.
+    """The contents of several files of one store, in order; requests to a remote store are concurrent.
 
     Raises:
         StorageError: a file is missing or cannot be read.
@@ -78,7 +78,7 @@ def read_many(locations: list[str]) -> list[bytes]:
 
 
 def read_range(location: str, start: int, stop: int) -> bytes:
-    """Bytes ``[start, stop)`` of a file; fewer if it ends before ``stop``."""
+    """Bytes ``[start, stop)`` of a file; fewer if the file ends before ``stop``."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = filesystem(location)
@@ -94,7 +94,7 @@ def size_bytes(location: str) -> int:
     """Size of a file.
 
     Raises:
-        StorageError: it is missing.
+        StorageError: the file is missing.
     """
     with explained(location, "read"):
         if is_remote(location):
@@ -107,7 +107,7 @@ def modified_seconds(location: str) -> float | None:
     """Time of the last write to a file, in seconds since 1970; None if the file does not exist.
 
     Raises:
-        StorageError: the store does not report it.
+        StorageError: the store does not report this time.
     """
     with explained(location, "read"):
         try:
@@ -121,7 +121,7 @@ def modified_seconds(location: str) -> float | None:
 
 
 def open_seekable(location: str) -> IO[bytes]:
-    """A file object for random access; of a remote file, only the parts that are read are fetched."""
+    """Open a file for random access. Of a remote file, only the parts that are read are transferred."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = filesystem(location)
@@ -131,7 +131,7 @@ def open_seekable(location: str) -> IO[bytes]:
 
 @contextmanager
 def local_copy(location: str) -> Generator[Path]:
-    """Local path of a file; a remote file is copied to a temporary one."""
+    """Local path of a file. A remote file is copied to a temporary file for the duration of the block."""
     if not is_remote(location):
         yield local(location)
         return
@@ -145,13 +145,13 @@ def local_copy(location: str) -> Generator[Path]:
 
 @contextmanager
 def writing(location: str, shared: int = 0) -> Generator[IO[bytes]]:
-    """A binary file that appears under ``location`` when the block ends, and does not appear if the block raises.
+    """Open a binary file for writing. It appears at ``location`` when the block ends, unless the block raises an error.
 
     Args:
         location: local path or URL.
-        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. Ignored for stores.
+        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. No effect on stores.
     """
-    with explained(location, "write", of_store=False):  # errors of the caller's block pass unchanged
+    with explained(location, "write", of_store=False):  # exceptions of the caller's block pass unchanged
         target = local(location) if not is_remote(location) else None
         folder = target.parent if target else Path(tempfile.mkdtemp(prefix="tarflow-scale-"))
         make_folder(folder, shared)
@@ -193,11 +193,12 @@ def copy_file(source: str, target: str) -> None:
 
 
 def create(location: str, content: bytes, shared: int = 0) -> bool:
-    """Create a file unless it exists; exactly one of several concurrent writers gets True.
+    """Create a file unless it exists, and return whether it was created. Of concurrent writers, exactly one succeeds.
 
-    Local: a flushed temporary file gets the final name by a system call that fails if the name is taken. A reader never
-    sees part of a file, and a writer that is killed leaves either no file or the complete one. Object stores: a
-    conditional put. The content must not be empty, because some stores make an empty put unconditional.
+    A local file is written under a temporary name and flushed; then a system call gives it the final name, or fails if
+    the name is taken. So a reader never sees part of a file, and a writer that is killed leaves no file or the complete
+    file. An object store gets a conditional put. The content must not be empty, because some stores treat an empty
+    conditional put as unconditional.
 
     Args:
         location: local path or URL.
@@ -205,7 +206,7 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
         shared: as in `writing`.
 
     Raises:
-        NotExclusive: the file system has no such system call.
+        NotExclusive: the file system does not support such a system call.
     """
     assert content, "create() needs content"
     with explained(location, "write"):
@@ -237,13 +238,13 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
 def _name(staged: Path, target: Path) -> None:
     """Give a file its final name unless the name is taken; the temporary name may remain.
 
-    Uses a hard link, or, on file systems without them (FAT, CIFS, many FUSE ones), a rename that does not replace.
-    Nothing else is safe if the writer is killed: a file that is created empty and filled later would stay incomplete,
-    and a lock would stay locked.
+    Uses a hard link; on file systems without hard links (FAT, CIFS, many FUSE file systems), a rename that does not
+    replace. Other methods are not safe if the writer is killed: a file that is created empty and filled later would
+    stay incomplete, and a lock file would stay locked.
 
     Raises:
         FileExistsError: the name is taken.
-        NotExclusive: the file system has neither.
+        NotExclusive: the file system supports neither method.
     """
     try:
         os.link(staged, target)
@@ -263,7 +264,7 @@ def _name(staged: Path, target: Path) -> None:
 
 
 def _rename_unless_there(source: Path, target: Path) -> None:
-    """Call Linux's ``renameat2`` with RENAME_NOREPLACE, which Python does not offer.
+    """Call Linux's ``renameat2`` with RENAME_NOREPLACE, for which Python has no function.
 
     Raises:
         OSError: the error of the system call; ENOSYS if the C library does not have it.

@@ -1,4 +1,4 @@
-"""Folders: list, walk, make with shared permissions, remove."""
+"""Folders: list, walk, create with shared permissions, remove."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def list_sizes(location: str) -> dict[str, int]:
 
 
 def is_folder(location: str) -> bool:
-    """Whether a folder exists; in an object store, whether any name is below it."""
+    """Whether a folder exists; in an object store, whether there is any object below it."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = _fresh_filesystem(location)
@@ -70,7 +70,7 @@ def is_folder(location: str) -> bool:
 
 
 class FoundFile(NamedTuple):
-    """A file below a folder: its relative path, its size in bytes, and a string that changes when it is rewritten."""
+    """A file below a folder: its relative path, its size, and a string that changes when the file is rewritten."""
 
     name: str
     num_bytes: int
@@ -78,7 +78,7 @@ class FoundFile(NamedTuple):
 
 
 def walk(location: str) -> list[FoundFile]:
-    """Every file below a folder, sorted by path. Links are followed, except to folders above them.
+    """Every file below a folder, sorted by path. Links are followed, except links to a folder that contains them.
 
     Raises:
         StorageError: a folder cannot be read.
@@ -102,7 +102,7 @@ def _version(entry: dict[str, Any]) -> str:
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Generator[FoundFile]:
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to a folder above it
+    if here in above:  # a link to a folder that contains it
         return
     for entry in os.scandir(folder):
         if entry.is_dir():
@@ -113,13 +113,13 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Gene
 
 
 def make_folder(folder: Path, shared: int = 0) -> None:
-    """Make a local folder and its missing parents.
+    """Create a local folder and its missing parents.
 
-    A shared folder gets its mode under a temporary name and is then renamed, so a writer that is killed never leaves a
-    folder that other users cannot enter.
+    A shared folder gets its mode under a temporary name and is then renamed, so a killed writer never leaves a folder
+    that other users cannot enter.
 
     Args:
-        folder: the folder; an existing one is not changed.
+        folder: the folder; an existing folder is not changed.
         shared: permission bits for other users, see `share`; 0 leaves the modes to the umask.
     """
     if not shared:
@@ -134,7 +134,7 @@ def make_folder(folder: Path, shared: int = 0) -> None:
         share(staged, shared)
         staged.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these mean that another writer made the folder
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # these mean that another writer created the folder
             raise
     finally:
         with suppress(FileNotFoundError):  # after the rename
@@ -147,7 +147,7 @@ def share(path: Path, bits: int) -> None:
     Args:
         path: the file or folder.
         bits: ``0o060`` lets its group read and write. A folder also gets the permission to enter it, and the
-            set-group-ID bit, so that what is created in it belongs to the same group.
+            set-group-ID bit, so that new files in it belong to the same group.
     """
     if not bits:
         return
@@ -160,7 +160,7 @@ def share(path: Path, bits: int) -> None:
 
 
 def remove_abandoned(location: str) -> None:
-    """Remove the temporary files of killed writers directly below a folder: those older than an hour."""
+    """Remove temporary files that killed writers left directly below a folder, if they are older than an hour."""
     if is_remote(location):
         return  # an object store has no temporary files
     with explained(location, "delete"):

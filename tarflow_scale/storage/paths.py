@@ -13,7 +13,7 @@ from typing import Any
 from tarflow_scale.errors import StorageError, UserError, install_extra
 
 PARTIAL = ".partial"
-"""Suffix of a local file that is being written."""
+"""Suffix of a local file while it is written."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -23,7 +23,7 @@ def is_remote(location: str) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """``location/part/part``; a part must not leave its parent folder.
+    """``location/part/part``. A part must not lead out of its parent folder.
 
     Raises:
         StorageError: a part is absolute or contains ``..``.
@@ -49,7 +49,8 @@ def local_name(location: str) -> str:
     """A local location as a string, with ``~`` expanded.
 
     Raises:
-        StorageError: the user of ``~`` has no home folder, as in many containers, or the locale cannot encode the name.
+        StorageError: the user in ``~user`` has no home folder, as in many containers; or the locale cannot encode the
+            name.
     """
     name = os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
     if name.startswith("~"):
@@ -78,9 +79,9 @@ def filesystem(location: str) -> tuple[Any, str]:
 
 
 def _retry_options(location: str) -> dict[str, Any]:
-    """Options that make an S3 client retry for about a minute when the store answers 503, unless others are configured.
+    """Options that make an S3 client retry for about a minute when the store answers 503; empty if the user set others.
 
-    The default of the client, five attempts, is too short for a store that is busy for some seconds.
+    The client's default of five attempts is too short for a store that is busy for some seconds.
     """
     from fsspec.config import conf
 
@@ -96,9 +97,10 @@ def _retry_options(location: str) -> dict[str, Any]:
 
 @contextmanager
 def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
-    """Turn an error of the operating system or of a store into a `StorageError` of one line that names the location.
+    """Convert an error of the operating system or of a store to a one-line `StorageError` that names the location.
 
-    Clients of stores raise exceptions of their libraries (botocore, aiohttp, google), so every exception counts.
+    Clients of stores raise exceptions of many libraries (botocore, aiohttp, google), so every exception of a remote
+    location is converted, unless ``of_store`` is false.
     """
     try:
         yield
@@ -125,13 +127,13 @@ def _denied_by(error: PermissionError, place: Path, verb: str) -> str:
     for path in (place, *place.parents):
         try:
             return f": {path} is {described(path)}"
-        except OSError:  # it does not exist yet, or is in a folder that cannot be entered
+        except OSError:  # the path does not exist yet, or lies in a folder that cannot be entered
             continue
     return ""
 
 
 def described(path: Path) -> str:
-    """Mode and owner of a local file or folder, as in ``drwxr-x--- of alice:team``."""
+    """Mode and owner of a local file or folder, such as ``drwxr-x--- of alice:team``."""
     status = path.stat()
     try:
         owner = pwd.getpwuid(status.st_uid).pw_name

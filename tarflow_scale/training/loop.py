@@ -89,7 +89,7 @@ class Loop:
             Interrupted: a signal or the time limit stopped the run; a checkpoint was saved.
         """
         stop = _StopSignal(self.training.max_seconds)
-        bar = console.progress_bar(
+        bar = console.ProgressBar(
             self.course.total_images, "train", initial=progress.images_seen, enabled=distributed.is_main()
         )
         uploads = Uploader(self.checkpoints)

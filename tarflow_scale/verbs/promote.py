@@ -1,22 +1,22 @@
-"""Verb ``promote``: let a gate decide whether a version takes an alias.
+"""Verb ``promote``: let a gate decide whether an alias moves to a version.
 
-Read the gate and its protocols. Compare the version's reports with the bounds, with the version that holds the alias
-and, with ``gate.against``, with a version of another model. Print every reason. Move the alias if all requirements hold
-and no other process moved it meanwhile. ``registry.version=latest`` is the newest version that has the numbers of the
-gate; newer versions without them are named and skipped. Neither torch nor Ray is imported.
+Read the gate and its protocols. Compare the reports of the version with the bounds, with the version that has the alias
+and, if ``gate.against`` is set, with a version of another model. Print a table of the requirements. Move the alias if
+all requirements hold and no other process moved it meanwhile. ``registry.version=latest`` is the newest version that
+has the numbers that the gate requires; newer versions without them are skipped and named. Neither torch nor Ray is
+imported.
 
-Reads ``gate.path``, its protocols and the model's log; writes one event or nothing. If the gate refuses, the exit code
-is 2 and every reason is printed; ``--override REASON`` moves the alias anyway, and both are recorded. There is nothing
-to resume.
+Reads ``gate.path``, its protocols and the log of the model; writes one event or nothing. If the gate refuses, the exit
+code is 2. ``--override REASON`` moves the alias anyway, and stores the decision and the reason. There is nothing to
+resume.
 """
 
 from collections.abc import Mapping
 
-from tarflow_scale.config.base import load_named
 from tarflow_scale.config.promote import GateRef, PromoteConfig
-from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, SampledProtocol, load_protocol
+from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, SampledProtocol, load_gate
 from tarflow_scale.errors import ConfigError, PromotionRefused, RegistryError
-from tarflow_scale.registry import Contender, Decision, ModelState, Registry, decide, read_contender, resolve
+from tarflow_scale.registry import Contender, ModelState, Registry, decide, read_contender, resolve
 from tarflow_scale.runtime import console
 
 __all__ = ["run"]
@@ -25,29 +25,32 @@ Protocols = Mapping[str, LikelihoodProtocol | SampledProtocol]
 
 
 def run(config: PromoteConfig, dry_run: bool) -> None:
-    """Decide, print, and move the alias.
+    """Decide, print the decision, and move the alias.
 
     Raises:
-        ConfigError: ``gate.against`` is the version itself, or no requirement of the gate compares with it.
-        RegistryError: there is no such version, it is retired, or another process moved the alias.
+        ConfigError: ``gate.against`` is the version itself, or no requirement of the gate compares versions.
+        RegistryError: the version does not exist or is retired, or another process moved the alias.
         PromotionRefused: the gate refuses, and there is no override.
     """
     model, alias, override = config.registry.model, config.gate.alias, config.gate.override
-    gate = load_named(GateConfig, config.gate.path, "gate", "gate.path")
-    protocols = {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}
-    registry = Registry(config.registry.path, config.registry.model)
+    gate, protocols = load_gate(config.gate.path, "gate.path")
+    registry = Registry(config.registry.path, model)
     state = registry.state()
     holder = state.aliases.get(alias)
     version = _chosen(registry, state, config.registry.version, gate, protocols, holder)
-    registry.check_usable(version)
+    registry.check_usable(state, version)
     candidate = read_contender(registry, state, version)
     champion = read_contender(registry, state, holder) if holder is not None else None
     rival = None if config.gate.against is None else _rival(registry.path, config.gate, gate, protocols, candidate)
-    decision = decide(gate, dict(protocols), candidate, champion, rival)
-    _print_decision(decision)
+    decision = decide(gate, protocols, candidate, champion, rival)
+    rows = [("yes" if reason.holds else "NO", reason.requirement, reason.found) for reason in decision.reasons]
+    print(console.table(rows, ("holds", "requirement", "found")))
     if not decision.promoted and override is None:
-        failed = "; ".join(f"{r.requirement} (got {r.found})" for r in decision.reasons if not r.holds)
-        raise PromotionRefused(f"{model}@{version} does not pass gate {gate.name}: {failed}; {alias} stays")
+        failed = sum(not reason.holds for reason in decision.reasons)
+        raise PromotionRefused(
+            f"{model}@{version} does not pass gate {gate.name} (got NO for {failed} of {len(rows)} requirements, see "
+            f"the table); {alias} stays"
+        )
     if holder == version:
         print(f"{model}@{version} is {alias} already")
     elif dry_run:
@@ -59,7 +62,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         registry.promote(alias, version, holder, recorded, config.gate.reason or override or "")
         print(f"{model}@{version} is now {alias}" + (f" (was {model}@{holder})" if holder else ""))
         if not decision.promoted:
-            print(f"the gate said no; overridden, and recorded, for this reason: {override}")
+            print(f"the gate refused; moved anyway, for this reason, which is stored: {override}")
 
 
 def _chosen(
@@ -70,10 +73,10 @@ def _chosen(
     protocols: Protocols,
     holder: int | None,
 ) -> int:
-    """The version of a reference; for ``latest`` the newest one that has the numbers of the gate.
+    """The version that ``reference`` names; for ``latest`` the newest version that has the numbers of the gate.
 
-    A version older than the holder of the alias is never chosen, because the alias must not move back unnoticed. If no
-    version has the numbers, it is the newest one, so that the gate prints what is missing.
+    ``latest`` is never a version older than ``holder``, the version that has the alias, because the alias must not move
+    back unnoticed. If no version has the numbers, it is the newest version, so that the table shows what is missing.
     """
     newest = resolve(state, reference, registry.model).version
     if reference != "latest":
@@ -87,7 +90,7 @@ def _chosen(
             line = f"latest is {contender.name}"
             if skipped:
                 newer = ", ".join(f"{registry.model}@{number}" for number in skipped)
-                line += f", the newest with the numbers that gate {gate.name} asks for; newer without them: {newer}"
+                line += f", the newest with the numbers that gate {gate.name} requires; newer without them: {newer}"
             print(line)
             return version
         skipped.append(version)
@@ -110,15 +113,10 @@ def _rival(
     try:
         state = registry.state()
         version = _chosen(registry, state, name, gate, protocols, None)
-        registry.check_usable(version)
+        registry.check_usable(state, version)
         rival = read_contender(registry, state, version)
     except RegistryError as error:
         raise RegistryError(f"gate.against={against} cannot be compared with: {error}") from error
     if rival.name == candidate.name:
         raise ConfigError(f"gate.against must be another version than the promoted one (got {against}); name another")
     return rival
-
-
-def _print_decision(decision: Decision) -> None:
-    rows = [("yes" if reason.holds else "NO", reason.requirement, reason.found) for reason in decision.reasons]
-    print(console.table(rows, ("holds", "requirement", "found")))

@@ -1,12 +1,12 @@
-"""Verb ``report``: what registries, training runs and generated data sets hold, as Markdown and as a page.
+"""Verb ``report``: show registries, training runs and generated data sets as Markdown and as an HTML page.
 
 Read leaderboards and their protocols, read the logs of all models, rank the numbers that share a protocol id, compare
-the best with the champion, collect samples and loss curves, and write ``leaderboard.md`` and one self-contained
+the best version with the champion, collect samples and loss curves, and write ``leaderboard.md`` and one self-contained
 ``index.html``. Both begin with a sentence for each leaderboard.
 
 Reads ``report.leaderboards``, ``report.registries``, ``report.gate``, and the folders ``report.runs`` and
-``report.generated``, each of which may be left out; writes into ``report.path``. Numbers with different protocol ids on
-one leaderboard are an error. Nothing is kept between reports.
+``report.generated``, all of them optional; writes into ``report.path``. Numbers with different protocol ids on one
+leaderboard are an error. Each report is written from the beginning; there is nothing to resume.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from typing import Any
 
 from tarflow_scale import storage
 from tarflow_scale.config.base import load_named
-from tarflow_scale.config.protocols import GateConfig, load_protocol
+from tarflow_scale.config.protocols import load_gate, load_protocol
 from tarflow_scale.config.report import LeaderboardConfig, ReportConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.pages.answers import Lead, Word, answer, answer_of_runs, champion_of, gate_said
@@ -30,10 +30,10 @@ __all__ = ["run"]
 
 
 def run(config: ReportConfig, dry_run: bool) -> None:
-    """Rank, print, and write both files.
+    """Rank the versions, print the leaderboards, and write both files.
 
     Raises:
-        UserError: there is no such registry or run, or rows of one leaderboard have different protocol ids.
+        UserError: a registry or run does not exist, or rows of one leaderboard have different protocol ids.
     """
     report = config.report
     entries = [entry for registry in _each_once(report.registries) for entry in _entries(registry)]
@@ -57,7 +57,7 @@ def _each_once(paths: Sequence[str]) -> list[str]:
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
-    """A sentence for each leaderboard; the gate's decision on a version is in the first that it leads."""
+    """A sentence for each leaderboard. The decision of the gate on a version is only in the first sentence about it."""
     sentences: list[str] = []
     mentioned: set[str] = set()
     for ranking in rankings:
@@ -79,20 +79,15 @@ def _entries(registry: str) -> list[Entry]:
 def _ranking(path: str, entries: list[Entry]) -> Ranking:
     board = load_named(LeaderboardConfig, path, "leaderboard", "report.leaderboards")
     ranking = rank(board, load_protocol(board.protocol, f"protocol of leaderboard {board.name}"), entries)
-    if not ranking.ours:
-        _warn_of_empty(board, entries)
+    if not ranking.ours:  # only a warning, because it may be that nothing is evaluated yet
+        models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
+        wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
+        warnings.warn(
+            f"leaderboard {board.name} has no row of ours: no version of {models} was evaluated by {wanted}; evaluate "
+            f"one, or check report.registries and report.leaderboards",
+            stacklevel=2,
+        )
     return ranking
-
-
-def _warn_of_empty(board: LeaderboardConfig, entries: list[Entry]) -> None:
-    """A leaderboard without rows of ours is allowed, because nothing may be evaluated yet, but it is reported."""
-    models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
-    wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
-    warnings.warn(
-        f"leaderboard {board.name} has no row of ours: no version of {models} was evaluated by {wanted}; evaluate one, "
-        f"or look at report.registries and report.leaderboards",
-        stacklevel=2,
-    )
 
 
 def _contender(row: Row) -> Contender:
@@ -102,7 +97,7 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """How far the best is ahead of the champion, or of the next best if it is the champion itself."""
+    """Compare the best version with the champion, or with the next best version if it is the champion itself."""
     best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
     other = champion if champion is not None and champion is not best else next(iter(worse), None)
@@ -112,7 +107,7 @@ def _lead(ranking: Ranking) -> Lead | None:
 
 
 def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
-    """The gate's decision on the best: the recorded one, else a new one by ``report.gate``; None without either."""
+    """The decision on the best version: the one in the log, or a new one by ``report.gate``; None without a gate."""
     best = next(iter(ranking.ours), None)
     if best is None or best.entry is None or best.version is None:
         return None
@@ -122,12 +117,11 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
             payload = registry.log.read(event.number).payload
             recorded: dict[str, Any] = {"gate": "", "promoted": True, "reasons": (), **payload["decision"]}
             override = str(recorded.pop("override", ""))
-            if payload["alias"] in best.aliases:  # else another version took the alias since
+            if payload["alias"] in best.aliases:  # otherwise the alias has moved to another version since
                 return Word(Decision.model_validate(recorded), payload["alias"], override)
     if gate_path is None:
         return None
-    gate = load_named(GateConfig, gate_path, "gate", "report.gate")
-    protocols = {r.protocol: load_protocol(r.protocol, f"protocol of gate {gate.name}") for r in gate.requirements}
+    gate, protocols = load_gate(gate_path, "report.gate")
     alias = next((name for name, guard in state.guarded.items() if guard == gate.name), None)
     holder = state.aliases.get(alias) if alias else None
     champion = read_contender(registry, state, holder) if holder is not None else None
@@ -135,7 +129,7 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
 
 
 def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
-    """The grids of all rows by digest; the digests are verified."""
+    """The sample grids of all rows by SHA-256, which is verified."""
     grids: dict[str, bytes] = {}
     for ranking in rankings:
         for row in ranking.ours:
@@ -147,14 +141,14 @@ def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
 
 def _run(path: str) -> Run:
     print(f"reading run {path}")
-    read = read_run(path)
-    if not any(read.loss.series):
-        print(f"{path} has no curve yet: its log holds no loss")
-    return read
+    result = read_run(path)
+    if not any(result.loss.series):
+        print(f"{path} has no curve yet: its log contains no loss")
+    return result
 
 
 def _generated(path: str) -> Picture | None:
-    """The first samples of a data set that ``generate`` wrote; None, with a warning, if there are none yet.
+    """The first samples of a data set that ``generate`` wrote. If there are none yet, warns and returns None.
 
     Raises:
         DataError: the plan is damaged.

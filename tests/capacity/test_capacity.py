@@ -1,4 +1,4 @@
-"""The planner: parts against closed forms and real tensors, advice, errors, the curve, and the picture."""
+"""The planner: its parts compared with closed forms and real tensors; advice, errors, the curve and its picture."""
 
 import dataclasses
 import io
@@ -99,7 +99,7 @@ FLOWS: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Small layers wait for a second thread longer than they compute."""
+    """With small layers, waiting for a second thread takes longer than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -107,7 +107,7 @@ def one_thread() -> Iterator[None]:
 
 
 def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
-    """Bytes of the tensors that autograd keeps from a forward pass, each once, without weights and buffers."""
+    """Bytes of the tensors that autograd saves in a forward pass, each counted once, without weights and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*flow.parameters(), *flow.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 

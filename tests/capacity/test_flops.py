@@ -1,4 +1,4 @@
-"""Operations by formula are those that PyTorch counts, but for causal attention, which it counts whole."""
+"""Formulas count the operations that PyTorch counts, except causal attention, of which PyTorch counts all."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Classes, marginals and latent moves, by definition."""
+"""Classification, marginals and moves in latent space, compared with their definitions."""
 
 import math
 

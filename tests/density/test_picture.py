@@ -1,4 +1,4 @@
-"""The picture of a density shows where it is."""
+"""The picture of a density is dark where the density is high."""
 
 import io
 

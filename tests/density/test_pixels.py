@@ -1,4 +1,4 @@
-"""Images in memory under a flow: the numbers are the verbs'."""
+"""Images in memory: the numbers equal those of the verbs."""
 
 import numpy as np
 import pytest

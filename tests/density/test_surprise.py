@@ -1,4 +1,4 @@
-"""Surprise laid over images."""
+"""Pictures of surprise over images."""
 
 import numpy as np
 

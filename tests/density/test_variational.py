@@ -1,4 +1,4 @@
-"""Variational inference against posteriors that are known."""
+"""Variational inference, compared with known posteriors."""
 
 import math
 
@@ -19,7 +19,7 @@ DIMS = 3
 
 
 class LinearRegression:
-    """y = A x + noise, x ~ N(0, I): the posterior is Gaussian, and the evidence is known."""
+    """y = A x + noise with x ~ N(0, I): the posterior is Gaussian, and the evidence is known."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ MEAN, VARIANCE = CURVATURE * DEVIATION**2, 2 * CURVATURE**2 * DEVIATION**4 + 0.5
 
 
 def check_weighted_moments(posterior: Posterior, rel: float) -> None:
-    """Weights leave an error of sampling alone, which is large where the square of x1 is."""
+    """Weighted moments have only a sampling error, which is large where the square of x1 is large."""
     x, weights = posterior.weighted(200_000)
     mean = (weights[:, None] * x).sum(dim=0)
     assert float(mean[1]) == pytest.approx(MEAN, rel=rel)

@@ -1,7 +1,7 @@
-"""Every flow and every layer that the conformance suite checks. List a new one here, once.
+"""All flows and layers that the conformance suite checks; a new one is listed here once.
 
-Weights are moved away from their start, where a zero-initialised coupling is the identity and no test of a
-log-determinant can fail.
+Weights are moved away from their initial values, because a zero-initialised coupling is the identity, for which no test
+of a log-determinant can fail.
 """
 
 import math
@@ -65,14 +65,14 @@ class FlowCase:
         return build(self.config, event_shape or self.event_shape, self.num_classes)
 
     def flow(self, dtype: torch.dtype = torch.float64, event_shape: tuple[int, int, int] | None = None) -> Flow:
-        """With moved weights, in evaluation mode."""
+        """The flow with moved weights, in evaluation mode."""
         flow = self.fresh(event_shape).double()
         flow.initialize(*self.data(16, event_shape))
         moved(flow, self.cautious)
         return flow.to(dtype).eval()
 
     def dense(self) -> Flow:
-        """The flow on an event of so few dimensions that its density can be integrated."""
+        """The flow for an event of few dimensions, over which its density can be integrated."""
         smaller = {"tarflow": {"patch_size": 1}, "glow": {"levels": 1}, "realnvp": {"levels": 1}}
         config = self.config.model_copy(update=smaller.get(self.config.kind, {}))
         return replace(self, config=config, event_shape=self.density_shape).flow()
@@ -80,7 +80,7 @@ class FlowCase:
     def data(
         self, batch: int, event_shape: tuple[int, int, int] | None = None, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, Tensor | None]:
-        """Images inside [-1, 1], and labels of which some are dropped."""
+        """Images inside [-1, 1], and labels, some of which are dropped."""
         generator = torch.Generator().manual_seed(1)
         x = 2 * torch.rand(batch, *(event_shape or self.event_shape), dtype=torch.float64, generator=generator) - 1
         y = torch.arange(batch) % (NUM_CLASSES + 1) - 1 if self.num_classes else None
@@ -221,7 +221,7 @@ class LayerCase:
     make: Callable[[int], Layer]
 
     def layer(self, channels: int, size: float = 0.1) -> Layer:
-        """With moved weights, in float64."""
+        """The layer with moved weights, in float64."""
         torch.manual_seed(0)
         layer = self.make(channels).double()
         x = feature_maps(8, channels)
@@ -260,17 +260,17 @@ LAYERS = [
 
 
 def moment_matched(name: str) -> Flow:
-    """A flow that is N(0, 1/3) in every pixel: the mean and variance of U(-1, 1)."""
+    """A flow with density N(0, 1/3) in every pixel, which has the mean and variance of U(-1, 1)."""
     log_std = 0.5 * math.log(1 / 3)
     torch.manual_seed(0)
     with torch.no_grad():
         if name == "tarflow":
             sizes = {"patch_size": 2, "width": 8, "layers_per_block": (1,), "head_width": 8}
-            tar = TarFlow((1, 2, 2), None, variant="volume_preserving", **sizes).double()  # type: ignore[arg-type]
+            tar = TarFlow((1, 2, 2), None, TarFlowConfig(variant="volume_preserving", **sizes)).double()  # type: ignore[arg-type]
             assert tar.log_std is not None
             tar.log_std.fill_(log_std)
             return tar
-        flow = Glow((1, 2, 2), None, levels=1, steps_per_level=1, width=4, coupling="additive").double()
+        flow = Glow((1, 2, 2), None, GlowConfig(levels=1, steps_per_level=1, width=4, coupling="additive")).double()
         flow.initialize(torch.randn(8, 1, 2, 2, dtype=torch.float64))
         step = flow.levels[0].steps[0]  # type: ignore[union-attr, index]
         step.norm.bias.zero_()

@@ -1,6 +1,6 @@
-"""The checks of the conformance suite: each raises AssertionError on a flow or layer that is wrong.
+"""The checks of the conformance suite; each raises AssertionError for a wrong flow or layer.
 
-They are functions so that `test_mutations` can show that they fail on broken models.
+They are functions, so that `test_mutations` can show that they fail for broken models.
 """
 
 import math
@@ -27,7 +27,7 @@ def one(y: Tensor | None, i: int) -> Tensor | None:
 
 
 def check_flow_log_det(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float = LOG_DET) -> None:
-    """The log-determinant is autograd's, sample by sample."""
+    """The log-determinant of each sample equals that of the Jacobian by autograd."""
     with torch.no_grad():
         _, log_det = flow(x, y)
     assert log_det.shape == (len(x),)
@@ -38,7 +38,7 @@ def check_flow_log_det(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float
 
 @torch.no_grad()
 def check_flow_inverse(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float = EXACT) -> None:
-    """Encoding and decoding undo each other, both ways."""
+    """Decoding inverts encoding, and encoding inverts decoding."""
     z, _ = flow(x, y)
     assert z.shape == (len(x), flow.num_dims)
     assert (flow.inverse(z, y) - x).abs().max() < tolerance
@@ -59,7 +59,7 @@ def check_sample_density(flow: Flow, z: Tensor, y: Tensor | None, tolerance: flo
 
 @torch.no_grad()
 def check_density_integrates_to_one(flow: Flow) -> None:
-    """By trapezoids in two dimensions; by 131,072 quasi-random points of a Sobol sequence in more."""
+    """The density integrates to one, by trapezoids in two dimensions, by 131,072 Sobol points in more."""
     bound = None if flow.logit_alpha is None else 1 / (1 - 2 * flow.logit_alpha)
     if flow.num_dims == 2:
         end, points = (7.0, 281) if bound is None else (bound - 1e-9, 501)
@@ -89,7 +89,7 @@ STANDARD_NORMAL = 8.566197
 
 @torch.no_grad()
 def check_uniform_pixels_cost(flow: Flow, expected_bits_per_dim: float) -> None:
-    """Uniform pixels on [-1, 1], every value as often as any other, cost what the closed form says."""
+    """Uniform pixels on [-1, 1], with every value equally often, cost what the closed form says."""
     grid = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 20_000 - 1
     x = grid.reshape(-1, *flow.event_shape)
     bits = -flow.log_prob(x).mean() / (flow.num_dims * math.log(2)) + 7
@@ -97,7 +97,7 @@ def check_uniform_pixels_cost(flow: Flow, expected_bits_per_dim: float) -> None:
 
 
 def check_layer_log_det(layer: Layer, x: Tensor) -> None:
-    """As `check_flow_log_det`, and the Jacobian of the inverse has the opposite log-determinant."""
+    """See `check_flow_log_det`; and the Jacobian of the inverse has the opposite log-determinant."""
     with torch.no_grad():
         y, log_det = layer(x)
     assert log_det.shape == (len(x),)
@@ -111,7 +111,7 @@ def check_layer_log_det(layer: Layer, x: Tensor) -> None:
 
 @torch.no_grad()
 def check_layer_inverse(layer: Layer, x: Tensor) -> None:
-    """Both directions undo each other."""
+    """Each direction inverts the other."""
     y, _ = layer(x)
     assert (layer.inverse(y) - x).abs().max() < EXACT
     assert (layer(layer.inverse(x))[0] - x).abs().max() < EXACT
@@ -119,7 +119,7 @@ def check_layer_inverse(layer: Layer, x: Tensor) -> None:
 
 @torch.no_grad()
 def check_samples_are_independent(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float = 1e-12) -> None:
-    """The first sample does not notice when the rest of the batch changes."""
+    """The first sample does not change when the rest of the batch changes."""
     z, log_det = flow(x, y)
     other = torch.cat([x[:1], 0.5 * x[1:].flip(0)])
     z_other, log_det_other = flow(other, y)
@@ -132,7 +132,7 @@ def check_samples_are_independent(flow: Flow, x: Tensor, y: Tensor | None, toler
 
 
 def gradients(flow: Flow, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
-    """Gradients of the mean log-likelihood per dimension by parameter name, and of the images."""
+    """Gradients of the mean log-likelihood per dimension, by parameter name, and of the images."""
     flow.zero_grad()
     x = x.clone().requires_grad_()
     z, log_det = flow(x, y)
@@ -143,7 +143,7 @@ def gradients(flow: Flow, x: Tensor, y: Tensor | None) -> dict[str, Tensor]:
 
 
 def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Norm of the difference of all gradients over the norm of the expected ones."""
+    """Norm of the difference of all gradients, divided by the norm of the expected gradients."""
     assert found.keys() == expected.keys()
     difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
     return math.sqrt(difference / sum(float(value.square().sum()) for value in expected.values()))

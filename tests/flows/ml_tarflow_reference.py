@@ -101,7 +101,7 @@ def public_module(checkout: Path) -> Any:
 
 
 def compute(checkout: Path) -> dict[str, np.ndarray]:
-    """Everything that `test_ml_tarflow` compares, by ``case/what``."""
+    """All results that `test_ml_tarflow` compares, by ``case/name``."""
     module = public_module(checkout)
     found: dict[str, np.ndarray] = {}
     for name, case in CASES.items():

@@ -1,9 +1,10 @@
-"""MAF and IAF: what sees what, and zuko's own numbers."""
+"""MAF and IAF: dependence of dimensions on each other, and equality with zuko."""
 
 import pytest
 import torch
 import zuko
 
+from tarflow_scale.config.model import IAFConfig, MAFConfig
 from tarflow_scale.flows.autoregressive import Autoregressive
 from tests.flows.catalogue import moved
 
@@ -12,13 +13,14 @@ def flow(
     inverse: bool, transforms: int = 1, num_classes: int | None = None, widths: tuple[int, ...] = (64, 48)
 ) -> Autoregressive:
     torch.manual_seed(0)
-    made = Autoregressive((5,), num_classes, transforms=transforms, hidden_widths=widths, inverse=inverse).double()
+    config = (IAFConfig if inverse else MAFConfig)(transforms=transforms, hidden_widths=widths)
+    made = Autoregressive((5,), num_classes, config).double()
     moved(made, ("",))
     return made
 
 
 def jacobians_of(made: Autoregressive) -> torch.Tensor:
-    """Largest size of every entry over 20 places; at one of them a unit may be off."""
+    """Largest absolute value of each entry of the Jacobian over 20 points; a unit may be inactive at one point."""
     found = [
         torch.autograd.functional.jacobian(lambda v: made(v[None])[0][0], x).abs()
         for x in torch.randn(20, 5, dtype=torch.float64)
@@ -54,7 +56,7 @@ def test_an_iaf_is_a_maf_the_other_way_round() -> None:
 
 
 def test_gradients_pass_through_samples_of_an_iaf() -> None:
-    """By finite differences of the ELBO's summand in one weight."""
+    """Compared with finite differences, in one weight, of a summand of the ELBO."""
     made = flow(True, 2)
     weight = made.transforms[0].hyper[-1].bias
 
@@ -77,14 +79,14 @@ def test_gradients_pass_through_samples_of_an_iaf() -> None:
 
 def test_networks_that_would_leave_dimensions_unread_are_refused() -> None:
     with pytest.raises(ValueError, match=r"hidden_widths must be at least 19 for 20 dimensions.*\(got \[64, 18\]\)"):
-        Autoregressive((20,), None, hidden_widths=(64, 18))
+        Autoregressive((20,), None, MAFConfig(hidden_widths=(64, 18)))
     with pytest.raises(ValueError, match="must be at least 20 for 20 dimensions"):
-        Autoregressive((20,), 3, hidden_widths=(19,))
+        Autoregressive((20,), 3, MAFConfig(hidden_widths=(19,)))
     assert (jacobians_of(flow(False, widths=(20, 20))) != 0).sum() >= 14
 
 
 def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
-    made = Autoregressive((2,), None, transforms=1, hidden_widths=(8,), inverse=True, logit_alpha=1e-6)
+    made = Autoregressive((2,), None, IAFConfig(transforms=1, hidden_widths=(8,), logit_alpha=1e-6))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.zero_()
@@ -96,11 +98,11 @@ def test_far_out_an_iaf_of_logits_keeps_its_density() -> None:
 
 def test_one_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
-        Autoregressive((1,), None)
+        Autoregressive((1,), None, MAFConfig())
 
 
 def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:
-    """Of one transformation: ``-log p(x_i | x_1 .. x_(i-1))``, which nothing after it changes and which sums to one."""
+    """For one transformation, ``-log p(x_i | x_1 .. x_(i-1))`` ignores later dimensions; its density sums to one."""
     made = flow(False)
     x = torch.randn(5, dtype=torch.float64)
     grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64)
@@ -114,7 +116,7 @@ def test_surprise_of_a_dimension_is_that_of_its_conditional_density() -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_log_determinants_of_dimensions_are_those_of_a_diagonal(inverse: bool) -> None:
-    """Of one transformation, whose Jacobian is a triangle."""
+    """For one transformation, whose Jacobian is triangular."""
     made, x = flow(inverse, num_classes=3), torch.randn(1, 5, dtype=torch.float64)
     y = torch.tensor([1])
     z, log_dets = made.encode_values(x, y)

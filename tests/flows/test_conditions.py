@@ -1,4 +1,4 @@
-"""Conditions: labels and vectors of numbers are one thing, and what does not fit is said."""
+"""Conditions: labels and vectors of numbers are equivalent, and conditions that do not fit are refused."""
 
 import re
 
@@ -17,7 +17,7 @@ CONDITIONAL = [case for case in FLOWS if case.config.class_conditional]
 
 
 def given_numbers(case: FlowCase) -> Flow:
-    """The flow of a case, conditioned on as many numbers as it has classes, with the same weights."""
+    """The flow of a case with the same weights, conditioned on as many numbers as it has classes."""
     flow = build(case.config, case.event_shape, None, NUM_CLASSES).double()
     flow.load_state_dict(case.flow().state_dict())
     return flow.eval()
@@ -109,7 +109,7 @@ def test_labels_by_number_name_or_list() -> None:
 
 def test_labels_that_are_no_classes_are_one_line() -> None:
     flow = build(TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1,)), (1, 4, 4), 3).eval()
-    with pytest.raises(ValueError, match=r"^labels must be numbers where no names of classes are known \(got roses\)"):
+    with pytest.raises(ValueError, match=r"^labels must be numbers if the names of classes are not known \(got"):
         flow.sample(2, y="roses")
     flow.class_names = ("daisies", "roses", "tulips")
     with pytest.raises(
@@ -126,7 +126,7 @@ def test_labels_that_are_no_classes_are_one_line() -> None:
 
 @pytest.mark.parametrize("case", CONDITIONAL, ids=lambda case: case.name)
 def test_labels_of_any_integers_are_labels(case: FlowCase) -> None:
-    """A uint8 label once indexed as a mask: with as many images as classes its numbers were others, without a word."""
+    """A uint8 label would index as a mask, and results would be wrong if there are as many images as classes."""
     flow, (x, _) = case.flow(), case.data(NUM_CLASSES)
     expected, drawn = flow.log_prob(x, 1), flow.sample(NUM_CLASSES, 1, seed=0)
     integers = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool]

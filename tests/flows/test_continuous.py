@@ -1,4 +1,4 @@
-"""The continuous flow: its trace, its gradients, its bookkeeping, and how it fails."""
+"""The continuous flow: its trace, gradients, counts of evaluations, and errors."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tarflow_scale.config.model import ContinuousConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.flows import continuous, standard_normal_log_prob
 from tarflow_scale.flows.continuous import Continuous
@@ -15,7 +16,7 @@ from tests.flows.catalogue import moved
 def flow(shape: tuple[int, ...] = (4,), **settings: Any) -> Continuous:
     torch.manual_seed(0)
     base: dict[str, Any] = {"width": 8, "hidden_layers": 2, "tolerance": 1e-9}
-    made = Continuous(shape, None, **(base | settings)).double()
+    made = Continuous(shape, None, ContinuousConfig(**(base | settings))).double()
     moved(made, ())
     return made.eval()
 
@@ -84,7 +85,7 @@ Errors = dict[str, float]
 
 
 def errors_of(shape: tuple[int, ...], dtype: torch.dtype, gradients: str, size: float = 1.0) -> tuple[Errors, Errors]:
-    """Largest differences, at a tolerance of 1e-5, from a tight solver in fp64; and evaluations of each direction."""
+    """Largest differences at a tolerance of 1e-5 from a tight solver in fp64, and evaluations in each direction."""
 
     def solved(made: Continuous, x: torch.Tensor) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -112,7 +113,7 @@ def errors_of(shape: tuple[int, ...], dtype: torch.dtype, gradients: str, size: 
 @pytest.mark.parametrize("gradients", ["adjoint", "direct"])
 @pytest.mark.parametrize("shape", [(4,), (1, 4, 4), (1, 8, 8)])
 def test_at_a_tolerance_of_1e_5_it_is_as_exact_as_its_page_says(shape: tuple[int, ...], gradients: str) -> None:
-    """torchdiffeq's own last step goes past the end, and was 1e-4 to 3e-4 off in all of these."""
+    """torchdiffeq's default last step goes past the end, which gave errors of 1e-4 to 3e-4 in all cases."""
     errors, _ = errors_of(shape, torch.float64, gradients)
     assert errors["log_prob"] < 2e-5
     assert errors["inverse"] < 5e-6
@@ -136,7 +137,7 @@ def test_where_dynamics_stretch_errors_grow_as_its_page_says() -> None:
 
 @pytest.mark.parametrize("solver", ["dopri5", "bosh3"])
 def test_gradients_through_samples_are_those_of_a_tight_solver(solver: str) -> None:
-    """The adjoint of a solve that goes backwards ends where that one began."""
+    """The adjoint of a solve that runs backwards in time ends at the time where the solve began."""
     z = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
     for settings in ({"tolerance": TIGHT, "gradients": "direct"}, {"tolerance": 1e-6, "solver": solver}):
@@ -175,7 +176,7 @@ def test_threads_that_share_a_flow_count_their_own_evaluations() -> None:
 
 @pytest.mark.parametrize("gradients", ["adjoint", "direct"])
 def test_a_gradient_that_is_not_finite_reaches_the_parameters_and_no_solver(gradients: str) -> None:
-    """As of a step that is rejected; a solver would not come to an end."""
+    """Such a step is rejected; an adjoint solve would not end."""
     made = flow(gradients=gradients, tolerance=1e-6)
     z, log_det = made(torch.randn(2, 4, dtype=torch.float64))
     (torch.nan * (standard_normal_log_prob(z) + log_det)).sum().backward()
@@ -251,5 +252,5 @@ def test_log_determinants_of_values_are_a_division_of_the_same_solve() -> None:
 def test_an_estimated_trace_divides_no_surprise() -> None:
     made = flow((1, 4, 4), exact_trace_dims=15)
     assert not made.divides_surprise
-    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise it"):
+    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise exact_trace_dims"):
         made.nats_of_values(torch.zeros(1, 1, 4, 4, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Every layer of the catalogue, and what is particular to each: closed forms, hand-written tables, statistics."""
+"""Every layer of the catalogue, and properties of each layer: closed forms, hand-written tables, statistics."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Learned noise inside bins: an exact density of it, bins that are kept, and a bound that is one and is tighter."""
+"""Learned noise: its density is exact, it stays in its bin, and its bound is valid and tighter."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def noisy(bits: int, batch: int = 4, shape: tuple[int, ...] = (2, 2, 3), dtype: 
 
 
 def dequantizer(channels: int = 2, dtype: torch.dtype = torch.float64) -> Dequantizer:
-    """With moved weights."""
+    """A dequantizer with moved weights."""
     torch.manual_seed(0)
     made = Dequantizer(channels, couplings=3, width=6).double()
     moved(made, ())
@@ -64,7 +64,7 @@ LOGIT = [case for case in FLOWS if case.name.endswith("_logit")]
 
 @pytest.mark.parametrize("bits", DEPTHS)
 def test_log_q_is_that_of_the_jacobian(bits: int) -> None:
-    """Of u' by u, which is that of x' by x: both have bins of one width. Counted in x it would be another number."""
+    """The Jacobian of u' by u equals that of x' by x, because bins of both have the same width."""
     q, x = dequantizer(), noisy(bits, batch=2)
     with torch.no_grad():
         _, log_q = q(x, bits)
@@ -75,7 +75,7 @@ def test_log_q_is_that_of_the_jacobian(bits: int) -> None:
 
 
 def test_log_q_integrates_to_one_over_a_bin() -> None:
-    """From noise on a grid, the density at where it goes: q(u') du' is du again."""
+    """For noise u on a grid: q(u') du' equals du."""
     q = dequantizer(channels=1)
     num = 10_001
     u = (torch.arange(num, dtype=torch.float64) + 0.5) / num
@@ -92,7 +92,7 @@ def test_log_q_integrates_to_one_over_a_bin() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", DEPTHS)
 def test_noise_stays_in_its_bin(bits: int, dtype: torch.dtype) -> None:
-    """Also where noise is so near to an edge that floats round it there, and where it moves as far as it can."""
+    """Also for noise that floats round to an edge, and for the largest possible moves."""
     images = torch.arange(256).to(torch.uint8).view(16, 1, 4, 4)
     edges = (0.0, 1e-9, 0.5, 1 - 1e-9, float(1 - 2.0**-24))
     pixels = PixelFormat(bit_depth=bits, noise="uniform")
@@ -125,7 +125,7 @@ def test_noise_depends_on_levels_and_labels_do_not_change_it() -> None:
 
 
 def test_log_q_is_wide_under_autocast() -> None:
-    """Only networks run in bf16, so the log-scales and slopes of the result fit each other to fp32's precision."""
+    """Only networks run in bf16, so the log-scales agree with the slopes of the result to the precision of fp32."""
     q, x = dequantizer(dtype=torch.float32), noisy(4, dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         there, log_q = q(x, 4)
@@ -171,7 +171,7 @@ def test_it_does_not_change_how_the_flow_starts() -> None:
 
 @pytest.mark.parametrize("case", ONE_OF_A_KIND + LOGIT, ids=lambda case: case.name)
 def test_every_flow_learns_it(case: FlowCase) -> None:
-    """The bound is log p(x') - log q, and its gradients reach every parameter, whatever the backward pass does."""
+    """The bound is log p(x') - log q, and its gradients reach every parameter with any choice of activations."""
     x = noisy(4, batch=4, shape=case.event_shape)
     y = case.data(4)[1]
     expected = None
@@ -209,7 +209,7 @@ def test_what_it_needs() -> None:
     flow = build(NICEConfig(dequantization=LEARNED, class_conditional=False), (1, 2, 2))
     x = noisy(4, shape=(1, 2, 2), dtype=torch.float32)
     assert torch.isfinite(flow.log_prob(x)).all()
-    with pytest.raises(ValueError, match=r"dequantization needs the depth of the images \(got a flow without a pixel"):
+    with pytest.raises(ValueError, match=r"dequantization needs the bit depth of the images \(got a flow without"):
         flow.log_prob_of_images(x)
     flow.pixels = PixelFormat(bit_depth=4, noise="uniform")
     with pytest.raises(ValueError, match="images must be finite"):
@@ -262,7 +262,7 @@ def log_masses(flow: Flow, side: int = 200) -> Tensor:
 
 @torch.no_grad()
 def bounds(flow: Flow, num: int, images: Tensor = IMAGES) -> Tensor:
-    """``(num, images)`` draws of the bound."""
+    """Draws ``(num, images)`` of the bound."""
     assert flow.pixels is not None
     noise = torch.rand(num, *images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     x = add_noise(images.expand(num, *images.shape).flatten(0, 1), noise.flatten(0, 1), flow.pixels)
@@ -270,7 +270,7 @@ def bounds(flow: Flow, num: int, images: Tensor = IMAGES) -> Tensor:
 
 
 def check_bound(flow: Flow) -> None:
-    """Below the log mass in the mean, and right on it as a mean of densities, which has no bias: within 3 errors."""
+    """The mean bound is below the log mass, and the mean of densities, which has no bias, equals it within 3 errors."""
     exact, draws = log_masses(flow), bounds(flow, 4000)
     error = draws.std(dim=0) / math.sqrt(len(draws))
     assert (draws.mean(dim=0) <= exact + 3 * error).all()
@@ -283,14 +283,14 @@ def check_bound(flow: Flow) -> None:
 
 
 def test_the_bound_is_one_and_more_draws_tighten_it() -> None:
-    """Bins of one bit are 1 wide on [-1, 1], so that masses need no further factor; see the next for other depths."""
+    """Bins of 1 bit have width 1 on [-1, 1], so masses need no factor; the next test covers other depths."""
     flow = two_pixels()
     check_bound(flow)
     assert float(log_masses(flow).exp().sum()) < 1  # the rest is outside of [-1, 1]
 
 
 def test_units_of_the_bound_fit_the_formula_of_bits_at_another_depth() -> None:
-    """The mass of a bin of a 3-bit image of two pixels, on 2 / 2^3 each, against -bits/dim of many weighted draws."""
+    """The mass of a bin of a 3-bit image of two pixels, with sides 2 / 2^3, equals -bits/dim of many weighted draws."""
     flow, bits = two_pixels(), 3
     flow.pixels = PixelFormat(bit_depth=bits, noise="uniform")
     levels = torch.tensor([[3, 5]])
@@ -319,7 +319,7 @@ def scaled(factor: float) -> Callable[[Callable], Callable]:
 
 
 def shifted(right: Callable) -> Callable:
-    """As if q were counted on [-1, 1] and its bins on [0, 1): off by the logarithm of their widths."""
+    """A wrong q, counted on [-1, 1] with its bins on [0, 1): wrong by the logarithm of the widths of bins."""
 
     def wrong(self: Dequantizer, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         there, log_q = right(self, x, bits)
@@ -342,7 +342,7 @@ def test_a_wrong_log_q_is_no_bound(mutation: Callable, monkeypatch: pytest.Monke
 
 
 def trained_bits(learned: bool, steps: int = 300) -> float:
-    """Bits/dim of a flow on checked 2-bit images, after some steps; all noise is the same with either."""
+    """Bits/dim of a flow on checked 2-bit images after some steps, with the same noise for both kinds."""
     torch.manual_seed(0)
     noise = DequantizationConfig(couplings=2, width=8) if learned else None
     config = NICEConfig(couplings=3, width=32, hidden_layers=1, class_conditional=False, dequantization=noise)
@@ -368,7 +368,7 @@ def trained_bits(learned: bool, steps: int = 300) -> float:
 
 
 def test_learned_noise_gives_a_tighter_bound_than_uniform_noise() -> None:
-    """The images have 1 bit, 0.0625 a dimension, which no bound goes below."""
+    """The images have 1 bit of information, 0.0625 bits/dim, which is the least possible bound."""
     uniform, learned = trained_bits(False), trained_bits(True)
     assert 0.06 < learned < uniform - 0.05, (learned, uniform)
 

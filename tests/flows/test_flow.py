@@ -1,4 +1,4 @@
-"""What all flows share: sampling and the check of labels."""
+"""The methods that all flows share: sampling and checks of labels."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is particular to Glow: latents of all levels, initialisation, rebuilt activations at depth, the large recipe."""
+"""Properties of Glow: latents of all levels, initialisation, rebuilt activations at depth, the large recipe."""
 
 import hypothesis.strategies as st
 import pytest
@@ -19,7 +19,7 @@ from tests.flows.catalogue import moved
 def small(shape: tuple[int, int, int] = (3, 8, 8), classes: int | None = None, **options: object) -> Glow:
     """A float64 Glow, initialised on random images, with moved weights."""
     torch.manual_seed(0)
-    flow = Glow(shape, classes, **({"levels": 2, "steps_per_level": 2, "width": 8} | options)).double()  # type: ignore[arg-type]
+    flow = Glow(shape, classes, GlowConfig(**({"levels": 2, "steps_per_level": 2, "width": 8} | options))).double()  # type: ignore[arg-type]
     flow.initialize(torch.randn(8, *shape, dtype=torch.float64))
     moved(flow, ("",))
     return flow
@@ -73,7 +73,7 @@ def test_every_level_gives_out_latents_and_each_matters() -> None:
 
 def test_a_fresh_flow_starts_from_unit_activations() -> None:
     torch.manual_seed(0)
-    flow = Glow((3, 8, 8), None, levels=2, steps_per_level=3, width=8)
+    flow = Glow((3, 8, 8), None, GlowConfig(levels=2, steps_per_level=3, width=8))
     x = 0.2 + 0.1 * torch.randn(64, 3, 8, 8)
     with pytest.raises(RuntimeError, match="ActNorm was never initialised"):
         flow(x)
@@ -100,7 +100,7 @@ def test_denoising_leaves_no_gradients_behind() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ["keep", "rebuild"])
 def test_fp32_on_cuda_is_no_tf32(how: str) -> None:
-    """The 1x1 convolutions must not lose mantissa bits to tensor cores: the inverse and rebuilt gradients would."""
+    """Tensor cores must not shorten mantissas in 1x1 convolutions; the inverse and rebuilt gradients would be wrong."""
     flow = small((3, 8, 8), levels=1, steps_per_level=32, width=16).float()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = conformance.gradients(flow, x, None)
@@ -114,7 +114,7 @@ def test_fp32_on_cuda_is_no_tf32(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["checkpoint", "rebuild"])
 def test_gradients_at_depth_32_in_fp32(how: str) -> None:
-    """K = 32 steps: rounding errors of 32 inverses, bounded by the anchors, stay below 1e-3 of the gradient."""
+    """With K = 32 steps the rounding errors of inverses, limited by anchors, stay below 1e-3 of the gradient."""
     flow = small((3, 8, 8), levels=1, steps_per_level=32, width=16).float()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = conformance.gradients(flow, x, None)
@@ -127,7 +127,7 @@ def test_gradients_at_depth_32_in_fp32(how: str) -> None:
 
 
 def test_rebuilding_runs_each_network_twice_not_three_times() -> None:
-    """Once forward and once backward, where the inverse and the gradient share it."""
+    """Once forward and once backward, because the inverse and the gradient share a run."""
     flow = small(levels=1, steps_per_level=3)
     flow.activations = "rebuild"
     calls: list[int] = []
@@ -139,7 +139,7 @@ def test_rebuilding_runs_each_network_twice_not_three_times() -> None:
 
 
 def test_rebuilding_keeps_no_activations_of_the_steps() -> None:
-    """What autograd saves does not grow with the number of steps, but for one feature map per anchor."""
+    """The memory that autograd saves grows only by one feature map per anchor."""
     kept: dict[tuple[str, int], int] = {}
     for steps in (8, 32):
         flow = small((3, 8, 8), levels=1, steps_per_level=steps, width=32)
@@ -158,7 +158,7 @@ def test_rebuilding_keeps_no_activations_of_the_steps() -> None:
 @pytest.mark.parametrize("what", ["both", "mean", "log_scale"])
 @torch.no_grad()
 def test_guidance_moves_the_priors_by_the_rule(what: str) -> None:
-    """On one level the prior is a Gaussian per class; its guided form is written out here."""
+    """With one level the prior is a Gaussian per class; the test writes out its guided form."""
     flow = small((1, 4, 4), classes=3, levels=1)
     (level,) = flow.levels
     y = torch.tensor([0, 1, 2])
@@ -194,7 +194,7 @@ def test_settings_of_tarflow_are_refused() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of 2\^model.levels \(got 28x28 and 2\^3 = 8\)"):
-        Glow((1, 28, 28), None, levels=3, steps_per_level=1, width=8)
+        Glow((1, 28, 28), None, GlowConfig(levels=3, steps_per_level=1, width=8))
 
 
 def test_the_large_recipe_builds() -> None:
@@ -211,7 +211,7 @@ def test_the_large_recipe_builds() -> None:
 
 
 def test_surprise_of_a_place_is_that_of_what_its_coupling_sees() -> None:
-    """One step: a 3x3, a 1x1 and a 3x3 convolution, so two places further nothing is seen; a place is 2x2 pixels."""
+    """One step has a 3x3, a 1x1 and a 3x3 convolution, which reach two places; a place is 2x2 pixels."""
     flow = small((1, 16, 16), levels=1, steps_per_level=1)
     x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
     other = x.clone()

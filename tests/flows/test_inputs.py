@@ -1,4 +1,4 @@
-"""What users give: each mistake is one line, and nothing right is refused or warned about."""
+"""Arguments of users: each mistake gives one line, and valid input gives no error or warning."""
 
 import subprocess
 import sys
@@ -96,7 +96,7 @@ def test_integers_are_refused(images: Tensor) -> None:
 
 
 def test_what_is_advised_for_integers_and_arrays_is_taken() -> None:
-    """Also for channels that come last; in a process without the checks of annotations that run beside these tests."""
+    """Also for channels that come last; in a process without the checks of annotations of these tests."""
     code = """
 import numpy as np, torch, tarflow_scale
 from tarflow_scale.config.model import TarFlowConfig
@@ -136,7 +136,7 @@ def test_another_device_is_refused() -> None:
 
 
 def test_pixels_are_made_of_finite_floats_on_a_scale(images: Tensor) -> None:
-    """Bytes were all white, and what is not a number was black."""
+    """Without the check, bytes would become white pixels, and NaN black ones."""
     with pytest.raises(ValueError, match=r"^pixels are made of floats on \[-1, 1\] \(got torch.uint8\)"):
         check_stored(images, SHAPE)
     flow = flow_of()
@@ -211,7 +211,7 @@ def test_a_section_without_its_sizes_is_one_line() -> None:
 
 
 def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_skip_the_look_at_values() -> None:
-    """In a process without the checks of annotations that run beside these tests."""
+    """In a process without the checks of annotations of these tests."""
     code = """
 import warnings
 import numpy as np, torch
@@ -262,14 +262,14 @@ for seen in (
         "batch_size must be an integer >= 1 (got True); None decodes all together",
         "temperature must be a finite number from 0 (got '1'); 1 is the model's own",
         "generator must be a torch.Generator (got 3); pass a number as seed",
-        "guidance must be a Guidance, or its scale (got {'scale': 1}); tarflow_scale.flows has it",
-        "labels must be a tensor, a number or name of a class for all, or a list of them (got b'ab'); correct them",
-        "latents must have shape (batch, 16) (got (16,)); pass one for each value",
+        "guidance must be a tarflow_scale.flows.Guidance or a number (got {'scale': 1})",
+        "labels must be a tensor, one class by number or name, or a list of classes (got b'ab'); correct them",
+        "latents must have shape (batch, 16) (got (16,)); pass one number per value of an event",
         "draws are combined by mean or importance, one at least (got 1, 'Mean')",
         "a path is an arc or a line of at least 2 images (got 'Line' of 3); correct it",
         "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
-        "labels must be a tensor, a number or name of a class for all, or a list of them (got 1.5); correct them",
-        "labels must be a tensor, a number or name of a class for all, or a list of them (got {1}); correct them",
+        "labels must be a tensor, one class by number or name, or a list of classes (got 1.5); correct them",
+        "labels must be a tensor, one class by number or name, or a list of classes (got {1}); correct them",
         "True",
         "True",
     ], found.stderr

@@ -66,7 +66,7 @@ def test_a_uniform_density_costs_exactly_n_bits(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "expected"), [(8, 8.254614), (5, 5.254614)])
 def test_a_moment_matched_gaussian_on_uniform_pixels(bits: int, expected: float) -> None:
-    """Variance of U(-1, 1) is 1/3; cross-entropy 0.5 ln(2 pi e / 3) nats, against ln 2 for the uniform density."""
+    """U(-1, 1) has variance 1/3; the cross-entropy is 0.5 ln(2 pi e / 3) nats, and ln 2 for the uniform density."""
     scale = math.sqrt(1 / 3)
     grid = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 100_000 - 1
     log_prob = standard_normal_log_prob((grid / scale)[:, None]) - math.log(scale)

@@ -1,4 +1,4 @@
-"""Weights of apple/ml-tarflow: the same z, log-determinant and samples; what is no TarFlow is refused."""
+"""Weights of apple/ml-tarflow: equal z, log-determinant and samples; files of other models are refused."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def guidance(arguments: dict[str, object]) -> Guidance:
 
 @torch.no_grad()
 def differences(fixture: Fixture, name: str) -> dict[str, float]:
-    """Largest absolute difference to the public code, by what is compared."""
+    """Largest absolute difference from the public code, by name of the result."""
     case, flow, given = CASES[name], converted(fixture, name), inputs(CASES[name])
     y, sample_y = (given[key] if case.num_classes else None for key in ("y", "sample_y"))
     z, log_det = flow(given["x"], y)
@@ -69,7 +69,7 @@ def test_it_computes_what_the_public_code_computes(stored: Fixture, name: str) -
 
 
 def test_the_comparison_can_fail(stored: Fixture) -> None:
-    """Guided samples differ from each other by far more than the tolerance."""
+    """Guided samples differ from each other by much more than the tolerance."""
     samples = [stored[f"conditional/sample_{key}"] for key in CASES["conditional"].samplings]
     for i, first in enumerate(samples):
         for second in samples[:i]:
@@ -105,13 +105,13 @@ def test_every_size_is_inferred(stored: Fixture) -> None:
 def test_channels_can_be_given(stored: Fixture) -> None:
     state = as_state_dict(stored, "conditional")  # 12 features: 3 channels of 2x2, or 12 of 1x1
     assert flow_from_ml_tarflow(state, "it", num_channels=12).event_shape == (12, 4, 4)
-    with pytest.raises(DataError, match="12 features a token are no square patch of 5 channels"):
+    with pytest.raises(DataError, match="12 features of a token must be a square patch of 5 channels"):
         flow_from_ml_tarflow(state, "it", num_channels=5)
 
 
 @torch.no_grad()
 def test_the_volume_preserving_likelihood_holds_the_scale_that_the_public_loss_leaves_out(stored: Fixture) -> None:
-    """Against the density written out by hand: z of the public code under N(0, var)."""
+    """Compared with the density written out: z of the public code under N(0, var)."""
     state, case = as_state_dict(stored, "volume_preserving"), CASES["volume_preserving"]
     flow, given = converted(stored, "volume_preserving"), inputs(case)
     z = torch.from_numpy(stored["volume_preserving/z"]).double()
@@ -152,13 +152,13 @@ def broken(stored: Fixture, **changes: object) -> dict[str, object]:
         (lambda s: broken(s, blocks__0__pos_embed=torch.ones(16, 48)), r"multiple of 64, got 48"),
         (lambda s: broken(s, var=torch.ones(15, 12)), r"number of tokens must be a square, got 15"),
         (lambda s: broken(s, var=torch.ones(16, 12) / 2), r"var of an affine model must be all ones"),
-        (lambda s: broken(s, var=torch.ones(16)), r"var must have 2 axes and be filled, got \(16,\)"),
+        (lambda s: broken(s, var=torch.ones(16)), r"var must have 2 axes and not be empty, got \(16,\)"),
         (lambda s: broken(s, blocks__0__attn_mask=torch.ones(16, 16)), r"blocks.0.attn_mask must be a causal mask"),
         (
             lambda s: broken(s, blocks__0__proj_out__weight=torch.ones(7, 64)),
             r"proj_out must have 12 or 24 rows, got 7",
         ),
-        (lambda s: broken(s, var=torch.ones(0, 12)), r"var must have 2 axes and be filled, got \(0, 12\)"),
+        (lambda s: broken(s, var=torch.ones(0, 12)), r"var must have 2 axes and not be empty, got \(0, 12\)"),
         (
             lambda s: broken(s, blocks__0__class_embed=torch.ones(3, 2, 64)),
             r"must be \(classes, 1, 64\), got \(3, 2, 64\)",
@@ -178,7 +178,7 @@ def broken(stored: Fixture, **changes: object) -> dict[str, object]:
         (lambda s: broken(s, head__weight=torch.ones(2)), r"unknown tensor head.weight"),
         (
             lambda s: broken(s, blocks__2__proj_in__bias=torch.full((64,), float("nan"))),
-            r"must hold finite weights \(got 64 values of blocks.2.proj_in.bias that are not\)",
+            r"weights must be finite \(got 64 values of blocks.2.proj_in.bias that are not\)",
         ),
     ],
 )

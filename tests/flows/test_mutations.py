@@ -1,4 +1,4 @@
-"""The conformance suite can fail: every way of getting a log-determinant wrong is caught by it."""
+"""The conformance suite detects every kind of wrong log-determinant."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ MUTATIONS = {"sign": -1.0, "doubled": 2.0, "dropped": 0.0, "mean instead of sum"
 
 
 def scaled(right: Callable, factor: float, place: int) -> Callable:
-    """The method, with entry ``place`` of what it returns multiplied."""
+    """The method, with entry ``place`` of its result multiplied."""
 
     def wrong(*arguments: object) -> tuple:
         found = list(right(*arguments))
@@ -106,7 +106,7 @@ def test_a_wrong_log_determinant_of_a_layer_is_caught(
 
 @pytest.mark.parametrize("dense_or_lu", ["conv_dense", "conv_lu", "actnorm"])
 def test_a_forgotten_number_of_pixels_is_caught(dense_or_lu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``log|det W|`` where ``H W log|det W|`` is meant: right on one pixel, wrong on six."""
+    """``log|det W|`` instead of ``H W log|det W|``: correct for one pixel, wrong for six."""
     (case,) = (case for case in LAYERS if case.name == dense_or_lu)
     layer = case.layer(4)
     right = type(layer)._map

@@ -1,8 +1,9 @@
-"""NICE: who shifts whom."""
+"""NICE: which half of the dimensions shifts the other."""
 
 import pytest
 import torch
 
+from tarflow_scale.config.model import NICEConfig
 from tarflow_scale.flows.nice import NICE
 from tests.flows.catalogue import moved
 
@@ -10,7 +11,7 @@ from tests.flows.catalogue import moved
 @pytest.mark.parametrize("dims", [4, 5])
 def test_even_and_odd_dimensions_take_turns_and_volume_is_in_the_scale_alone(dims: int) -> None:
     torch.manual_seed(0)
-    flow = NICE((dims,), None, couplings=2, width=6, hidden_layers=1).double()
+    flow = NICE((dims,), None, NICEConfig(couplings=2, width=6, hidden_layers=1)).double()
     x = torch.randn(3, dims, dtype=torch.float64)
     z, log_det = flow(x)
     assert torch.equal(z, x)  # a fresh flow is the identity
@@ -27,4 +28,4 @@ def test_even_and_odd_dimensions_take_turns_and_volume_is_in_the_scale_alone(dim
             moved(flow.networks[1 - number], ())
         assert torch.allclose(flow(x)[1], flow.log_scale.sum())
     with pytest.raises(ValueError, match=r"at least 2 dimensions \(got 1\)"):
-        NICE((1,), None)
+        NICE((1,), None, NICEConfig())

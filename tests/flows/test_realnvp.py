@@ -1,8 +1,9 @@
-"""RealNVP: its masks, and the two lives of batch normalisation."""
+"""RealNVP: its masks, and batch normalisation in training and in evaluation."""
 
 import pytest
 import torch
 
+from tarflow_scale.config.model import RealNVPConfig
 from tarflow_scale.flows.coupling import per_channel
 from tarflow_scale.flows.realnvp import BatchNorm, MaskedCoupling, RealNVP
 from tests.flows.catalogue import feature_maps, moved
@@ -67,7 +68,7 @@ def test_batch_statistics_in_training_and_running_ones_afterwards() -> None:
 
 
 def test_gradients_pass_through_the_statistics_of_the_batch() -> None:
-    """By finite differences of the whole training step, in which a sample moves the statistics of all."""
+    """Compared with finite differences of the whole training step, in which a sample changes the statistics of all."""
     norm = BatchNorm(2).double().train()
     weights = feature_maps(4, 2)
 
@@ -82,19 +83,19 @@ def test_gradients_pass_through_the_statistics_of_the_batch() -> None:
 
 def test_images_that_cannot_be_squeezed_and_ways_that_there_are_not() -> None:
     with pytest.raises(ValueError, match=r"multiples of 2\^\(model.levels - 1\).*\(got 8x6 and 4\)"):
-        RealNVP((1, 8, 6), None, levels=3)
+        RealNVP((1, 8, 6), None, RealNVPConfig(levels=3))
     with pytest.raises(ValueError, match=r"\(got 4x4 and 4\)"):  # one pixel has no checkerboard
-        RealNVP((1, 4, 4), None, levels=3)
-    flow = RealNVP((1, 4, 4), None, levels=2, width=4, residual_blocks=1, normalization="batch")
+        RealNVP((1, 4, 4), None, RealNVPConfig(levels=3))
+    flow = RealNVP((1, 4, 4), None, RealNVPConfig(levels=2, width=4, residual_blocks=1, normalization="batch"))
     with pytest.raises(ValueError, match=r"activations of RealNVP must be one of keep \(got checkpoint\)"):
         flow.activations = "checkpoint"
     assert flow.activations == "keep"
 
 
 def test_surprise_of_a_pixel_is_that_of_what_its_couplings_see() -> None:
-    """Four couplings of four 3x3 convolutions each; a level without a squeeze has a place for every pixel."""
+    """Four couplings have four 3x3 convolutions each; a level without a squeeze has a place for every pixel."""
     torch.manual_seed(0)
-    flow = RealNVP((1, 1, 40), None, levels=1, width=4, residual_blocks=1).double()
+    flow = RealNVP((1, 1, 40), None, RealNVPConfig(levels=1, width=4, residual_blocks=1)).double()
     x = torch.randn(8, 1, 1, 40, dtype=torch.float64)
     flow.initialize(x)
     moved(flow, ("",))

@@ -1,4 +1,4 @@
-"""What is particular to TarFlow: order of features, causality, guidance, bounds. The contract: test_conformance."""
+"""Properties of TarFlow: order of features, causality, guidance, bounds. test_conformance tests the contract."""
 
 import hypothesis.strategies as st
 import pytest
@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows import TarFlow
 from tarflow_scale.flows.tarflow import TarFlowBlock, patchify, unpatchify
@@ -18,7 +19,7 @@ SHAPE = (2, 4, 6)
 def randomised(num_classes: int | None = 3, layers: tuple[int, ...] = (1, 2), **options: object) -> TarFlow:
     torch.manual_seed(0)
     settings = {"patch_size": 2, "width": 16, "head_width": 8, "layers_per_block": layers} | options
-    flow = TarFlow(SHAPE, num_classes, **settings).double().eval()  # type: ignore[arg-type]
+    flow = TarFlow(SHAPE, num_classes, TarFlowConfig(**settings)).double().eval()  # type: ignore[arg-type]
     moved(flow, ("proj_out",))
     return flow
 
@@ -41,9 +42,8 @@ def test_any_shape_keeps_the_contract(
     channels: int, rows: int, columns: int, patch: int, blocks: list[int], classes: int | None
 ) -> None:
     shape = (channels, rows * patch, columns * patch)
-    flow = TarFlow(
-        shape, classes, patch_size=patch, width=8, head_width=4, layers_per_block=tuple(blocks)
-    ).double()  # fmt: skip
+    config = TarFlowConfig(patch_size=patch, width=8, head_width=4, layers_per_block=tuple(blocks))
+    flow = TarFlow(shape, classes, config).double()
     moved(flow, ("proj_out",))
     x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = None if classes is None else torch.tensor([0, -1])
@@ -54,7 +54,8 @@ def test_any_shape_keeps_the_contract(
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_token_depends_on_earlier_tokens_only(flip: bool) -> None:
     torch.manual_seed(0)
-    block = TarFlowBlock(5, 4, 16, 2, 8, None, flip).double()
+    config = TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(2,))
+    block = TarFlowBlock(5, 4, 2, None, flip, config).double()
     with torch.no_grad():
         block.proj_out.weight.normal_()
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -71,7 +72,8 @@ def test_a_token_depends_on_earlier_tokens_only(flip: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["affine", "volume_preserving"])
 def test_a_fresh_flow_is_the_identity_on_patches(variant: str) -> None:
-    flow = TarFlow(SHAPE, None, patch_size=2, width=16, layers_per_block=(1, 1), head_width=8, variant=variant)  # type: ignore[arg-type]
+    config = TarFlowConfig(patch_size=2, width=16, layers_per_block=(1, 1), head_width=8, variant=variant)  # type: ignore[arg-type]
+    flow = TarFlow(SHAPE, None, config)
     x = inputs(2)[0].float()
     z, log_det = flow(x, None)
     assert (z == patchify(x, 2).flatten(1)).all()
@@ -118,7 +120,7 @@ def test_bounded_log_scales_stay_inside_and_are_not_clamped() -> None:
 
 
 def reference_guided(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tensor:
-    """The published rule, written without a cache: every token from two full forward passes."""
+    """The published rule without a cache: every token from two full forward passes."""
     tokens = z.reshape(len(z), -1, flow.event_shape[0] * flow.patch_size**2)
     for block in reversed(list(flow.blocks)):
         x = block.order(tokens).clone()
@@ -193,7 +195,7 @@ def test_activations_cannot_be_rebuilt() -> None:
 
 
 def test_samples_carry_gradients_when_asked() -> None:
-    """What a variational posterior needs: the graph of the sequential decoder equals that of no cache at all."""
+    """For variational posteriors: the graph of the sequential decoder equals that of a decoder without a cache."""
     flow, y = randomised(), torch.tensor([1])
     z = torch.randn(1, flow.num_dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(flow.inverse(z.requires_grad_(), y).square().sum(), z)
@@ -209,7 +211,7 @@ def test_samples_carry_gradients_when_asked() -> None:
 
 def test_denoising_moves_by_the_score() -> None:
     """For the identity flow, log p = -x^2 / 2, so Tweedie's step is x (1 - std^2)."""
-    flow = TarFlow(SHAPE, None, patch_size=2, width=16, layers_per_block=(1, 1), head_width=8).double()
+    flow = TarFlow(SHAPE, None, TarFlowConfig(patch_size=2, width=16, layers_per_block=(1, 1), head_width=8)).double()
     x = inputs(3)[0]
     assert (flow.denoised(x, None, 0.5) - 0.75 * x).abs().max() < 1e-12
     assert (flow.denoised(x, None, 0.5, strength=0.4) - 0.9 * x).abs().max() < 1e-12
@@ -228,4 +230,4 @@ def test_checkpointing_repeats_dropout(settings: dict[str, float]) -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiples of model.patch_size \(got 8x8 and 3\)"):
-        TarFlow((1, 8, 8), None, patch_size=3, width=8, layers_per_block=(1,), head_width=8)
+        TarFlow((1, 8, 8), None, TarFlowConfig(patch_size=3, width=8, layers_per_block=(1,), head_width=8))

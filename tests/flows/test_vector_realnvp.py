@@ -1,4 +1,4 @@
-"""RealNVP of vectors keeps the contract of every flow, and starts from the units of its data."""
+"""RealNVP for vectors fulfils the contract of flows, and its scales are initialised from the data."""
 
 import pytest
 import torch

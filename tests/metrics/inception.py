@@ -1,4 +1,4 @@
-"""An Inception of random weights, for tests of everything that goes through the real one."""
+"""An Inception with random weights, for tests of code that uses the published one."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ class _Stop(Exception):
 
 
 def random_weights(path: Path) -> Path:
-    """Save weights from a seed in the format of the published file; activations stay of order one through the net."""
+    """Save random weights in the format of the published file; activations keep a magnitude of about 1."""
     captured: dict[str, torch.Tensor] = {}
 
     def intercept(self: torch.nn.Module, *_: object, **__: object) -> None:

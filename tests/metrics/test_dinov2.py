@@ -1,4 +1,4 @@
-"""DINOv2's features are those of the published code, for weights from a seed."""
+"""DINOv2's features equal those of the published code, for random weights."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ dgm-eval does it; two pictures differ by up to 1.7."""
 
 
 def weights(path: Path) -> Path:
-    """Of a ViT-S/14 as trained (a grid of 37 x 37), under the published names."""
+    """Weights of a ViT-S/14 in the trained form, with a grid of 37 x 37, under the published names."""
     c, shapes = 384, dict[str, tuple[int, ...]]()
     shapes |= {"cls_token": (1, 1, c), "mask_token": (1, c), "pos_embed": (1, 1 + 37 * 37, c)}
     shapes |= {"patch_embed.proj.weight": (c, 3, 14, 14), "patch_embed.proj.bias": (c,)}

@@ -1,4 +1,4 @@
-"""Extractors: pixels in levels, Inception only with the weights that are meant, and whatever an entry point offers."""
+"""Extractors: pixels in levels, Inception only with the expected weights, and extractors of other packages."""
 
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_inception_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_inception_runs_with_weights_of_the_expected_digest(tmp_path: Path) -> None:
-    """Randomly initialised weights under their own digest: the path by which real ones go."""
+    """Random weights under their own digest take the same path as published weights."""
     weights = random_weights(tmp_path / "weights.pth")
     digest = storage.digest(weights)
     named = {INCEPTION: str(weights)}
@@ -70,7 +70,7 @@ class Malicious:
 
 
 def test_inceptions_weights_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a protocol names their digest: torch-fidelity alone would unpickle them."""
+    """Also if a protocol has their digest; torch-fidelity alone would unpickle the file."""
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": Malicious()}, "weights.pth")
     digest = storage.digest(Path("weights.pth"))
@@ -80,7 +80,7 @@ def test_inceptions_weights_run_no_code(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_inceptions_features_are_torch_fidelitys(tmp_path: Path) -> None:
-    """Ours has its batch norms folded; they agree far closer than pictures do."""
+    """Ours has its batch norms folded; its features agree much better than those of two different pictures."""
     weights = random_weights(tmp_path / "weights.pth")
     images = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
     names = {"pool": "2048", "logits_unbiased": "logits_unbiased"}
@@ -97,7 +97,7 @@ def test_inceptions_features_are_torch_fidelitys(tmp_path: Path) -> None:
 
 
 class MeanColour(FeatureExtractorBase):
-    """What a user's package may offer."""
+    """An extractor that a user's package may offer."""
 
     def __init__(self, name: str, features_list: list[str], **_: object) -> None:
         super().__init__(name, features_list)

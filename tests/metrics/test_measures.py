@@ -1,4 +1,4 @@
-"""Every measure against torch-fidelity on the same images and weights, against closed forms, and its jackknife."""
+"""Every measure and its jackknife, compared with torch-fidelity on the same images, and with closed forms."""
 
 import itertools
 import random
@@ -28,7 +28,7 @@ SUBSETS = {"num_subsets": 6, "subset_size": 40, "subset_seed": 2020}
 
 
 def shuffled(tasks: list[tuple[int, Task]]) -> Iterator[tuple[tuple[int, Task], Any]]:
-    """Results in any order, as workers return them."""
+    """Results in random order, like those of workers."""
     for unit in random.sample(tasks, len(tasks)):
         yield unit, unit[1].run()
 
@@ -38,7 +38,7 @@ def one(measure: Measure) -> Measured:
 
 
 def feature_set(folder: Path, rows: dict[str, np.ndarray], kind: Any = "sample", extractor: str = "x") -> FeatureSet:
-    """Rows as the parts that workers leave."""
+    """Rows stored in parts, like those of workers."""
     num = len(next(iter(rows.values())))
     images = Images(kind, num, 0, 8, "floor")
     features = FeatureSet(images, extractor, "none", tuple(sorted(rows)), str(folder))
@@ -65,7 +65,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def pictures(seed: int) -> torch.Tensor:
-    """Blobs of colour, (NUM, 3, SIZE, SIZE) uint8."""
+    """Pictures ``(NUM, 3, SIZE, SIZE)`` uint8 of coloured blobs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(NUM, 3, 4, 4, generator=generator) ** (1 + 0.3 * seed)
     fine = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bilinear")
@@ -74,7 +74,7 @@ def pictures(seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Features of two sets of pictures by our path, and torch-fidelity's own numbers for them."""
+    """Features of two sets of pictures by our code, and torch-fidelity's metrics of the same pictures."""
     folder = tmp_path_factory.mktemp("inception")
     weights = random_weights(folder / "weights.pth")
     layers = ("logits_unbiased", "pool", "spatial")
@@ -154,7 +154,7 @@ def gaussian(num: int, dims: int, seed: int, shift: float = 0.0) -> np.ndarray:
 
 
 def without_each(rows: np.ndarray, value: Any) -> float:
-    """The jackknife as its definition says."""
+    """The jackknife error by its definition."""
     cut = jackknife.blocks(len(rows))
     return jackknife.standard_error([value(np.delete(rows, np.s_[start:stop], axis=0)) for start, stop in cut])
 
@@ -178,7 +178,7 @@ def test_the_same_set_is_at_distance_zero(tmp_path: Path) -> None:
 
 
 def test_at_infinity_the_distance_of_equal_distributions_is_nearer_to_zero(tmp_path: Path) -> None:
-    """Samples of one Gaussian against its exact moments: the plain distance is biased, the other much less."""
+    """For samples of a Gaussian and its exact moments, the plain distance has a much larger bias."""
     x = gaussian(2000, 12, 0)
     exact = Moments(10**9, np.zeros(12), np.eye(12) * (10**9 - 1))
     location = str(tmp_path / "exact.npz")
@@ -191,7 +191,7 @@ def test_at_infinity_the_distance_of_equal_distributions_is_nearer_to_zero(tmp_p
 
 
 def intercept_by_definition(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> float:
-    """Of the line in 1 / n through the distances of disjoint runs of 2, 4, 6, 8 and 10 of ten groups of images."""
+    """Intercept of the line in 1 / n through the distances of disjoint runs of 2, 4, 6, 8 and 10 of ten groups."""
     points = []
     for size in (2, 4, 6, 8, 10):
         for low in range(0, 10 - size + 1, size):
@@ -202,7 +202,7 @@ def intercept_by_definition(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> 
 
 
 def test_the_distance_at_infinity_and_its_jackknife_by_definition(tmp_path: Path) -> None:
-    """Without a block the others stay in the groups that they were in."""
+    """If a block is left out, the other blocks stay in their groups."""
     x, y = gaussian(530, 4, 0, 0.3), gaussian(400, 4, 1)
     group = np.concatenate([np.full(stop - start, i // 5) for i, (start, stop) in enumerate(jackknife.blocks(len(x)))])
     both = np.concatenate([x, group[:, None].astype(np.float32)], axis=1)
@@ -213,7 +213,7 @@ def test_the_distance_at_infinity_and_its_jackknife_by_definition(tmp_path: Path
 
 
 def kernel_all(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD over all images, but for the term of y alone."""
+    """Unbiased squared MMD over all images, without the term of y alone."""
     a, b = x.astype(np.float64), y.astype(np.float64)
     inside, across = (a @ a.T / a.shape[1] + 1) ** 3, (a @ b.T / a.shape[1] + 1) ** 3
     n = len(a)
@@ -257,7 +257,7 @@ def score_by_definition(logits: np.ndarray, splits: np.ndarray) -> float:
 
 
 def test_the_jackknife_of_the_inception_score_by_definition(tmp_path: Path) -> None:
-    """Without a block the others stay in the splits that they were in."""
+    """If a block is left out, the other blocks stay in their splits."""
     from tarflow_scale.metrics.inception_score import _splits
 
     logits = gaussian(160, 11, 0) * 2
@@ -302,7 +302,7 @@ def test_a_part_that_is_missing_or_damaged_gives_no_number(tmp_path: Path, damag
             if damage == "cut"
             else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         )
-    with pytest.raises(DataError, match=r"(is gone|is damaged).*run the same command again"):
+    with pytest.raises(DataError, match=r"(does not exist|is damaged).*run the same command again"):
         one(frechet(samples, "pool", location, infinity=False))
 
 

@@ -35,7 +35,7 @@ def test_best_is_compared_with_baseline_and_champion() -> None:
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(0.05, "97.7 % certain"), (0.1, "only 84.1 % certain"), (None, "how certainly is not known")],
+    [(0.05, "97.7 % certain"), (0.1, "only 84.1 % certain"), (None, "with unknown certainty")],
 )
 def test_how_certain_it_is(error: float | None, words: str) -> None:
     found = ranking(1.25, 2.0)  # the champion is the best itself
@@ -78,10 +78,10 @@ def test_what_a_gate_said() -> None:
     failed = Decision(gate="digits", promoted=False, reasons=reasons)
     assert gate_said("a@1", None) == "no gate has decided on a@1"
     assert gate_said("a@1", Word(passed, "champion")) == "gate digits made it champion: bits ≤ 2.28 bits/dim"
-    assert gate_said("a@1", Word(passed)) == "gate digits would let it pass: bits ≤ 2.28 bits/dim"
-    no = "gate digits says no: fid ≤ 26.5 (got 281.9)"
+    assert gate_said("a@1", Word(passed)) == "gate digits would accept it: bits ≤ 2.28 bits/dim"
+    no = "gate digits refuses it: fid ≤ 26.5 (got 281.9)"
     assert gate_said("a@1", Word(failed)) == no
-    assert gate_said("a@1", Word(failed, "champion", "because")) == f"{no}; it became champion all the same: because"
+    assert gate_said("a@1", Word(failed, "champion", "because")) == f"{no}; it became champion anyway: because"
 
 
 def test_a_gate_that_had_nothing_to_compare_with_says_so() -> None:

@@ -97,7 +97,7 @@ def test_markdown_survives_what_names_may_hold() -> None:
     assert "| 1 | a@1 (champion) | 2.000 | 1.804 to 2.196 | 10 | 7 |  |" in lines
     assert lines[2] == "a&lt;b is best."
     assert "|  | Other &lt;b>\\|x | 1.5 |  |  |  | a paper |" in lines
-    assert "Published numbers are on protocols of their own, so they carry no rank." in lines
+    assert "Published numbers were measured by other protocols, so they have no rank." in lines
 
 
 def test_all_numbers_of_a_board_have_one_format() -> None:

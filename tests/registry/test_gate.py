@@ -155,7 +155,7 @@ def test_no_report_and_a_report_by_another_protocol() -> None:
     assert found == "no report at all; run 'tarflow-scale evaluate' first"
     holds, found = outcome(gate(maximum=2.0), contender("m@2", 1.0, protocol=EARLIER))
     assert not holds
-    assert found == "reports by bits, perhaps an earlier edition; run 'tarflow-scale evaluate' with it"
+    assert found == "only reports by bits, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
 
 
 def test_a_number_with_the_same_id_is_found_behind_a_newer_one() -> None:
@@ -170,7 +170,7 @@ def test_a_gate_can_pin_the_images() -> None:
     assert outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0))[0]
     holds, found = outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0, identity="training images"))
     assert not holds
-    assert found.startswith("reports by bits, perhaps an earlier edition")
+    assert found.startswith("only reports by bits, perhaps an earlier edition")
 
 
 def test_a_requirement_must_ask_for_something() -> None:

@@ -121,7 +121,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def work(clock: list[float], seconds: int) -> None:
     """Five images a second, with a fact to tell."""
-    with console.progress_bar(5 * seconds, "train", initial=0) as bar:
+    with console.ProgressBar(5 * seconds, "train", initial=0) as bar:
         for second in range(seconds):
             clock[0] += 1.0
             bar.tell(f"loss {second}", "loss")
@@ -143,7 +143,7 @@ def test_progress_in_a_log_file_is_a_line_a_minute_and_more_at_first(
 
 
 def test_the_start_of_workers_is_no_part_of_the_speed(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress_bar(1000, "evaluate", initial=200) as bar:
+    with console.ProgressBar(1000, "evaluate", initial=200) as bar:
         for seconds in (50.0, 0.1, 4.9, 10.0):
             clock[0] += seconds
             bar.update(200)
@@ -158,7 +158,7 @@ def test_short_work_and_ranks_that_do_not_report_leave_no_line(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     work(clock, 1)
-    with console.progress_bar(100, "train", enabled=False) as bar:
+    with console.ProgressBar(100, "train", enabled=False) as bar:
         clock[0] += 100.0
         bar.update(50)
     assert capsys.readouterr().err == ""
@@ -172,7 +172,7 @@ def test_a_terminal_has_a_bar_and_the_same_lines_above_it(
     shown = capsys.readouterr().err
     assert "train: 10 of 500 images (2%), 5.00 a second, 2 s passed, 1 min 38 s left; loss 1\n" in shown
     assert "train: 100%|" in shown
-    with console.progress_bar(100, "verify", unit="files") as bar:  # nothing to tell, so the bar is all
+    with console.ProgressBar(100, "verify", unit="files") as bar:  # nothing to tell, so the bar is all
         clock[0] += 100.0
         bar.update(100)
     assert "100 of 100 files" not in capsys.readouterr().err

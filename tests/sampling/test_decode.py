@@ -1,4 +1,4 @@
-"""Decoding: the fast way is the plain one, chunks are exact when they must be, and errors stay where they should."""
+"""Decoding: fast decoders equal the plain inverse, chunks are exact where that is guaranteed, errors are bounded."""
 
 import copy
 import io
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
@@ -27,9 +28,8 @@ GUIDANCES = [
 
 def flow_of(seed: int = 0, classes: int | None = 5, depth: tuple[int, ...] = (2, 1, 2), **options: object) -> TarFlow:
     torch.manual_seed(seed)
-    flow = TarFlow(
-        (3, 8, 8), classes, patch_size=2, width=32, layers_per_block=depth, head_width=16, **options  # type: ignore[arg-type]
-    )  # fmt: skip
+    config = TarFlowConfig(patch_size=2, width=32, layers_per_block=depth, head_width=16, **options)  # type: ignore[arg-type]
+    flow = TarFlow((3, 8, 8), classes, config)
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
             parameter.add_((0.01 if "proj_out" in name else 0.1) * torch.randn_like(parameter))
@@ -81,7 +81,7 @@ def test_guidance_in_the_first_block_alone_leaves_the_others_alone() -> None:
 @pytest.mark.parametrize("guidance", [None, Guidance(scale=1.0, annealed=True)], ids=str)
 @pytest.mark.parametrize("chunk", [2, 5, 15, 100])
 def test_a_chunk_of_c_tokens_is_exact_after_c_iterations(chunk: int, guidance: Guidance | None) -> None:
-    """However far apart the iterates are: the guarantee that makes the parallel way safe."""
+    """For any distance of the iterates; this guarantee makes parallel decoding safe."""
     flow = flow_of().double()
     z, y = latents_of(flow)
     decoder = TarFlowDecoder(flow)
@@ -110,7 +110,7 @@ def test_a_tolerance_saves_iterations_and_bounds_the_error(chunk: int) -> None:
 
 
 class Wild(BlockNetwork):
-    """A network whose scales are infinite wherever a token at hand is far from its exact value."""
+    """A network whose scales are infinite if a token is far from its exact value."""
 
     exact: Tensor
 
@@ -124,7 +124,7 @@ class Wild(BlockNetwork):
 
 
 def test_iterates_that_overflow_do_not_reach_exact_tokens() -> None:
-    """The finite-step guarantee holds though every iterate of a token not yet exact overflows."""
+    """The guarantee also holds if every iterate of a token that is not exact yet overflows."""
     flow = flow_of(depth=(2,)).double()
     z, y = latents_of(flow)
     decoder = TarFlowDecoder(flow)
@@ -174,7 +174,7 @@ def test_bf16_is_near_and_keeps_scale_and_mean_wide() -> None:
 
 
 def test_without_a_compiler_a_cpu_keeps_the_cache_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's attention of one bf16 query is slower there than that of an fp32 one."""
+    """On a CPU, PyTorch's attention of one query is slower in bf16 than in fp32."""
     flow = flow_of(seed=5)
     z, y = latents_of(flow)
     expected = TarFlowDecoder(flow)(z, y)[0], TarFlowDecoder(flow, torch.bfloat16)(z, y)[0]
@@ -200,14 +200,14 @@ def test_trained_or_moved_weights_are_laid_out_again() -> None:
 
 
 def loaded(**options: object) -> TarFlow:
-    """As `tarflow_scale.load` gives it."""
+    """A flow as `tarflow_scale.load` returns it."""
     flow = flow_of(**options)  # type: ignore[arg-type]
     flow.decoder = TarFlowDecoder(flow).as_decode
     return flow
 
 
 def test_eight_threads_draw_what_one_draws() -> None:
-    """They shared the decoder's cache, and most images were wrong."""
+    """Without a lock threads would share the decoder's cache, and most images would be wrong."""
     flow = loaded(depth=(1, 1))
 
     def draw(number: int) -> Tensor:  # other numbers of rows, so that packed weights differ too
@@ -221,7 +221,7 @@ def test_eight_threads_draw_what_one_draws() -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_weights_written_through_data_are_seen(dtype: torch.dtype | None) -> None:
-    """``parameter.data.copy_``, as averages of weights are swapped in, moves no version counter."""
+    """``parameter.data.copy_``, which puts averages of weights in place, does not change a version counter."""
     flow, other = flow_of(seed=6), flow_of(seed=7)
     z, y = latents_of(flow)
     decoder = TarFlowDecoder(flow, dtype)
@@ -255,7 +255,7 @@ def test_a_checksum_sees_any_change_of_a_number_and_any_order(shape: tuple[int, 
 
 
 def test_a_flow_that_has_sampled_can_be_copied_and_pickled() -> None:
-    """Packed weights are opaque tensors, which are neither."""
+    """Packed weights are opaque tensors, which can be neither copied nor pickled."""
     flow = loaded(seed=8)
     expected = flow.sample(3, 1, seed=0)
     file = io.BytesIO()
@@ -308,7 +308,7 @@ def test_progress_reaches_the_whole() -> None:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_memory_is_that_of_one_block(guided: bool, dtype: torch.dtype | None) -> None:
-    """The cache of the deepest block serves all; keys and values of T tokens, C wide, of each row."""
+    """All blocks share the cache of the deepest block: keys and values of T tokens of width C for each row."""
     flow = flow_of(depth=(1, 3, 2))
     z, y = latents_of(flow)
     decoder = TarFlowDecoder(flow, dtype)
@@ -322,7 +322,7 @@ def test_memory_is_that_of_one_block(guided: bool, dtype: torch.dtype | None) ->
 
 @pytest.mark.parametrize("sharp", [False, True])
 def test_a_window_of_fixed_shape_computes_the_same(sharp: bool) -> None:
-    """What CUDA graphs replay: position as a tensor, attention masked to it; here run without a graph."""
+    """CUDA graphs replay this window, whose position is a tensor; here it runs without a graph."""
     flow = flow_of(depth=(2,)).double()
     z, y = latents_of(flow)
     network = BlockNetwork(flow.blocks[0], torch.float64)  # type: ignore[arg-type]

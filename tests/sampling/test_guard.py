@@ -1,4 +1,4 @@
-"""The guard: bad images are drawn again by a rule, counted, or end the work."""
+"""The guard: bad images are counted and drawn again, or the work ends with an error."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LEVEL = 2 / 15
 
 
 class Spoiled(Sampler):
-    """Draws what a flow draws, with some images spoiled for some attempts."""
+    """A sampler that spoils some images of some attempts."""
 
     spoiled: dict[int, tuple[int, float]]
     """Index to the attempts that are spoiled, from the first, and the value of the spoiled pixels."""

@@ -1,4 +1,4 @@
-"""Sampling: image i depends on (weights, seed, i), not on batch, order or company."""
+"""Sampling: image i depends on (weights, seed, i), not on batch size, order or other images."""
 
 from typing import Any
 
@@ -145,7 +145,7 @@ def test_a_plan_of_other_weights_or_settings_is_refused(flow: Flow) -> None:
 def test_every_way_that_a_plan_may_choose_is_tried_and_wrong_ones_are_dropped(
     flow: Flow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk that is fast but off is not taken, and one that is fast and right is."""
+    """A chunk size that is fast but inexact is not chosen; one that is fast and exact is."""
     assert candidates(2) == []
     assert candidates(16) == [15]
     assert candidates(1024) == [1023, 511, 255, 127, 63, 31, 15]

@@ -1,4 +1,4 @@
-"""A sweep shows the same latents under every setting, once each."""
+"""A sweep shows the same latents once under every setting."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Attention of one token by our own machine code, against PyTorch's."""
+"""Attention of one token by the compiled C code, compared with PyTorch's."""
 
 import logging
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_far_apart_and_what_is_not_a_number(dtype: torch.dtype) -> None:
-    """The largest logit takes all, however far the others are; NaN and infinity reach their own row alone."""
+    """The largest logit gets all weight if the others are far below; NaN and infinity affect their own row only."""
     qkv, cache = inputs(4, 2, 16, dtype)
     qkv = qkv * 100
     qkv[1, 3], qkv[2, 5] = torch.nan, torch.inf
@@ -67,7 +67,7 @@ def test_logits_far_apart_and_what_is_not_a_number(dtype: torch.dtype) -> None:
 
 
 def test_the_process_keeps_its_subnormal_numbers() -> None:
-    """A library that is linked with -ffast-math takes them from the process that loads it."""
+    """A library that is linked with -ffast-math makes the process that loads it flush subnormal numbers."""
     assert OneQuery.function(24, torch.float32) is not None
     assert (torch.tensor([1e-38]) * 0.01).item() > 0
 
@@ -80,7 +80,7 @@ def test_a_layout_that_the_code_does_not_know_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_queries_narrower_than_the_cache_are_left_to_pytorch(dtype: torch.dtype) -> None:
-    """As of a flow in half precision, or bf16 heads of odd width, whose cache is in fp32."""
+    """Queries of a flow in half precision, or bf16 heads of odd width, whose cache is in fp32."""
     qkv, cache = inputs(4, 2, 16, torch.float32)
     qkv = qkv.to(dtype)
     expected = WindowOfTokens(9, 10).attend(qkv[:, None], cache.clone(), None)[:, 0]

@@ -466,7 +466,7 @@ def test_promotion_prints_reasons_and_moves_the_alias_once(
     assert cli.main(promote_arguments(own, strict)) == 2
     captured = capsys.readouterr()
     assert "NO     bits_per_dim <= 0.5 bits/dim" in captured.out
-    assert captured.err.startswith("tarflow-scale: error: small@1 does not pass gate test: bits_per_dim <= 0.5")
+    assert captured.err.startswith("tarflow-scale: error: small@1 does not pass gate test (got NO for 1 of ")
     mild = gate_file(tmp_path / "mild.yaml", PROTOCOLS[0], 9.0)
     assert cli.main(promote_arguments(own, mild, "--dry-run")) == 0
     assert "champion" not in Registry(str(own.registry), "small").state().aliases
@@ -489,7 +489,8 @@ def test_an_override_is_recorded_for_ever(
     assert "would become urgent, overridden" in capsys.readouterr().out
     assert cli.main(promote_arguments(own, strict, *more)) == 0
     assert (
-        "the gate said no; overridden, and recorded, for this reason: the demo is tomorrow" in capsys.readouterr().out
+        "the gate refused; moved anyway, for this reason, which is stored: the demo is tomorrow"
+        in capsys.readouterr().out
     )
     registry = Registry(str(own.registry), "small")
     event = registry.log.read([fact.number for fact in registry.state().history if fact.kind == "promote"][-1])

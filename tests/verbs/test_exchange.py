@@ -90,13 +90,13 @@ def test_a_card_has_samples_and_class_names_though_no_report_has_a_grid(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no version", r"is no exported version \(no version.json\)"),
+        ("no version", r"is not an exported version \(no version.json\)"),
         ("flipped", "model.safetensors does not match its digest"),
-        ("pickle", "model.safetensors holds a pickle, which is never read"),
-        ("torch zip", "model.safetensors holds a pickle, which is never read"),
+        ("pickle", "model.safetensors is a pickle, which is never read"),
+        ("torch zip", "model.safetensors is a pickle, which is never read"),
         ("header", r"has a header of \d+ bytes \(file: \d+\); it is damaged or hostile"),
-        ("no json", "is no safetensors file"),
-        ("nested", "is no safetensors file"),
+        ("no json", "is not a safetensors file"),
+        ("nested", "is not a safetensors file"),
         ("traversal", "must name model.safetensors and config.json"),
         ("configuration", "training.json does not match its digest"),
         ("fields", "is not a _ExportedVersion"),

@@ -26,7 +26,7 @@ def test_init_and_a_registry_that_is_there(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["models", "init", where]) == 0
     assert "is a registry (8 writers, 100 names, 100 winners)" in capsys.readouterr().out
     assert cli.main(["models", "init", f"registry.path={tmp_path}/one", "command.single_writer=true"]) == 0
-    assert "one process alone may write" in capsys.readouterr().out
+    assert "only one process may write" in capsys.readouterr().out
 
 
 def test_alias_is_for_what_no_gate_guards(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """``promote`` from the command line: which version ``latest`` is, and versions of other models that must be beaten."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_latest_is_the_newest_version_with_the_numbers_of_the_gate(
     registry = world.register("glow")
     assert world.promote("glow") == 0
     assert (
-        "latest is glow@2, the newest with the numbers that gate g asks for; newer without them: glow@4, glow@3\n"
+        "latest is glow@2, the newest with the numbers that gate g requires; newer without them: glow@4, glow@3\n"
         in capsys.readouterr().out
     )
     assert champion(registry) == 2
@@ -108,7 +109,10 @@ def test_latest_without_any_numbers_is_refused_by_the_gate(world: World, capsys:
     assert world.promote("glow") == 2
     captured = capsys.readouterr()
     assert "latest is glow@2\n" in captured.out
-    assert "glow@2 does not pass gate g: a number by protocol bits (got no report at all" in captured.err
+    assert "glow@2 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion stays" in captured.err
+    assert "a number by protocol bits" in captured.out
+    assert captured.out.count("no report at all; run 'tarflow-scale evaluate' first") == 1
+    assert "no report" not in captured.err  # the reasons are in the table alone
 
 
 def test_latest_skips_retired_versions_and_never_goes_back_behind_the_holder(
@@ -129,7 +133,9 @@ def test_latest_skips_retired_versions_and_never_goes_back_behind_the_holder(
     value = report.metrics["bits"].model_copy(update={"protocol_digest": digest})
     registry.attach_report(report.model_copy(update={"metrics": {"bits": value}}), "by the other protocol")
     assert world.promote("glow") == 2
-    assert "glow@2 does not pass gate g" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "glow@2 does not pass gate g" in captured.err
+    assert "only reports by bits, perhaps an earlier edition; run 'tarflow-scale evaluate' with" in captured.out
     assert champion(registry) == 2
 
 
@@ -147,7 +153,8 @@ def test_a_glow_and_a_realnvp_compete(world: World, capsys: pytest.CaptureFixtur
     assert world.promote("realnvp", against, "registry.version=1") == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert "realnvp@1 does not pass gate g: bits below glow@1's, with 95% confidence (got " in line
+    assert "realnvp@1 does not pass gate g (got NO for 1 of 3 requirements, see the table); champion stays" in line
+    assert re.search(r"^NO +bits below glow@1's, with 95% confidence +2\.", captured.out, re.MULTILINE)
     assert champion(realnvp) is None
     assert world.promote("realnvp", against, "--dry-run") == 0
     assert world.promote("realnvp", against) == 0
@@ -170,7 +177,8 @@ def test_the_own_champion_must_be_beaten_as_well(world: World, capsys: pytest.Ca
     assert world.promote("realnvp") == 0
     world.register("realnvp", 2.5)
     assert world.promote("realnvp", "gate.against=glow@1") == 2
-    assert "bits below the champion's, with 95% confidence (got 2." in capsys.readouterr().err
+    table = capsys.readouterr().out
+    assert re.search(r"^NO +bits below the champion's, with 95% confidence +2\.", table, re.MULTILINE)
     assert champion(realnvp) == 1
 
 
@@ -201,8 +209,8 @@ def test_models_of_other_data_are_not_compared(
     realnvp = world.register("realnvp", 2.0)
     assert world.promote("realnvp", "gate.against=glow@1") == 2
     captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert f"does not pass gate g: trained on the data set of glow@1 (got {words}); champion stays" in line
+    assert "does not pass gate g (got NO for 1 of 2 requirements, see the table); champion stays" in captured.err
+    assert re.search(rf"^NO +trained on the data set of glow@1 +{re.escape(words)}$", captured.out, re.MULTILINE)
     assert "glow@1's" not in captured.out  # no number of the two is compared
     assert champion(realnvp) is None
 
@@ -217,9 +225,10 @@ def refusal(world: World, against: str, capsys: pytest.CaptureFixture[str]) -> s
 def test_a_rival_that_cannot_be_compared_with_is_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     glow = world.register("glow", 3.0, identity="other images")
     world.register("realnvp", 2.0)
-    assert "(got glow@1 has no number with the same protocol id; evaluate it on the same reference)" in refusal(
-        world, "glow@1", capsys
-    )
+    assert world.promote("realnvp", "gate.against=glow@1") == 2
+    captured = capsys.readouterr()
+    assert "glow@1 has no number with the same protocol id; evaluate it on the same reference" in captured.out
+    assert "does not pass gate g" in captured.err
     assert refusal(world, "glow@champion", capsys) == (
         "gate.against=glow@champion cannot be compared with: no alias 'champion' of glow (there is none); promote "
         "a version first, or name one, such as latest"

@@ -311,7 +311,7 @@ def test_a_gate_is_asked_where_none_has_decided(
     gate.write_text(f"{{name: strict, requirements: [{{protocol: {PROTOCOLS[0]}, maximum: 0.5}}]}}")
     assert cli.main([*reported[0], *swapped, f"report.gate={gate}"]) == 0
     assert re.search(
-        r"; gate strict says no: bits_per_dim ≤ 0\.5 bits/dim \(got \d\.\d{3}\)\.", capsys.readouterr().out
+        r"; gate strict refuses it: bits_per_dim ≤ 0\.5 bits/dim \(got \d\.\d{3}\)\.", capsys.readouterr().out
     )
     assert Registry(f"{tmp_path}/registry", "small").state().number == events
 

@@ -51,7 +51,7 @@ class DownsampledImageNetSource(ImageSource):
             self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
         if not test:
             self.lines = [*self.lines, "no val_data.npz: split.test_fraction of each class is held out of train"]
-        with console.progress_bar(len(train) + len(test), "unpack", unit="files") as bar:
+        with console.ProgressBar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
                 self._files.append(_Mapped(storage.join(path, name)))

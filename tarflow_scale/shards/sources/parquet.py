@@ -70,7 +70,7 @@ class ParquetSource(EncodedSource):
         self._rows: list[tuple[str, int]] = []
         sizes: list[int] = []
         content = hashlib.sha256()
-        with console.progress_bar(len(kept), "unpack", unit="tables") as bar:
+        with console.ProgressBar(len(kept), "unpack", unit="tables") as bar:
             for table in kept:
                 for row, record in enumerate(_records(table.location, [table.image_column])):
                     image = _bytes_of(record[table.image_column], f"row {row} of {table.location}")

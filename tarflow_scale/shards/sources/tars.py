@@ -106,7 +106,7 @@ class TarSource(EncodedSource):
 def for_each_tar(function: Callable[[str], T], names: Sequence[str], verb: str, num_workers: int) -> list[T]:
     """Apply a function to the names of tars, with a progress bar; results are in the order of the names."""
     results: list[T] = []
-    with console.progress_bar(len(names), verb, unit="tars") as bar:
+    with console.ProgressBar(len(names), verb, unit="tars") as bar:
         for result in in_workers(function, names, num_workers):
             results.append(result)
             bar.update(1)

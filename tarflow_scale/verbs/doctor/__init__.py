@@ -1,1 +1,1 @@
-"""Verb ``doctor``: check whether this machine, and its cluster, can do the work."""
+"""Verb ``doctor``: check whether this machine and its cluster can do the work."""

@@ -1,9 +1,9 @@
-"""Roll call: which ranks answer, which do not, and the speed of their all-reduce.
+"""Roll call: find out which ranks answer, which do not, and how fast their all-reduce is.
 
-Ranks meet twice. First each rank writes its name into the key/value store of the process group, so that a missing rank
-can be named. Then they form the group that training would use and run an all-reduce. A collective that hangs gives no
-reason, so it runs in a thread, and every rank increments a counter in the store in the meantime: a rank whose counter
-stops has died, the others wait for it.
+First each rank writes its name into the key/value store of the process group, so that the check can name missing ranks.
+Then the ranks form the group that training would use, and run an all-reduce. A collective operation that hangs gives no
+reason, so it runs in a thread. Meanwhile every rank increments a counter in the store: a rank whose counter stops has
+died, and the others wait for it.
 """
 
 import multiprocessing
@@ -44,27 +44,27 @@ class RollCall:
     silent: tuple[int, ...] = ()
     """Ranks that answered and then died."""
     stuck: tuple[int, ...] = ()
-    """Living ranks whose all-reduce did not end."""
+    """Ranks that are alive, but whose all-reduce did not end."""
     failures: dict[int, str] = field(default_factory=dict[int, str])
     """Error messages, by rank, of failed all-reduces."""
     num_bytes: int = 0
-    """Size of the tensor."""
+    """Size of the reduced tensor."""
     bytes_per_second: float | None = None
-    """Speed of each rank's link, as nccl-tests counts it: 2 (N - 1) / N times the bytes, over the seconds."""
+    """Bus bandwidth as nccl-tests defines it: 2 (N - 1) / N times the size of the tensor, divided by the seconds."""
 
 
 def meet(rank: int, host: str, port: int, hosted_here: bool, timeout_seconds: float) -> "TCPStore":
-    """Connect to the store in which ranks meet.
+    """Connect to the key/value store of the ranks.
 
     Args:
-        rank: of this process.
+        rank: rank of this process.
         host: MASTER_ADDR.
         port: MASTER_PORT.
         hosted_here: whether this process serves the store; torchrun's agent may do so instead.
-        timeout_seconds: how long to wait for its server.
+        timeout_seconds: how long to wait for the server.
 
     Raises:
-        UserError: the server does not answer, or cannot listen.
+        UserError: the server does not answer, or this process cannot listen at the port.
     """
     import torch.distributed as dist
 
@@ -85,16 +85,16 @@ def meet(rank: int, host: str, port: int, hosted_here: bool, timeout_seconds: fl
 def call_roll(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, name: str, timeout_seconds: float
 ) -> RollCall:
-    """Meet the other ranks, form the group and run an all-reduce.
+    """Wait for the other ranks, form the process group and run an all-reduce.
 
     Args:
-        store: see `meet`.
-        rank: of this process.
+        store: the key/value store, see `meet`.
+        rank: rank of this process.
         world_size: number of ranks.
         device: device of this rank.
         backend: ``gloo`` or ``nccl``.
-        name: of this machine.
-        timeout_seconds: for each of the two meetings.
+        name: name of this machine.
+        timeout_seconds: time limit for all ranks to answer, and again for the all-reduce.
     """
     import torch.distributed as dist
 
@@ -134,7 +134,7 @@ def call_roll(
 def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
     """Start gloo ranks on this machine, run a roll call, and return the result of rank 0.
 
-    The calling process must not have used torch yet, because the ranks are forks of it.
+    The ranks are forks of the calling process, which must not have used torch yet.
 
     Raises:
         UserError: rank 0 did not answer.
@@ -162,7 +162,7 @@ def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
         if pipes[0][0].poll(2 * timeout_seconds + _PULSE_SECONDS + _LEAVE_SECONDS):
             return pipes[0][0].recv()
     except EOFError:
-        outcome = "its end without a message"
+        outcome = "an exit without a message"
     finally:
         for process in ranks:
             process.kill()
@@ -187,7 +187,7 @@ def _without(store: "Store", key: str, ranks: Iterable[int]) -> list[int]:
 
 
 def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[int]:
-    """Poll until no rank remains or the time is over; returns the remaining ranks."""
+    """Call ``remaining`` until it returns no rank or the time is over; returns the remaining ranks."""
     deadline = time.monotonic() + timeout_seconds
     while (rest := remaining()) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -197,9 +197,9 @@ def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[i
 def _in_background(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, timeout_seconds: float
 ) -> dict[str, float]:
-    """Start an all-reduce in a thread; it writes its outcome to the store and its speed to the result."""
+    """Start an all-reduce in a thread. At its end it writes the outcome to the store, and the speed to the result."""
     speed: dict[str, float] = {}
-    own = store.clone()  # a client of its own, because a waiting client blocks all its users
+    own = store.clone()  # a separate client, because a client that waits blocks all its users
 
     def work() -> None:
         try:
@@ -254,7 +254,7 @@ def _num_bytes(device: "Device") -> int:
 
 
 def _leave(store: "Store", rank: int, num_ranks: int) -> None:
-    """Leave the store. Rank 0 waits for the other ranks, because the store may end with it."""
+    """Leave the store. Rank 0 waits for the other ranks, because its process may serve the store."""
     store.add("left", 1)
     if rank == 0:
         _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _LEAVE_SECONDS)

@@ -1,15 +1,15 @@
-"""Verb ``doctor``: can this machine, and its cluster, do the work? Prints one line for each check.
+"""Verb ``doctor``: check whether this machine and its cluster can do the work. Prints one line for each check.
 
-``ok`` and ``skipped`` need no action; a ``warning`` would slow the work, ``failed`` would stop it, and both say what to
-do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
+``ok`` and ``skipped`` need no action. ``warning`` means that the work would be slow, ``failed`` that it would stop;
+both say what to do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
 
-Every check runs in a child process with a deadline, so a file system, driver or server that hangs or crashes becomes a
-finding. A check removes the files that it wrote and ends the processes that it started; it starts nothing on a Ray
-cluster.
+Every check runs in a child process with a time limit, so a file system, driver or server that hangs or crashes is
+reported as a failed check. A check removes the files that it wrote and ends the processes that it started. It starts
+nothing on a Ray cluster.
 
-Under a launcher (RANK and WORLD_SIZE are set) the ranks meet as they would for training, and the check names a rank
-that does not answer. Then the first rank of each machine checks its machine, and rank 0 also checks the cluster.
-Machines other than rank 0's print only warnings and failures.
+Under a launcher (RANK and WORLD_SIZE are set) the ranks connect as they would for training, and the check names ranks
+that do not answer. Then the first rank of each machine checks its machine, and rank 0 also checks the cluster. Rank 0
+prints all lines; other machines print only warnings and failures.
 """
 
 import json
@@ -37,16 +37,16 @@ __all__ = ["run"]
 
 @dataclass(frozen=True)
 class _Check:
-    """A question to this machine."""
+    """A check to make."""
 
     name: str
     answer: Callable[[], list[Finding]]
-    """Runs in a child process."""
+    """Makes the check; runs in a child process."""
     timeout_seconds: float
     after: str = ""
-    """A check that must pass first."""
+    """Name of a check that must pass first."""
     undo: Callable[[], None] | None = None
-    """Removes the files of a check that was ended early."""
+    """Removes the files of a check that was stopped before its end."""
 
 
 def run(config: DoctorConfig, dry_run: bool) -> None:
@@ -90,11 +90,11 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
     if config.output is not None and distributed.is_main():
         content = json.dumps([asdict(finding) for finding in findings], indent=1)
         storage.write_bytes(config.output.path, f"{content}\n".encode())
-    stopping = list(dict.fromkeys(finding.name for finding in findings if finding.status == "failed"))
-    # Only the first rank of a machine fails, because a launcher ends all others when one has failed.
-    if stopping and distributed.local_rank() == 0:
+    failures = list(dict.fromkeys(finding.name for finding in findings if finding.status == "failed"))
+    # Only the first rank of a machine raises the error, because a launcher ends all ranks when one has failed.
+    if failures and distributed.local_rank() == 0:
         raise Unfit(
-            f"this machine must be fit for the work (got failed checks: {', '.join(stopping)}); follow their advice"
+            f"this machine must be fit for the work (got failed checks: {', '.join(failures)}); follow their advice"
         )
 
 
@@ -127,7 +127,7 @@ def _of_machine(
 
 def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
     if not data_sets:
-        return [_Check("data", lambda: [skipped("data", "data.path names none")], seconds)]
+        return [_Check("data", lambda: [skipped("data", "data.path is not set")], seconds)]
     return [_Check("data", partial(places.data_set, key, path), seconds) for key, path in data_sets.items()]
 
 
@@ -137,10 +137,10 @@ def _of_stores(
     """Checks of the folders and URLs that a job writes to, and of a registry that it only reads.
 
     Args:
-        written: path by key.
-        registry: path of the registry, if one is named.
-        writes_registry: whether the job writes to it; None if no job is described.
-        seconds: for each check.
+        written: paths that the job writes to, by key.
+        registry: path of the registry, if the configuration has one.
+        writes_registry: whether the job writes to the registry; None if the configuration describes no job.
+        seconds: time limit of each check.
     """
     checks: list[_Check] = []
     for key, path in written.items():
@@ -151,25 +151,25 @@ def _of_stores(
         checks.append(_Check("store", answer, seconds, undo=partial(storage.remove_tree, folder)))
     if registry is not None and writes_registry is False:
         checks.append(_Check("store", partial(places.registry, registry), seconds))
-    return checks or [_Check("store", lambda: [skipped("store", "store.path names none")], seconds)]
+    return checks or [_Check("store", lambda: [skipped("store", "store.path is not set")], seconds)]
 
 
 def _findings(checks: list[_Check]) -> Iterator[Finding]:
-    """The findings, one check after the other."""
-    stopped: set[str] = set()
+    """Make the checks in order, and yield their findings."""
+    failed_checks: set[str] = set()
     for check in checks:
-        if check.after in stopped:
+        if check.after in failed_checks:
             yield skipped(check.name, f"until {check.after} passes")
             continue
         for finding in _answers(check):
             if finding.status == "failed":
-                stopped.add(check.name)
+                failed_checks.add(check.name)
             yield finding
 
 
 def _answers(check: _Check) -> list[Finding]:
     try:
-        # A folder of this process is removed even if the child is killed.
+        # This process removes the folder, so it is removed even if the child is killed.
         with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
             return answer_within(check.timeout_seconds, partial(_caught, check, folder))
     except TimeoutError:
@@ -187,7 +187,7 @@ def _answers(check: _Check) -> list[Finding]:
 
 def _undo(check: _Check) -> None:
     if check.undo is not None:
-        with suppress(TimeoutError, ChildProcessError):  # the same fault may stop the removal
+        with suppress(TimeoutError, ChildProcessError):  # the fault of the check may also prevent the removal
             answer_within(check.timeout_seconds, partial(_tried, check.undo))
 
 
@@ -197,7 +197,7 @@ def _tried(remove: Callable[[], None]) -> None:
 
 
 def _caught(check: _Check, folder: str) -> list[Finding]:
-    """The findings of a check; an exception is one too. Temporary files of libraries go to ``folder``."""
+    """Make a check; an exception is returned as a failure. Temporary files of libraries go to ``folder``."""
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         return check.answer()

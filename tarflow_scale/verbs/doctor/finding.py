@@ -1,4 +1,4 @@
-"""The outcome of a check, printed as one line."""
+"""The outcome of a check, which is printed as one line."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +14,9 @@ class Finding:
 
     Args:
         name: name of the check.
-        status: ``failed`` would stop the work; ``warning`` would slow it, or may be intended.
-        found: what the check found.
-        advice: what to do; empty if there is nothing to do.
+        status: ``failed``: the work would stop. ``warning``: the work would be slow, unless this is intended.
+        found: description of the outcome.
+        advice: what the user can do; empty if nothing is needed.
     """
 
     name: str
@@ -26,32 +26,32 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """Status, name, finding and advice."""
+        """The line to print: status, name, outcome and advice."""
         rest = f"{self.found}; {self.advice}" if self.advice else self.found
         return f"{self.status:{_WIDTHS[0]}} {self.name:{_WIDTHS[1]}} {' '.join(rest.split())}"
 
 
 def ok(name: str, found: str) -> Finding:
-    """A passed check."""
+    """The outcome of a check that passed."""
     return Finding(name, "ok", found)
 
 
 def warning(name: str, found: str, advice: str) -> Finding:
-    """The work can be done, but slowly, or not for long."""
+    """The outcome of a check that found a fault with which the work would be slow or might fail later."""
     return Finding(name, "warning", found, advice)
 
 
 def failed(name: str, found: str, advice: str) -> Finding:
-    """The work would stop."""
+    """The outcome of a check that found a fault which would stop the work."""
     return Finding(name, "failed", found, advice)
 
 
 def skipped(name: str, found: str) -> Finding:
-    """A check that was not made."""
+    """The outcome of a check that was not made."""
     return Finding(name, "skipped", found)
 
 
 def from_message(name: str, message: str) -> Finding:
-    """A failed check, from an error of this package, whose advice follows its last semicolon."""
+    """A failed check, from an error message of this package; the advice follows the last semicolon."""
     found, _, advice = message.rpartition("; ")
     return failed(name, found or message, advice if found else "")

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.train import ParallelismConfig
 from tarflow_scale.runtime import distributed
+from tarflow_scale.runtime.provenance import installed_version
 from tarflow_scale.verbs.doctor.finding import Finding, failed, ok, skipped, warning
 
 __all__ = ["compiler", "packages", "torch_and_devices"]
@@ -28,7 +29,7 @@ _COMPILE_SECONDS = 30.0
 
 
 def packages() -> list[Finding]:
-    """Compare Python and packages with the bounds in the metadata of the installed tarflow-scale."""
+    """Compare the versions of Python and packages with the bounds in the metadata of the installed tarflow-scale."""
     try:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
@@ -41,31 +42,24 @@ def packages() -> list[Finding]:
         cures.append(f"a Python {python}")
     needed = [package for package in asked if package.marker is None or package.marker.evaluate({"extra": ""})]
     for package in needed:
-        version = _version(package.name)
+        version = installed_version(package.name)
         if version is None or not package.specifier.contains(version, prereleases=True):
             wrong.append(f"{package.name} {version or 'none'} is not {package.specifier}")
             cures.append(f"'{package.name}{package.specifier}'")
     if wrong:
         return [failed("packages", ", ".join(wrong), f"pip install {' '.join(cures)}")]
-    shown = ", ".join(f"{name} {_version(name)}" for name in _SHOWN)
+    shown = ", ".join(f"{name} {installed_version(name)}" for name in _SHOWN)
     return [ok("packages", f"Python {platform.python_version()}; {len(needed)} packages within bounds ({shown})")]
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
-    """Torchvision and devices in one check, because importing torch takes seconds."""
+    """Check torchvision and devices together, because importing torch takes seconds."""
     gpus = cluster.num_workers * cluster.gpus_per_worker if cluster and cluster.address in (None, "local") else 0
     return [_torchvision(), _devices(parallelism.precision, gpus)]
 
 
 def _torchvision() -> Finding:
-    """Check that torchvision's operators run; a build for another torch has none that do."""
+    """Check that an operator of torchvision works; in a build for another version of torch, none does."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -78,7 +72,7 @@ def _torchvision() -> Finding:
         return failed("torchvision", f"does not work with torch {torch.__version__} ({error})", advice)
     if kept != [0, 2]:
         return failed("torchvision", f"computes wrong results with torch {torch.__version__} ({kept})", advice)
-    return ok("torchvision", f"{_version('torchvision')} works with torch {torch.__version__}")
+    return ok("torchvision", f"{installed_version('torchvision')} works with torch {torch.__version__}")
 
 
 def _devices(precision: str, gpus_wanted: int) -> Finding:
@@ -120,17 +114,17 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 
 def compiler() -> list[Finding]:
-    """Check that C++ compiles with Python's headers: DeepSpeed builds operators, torch.compile builds kernels."""
+    """Check that C++ compiles with the headers of Python, which DeepSpeed and torch.compile need."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
         text = os.environ.get(variable)
         try:
             command = shlex.split(text or name)
         except ValueError as error:
-            problem = f"{variable}={text} is no command ({error})"
+            problem = f"{variable}={text} is not a command ({error})"
             return [failed("compiler", problem, f"correct its quotes, or unset {variable}")]
         if text and command != [name] and not (command and shutil.which(command[0])):
-            problem = f"{variable}={text} names no command on the PATH"
+            problem = f"{variable}={text} is not a command on the PATH"
             return [failed("compiler", problem, f"correct {variable} or unset it")]
         commands[name] = command
     advice = "install them, e.g. apt-get install gcc g++"
@@ -148,7 +142,7 @@ def compiler() -> list[Finding]:
 
 
 def _compile(command: list[str], source: str) -> str:
-    """The compiler's first error; empty if there is none."""
+    """The first error message of the compiler; empty if the source compiles."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")

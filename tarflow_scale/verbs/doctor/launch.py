@@ -1,4 +1,4 @@
-"""Find environment variables that would make NCCL, gloo or the rendezvous of ranks hang."""
+"""Check environment variables that would make NCCL, gloo or the rendezvous of ranks hang."""
 
 import errno
 import os
@@ -19,12 +19,12 @@ _LOOPBACK = "lo"
 
 
 def environment() -> list[Finding]:
-    """The first problem, or the variables that are set."""
+    """Report the first problem; without problems, the variables that are set."""
     for look in (_interfaces, _rendezvous, _counts):
         if finding := look():
             return [finding]
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
-        problem = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so the other ranks of a lost rank wait forever"
+        problem = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so if a rank dies, the others wait forever"
         return [warning("launch", problem, "unset it")]
     for name, meaning in _SLOW.items():
         if os.environ.get(name) == "1":
@@ -37,7 +37,10 @@ def environment() -> list[Finding]:
 
 
 def _interfaces() -> Finding | None:
-    """Check network interfaces. NCCL takes prefixes, ``=`` for names, ``^`` for exclusions; gloo takes names."""
+    """Check the variables that select network interfaces.
+
+    NCCL's variable has prefixes of names, or names after ``=``; ``^`` excludes them. Gloo's variable has names.
+    """
     there = [name for _, name in socket.if_nameindex()]
     far = distributed.world_size() > distributed.local_world_size()
     for variable, exact in (("NCCL_SOCKET_IFNAME", False), ("GLOO_SOCKET_IFNAME", True)):
@@ -47,7 +50,7 @@ def _interfaces() -> Finding | None:
         advice = f"name one of {', '.join(there)}, or unset it"
         matching = [name for name in there if name in asked.split(",")] if exact else _matching(asked, there)
         if not matching or (exact and len(matching) < len(asked.split(","))):
-            return failed("launch", f"{variable}={asked} is no network interface of this machine", advice)
+            return failed("launch", f"{variable}={asked} is not a network interface of this machine", advice)
         if far and matching == [_LOOPBACK]:
             return failed("launch", f"{variable}={asked} cannot reach ranks on other machines", advice)
     return None
@@ -79,7 +82,7 @@ def _rendezvous() -> Finding | None:
     if not port:
         return None
     if not (port.isdigit() and 0 < int(port) < 2**16):
-        return failed("launch", f"MASTER_PORT={port} is no port", "give a number from 1024 to 65535")
+        return failed("launch", f"MASTER_PORT={port} is not a port", "give a number from 1024 to 65535")
     if distributed.rank() != 0 or distributed.agent_serves_store():
         return None
     if reason := _taken(int(port)):

@@ -1,4 +1,4 @@
-"""Checks of the operating system: cores, shared memory, limits, a writable home, temporary space."""
+"""Checks of the operating system: cores, shared memory, limits, home folder, temporary space."""
 
 import os
 import re
@@ -16,16 +16,16 @@ __all__ = ["home", "limits", "nearest", "shared_memory", "temporary", "threads"]
 
 _GIB, _MIB = 1024**3, 1024**2
 _THREAD_COUNTS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")
-"""OpenMP accepts one number for each level of nested regions."""
+"""Values of OMP_NUM_THREADS that OpenMP accepts: a number, or one for each level of nested regions."""
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux's own place
 _ROOMY_SHARED_BYTES = _GIB
 _FEW_FILES, _FEWEST_FILES = 1024, 256
 _SOCKET_PATH_BYTES = 107
-"""The longest path of a Unix socket on Linux."""
+"""Maximum length of the path of a Unix socket on Linux."""
 _RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
-"""The longest path that Ray makes below its temporary folder."""
+"""The longest path of a socket that Ray makes below its temporary folder."""
 _FULL_SHARE = 0.95
-"""Fraction of used disk space above which Ray stops writing to the disk."""
+"""Share of used disk space above which Ray stops writing to the disk."""
 _LEAST_BYTES = _GIB
 
 
@@ -40,7 +40,7 @@ def threads(asked: int) -> list[Finding]:
     share = max(1, cores // ranks)
     advice = f"set it to {share}" if asked or ranks > 1 else f"set it to {share}, or unset it"
     if given is not None and not _THREAD_COUNTS.fullmatch(given):
-        return [failed("threads", f"OMP_NUM_THREADS is no number of threads ({given!r})", advice)]
+        return [failed("threads", f"OMP_NUM_THREADS is not a number of threads ({given!r})", advice)]
     used = num_threads(asked, ranks)
     source = f"training.threads={asked}" if asked else f"OMP_NUM_THREADS={given}" if given else "an equal share"
     if used > cores:
@@ -66,7 +66,7 @@ def shared_memory() -> list[Finding]:
 
 
 def limits() -> list[Finding]:
-    """Check the number of files that a process may open; Ray and readers of stores open many."""
+    """Check the number of files that a process may open; Ray and clients of stores open many files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = f"ulimit -n {min(65536, hard) if hard > 0 else 65536}"
     if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
@@ -77,7 +77,7 @@ def limits() -> list[Finding]:
 
 
 def home() -> list[Finding]:
-    """Check that the caches of DeepSpeed's operators and of Triton's kernels can be written."""
+    """Check that the cache folders of DeepSpeed's operators and Triton's kernels can be written."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or caches / "torch_extensions")
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton")
@@ -93,7 +93,7 @@ def home() -> list[Finding]:
 
 
 def temporary(place: Path) -> list[Finding]:
-    """Check Ray's temporary folder: paths of sockets that are too long, or a full disk.
+    """Check Ray's temporary folder: length of the paths of sockets, write access, free space.
 
     Args:
         place: `tarflow_scale.pool.temporary_folder`.
@@ -126,7 +126,7 @@ def nearest(place: Path) -> Path:
 
 
 def _unwritable(place: Path) -> str:
-    """Why the folder, or the nearest parent that exists, cannot be written; empty if it can."""
+    """The error of writing to the folder, or to its nearest parent that exists; empty if writing succeeds."""
     place = place.expanduser().absolute()
     try:
         existing = next(path for path in (place, *place.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""Checks of the places that jobs read and write: the disk of the run folder, data sets, stores, extractor weights."""
+"""Checks of what jobs read and write: the disk of the run folder, data sets, stores, weights of extractors."""
 
 import os
 import shutil
@@ -24,10 +24,10 @@ _LEAST_BYTES = _GIB
 """Free space that the run folder needs if the configuration describes no run."""
 _SMALL_BYTES, _LARGE_BYTES = 1024**2, 32 * 1024**2
 _QUICK_SECONDS = 0.5
-"""The large file is not written if the small one took longer, because it would take a minute."""
+"""The large file is written only if writing the small one took less time; otherwise it would take about a minute."""
 _PROBE_KEYS = 20
 _SKEW_SECONDS = 60.0
-"""With a larger difference of clocks the ages of files mean nothing; S3 refuses requests at 15 minutes."""
+"""Largest accepted difference of clocks: ages of files would be meaningless. S3 refuses requests at 15 minutes."""
 
 
 def disk(
@@ -37,7 +37,7 @@ def disk(
     training: TrainingConfig | None,
     checkpoint: CheckpointConfig | None,
 ) -> list[Finding]:
-    """Free space at the run folder, compared with the checkpoints of the run if the configuration describes one."""
+    """Compare the free space at the run folder with the size of the checkpoints of the run, if one is described."""
     place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
     needed, reason = _LEAST_BYTES, "at least"
@@ -52,7 +52,7 @@ def disk(
 def _checkpoint_bytes(
     data: DataConfig, model: ModelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[int, str]:
-    """Bytes of all checkpoints that a run keeps, and a reason in words."""
+    """Size of all checkpoints that a run keeps, and a text that explains it."""
     from tarflow_scale.shards.manifest import read_manifest
 
     try:
@@ -66,7 +66,7 @@ def _checkpoint_bytes(
     with torch.device("meta"):
         flow = flow_of(model, seen_by_model(manifest, data.augmentation.crop_pixels))
     num_parameters = sum(parameter.numel() for parameter in flow.parameters())
-    # fp32 weights, two moments of the optimizer, and the averages.
+    # fp32 weights, two moments of the optimizer, and the moving averages
     each = 4 * num_parameters * (3 + len(training.ema_half_life_images))
     kept = checkpoint.keep_last + 1  # the newest is complete before the oldest is removed
     if checkpoint.keep_every_images is not None:
@@ -76,9 +76,7 @@ def _checkpoint_bytes(
 
 def data_set(key: str, path: str) -> list[Finding]:
     """Check that the manifest can be read, and that the first shard has the size in the manifest."""
-    from tarflow_scale.shards.manifest import (
-        read_manifest,
-    )  # imported here, because numpy starts threads and checks are forks
+    from tarflow_scale.shards.manifest import read_manifest  # here, as numpy starts threads, and checks are forks
 
     manifest = read_manifest(path)
     first = manifest.shards[0]
@@ -90,18 +88,18 @@ def data_set(key: str, path: str) -> list[Finding]:
 
 
 def trial_folder(path: str) -> str:
-    """A folder for a check in a store; for a local path that does not exist, in its nearest existing parent."""
+    """Name of a temporary folder in a store; for a local path that does not exist, in its nearest existing parent."""
     place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 
 
 def store(key: str, path: str, folder: str) -> list[Finding]:
-    """Check a store: write, read and list files, measure speed, concurrent creation and the clock; remove the files.
+    """Check a store: write, read and list files, create files concurrently, measure the speed and compare the clocks.
 
     Args:
         key: key of the configuration.
         path: value of the key.
-        folder: `trial_folder` of the path; a caller that ends this check early must remove it.
+        folder: `trial_folder` of the path. It is removed at the end; if the check is killed, the caller must remove it.
     """
     try:
         written, read = _speeds(folder)
@@ -122,7 +120,7 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
         storage.remove_tree(folder)
     if winners is not None:
         return [winners]
-    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, one winner of many writers"
+    speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, safe for concurrent writers"
     if abs(skew) > _SKEW_SECONDS:
         return [warning("store", f"{speed}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
     return [ok("store", speed)]
@@ -135,11 +133,11 @@ def registry(path: str) -> list[Finding]:
 
 
 def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """The findings of `store` for a registry; a warning if it can only be read, because some jobs need no more.
+    """Check a registry as a store; if it can only be read, this is a warning, because some jobs only read it.
 
     Args:
         path: path of the registry.
-        look: `store` with its arguments.
+        look: calls `store`.
     """
     try:
         return look()
@@ -154,7 +152,7 @@ def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Find
 
 
 def _speeds(folder: str) -> tuple[float, float]:
-    """Bytes a second, written and read."""
+    """Measure the speed of writing and reading a file, in bytes per second."""
     location, size = storage.join(folder, "bytes"), _SMALL_BYTES
     while True:
         content = os.urandom(size)
@@ -174,7 +172,7 @@ def _speeds(folder: str) -> tuple[float, float]:
 
 def _one_winner(path: str, folder: str) -> Finding | None:
     marker = Store(path).marker()
-    if marker is not None and marker.single_writer:  # declared when the registry was made
+    if marker is not None and marker.single_writer:  # promised when the registry was made
         return None
     try:
         Store(folder).probe(_PROBE_KEYS)
@@ -184,12 +182,12 @@ def _one_winner(path: str, folder: str) -> Finding | None:
 
 
 def weights(config: CheckedMetricsConfig | None) -> list[Finding]:
-    """Check that the weights of extractors exist and have the right sha256."""
+    """Check that the weights of extractors exist and have the required SHA-256."""
     protocols = [load_protocol(path) for path in config.protocols] if config else []
     named = [protocol for protocol in protocols if getattr(protocol, "extractor", "pixels") != "pixels"]
     given = config.extractor_weights if config else {}
     if not named and not given:
-        return [skipped("weights", "metrics.protocols and metrics.extractor_weights name none")]
+        return [skipped("weights", "metrics.protocols and metrics.extractor_weights are not set")]
     from tarflow_scale.metrics.features import published_digest, weights_digest
 
     digests: dict[str, str] = {}

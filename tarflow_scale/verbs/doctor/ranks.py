@@ -1,4 +1,4 @@
-"""Checks that ranks reach each other: the ranks of a launcher, or a few ranks that the check starts."""
+"""Check that ranks reach each other: the ranks of a launcher, or a few ranks that this check starts."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ _SHOWN = 8
 
 
 def collectives(config: RanksConfig) -> list[Finding]:
-    """Run a roll call."""
+    """Run a roll call and report its result."""
     seconds = config.timeout_seconds
     if "RANK" not in os.environ:
         if config.num_ranks == 0:

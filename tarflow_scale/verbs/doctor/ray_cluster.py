@@ -1,4 +1,4 @@
-"""Check of the Ray cluster: its versions, nodes and resources. It starts no work."""
+"""Check of the Ray cluster: versions, nodes and resources. It starts no work."""
 
 import platform
 from importlib import metadata
@@ -11,9 +11,9 @@ __all__ = ["reach"]
 
 
 def reach(config: ClusterConfig | None) -> list[Finding]:
-    """Check address, token, versions, that this machine is a node, and resources for the workers."""
+    """Check that the cluster answers, accepts our token, has our versions, this node, and resources for the workers."""
     if config is None or config.executor == "local" or config.address in (None, "local"):
-        return [skipped("cluster", "cluster.address names none; work is done on this machine")]
+        return [skipped("cluster", "cluster.address is not set, so work runs on this machine")]
     assert config.address is not None
     state = look_at(config.address)
     if state is None:
@@ -24,14 +24,14 @@ def reach(config: ClusterConfig | None) -> list[Finding]:
         return [failed("cluster", f"{config.address} runs {there}, and here is {here}", "install the same on both")]
     if not state.here:
         advice = f"join it with 'ray start --address={config.address}', or use ray://HOST:10001"
-        return [failed("cluster", f"this machine is no node of {config.address}", advice)]
+        return [failed("cluster", f"this machine is not a node of {config.address}", advice)]
     workers = config.num_workers
     for name, each, got in (
         ("CPU", config.cpus_per_worker, state.num_cpus),
         ("GPU", config.gpus_per_worker, state.num_gpus),
     ):
         if workers * each > got:
-            found = f"{config.address} has {got:g} {name}s for {workers} workers of {each}"
-            return [failed("cluster", found, f"lower cluster.num_workers or cluster.{name.lower()}s_per_worker")]
+            problem = f"{config.address} has {got:g} {name}s for {workers} workers of {each}"
+            return [failed("cluster", problem, f"lower cluster.num_workers or cluster.{name.lower()}s_per_worker")]
     nodes = f"{state.num_nodes} node{'s' if state.num_nodes > 1 else ''}"
     return [ok("cluster", f"{config.address}: {there}, {nodes}, {state.num_cpus:g} CPUs, {state.num_gpus:g} GPUs")]

@@ -1,21 +1,17 @@
-"""Verb ``models``: look at a registry, and add events to its logs. No command loads weights as a model.
+"""Verb ``models``: inspect a registry, and add events to its logs. None of these commands builds a model from weights.
 
-A registry is a folder or bucket: ``<model>/_log/<n>.json`` are the events, ``blobs/sha256/<digest>`` the files.
-``init`` tests that exactly one of many concurrent writers wins, and ``command.shared=group`` lets a group use the
-registry, whatever the umask of each writer. ``list``, ``show`` and ``diff`` only read. ``verify`` reads every event and
-file. ``alias``, ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version
-needs, and removes them with ``command.delete=true``. ``export`` and ``import`` are in
-`tarflow_scale.verbs.models.exchange`. Events are added, never changed, so a killed command did all or nothing; run a
-killed ``collect`` again.
+`tarflow_scale.config.models` describes a registry. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
+``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version needs, and deletes
+them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events are
+added, never changed, so a command that is killed has done all of its work or none. Run a killed ``collect`` again.
 """
 
 import json
-from typing import Any
 
 from tarflow_scale import storage
 from tarflow_scale.config.models import BrowseConfig, ModelsConfig
 from tarflow_scale.errors import ConfigError, RegistryError, StorageError
-from tarflow_scale.records import MetricsReport, ModelVersion
+from tarflow_scale.records import MetricsReport, ModelVersion, leaves
 from tarflow_scale.registry import Registry, Store, collection, readable_models, resolve
 from tarflow_scale.runtime import console
 
@@ -39,9 +35,9 @@ _MIB = 1024**2
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
-    """Print every version of every model of the registry (or of the one named), newest first, with its numbers.
+    """Print all versions of all models of the registry, or of ``registry.model``, newest first, with their numbers.
 
-    A model that cannot be read is left out, with a warning.
+    Warns about a model that cannot be read, and leaves it out.
     """
     del dry_run  # nothing is written
     rows: list[tuple[str, ...]] = []
@@ -60,8 +56,8 @@ def list_models(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def show(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the origin of one version, its numbers and its history."""
-    from tarflow_scale.shards.events import event_of  # imports NumPy, which other commands do without
+    """Print the origin, the numbers and the history of a version."""
+    from tarflow_scale.shards.events import event_of  # imported here, because NumPy is slow to import
 
     del dry_run  # nothing is written
     registry = _registry(config.registry)
@@ -94,23 +90,23 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
         rows.append((f"decoding on {plan.device}", f"{speed} at batch {plan.batch_size}, error {plan.max_error:.1e}"))
     print(console.table(rows, ("what", "value")))
     history = [
-        (str(fact.number), fact.time, fact.kind, fact.actor, fact.reason)
-        for fact in state.history
-        if fact.version == number
+        (str(event.number), event.time, event.kind, event.actor, event.reason)
+        for event in state.history
+        if event.version == number
     ]
     print()
     print(console.table(history, ("event", "time", "what", "who", "why")))
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the settings and numbers in which a version differs from another, by default the champion."""
+    """Print the settings and numbers that differ between a version and ``command.other``, by default the champion."""
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()
     other = resolve(state, config.command.other or "champion", registry.model)
     version = resolve(state, config.registry.version, registry.model)
     names = tuple(f"{registry.model}@{side.version}" for side in (other, version))
-    sides = [_flat(_configuration(registry, side)) | _provenance(side) for side in (other, version)]
+    sides = [_configuration(registry, side) | _provenance(side) for side in (other, version)]
     keys = sorted(set(sides[0]) | set(sides[1]))
     rows = [(key, *(side.get(key, "-") for side in sides)) for key in keys if sides[0].get(key) != sides[1].get(key)]
     print(console.table(rows, ("configuration", *names)) if rows else f"{' and '.join(names)} have equal settings")
@@ -124,7 +120,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     """Read every event of every log and every file that a version needs, and check all digests.
 
     Raises:
-        RegistryError: something is missing or damaged; every problem is printed first.
+        RegistryError: an event or file is missing or damaged. All problems are printed before.
     """
     del dry_run  # nothing is written
     path, problems, needed = config.registry.path, list[str](), dict[str, str]()
@@ -142,7 +138,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
             if number not in state.collected:
                 for name, record in collection.named_by(state, number):
                     needed.setdefault(record.sha256, f"{name} of {model}@{number}")
-    with console.progress_bar(len(needed), "verify", unit="files") as bar:
+    with console.ProgressBar(len(needed), "verify", unit="files") as bar:
         problems += Store(path).problems(needed, lambda _: bar.update(1))
     for problem in problems:
         print(console.printable(problem))
@@ -155,17 +151,17 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: test that one of many concurrent writers wins, and record who may use its files.
+    """Make a registry: test that exactly one of many concurrent writers wins, and record who may use its files.
 
     Raises:
-        RegistryError: several writers won, and no single writer was promised; or the store has no file modes, or holds
-            files of other users.
+        RegistryError: several writers won, and ``command.single_writer`` is not set; or ``command.shared`` is set, and
+            the store has no file modes or contains files of other users.
     """
     if dry_run:
-        print(f"dry run: would try create-if-absent below {config.registry.path}")
+        print(f"dry run: would test create-if-absent below {config.registry.path}")
         return
     marker = Store(config.registry.path).init(config.command.single_writer, config.command.shared)
-    how = "one process alone may write" if marker.single_writer else marker.checked or "a local file system"
+    how = "only one process may write" if marker.single_writer else marker.checked or "a local file system"
     if marker.shared != "umask":
         group = storage.group_of(storage.local(config.registry.path))
         how += f"; group {group} may read and write{', all may read' if marker.shared == 'all' else ''}"
@@ -173,9 +169,10 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Point an alias that no gate guards (``command.alias``) to a version.
+    """Move ``command.alias``, which no gate may guard, to a version.
 
     Raises:
+        ConfigError: ``command.alias`` is missing or not allowed.
         RegistryError: a gate guards the alias, the version does not exist, or another process moved the alias.
     """
     name = config.command.alias
@@ -194,10 +191,10 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def approve(config: ModelsConfig, dry_run: bool) -> None:
-    """Say, as the present user, that a version may be promoted.
+    """Approve a version for promotion, in the name of the present user.
 
     Raises:
-        RegistryError: there is no such version, it is retired, or this user approved it before.
+        RegistryError: the version does not exist, is retired, or was approved by this user before.
     """
     registry = _registry(config.registry)
     version = registry.resolve(config.registry.version).version
@@ -208,11 +205,11 @@ def approve(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def retire(config: ModelsConfig, dry_run: bool) -> None:
-    """Take a version out of use; after the grace period its files may be collected.
+    """Take a version out of use; after the grace period ``collect`` may delete its files.
 
     Raises:
         ConfigError: no reason is given.
-        RegistryError: an alias points to it, there is no such version, or it is retired already.
+        RegistryError: the version does not exist, has an alias, or is already retired.
     """
     if not config.command.reason:
         raise ConfigError("retire needs a reason, which is stored (got none); set command.reason")
@@ -226,10 +223,10 @@ def retire(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def rollback(config: ModelsConfig, dry_run: bool) -> None:
-    """Point an alias (``registry.version``) back to its previous version.
+    """Move the alias in ``registry.version`` back to its previous version.
 
     Raises:
-        RegistryError: it is not an alias, or has no previous version.
+        RegistryError: ``registry.version`` is not an alias, or the alias has no previous version.
     """
     name, registry = config.registry.version, _registry(config.registry)
     if not isinstance(name, str) or name == "latest":
@@ -243,7 +240,7 @@ def rollback(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def collect(config: ModelsConfig, dry_run: bool) -> None:
-    """List files that no version needs any more; with ``command.delete=true`` remove them.
+    """List files that no version needs any more; with ``command.delete=true`` delete them.
 
     Raises:
         RegistryError: there is no registry, a log is damaged, or the grace period is too short.
@@ -277,7 +274,7 @@ def _numbers(reports: list[MetricsReport]) -> str:
 
 
 def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
-    """The newest number by every protocol id."""
+    """The newest number for each protocol id."""
     return {
         f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
         + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")
@@ -290,14 +287,16 @@ def _images(version: ModelVersion) -> str:
     return "unknown" if version.images_seen is None else f"{version.images_seen:,}"
 
 
-def _configuration(registry: Registry, version: ModelVersion) -> dict[str, Any]:
+def _configuration(registry: Registry, version: ModelVersion) -> dict[str, str]:
+    """The settings of a version as JSON, by ``section.key``; empty if they are not stored."""
     if version.configuration is None or version.version in registry.state().collected:
         return {}
-    return json.loads(registry.read("configuration", version.configuration))
+    settings = json.loads(registry.read("configuration", version.configuration))
+    return {key: json.dumps(value) for key, value in leaves(settings) if value != {}}
 
 
 def _provenance(version: ModelVersion) -> dict[str, str]:
-    """What may differ besides settings."""
+    """Properties, besides the settings, in which versions can differ."""
     return {
         "(code)": version.git_commit,
         "(data manifest)": version.trained_on.digest[:12],
@@ -306,14 +305,3 @@ def _provenance(version: ModelVersion) -> dict[str, str]:
         "(averaged over)": f"{version.ema_half_life_images} images",
         **{f"(package {name})": package for name, package in version.packages.items()},
     }
-
-
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    """Nested settings as ``section.key``."""
-    if isinstance(value, dict):
-        return {
-            key: text
-            for name, inner in value.items()
-            for key, text in _flat(inner, f"{path}.{name}" if path else name).items()
-        }
-    return {path: json.dumps(value)} if path else {}

@@ -1,12 +1,12 @@
 """Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
 
-The folder holds ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (samples of a
-report, or drawn for the card) and ``version.json``, which has everything else that the registry knows and is written
-last. An import checks everything before it stores anything: safetensors with the recorded digest, no pickle, no name
-that leaves the folder.
+The folder contains ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (from a
+report, or drawn for the card) and ``version.json``, which contains the record of the registry and is written last. An
+import checks all files before it stores any: safetensors with the recorded digest, no pickle, no name that leads out of
+the folder.
 
 ``export`` writes to ``command.path``, a folder or URL that must be empty or absent; ``import`` reads it and registers
-the version as ``registry.model``. Importing the same version twice adds no second version; run a killed import again.
+the version as ``registry.model``. Importing the same version twice adds no second version. Run a killed import again.
 """
 
 import json
@@ -36,13 +36,14 @@ __all__ = ["export_version", "import_version"]
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
-"""Samples drawn for a card: columns, most columns where each shows one class, and most samples."""
+"""Samples drawn for a model card: number of columns; maximum number of columns with one class each; maximum number of
+samples."""
 _MOST_HEADER_BYTES = 100 * 1024**2
 """The longest header that the safetensors library reads."""
 
 
 class _ExportedVersion(Record):
-    """What ``version.json`` holds."""
+    """Content of ``version.json``."""
 
     format: int = Field(ge=1, le=_FORMAT)
     model: str
@@ -55,8 +56,8 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
 
     Raises:
         ConfigError: no path or no model is given.
-        DataError: the folder holds files.
-        RegistryError: there is no such version, or one of its files is damaged.
+        DataError: the folder contains files.
+        RegistryError: the version does not exist, or one of its files is damaged.
     """
     path, model = _path_and_model(config.registry, config.command)
     registry = Registry(config.registry.path, model)
@@ -91,14 +92,14 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
     Raises:
         ConfigError: no path or no model is given.
-        DataError: there is no exported version, it is damaged, or it is not safetensors and JSON.
+        DataError: the folder contains no exported version, or files that are damaged or not safetensors and JSON.
     """
     path, model = _path_and_model(config.registry, config.command)
     location = storage.join(path, _VERSION)
     content = storage.read_if_there(location)
     if content is None:
         raise DataError(
-            f"{path} is no exported version (no {_VERSION}); weights of apple/ml-tarflow go through the verb convert"
+            f"{path} is not an exported version (no {_VERSION}); for weights of apple/ml-tarflow use the verb convert"
         )
     exported = _ExportedVersion.from_json(content, location, DataError)
     version, files = exported.version, _files(path, exported.version)
@@ -106,7 +107,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
     attach_renderer(flow, files, path)
     print(f"{path}: {exported.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
     if dry_run:
-        print(f"dry run: would become a version of {model}")
+        print(f"dry run: it would become a version of {model}")
         return
     configuration = None
     if version.configuration is not None:
@@ -126,7 +127,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """The first samples of seed 0 with their classes, a column a class if they are few; None if sampling fails."""
+    """A picture of the first samples of seed 0, with one class per column if there are few; None if sampling fails."""
     names = version.trained_on.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -152,13 +153,13 @@ def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str,
 
 
 def _portable(report: MetricsReport) -> MetricsReport:
-    """A report without the files that only its registry holds."""
+    """The report without references to files that are only in its registry."""
     metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
     return report.model_copy(update={"grid": None, "metrics": metrics})
 
 
 def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
-    """The files of the flow, checked against the exported version."""
+    """Read the files of the flow, and check them against the exported record."""
     if set(version.files) - set(AUTOENCODER_FILES) != {WEIGHTS_NAME, CONFIG_NAME}:
         raise DataError(
             f"{path}/{_VERSION} must name {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export it "
@@ -177,18 +178,16 @@ def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
 
 def _check_safetensors(location: str, content: bytes) -> None:
     if content.startswith((b"PK", b"\x80")):
-        raise DataError(
-            f"{location} holds a pickle, which is never read; convert it to safetensors with the verb convert"
-        )
+        raise DataError(f"{location} is a pickle, which is never read; convert it to safetensors with the verb convert")
     length = int.from_bytes(content[:8], "little")
     if length > min(_MOST_HEADER_BYTES, max(0, len(content) - 8)):
         raise DataError(f"{location} has a header of {length} bytes (file: {len(content)}); it is damaged or hostile")
     try:
         header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{location} is no safetensors file ({error}); export it again") from error
+        raise DataError(f"{location} is not a safetensors file ({error}); export it again") from error
     if not isinstance(header, dict):
-        raise DataError(f"{location} is no safetensors file (its header is no object); export it again")
+        raise DataError(f"{location} is not a safetensors file (its header is not an object); export it again")
 
 
 # -- the model card ----------------------------------------------------------------------------------------------------
@@ -199,7 +198,7 @@ _TASKS = {"images": "unconditional-image-generation", "vectors": "tabular-densit
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
-    """Markdown with the metadata that model hubs read; ``given`` counts the numbers that condition the flow."""
+    """The model card: Markdown with the metadata that model hubs read. ``given`` is the number of condition values."""
     newest = {
         metric.protocol_id: metric
         for report in state.reports.get(version.version, [])
@@ -264,7 +263,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
 
 
 def _index(model: str, version: ModelVersion, task: str, metrics: list[MetricValue]) -> list[str]:
-    """The numbers as hubs index them; JSON is YAML."""
+    """The metrics in the format that model hubs index. They are written as JSON, which is also valid YAML."""
     if not metrics:
         return []
     results: list[dict[str, Any]] = [

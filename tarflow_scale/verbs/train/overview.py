@@ -52,7 +52,7 @@ def print_overview(
         ("activations", f"about {memory.activations / _GIB:.3f} GiB a rank ({parallelism.activations})"),
         (
             "memory",
-            f"about {memory.total / _GIB:.3f} GiB a rank at its peak ({memory.moment}), besides Python and "
+            f"about {memory.total / _GIB:.3f} GiB a rank at its peak ({memory.phase}), besides Python and "
             f"PyTorch (1 GiB on a CPU); the verb plan says more",
         ),
         ("loader", f"at most {loader / _GIB:.4f} GiB a rank (slots x 2 blocks x bytes per sample)"),
