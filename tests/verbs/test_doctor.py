@@ -28,7 +28,7 @@ from tarflow_scale.config.doctor import CHECKS, DoctorConfig
 from tarflow_scale.verbs.doctor.launch import environment
 from tarflow_scale.verbs.doctor.machine import home
 from tests.conftest import TOP, Trained
-from tests.forking import HANG_SECONDS
+from tests.forking import HANG_SECONDS, start
 from tests.other_users import ALICE, needs_root, run_as
 
 SLOW = ("ranks", "torch", "weights", "cluster")
@@ -590,12 +590,10 @@ def test_ranks_of_a_launcher_are_checked_as_they_would_train(machine: Machine) -
 def test_ranks_that_no_agent_started_do_not_lose_the_store_of_rank_0() -> None:
     here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tarflow_scale", "doctor", "checks.only=[launch, ranks]"],
-            cwd=TOP,
-            env=os.environ | here | {"RANK": rank, "LOCAL_RANK": rank},
+        start(
+            *("doctor", "checks.only=[launch, ranks]"),
+            environment=here | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
-            text=True,
         )
         for rank in ("0", "1")
     ]
