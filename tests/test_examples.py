@@ -79,14 +79,7 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_posterior() -> None:
-    result = subprocess.run(
-        [sys.executable, "launch/examples/posterior.py"],
-        cwd=TOP,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # more threads wait for each other where cores are busy
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = command(module="launch.examples.posterior")
     assert result.returncode == 0, result.stderr
     (means,) = re.findall(r"mean \[(.*)\], standard", result.stdout)
     assert [float(mean) for mean in means.split(",")] == pytest.approx([0.0, 1.125], abs=0.4)  # E x, E x^2 / 2
@@ -123,6 +116,18 @@ SMALLER = {
 }
 
 
+def torchrun(folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", *command],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path) -> None:
@@ -143,15 +148,7 @@ def test_own_images_go_all_the_way_by_the_commands_of_the_readme(tmp_path: Path)
     for line in lines:
         verb = "train" if line[0].startswith("launch/") else line[1]
         more = [] if line[2].startswith("--") else SMALLER[verb]
-        result = subprocess.run(
-            ["bash", *line, *more] if verb == "train" else [sys.executable, "-m", "tarflow_scale", *line[1:], *more],
-            cwd=tmp_path,
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            timeout=HANG_SECONDS,
-            check=False,
-        )
+        result = torchrun(tmp_path, *line, *more) if verb == "train" else command(*line[1:], *more, cwd=tmp_path)
         assert result.returncode == 0, f"{line}: {result.stdout}{result.stderr}"
         assert "Warning" not in result.stderr, result.stderr
     with Image.open(tmp_path / "runs/mine-generated/grid.png") as picture:

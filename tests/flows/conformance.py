@@ -59,17 +59,20 @@ def check_sample_density(flow: Flow, z: Tensor, y: Tensor | None, tolerance: flo
 
 @torch.no_grad()
 def check_density_integrates_to_one(flow: Flow) -> None:
-    """By trapezoids in two dimensions; by 131,072 quasi-random points of a Sobol sequence in more."""
+    """By trapezoids in two dimensions; by 32,768 quasi-random points of a Sobol sequence in more.
+
+    The sums of the flows of the catalogue are within 2e-4 of 1, most within 1e-5.
+    """
     bound = None if flow.logit_alpha is None else 1 / (1 - 2 * flow.logit_alpha)
     if flow.num_dims == 2:
-        end, points = (7.0, 281) if bound is None else (bound - 1e-9, 501)
+        end, points = (7.0, 141) if bound is None else (bound - 1e-9, 201)
         axis = torch.linspace(-end, end, points, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis).reshape(-1, *flow.event_shape)
         total = sum(float(flow.log_prob(part).exp().sum()) for part in grid.split(100_000))
         total *= (2 * end / (points - 1)) ** 2
         assert abs(total - 1) < 1e-3, total
         return
-    u = torch.quasirandom.SobolEngine(flow.num_dims, scramble=True, seed=0).draw(2**17, dtype=torch.float64)
+    u = torch.quasirandom.SobolEngine(flow.num_dims, scramble=True, seed=0).draw(2**15, dtype=torch.float64)
     u = (2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)
     if bound is None:
         x = math.sqrt(2) * torch.erfinv(u)

@@ -171,7 +171,8 @@ def test_two_epochs_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "ranks"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)]
+    ("workers", "ranks"),
+    [(2, 1), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
 )
 def test_worker_processes_change_nothing(tmp_path: Path, workers: int, ranks: int) -> None:
     """Any number of them by turns in one process: `test_any_world_size_and_any_stop_give_the_same_global_batches`."""
