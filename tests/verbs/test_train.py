@@ -348,7 +348,7 @@ def test_too_many_corrupt_samples_stop_the_run_with_the_counts(digits: Path, tmp
         content[int(ShardSet(str(tmp_path / "train"))._index(0).offsets[sample]) + 3] ^= 1
     first.write_bytes(bytes(content))
     arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", f"data.path={tmp_path}/train")
-    result = command(*arguments, "data.num_workers=2")
+    result = command(*arguments, "data.num_workers=1")
     assert result.returncode == 2
     assert re.search(
         r"error: too many corrupt samples \(got 1[1-9] among \d+ read, allowed: data.max_corrupt_fraction=0.001\)",
