@@ -60,6 +60,7 @@ class Machine:
             "data.path": f"{self.data}/train",
             "store.path": f"{self.tmp}/store",
             "logging.path": f"{self.tmp}/run",
+            "checks.timeout_seconds": "1000",  # met by what hangs alone, on a machine of any speed
         }
 
     def package(self, name: str, version: str) -> None:
