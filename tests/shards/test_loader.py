@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -75,17 +76,18 @@ def loaders(
 
 
 def take(all_ranks: list[Loader], images_seen: int, steps: int) -> list[Batch]:
-    """Global batches, put together from all ranks."""
-    streams = [loader.batches(images_seen) for loader in all_ranks]
-    taken = [
-        Batch(
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("events", "labels", "samples", "epochs"))
-        )
-        for parts in islice(zip(*streams, strict=True), steps)
-    ]
-    for stream in streams:
-        stream.close()
-    return taken
+    """Global batches, put together from all ranks; worker processes of the streams end with it, whatever happens."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(loader.batches(images_seen))) for loader in all_ranks]
+        return [
+            Batch(
+                *(
+                    np.concatenate([getattr(p, name) for p in parts])
+                    for name in ("events", "labels", "samples", "epochs")
+                )
+            )
+            for parts in islice(zip(*streams, strict=True), steps)
+        ]
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
