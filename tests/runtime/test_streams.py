@@ -60,15 +60,26 @@ def test_a_data_set_is_packed_wherever_its_output_goes(
     assert (tmp_path / "packed/train/manifest.json").exists()
 
 
-@pytest.mark.parametrize("arguments", ["--help", "prepare --help", "plan"])
-def test_output_that_was_lost_is_an_error_for_what_only_prints(arguments: str) -> None:
-    if arguments == "plan":
-        arguments += " configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000"
-    result = shell(f'"$PYTHON" -m tarflow_scale {arguments} >/dev/full')
+PLAN = "plan configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        '"$PYTHON" -m tarflow_scale --help',
+        '"$PYTHON" -m tarflow_scale prepare --help',
+        f"{PREPARE} --dry-run",
+        pytest.param(f'"$PYTHON" -m tarflow_scale {PLAN}', marks=pytest.mark.slow),
+    ],
+    ids=["help", "help_of_a_verb", "dry_run", "plan"],
+)
+def test_output_that_was_lost_is_an_error_for_what_only_prints(command: str, images: str, tmp_path: Path) -> None:
+    variables = {"IMAGES": images, "DATA": str(tmp_path / "packed")}
+    result = shell(f"{command} >/dev/full", **variables)
     assert result.returncode == 2
     assert result.stderr.startswith(FULL)
     assert result.stderr.count("\n") == 1
-    assert shell(f'"$PYTHON" -m tarflow_scale {arguments} | true; exit ${{PIPESTATUS[0]}}').returncode == 0
+    assert shell(f"{command} | true; exit ${{PIPESTATUS[0]}}", **variables).returncode == 0
 
 
 def test_an_error_keeps_its_code_and_is_the_only_line() -> None:
