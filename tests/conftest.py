@@ -85,11 +85,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(
-    *arguments: str, ranks: int = 0, cwd: Path = TOP, environment: Mapping[str, str] | None = None, real: bool = False
+    *arguments: str,
+    module: str = "tarflow_scale",
+    ranks: int = 0,
+    cwd: Path = TOP,
+    environment: Mapping[str, str] | None = None,
+    real: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run ``tarflow-scale ARGUMENTS`` to its end; the rest is as in `tests.forking.start`."""
+    """Run ``python -m MODULE ARGUMENTS`` to its end; the arguments are those of `tests.forking.start`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start(*arguments, ranks=ranks, cwd=cwd, environment=environment, real=real, **pipes)
+    process = start(*arguments, module=module, ranks=ranks, cwd=cwd, environment=environment, real=real, **pipes)
     try:
         output, errors = process.communicate(timeout=HANG_SECONDS)
     finally:

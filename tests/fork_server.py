@@ -6,6 +6,7 @@ of ``SOCK_SEQPACKET``: a JSON object with three file descriptors in, the process
 child has ended.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -55,6 +56,8 @@ def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the tests, which end their processes
     _import_deepspeed()
+    # When training starts, by any optimizer, DeepSpeed imports Muon, and with it torch's compiler, in four seconds.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
     control = socket.socket(fileno=int(sys.argv[1]))
     control.send(b"ready")

@@ -38,8 +38,8 @@ _READ_AT_START = (
     "CUDA_",
 )
 """Variables that are read before a process could be told them after a fork."""
-_SET_IN_PASSING = {"TORCHINDUCTOR_CACHE_DIR", "DS_ACCELERATOR"}
-"""torch.compile and `start_process_group` set them in this process, to what every process sets by itself."""
+_SET_IN_PASSING = {"TORCHINDUCTOR_CACHE_DIR", "DS_ACCELERATOR", "GOMP_SPINCOUNT"}
+"""torch.compile, `start_process_group` and a pool set them in this process, to what every process sets by itself."""
 
 
 class _Forked(subprocess.Popen[str]):

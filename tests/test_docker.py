@@ -20,8 +20,6 @@ from tests.launching import DELETE, changed, check_understood, image_version, pi
 
 dockerfile_parse = pytest.importorskip("dockerfile_parse")
 
-pytestmark = pytest.mark.slow
-
 FOLDER = TOP / "docker"
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]

@@ -21,8 +21,6 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate")
 jsonschema = pytest.importorskip("jsonschema")
 referencing = pytest.importorskip("referencing")
 
-pytestmark = pytest.mark.slow
-
 FOLDER = TOP / "launch/kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 RELEASES = ("1.31", "1.37")

@@ -71,7 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     for name in ("given", "labelled"):
-        result = command(*train_arguments(folder, name, name))
+        short = ["training.total_images=12800", "logging.preview_every_images=12800"] if name == "labelled" else []
+        result = command(*train_arguments(folder, name, name, *short))
         assert result.returncode == 0, result.stderr
         assert cli.main(evaluate_arguments(folder, name, name)) == 0
     return folder

@@ -4,6 +4,7 @@ They are functions, so that `test_mutations` can show that they fail for broken 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,14 +17,19 @@ LOG_DET = 1e-8
 LOG_DETS_CANCEL = 1e-9
 
 
-def jacobian_log_det(function: object, x: Tensor) -> float:
-    """log|det| of the Jacobian of ``function`` at one sample ``x``, by autograd."""
-    jacobian = torch.autograd.functional.jacobian(function, x)
-    return float(torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet)
+def jacobian_log_det(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """log|det| of the Jacobian of ``function``, which takes batches, at one sample ``x``, by autograd.
+
+    Row i is the gradient of value i of copy i of the sample, so one backward pass gives all rows.
+    """
+    copies = x.expand(x.numel(), *x.shape).clone().requires_grad_()
+    (jacobian,) = torch.autograd.grad(function(copies).flatten(1).diagonal().sum(), copies)
+    return float(torch.linalg.slogdet(jacobian.flatten(1)).logabsdet)
 
 
-def one(y: Tensor | None, i: int) -> Tensor | None:
-    return None if y is None else y[i : i + 1]
+def copies_of(y: Tensor | None, i: int, like: Tensor) -> Tensor | None:
+    """Condition i for each sample of a batch."""
+    return None if y is None else y[i : i + 1].expand(len(like), *y.shape[1:])
 
 
 def check_flow_log_det(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float = LOG_DET) -> None:
@@ -32,7 +38,7 @@ def check_flow_log_det(flow: Flow, x: Tensor, y: Tensor | None, tolerance: float
         _, log_det = flow(x, y)
     assert log_det.shape == (len(x),)
     for i in range(len(x)):
-        expected = jacobian_log_det(lambda v, i=i: flow(v[None], one(y, i))[0][0], x[i])
+        expected = jacobian_log_det(lambda v, i=i: flow(v, copies_of(y, i, v))[0], x[i])
         assert abs(float(log_det[i]) - expected) < tolerance, (i, float(log_det[i]), expected)
 
 
@@ -52,24 +58,27 @@ def check_sample_density(flow: Flow, z: Tensor, y: Tensor | None, tolerance: flo
         x = flow.inverse(z, y)
         log_prob = flow.log_prob(x, y)
     for i in range(len(z)):
-        volume = jacobian_log_det(lambda v, i=i: flow.inverse(v[None], one(y, i))[0].flatten(), z[i])
+        volume = jacobian_log_det(lambda v, i=i: flow.inverse(v, copies_of(y, i, v)), z[i])
         expected = float(standard_normal_log_prob(z[i : i + 1])) - volume
         assert abs(float(log_prob[i]) - expected) < tolerance
 
 
 @torch.no_grad()
 def check_density_integrates_to_one(flow: Flow) -> None:
-    """The density integrates to one, by trapezoids in two dimensions, by 131,072 Sobol points in more."""
+    """The density integrates to one, by trapezoids in two dimensions, by 32,768 Sobol points in more.
+
+    The sums of the flows of the catalogue are within 2e-4 of 1, most within 1e-5.
+    """
     bound = None if flow.logit_alpha is None else 1 / (1 - 2 * flow.logit_alpha)
     if flow.num_dims == 2:
-        end, points = (7.0, 281) if bound is None else (bound - 1e-9, 501)
+        end, points = (7.0, 141) if bound is None else (bound - 1e-9, 201)
         axis = torch.linspace(-end, end, points, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis).reshape(-1, *flow.event_shape)
         total = sum(float(flow.log_prob(part).exp().sum()) for part in grid.split(100_000))
         total *= (2 * end / (points - 1)) ** 2
         assert abs(total - 1) < 1e-3, total
         return
-    u = torch.quasirandom.SobolEngine(flow.num_dims, scramble=True, seed=0).draw(2**17, dtype=torch.float64)
+    u = torch.quasirandom.SobolEngine(flow.num_dims, scramble=True, seed=0).draw(2**15, dtype=torch.float64)
     u = (2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12)
     if bound is None:
         x = math.sqrt(2) * torch.erfinv(u)
@@ -103,9 +112,9 @@ def check_layer_log_det(layer: Layer, x: Tensor) -> None:
     assert log_det.shape == (len(x),)
     assert y.shape == x.shape
     for i in range(len(x)):
-        expected = jacobian_log_det(lambda v: layer(v[None])[0][0], x[i])
+        expected = jacobian_log_det(lambda v: layer(v)[0], x[i])
         assert abs(float(log_det[i]) - expected) < LOG_DET, (i, float(log_det[i]), expected)
-        inverse = jacobian_log_det(lambda v: layer.inverse(v[None])[0], y[i])
+        inverse = jacobian_log_det(layer.inverse, y[i])
         assert abs(float(log_det[i]) + inverse) < LOG_DETS_CANCEL
 
 

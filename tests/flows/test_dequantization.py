@@ -70,7 +70,7 @@ def test_log_q_is_that_of_the_jacobian(bits: int) -> None:
         _, log_q = q(x, bits)
     assert log_q.abs().amax(dim=(1, 2, 3)).amin() > 0.1
     for i in range(len(x)):
-        expected = -jacobian_log_det(lambda v: q(v[None], bits)[0][0], x[i])
+        expected = -jacobian_log_det(lambda v: q(v, bits)[0], x[i])
         assert abs(float(log_q[i].sum()) - expected) < 1e-8
 
 

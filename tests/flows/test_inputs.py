@@ -1,8 +1,7 @@
 """Arguments of users: each mistake gives one line, and valid input gives no error or warning."""
 
-import subprocess
-import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from tarflow_scale.flows import Flow, build
 from tarflow_scale.flows.inputs import check_stored, check_values
 from tarflow_scale.flows.likelihood import add_noise
 from tarflow_scale.records import PixelFormat
+from tests.conftest import command
 
 SHAPE = (3, 8, 8)
 
@@ -95,7 +95,7 @@ def test_integers_are_refused(images: Tensor) -> None:
         flow_of().log_prob(images)
 
 
-def test_what_is_advised_for_integers_and_arrays_is_taken() -> None:
+def test_what_is_advised_for_integers_and_arrays_is_taken(tmp_path: Path) -> None:
     """Also for channels that come last; in a process without the checks of annotations of these tests."""
     code = """
 import numpy as np, torch, tarflow_scale
@@ -122,7 +122,8 @@ try:
 except ValueError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (tmp_path / "used.py").write_text(code)
+    found = command(module="used", cwd=tmp_path)
     assert found.stdout.splitlines() == [
         *["True"] * 6,
         "(4,)",
@@ -210,7 +211,9 @@ def test_a_section_without_its_sizes_is_one_line() -> None:
         Guidance(scales=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
-def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_skip_the_look_at_values() -> None:
+def test_types_that_annotations_rule_out_are_one_line_and_compilers_and_tracers_skip_the_look_at_values(
+    tmp_path: Path,
+) -> None:
     """In a process without the checks of annotations of these tests."""
     code = """
 import warnings
@@ -253,7 +256,8 @@ for seen in (
 ):
     print(torch.allclose(seen(other), flow.log_prob(other), atol=1e-4))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (tmp_path / "used.py").write_text(code)
+    found = command(module="used", cwd=tmp_path)
     assert found.stdout.splitlines() == [
         "images must be a tensor (got a NumPy array of float64); torch.as_tensor(x, dtype=torch.float32) makes one",
         "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",

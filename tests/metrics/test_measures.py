@@ -235,6 +235,13 @@ def share_by_definition(kind: str, x: np.ndarray, y: np.ndarray, k: int = 3) -> 
     return float((across <= radii).any(axis=1).mean())
 
 
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of the usual 50 blocks costs precision and recall several reads of files."""
+    monkeypatch.setattr(jackknife, "NUM_BLOCKS", 12)
+
+
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("kind", ["precision", "recall"])
 @pytest.mark.parametrize("num", [9, 140])
 def test_precision_and_recall_and_their_jackknife_by_definition(tmp_path: Path, kind: Any, num: int) -> None:
@@ -269,6 +276,7 @@ def test_the_jackknife_of_the_inception_score_by_definition(tmp_path: Path) -> N
     assert found.standard_error == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("few_blocks")
 def test_rounds_of_several_measures_keep_their_results_apart(tmp_path: Path) -> None:
     x, y = gaussian(60, 3, 0, 0.2), gaussian(70, 3, 1)
     samples, reference = feature_set(tmp_path / "x", {"pool": x}), feature_set(tmp_path / "y", {"pool": y})

@@ -68,7 +68,7 @@ def take_turns(folder: Path, rounds: int) -> None:
 
 def test_nobody_is_let_in_while_a_lock_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "count").write_text("0")
-    workers = [multiprocessing.get_context("spawn").Process(target=take_turns, args=(tmp_path, 30)) for _ in range(3)]
+    workers = [multiprocessing.get_context("fork").Process(target=take_turns, args=(tmp_path, 30)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tarflow_scale.shards.images import encode_png
 from tests.conftest import TOP, train_arguments
 
 FULL = "tarflow-scale: error: standard output must be writable (got: No space left on device); "
-PREPARE = '"$PYTHON" -m tarflow_scale prepare source.kind=digits shards.path="$DATA"'
+PREPARE = '"$PYTHON" -m tarflow_scale prepare source.kind=folder source.path="$IMAGES" shards.path="$DATA"'
 
 
 def shell(script: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -23,6 +25,16 @@ def shell(script: str, **environment: str) -> "subprocess.CompletedProcess[str]"
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of two images of one class."""
+    path = tmp_path_factory.mktemp("images")
+    (path / "a").mkdir()
+    for i in range(2):
+        (path / f"a/{i}.png").write_bytes(encode_png(np.full((1, 4, 4), i, np.uint8)))
+    return str(path)
 
 
 @pytest.mark.parametrize("at_once", ["", "1"], ids=["buffered", "unbuffered"])
@@ -39,25 +51,35 @@ def shell(script: str, **environment: str) -> "subprocess.CompletedProcess[str]"
     ids=["full", "closed", "errors_full", "errors_closed", "both_closed", "reader_gone"],
 )
 def test_a_data_set_is_packed_wherever_its_output_goes(
-    redirected: str, code: int, said: str, at_once: str, tmp_path: Path
+    redirected: str, code: int, said: str, at_once: str, images: str, tmp_path: Path
 ) -> None:
-    result = shell(redirected, PYTHONUNBUFFERED=at_once, DATA=str(tmp_path / "digits"))
+    result = shell(redirected, PYTHONUNBUFFERED=at_once, IMAGES=images, DATA=str(tmp_path / "packed"))
     assert result.returncode == code, result.stderr
     assert result.stderr.startswith(said)
     assert result.stderr.count("\n") == bool(said)
-    for split in ("train", "test"):
-        assert (tmp_path / "digits" / split / "manifest.json").exists()
+    assert (tmp_path / "packed/train/manifest.json").exists()
 
 
-@pytest.mark.parametrize("arguments", ["--help", "prepare --help", "plan"])
-def test_output_that_was_lost_is_an_error_for_what_only_prints(arguments: str) -> None:
-    if arguments == "plan":
-        arguments += " configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000"
-    result = shell(f'"$PYTHON" -m tarflow_scale {arguments} >/dev/full')
+PLAN = "plan configs/train/imagenet64-conditional.yaml --gpus 8 --gpu h100 --image-size 64 --classes 1000"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        '"$PYTHON" -m tarflow_scale --help',
+        '"$PYTHON" -m tarflow_scale prepare --help',
+        f"{PREPARE} --dry-run",
+        pytest.param(f'"$PYTHON" -m tarflow_scale {PLAN}', marks=pytest.mark.slow),
+    ],
+    ids=["help", "help_of_a_verb", "dry_run", "plan"],
+)
+def test_output_that_was_lost_is_an_error_for_what_only_prints(command: str, images: str, tmp_path: Path) -> None:
+    variables = {"IMAGES": images, "DATA": str(tmp_path / "packed")}
+    result = shell(f"{command} >/dev/full", **variables)
     assert result.returncode == 2
     assert result.stderr.startswith(FULL)
     assert result.stderr.count("\n") == 1
-    assert shell(f'"$PYTHON" -m tarflow_scale {arguments} | true; exit ${{PIPESTATUS[0]}}').returncode == 0
+    assert shell(f"{command} | true; exit ${{PIPESTATUS[0]}}", **variables).returncode == 0
 
 
 def test_an_error_keeps_its_code_and_is_the_only_line() -> None:
@@ -69,10 +91,10 @@ def test_an_error_keeps_its_code_and_is_the_only_line() -> None:
         assert result.stderr.count("\n") == (0 if "2>" in redirected else 1)
 
 
-def test_a_c_locale_prints_names_that_it_cannot_encode(tmp_path: Path) -> None:
-    result = shell(PREPARE, DATA=str(tmp_path / "größe"), LC_ALL="C", PYTHONIOENCODING="ascii")
+def test_a_c_locale_prints_names_that_it_cannot_encode(images: str, tmp_path: Path) -> None:
+    result = shell(PREPARE, IMAGES=images, DATA=str(tmp_path / "größe"), LC_ALL="C", PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "größe/test/manifest.json").exists()
+    assert (tmp_path / "größe/train/manifest.json").exists()
     assert "gr\\xf6\\xdfe" in result.stdout
 
 

@@ -17,7 +17,7 @@ s3fs = pytest.importorskip("s3fs")
 s3_server = pytest.importorskip("evals.benchmarks.s3_server")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_batches_from_s3_are_those_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     s3fs.S3FileSystem.clear_instance_cache()  # fsspec keeps file systems with the address they were made for
     pack(tmp_path / "bucket" / "numbers", [30, 31])
@@ -25,8 +25,8 @@ def test_batches_from_s3_are_those_of_the_folder(tmp_path: Path, monkeypatch: py
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         found = []
-        for path in (str(tmp_path / "bucket" / "numbers"), "s3://bucket/numbers"):
-            config = DataConfig(path=path, shuffle_block=5, num_workers=workers)
+        for path, processes in ((str(tmp_path / "bucket" / "numbers"), 0), ("s3://bucket/numbers", workers)):
+            config = DataConfig(path=path, shuffle_block=5, num_workers=processes)
             batches = Loader(open_mix(config, 8, 0), range(8), config, 0).batches(0)
             found.append([batch.events for batch in islice(batches, 12)])
             batches.close()

@@ -1,17 +1,15 @@
 """Ranks that stop after they came: told from those that wait for them."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from tarflow_scale.errors import UserError
 from tarflow_scale.verbs.doctor.collectives import meet
-from tests.conftest import TOP
-from tests.forking import HANG_SECONDS
+from tests.forking import HANG_SECONDS, start
 
 FROZEN = """
 import os, torch, torch.distributed as dist
@@ -33,18 +31,14 @@ print(json.dumps([seen.hosts, seen.missing, seen.silent, seen.bytes_per_second, 
 """
 
 
-def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not() -> None:
+def test_a_rank_that_falls_silent_is_named_and_one_that_waits_is_not(tmp_path: Path) -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(TOP)}
-    frozen, caller = (
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(port=port)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
-        )
-        for code in (FROZEN, CALLER)
-    )  # fmt: skip
+    for name, code in (("frozen", FROZEN), ("caller", CALLER)):
+        (tmp_path / f"{name}.py").write_text(code.format(port=port))
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    frozen, caller = (start(module=name, cwd=tmp_path, **streams) for name in ("frozen", "caller"))
     output, _ = caller.communicate(timeout=HANG_SECONDS)
     frozen.communicate("\n", timeout=HANG_SECONDS)
     assert json.loads(output) == [{"0": "here", "1": "there"}, [], [1], None, False]

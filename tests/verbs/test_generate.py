@@ -113,7 +113,7 @@ def test_a_truncated_shard_is_made_again(trained: Trained, generated: Path) -> N
 
 @pytest.mark.ray
 def test_ray_workers_make_the_same_bytes(trained: Trained, generated: Path, tmp_path: Path, on_ray: list[str]) -> None:
-    result = command(*arguments(trained, tmp_path / "out", *on_ray, "cluster.num_workers=4"))
+    result = command(*arguments(trained, tmp_path / "out", *on_ray, "cluster.num_workers=2"))
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "out") == content(generated)
 
@@ -386,7 +386,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert cli.main(arguments(trained, exact, "sampling.guidance.scale=0.5")) == 0
     found, expected = (next(ShardSet(str(path)).batches(0, 150, 150)).events for path in (tmp_path / "out", exact))
     assert (abs(found.astype(int) - expected.astype(int)) <= 17).mean() > 0.99  # a level of 4 bits
-    result = command(*arguments(trained, tmp_path / "ray", *adaptive, *on_ray, "cluster.num_workers=2"))
+    result = command(*arguments(trained, tmp_path / "ray", *adaptive, *on_ray, "cluster.num_workers=1"))
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "ray") == content(tmp_path / "out")
     models = ["models", "show", f"registry.path={trained.registry}", "registry.model=small", "registry.version=1"]
