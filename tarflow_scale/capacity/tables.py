@@ -113,6 +113,18 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def _short(value: float) -> str:
+    """Three significant digits, or all digits of a number above 100."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _time(hours: float) -> str:
+    """A time in minutes, hours or days."""
+    if hours < 1:
+        return f"{60 * hours:.2g} minutes"
+    return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours = {hours / 24:,.1f} days"
+
+
 def _speed(answer: Answer) -> str:
     scenario, training = answer.scenario, answer.scenario.recipe.training
     step = scenario.step(scenario.recipe)
@@ -125,11 +137,10 @@ def _speed(answer: Answer) -> str:
         ("images a second", f"{_figure(step.images_per_second)}, "
          f"{_figure(step.images_per_second / scenario.gpus)} a GPU"),
         ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of the speed of one GPU, per GPU"),
-        ("time", f"{hours:,.1f} hours = {hours / 24:,.1f} days to {training.total_images:,} images; "
-         f"{hours * scenario.gpus / 24:,.1f} GPU days"),
+        ("time", f"{_time(hours)} to {training.total_images:,} images; {_time(hours * scenario.gpus)} of one GPU"),
     ]  # fmt: skip
     if answer.price is not None:
-        rows.append(("cost", f"${hours * scenario.gpus * answer.price:,.0f} at ${answer.price:g} a GPU and hour"))
+        rows.append(("cost", f"${_short(hours * scenario.gpus * answer.price)} at ${answer.price:g} a GPU and hour"))
     return console.table(rows, ("speed, global batch fixed", ""))
 
 
@@ -138,12 +149,12 @@ def _traffic(answer: Answer) -> str:
     rows = [
         (
             _stage(plan, scenario),
-            f"{plan.step.traffic.summed / _GB:.2f}",
-            f"{plan.step.traffic.gathered / _GB:.2f}",
-            f"{plan.step.traffic_seconds * 1e3:,.0f}",
-            f"{(plan.step.traffic_seconds - plan.step.waiting_seconds) * 1e3:,.0f}",
-            f"{plan.step.waiting_seconds * 1e3:,.0f}",
-            f"{plan.step.seconds * 1e3:,.0f}",
+            _short(plan.step.traffic.summed / _GB),
+            _short(plan.step.traffic.gathered / _GB),
+            _short(plan.step.traffic_seconds * 1e3),
+            _short((plan.step.traffic_seconds - plan.step.waiting_seconds) * 1e3),
+            _short(plan.step.waiting_seconds * 1e3),
+            _short(plan.step.seconds * 1e3),
         )
         for plan in answer.stages
     ]

@@ -80,7 +80,7 @@ def interpolated(
         ValueError: ``num`` or ``path`` is wrong, or the images or the label do not fit the flow.
     """
     if num < 2 or path not in ("arc", "line"):
-        raise ValueError(f"a path is an arc or a line of at least 2 images (got {path!r} of {num}); correct it")
+        raise ValueError(f"path must be arc or line, and num at least 2 (got {path!r} and {num}); correct it")
     ends = torch.stack([start, end])
     a, b = flow(ends, flow.check_data(ends, _of_all(y, 2)))[0]
     share = torch.linspace(0, 1, num, dtype=a.dtype, device=a.device)[:, None]

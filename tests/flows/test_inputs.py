@@ -270,7 +270,7 @@ for seen in (
         "labels must be a tensor, one class by number or name, or a list of classes (got b'ab'); correct them",
         "latents must have shape (batch, 16) (got (16,)); pass one number per value of an event",
         "draws are combined by mean or importance, one at least (got 1, 'Mean')",
-        "a path is an arc or a line of at least 2 images (got 'Line' of 3); correct it",
+        "path must be arc or line, and num at least 2 (got 'Line' and 3); correct it",
         "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
         "labels must be a tensor, one class by number or name, or a list of classes (got 1.5); correct them",
         "labels must be a tensor, one class by number or name, or a list of classes (got {1}); correct them",
