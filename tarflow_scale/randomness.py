@@ -44,7 +44,7 @@ def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.
 def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> NDArray[np.int64]:
     """A random permutation of ``range(size)``.
 
-    The permutation is the order that sorts raw 64-bit words. NumPy guarantees that the stream of these words never
+    A stable sort of raw 64-bit words gives the permutation. NumPy guarantees that the stream of these words never
     changes (NEP 19), so an upgrade of NumPy keeps the order of samples.
     """
     words = _philox(purpose, seed, index, lane).random_raw(size)

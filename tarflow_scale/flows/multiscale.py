@@ -53,7 +53,7 @@ class Prior(nn.Module):
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.zeros(num_classes, 2 * channels))
 
     def forward(self, context: Tensor | None, y: Condition) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; learned constants need no ``context``."""
+        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; constants need no ``context``."""
         if self.network is not None:
             assert context is not None
             out = self.network(context).to(context.dtype)

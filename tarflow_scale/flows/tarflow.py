@@ -5,9 +5,9 @@ features. Each block predicts a log-scale and a mean for every token from the to
 
     z_t = (x_t - mean_t) * exp(-log_scale_t),    log|det| = -sum_t sum_d log_scale_td        (their equation 5)
 
-and each block reads the tokens in the reverse order of the previous block. Training processes all tokens at once; sampling
-inverts a block token by token with a key/value cache. The volume-preserving variant predicts means only; after the last
-block it divides each feature of each token by a learned deviation:
+and each block reads the tokens in the reverse order of the previous block. Training processes all tokens at once;
+sampling inverts a block token by token with a key/value cache. The volume-preserving variant predicts means only; after
+the last block it divides each feature of each token by a learned deviation:
 
     z = u exp(-log_std),    log|det| = -sum log_std
 
