@@ -47,8 +47,8 @@ class TransformerLayer(nn.Module):
     Args:
         width: number of features C of a token, a multiple of ``head_width``.
         head_width: width H of one attention head.
-        dropout: probability that training drops a feature of a residual branch. It is dropped for all tokens of a
-            sample together (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
+        dropout: probability that training drops a feature of a residual branch. A feature is dropped for all tokens of
+            a sample together (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
     """
 
     def __init__(self, width: int, head_width: int, dropout: float = 0.0) -> None:

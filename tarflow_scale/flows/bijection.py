@@ -87,7 +87,7 @@ class Bijection(nn.Module, ABC):
         that noise first, and log q of the new noise is subtracted from ``log_det``. ``twice`` selects `encode_twice`.
 
         Raises:
-            ValueError: the data or labels have the wrong shape, or the dequantizer needs an unknown bit depth.
+            ValueError: the data or labels have the wrong shape, or a bit depth that the dequantizer needs is unknown.
         """
         self.check_shape(x)
         labels = self._labels(y, len(x), x.device)
@@ -175,7 +175,7 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """Map ``h (B, *event)`` to ``z (B, D)`` and the log-determinant ``(B,)``, by the layers of the model."""
+        """Map ``h (B, *event)`` to ``z (B, D)`` and the log-determinant ``(B,)``; each model implements this."""
 
     def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
         """`encode`, using only operations that have second derivatives and forward-mode derivatives."""

@@ -67,7 +67,7 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """Convert the condition that a user passed to a `Condition` for ``num`` samples.
+    """Convert the argument ``y`` of a user into a `Condition` for ``num`` samples.
 
     Integers become int64, because torch reads an index of type uint8 as a mask, and rejects int8 and int16.
 

@@ -26,10 +26,9 @@ over the whole interval and accepts it if the dynamics are smooth. The last step
 interval; by default torchdiffeq would step past the end and interpolate back, without an error estimate.
 
 Accuracy at a tolerance of 1e-5, compared with 1e-12, in 4 to 64 dimensions: a solve takes seven evaluations. Errors are
-below 1e-5 nats in log densities, 2e-6 in inverses and, relative to the largest gradient, 3e-6 in gradients. The use of
-fp32 adds 5e-5 nats.
-Errors grow with the weights. If the weights are doubled, a solve takes 25 evaluations, and errors are 1e-3 of 64 nats
-in log densities and 3e-4 in inverses.
+below 1e-5 nats in log densities, 2e-6 in inverses and, relative to the largest gradient, 3e-6 in gradients; fp32 adds
+5e-5 nats. Errors grow with the weights. If the weights are doubled, a solve takes 25 evaluations, and errors are 1e-3
+of 64 nats in log densities and 3e-4 in inverses.
 
 Every layer of the dynamics is scaled and shifted by functions of time (FFJORD's "concatsquash"), the last layer starts
 at zero, and the label's embedding is added to the output of the first layer.
@@ -118,7 +117,7 @@ class Dynamics(nn.Module):
         return h
 
     def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
-        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1, where each sample has other slopes S.
+        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1; the slopes S differ between samples.
 
         The weights are the same for all samples. So the products of the probes with the first layer (forward) and the
         last layer (backward) are computed only once.
@@ -139,7 +138,7 @@ class Dynamics(nn.Module):
         return diagonal
 
     def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
-        """Vectors of zeros and ones. Each value is 1 in one probe; values that are 1 together are independent."""
+        """Vectors of zeros and ones. Each value is 1 in one probe; values that share one do not affect each other."""
         if not self._expanded:
             return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
         apart = len(self.layers) + 1

@@ -65,7 +65,7 @@ def check_values(
         event_shape: shape of the events of the flow.
         like: one of the weights of the flow.
         pixels: pixel format of the training images; None if unknown.
-        logit_alpha: parameter of `to_logits`, which is defined only slightly beyond [-1, 1]; None skips it.
+        logit_alpha: parameter of `to_logits`, which is defined only slightly beyond [-1, 1]; None if it is not used.
 
     Raises:
         ValueError: ``x`` is not a tensor of floats in the precision and on the device of ``like``, or its values cannot

@@ -12,7 +12,7 @@ so ``z`` is standard normal as a whole and one temperature acts on every level.
 The surprise (the nats of an image) is divided among places. At level l, after the squeeze, a place is a square of 2^l
 by 2^l pixels. It contributes the nats of its latents under their prior and the log-scales of couplings at this place. A
 log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly among places. Layers mix the pixels
-and channels of a place, so they get equal shares of its contribution.
+and channels of a place, so these get equal shares of its contribution.
 
 Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
 """
@@ -80,7 +80,7 @@ class Level(nn.Module):
     Args:
         steps: steps after the squeeze.
         channels: number of channels after the squeeze.
-        split: whether half of the channels go on to a next level.
+        split: whether half of the channels go on to the next level.
         num_classes: number of classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.

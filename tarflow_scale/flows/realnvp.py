@@ -9,8 +9,8 @@ channels go on to the next level. The last level has four couplings with checker
 
 A normalisation follows each coupling (section 3.7). The published one is ``batch``. In training it updates its running
 statistics with the statistics of the batch over all ranks, and then normalises by them; gradients flow through the
-batch statistics. In evaluation the running statistics are fixed, so an image does not affect others. In training it
-does, so results depend on the division of a batch into micro batches, and a run cannot continue with another division.
+batch statistics. So in training, results depend on the division of a batch into micro batches, and a run cannot
+continue with another division. In evaluation the running statistics are fixed, and each image is mapped independently.
 
 Differences from the published model: log-scales are bounded by c tanh(raw / c), where c is not learned. Residual
 networks have ActNorm instead of weight and batch normalisation, so that they treat each image separately; their last

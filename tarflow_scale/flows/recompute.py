@@ -4,7 +4,7 @@
 * ``checkpoint``: only the inputs of groups of layers are kept, and the backward pass runs each group forward again
   (Chen et al., arXiv 1604.06174). It needs memory for the activations of one group and for one feature map per group,
   and takes about 4/3 of the time of ``keep``.
-* ``rebuild``: only the output of every `ANCHOR_EVERY` groups is kept, which is called an anchor. The backward pass
+* ``rebuild``: only the output of every `ANCHOR_EVERY` groups, called an anchor, is kept. The backward pass
   starts at an anchor and inverts a few layers at a time (Gomez et al., arXiv 1707.04585). Memory grows only by one
   feature map per anchor. Rounding errors of inverses add up only between two anchors. ``backward()`` adds gradients of
   parameters to ``.grad``; ``torch.autograd.grad`` gives no gradients of parameters.
@@ -27,7 +27,7 @@ __all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 Group = Sequence[Layer]
 
 ANCHOR_EVERY = 8
-"""Number of groups per anchor; with 8, anchors need little memory and rounding errors stay small."""
+"""Number of groups of layers per anchor; with 8, anchors need little memory and rounding errors stay small."""
 
 
 def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:

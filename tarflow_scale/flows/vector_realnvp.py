@@ -42,7 +42,7 @@ class ResidualLayers(nn.Module):
         inputs, outputs: numbers of dimensions.
         width: width of each hidden layer.
         blocks: number of residual blocks.
-        num_classes: number of rows of the embedding table of labels, or None.
+        num_classes: number of rows of the label embedding table, or None.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int, num_classes: int | None) -> None:
