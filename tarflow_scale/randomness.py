@@ -52,7 +52,7 @@ def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: in
 
 
 def integer(below: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> int:
-    """A random integer in ``[0, below)``, computed from one raw 64-bit word; its bias, ``below / 2^64``, is negligible."""
+    """A random integer in ``[0, below)``, from one raw 64-bit word; its bias, ``below / 2^64``, is negligible."""
     return int(_philox(purpose, seed, index, lane).random_raw()) % below
 
 

@@ -2,9 +2,9 @@
 
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
-* Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). The cost of a discrete image is its
-  negative log probability. By Jensen's inequality the mean of -log p(x) over u is an upper bound of this cost (Theis et
-  al., arXiv 1511.01844). In bits per dimension:
+* Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). The cost of a discrete image is its negative
+  log probability. By Jensen's inequality the mean of -log p(x) over u is an upper bound of this cost (Theis et al.,
+  arXiv 1511.01844). In bits per dimension:
 
       bits/dim = -log_prob / (D ln 2) + n - 1
 
