@@ -23,7 +23,7 @@ def check_npz(location: str, digest: str | None) -> None:
 
     Args:
         location: path or URL of the ``.npz``.
-        digest: digest of the manifest of the data set; None if the data set does not exist yet.
+        digest: manifest digest of the data set; None if the data set does not exist yet.
 
     Raises:
         DataError: the location is a folder, or a file that was not made from this data set.
