@@ -274,7 +274,7 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """Lines of a report: the number of copies in each split, and some pairs. Image numbers do not affect the text.
+    """Lines of a report: the number of copies in each split, and some pairs. The numbering of images has no effect.
 
     Args:
         copies: see `find_copies`.

@@ -141,8 +141,8 @@ def decode_image(
         reading: how image files of other programs become pixels; None for files that `encode_image` wrote.
 
     Raises:
-        DataError: the content is not an image, or the image is too large or has another shape. With a ``reading``, also
-            if the image has more than one frame, more than 8 bits per channel, or transparency that is refused.
+        DataError: the content is not an image, or the image is too large, has another shape, or has deep channels that
+            Pillow cannot convert to 8 bits. With a ``reading``, also if it has several frames or refused transparency.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
@@ -252,8 +252,8 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether Pillow would convert the channels of an image to 8 bits incorrectly, by keeping only the high byte.
 
     It would for TIFFs with signed channels or more than 8 bits: in scientific files, the high byte is often empty. For
-    16-bit PNGs the high byte is correct, because their colours use the whole range; except for PNGs that declare a
-    transparent colour, because Pillow compares it with the high bytes.
+    16-bit PNGs, the high byte is correct, because their colours use the whole range. The exception is a PNG that
+    declares a transparent colour, because Pillow compares this colour with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))

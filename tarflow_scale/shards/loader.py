@@ -4,9 +4,9 @@ Every slot of the global batch is a stream of samples (`tarflow_scale.shards.ord
 divides them among its worker processes. A batch consists of the next sample of every slot, in the order of the slots.
 So the content of a global batch does not depend on the number of ranks or workers. Each byte is read once per epoch.
 
-A stream holds the stored bytes of its current block. If the data set is in a store, threads read the next blocks ahead.
-The current block and the blocks ahead hold at most the samples of two full blocks. So usually one block is read ahead,
-but several short blocks at the end of an epoch and the start of the next.
+A stream holds the stored bytes of its current block. If the data set is at a URL, threads read the next blocks ahead.
+The current block and the blocks ahead hold at most the samples of two full blocks. So one block is usually read ahead,
+but several short blocks are read ahead at the end of an epoch and the start of the next.
 
 A corrupt sample is replaced by the next sample in the manifest's order, on every rank and after every restart.
 """
@@ -42,7 +42,7 @@ __all__ = ["Loader", "augment"]
 _MAX_SUCCESSORS = 100
 """Number of consecutive corrupt samples at which the run stops."""
 _REMOTE_THREADS = 16
-"""Default number of read threads per process for a store; local files are read without threads."""
+"""Default number of read threads per process for a URL; local files are read without threads."""
 _PREFETCH_BATCHES = 2
 """Number of batches that each worker process prepares in advance."""
 

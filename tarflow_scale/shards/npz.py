@@ -1,7 +1,7 @@
 """Export a packed data set as the ``.npz`` that ADM's evaluator reads: ``arr_0`` (N, H, W, 3), ``arr_1`` labels (N,).
 
 ImageNet papers report the metrics of this evaluator (openai/guided-diffusion, evaluations/evaluator.py). Images are
-written batch by batch, so that one batch is in memory at a time. Grey images get three equal channels.
+written batch by batch, so that only one batch is in memory at a time. Grey images get three equal channels.
 """
 
 import zipfile

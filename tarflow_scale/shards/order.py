@@ -10,13 +10,13 @@ Properties:
 
 * The state of a loader is one integer, the number of images seen. Step t of an epoch takes element t of every slot.
 * The global batches do not depend on the world size or the number of workers: each rank owns consecutive slots.
-* Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples, which
-  differ from epoch to epoch because of the rotation.
+* Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples, which differ
+  from epoch to epoch because of the rotation.
 * A block is one contiguous range of the line. It needs one or a few range reads, and no byte is read twice in an epoch.
 
 Proof (n samples, G slots, stretches of s = floor(n / G) samples):
 
-* *Once an epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
+* *Once per epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
   modulo n. Stretch j has the positions [j s, (j + 1) s); the stretches are disjoint and have n - (n mod G) positions.
   The blocks of a slot cut its stretch without overlap, and both permutations, of blocks and inside blocks, are
   bijections. So every position is visited once, and n mod G < G samples are left out.

@@ -46,7 +46,7 @@ __all__ = [
 
 _MARKER = ".packing"
 _REMOTE_READS = 16
-"""Number of images that a process reads from a store at the same time; local images are read one by one."""
+"""Number of images that a process reads from a URL at the same time; local images are read one by one."""
 _UNIT = 1000
 """Number of images per unit of work when fingerprints are computed."""
 
@@ -167,7 +167,7 @@ class Packing:
             yield Sample(f"{first + place:08d}", event.content(pixels), label, {"origin": origin})
 
     def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
-        """Yield the images; if the source is in a store, threads read some images ahead."""
+        """Yield the images; if the source is remote, threads read some images ahead."""
         if not self.source.is_remote:
             yield from map(self._image, members)
             return

@@ -70,7 +70,7 @@ _FORMATS = (
 
 
 class CifarSource(ArraySource):
-    """CIFAR-10, or CIFAR-100 with fine labels, in the official split.
+    """CIFAR-10, or CIFAR-100 with fine labels; both have the official split.
 
     Args:
         path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` that contains them.

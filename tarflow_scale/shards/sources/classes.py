@@ -30,7 +30,7 @@ __all__ = [
 _MAX_LABEL = 2**20
 """Largest valid label. A larger label must be a mistake, and would create as many class names."""
 _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
-"""Names that the first column of a table of class names has, if the table has a header."""
+"""Possible headers of the first column in a table of class names."""
 
 
 def as_label(value: Any, origin: str) -> int | str | None:
@@ -81,8 +81,8 @@ def classes_of_labels(
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """The class names of a source, and the class number of each image, ``(n,)``.
 
-    If there are no labels, there are no names and all numbers are 0. Labels that are numbers are the class numbers. Labels that are text are numbered in alphabetical order, or in the
-    order of the table of class names.
+    Labels that are numbers are the class numbers. Labels that are text are numbered in alphabetical order, or in the
+    order of the table of class names. If there are no labels, there are no names and all numbers are 0.
 
     Args:
         labels: label of each image; None for all images if there are no labels.
@@ -130,7 +130,7 @@ def refuse_mixture(labels: Sequence[int | str | None], origin: str) -> None:
 
 
 def read_label_names(path: str | None) -> dict[int | str, str] | None:
-    """Read the names of classes by label, in the order of the file; None if there is no file.
+    """Read a table of class names; returns names by label, in the order of the file, or None if ``path`` is None.
 
     A JSON list names the labels 0, 1, ..; a JSON mapping is ``{label: name}`` or ``{name: number}``. Any other file has
     a row ``label,name`` for each class, with or without a header, or one name per line.
@@ -180,7 +180,7 @@ def parse_json(content: bytes, origin: str) -> Any:
 
 
 def rows_of(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a text table. The separator is the first of tab, comma, semicolon and bar in all rows, else white space.
+    """Rows of a text table. The separator is a tab, comma, semicolon or bar, if it is in all rows; otherwise blanks.
 
     Raises:
         DataError: the content is not UTF-8 text.

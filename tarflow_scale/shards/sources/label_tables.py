@@ -195,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path of ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``, or None."""
+    """Labels by path in ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if absent."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):

@@ -50,8 +50,8 @@ class ParquetSource(EncodedSource):
     """Rows of one ``.parquet`` file, or of all such files below a folder (or URL).
 
     Raises:
-        DataError: pyarrow is not installed; there are no tables; a table does not have exactly one column of images; or
-            the tables name their classes differently.
+        DataError: pyarrow is not installed; there are no tables; the column of images is missing or ambiguous; or the
+            tables name their classes differently.
     """
 
     def __init__(self, config: SourceConfig, split: SplitConfig) -> None:

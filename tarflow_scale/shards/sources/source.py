@@ -56,7 +56,7 @@ class ImageSource(ABC):
     reading: Reading | None = None
     """How image files become pixels; None if the source does not read image files."""
     is_remote: bool = False
-    """Whether every image is read from a store, so that parallel reads are faster."""
+    """Whether every image is read from a URL, so that parallel reads are faster."""
     ignored: Mapping[str, int] = MappingProxyType({})
     """Number of files of the source that are not read, by kind."""
     lines: Sequence[str] = ()

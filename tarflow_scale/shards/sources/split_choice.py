@@ -41,7 +41,7 @@ class Group:
 
 
 class SourceFile(NamedTuple):
-    """A table or tar, all images of which belong to one split.
+    """A table or tar. All of its images belong to one split.
 
     Args:
         name: path below the source.
