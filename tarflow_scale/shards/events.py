@@ -1,10 +1,10 @@
-"""Kinds of event: what a sample is, beside its label. An image or a vector of numbers.
+"""Types of event. An event is the content of a sample without its label: an image, or a vector of numbers.
 
-An event type knows the members of a sample in a tar, the bytes that loaders carry, the arrays of a batch, and the words
-and settings that suit it. Code that works on both kinds asks the event.
+An `EventType` converts between the members of a sample in a tar, the uint8 arrays that loaders carry, and the arrays of
+a batch. It also has the texts and settings that differ between images and vectors, so other code can handle both.
 
 A vector of D numbers is stored in NumPy's format, which any WebDataset reader reads: ``{key}.npy`` ``(D,)`` float32.
-The K numbers that condition it are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
+Its K condition values, if any, are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
 ``(1, 1, 4 (D + K))``, so that memory, workers and resuming work as for images.
 """
 
@@ -30,14 +30,14 @@ _FLOAT = np.dtype("<f4")
 
 
 class EventType(ABC):
-    """What the samples of a data set or of a model are. Its text is ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
+    """Type of the samples of a data set or model. As text, for example: ``1x8x8 images, 4 bit``, ``vectors of 2``."""
 
     noun: ClassVar[str]
     """``images`` or ``vectors``."""
     noises: ClassVar[tuple[str, ...]]
     """Kinds of training noise that suit the events."""
     kind: str
-    """What an evaluation protocol is for: ``8-bit images`` or ``vectors``."""
+    """Name by which an evaluation protocol selects this type: ``8-bit images`` or ``vectors``."""
     shape: tuple[int, ...]
     """Shape of an event; a batch of B events is ``(B, *shape)``."""
     size: str
@@ -45,9 +45,9 @@ class EventType(ABC):
     carried_shape: tuple[int, int, int]
     """Shape of the uint8 array that holds an event in a loader."""
     level: float
-    """Distance between neighbouring stored values on the scale of the model; infinite for values without a range."""
+    """Distance between adjacent stored values on the scale of the model; infinite for vectors, which have no levels."""
     num_conditions: int | None = None
-    """Number of values that condition an event; None without."""
+    """Number of condition values of an event; None if there are none."""
     _words: str
 
     def __str__(self) -> str:
@@ -61,19 +61,19 @@ class EventType(ABC):
 
     @abstractmethod
     def codec(self, of_images: str) -> str:
-        """The codec of the events, where images would have the codec ``of_images``."""
+        """Codec that stores the events; ``of_images`` is the codec for images."""
 
     @abstractmethod
     def content(self, carried: UInt8[np.ndarray, "C H W"]) -> NDArray[np.uint8] | dict[str, bytes]:
-        """An event as `tarflow_scale.shards.writer.Sample` takes it: pixels, or encoded members by extension."""
+        """Convert an event to pixels, or to encoded members by extension, for `tarflow_scale.shards.writer.Sample`."""
 
     @abstractmethod
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "C H W"]:
-        """An event as loaders carry it, from the members of a sample.
+        """Decode the members of a sample to the array that loaders carry.
 
         Args:
             members: content of the members, by extension.
-            reading: how image files that other programs wrote become pixels; None for our own.
+            reading: how image files of other programs become pixels; None for files that this package wrote.
 
         Raises:
             DataError: a member is missing or damaged, or has another shape or type.
@@ -81,7 +81,7 @@ class EventType(ABC):
 
     @abstractmethod
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[Any], Float[np.ndarray, "B K"] | None]:
-        """Events ``(B, *shape)`` of a batch, and the values that condition them; None without."""
+        """Events ``(B, *shape)`` of a batch, and their condition values, or None if there are none."""
 
     @abstractmethod
     def fields(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class EventType(ABC):
 
 
 class ImageEvent(EventType):
-    """An image ``(C, H, W)`` uint8; the ``bit_depth`` high bits of a pixel are data."""
+    """An image ``(C, H, W)`` uint8; only the ``bit_depth`` high bits of a pixel are data."""
 
     noun, noises = "images", ("uniform", "gaussian")
 
@@ -102,7 +102,7 @@ class ImageEvent(EventType):
         self._words = f"{self.size} images, {bit_depth} bit"
 
     def codec(self, of_images: str) -> str:
-        """The given codec."""
+        """The codec ``of_images``."""
         return of_images
 
     def content(self, carried: UInt8[np.ndarray, "C H W"]) -> NDArray[np.uint8]:
@@ -117,7 +117,7 @@ class ImageEvent(EventType):
         return decode_image(members[extension], f"its .{extension}", self.carried_shape, reading)
 
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[np.uint8], None]:
-        """The pixels; images have no conditions but labels."""
+        """The pixels, and None, because images have no condition values."""
         return carried, None
 
     def fields(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class ImageEvent(EventType):
 
 
 class VectorEvent(EventType):
-    """A vector ``(D,)`` float32, and perhaps ``(K,)`` float32 that it is conditioned on."""
+    """A vector ``(D,)`` float32, optionally with condition values ``(K,)`` float32."""
 
     noun = kind = "vectors"
     noises = ("none",)
@@ -143,7 +143,7 @@ class VectorEvent(EventType):
         self._words = f"vectors of {facts.num_values}{given}"
 
     def codec(self, of_images: str) -> str:
-        """NumPy's format."""
+        """``npy``, NumPy's format."""
         del of_images
         return _VALUES
 
@@ -154,7 +154,7 @@ class VectorEvent(EventType):
         return members if conditions is None else members | {_CONDITION: encode_vector(conditions[0])}
 
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "1 1 W"]:
-        """The bytes of the numbers, then of those that condition them."""
+        """The bytes of the vector, followed by the bytes of its condition values."""
         del reading
         parts = [_read(members, _VALUES, self._facts.num_values)]
         if self._facts.num_conditions:
@@ -164,19 +164,19 @@ class VectorEvent(EventType):
     def unpack(
         self, carried: UInt8[np.ndarray, "B 1 1 W"]
     ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"] | None]:
-        """Vectors and conditions, each contiguous in memory."""
+        """Vectors and condition values, each contiguous in memory."""
         numbers = np.ascontiguousarray(carried).reshape(len(carried), -1).view(_FLOAT)
         values, conditions = np.split(numbers, [self._facts.num_values], axis=1)
         return np.ascontiguousarray(values), np.ascontiguousarray(conditions) if self.num_conditions else None
 
     def fields(self) -> dict[str, Any]:
-        """The numbers of values and conditions; the length of a vector is also the number of channels of one pixel."""
+        """Lengths of vectors and conditions. A vector of D numbers also counts as one pixel with D channels."""
         of_image = {"num_channels": self._facts.num_values, "image_size_pixels": 1, "bit_depth": 8}
         return of_image | {"vectors": self._facts}
 
 
 class _Described(Protocol):
-    """The fields of manifests, model versions and generation plans that say what their samples are."""
+    """The fields of manifests, model versions and generation plans that describe their samples."""
 
     @property
     def num_channels(self) -> int: ...
@@ -187,7 +187,7 @@ class _Described(Protocol):
 
 
 def event_of(described: _Described, bit_depth: int) -> EventType:
-    """The event that a record describes; ``bit_depth`` is that of pixels."""
+    """The event type that a record describes; ``bit_depth`` applies only to images."""
     if described.vectors is not None:
         return VectorEvent(described.vectors)
     size = described.image_size_pixels
@@ -195,7 +195,7 @@ def event_of(described: _Described, bit_depth: int) -> EventType:
 
 
 def encode_vector(values: Float[np.ndarray, " D"]) -> bytes:
-    """A vector as a file in NumPy's format."""
+    """Encode a vector as a file in NumPy's format."""
     buffer = io.BytesIO()
     np.save(buffer, values.astype(_FLOAT), allow_pickle=False)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ def check_folder(location: str, digest: str | None) -> None:
 
     Args:
         location: folder or URL.
-        digest: digest of the manifest of the data set; None if the data set does not exist yet.
+        digest: manifest digest of the data set; None if the data set does not exist yet.
 
     Raises:
         DataError: the folder holds another data set or other files.

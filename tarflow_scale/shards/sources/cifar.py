@@ -27,7 +27,7 @@ __all__ = ["CifarSource", "restricted_unpickle"]
 _SIDE = 32
 _NUM_VALUES = 3 * _SIDE * _SIDE
 _MAX_ARCHIVE_BYTES = 1 << 29
-"""Limit of the unpacked size; CIFAR has 186 MB."""
+"""Maximum unpacked size; CIFAR has 186 MB."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class _Format:
         train, test: names of the files of images.
         names: name of the file of class names.
         label_key, names_key: keys of labels and class names in pickles.
-        label_bytes: label bytes in a row of a binary file, of which the last is the label; 0 for pickles.
-        num_classes: number of classes in binary files, whose labels could be any byte.
+        label_bytes: number of label bytes in a row of a binary file; the last of them is the label. 0 for pickles.
+        num_classes: number of classes, to check the labels in binary files.
     """
 
     name: str
@@ -70,10 +70,10 @@ _FORMATS = (
 
 
 class CifarSource(ArraySource):
-    """CIFAR-10, or CIFAR-100 with its fine labels; with the official split.
+    """CIFAR-10, or CIFAR-100 with fine labels; both have the official split.
 
     Args:
-        path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` of them.
+        path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` that contains them.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -163,7 +163,7 @@ def _class_names(files: Mapping[str, bytes], form: _Format) -> tuple[str, ...]:
 
 
 def _value(mapping: Any, key: bytes) -> Any:
-    """Value of a key that Python 2 (bytes) or Python 3 (text) wrote; None if the key is missing."""
+    """Value of a key, which is bytes in pickles of Python 2 and text in those of Python 3; None if it is missing."""
     return mapping.get(key, mapping.get(key.decode())) if isinstance(mapping, dict) else None
 
 
@@ -215,7 +215,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def restricted_unpickle(content: bytes, origin: str) -> Any:
-    """Read a pickle of an array, or of a dictionary whose values may be arrays; strings of Python 2 become bytes.
+    """Read a pickle of an array, or of a dictionary with arrays as values; strings of Python 2 become bytes.
 
     Args:
         content: the pickle.

@@ -32,7 +32,7 @@ class DownsampledImageNetSource(ImageSource):
         path: folder or URL of the files.
 
     Raises:
-        DataError: a file is missing or damaged, or does not belong there.
+        DataError: a file is missing or damaged, or there is another ``.npz`` file.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,7 +76,7 @@ class DownsampledImageNetSource(ImageSource):
         return np.array(file.rows()[row]).reshape(3, self._side, self._side)
 
     def origin(self, number: int) -> str:
-        """File and row."""
+        """Name of the file, and row of image ``number``."""
         file, row = self._row_of(number)
         return f"{file.name}/{row}"
 

@@ -1,7 +1,7 @@
 """Tables of labels among image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
 
-A table labels the images below its folder. It names an image by its path below that folder, by its file name, or by its
-file name without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
+A table labels the images below its folder. It refers to an image by its path below that folder, or by its file name
+with or without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
 and the table that ``source.label_table`` names are always used.
 """
 
@@ -103,7 +103,7 @@ class LabelTables:
         return labels
 
     def _labels_by(self, name: str, paths: Sequence[str]) -> list[Label] | None:
-        """Labels that a table gives the images; None if it does not label them."""
+        """Labels of the images in a table; None if the table does not label them."""
         table = self._table(name)
         folder = name.rpartition("/")[0]
         below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
@@ -139,7 +139,7 @@ class LabelTables:
         return [table[keys[path]] for path in paths]
 
     def check(self) -> None:
-        """Check that the table that ``source.label_table`` names labels some images.
+        """Check that a table that matches ``source.label_table`` labels some images.
 
         Raises:
             DataError: the table names no image of the source.
@@ -162,7 +162,7 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Labels by image name; None if the table has a usual name but no labels of images."""
+        """Labels by image name; None if the table has a usual name but does not label images."""
         if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
@@ -195,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path of ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None without labels."""
+    """Labels by path in ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if absent."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):
@@ -207,7 +207,7 @@ def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
 
 
 def _json_rows(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a file of JSON lines, below a row of column names."""
+    """Rows of a JSON Lines file; the first row contains the column names."""
     records = [parse_json(line, origin) for line in content.splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
         raise DataError(f"lines of {origin} must be JSON objects (got {str(records[0])[:60]}); correct it")
@@ -226,7 +226,7 @@ def _unique(pairs: list[tuple[str, object]], origin: str) -> dict[str, Label]:
 
 
 def _key_of(path: str, folder: str, table: dict[str, Label]) -> str | None:
-    """The name under which a table has an image; None if the table does not name the image."""
+    """The name by which a table refers to an image; None if the image is not in the table."""
     below = path.removeprefix(f"{folder}/") if folder else path
     base = path.rpartition("/")[2]
     candidates = (below, path, base, below.rpartition(".")[0], base.rpartition(".")[0])

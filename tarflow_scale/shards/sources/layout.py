@@ -29,12 +29,12 @@ __all__ = ["ImageFiles", "lay_out"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
-"""Names of folders that contain the images of a split or class and do not name a class."""
+"""Names of folders that contain the images of a split or class, but are not classes."""
 _PARTS = (
     *_CONTAINERS,
     *("masks", "mask", "labels", "annotations", "segmentation", "groundtruth", "gt", "depth", "thumbs"),
 )
-"""Names of folders that, if they are beside each other, contain parts of the same samples."""
+"""Names of folders that contain parts of the same samples, such as images and masks, if they are siblings."""
 _TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
 
 
@@ -85,7 +85,7 @@ def lay_out(
     Args:
         files: paths of all files below the source, sorted.
         read: reads the file at a path.
-        names_in: lists the names of files and folders in a folder, of empty folders too.
+        names_in: lists the names of the files and folders (also empty ones) in a folder.
         config: the label table, its column of labels, and the table of class names.
         split: the patterns, and whether names mean splits.
         where: path of the source, for messages.
@@ -199,7 +199,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The split of each of the folders beside each other, if they are splits; else none, and perhaps a warning."""
+    """The splits of sibling folders by name, empty if the folders are not splits; and warnings."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]

@@ -73,7 +73,7 @@ def tars_of_folder(path: str) -> FoundTars:
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
-    """Refuse a compressed tar, because its samples cannot be read in any order.
+    """Refuse a compressed tar, because it does not allow reads at arbitrary positions.
 
     Args:
         name: name of the tar.
@@ -121,7 +121,7 @@ def _of_names(paths: list[str]) -> FoundTars:
 
 
 def _common(folders: list[str]) -> str:
-    """The longest path of folders that all paths share.
+    """The deepest folder that contains all folders.
 
     Raises:
         DataError: the paths are in different stores.

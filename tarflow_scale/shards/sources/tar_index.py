@@ -1,4 +1,4 @@
-"""Index WebDataset tars of another program, so that they can be read as a data set without being packed again."""
+"""Index WebDataset tars of another program, so that they can be read as a data set without packing them again."""
 
 import re
 import tarfile
@@ -40,7 +40,7 @@ class _IndexedTar:
 
 
 def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, list[bytes], Counter[str]]:
-    """Compute what makes the tars in a folder a data set, without writing it. A worker keeps one sample in memory.
+    """Compute the manifest and indexes that make the tars in a folder a data set. A worker keeps one sample in memory.
 
     Args:
         config: the source.
@@ -86,7 +86,7 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
 
 
 def _check_names(names: Sequence[str], path: str) -> None:
-    """Check that a manifest accepts the names of the tars, and that their names mean one split."""
+    """Check that a manifest accepts the names of the tars, and that all names mean the same split."""
     roles = {role_of(name.removesuffix(".tar")): name for name in reversed(names)}
     if len(roles) > 1:
         splits = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())

@@ -1,9 +1,9 @@
 """WebDataset tars of other programs, as a source of images.
 
 The image of a sample is its only member with the extension of an image (``jpg``, ``input.jpg``), or the member that
-``source.image_member`` names. Its label is the member or field that ``source.label_column`` names; without that
-setting, the member ``cls``, the only member such as ``target.cls``, or the field ``label`` of the ``json``. The names
-of tars and folders may mean splits (`tarflow_scale.shards.sources.splits`).
+``source.image_member`` names. Its label is the member or field that ``source.label_column`` names. Without that
+setting, it is the member ``cls``, or else the only member that ends in ``.cls``, or else the field ``label`` of the
+``json``. The names of tars and folders may mean splits (`tarflow_scale.shards.sources.splits`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +82,7 @@ class TarSource(EncodedSource):
         return content
 
     def origin(self, number: int) -> str:
-        """Tar and key."""
+        """Name of the tar, and key of sample ``number``."""
         key = self._keys[self._key_ends[number] : self._key_ends[number + 1]]
         return f"{self._tar_of(number)}:{key.decode(errors='surrogateescape')}"
 
@@ -128,7 +128,7 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
 
 
 def file_of(tar: ScannedTar, role: splits.Role | None) -> SourceFile:
-    """The tar as `settle_files` needs it."""
+    """Describe a scanned tar for `settle_files`."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
@@ -140,7 +140,7 @@ def _folders(tar: ScannedTar) -> set[str]:
 
 
 def _check_folders(tars: Sequence[ScannedTar], roles: Mapping[str, splits.Role | None], config: SourceConfig) -> None:
-    """Refuse tars with folders that are splits, because all samples of a tar belong to one split.
+    """Refuse tars with folders for different splits, because all samples of a tar must belong to one split.
 
     Raises:
         DataError: folders within a tar have the names of different splits.

@@ -23,7 +23,7 @@ __all__ = ["VectorSource"]
 
 
 class VectorSource(ImageSource):
-    """Vectors of numbers, which are neither scaled nor centred.
+    """Vectors of numbers, which are used without scaling or centring.
 
     * ``.npz``: the array ``x (N, D)``; optionally ``labels (N,)`` of whole numbers and ``conditions (N, K)``. Arrays
       ``x_test``, ``labels_test`` and ``conditions_test`` are an official test split.
@@ -31,7 +31,7 @@ class VectorSource(ImageSource):
 
     Args:
         path: path or URL of the file.
-        label_column: column of a CSV with the class of each sample; None without classes.
+        label_column: column of a CSV with the class of each sample; None if there are no classes.
         condition_columns: columns of a CSV with the condition of each sample.
 
     Raises:
