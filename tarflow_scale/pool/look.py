@@ -27,11 +27,11 @@ class ClusterFacts:
     num_cpus: float
     num_gpus: float
     here: bool
-    """Whether this machine is a node of the cluster; if not, the cluster accepts work from here only by ``ray://``."""
+    """Whether this machine is a node of the cluster; other machines can submit work only through ``ray://``."""
 
 
 def look_at(address: str) -> ClusterFacts | None:
-    """Ask a running cluster for its versions and resources, with the token of this process; starts nothing there.
+    """Ask a running cluster for its versions and resources, with the token of this process. This starts no work there.
 
     Args:
         address: see `Pool`.
