@@ -55,7 +55,7 @@ _VERBS = {
 }
 _PACKAGE = Path(__file__).parent
 _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
-"""Start of an override, ``key=``. An argument that is the path of an existing file is a file, even if it matches."""
+"""Start of an override, ``key=``. The path of an existing file is not an override, even if it matches."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
 
 
 def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
-    """Read a YAML file whose path is a value of the configuration.
+    """Read a YAML file that the configuration names by its path.
 
     Args:
         kind: section that the file contains.

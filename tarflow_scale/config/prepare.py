@@ -11,7 +11,7 @@ from tarflow_scale.config.verb import Flag, Verb
 __all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
-"""Kinds of sources whose splits and classes are recognized by names of folders and files."""
+"""Kinds of sources in which names of folders and files determine the splits and classes."""
 _IMAGE_KINDS = ("digits", "mnist", "cifar", "imagenet_npz", *LAYOUT_KINDS)
 _KINDS_OF_SETTINGS = {
     **dict.fromkeys(("size_pixels", "resize", "orientation", "transparency"), LAYOUT_KINDS),

@@ -99,7 +99,7 @@ class NoiseConfig(Section):
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
     ``gaussian``: noise with standard deviation ``std``, for sample quality; the model then has no bits/dim.
-    ``none``: no noise, for vectors, whose likelihood is measured in nats."""
+    ``none``: no noise, for vectors; their likelihood is measured in nats."""
     std: float = Field(default=0.0, ge=0)
     """Standard deviation of the noise, for pixels on [-1, 1]; required by ``gaussian``."""
 
@@ -185,8 +185,9 @@ class ZeroPlusPlusConfig(Section):
 class ParallelismConfig(Section):
     """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, stage 2 also gradients, stage 3 also weights.
 
-    The table shows bytes per parameter on N ranks with E moving averages, without activations: memory that is always
-    allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50 million numbers.
+    The table shows the memory of a rank in bytes per parameter, for N ranks and E moving averages, without activations:
+    memory that is always allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50
+    million numbers.
 
     ===== ================== ============= ===============================================================
     stage always             N = 8, E = 1  additional
@@ -258,7 +259,7 @@ class ValidationConfig(DataSetConfig):
 
 
 class LoggingConfig(Section):
-    """The folder of a run, and what is written to it."""
+    """The folder of a run, and the logs and sample grids in it."""
 
     path: str
     """Folder of the run, for ``config.yaml``, ``environment.json``, ``status.json``, ``log.jsonl``, ``curve.png``,

@@ -27,7 +27,7 @@ class Worker(Protocol):
 
 
 class Unit(Protocol):
-    """A unit of work whose result is stored, so that a killed job continues where it stopped."""
+    """A unit of work. Its result is stored, so that a killed job can continue where it stopped."""
 
     @property
     def num_images(self) -> int:
@@ -265,7 +265,7 @@ def _refusal(error: Exception, address: str | None) -> UserError:
 
 
 def _reached(address: str | None) -> bool:
-    """Whether a cluster listens only on loopback. Raises an error if a running cluster refuses us or does not answer."""
+    """Whether a cluster listens only on loopback. A running cluster must also answer and accept the token."""
     if address is not None:
         look_at(address)
     return on_loopback_alone(address)

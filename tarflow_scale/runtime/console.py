@@ -21,7 +21,7 @@ class ProgressBar:
     Args:
         total: the count at the end.
         description: the work, in a word or two.
-        unit: plural noun for what is counted.
+        unit: plural noun for the counted things.
         initial: the count at the start.
         enabled: whether to print anything.
     """
@@ -118,7 +118,7 @@ def _clock(seconds: float) -> str:
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """A text table whose columns are as wide as their longest cell."""
+    """Format a text table; each column is as wide as its longest cell."""
     header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

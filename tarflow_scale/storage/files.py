@@ -193,7 +193,7 @@ def copy_file(source: str, target: str) -> None:
 
 
 def create(location: str, content: bytes, shared: int = 0) -> bool:
-    """Create a file unless it exists, and return whether it was created. Exactly one of concurrent writers succeeds.
+    """Create a file unless it exists; return whether it was created. Exactly one of several writers succeeds.
 
     A local file is written under a temporary name and flushed; then a system call gives it the final name, or fails if
     the name is taken. So a reader never sees part of a file, and a writer that is killed leaves no file or the complete
