@@ -18,7 +18,7 @@ from tarflow_scale.sampling.decode import decoder_of
 __all__ = ["EXPORTED", "calibration_for", "load", "load_version", "worker_device"]
 
 EXPORTED = "version.json"
-"""File beside an exported flow, with the record of the version."""
+"""Name of the file, beside an exported flow, that contains the record of the exported version."""
 
 
 def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
@@ -30,7 +30,7 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
         registry: folder or URL of a registry.
 
     Returns:
-        The flow. It has the names of its classes if they were stored with it.
+        The flow, including its class names if they were stored.
 
     Raises:
         UserError: the flow does not exist or cannot be read.
@@ -78,8 +78,8 @@ def worker_device(gpu: bool) -> torch.device:
 def calibration_for(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> Calibration | None:
     """The newest decoding calibration of a version that matches these settings and this kind of device.
 
-    If none matches, the newest calibration is returned, and the sampler then reports what differs. None if the decoder
-    is exact, or the version has no calibration.
+    If none matches, returns the newest calibration; the sampler then raises an error that names the difference. Returns
+    None if the decoder is exact or the version has no calibration.
     """
     if settings.decoder.kind == "exact":
         return None

@@ -1,4 +1,4 @@
-"""Declaration of a verb, beside its configuration: its function, manual and flags."""
+"""Declaration of a verb: its configuration, function, manual and flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +53,14 @@ class Verb:
 
     @property
     def file(self) -> str:
-        """The configuration of the example."""
+        """Path of the configuration file in the example."""
         return next(word for word in self.example.split() if word.startswith("configs/"))
 
     def load(self, path: Path | None, overrides: list[str]) -> Root:
         """Read the configuration.
 
         Raises:
-            ConfigError: the configuration is wrong. If a key is missing that a flag sets, the message names the flag.
+            ConfigError: the configuration is wrong. If a flag can set a missing key, the message names the flag.
         """
         try:
             return self.config.load(path, overrides, self.file)

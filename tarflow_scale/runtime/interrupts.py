@@ -1,7 +1,7 @@
 """Handling of Ctrl-C: while modules are imported, the process ends at once, because no work has started.
 
-Python raises KeyboardInterrupt by default. During an import this prints a traceback, aborts the process if C++ code has
-called Python, or is lost if it is raised in a callback.
+By default, Python raises KeyboardInterrupt. During an import, this exception prints a traceback, aborts the process if
+it passes through C++ code, or is lost if it is raised in a callback.
 """
 
 import os

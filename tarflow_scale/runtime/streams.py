@@ -62,7 +62,7 @@ def guard() -> None:
 
 
 def _stream(number: int, before: TextIO | None) -> TextIO:
-    """A stream for descriptor ``number`` with the settings of ``before``, which is None if it was closed."""
+    """A stream for descriptor ``number`` with the settings of ``before``; default settings if ``before`` is None."""
     if before is not None:
         with suppress(OSError):
             before.flush()
