@@ -249,7 +249,7 @@ def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, refe
     return baselines
 
 
-# -- what is printed ---------------------------------------------------------------------------------------------------
+# -- printed tables ----------------------------------------------------------------------------------------------------
 
 
 def _print_plan(title: str, job: Evaluation, units: list[EvaluationUnit], cluster: ClusterConfig) -> None:

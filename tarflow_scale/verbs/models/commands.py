@@ -31,7 +31,7 @@ __all__ = [
 _MIB = 1024**2
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- commands that only read -------------------------------------------------------------------------------------------
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
@@ -147,7 +147,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files match their digests")
 
 
-# -- changing ----------------------------------------------------------------------------------------------------------
+# -- commands that change the registry ---------------------------------------------------------------------------------
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
@@ -259,7 +259,7 @@ def collect(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: freed {freed / _MIB:.1f} MiB")
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- text of tables ----------------------------------------------------------------------------------------------------
 
 
 def _registry(browsed: BrowseConfig) -> Registry:

@@ -212,7 +212,7 @@ def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
     return scores_of(joined["bits_0"], joined["compressed"], typical, joined.get("bits_1"))
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- files and printed tables ------------------------------------------------------------------------------------------
 
 
 def _rows(sets: dict[str, tuple[list[Part], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
