@@ -13,12 +13,12 @@ PyTorch saves:
 * RealNVP. A coupling on c channels with a network of width W saves ``4 n W`` bytes per pixel for each residual block,
   ``2 n W`` for the rest of the network, and ``40 c`` outside the network.
 * NICE and RealNVP for vectors save one tensor per hidden layer.
-* MAF saves one tensor per hidden layer, 4.3 D numbers outside the network, and a masked copy of every weight. IAF saves
-  the same in each of D + 1 passes.
+* MAF on D dimensions saves one tensor per hidden layer, 4.3 D numbers outside the network, and a masked copy of every
+  weight. IAF saves the same in each of D + 1 passes.
 
 A unit is a layer, step or coupling. If activations are checkpointed or rebuilt, only the feature maps between units are
-saved, and at any time all activations of one unit. `Footprint.working` also counts the gradients inside that unit,
-about 1.5 times its largest feature map.
+saved, plus all activations of the unit through which the backward pass is running. `Footprint.working` also counts the
+gradients inside that unit, about 1.5 times its largest feature map.
 """
 
 import math
@@ -112,7 +112,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Add up all units if activations are kept, otherwise take the largest unit; add the feature maps between units."""
+    """Footprint of units: activations of every unit if kept, else of the largest unit, plus maps between units."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

@@ -105,7 +105,7 @@ def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
 
 
 def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
-    """Advise, in lines of text, which stage to use, or which changes make the recipe fit if it fits at no stage."""
+    """Lines of text that recommend a stage, or, if the recipe fits at no stage, changes that make it fit."""
     fitting = [plan for plan in stages if plan.fits]
     own = scenario.recipe.parallelism.zero_stage
     if fitting:

@@ -114,12 +114,12 @@ def _figure(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    """Three significant digits, or all digits of a number above 100."""
+    """Format a number with three significant digits, or as an integer if it is 100 or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _time(hours: float) -> str:
-    """A time in minutes, hours or days."""
+    """Format a time in minutes, hours or days."""
     if hours < 1:
         return f"{60 * hours:.2g} minutes"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours = {hours / 24:,.1f} days"

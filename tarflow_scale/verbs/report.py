@@ -57,7 +57,7 @@ def _each_once(paths: Sequence[str]) -> list[str]:
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
-    """One sentence per leaderboard. The first sentence about a version also contains the decision of the gate on it."""
+    """One sentence per leaderboard. The first sentence about a version also contains the gate's decision on it."""
     sentences: list[str] = []
     mentioned: set[str] = set()
     for ranking in rankings:
@@ -97,7 +97,7 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """Compare the best version with the champion, or, if it is the champion, with the second best version."""
+    """Compare the best version with the champion, or with the second best if it is the champion or there is none."""
     best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
     other = champion if champion is not None and champion is not best else next(iter(worse), None)

@@ -44,7 +44,7 @@ class RollCall:
     silent: tuple[int, ...] = ()
     """Ranks that answered and then died."""
     stuck: tuple[int, ...] = ()
-    """Ranks that are alive, but whose all-reduce did not end."""
+    """Ranks that are alive, but on which the all-reduce did not end."""
     failures: dict[int, str] = field(default_factory=dict[int, str])
     """Error message of each failed all-reduce, by rank."""
     num_bytes: int = 0
@@ -197,7 +197,7 @@ def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[i
 def _in_background(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, timeout_seconds: float
 ) -> dict[str, float]:
-    """Start a thread that runs an all-reduce and writes the outcome to the store, the speed to the returned dict."""
+    """Start an all-reduce in a thread, which writes the outcome to the store and the speed into the returned dict."""
     speed: dict[str, float] = {}
     own = store.clone()  # a separate client, because a client that waits blocks all its users
 

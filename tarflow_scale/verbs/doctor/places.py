@@ -24,7 +24,7 @@ _LEAST_BYTES = _GIB
 """Free space that the run folder needs if the configuration describes no run."""
 _SMALL_BYTES, _LARGE_BYTES = 1024**2, 32 * 1024**2
 _QUICK_SECONDS = 0.5
-"""The large file is written only if the small one took less time than this, because it would take too long."""
+"""The large file is written only if the small file took less time than this; a slow store would take too long."""
 _PROBE_KEYS = 20
 _SKEW_SECONDS = 60.0
 """Largest accepted clock difference; a larger one makes ages of files wrong. S3 refuses requests at 15 minutes."""

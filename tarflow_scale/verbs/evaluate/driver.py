@@ -3,7 +3,7 @@
 The driver resolves the version and lists the parts that the protocols need: features, moments or likelihoods of ranges
 of images. Workers make the missing parts, then compute the numbers from them in rounds of tasks. The driver attaches
 the report. Ray and a single process give the same numbers, and a killed evaluation continues where it stopped.
-``--reference`` only computes the references of the protocols; ``--watch`` also evaluates versions registered later.
+``--reference`` only computes the references of the protocols; ``--watch`` evaluates all versions until interrupted.
 
 Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes
 into the registry an event with the report, and as blobs a picture of samples and the likelihood of each image. Writes
@@ -50,7 +50,7 @@ __all__ = ["bind", "run", "watch"]
 
 
 def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
-    """Measure every protocol and attach the report; with ``once`` fail if another evaluation has already attached one.
+    """Measure the version and attach the report; with ``once``, fail if the version already has these numbers.
 
     Raises:
         UserError: version, data, reference or protocol do not fit together.
@@ -98,7 +98,7 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
 
 
 def watch(config: EvaluateConfig, dry_run: bool) -> None:
-    """Evaluate every version of the model once, also versions that are registered later, until interrupted.
+    """Evaluate every version of the model once, including versions that are registered later, until interrupted.
 
     Several processes may watch: a lease gives each version to one of them, and the log accepts only one report. A
     version that cannot be evaluated is reported and skipped.
@@ -226,7 +226,7 @@ def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None
 
 
 def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, reference: str) -> dict[str, float]:
-    """Baselines of the protocols: numbers of real images, and of a full-covariance Gaussian of pixels or vectors."""
+    """Numbers by the same protocols for real images and for a Gaussian with full covariance, where they apply."""
     baselines: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
     for path, protocol in job.protocols.items():

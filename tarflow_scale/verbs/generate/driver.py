@@ -52,10 +52,10 @@ _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
 """Maximum width in pixels to which the grid is enlarged; a wider grid is not shrunk."""
 _EXACT = 1e-3
-"""Largest normal error between latents and re-encoded images in fp32; above it, the model amplifies rounding."""
+"""Largest expected difference of latents and re-encoded images in fp32; above it, the model amplifies rounding."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
-"""Number of images that may be drawn again even if ``guard.most_redrawn_share``, unless it is 0, allows fewer."""
+"""Number of images that may always be drawn again, unless ``guard.most_redrawn_share`` is 0."""
 
 
 def run(config: GenerateConfig, dry_run: bool) -> None:
@@ -157,7 +157,7 @@ def _write_copies(shards: GeneratedShardsConfig) -> None:
 
 
 def calibrate(config: GenerateConfig, dry_run: bool) -> None:
-    """Measure the fastest way to decode the version on this machine, and attach it to the version as a plan.
+    """Find by measurement the fastest way to decode the version on this machine, and attach it to the version.
 
     Raises:
         RegistryError: the version does not exist.

@@ -99,7 +99,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the settings that differ between a version and ``command.other`` (default: champion), and all numbers."""
+    """Print the differing settings and all numbers of a version and of ``command.other`` (default: champion)."""
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()

@@ -39,7 +39,7 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     """Pack the splits of the source, unless they are packed already.
 
     Raises:
-        DataError: the source is unsuitable, or the target holds another data set or other files.
+        DataError: the source cannot be used, or the target holds another data set or other files.
         StorageError: another ``prepare`` writes to the target.
     """
     try:

@@ -1,8 +1,8 @@
 """Verb ``train``: train a flow on shards and register it.
 
-Open the data, build the flow, start DeepSpeed, train from the latest checkpoint to the configured number of
-images, export the averaged weights and register them. The same command continues a run that stopped. Start it on
-several ranks with torchrun; see ``launch/``.
+Open the data, build the flow, start DeepSpeed, train from the latest checkpoint to the configured number of images,
+export the averaged weights and register them. The same command continues a run that stopped. To use several ranks,
+start it with torchrun; see ``launch/``.
 
 Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml`` (if a run continues
 with other settings, the old file becomes ``config-until-IMAGES.yaml``), ``environment.json``, ``status.json``,
@@ -58,7 +58,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     """Train the flow, export it and register it.
 
     Raises:
-        UserError: the data set, the counts or the run folder do not fit the configuration.
+        UserError: the data set, the batch sizes or the run folder do not fit the configuration.
         Interrupted: the run was asked to stop and can continue.
     """
     data, logging, recipe = config.data, config.logging, config.recipe

@@ -1,6 +1,6 @@
 """The identity of a run: the settings that must not change when it continues.
 
-The number of ranks, the ZeRO stage, logging and the length may change, with one exception; see `batch_statistics`.
+The number of ranks, ZeRO stage, logging and length of training may change; for one exception see `batch_statistics`.
 """
 
 from typing import Any
