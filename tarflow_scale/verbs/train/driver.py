@@ -9,7 +9,7 @@ with other settings, the old file becomes ``config-until-IMAGES.yaml``), ``envir
 ``log.jsonl``, ``curve.png`` (the loss), ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and
 at the end ``model/``, which is also registered as ``registry.model``.
 
-It is an error if the folder belongs to another run, if its run has not ended, or if the global batch cannot be divided
+It is an error if the folder belongs to another run, if its run is still active, or if the global batch cannot be split
 among ranks and micro batches. A run that receives a stop signal saves a checkpoint and ends with exit code 75. A killed
 run loses the steps after its latest complete checkpoint; on the same number of ranks, repeating them gives the same
 weights.
