@@ -1,12 +1,12 @@
-"""Verb ``convert``: turn an apple/ml-tarflow ``.pth`` into a saved flow, and register it if a registry is named.
+"""Verb ``convert``: turn an apple/ml-tarflow ``.pth`` file into a saved flow, and register it if a registry is set.
 
-Read the tensors without running code, infer every size, rename, and write ``model.safetensors`` and ``config.json``.
-The tensors do not tell the noise of the training, so it is configured. A registered version also needs the manifest of
-its data set, so that it can be evaluated and sampled like any other.
+Read the tensors without running code, infer all sizes, rename the tensors, and write ``model.safetensors`` and
+``config.json``. The file does not contain the kind of noise of the training, so the configuration must state it. To
+register a version, the manifest of its data set is also needed, so that it can be evaluated like any other version.
 
-Reads ``weights.path`` and, to register, the manifest at ``data.path``; writes ``output.path`` and an event. Refuses a
-file that would run code, is no TarFlow or is not finite, and a folder that holds another flow. Running the same command
-again changes nothing.
+Reads ``weights.path`` and, to register, the manifest at ``data.path``. Writes the folder ``output.path`` and an event.
+It is an error if the file would run code, is not a TarFlow or has values that are not finite, or if the folder holds
+another flow. Running the same command again changes nothing.
 """
 
 from tarflow_scale import storage
@@ -28,10 +28,10 @@ _BIT_DEPTH = 8
 
 
 def run(config: ConvertConfig, dry_run: bool) -> None:
-    """Read, check, write, register.
+    """Convert the weights, write the flow, and register it if a registry is set.
 
     Raises:
-        DataError: the file is no TarFlow, or the output folder holds another flow.
+        DataError: the file is not a TarFlow, or the output folder holds another flow.
         ConfigError: the model does not fit its data set.
     """
     noise = config.weights.noise
@@ -57,7 +57,7 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
 
 
 def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
-    """The data set of the version; it must fit the model."""
+    """Describe the data set that the model was trained on, and check that it fits the model."""
     if manifest.event.shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
         classes = flow.num_classes or "any number of"
         raise ConfigError(

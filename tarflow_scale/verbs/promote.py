@@ -2,9 +2,9 @@
 
 Read the gate and its protocols. Compare the reports of the version with the bounds, with the version that has the alias
 and, if ``gate.against`` is set, with a version of another model. Print a table of the requirements. Move the alias if
-all requirements hold and no other process moved it meanwhile. ``registry.version=latest`` is the newest version that
-has the numbers that the gate requires; newer versions without them are skipped and named. Neither torch nor Ray is
-imported.
+all requirements hold and no other process moved it meanwhile. ``registry.version=latest`` selects the newest version
+with all numbers that the gate requires; newer versions that lack a number are skipped and listed. Neither torch nor Ray
+is imported.
 
 Reads ``gate.path``, its protocols and the log of the model; writes one event or nothing. If the gate refuses, the exit
 code is 2. ``--override REASON`` moves the alias anyway, and stores the decision and the reason. There is nothing to
@@ -73,10 +73,11 @@ def _chosen(
     protocols: Protocols,
     holder: int | None,
 ) -> int:
-    """The version that ``reference`` names; for ``latest`` the newest version that has the numbers of the gate.
+    """The version for ``reference``, a number, an alias or ``latest``.
 
-    ``latest`` is never a version older than ``holder``, the version that has the alias, because the alias must not move
-    back unnoticed. If no version has the numbers, it is the newest version, so that the table shows what is missing.
+    ``latest`` is the newest version with all numbers that the gate requires. It is never older than ``holder``, the
+    version that has the alias, so that the alias does not move back unnoticed. If no version has all numbers, it is the
+    newest version, and the table shows which numbers are missing.
     """
     newest = resolve(state, reference, registry.model).version
     if reference != "latest":

@@ -1,4 +1,4 @@
-"""Checks of installed software: versions of packages, torch with torchvision and devices, a compiler."""
+"""Checks of installed software: versions of packages, torch, torchvision, devices, and a compiler."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ _COMPILE_SECONDS = 30.0
 
 
 def packages() -> list[Finding]:
-    """Compare the versions of Python and packages with the bounds in the metadata of the installed tarflow-scale."""
+    """Compare the versions of Python and packages with the bounds in the metadata of tarflow-scale."""
     try:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
@@ -59,7 +59,7 @@ def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | N
 
 
 def _torchvision() -> Finding:
-    """Check that an operator of torchvision works; in a build for another version of torch, none does."""
+    """Check that an operator of torchvision works. None does if torchvision was built for another version of torch."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"

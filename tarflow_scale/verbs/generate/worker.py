@@ -1,4 +1,4 @@
-"""The worker of ``generate``: a range of images becomes one shard, with the same bytes whichever worker makes it.
+"""The worker of ``generate``: make one shard from a range of images. Every worker makes the same bytes.
 
 The first worker that makes a shard stores its record, then writes the shard, then reads it back.
 """
@@ -23,7 +23,7 @@ from tarflow_scale.shards.writer import PackedShard, Sample
 __all__ = ["UNIT_FOLDERS", "ShardMaker", "ShardUnit", "is_done", "read_quality", "read_record"]
 
 UNIT_FOLDERS = _RECORDS, _QUALITY = "records", "quality"
-"""Folders beside the shards that hold one file for each shard."""
+"""Folders beside the shards, with one file per shard."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class ShardUnit:
 
     @property
     def num_images(self) -> int:
-        """Images of the shard."""
+        """Number of images in the shard."""
         return self.stop - self.start
 
     @property
     def tar_name(self) -> str:
-        """``generated-00000.tar``."""
+        """File name of the shard, for example ``generated-00000.tar``."""
         return f"generated-{self.number:05d}.tar"
 
 
@@ -50,7 +50,7 @@ class ShardMaker:
 
     Args:
         registry: folder or URL of the registry.
-        plan: the plan.
+        plan: the resolved plan.
         path: output folder or URL.
     """
 
@@ -71,14 +71,14 @@ class ShardMaker:
         }
 
     def run(self, unit: ShardUnit) -> tuple[Quality, float | None]:
-        """Make a shard: first the record of what it will be, then index and tar, which are read back.
+        """Make a shard: store its record, write index and tar, and read both back.
 
         Returns:
-            What was wrong with the images, and `Sampler.round_trip_error`, or None if another driver had made the
-            shard already.
+            Counts of bad images, and `Sampler.round_trip_error`, which is None if another driver had already made the
+            shard.
 
         Raises:
-            PlanError: an earlier record names other bytes, so this is another machine or library version.
+            PlanError: an earlier record has other digests, usually from another machine or library version.
             NumericsError: an image was bad at every attempt.
             StorageError: the shard reads differently from what was written.
         """
@@ -100,7 +100,7 @@ class ShardMaker:
         return quality, self._sampler.round_trip_error()
 
     def _made(self, unit: ShardUnit) -> tuple[PackedShard, Quality]:
-        """The shard in memory; images are encoded while the next batch is decoded."""
+        """Make the shard in memory. Image files are encoded while the flow decodes the next batch."""
         plan, quality = self._plan, Quality()
         drawn: list[tuple[int, int | None, int]] = []  # index, label and attempt of each sample
 
@@ -141,14 +141,14 @@ def read_record(path: str, unit: ShardUnit) -> ShardRecord:
 
 
 def read_quality(path: str, unit: ShardUnit) -> Quality:
-    """Counts of the bad images of a finished shard; zeros if its file is missing."""
+    """Counts of bad images in a finished shard; the counts are zero if the file with them is missing."""
     location = _location(path, _QUALITY, unit)
     content = storage.read_if_there(location)
     return Quality(images=unit.num_images) if content is None else Quality.from_json(content, location)
 
 
 def is_done(path: str, unit: ShardUnit) -> bool:
-    """Whether record, tar and index exist, and tar and index have the digests of the record."""
+    """Whether record, tar and index exist, and tar and index have the recorded digests."""
     tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
     if not all(map(storage.exists, (_location(path, _RECORDS, unit), tar, index))):
         return False

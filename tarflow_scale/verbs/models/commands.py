@@ -1,9 +1,9 @@
 """Verb ``models``: inspect a registry, and add events to its logs. None of these commands builds a model from weights.
 
-`tarflow_scale.config.models` describes a registry. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
+`tarflow_scale.config.models` explains registries. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
 ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version needs, and deletes
 them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events are
-added, never changed, so a command that is killed has done all of its work or none. Run a killed ``collect`` again.
+added, never changed, so a killed command has done all of its work or none, except ``collect``: run it again.
 """
 
 import json
@@ -31,11 +31,11 @@ __all__ = [
 _MIB = 1024**2
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- commands that only read -------------------------------------------------------------------------------------------
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
-    """Print all versions of all models of the registry, or of ``registry.model``, newest first, with their numbers.
+    """Print every version of ``registry.model``, or of all models of the registry, newest first, with its metrics.
 
     Warns about a model that cannot be read, and leaves it out.
     """
@@ -99,7 +99,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the settings and numbers that differ between a version and ``command.other``, by default the champion."""
+    """Print the differing settings and all numbers of a version and of ``command.other`` (default: champion)."""
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()
@@ -120,7 +120,7 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     """Read every event of every log and every file that a version needs, and check all digests.
 
     Raises:
-        RegistryError: an event or file is missing or damaged. All problems are printed before.
+        RegistryError: an event or file is missing or damaged. All problems are printed first.
     """
     del dry_run  # nothing is written
     path, problems, needed = config.registry.path, list[str](), dict[str, str]()
@@ -147,11 +147,11 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files match their digests")
 
 
-# -- changing ----------------------------------------------------------------------------------------------------------
+# -- commands that change the registry ---------------------------------------------------------------------------------
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: test that exactly one of many concurrent writers wins, and record who may use its files.
+    """Make a registry: test that exactly one of many concurrent writers wins, and record who may access its files.
 
     Raises:
         RegistryError: several writers won, and ``command.single_writer`` is not set; or ``command.shared`` is set, and
@@ -169,7 +169,7 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Move ``command.alias``, which no gate may guard, to a version.
+    """Move the alias ``command.alias`` to a version; an alias that a gate guards is refused.
 
     Raises:
         ConfigError: ``command.alias`` is missing or not allowed.
@@ -191,7 +191,7 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def approve(config: ModelsConfig, dry_run: bool) -> None:
-    """Approve a version for promotion, in the name of the present user.
+    """Approve a version for promotion, in the name of the current user.
 
     Raises:
         RegistryError: the version does not exist, is retired, or was approved by this user before.
@@ -259,7 +259,7 @@ def collect(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: freed {freed / _MIB:.1f} MiB")
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- text of tables ----------------------------------------------------------------------------------------------------
 
 
 def _registry(browsed: BrowseConfig) -> Registry:
@@ -296,7 +296,7 @@ def _configuration(registry: Registry, version: ModelVersion) -> dict[str, str]:
 
 
 def _provenance(version: ModelVersion) -> dict[str, str]:
-    """Properties, besides the settings, in which versions can differ."""
+    """Properties of a version, apart from its settings, that `diff` compares."""
     return {
         "(code)": version.git_commit,
         "(data manifest)": version.data.digest[:12],

@@ -1,12 +1,12 @@
-"""Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
+"""Verb ``models``: ``export`` writes a version as a folder in the Hugging Face layout, and ``import`` reads it.
 
 The folder contains ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (from a
-report, or drawn for the card) and ``version.json``, which contains the record of the registry and is written last. An
-import checks all files before it stores any: safetensors with the recorded digest, no pickle, no name that leads out of
-the folder.
+report, or drawn for the card) and ``version.json``, which contains the registry's record of the version and is written
+last. An import checks all files before it stores any: the weights must be safetensors with the recorded digest, never a
+pickle, and file names must not lead out of the folder.
 
 ``export`` writes to ``command.path``, a folder or URL that must be empty or absent; ``import`` reads it and registers
-the version as ``registry.model``. Importing the same version twice adds no second version. Run a killed import again.
+the version as ``registry.model``. Importing a version twice adds no second version. If an import is killed, repeat it.
 """
 
 import json
@@ -87,11 +87,11 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def import_version(config: ModelsConfig, dry_run: bool) -> None:
-    """Register the version in a folder or URL (``command.path``), with its reports, as ``registry.model``.
+    """Import the version at ``command.path`` (a folder or URL) with its reports; register it as ``registry.model``.
 
     Raises:
         ConfigError: no path or no model is given.
-        DataError: the folder contains no exported version, or files that are damaged or not safetensors and JSON.
+        DataError: the folder contains no exported version, or a file is damaged or has the wrong format.
     """
     path, model = _path_and_model(config.registry, config.command)
     location = storage.join(path, _VERSION)
@@ -125,7 +125,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """A picture of the first samples of seed 0, with one class per column if there are few; None if sampling fails."""
+    """Draw the first samples of seed 0, with one class per column if there are 2 to 20; None if sampling fails."""
     names = version.data.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -191,7 +191,7 @@ def _check_safetensors(location: str, content: bytes) -> None:
 
 
 _TASKS = {"images": "unconditional-image-generation", "vectors": "tabular-density-estimation"}
-"""What hubs call the task of a model, by the noun of its events."""
+"""Name of the task of a model on model hubs, by kind of data."""
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
@@ -208,7 +208,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         "---",
         f"license: {licence}",
         "library_name: tarflow-scale",
-        *([f"pipeline_tag: {_TASKS[noun]}"] if noun == "images" else []),  # the only one that hubs list
+        *([f"pipeline_tag: {_TASKS[noun]}"] if noun == "images" else []),  # the only task that hubs list
         "tags: [normalizing-flow, tarflow-scale]",
         *_index(model, version, _TASKS[noun], list(newest.values())),
         "---",

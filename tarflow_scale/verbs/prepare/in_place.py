@@ -1,4 +1,4 @@
-"""Make a data set of the tars of another program in place: write an index beside each tar, and the manifest last."""
+"""Turn tars of another program into a data set in place: write an index beside each tar, and the manifest last."""
 
 from tarflow_scale import storage
 from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig

@@ -1,4 +1,4 @@
-"""Previews of a run: samples of the averaged weights, or the density of a flow of two numbers."""
+"""Previews of a run: samples of the averaged weights, or the density of a flow of two-dimensional vectors."""
 
 import warnings
 
@@ -28,10 +28,10 @@ _ZOOM = 4
 def preview_of(
     model: ModelConfig, manifest: Manifest, pixels: PixelFormat, folder: str, guidance: float, device: torch.device
 ) -> Preview:
-    """A function that writes ``<folder>/previews/images-<images seen>.png``.
+    """Return a function that writes ``<folder>/previews/images-<images seen>.png``.
 
-    It builds its own copy of the flow from the averaged weights. Each column of samples shows one class. If sampling
-    fails it warns, because that is no reason to stop a run whose loss is finite.
+    The function builds a copy of the flow with the averaged weights. With up to 40 classes, each column of samples
+    shows one class. If sampling fails, the function only warns, so that the run continues.
     """
 
     def draw(weights: dict[str, Tensor], images_seen: int) -> None:
@@ -60,7 +60,7 @@ def _samples(flow: Flow, manifest: Manifest, guidance: float) -> bytes:
 
 
 def _density(flow: Flow) -> bytes | None:
-    """A picture of the density; None if the flow does not have two dimensions, or has conditions."""
+    """A picture of the density; None if the flow has other than two dimensions, or is conditional."""
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         return None
     try:
