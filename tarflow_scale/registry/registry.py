@@ -1,8 +1,8 @@
 """One model of a registry: its versions and aliases, computed from an append-only log, and its files.
 
 Events are the files ``<registry>/<model>/_log/000000000001.json ...``; ``_snapshot`` beside ``_log`` is a cache (see
-`tarflow_scale.registry.state`). All other files are stored as blobs ``<registry>/blobs/sha256/<hex>``. A blob is written
-before the event that names it, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
+`tarflow_scale.registry.state`). All other files are blobs, ``<registry>/blobs/sha256/<hex>``. A blob is written before
+the event that names it, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
 """
 
 import random
