@@ -379,7 +379,7 @@ class Registry:
 
     def _save_snapshot(self) -> None:
         self._saved = self._state.number
-        with suppress(RegistryError, StorageError):  # a cache: a user with read access only works without it
+        with suppress(RegistryError, StorageError):  # only a cache; a user with read-only access works without it
             self.store.replace(self._snapshot, self._state.to_snapshot())
 
 

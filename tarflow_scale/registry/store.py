@@ -68,7 +68,7 @@ class Store:
         Raises:
             RegistryError: a later release of this package wrote the file.
         """
-        if self._marker is None or not storage.is_remote(self.path):  # `init` may change the mode of a local one
+        if self._marker is None or not storage.is_remote(self.path):  # `init` may change modes of a local registry
             location = storage.join(self.path, _MARKER)
             content = storage.read_if_there(location)
             if content is not None:
@@ -149,7 +149,7 @@ class Store:
             except PermissionError:
                 not_owned.append(path)
             except FileNotFoundError:
-                continue  # a writer's temporary file
+                continue  # a temporary file that its writer removed meanwhile
         if not_owned:
             raise RegistryError(
                 f"{len(not_owned)} files and folders of {self.path} must be shared by their owners (first: "

@@ -185,7 +185,7 @@ class TarFlowDecoder:
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
             with self._lock:
                 x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
-                self._cache = None  # it can have gigabytes, which should not stay allocated between calls
+                self._cache = None  # it can take gigabytes, which should not stay allocated between calls
             return x
 
         return decode
@@ -204,7 +204,7 @@ class TarFlowDecoder:
         guidance: Guidance | None,
         schedule: Schedule,
     ) -> tuple[Tensor, BlockCost]:
-        """Invert block ``number`` (in the order of decoding) at ``z (B, T, D)`` in image order; also return the cost."""
+        """Invert block ``number`` (in decoding order) for ``z (B, T, D)`` in image order; also return the cost."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 

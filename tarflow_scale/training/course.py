@@ -86,7 +86,7 @@ class Course:
         return f"after {state.images_seen:,} images, from {folder}{done}"
 
     def rate_change(self, state: TrainState) -> str | None:
-        """A message if the learning rate after ``state`` differs from the rate stored in it; None if not."""
+        """A message if the run continues from ``state`` at a learning rate other than the stored rate; else None."""
         before, now = state.learning_rate, self.rate_at(state.images_seen)
         if state.images_seen == self.total_images or before is None or math.isclose(before, now, rel_tol=1e-6):
             return None

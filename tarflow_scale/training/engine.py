@@ -77,7 +77,7 @@ class _NatsPerImage(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        z, log_det = self.flow(x, y, dequantize=True)  # log_prob_of_images would wait for the device in its checks
+        z, log_det = self.flow(x, y, dequantize=True)  # checks of log_prob_of_images would synchronize with the device
         return -(standard_normal_log_prob(z) + log_det)
 
 

@@ -304,7 +304,7 @@ class _StopSignal:
         if not self._received and distributed.is_main():
             again = "; Ctrl-C again ends the run without one" if number == signal.SIGINT else ""
             text = f"\n{signal.Signals(number).name}: the run stops after this step and saves a checkpoint{again}\n"
-            with suppress(OSError):  # by the descriptor, because a signal may interrupt a write of the stream
+            with suppress(OSError):  # not through the stream, because the signal may interrupt a write to it
                 os.write(2, text.encode())
         self._received = signal.Signals(number).name
         if number != signal.SIGINT:

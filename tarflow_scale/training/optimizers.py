@@ -52,7 +52,7 @@ def build_optimizer(
 class _GuardedAdamW(torch.optim.AdamW):
     """AdamW for stage 0 that clips gradients and skips a step with a non-finite gradient, as ZeRO's optimizers do.
 
-    Gradients are already summed over ranks, so all ranks make the same decision. DeepSpeed's engine reads ``overflow``
+    Gradients are already reduced over ranks, so all ranks make the same decision. DeepSpeed's engine reads ``overflow``
     and ``_global_grad_norm``.
     """
 

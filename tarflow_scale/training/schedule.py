@@ -33,7 +33,7 @@ def learning_rate_fraction(images_seen: int, total_images: int, schedule: Schedu
 
 
 def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, newer: str | None) -> str:
-    """A message for a run that continues at another learning rate than its checkpoint expected.
+    """A message for a run that continues at a learning rate other than the rate stored in its checkpoint.
 
     Args:
         images_seen: number of images at which the run continues.

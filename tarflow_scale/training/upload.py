@@ -44,7 +44,7 @@ class Uploader:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, folder: str, own_files: Sequence[str]) -> None:
-        """Wait for the previous upload, then start to upload a complete checkpoint; ``own_files`` are this rank's."""
+        """Start to upload a complete checkpoint after the previous upload ends; ``own_files`` are this rank's files."""
         self.wait()
         path = self._config.upload_path
         if path is not None:
@@ -87,7 +87,7 @@ class Uploader:
     def _listed(target: str) -> dict[str, int]:
         try:
             return storage.list_sizes(target)
-        except StorageError:  # not there yet, or the store fails for a while
+        except StorageError:  # the folder does not exist yet, or the store has a temporary failure
             return {}
 
 

@@ -23,7 +23,7 @@ from tarflow_scale.training.noise import conditions, model_input
 __all__ = ["Validation"]
 
 _NOISE_SEED = 0x76616C6964
-"""Seed of the noise. It differs from the run's seed, so that runs can be compared."""
+"""Seed of the noise. It is the same for all runs, so that their losses can be compared."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["deepspeed_config", "model_size"]
 
 _SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules with parameters that DeepSpeed sends in bf16, without subclasses (``runtime/torch_autocast.py``, 0.19.8)."""
+"""Module types (no subclasses) with parameters that DeepSpeed sends in bf16 (``runtime/torch_autocast.py``, 0.19.8)."""
 _PERSISTENT_ELEMENTS = 100_000
 """Smaller parameters are not partitioned at stage 3; for small models, the limit is a hundredth of the model."""
 
