@@ -115,7 +115,7 @@ class _Distance:
 
 @functools.lru_cache(maxsize=2)
 def _distance_to(location: str, layer: str) -> _Distance:
-    """Distances to a stored reference. They are cached in each process, because the file never changes."""
+    """The `_Distance` to a stored reference. It is cached in each process, because the file never changes."""
     return _Distance(Moments.stored(location, layer))
 
 
@@ -156,7 +156,7 @@ class _GroupMoments:
 
 @dataclass(frozen=True)
 class _WithoutBlocks:
-    """A task that computes the distance of an image set without each of ``blocks``, or of the whole set if empty."""
+    """A task that computes the distance with each of ``blocks`` left out, or of the whole set if ``blocks`` is empty."""
 
     samples: FeatureSet
     layer: str

@@ -14,7 +14,7 @@ NUM_BLOCKS = 50
 
 
 def blocks(num: int) -> list[tuple[int, int]]:
-    """Divide ``num`` images into 50 ranges ``[start, stop)``, or into one range per image if there are fewer."""
+    """Divide ``num`` images into 50 ranges ``[start, stop)``; fewer than 50 images get one range per image."""
     count = min(NUM_BLOCKS, num)
     return [(i * num // count, (i + 1) * num // count) for i in range(count)]
 

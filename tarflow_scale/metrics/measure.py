@@ -46,7 +46,7 @@ class Reducer:
 
 
 def in_rounds(measures: dict[str, Measure], run: Run) -> dict[str, Measured]:
-    """Compute all measures by name; each round runs the next tasks of all measures together.
+    """Compute all measures. Each round runs the next tasks of all measures together.
 
     Args:
         measures: measures by name.

@@ -27,7 +27,7 @@ def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, 
 
     Args:
         protocol: the resolved protocol.
-        extractor: sha256 of the weights of the extractor, or ``none``.
+        extractor: SHA-256 of the weights of the extractor, or ``none``.
         images: `images_digest` of the reference images; for likelihoods, of the scored samples.
     """
     return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))

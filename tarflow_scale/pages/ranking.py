@@ -92,7 +92,7 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Axis ticks at round numbers that enclose the intervals of all ranked rows; empty if there are none."""
+        """Axis ticks at round numbers that enclose the intervals of ranked rows; empty if there are no intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 

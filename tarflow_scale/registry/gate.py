@@ -193,7 +193,7 @@ def _against(
     other: Contender | None,
     whose: str,
 ) -> Reason:
-    """Check that the candidate beats ``other``. ``whose`` refers to ``other`` in the text, as in ``the champion's``."""
+    """Check that the candidate beats ``other``. ``whose`` is the possessive of ``other``, as in ``the champion's``."""
     better = "above" if protocol.higher_is_better else "below"
     by = f" by more than {requirement.margin:g}" if requirement.margin else ""
     wanted = f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"

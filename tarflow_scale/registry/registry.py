@@ -129,7 +129,7 @@ class Registry:
         """Verified content of every file of a version.
 
         Raises:
-            RegistryError: a blob is missing or does not match its digest, or the files of the version were collected.
+            RegistryError: a blob is missing or does not match its digest, or garbage collection deleted the files.
         """
         when = self.state().collected.get(version.version)
         if when is not None:
@@ -153,7 +153,7 @@ class Registry:
     def register(
         self, files: dict[str, bytes], fields: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files as the next version; if a version in use has the same files and settings, return that version.
+        """Store files as the next version, or return a version that is not retired and has the same files and settings.
 
         Args:
             files: content by name.

@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting_batch(asked: int | None, bytes_per_image: int, device: torch.device) -> int:
-    """The requested batch size, or, if it is None, the largest that fits in memory.
+    """The requested batch size; if it is None, the largest batch size that fits in memory.
 
     Raises:
         ConfigError: the requested size, or a single image, does not fit.

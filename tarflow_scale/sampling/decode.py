@@ -7,8 +7,8 @@ chunk of all tokens is the Jacobi iteration of the whole sequence. After i itera
 exact for any initial values, so c tokens take at most c iterations.
 
 For speed, weights are cast once, not at every token; the cache of one block is allocated once and written in place; the
-two predictions of guidance share a batch; on a GPU the kernels of a token are replayed as a CUDA graph, one for every
-`_BUCKET` positions. Scale and mean are applied in fp32 (fp64 for an fp64 flow).
+two predictions of guidance share a batch; on a GPU the kernels of a token are replayed as a CUDA graph, one graph for
+every `_BUCKET` positions. Scale and mean are applied in fp32 (fp64 for an fp64 flow).
 
 Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
 """
@@ -57,7 +57,7 @@ class Schedule:
 class BlockCost:
     """Cost of decoding a block: number of iterations of each chunk, and largest feature change in the last iteration.
 
-    ``last_move`` counts chunks with as many iterations as tokens as 0, because they are exact.
+    A chunk with as many iterations as tokens is exact; it counts as 0 in ``last_move``.
     """
 
     chunk: int
@@ -282,7 +282,7 @@ class _Predictor:
 def _iterate(
     predict: _Predictor, x: Tensor, z: Tensor, start: int, stop: int, schedule: Schedule
 ) -> tuple[int, Tensor]:
-    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place. Returns number of iterations and last change."""
+    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place. Returns the iteration count and the last change."""
     following = slice(start + 1, stop + 1)
     count, move = 0, x.new_zeros(())
     while count < stop - start:

@@ -23,7 +23,7 @@ def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
     """Convert a rule with class names to a rule with class numbers.
 
     Raises:
-        ConfigError: no class has one of the names.
+        ConfigError: a name in the rule is not the name of a class.
     """
     if isinstance(rule, str):
         return "balanced"

@@ -102,7 +102,7 @@ class BlockNetwork:
         self._on_cpu = self._proj_in.weight.device.type == "cpu"
 
     def checksums(self) -> list[int]:
-        """Checksums, on a CPU, of the block's weights that are cast or packed here; they take 0.4 ms for 4 MB.
+        """Checksums, on a CPU, of the block's weights that are cast or packed here; this takes 0.4 ms for 4 MB.
 
         Only a checksum can detect a write to ``parameter.data``.
         """

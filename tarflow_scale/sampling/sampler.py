@@ -31,7 +31,7 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
 """Number of images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Number of parts into which a batch is divided for denoising, which stores all activations of a pass."""
+"""Number of parts into which a batch is divided for denoising, because denoising stores all activations."""
 
 
 class Sampler:
