@@ -156,7 +156,7 @@ class _GroupMoments:
 
 @dataclass(frozen=True)
 class _WithoutBlocks:
-    """A task that computes the distance with each of ``blocks`` left out, or of the whole set if ``blocks`` is empty."""
+    """A task that computes the distance with each of ``blocks`` left out, or of the whole set if ``blocks`` is ()."""
 
     samples: FeatureSet
     layer: str
