@@ -50,9 +50,9 @@ class Page:
         title: heading of the page.
         answers: sentences below the heading.
         rankings: the leaderboards.
-        words: decision of a gate on the best version, by name of the leaderboard.
+        words: decision of a gate on the best version of a leaderboard, by name of the leaderboard.
         entries: models whose history is shown.
-        grids: PNGs of first samples, by the SHA-256 in the reports.
+        grids: PNGs of first samples, by the SHA-256 in the metrics reports.
         runs: training runs.
         generated: first samples of generated data sets.
     """
@@ -105,7 +105,7 @@ def html_page(page: Page) -> str:
 
 
 def _boards(page: Page) -> list[dict[str, Any]]:
-    """For each ranking, its protocol, the decision of the gate, and its pictures. No picture is on the page twice."""
+    """Template values of each ranking: protocol, gate decision and pictures. No picture is on the page twice."""
     grids = dict(page.grids)
     boards: list[dict[str, Any]] = []
     for ranking in page.rankings:
@@ -138,7 +138,7 @@ def _run(run: Run) -> dict[str, str]:
 
 
 def _decoding(row: Row) -> dict[str, str]:
-    """Iterations of each block, if the version was calibrated."""
+    """Decoding iterations of each block; empty if the version was not calibrated."""
     if row.entry is None or row.version is None:
         return {}
     plans = row.entry.state.calibrations.get(row.version.version, [])

@@ -1,4 +1,4 @@
-"""Jumps of the loss: a step is a jump if its loss exceeds the mean of the losses before it by too much."""
+"""Detect spikes: a step is a spike if its loss exceeds the mean of the previous losses by more than a limit."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ class LossHistory:
     """Losses of the last accepted steps, in nats per dimension.
 
     Args:
-        config: the rule.
+        config: the rule for spikes.
         losses: losses from a checkpoint, oldest first.
     """
 
@@ -22,7 +22,7 @@ class LossHistory:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """The losses, for a checkpoint; empty without a rule."""
+        """The losses, to be stored in a checkpoint."""
         return tuple(self._losses)
 
     def add(self, loss: float) -> None:
