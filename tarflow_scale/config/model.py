@@ -241,8 +241,8 @@ class ContinuousConfig(_FlowConfig):
         evaluations = {"rk4": 4, "midpoint": 2}.get(self.solver, 0) * self.num_steps
         if evaluations > self.max_evaluations:
             raise ValueError(
-                f"max_evaluations must not be below the evaluations of num_steps (got {self.max_evaluations}, and "
-                f"{self.num_steps} steps of {self.solver} take {evaluations}); raise it"
+                f"max_evaluations must be enough for num_steps (got {self.max_evaluations}, and {self.num_steps} "
+                f"steps of {self.solver} need {evaluations} evaluations); raise it"
             )
         return self
 

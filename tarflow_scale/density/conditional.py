@@ -74,7 +74,8 @@ def interpolated(
         start: the first image ``(*event)``.
         end: the last image ``(*event)``.
         num: number of images, at least 2.
-        y: one label for all images: a tensor ``(1,)``, a class number or name, or None, which drops the label.
+        y: one label for all images: a tensor ``(1,)``, a class number or name, or None, which drops the label; or
+            conditions ``(1, K)`` of a flow that takes numbers.
         path: ``line`` is the straight line between the latents. ``arc`` rotates one latent into the other and
             interpolates their lengths, so that images between the ends are as typical as the ends.
 
@@ -117,4 +118,4 @@ def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: floa
 
 
 def _of_all(y: GivenCondition, num: int) -> GivenCondition:
-    return y.expand(num) if torch.is_tensor(y) else y
+    return y.expand(num, *y.shape[1:]) if torch.is_tensor(y) else y

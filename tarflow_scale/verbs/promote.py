@@ -117,7 +117,7 @@ def _rival(
         registry.check_usable(state, version)
         rival = read_contender(registry, state, version)
     except RegistryError as error:
-        raise RegistryError(f"gate.against={against} cannot be compared with: {error}") from error
+        raise RegistryError(f"cannot compare the version with gate.against={against}: {error}") from error
     if rival.name == candidate.name:
         raise ConfigError(f"gate.against must be another version than the promoted one (got {against}); name another")
     return rival

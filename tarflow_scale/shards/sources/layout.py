@@ -309,8 +309,8 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     below = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
     if len(classes) == 1 and len(below) > 1:
         raise DataError(
-            f"all images of {where} are in one class folder, {classes.pop()}, though there are folders below it "
-            f"({', '.join(sorted(below)[:3])}); set source.path to the folder of the classes"
+            f"all images of {where} are in one class folder, {classes.pop()}, but it has subfolders that may "
+            f"be the classes ({', '.join(sorted(below)[:3])}); set source.path to the folder of the class folders"
         )
     if split.by_name:
         _refuse_splits_among_classes(images, where)
