@@ -44,7 +44,7 @@ __all__ = ["Footprint", "activation_footprint"]
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
 """Bytes per channel and pixel that ActNorm, 1x1 convolution and coupling save, by kind of coupling and bytes per number
-inside the network. They hold copies before and after the convolution, the input of the network, shift and scale."""
+inside the network. They save feature maps before and after the convolution, the network's input, shift and scale."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Footprint of units: activations of every unit if kept, else of the largest unit, plus maps between units."""
+    """Footprint of units and the maps between them. Unless activations are kept, only the largest unit counts."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

@@ -128,7 +128,7 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
 
 
 def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
-    """The smallest change of each kind that makes the recipe fit, at the configured stage if possible."""
+    """For each kind of change, the smallest change that makes the recipe fit, at the configured stage if possible."""
     own = scenario.recipe.parallelism.zero_stage
     stages = sorted(range(4), key=lambda stage: (stage != own, stage))
     for kind in _changes(scenario):

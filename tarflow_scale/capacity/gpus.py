@@ -20,7 +20,7 @@ class Card:
 
     Args:
         name: name of the card on the command line.
-        device: text that the CUDA device name of the card contains.
+        device: part of the card's CUDA device name, by which it is recognized.
         memory_bytes: memory of the card.
         bf16_flops: peak rate of dense bf16 operations with tensor cores, in FLOP/s (V100: fp16).
         fp32_flops: peak rate of fp32 operations without tensor cores, in FLOP/s; for ``precision=fp32``.
@@ -69,6 +69,6 @@ def card_named(name: str) -> Card:
 
 
 def card_of_device(device_name: str) -> Card | None:
-    """The card with the longest ``device`` that is contained in a CUDA device name; None for an unknown device."""
+    """The card whose ``device`` is part of a CUDA device name (the longest match), or None if no card matches."""
     matching = [card for card in CARDS if card.device in device_name]
     return max(matching, key=lambda card: len(card.device), default=None)

@@ -4,8 +4,8 @@ Compute. A rank takes ``n F / (u R)`` seconds for n images of a step. F is the n
 per image (`tarflow_scale.capacity.flops`), R the peak FLOP/s of the card, and u the model FLOPs utilisation (MFU) of
 one card, without recomputation. Published values of u for bf16 transformers on H100s are 41.8 % at 1 B parameters on 8
 GPUs and 40.9 % on 64 (llm-foundry, FSDP), and 44.3 % at 1.3 B on one machine (nanotron). So the default is 40 %. With
-recomputed activations it is three quarters of that, because three of four passes count. We know no values for other
-cards and for convolutional flows, and assume the same.
+recomputed activations it is three quarters of that, because three of four passes count. We know no published values for
+other cards or for convolutional flows, and assume the same value.
 
 Traffic. In a ring of N ranks, each rank sends and receives ``2 (N-1)/N M`` bytes for an all-reduce of M bytes, and half
 as many for an all-gather or reduce-scatter of M bytes (Patarasuk and Yuan, 2009). With P parameters and ``g`` bytes per

@@ -80,7 +80,7 @@ def scores_of(
 
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
-    """The lowest of the ``normal`` scores such that at most the share ``false_alarm_rate`` of them is higher."""
+    """The lowest ``normal`` score that at most a fraction ``false_alarm_rate`` of the ``normal`` scores exceeds."""
     allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
     return float(np.sort(normal)[len(normal) - 1 - allowed])
 

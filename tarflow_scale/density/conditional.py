@@ -24,9 +24,9 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) in nats for every label, as `Flow.log_prob_of_images` gives it.
+    """Compute log p(x | y) in nats for every label with `Flow.log_prob_of_images`.
 
-    With a dequantizer it is a lower bound; the term log q of this bound is the same for all labels.
+    If the flow has a dequantizer, the result is a lower bound, whose term log q is the same for all labels.
 
     Raises:
         ValueError: the flow has no classes, or the images do not fit it.

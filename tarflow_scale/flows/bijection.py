@@ -58,14 +58,14 @@ class Bijection(nn.Module, ABC):
         self.event_shape = event_shape
         self.num_classes = num_classes
         self.num_conditions: int | None = None
-        """Number of condition values that replace a label; None if there are none. `build` sets it."""
+        """Length of the condition vector that replaces the label; None if there is no such vector. `build` sets it."""
         self.num_dims = math.prod(event_shape)
         self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
         """The configuration that the flow was built from; it is saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """A function that takes a progress callback, which counts samples, and returns the function that `sample` calls
-        instead of `decode`. `tarflow_scale.load` sets it to the fast decoder of the model."""
+        """If set, `sample` calls ``decoder(advance)`` and uses the function that this returns instead of `decode`; the
+        callback ``advance`` updates the progress bar. `tarflow_scale.load` sets it to a fast decoder."""
         self.pixels: PixelFormat | None = None
         """Bit depth and noise of the training images; needed to convert samples to pixels. None if unknown."""
         self.dequantizer: Dequantizer | None = None
@@ -197,7 +197,7 @@ class Bijection(nn.Module, ABC):
         return True
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """Like `encode`, but every value of ``h`` has a latent and a log-determinant, both in the shape of ``h``.
+        """Like `encode`, but return a latent and a log-determinant for every value of ``h``, both in its shape.
 
         Raises:
             ValueError: this model does not map each value to one latent.
@@ -214,7 +214,7 @@ class Bijection(nn.Module, ABC):
         check_condition(y, batch_size, self.num_classes, self.num_conditions)
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """Whether guidance has an effect; if so, sampling also predicts without the label or with weaker attention.
+        """Whether guidance has an effect. It needs a second prediction, without the label or with weaker attention.
 
         Raises:
             ValueError: this flow does not support the guidance, or the guidance needs labels.

@@ -98,7 +98,7 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
 def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]:
     """Return the row of ``table`` for each label, and the mean of all rows for a dropped label.
 
-    If ``y`` is None, the result is a single row, this mean. Conditions ``(B, K)`` give weighted sums of the rows.
+    If ``y`` is None, the result is one row, the mean of all rows. Conditions ``(B, K)`` give weighted sums of rows.
     """
     if y is not None and y.ndim == 2:
         with torch.autocast(table.device.type, enabled=False):  # bf16 would round all recent years to the same number

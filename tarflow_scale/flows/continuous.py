@@ -57,7 +57,7 @@ __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Largest number of hidden values in a batch of Jacobian products, which fits in a core's cache, or in GPU memory."""
+"""Maximum number of values of a hidden layer in a batch of Jacobian products; they fit in CPU cache or GPU memory."""
 _STALLED = 24
 """A solver that makes this many successive evaluations at about the same t is stuck; a step has at most 7."""
 
@@ -138,7 +138,7 @@ class Dynamics(nn.Module):
         return diagonal
 
     def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
-        """Vectors of zeros and ones. Each value is 1 in one probe; values that share one do not affect each other."""
+        """Vectors of zeros and ones. Each position is 1 in one probe; positions that share a probe do not interact."""
         if not self._expanded:
             return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
         apart = len(self.layers) + 1

@@ -67,9 +67,9 @@ class Flow(Bijection):
         """Log density ``(B,)`` in nats of images with uniform noise ``x (B, C, H, W)``, minus log q of learned noise.
 
         Without a `dequantizer` the result equals `log_prob`. A dequantizer maps ``x`` to x' inside the same bins, and
-        the result is log p(x') - log q(u' | image). In both cases the mean of the result over noise is a lower bound of
-        the log probability of the discrete image. The logarithm of the mean density over several draws of noise is also
-        a lower bound; see `tarflow_scale.flows.likelihood`.
+        the result is log p(x') - log q(u' | image). For n-bit data, the mean of the result over noise, minus
+        D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. So is the logarithm of the mean
+        density over several draws of noise, minus the same constant; see `tarflow_scale.flows.likelihood`.
 
         Raises:
             ValueError: see `log_prob`; or the flow has a dequantizer, but the bit depth of pixels is unknown.

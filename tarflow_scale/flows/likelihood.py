@@ -3,13 +3,14 @@
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
 * Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). The cost of a discrete image is its negative
-  log probability. By Jensen's inequality the mean of -log p(x) over u is an upper bound of this cost (Theis et al.,
-  arXiv 1511.01844). In bits per dimension:
+  log probability. By Jensen's inequality the mean of -log p(x) over u, plus D (n - 1) ln 2, is an upper bound of this
+  cost (Theis et al., arXiv 1511.01844). In bits per dimension:
 
       bits/dim = -log_prob / (D ln 2) + n - 1
 
-  With K draws of u, the importance-weighted estimate -log mean_k p(x + u_k) is a tighter bound, which converges to the
-  cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal is uniform on the bin and has density 1).
+  With K draws of u, the importance-weighted estimate -log mean_k p(x_k), plus the same constant, is a tighter bound,
+  which converges to the cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal is uniform on the bin and
+  has density 1).
 
 * Variational dequantization maps u to u' in the same bin by a second flow (`tarflow_scale.flows.dequantization`). The
   formulas above hold with log p(x') - log q(u' | levels) in place of log_prob; q is a density on a bin of width 1.
@@ -129,8 +130,9 @@ def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
     """Combine the log densities of K dequantization draws of each image into one number per image.
 
-    ``mean`` is the mean of the log densities, a lower bound of the log-likelihood of the discrete image.
-    ``importance`` is the log of the mean density, a lower bound that is at least as tight.
+    ``mean`` is the mean of the log densities; ``importance`` is the log of the mean density. On average over draws,
+    both minus D (n - 1) ln 2 (n-bit data) are lower bounds of the log probability of the discrete image; ``importance``
+    is at least as tight.
 
     Raises:
         ValueError: there are no draws, or the estimate is unknown.

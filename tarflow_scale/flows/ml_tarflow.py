@@ -125,7 +125,7 @@ def _shape(tensors: dict[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
 
 
 def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
-    """Number of channels, and patch size. A patch is square with 1 channel or with 3 channels, never with both."""
+    """Number of channels, and patch size. The features fit a square patch of 1 or of 3 channels, but never both."""
     for channels in (1, 3) if num_channels is None else (num_channels,):
         patch = math.isqrt(features // channels)
         if patch and channels * patch * patch == features:
@@ -134,7 +134,7 @@ def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
 
 
 def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    """Number of layers of each block. Gaps in the numbers raise ValueError: one name could demand a million layers."""
+    """Number of layers of each block. A gap raises ValueError, so that no tensor name can create a million layers."""
     layers: dict[int, set[int]] = {}
     for name in tensors:
         match = re.match(r"blocks\.(\d{1,9})\.attn_blocks\.(\d{1,9})\.", name)

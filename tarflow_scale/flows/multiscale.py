@@ -41,7 +41,7 @@ class Prior(nn.Module):
     """Predicts the mean and log-deviation of latents from the label and the features that go on to the next level.
 
     Args:
-        context_channels: number of channels of these features; 0 for learned constants in place of a prediction.
+        context_channels: number of channels of these features; if 0, mean and log-deviation are learned constants.
         channels: number of channels of the latents.
         num_classes: number of classes, or None.
     """

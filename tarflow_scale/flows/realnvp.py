@@ -169,7 +169,7 @@ class MaskedCoupling(Layer):
         return (y - shift) * (-log_scale).exp()
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale, both 0 where the mask is 1. Input and output of the coupling give the same values."""
+        """Shift and log-scale, both 0 where the mask is 1; ``x`` may be the input or the output of the coupling."""
         mask = self._mask(x)
         shift, raw = self.network(mask * x).to(x.dtype).chunk(2, dim=1)
         return (1 - mask) * shift, (1 - mask) * self.bound * torch.tanh(raw / self.bound)

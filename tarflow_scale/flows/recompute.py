@@ -104,7 +104,7 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
-    """Divide layers into runs, last run first: a single coupling, or all layers between two couplings in forward order.
+    """Yield runs of layers, last run first. A run is one coupling, or all layers between two, in forward order.
 
     Layers between couplings are cheap, so one inner backward pass for all of them saves calls.
     """

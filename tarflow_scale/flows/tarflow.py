@@ -48,7 +48,7 @@ def patchify(x: Float[Tensor, "B c H W"], patch_size: int) -> Float[Tensor, "B T
 
 
 def unpatchify(tokens: Float[Tensor, "B T D"], patch_size: int, height: int) -> Float[Tensor, "B c H W"]:
-    """Inverse of `patchify` for images of ``height`` pixels."""
+    """Inverse of `patchify`; ``height`` is the height of the images in pixels."""
     p = patch_size
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // p, p=p, q=p)
 

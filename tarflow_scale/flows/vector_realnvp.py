@@ -1,7 +1,7 @@
 """RealNVP for vectors: affine couplings that alternate between even and odd dimensions.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803, section 3.4, with a mask of every second dimension.
-A coupling keeps one half a of the dimensions and changes the other half b,
+A coupling keeps a, one half of the dimensions, and changes b, the other half,
 
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
