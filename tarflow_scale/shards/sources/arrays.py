@@ -19,7 +19,7 @@ class ArraySource(ImageSource):
     Args:
         name: name of the data set.
         description: where the images came from, for the manifest.
-        class_names: names of the classes; if empty, the labels are the names.
+        class_names: names of the classes; if empty, each class is named by its number.
         train: training images ``(n, C, H, W)`` uint8, and their labels ``(n,)``.
         test: test images and labels, in the same form.
     """

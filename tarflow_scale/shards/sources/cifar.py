@@ -27,7 +27,7 @@ __all__ = ["CifarSource", "restricted_unpickle"]
 _SIDE = 32
 _NUM_VALUES = 3 * _SIDE * _SIDE
 _MAX_ARCHIVE_BYTES = 1 << 29
-"""Maximum unpacked size; CIFAR has 186 MB."""
+"""Maximum unpacked size; CIFAR unpacks to 186 MB."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _class_names(files: Mapping[str, bytes], form: _Format) -> tuple[str, ...]:
 
 
 def _value(mapping: Any, key: bytes) -> Any:
-    """Value of a key, which is bytes in pickles of Python 2 and text in those of Python 3; None if it is missing."""
+    """Value of a key, which is bytes in Python 2 pickles and text in Python 3 pickles; None if the key is missing."""
     return mapping.get(key, mapping.get(key.decode())) if isinstance(mapping, dict) else None
 
 
@@ -215,14 +215,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def restricted_unpickle(content: bytes, origin: str) -> Any:
-    """Read a pickle of an array, or of a dictionary with arrays as values; strings of Python 2 become bytes.
+    """Read a pickle of an array, or of a dictionary with arrays as values; Python 2 strings become bytes.
 
     Args:
         content: the pickle.
         origin: name of the file, for messages.
 
     Raises:
-        DataError: the content is not a pickle, or has anything but containers, strings, numbers and arrays of numbers.
+        DataError: the content is not a pickle, or contains anything other than containers, strings, numbers and
+            arrays of numbers.
     """
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()

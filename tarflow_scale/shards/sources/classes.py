@@ -1,4 +1,4 @@
-"""Read labels, which are numbers or text in tar members, columns and tables; derive class names and class numbers."""
+"""Read labels (numbers or text) of tar members, columns and tables, and derive class names and class numbers."""
 
 import csv
 import io
@@ -28,20 +28,20 @@ __all__ = [
 ]
 
 _MAX_LABEL = 2**20
-"""Largest valid label. A larger label must be a mistake, and would create as many class names."""
+"""Largest valid label. A larger label is most likely a mistake; accepting it would create that many class names."""
 _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
 """Possible headers of the first column in a table of class names."""
 
 
 def as_label(value: Any, origin: str) -> int | str | None:
-    """Convert a label to a number from 0, or to text; None for -1, which usually means no label.
+    """Convert a label to a whole number from 0, or to text; None for -1, which usually means no label.
 
     Args:
         value: a number, or text with or without white space around it.
         origin: name of the sample, for messages.
 
     Raises:
-        DataError: the value is not a label: it is a list, a fraction, or empty text.
+        DataError: the value is not a label, but, for example, a list, a fraction, empty text or too large a number.
     """
     label = value.decode(errors="replace") if isinstance(value, bytes) else value
     if isinstance(label, np.integer):
@@ -65,7 +65,7 @@ def as_label(value: Any, origin: str) -> int | str | None:
 
 
 def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names of a source whose labels are numbers without names: ``0`` to the highest label.
+    """Class names for labels that are numbers without names: ``0`` to the highest label.
 
     Raises:
         DataError: a label is larger than `_MAX_LABEL`, about a million.
@@ -180,7 +180,9 @@ def parse_json(content: bytes, origin: str) -> Any:
 
 
 def rows_of(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a text table. The separator is a tab, comma, semicolon or bar, if it is in all rows; otherwise blanks.
+    """Rows of a text table.
+
+    The separator is the first of tab, comma, semicolon and ``|`` that occurs in every row, or else white space.
 
     Raises:
         DataError: the content is not UTF-8 text.
@@ -205,7 +207,7 @@ def class_warnings(
     Args:
         class_names: names of the classes, in the order of their labels.
         labels: label of each image, ``(n,)``.
-        official: index in ``packed`` of the split of each image, ``(n,)``; None if there is no official split.
+        official: split of each image, as an index into ``packed``, ``(n,)``; None if there is no official split.
         packed: names of the splits.
     """
     lines: list[str] = []

@@ -25,7 +25,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 class _FileSource(EncodedSource):
-    """Images in named files, whose splits and classes `lay_out` finds."""
+    """Images in named files; `lay_out` finds their splits and classes."""
 
     _separator: str
     """Text between the path of the source and the name of a file."""
@@ -102,7 +102,7 @@ class FolderSource(_FileSource):
 
 
 class ZipSource(_FileSource):
-    """Images in a zip, with the same rules as `FolderSource`. From a URL, only the needed ranges are read."""
+    """Images in a zip, with the same rules as `FolderSource`. From a URL, only the needed byte ranges are read."""
 
     _separator = ":"
 

@@ -1,4 +1,4 @@
-"""Tables of labels among image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
+"""Label tables stored beside image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
 
 A table labels the images below its folder. It refers to an image by its path below that folder, or by its file name
 with or without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
@@ -31,7 +31,7 @@ class LabelTables:
         files: paths of all files of the source.
         read: reads the file at a path.
         config: the settings ``label_table`` and ``label_column``.
-        split: whether names mean splits.
+        split: whether columns that define splits are refused (``by_name``).
         where: path of the source, for messages.
 
     Attributes:
@@ -195,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path in ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if absent."""
+    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; else None."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):

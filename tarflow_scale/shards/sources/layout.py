@@ -4,8 +4,9 @@
 2. Splits come from the patterns of the configuration; else from the folders at the top (``train/cat/1.png``); else from
    the folders below the classes (``cat/train/1.png``); else from the file names, if all of them name a split
    (``train_1.png``). `splits` says which names mean a split.
-3. Classes come from a label table (see `label_tables`), else from the first remaining folder
-   (``train/cat/images/1.png``). A folder such as ``images`` is not a class unless there are folders beside it.
+3. Classes come from a label table (see `label_tables`), else from the first folder of a path that is neither skipped
+   nor a split: ``cat`` in ``train/cat/images/1.png``. A folder such as ``images`` is not a class unless there are
+   folders beside it.
 4. An ambiguous layout is refused. The message names the setting that decides.
 """
 
@@ -34,7 +35,7 @@ _PARTS = (
     *_CONTAINERS,
     *("masks", "mask", "labels", "annotations", "segmentation", "groundtruth", "gt", "depth", "thumbs"),
 )
-"""Names of folders that contain parts of the same samples, such as images and masks, if they are siblings."""
+"""Names of sibling folders that contain parts of the same samples, such as images and masks."""
 _TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
 
 
@@ -87,7 +88,7 @@ def lay_out(
         read: reads the file at a path.
         names_in: lists the names of the files and folders (also empty ones) in a folder.
         config: the label table, its column of labels, and the table of class names.
-        split: the patterns, and whether names mean splits.
+        split: the patterns, and whether splits are also recognized by name.
         where: path of the source, for messages.
 
     Raises:
@@ -165,7 +166,7 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
 
 
 def _common_top(images: list[_Image], below: int) -> str:
-    """The top folder that contains all images; empty if there is none, or an image has at most ``below`` parts."""
+    """The top folder that contains all images; empty if there is none, or if a path has at most ``below`` parts."""
     tops = {image.parts[0] if len(image.parts) > below else "" for image in images}
     return tops.pop() if len(tops) == 1 else ""
 
@@ -319,7 +320,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse class folders that contain folders of the same name: they may be splits or domains above the classes."""
+    """Refuse a folder name that occurs in two class folders, or is itself a class: the classes may be a level lower."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
@@ -351,7 +352,7 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
 def _numbered(
     labels: dict[str, int | str | None], config: SourceConfig, where: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names, and the class number of each image, from labels by path."""
+    """Compute the class names, and the class number of each image, from the label of each path."""
     missing = [path for path, label in labels.items() if label is None]
     if 0 < len(missing) < len(labels):
         raise DataError(

@@ -29,7 +29,7 @@ _IDX_NAMES = {
 }
 _IDX_UINT8 = 8
 _MAX_FILE_BYTES = 1 << 30
-"""Maximum unpacked size; the largest known file in this format, from EMNIST, has 550 MB."""
+"""Maximum unpacked size; the largest known file in this format, from EMNIST, unpacks to 550 MB."""
 
 
 class MnistSource(ArraySource):

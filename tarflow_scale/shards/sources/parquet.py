@@ -3,7 +3,7 @@
 One column contains the images, as ``struct<bytes, path>`` or as binary. Another column contains the labels: numbers or
 text, plain or dictionary-encoded. The metadata of the schema may have class names. Parquet compresses rows in groups,
 so single rows cannot be read. Therefore, the images of the splits that are packed are first copied to a temporary file.
-It is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
+This file is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
 """
 
 import hashlib
@@ -198,7 +198,7 @@ def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str 
 
 
 def _holds_images(table: Any, column: str) -> bool:
-    """Whether a column has a type that image bytes are stored in."""
+    """Whether the type of a column can hold image bytes."""
     import pyarrow as arrow
 
     kind = table.schema_arrow.field(column).type

@@ -1,6 +1,6 @@
 """Choose which splits of a source are packed, and under which names.
 
-The training split is packed, and all held-out splits that patterns name. If patterns name no held-out split, the test
+The training split is packed, and so is every held-out split that a pattern names. If no pattern names one, the test
 split is packed; if there is no test split, the validation split is packed under the name ``test``. A split without
 labels is left out if the training split has labels. All splits that are left out are reported.
 """
@@ -26,7 +26,7 @@ class Group:
     Args:
         names: folders, tables or tars of the split.
         num_images: number of its images.
-        num_labelled: number of its images that have labels: all, or none.
+        num_labelled: number of its images that have labels; must be 0 or ``num_images``.
     """
 
     names: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Settled:
         """The split of every image, as an index into `PACKED`; None if there is no official split.
 
         Args:
-            roles: split of each image, all of them packed.
+            roles: split of each image; all these splits are packed.
         """
         if not self.official:
             return None
@@ -116,8 +116,8 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     """Choose which splits are packed.
 
     Raises:
-        DataError: there is no training split; a split that a pattern names has no images, or has labels while the
-            training split has none, or the reverse; or only held-out images have labels.
+        DataError: there is no training split; a pattern names a split without images; a pattern names a split that has
+            labels although the training split has none, or the reverse; or only held-out images have labels.
     """
     held_out: tuple[Role, ...] = ("test", "validation")
     wanted = [role for role in held_out if split.patterns[role]]

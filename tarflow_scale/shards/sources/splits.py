@@ -47,7 +47,7 @@ _WORDS: dict[str, Role] = {
     **dict.fromkeys(("extra", "additional", "unlabeled", "unlabelled", "unsupervised", "pred", "predict"), "other"),
 }
 _STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
-"""Words that are hardly ever a class name; all other words of `_WORDS` mean a split only beside one of these."""
+"""Words that are hardly ever a class name. The other words of `_WORDS`, such as ``extra``, may also name a class."""
 _LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".mat", ".npy")
 _SPLITS = {"split", "splits", "partition", "partitions", "folds"}
 """Words in the names of files that list images of several splits."""
@@ -77,13 +77,13 @@ def other_words(name: str) -> tuple[str, ...]:
 
 
 def looks_split(name: str) -> bool:
-    """Whether a whole name is a usual name of a split, such as ``Train`` or ``val2017``."""
+    """Whether a name has only one word, and the word usually names a split, as in ``Train`` or ``val2017``."""
     words = words_of(name)
     return len(words) == 1 and words[0] in _STRONG
 
 
 def paired(names: Sequence[str]) -> tuple[str, str] | None:
-    """Find two names, such as ``mytrain0`` and ``mytest0``, that differ only in the word for the split; else None."""
+    """Find two names, such as ``mytrain0`` and ``mytest0``, that differ only in the word for the split, or None."""
     by_lower = {name.lower(): name for name in names}
     for lower, name in by_lower.items():
         for word in ("test", "validation", "valid", "val", "dev", "eval"):
@@ -188,12 +188,13 @@ def roles_of_files(
 
     Args:
         names: paths below the source.
-        split: the patterns, and whether names mean splits.
+        split: the patterns, and whether splits are also recognized by name.
         kind: ``tables`` or ``tars``, for messages.
         where: path of the source, for messages.
 
     Returns:
-        The split of each file by name, None if the source has no splits; and the files that ``split.ignore`` matches.
+        The split of each file that is not ignored, by file name (None if the source has no splits); and the names of
+        the files that ``split.ignore`` matches.
 
     Raises:
         DataError: some names mean a split and others do not, or all files are ignored.

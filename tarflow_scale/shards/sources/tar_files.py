@@ -46,7 +46,8 @@ def find_tars(path: str) -> FoundTars:
 
     Args:
         path: a folder, a tar, or a pattern. In a pattern, ``{000..031}`` and ``{a,b}`` are expanded as by webdataset,
-            ``::`` separates patterns, ``*``, ``?`` and ``[ab]`` match text, and ``**`` matches any folders.
+            ``::`` separates patterns, ``*``, ``?`` and ``[ab]`` match within one name, and ``**`` matches any number of
+            folders.
 
     Raises:
         DataError: there are no tars, a tar is missing, or a tar is compressed.
@@ -59,7 +60,7 @@ def find_tars(path: str) -> FoundTars:
 
 
 def tars_of_folder(path: str) -> FoundTars:
-    """Find the tars directly in a folder; the tars in folders below it count as other files.
+    """Find the tars directly in a folder; tars in folders below it are counted as other files.
 
     Raises:
         DataError: the folder itself has no tars, or a tar is compressed.

@@ -1,4 +1,4 @@
-"""Index WebDataset tars of another program, so that they can be read as a data set without packing them again."""
+"""Index WebDataset tars that another program wrote; they can then be read as a data set without being repacked."""
 
 import re
 import tarfile
@@ -27,7 +27,7 @@ from tarflow_scale.shards.sources.tars import classes_of_tars, file_of, for_each
 __all__ = ["index_tars"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
-"""Names that a manifest accepts for a shard."""
+"""Shard names that a manifest accepts."""
 _AGAIN = "leave out source.in_place to pack them again"
 
 
@@ -40,7 +40,9 @@ class _IndexedTar:
 
 
 def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, list[bytes], Counter[str]]:
-    """Compute the manifest and indexes that make the tars in a folder a data set. A worker keeps one sample in memory.
+    """Compute a manifest and indexes, with which the tars in a folder can be read as a data set.
+
+    Each worker keeps one sample in memory at a time.
 
     Args:
         config: the source.

@@ -28,8 +28,9 @@ class Rules:
     """The settings that choose the image and the label of a sample.
 
     Args:
-        image: extension of the image member; None chooses the only member with the extension of an image.
-        label: extension of the label member, or a field of the ``json`` member; None tries the usual places.
+        image: extension of the image member; None chooses the only member with an image extension.
+        label: extension of the label member, or a field of the ``json`` member; None tries ``cls``, then
+            ``*.cls``, then the field ``label`` of the ``json`` member.
     """
 
     image: str | None = None

@@ -1,4 +1,4 @@
-"""Scan a WebDataset tar of another program: find the position and the label of every image in one pass.
+"""Scan a WebDataset tar that another program wrote: find the position and the label of every image in one pass.
 
 `tarflow_scale.shards.sources.tar_rules` defines what a sample is. Links are followed within the tar.
 """
@@ -25,7 +25,7 @@ __all__ = ["ScannedTar", "scan_tar"]
 
 _BLOCK = 512
 _END_BYTES = 1 << 20
-"""Number of bytes after the last member that are checked to be zeros."""
+"""Maximum number of bytes after the last member that are checked to be zero."""
 _MAX_LABEL_BYTES = 1 << 24
 _MAX_LINKS = 40
 """Maximum length of a chain of links; the same as in Linux."""
@@ -42,11 +42,11 @@ class ScannedTar:
     Args:
         name: path below the source.
         keys: keys of the samples that have an image, in order.
-        places: byte offsets of the start and the end of each of these samples, and of the start of its image; and the
-            size of the image; ``(n, 4)`` int64. If the image is a link, it is outside the sample.
+        places: for each of these samples, the byte offsets of its start, its end and the start of its image, and the
+            size of the image in bytes; ``(n, 4)`` int64. If the image is a link, it may be outside the sample.
         labels: the distinct labels of the tar; None is the entry for samples without a label.
         codes: for each sample, the index of its label in ``labels``; ``(n,)`` int32.
-        extensions: extensions of the members, the most frequent first.
+        extensions: extensions of the members, the most frequent first; at most 20.
         ignored: number of members that belong to no sample, by kind.
         num_without: number of samples without an image.
         without: description of the first sample without an image; empty if there is none.
@@ -108,7 +108,7 @@ def _scan(name: str, location: str, num_bytes: int, rules: Rules, parse: Parse) 
 
 
 def _check_end(location: str, end: int, size: int) -> None:
-    """Check that at least two blocks, which contain only zeros, follow the last member.
+    """Check that the last member is followed by at least two blocks, and only by zeros.
 
     Otherwise, the tar was cut off, or a header is damaged and ``tarfile`` would treat it as the end of the tar.
     """
@@ -124,7 +124,7 @@ def _check_end(location: str, end: int, size: int) -> None:
 
 @dataclass
 class _KeyRun:
-    """Consecutive members that share a key. A link is replaced by its file, or left out if there is no file."""
+    """Consecutive members that share a key. A link is replaced by its target, or left out if it has none."""
 
     key: str
     start: int
@@ -165,7 +165,7 @@ class _Scan:
 
         Args:
             member: the member.
-            read: reads a number of bytes from the start of the content of the member.
+            read: reads the given number of bytes from the start of the member's content.
         """
         self.end = member.stop
         if member.kind == "folder":
