@@ -29,7 +29,7 @@ def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor
 
 
 def sample_hashes(batch: Batch) -> tuple[str, ...]:
-    """SHA-256 of each sample's stored values, followed by its conditions if it has any."""
+    """SHA-256 of each sample, computed over its stored values and then its condition values, if it has any."""
     given = [b""] * len(batch) if batch.conditions is None else [row.tobytes() for row in batch.conditions]
     pairs = zip(batch.events, given, strict=True)
     return tuple(hashlib.sha256(event.tobytes() + condition).hexdigest() for event, condition in pairs)

@@ -30,7 +30,7 @@ from tarflow_scale.metrics.parts import FeatureSet
 __all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "published_digest", "weights_digest"]
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""Maps stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 on the CPU, by layer."""
+"""Maps stored pixels ``(B, C, H, W)`` uint8 to features by layer, each ``(B, D)`` fp32 on the CPU."""
 
 _GROUP = "tarflow_scale.extractors"
 _INCEPTION = "inception-v3-compat"
@@ -100,8 +100,8 @@ def layer_of(protocol: SampledProtocol) -> str:
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
     """SHA-256 of the weights file of an extractor, checked against the digest that the protocol requires.
 
-    If there is no weights file, the digest is ``none`` for ``pixels``, and the name and version of the package for an
-    extractor from an entry point.
+    An extractor without a weights file has a text instead: ``none`` for ``pixels``; for an extractor from an entry
+    point, the name and version of its package.
 
     Args:
         protocol: gives the name of the extractor, and optionally the required digest of its weights.
@@ -189,7 +189,8 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
 def _faster(inception: Any) -> Any:
     """Make Inception faster: fold batch norms into convolutions, and store tensors with channels last.
 
-    It is then 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py); features agree to 1e-6 of the largest value.
+    It is then 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py). Features change by up to 1e-6 of the largest
+    value.
     """
     blocks: list[Any] = [module for module in inception.modules() if isinstance(module, BasicConv2d)]
     for block in blocks:

@@ -25,7 +25,7 @@ __all__ = ["Moments", "frechet", "frechet_distance", "merged"]
 _GROUPS = 10
 """Number of groups of jackknife blocks. The driver holds the moments of all groups, so this bounds its memory."""
 _SIZES = (2, 4, 6, 8, 10)
-"""Sizes, in groups, of the image subsets to extrapolate from; subsets of equal size are disjoint."""
+"""Sizes of the image subsets for the extrapolation, counted in groups; subsets of equal size are disjoint."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class _Distance:
-    """Computes distances to one reference by tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2), with R = S1^(1/2) computed once.
+    """Computes Fréchet distances to one reference.
 
-    R S2 R is symmetric, so its eigenvalues are much faster to compute than those of S1 S2; both agree to rounding.
+    It uses tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2), where R = S1^(1/2) is computed only once. R S2 R is symmetric, so its
+    eigenvalues are much faster to compute than the eigenvalues of S1 S2. Both traces are equal up to rounding.
     """
 
     def __init__(self, reference: Moments) -> None:
@@ -156,7 +157,10 @@ class _GroupMoments:
 
 @dataclass(frozen=True)
 class _WithoutBlocks:
-    """A task that computes the distance with each of ``blocks`` left out, or of the whole set if ``blocks`` is ()."""
+    """A task that computes, for each of ``blocks``, the distance without this block.
+
+    If ``blocks`` is empty, it computes the distance of the whole set.
+    """
 
     samples: FeatureSet
     layer: str

@@ -69,7 +69,10 @@ class _Subsets:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """A task that sums the kernel of a block with itself (off-diagonal), each later block, and the reference."""
+    """A task that sums the kernel over pairs of an image in one block and another image.
+
+    It returns the sum within the block, the sums with each later block, and the sum with all reference images.
+    """
 
     samples: FeatureSet
     reference: FeatureSet
@@ -94,7 +97,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic with each block left out, up to a constant: the kernel within the reference is not included."""
+    """The statistic without each block. It omits a constant, the kernel of the reference images with each other."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

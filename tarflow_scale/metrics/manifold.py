@@ -5,7 +5,7 @@ generated images inside a ball of a reference image; recall is the share of refe
 generated image. Distances are Euclidean, in float64. A task holds two blocks in memory.
 
 The jackknife deletes blocks of generated images. For precision this removes queries. For recall it removes balls and
-can enlarge the remaining balls, so the radii are also stored without each block.
+can enlarge the remaining balls, so the radii are also computed with each block left out.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,10 @@ class _Radii:
 
 @dataclass(frozen=True)
 class _Inside:
-    """A task that counts a block's features inside any ball; if ``deleted``, also with each block of balls left out."""
+    """A task that counts the features of a block that lie inside at least one ball.
+
+    If ``deleted``, it repeats the count with each block of balls left out.
+    """
 
     queries: FeatureSet
     balls: FeatureSet

@@ -23,7 +23,7 @@ __all__ = ["Arrays", "FeatureSet", "Images", "Part", "PartUnit", "packed", "part
 PART_IMAGES = 250
 """Number of images per part: small enough to balance workers, large enough to hide the cost of a call."""
 _MOST_PARTS = 64
-"""Largest number of parts of a set of moments; a part with moments has the same size for any number of images."""
+"""Maximum number of parts of a set that stores moments, which take the same space for any number of images."""
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -147,7 +147,7 @@ class FeatureSet:
         return parts_of(self.folder, self.images.num, _MOST_PARTS if self.reduced else None)
 
     def rows(self, layer: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Features ``(stop - start, D)`` of a layer; of all images by default."""
+        """Features ``(stop - start, D)`` of a layer for the images ``[start, stop)``; by default, for all images."""
         stop = self.images.num if stop is None else stop
         blocks = [
             _rows(part.location, layer)[max(start - part.start, 0) : stop - part.start]
@@ -162,5 +162,5 @@ class FeatureSet:
             yield from map(str, part.read("hashes")["hashes"])
 
     def beside(self, name: str) -> str:
-        """Location of another file in the same folder, computed from this set."""
+        """Location of a file in the folder of the parts, for a result that is computed from these features."""
         return storage.join(self.folder, name)

@@ -31,7 +31,7 @@ class Binding(Record):
     images_digest: str
     """Digest of the pixels of the images."""
     moments: str | None = None
-    """SHA-256 of the file of moments; None if the protocol needs none."""
+    """SHA-256 of the file of moments; None if the protocol needs no moments."""
 
 
 class References:

@@ -1,4 +1,4 @@
-"""The batch size of sampling: the largest that fits in the memory of a device."""
+"""Choose the batch size of sampling: by default, the largest that fits in the memory of the device."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _GIB = 1024**3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory in bytes: of a GPU, including PyTorch's unused cache, or of the machine, within its cgroup limit."""
+    """Free memory in bytes. On a GPU, it includes PyTorch's unused cache; on a CPU, the cgroup limit is respected."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

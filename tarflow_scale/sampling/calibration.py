@@ -1,9 +1,10 @@
 """Measure which chunk size decodes each block fastest on a device.
 
-A chunk of c tokens reads the cache and the weights less often than single tokens, but computes each token several
-times. The best size depends on block, batch and device, and one block of a model is often harder than the others (arXiv
-2505.12849, 2505.24791). So every block is decoded with every size from the exact output of the previous block; the
-fastest size with an error within the tolerance is chosen. Token-by-token decoding is always a candidate.
+Decoding in chunks of c tokens reads the cache and the weights less often than decoding single tokens, but computes
+each token several times. The best size depends on block, batch and device, and one block of a model is often harder
+than the others (arXiv 2505.12849, 2505.24791). So every block is decoded with every size from the exact output of the
+previous block; the fastest size with an error within the tolerance is chosen. Token-by-token decoding is always a
+candidate.
 """
 
 import time

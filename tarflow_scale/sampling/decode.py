@@ -30,14 +30,14 @@ from tarflow_scale.sampling.network import BlockNetwork
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
-"""Every iteration clamps tokens to this magnitude: they can overflow, and an infinite key makes exact tokens NaN."""
+"""Every iteration clamps tokens to this magnitude. They could overflow, and infinite keys make exact tokens NaN."""
 _RECHECK = 2
 """Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16
 """Upper bound of the activations per token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
 
 Progress = Callable[[int], object]
-"""A function that is called with the number of tokens that have just become final, of T - 1 tokens per block."""
+"""A function that is called with the number of tokens that have just become final; they add up to T - 1 per block."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,6 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
 
 
 def _inspected(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Per image, on the CPU: whether all values are finite, and how many exceed [-1, 1] by more than ``level``."""
+    """Whether all values of each image are finite, and how many exceed [-1, 1] by more than ``level``; CPU tensors."""
     flat = x.flatten(1)
     return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).sum(dim=1).cpu()

@@ -20,7 +20,7 @@ from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, Window
 __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
-"""Number of positions that share a CUDA graph; its attention covers the cache up to the last of these positions."""
+"""Number of token positions that share a CUDA graph. The graph reads the cache up to the last of these positions."""
 _LANES = 509
 
 
@@ -28,7 +28,7 @@ class _Linear:
     """A linear layer. For input with one token per row on a CPU, it packs its weights for oneDNN.
 
     A product with few rows is limited by reading the weights, and is 1.5 to 2 times faster with packed weights
-    (evals/benchmarks/sampling.py). PyTorch's compiler emits the same two operators for frozen weights.
+    (evals/benchmarks/sampling.py). For frozen weights, PyTorch's compiler uses the same oneDNN operators.
     """
 
     def __init__(self, module: torch.nn.Linear, dtype: torch.dtype) -> None:
@@ -40,7 +40,7 @@ class _Linear:
         self._packed: tuple[int, Tensor] | None = None
 
     def cast_again(self) -> None:
-        """Update copies with another precision in place, so that a captured graph reads the new values."""
+        """Cast the weights again, in the memory of their copies, because captured CUDA graphs read this memory."""
         for copy, own in zip((self.weight, self.bias), self.copied, strict=False):
             copy.copy_(own)
 
@@ -141,7 +141,7 @@ class BlockNetwork:
     ) -> tuple[Tensor | None, Tensor]:
         """Predict log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the token after each of ``tokens``.
 
-        They are in fp32 or wider.
+        Both results are in fp32 or wider.
 
         Args:
             tokens: ``(B, c, D)``, at reading positions from ``start``; both predictions of guidance use them.
@@ -223,8 +223,8 @@ class _Graph:
 def _checksum(tensor: Tensor) -> int:
     """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of words, 2.5 times faster than CRC-32 of all words.
 
-    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum, and so does an
-    exchange of rows or columns, because `_LANES` is a prime that divides no layer size.
+    There are `_LANES` sums modulo 2^64; sum i adds every `_LANES`-th word from word i on. A change of one word changes
+    a sum, and so does an exchange of rows or columns, because the prime `_LANES` does not divide any layer size.
     """
     content = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
     summed = content[: content.size // (8 * _LANES) * 8 * _LANES]
@@ -233,7 +233,10 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm in the precision of its weights; the CPU operator accepts input of lower precision directly."""
+    """LayerNorm in the precision of its weights.
+
+    On a GPU the input is cast first; on a CPU this is not needed, because the operator accepts lower precision.
+    """
     if h.device.type == "cpu":
         return F.layer_norm(h, h.shape[-1:], *weights)
     wide = h.to(weights[0])

@@ -138,8 +138,8 @@ class Sampler:
     def round_trip_error(self) -> float | None:
         """Largest difference between latents and encoded images, for a few images of the latest batch.
 
-        It is None with guidance, without a batch, or if it is not finite. It is below 1e-3 for an exact flow in fp32,
-        and larger if the inverse of the model contracts strongly.
+        It is None with guidance, before the first batch, or if the difference is not finite. It is below 1e-3 for an
+        exact flow in fp32, and larger if the inverse of the model contracts strongly.
         """
         if self._latest is None or self._settings.guidance.scale > 0:
             return None

@@ -92,7 +92,8 @@ class Copies:
 
     Args:
         first: number of the first image with the same pixels, ``(n,)`` int64; -1 for images without a fingerprint.
-        near: numbers of the near copies of an image, by image number; of images with equal pixels, only for the first.
+        near: numbers of the near copies of an image, by image number; among images with equal pixels, only the first
+            is listed.
         are_told_apart: False if near copies are not listed, because too many hashes are alike.
     """
 
@@ -234,7 +235,7 @@ def copies_between(
         rank: sort key of an image number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Sorted copies, by a pair of split numbers: of the image, and of the image that it is like.
+        Lists of copies, sorted by ``rank``. The key is a pair: split of the image, split of the image that it is like.
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -274,7 +275,10 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """Lines of a report: the number of copies in each split, and some pairs. The numbering of images has no effect.
+    """Lines of a report: the number of copies in each split, and some pairs as examples.
+
+    The lines do not depend on how the images are numbered.
+
 
     Args:
         copies: see `find_copies`.

@@ -30,7 +30,7 @@ _FLOAT = np.dtype("<f4")
 
 
 class EventType(ABC):
-    """Type of the samples of a data set or model. As text, for example: ``1x8x8 images, 4 bit``, ``vectors of 2``."""
+    """Type of the samples of a data set or model. ``str`` gives ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
 
     noun: ClassVar[str]
     """``images`` or ``vectors``."""
@@ -81,7 +81,7 @@ class EventType(ABC):
 
     @abstractmethod
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[Any], Float[np.ndarray, "B K"] | None]:
-        """Events ``(B, *shape)`` of a batch, and their condition values, or None if there are none."""
+        """Convert a batch to events ``(B, *shape)`` and condition values ``(B, K)`` (None if there are none)."""
 
     @abstractmethod
     def fields(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class ImageEvent(EventType):
         self._words = f"{self.size} images, {bit_depth} bit"
 
     def codec(self, of_images: str) -> str:
-        """The codec ``of_images``."""
+        """Return ``of_images``, because the events are images."""
         return of_images
 
     def content(self, carried: UInt8[np.ndarray, "C H W"]) -> NDArray[np.uint8]:

@@ -33,7 +33,7 @@ _SKIP_BYTES = 1 << 20
 _MAX_EXTENDED_BYTES = 1 << 20
 """Extended headers longer than this are read by ``tarfile``; no name needs so many bytes."""
 _fields = struct.Struct("100s 24s 12s 12s 8s c 100s 72x 16s 155s 12x").unpack
-"""Fields: name; mode, owner and group; size; time; sum; type; link target; device numbers; prefix of the name."""
+"""Reads a header: name; mode, owner, group; size; time; checksum; type; link target; device numbers; name prefix."""
 _KINDS: dict[bytes, Kind] = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
     **dict.fromkeys((b"3", b"4", b"6"), "special"),

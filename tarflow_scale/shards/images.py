@@ -251,8 +251,8 @@ def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image
 def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether Pillow would convert the channels of an image to 8 bits incorrectly, by keeping only the high byte.
 
-    It would for TIFFs with signed channels or more than 8 bits: in scientific files, the high byte is often empty. For
-    16-bit PNGs, the high byte is correct, because their colours use the whole range. The exception is a PNG that
+    This is true for TIFFs with signed channels or more than 8 bits: in scientific files, the high byte is often empty.
+    For 16-bit PNGs, the high byte is correct, because their colours use the whole range. The exception is a PNG that
     declares a transparent colour, because Pillow compares this colour with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):

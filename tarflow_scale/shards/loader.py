@@ -5,8 +5,8 @@ divides them among its worker processes. A batch consists of the next sample of 
 So the content of a global batch does not depend on the number of ranks or workers. Each byte is read once per epoch.
 
 A stream holds the stored bytes of its current block. If the data set is at a URL, threads read the next blocks ahead.
-The current block and the blocks ahead hold at most the samples of two full blocks. So one block is usually read ahead,
-but several short blocks are read ahead at the end of an epoch and the start of the next.
+The current block and the blocks ahead together have at most as many samples as two full blocks. So one block is
+usually read ahead, but several short blocks are read ahead at the end of an epoch and the start of the next.
 
 A corrupt sample is replaced by the next sample in the manifest's order, on every rank and after every restart.
 """
@@ -69,7 +69,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads the batches of one rank, which consist of its slots of every global batch.
+    """Loads the batches of one rank, which contain the samples of the rank's slots in each global batch.
 
     Args:
         mix: the data sets.
@@ -88,10 +88,10 @@ class Loader:
     pin_memory: bool = False
 
     def batches(self, images_seen: int) -> Generator[Batch]:
-        """Yield batches endlessly, from the global batch after ``images_seen`` images; images are NHWC in memory.
+        """Yield batches endlessly, starting with the global batch that follows the first ``images_seen`` images.
 
-        Each batch has ``len(slots)`` samples. Resuming reads at most one block per slot a second time. Close the
-        generator to stop its workers.
+        Each batch has ``len(slots)`` samples; images are NHWC in memory. Resuming reads at most one block per slot
+        a second time. Close the generator to stop its workers.
 
         Raises:
             DataError: too many consecutive samples are corrupt, a shard cannot be read, or a worker died.
@@ -193,7 +193,7 @@ class Loader:
 
 
 def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
-    """An empty array ``(B, C, H, W)``; its memory order is ``(B, H, W, C)``, in which decoders write."""
+    """An uninitialized array ``(B, C, H, W)``. Its memory order is ``(B, H, W, C)``, like the output of decoders."""
     num, channels, height, width = shape
     memory = torch.empty((num, height, width, channels), dtype=torch.uint8, pin_memory=pinned)
     return memory.numpy().transpose(0, 3, 1, 2)
@@ -201,7 +201,7 @@ def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One worker's part of a batch; its images are in a buffer of the ring that is overwritten three parts later."""
+    """One worker's part of a batch. Its images are in a shared buffer that is overwritten three parts later."""
 
     buffer: int
     labels: NDArray[np.int64]
@@ -267,7 +267,7 @@ class _SlotStream:
                 yield self._part, stored[place], block.epoch
 
     def _read_ahead(self, held: int) -> None:
-        """Queue the next block, and more while all queued and ``held`` samples fit in two full blocks."""
+        """Queue at least one block, and more while the queued samples and ``held`` samples fit in two full blocks."""
         held += sum(block.num_samples for block, _ in self._ahead)
         while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
             read = partial(self._read, self._due)

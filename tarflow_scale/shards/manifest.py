@@ -12,7 +12,7 @@ __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name",
 
 MANIFEST_NAME = "manifest.json"
 AS_FOUND = "as found"
-"""Codec in the manifest of tars that another program wrote and that were indexed in place."""
+"""Codec in the manifest if the tars were written by another program and indexed in place."""
 
 
 class ShardRecord(FileRecord):

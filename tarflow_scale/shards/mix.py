@@ -1,4 +1,4 @@
-"""Mix data sets: each data set fills slots of the global batch in proportion to its weight, in a separate order."""
+"""Mix data sets. Each fills slots of the global batch in proportion to its weight; its samples have their own order."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,7 +71,7 @@ class Mix:
 
 @lru_cache(maxsize=8)
 def line_of(spec: OrderSpec, epoch: int) -> Line:
-    """The line of an epoch; all slots of a data set share it."""
+    """The samples of an epoch as a `Line`, which all slots of a data set share."""
     return Line(spec, epoch)
 
 

@@ -81,7 +81,7 @@ def steps_per_epoch(spec: OrderSpec) -> int:
 
 
 class Line:
-    """The samples of one epoch in a line: its shards, permuted, laid end to end and rotated."""
+    """The samples of one epoch in a line: the shards are permuted, laid end to end, and rotated by a random offset."""
 
     def __init__(self, spec: OrderSpec, epoch: int) -> None:
         self.spec = spec
@@ -128,7 +128,7 @@ class SlotWalk:
 
     @cached_property
     def visit_starts(self) -> NDArray[np.int64]:
-        """Step of the epoch at which each visit of a block begins, and the last step + 1; ``(num_blocks + 1,)``."""
+        """Step of the epoch at which each visited block begins, and the last step + 1; ``(num_blocks + 1,)``."""
         return np.concatenate([[0], np.cumsum(self.block_lengths)])
 
     @cached_property

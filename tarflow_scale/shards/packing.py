@@ -263,7 +263,7 @@ def clear(path: str) -> None:
 
 
 def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None:
-    """Make a packed split a data set: list the images that were left out, write the manifest, remove the notes."""
+    """Finish a packed split: write the lists of left-out images and the manifest, then remove the notes."""
     origin = packing.source.origin
     lists = {
         "skipped.jsonl": [image.model_dump() for note in notes for image in note.skipped],
@@ -283,7 +283,7 @@ def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None
 
 
 def _remove_others(packing: Packing) -> None:
-    """Remove files that an earlier packing left and that this packing does not have, such as incomplete files."""
+    """Remove files of an earlier packing that do not belong to this packing, for example incomplete files."""
     wanted = {_MARKER}
     for number in range(packing.num_shards):
         tar = packing.tar_name(number)

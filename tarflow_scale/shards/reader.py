@@ -189,7 +189,7 @@ class ShardSet:
                 yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """Decode a sample to uint8 ``(C, H, W)``, as loaders carry it, and its label, or -1 if there are no labels.
+        """Decode a sample to the uint8 array ``(C, H, W)`` that loaders carry, and its label (-1 if there is none).
 
         Raises:
             CorruptSample: the sample is damaged, or does not match the manifest.
@@ -318,7 +318,7 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def members_of(content: bytes | memoryview) -> dict[str, bytes]:
-    """Contents of the tar members of one sample, by extension; of two members with one extension, the first counts.
+    """Contents of the tar members of one sample, by extension; if an extension occurs twice, the first member counts.
 
     Plain headers, such as those of packed shards, are read here; `tarflow_scale.shards.headers` reads all others.
     Because the first member counts, a system file that follows a sample cannot replace a member of the sample.
