@@ -183,7 +183,7 @@ def _run_on_ray(
     while waiting or attempts:
         while waiting and idle:
             give(waiting.pop())
-        # An actor whose node died may wait forever for another node, so an idle actor also runs its unit.
+        # If the node of an actor died, the actor may wait forever for another, so an idle actor also runs its unit.
         patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
         done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
         if not done:

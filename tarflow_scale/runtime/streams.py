@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor whose writes never fail: after an error it stores the error and drops all further data."""
+    """Writes to a file descriptor and never raises an error: the first error is stored, and all further data are dropped."""
 
     error: OSError | None = None
 
