@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """Writes to a file descriptor and never raises an error: the first error is stored, and all further data are dropped."""
+    """Output to a file descriptor that never raises an error: it stores the first error and drops all further data."""
 
     error: OSError | None = None
 
