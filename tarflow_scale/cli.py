@@ -1,8 +1,8 @@
 """Command line: parse the arguments, import the verb and run it. ``--help`` imports neither torch nor ray.
 
 An expected failure prints one line on standard error and exits with a code listed in `tarflow_scale.errors`; a bug
-keeps its traceback. A launcher of ranks exits with its own code, not with the codes of the ranks. So if the environment
-variable ``TARFLOW_SCALE_EXIT_CODES`` names a file, each process also appends its exit code to that file.
+keeps its traceback. A launcher such as torchrun does not pass on the exit codes of its ranks. So each process also
+appends its exit code to the file that the environment variable ``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
 """
 
 import argparse

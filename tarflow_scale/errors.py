@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system cannot create a file only if it does not exist yet, so two writers could both succeed."""
+    """The file system has no operation that creates a file or fails if it exists, so two writers could both succeed."""
 
 
 class Interrupted(UserError):
@@ -75,7 +75,7 @@ class RegistryError(UserError):
 
 
 class AlreadyReported(RegistryError):
-    """Another process has already attached a report on this version with the same protocols."""
+    """The version already has a report with the same protocols, which another process has stored."""
 
 
 class PlanError(UserError):

@@ -18,7 +18,7 @@ from tarflow_scale.sampling.decode import decoder_of
 __all__ = ["EXPORTED", "calibration_for", "load", "load_version", "worker_device"]
 
 EXPORTED = "version.json"
-"""Name of the file, beside an exported flow, that contains the record of the exported version."""
+"""Name of the file that ``models export`` writes beside the flow; it contains the record of the version."""
 
 
 def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:

@@ -1,6 +1,6 @@
 """Records that verbs store and pass to each other: small, typed, independent of torch.
 
-Field names contain units. Unknown fields are an error, so an old program never reads only a part of a newer record.
+Field names contain units. Unknown fields are an error, so an old program never ignores fields of a newer record.
 Some records contain a section of the configuration, such as the sampling settings. Reading the record validates this
 section, and settings that did not exist when the record was written get their defaults.
 """
@@ -41,7 +41,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def changes(before: Any, now: Any) -> str:
-    """Differences of two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty if equal."""
+    """Differences between two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty if equal."""
     old, new = dict(leaves(before)), dict(leaves(now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
@@ -137,7 +137,7 @@ class DataSetFacts(Record):
 
 
 class ModelVersion(Record):
-    """An immutable version of a model in the registry: digests of its files, and their origin."""
+    """An immutable version of a model in the registry: the digests of its files, and how they were made."""
 
     version: int = Field(ge=1)
     files: dict[str, FileRecord]

@@ -107,7 +107,7 @@ def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
     Args:
         kind: section that the file contains.
         path: path of the file, relative to the working folder.
-        noun: name of the kind of file, for error messages.
+        noun: kind of file for error messages, such as ``protocol``.
         key: key of the configuration that contains the path.
 
     Raises:
@@ -155,7 +155,7 @@ def working_folder() -> str:
 
 
 def where_paths_start(message: str, config: Root | None) -> str:
-    """Text to append to an error message that names a missing relative path: the folder that it is relative to."""
+    """Text to append to an error message about a missing relative path; says which folder the path is relative to."""
     if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):

@@ -81,6 +81,6 @@ class DataConfig(DataSetConfig):
     ``quarantine-*.jsonl`` in the run folder. The run stops if more than this share of the samples read so far is
     corrupt; as long as fewer than 10,000 samples were read, the share is computed as if 10,000 had been read."""
     shuffle_block: int = Field(default=16, ge=1)
-    """Number of consecutive samples in one read. It determines the order of samples. Larger blocks mean fewer, larger
+    """Number of consecutive samples in one read. It affects the order of samples. Larger blocks mean fewer, larger
     reads, but need more memory per rank: global batch / ranks x block x bytes per sample. With reads of about 2 MB an
     object store is as fast as local files; ``--dry-run`` prints the size of a read."""

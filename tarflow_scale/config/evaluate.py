@@ -38,7 +38,7 @@ class ReferenceConfig(Section):
 
 
 class EvaluateConfig(Root):
-    """Measure a registered version, and attach to it a report with all metrics and their protocols."""
+    """Measure a registered version, and attach a report with all metrics and their protocols to it."""
 
     registry: VersionConfig
     data: DataSetConfig

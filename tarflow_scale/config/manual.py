@@ -75,7 +75,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Join each paragraph to one line; a table keeps its lines, except the horizontal rules."""
+    """Join each paragraph into one line; a table keeps its lines, except the horizontal rules."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("="):

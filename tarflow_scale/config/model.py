@@ -35,7 +35,7 @@ class Capabilities:
     """What a kind of flow can do.
 
     Args:
-        vectors: whether events may be vectors ``(D,)``, in addition to images ``(C, H, W)``.
+        vectors: whether the flow can also model vectors ``(D,)``, in addition to images ``(C, H, W)``.
         activations: supported values of ``parallelism.activations``.
         guidance: whether sampling supports guidance.
         separate_networks: whether the flow contains networks that can be compiled separately; Muon can then update the
@@ -217,7 +217,7 @@ class ContinuousConfig(_FlowConfig):
     )
     kind: Literal["continuous"] = "continuous"
     width: int = Field(default=64, ge=1)
-    """Number of channels (for vectors, units) in the hidden layers of the dynamics network."""
+    """Number of channels in the hidden layers of the dynamics network; for vectors, number of units."""
     hidden_layers: int = Field(default=3, ge=1)
     """Number of hidden layers of the dynamics network."""
     solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
@@ -228,7 +228,7 @@ class ContinuousConfig(_FlowConfig):
     num_steps: int = Field(default=20, ge=1)
     """Number of steps of a solver with fixed steps."""
     gradients: Literal["adjoint", "direct"] = "adjoint"
-    """``adjoint``: the adjoint method, whose memory does not grow with the number of steps. ``direct``: backpropagation
+    """``adjoint``: the adjoint method; its memory does not grow with the number of steps. ``direct``: backpropagation
     through the operations of the solver, which gives exact gradients of the computed result."""
     exact_trace_dims: int = Field(default=64, ge=0)
     """Maximum number of dimensions for which evaluation computes the exact trace. With more dimensions, and always in

@@ -32,8 +32,8 @@ class SourceConfig(Section):
     """Kind of source.
     ``digits``: the 1,797 handwritten digits of scikit-learn, 8x8, 4 bits, 10 classes; needs no network.
     ``folder``: image files (png, jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif). Each sub-folder is a class, or
-    a table contains the labels (``label_table``), or there are no classes. If the class folders are in folders with
-    names such as ``train`` and ``val``, these are the official split. Files with several frames or pages, or with more
+    a table contains the labels (``label_table``), or there are no classes. If folders with names such as ``train`` and
+    ``val`` contain the class folders, they are the official split. Files with several frames or pages, or with more
     than 8 bits per channel, cannot be used.
     ``zip``: a zip file with the same content as for ``folder``.
     ``mnist``: MNIST, Fashion-MNIST and similar sets: ``path.npz``, or a folder of IDX files, plain or gzipped.
@@ -83,7 +83,7 @@ class SourceConfig(Section):
     """``vectors`` as CSV: the columns that form the condition of a vector."""
     in_place: bool = False
     """``webdataset``: do not copy the tars; write an index beside each tar, and a manifest, so that the folder becomes
-    a data set. ``shards.path`` must be ``source.path``."""
+    a data set. ``shards.path`` must equal ``source.path``."""
 
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
@@ -115,8 +115,8 @@ class SplitConfig(Section):
     ``auto``: ``official`` if the source has a split, otherwise ``stratified``."""
     by_name: bool = True
     """Whether folders, tables and tars with common names (train, val, test, in upper or lower case) are splits. Set it
-    to false if they are not, for instance if ``train`` is a class beside ``bus``. Then split columns, and equal folders
-    below the classes, are not used as splits either."""
+    to false if they are not, for instance if ``train`` is a class beside ``bus``. Split columns in tables,
+    and folders with equal names in different classes, are then ignored; otherwise they are an error."""
     train: tuple[str, ...] = ()
     """Patterns of paths below the source that are packed as ``train``, such as ``[seg_train]`` or ``["part-0*.tar"]``.
     A folder means all files below it. Patterns take precedence over names."""

@@ -66,8 +66,9 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
     num_draws: int = Field(default=1, ge=1)
     """Number of dequantization draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
-    """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound for the discrete
-    image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many draws."""
+    """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound on the bits/dim
+    of the discrete image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many
+    draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
 
@@ -129,7 +130,7 @@ class FrechetProtocol(_SampledProtocol):
     in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
     """``plain``: the distance for all generated images. ``infinity``: the distance for infinitely many generated
-    images, extrapolated in 1 / n (arXiv 1911.07023) from disjoint groups of 10 to 50 of the 50 index blocks."""
+    images, extrapolated in 1 / n (arXiv 1911.07023) from subsets of a fifth to all of the images."""
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -165,7 +166,7 @@ class KernelProtocol(_ReferenceSubset):
 
 
 class InceptionScoreProtocol(_SampledProtocol):
-    """Inception score: exp of the mean KL divergence of class probabilities from their mean; averaged over splits."""
+    """Inception score: exp(mean KL divergence of an image's class probabilities from their mean), mean over splits."""
 
     higher_is_better: ClassVar[bool] = True
     metric: Literal["inception_score"]
@@ -237,8 +238,8 @@ class Requirement(Section):
     """Smallest accepted number of images on which the value was measured."""
     must_beat_champion: bool = False
     """Whether the value must be significantly better than the value of the current champion with the same protocol id.
-    For likelihoods, the standard error is computed from the differences of single samples. For other metrics, it is
-    computed from the standard errors of both values."""
+    For likelihoods, the standard error is computed from the differences between the values of each sample. For other
+    metrics, it is computed from the standard errors of both values."""
     margin: float = Field(default=0.0, ge=0)
     """Minimum improvement over the value of the champion, in the unit of the metric."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)

@@ -16,7 +16,7 @@ NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, floa
 
 
 class Guidance(Section):
-    """Guidance of sampling: a prediction a is replaced by a + scale (a - a_weak), where a_weak ignores the label.
+    """Guidance of sampling: each prediction a becomes a + scale (a - a_weak), where a_weak ignores the label.
 
     It applies to log-scales and means (arXiv 2412.06329, section 3.4).
     """
@@ -32,7 +32,7 @@ class Guidance(Section):
     """The predicted parameters to which guidance applies."""
     blocks: Literal["all", "first"] = "all"
     """TarFlow: the blocks with guidance. ``first``: only the block that is decoded first, as in STARFlow (arXiv
-    2506.06276), which halves the cost of the other blocks."""
+    2506.06276); this halves the cost of the other blocks."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
@@ -78,4 +78,4 @@ class GuardConfig(Section):
     """Maximum number of times that an image is drawn again; if it is still rejected, the generation fails."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
     """Maximum share of images that were drawn again. With more, the generation fails, because the model is probably
-    bad. Three such images are always allowed, except if the share is 0."""
+    bad. Three redrawn images are always allowed, unless the share is 0."""

@@ -170,7 +170,8 @@ class ZeroPlusPlusConfig(Section):
 
     secondary_partition_ranks: int = Field(default=1, ge=1)
     """hpZ: number of ranks that share a second copy of the weights, usually the ranks of a node, so that the backward
-    pass gathers weights inside the node. It needs 4 bytes per parameter, divided by this number. 1 turns it off."""
+    pass gathers weights inside the node. A rank's part of the copy takes 4 bytes per parameter, divided by this number.
+    1 turns hpZ off."""
     quantized_weights: bool = False
     """qwZ: weights are sent as int8."""
     quantized_gradients: bool = False

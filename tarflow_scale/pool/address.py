@@ -22,7 +22,7 @@ CONNECT_SECONDS = 10.0
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
-    """Host and port of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
+    """Host and port of ``host:port``, ``[host]:port`` or ``ray://host:port``; the port of ``auto`` is empty."""
     host, _, port = re.sub(r"^ray://", "", address).rpartition(":")
     return (host.strip("[]"), port) if host else (address, "")
 
@@ -35,7 +35,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def temporary_folder() -> Path:
-    """The parent of the folder ``ray``, in which Ray keeps its sockets and files."""
+    """The folder in which Ray creates the folder ``ray`` for its sockets and files."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108 - Ray's own place
 
 

@@ -37,7 +37,7 @@ def look_at(address: str) -> ClusterFacts | None:
         address: see `Pool`.
 
     Returns:
-        Versions and resources; None for ``ray://``, because its server reports nothing before it has work.
+        Versions and resources; None for ``ray://``, because a Ray client server reports nothing before it gets work.
 
     Raises:
         UserError: a required token is missing or wrong, nothing answers, or the cluster has no live node.

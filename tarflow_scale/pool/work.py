@@ -38,7 +38,8 @@ class Unit(Protocol):
 T = TypeVar("T")
 U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""If no unit ends for 3 times the longest run time of a unit so far (at least 10 s), an idle worker repeats a unit."""
+"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, and for at
+least 10 s."""
 _POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Size of the object store of a cluster that the pool starts. It can be small, because workers return records and
@@ -97,7 +98,7 @@ class Pool:
             units: the units to run.
 
         Raises:
-            UserError: a worker raised it, or the cluster is too small.
+            UserError: a worker raised a `UserError`, or the cluster is too small.
         """
         if not units:
             return
@@ -121,7 +122,7 @@ class Pool:
         description: str,
         note: Callable[[], str] = str,
     ) -> Generator[tuple[U, Any]]:
-        """Run the missing units of a job like `run`, with a progress bar that counts the images of all units.
+        """Run the missing units of a job as `run` does, with a progress bar that counts the images of all units.
 
         The function ``note`` is called after every unit, and returns a text for the bar.
         """
@@ -182,7 +183,7 @@ def _run_on_ray(
     while waiting or attempts:
         while waiting and idle:
             give(waiting.pop())
-        # An actor whose node died may wait forever for another node, so an idle actor also runs its unit.
+        # If the node of an actor died, the actor may wait forever for another, so an idle actor also runs its unit.
         patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
         done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
         if not done:

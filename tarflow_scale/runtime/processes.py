@@ -82,7 +82,7 @@ def answer_within(seconds: float, compute: Callable[[], T]) -> T:
 
     Args:
         seconds: time until the deadline.
-        compute: returns a picklable value and raises no exception.
+        compute: the function; it must return a picklable value and raise no exception.
 
     Raises:
         TimeoutError: the function did not return in time.

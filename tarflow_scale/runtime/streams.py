@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor whose writes never fail: after an error it stores the error and drops all further data."""
+    """Output to a file descriptor that never raises an error: it stores the first error and drops all further data."""
 
     error: OSError | None = None
 

@@ -19,7 +19,7 @@ from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remot
 
 _COPY_BYTES = 1 << 22
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Error codes of file systems without hard links, or without a rename that refuses to replace a file."""
+"""Error codes of a file system that does not support hard links, or does not support RENAME_NOREPLACE."""
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def read_if_there(location: str) -> bytes | None:
-    """The whole content of a file, or None if the file does not exist; makes one request."""
+    """The whole content of a file, or None if the file does not exist. Makes one request."""
     with explained(location, "read"):
         try:
             if is_remote(location):
@@ -196,7 +196,7 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
     """Create a file unless it exists; return whether it was created. Exactly one of several writers succeeds.
 
     A local file is written under a temporary name and flushed; then a system call gives it the final name, or fails if
-    the name is taken. So a reader never sees part of a file, and a writer that is killed leaves no file or the complete
+    the name is taken. So a reader never sees part of a file, and a killed writer leaves either no file or the complete
     file. In an object store, the file is created by a conditional put. The content must not be empty, because some
     stores treat an empty conditional put as unconditional.
 

@@ -23,7 +23,7 @@ def is_remote(location: str) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """Join a location and its parts to ``location/part/part``. A part must not lead out of its folder.
+    """Join a location and parts to ``location/part/part``. A part must not lead out of its folder.
 
     Raises:
         StorageError: a part is absolute or contains ``..``.
@@ -79,7 +79,7 @@ def filesystem(location: str) -> tuple[Any, str]:
 
 
 def _retry_options(location: str) -> dict[str, Any]:
-    """Options that let an S3 client retry for about a minute after answers 503; empty if the user has set options.
+    """Options that let an S3 client retry for about a minute after HTTP 503; empty if the user has set options.
 
     The client's default of five attempts is too short for a store that is busy for some seconds.
     """
