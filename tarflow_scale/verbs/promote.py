@@ -73,11 +73,11 @@ def _chosen(
     protocols: Protocols,
     holder: int | None,
 ) -> int:
-    """The version for ``reference``, a number, an alias or ``latest``.
+    """The version with the number or alias ``reference``, or the version that ``latest`` selects.
 
     ``latest`` is the newest version with all numbers that the gate requires. It is never older than ``holder``, the
-    version that has the alias, so that the alias does not move back unnoticed. If no version has all numbers, it is the
-    newest version, and the table shows which numbers are missing.
+    version that has the alias, so that the alias does not move back unnoticed. If there is no such version, ``latest``
+    is the newest version, and the table shows which numbers are missing.
     """
     newest = resolve(state, reference, registry.model).version
     if reference != "latest":

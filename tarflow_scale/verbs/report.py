@@ -97,7 +97,7 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """Compare the best version with the champion, or with the second best if it is the champion or there is none."""
+    """Compare the best version with the champion if that is another version, else with the second best version."""
     best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
     other = champion if champion is not None and champion is not best else next(iter(worse), None)
@@ -107,7 +107,7 @@ def _lead(ranking: Ranking) -> Lead | None:
 
 
 def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
-    """The decision on the best version: read from the log, else made by ``report.gate``; None if there is neither."""
+    """The gate's decision on the best version: from the log, else by ``report.gate``; None if neither is available."""
     best = next(iter(ranking.ours), None)
     if best is None or best.entry is None or best.version is None:
         return None
@@ -129,7 +129,7 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
 
 
 def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
-    """Read the sample grids of all rows, by SHA-256, and verify their digests."""
+    """Read the sample grids of all rows and verify their digests; returns them by SHA-256."""
     grids: dict[str, bytes] = {}
     for ranking in rankings:
         for row in ranking.ours:

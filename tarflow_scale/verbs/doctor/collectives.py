@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RollCall", "call_roll", "meet", "on_this_machine"]
 
 _CPU_BYTES, _CUDA_BYTES = 16 * 1024**2, 256 * 1024**2
-"""Size of the all-reduced tensor on CPUs and on GPUs, where training sends gradients in buckets of up to 200 MB."""
+"""Size of the all-reduced tensor on CPUs and on GPUs. Training on GPUs sends gradients in buckets of up to 200 MB."""
 _ROUNDS = 3
 _POLL_SECONDS = 0.1
 _PULSE_SECONDS = 3.0
@@ -94,7 +94,7 @@ def call_roll(
         device: device of this rank.
         backend: ``gloo`` or ``nccl``.
         name: name of this machine.
-        timeout_seconds: time limit for the answers of all ranks, and a second time for the all-reduce.
+        timeout_seconds: time limit for the answers of all ranks; the all-reduce has the same limit.
     """
     import torch.distributed as dist
 

@@ -1,7 +1,7 @@
 """Verb ``doctor``: check whether this machine and its cluster can do the work. Prints one line for each check.
 
-``ok`` and ``skipped`` need no action. ``warning`` means that jobs would be slow, ``failed`` that they would stop; both
-say what to do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
+``ok`` and ``skipped`` need no action. ``warning`` means that jobs would be slow or might fail later, ``failed`` that
+they would stop; both say what to do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
 
 Every check runs in a child process with a time limit, so a file system, driver or server that hangs or crashes is
 reported as a failed check. A check removes the files that it wrote and ends the processes that it started. No
@@ -134,10 +134,10 @@ def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
 def _of_stores(
     written: dict[str, str], registry: str | None, writes_registry: bool | None, seconds: float
 ) -> list[_Check]:
-    """Checks of the folders and URLs that a job writes to, and of a registry that it only reads.
+    """Make the checks of the folders and URLs that a job writes to, and of a registry that it only reads.
 
     Args:
-        written: paths that the job writes to, by key.
+        written: paths that the job writes to, by key of the configuration.
         registry: path of the registry, if the configuration has one.
         writes_registry: whether the job writes to the registry; None if the configuration describes no job.
         seconds: time limit of each check.

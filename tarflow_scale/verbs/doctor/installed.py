@@ -59,7 +59,7 @@ def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | N
 
 
 def _torchvision() -> Finding:
-    """Check that an operator of torchvision works. None does if torchvision was built for another version of torch."""
+    """Check that an operator of torchvision works; all fail if torchvision was built for another version of torch."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -114,7 +114,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 
 def compiler() -> list[Finding]:
-    """Check that C++ compiles with the headers of Python, which DeepSpeed and torch.compile need."""
+    """Check that the C++ compiler, which DeepSpeed and torch.compile need, works and finds Python's headers."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
         text = os.environ.get(variable)

@@ -24,10 +24,10 @@ _LEAST_BYTES = _GIB
 """Free space that the run folder needs if the configuration describes no run."""
 _SMALL_BYTES, _LARGE_BYTES = 1024**2, 32 * 1024**2
 _QUICK_SECONDS = 0.5
-"""The large file is written only if the small file took less time than this; a slow store would take too long."""
+"""If writing the small file takes longer than this, the store is slow, and the large file is not written."""
 _PROBE_KEYS = 20
 _SKEW_SECONDS = 60.0
-"""Largest accepted clock difference; a larger one makes ages of files wrong. S3 refuses requests at 15 minutes."""
+"""Largest accepted clock difference. A larger one makes file ages wrong; from 15 minutes on, S3 refuses requests."""
 
 
 def disk(
@@ -37,7 +37,7 @@ def disk(
     training: TrainingConfig | None,
     checkpoint: CheckpointConfig | None,
 ) -> list[Finding]:
-    """Compare the free space at the run folder with the size of the checkpoints, or with 1 GiB if no run is set."""
+    """Compare the free space at the run folder with the size of checkpoints, or with 1 GiB if no run is configured."""
     place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
     needed, reason = _LEAST_BYTES, "at least"
@@ -88,7 +88,7 @@ def data_set(key: str, path: str) -> list[Finding]:
 
 
 def trial_folder(path: str) -> str:
-    """Name of a new temporary folder in a store, or in the nearest existing parent if a local path does not exist."""
+    """Path of a new temporary folder in a store; if a local path does not exist, in its nearest existing parent."""
     place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 
@@ -133,7 +133,7 @@ def registry(path: str) -> list[Finding]:
 
 
 def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """Check that a registry can be written. If it can only be read, warn, because some jobs only read it.
+    """Check that a registry can be written. If it can only be read, return a warning, because some jobs only read it.
 
     Args:
         path: path of the registry.

@@ -5,10 +5,10 @@ of images. Workers make the missing parts, then compute the numbers from them in
 the report. Ray and a single process give the same numbers, and a killed evaluation continues where it stopped.
 ``--reference`` only computes the references of the protocols; ``--watch`` evaluates all versions until interrupted.
 
-Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes
-into the registry an event with the report, and as blobs a picture of samples and the likelihood of each image. Writes
-the references into ``reference.cache``, and the parts, which stay there until the report is attached. It is an error if
-images do not fit the model or the protocol, or if a protocol was bound to other reference images.
+Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes to
+the registry: an event with the report, a picture of samples, and the likelihood of each image. Writes the references
+and the parts to ``reference.cache``; the parts of the version are removed after its report is attached. It is an error
+if images do not fit the model or the protocol, or if a protocol was bound to other reference images.
 """
 
 import math
@@ -127,7 +127,7 @@ def watch(config: EvaluateConfig, dry_run: bool) -> None:
 
 
 def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
-    """Versions that lack the number of at least one protocol; empty if the registry does not have the model yet."""
+    """Versions that are not yet measured by all protocols; empty if the registry does not have the model yet."""
     if not storage.exists(storage.join(registry.path, registry.model, "_log")):
         return set()
     state = registry.state()
@@ -217,7 +217,7 @@ def _value(
 
 
 def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None:
-    """Store the cost of each image, in the order of the split, so that two models can be compared image by image."""
+    """Store bits/dim or nats of each image in the registry, so that two models can be compared image by image."""
     if not isinstance(job.protocols[path], LikelihoodProtocol):
         return None
     hashes = list(map(bytes.fromhex, _hashes(job, path)))
@@ -226,7 +226,7 @@ def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None
 
 
 def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, reference: str) -> dict[str, float]:
-    """Numbers by the same protocols for real images and for a Gaussian with full covariance, where they apply."""
+    """Measure real images and a Gaussian with full covariance by the same protocols, where that is possible."""
     baselines: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
     for path, protocol in job.protocols.items():

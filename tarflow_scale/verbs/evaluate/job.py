@@ -1,7 +1,7 @@
 """The parts of an evaluation, the references of its protocols, and the measures that compute numbers from parts.
 
 Parts are stored in the reference cache, in folders named by a digest of everything that determines their content. A job
-that is run again finds the parts that it had made. Numbers are computed only when no part is missing.
+that is run again reuses the parts that exist. Numbers are computed only when no part is missing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -140,7 +140,7 @@ class Evaluation:
             pass  # the results are the parts
 
     def bind(self) -> dict[str, Binding]:
-        """Bind each protocol that needs a reference, unless it is bound already; return all bindings."""
+        """Bind each protocol to its reference images, if it needs them and is not bound yet; return all bindings."""
         bindings = dict(self._bound)
         for path, protocol in self._sampled.items():
             reference, layer = self.requirements[path].reference, layer_of(protocol)
@@ -190,7 +190,7 @@ class Evaluation:
 
 
 def moments_of(features: FeatureSet, layer: str) -> Iterator[Moments]:
-    """Read the moments of one part after another."""
+    """Read the moments of each part, one part at a time."""
     for part in features.parts():
         yield Moments.stored(part.location, layer)
 

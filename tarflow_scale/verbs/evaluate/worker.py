@@ -32,7 +32,7 @@ from tarflow_scale.shards.reader import Batch, ShardSet
 __all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
 GRID_NAME = "grid.png"
-"""File name of a picture of the first samples, in the folder of the parts with their features."""
+"""File name of the picture of the first samples; it is stored in the same folder as the features of the samples."""
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 _IMAGES_AT_ONCE = 128
 """Batch size for scoring and reading if ``sampling.batch_size`` is not set."""
@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Bits/dim or nats of each sample, in an array named after the protocol's metric, and ``hashes`` of samples."""
+        """Arrays of a part: bits/dim or nats of each sample, named after the protocol's metric, and ``hashes``."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)
@@ -172,7 +172,8 @@ class Scorer:
 def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
     """Raise an error if the flow cannot be measured by the protocol.
 
-    A flow works without labels, but not without numbers that it is conditioned on. Learned noise fits one bit depth.
+    A flow can be evaluated without labels, but a flow conditioned on numbers needs these numbers. Learned
+    dequantization noise fits only the bit depth of its training data.
     """
     if isinstance(protocol, NatsProtocol):
         if protocol.labels == "none" and flow.num_conditions is not None:

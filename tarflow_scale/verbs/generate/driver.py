@@ -6,9 +6,9 @@ and reads it back. The manifest is written last. The same command, run again, ma
 bytes. Several drivers may work on one folder: each starts at a random shard and skips shards that exist.
 
 Writes into ``shards.path``: ``plan.json`` first, then the tars with their indexes, ``quality.json``, ``manifest.json``,
-and ``grid.png`` for images and vectors of two numbers. It is an error if the folder holds another plan, if a shard that
-is made again has other bytes, or if more samples are bad than ``sampling.guard`` allows. ``--calibrate`` instead finds
-the fastest way to decode, and attaches it to the version as a plan.
+and ``grid.png`` for images and two-dimensional vectors. It is an error if the folder holds another plan, if a shard
+that is made again has other bytes, or if more samples are bad than ``sampling.guard`` allows. ``--calibrate`` instead
+measures which decoding settings are fastest, and attaches them to the version.
 """
 
 import functools
@@ -52,7 +52,7 @@ _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
 """Maximum width in pixels to which the grid is enlarged; a wider grid is not shrunk."""
 _EXACT = 1e-3
-"""Largest expected difference of latents and re-encoded images in fp32; above it, the model amplifies rounding."""
+"""Largest expected difference between latents and encoded images in fp32; above it, the model amplifies rounding."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
 """Number of images that may always be drawn again, unless ``guard.most_redrawn_share`` is 0."""
@@ -157,7 +157,7 @@ def _write_copies(shards: GeneratedShardsConfig) -> None:
 
 
 def calibrate(config: GenerateConfig, dry_run: bool) -> None:
-    """Find by measurement the fastest way to decode the version on this machine, and attach it to the version.
+    """Measure which decoding settings are fastest on this machine, and attach them to the version.
 
     Raises:
         RegistryError: the version does not exist.
@@ -289,13 +289,13 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
 
 
 def _has_grid(plan: GenerationPlan) -> bool:
-    """Whether ``grid.png`` is written: a picture of images, or of the density of vectors of two numbers."""
+    """Whether ``grid.png`` is written: a picture of images, or of the density of two-dimensional vectors."""
     event = event_of(plan, plan.pixels.bit_depth)
     return isinstance(event, ImageEvent) or event.shape == (2,)
 
 
 def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
-    """Write a picture of the first images (up to 20 classes: one per column), or of the density of 2-d vectors."""
+    """Write a picture of the first images (with up to 20 classes, one class per column), or of a 2-d density."""
     if not _has_grid(plan):
         return
     if plan.vectors is not None:

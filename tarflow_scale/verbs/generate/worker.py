@@ -1,6 +1,6 @@
 """The worker of ``generate``: make one shard from a range of images. Every worker makes the same bytes.
 
-The first worker that makes a shard stores its record, then writes the shard, then reads it back.
+A worker stores the record of a shard, or compares it with an earlier record, then writes the shard and reads it back.
 """
 
 from collections.abc import Iterator
@@ -74,13 +74,13 @@ class ShardMaker:
         """Make a shard: store its record, write index and tar, and read both back.
 
         Returns:
-            Counts of bad images, and `Sampler.round_trip_error`, which is None if another driver had already made the
-            shard.
+            Counts of bad images, and `Sampler.round_trip_error`. The error is also None if another driver had already
+            made the shard.
 
         Raises:
             PlanError: an earlier record has other digests, usually from another machine or library version.
             NumericsError: an image was bad at every attempt.
-            StorageError: the shard reads differently from what was written.
+            StorageError: the stored shard has other bytes than the worker wrote.
         """
         if is_done(self._path, unit):
             return read_quality(self._path, unit), None
@@ -130,7 +130,7 @@ class ShardMaker:
 
 
 def _location(path: str, folder: str, unit: ShardUnit) -> str:
-    """Location of the file of a shard in one of `UNIT_FOLDERS`."""
+    """Path or URL of a shard's file in a folder of `UNIT_FOLDERS`."""
     return storage.join(path, folder, unit.tar_name.removesuffix(".tar") + ".json")
 
 

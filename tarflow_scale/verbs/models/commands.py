@@ -99,7 +99,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the differing settings and all numbers of a version and of ``command.other`` (default: champion)."""
+    """Compare a version with ``command.other`` (default: champion): print settings that differ, and all numbers."""
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()
@@ -117,7 +117,7 @@ def diff(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def verify(config: ModelsConfig, dry_run: bool) -> None:
-    """Read every event of every log and every file that a version needs, and check all digests.
+    """Read all events and all files that versions need, and check their digests.
 
     Raises:
         RegistryError: an event or file is missing or damaged. All problems are printed first.
@@ -296,7 +296,7 @@ def _configuration(registry: Registry, version: ModelVersion) -> dict[str, str]:
 
 
 def _provenance(version: ModelVersion) -> dict[str, str]:
-    """Properties of a version, apart from its settings, that `diff` compares."""
+    """Properties of a version that `diff` compares in addition to its settings."""
     return {
         "(code)": version.git_commit,
         "(data manifest)": version.data.digest[:12],

@@ -6,7 +6,8 @@ last. An import checks all files before it stores any: the weights must be safet
 pickle, and file names must not lead out of the folder.
 
 ``export`` writes to ``command.path``, a folder or URL that must be empty or absent; ``import`` reads it and registers
-the version as ``registry.model``. Importing a version twice adds no second version. If an import is killed, repeat it.
+the version as ``registry.model``. A version that is imported twice is registered only once. If an import is killed,
+repeat it.
 """
 
 import json
@@ -35,8 +36,8 @@ __all__ = ["export_version", "import_version"]
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
-"""Samples drawn for a model card: number of columns; maximum number of columns with one class each; maximum number of
-samples."""
+"""Layout of the samples of a model card: usual number of columns, maximum number of columns if each column shows one
+class, and maximum number of samples."""
 _MOST_HEADER_BYTES = 100 * 1024**2
 """The longest header that the safetensors library reads."""
 
@@ -125,7 +126,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """Draw the first samples of seed 0, with one class per column if there are 2 to 20; None if sampling fails."""
+    """Draw the first samples of seed 0; with 2 to 20 classes, each column shows one. Returns None if sampling fails."""
     names = version.data.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -150,7 +151,7 @@ def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str,
 
 
 def _portable(report: MetricsReport) -> MetricsReport:
-    """The report without references to files that are only in its registry."""
+    """Copy the report without references to files that exist only in its registry."""
     metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
     return report.model_copy(update={"grid": None, "metrics": metrics})
 

@@ -1,13 +1,13 @@
 """Verb ``prepare``: pack images into WebDataset shards.
 
-Open the source, split it (as it states, or at random by class), pack each split in random order into tars, write an
-index beside each tar, and publish the manifests when all splits are packed. The same source and configuration give the
-same bytes, with any number of workers. A killed packing continues when it is run again. Bad input leaves no files.
+Open the source, use its splits or hold out a random share of each class, pack each split in random order into tars,
+write an index beside each tar, and publish the manifests when all splits are packed. The same source and configuration
+give the same bytes with any number of workers. A killed packing continues when run again. Bad input leaves no files.
 
-Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes ``<shards.path>/train`` and ``/test``:
-tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` or ``dropped.jsonl`` if images were left out. It is an
-error if the source cannot be used, if a folder holds other files or another data set, or if another process is writing
-to it. To inspect a packed set: ``--check``, ``--stats``, ``--npz``.
+Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes one folder per split, such as
+``<shards.path>/train``, with tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` or ``dropped.jsonl`` if
+images were left out. It is an error if the source cannot be used, if a folder holds other files or another data set, or
+if another process is writing to it. To inspect a packed set: ``--check``, ``--stats``, ``--npz``.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Turn tars of another program into a data set in place: write an index beside each tar, and the manifest last."""
+"""Make a data set of tars that another program wrote, in place: write an index beside each tar, then the manifest."""
 
 from tarflow_scale import storage
 from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig

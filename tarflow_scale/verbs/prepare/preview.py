@@ -51,7 +51,7 @@ def print_ignored(ignored: Mapping[str, int]) -> None:
 
 
 def _classes(source: ImageSource) -> str:
-    """``cat 120, dog 80``: the first and last classes with the number of images of each."""
+    """The first and last classes with their numbers of images, for example ``cat 120, dog 80``."""
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     shown = [f"{name} {count:,}" for name, count in zip(source.class_names, counts.tolist(), strict=True)]
     return ", ".join(shown if len(shown) <= _CLASSES_SHOWN else [*shown[:5], "..", *shown[-2:]])

@@ -1,9 +1,9 @@
-"""Verb ``score``: compute with a registered version how anomalous each image of a data set is.
+"""Verb ``score``: use a registered version to compute how anomalous each image of a data set is.
 
 Workers compute bits/dim of ranges of images and store them as parts, so a killed job continues where it stopped.
-Held-out normal images (``calibration``) define the typical bits/dim, and for each score a threshold that only a given
-share of them exceeds. With ``anomalies``, a set that is known to be anomalous, the verb also reports how well each
-score separates ``data`` from ``anomalies``.
+Held-out normal images (``calibration``) define the typical bits/dim and one threshold per score, which only a given
+share of these images exceeds. With ``anomalies``, a set that is known to be anomalous, the verb also reports how well
+each score separates ``data`` from ``anomalies``.
 
 Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
 into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row per image; ``summary.json``; ``maps.png`` if configured;
@@ -55,7 +55,7 @@ Versions = list[tuple[VersionConfig, ModelVersion]]
 Row = dict[str, Any]
 _PARTS, _MAPS = "parts", "maps.png"
 _PARTS_EDITION = 2
-"""Version of the content of parts; it is in the digest that names their folder."""
+"""Format version of the parts; the digest that names their folder includes it."""
 _SHOWN = 10
 """Number of images of ``data`` that are listed at the end."""
 _MAP_COLUMNS, _MAP_PIXELS = 4, 96
@@ -295,7 +295,7 @@ def _write_summary(
 
 
 def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArray[np.float64]) -> None:
-    """Write a picture of the least likely images, each beside a copy that is overlaid with its surprise per pixel."""
+    """Draw the least likely images, each beside a copy overlaid with its surprise per pixel, into ``maps.png``."""
     chosen = np.argsort(-likelihood, kind="stable")[: scoring.maps]
     shards = ShardSet(data)
     order = np.argsort(chosen)  # images are read in the order of shards, shown by surprise

@@ -209,7 +209,7 @@ def _recorded(
 
 
 def _loader(mix: Mix, data: DataConfig, seed: int, path: str, device: torch.device) -> Loader:
-    """A loader that reads this rank's slots of every global batch."""
+    """A loader that reads this rank's share of every global batch."""
     rank, share = distributed.rank(), mix.num_slots // distributed.world_size()
     return Loader(
         mix=mix,

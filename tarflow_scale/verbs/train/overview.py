@@ -74,7 +74,7 @@ def _data_row(part: MixPart, manifest: Manifest) -> str:
 
 
 def _read_size(shuffle_block: int, mix: Mix) -> str:
-    """Size of each read in words, with advice if it is too small for a store with high latency."""
+    """Text that states the size of each read, with advice if it is too small for a store with high latency."""
     block = shuffle_block * mix.bytes_per_sample
     text = f"{block / 1e6:.3g} MB, a block of {shuffle_block} samples"
     if block >= _REMOTE_READ_BYTES or not any(storage.is_remote(part.shards.path) for part in mix.parts):

@@ -60,7 +60,7 @@ def _samples(flow: Flow, manifest: Manifest, guidance: float) -> bytes:
 
 
 def _density(flow: Flow) -> bytes | None:
-    """A picture of the density; None if the flow has other than two dimensions, or is conditional."""
+    """A picture of the density; None if the flow does not have two dimensions or is conditioned on numbers."""
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         return None
     try:
