@@ -39,7 +39,7 @@ class Word:
 
     Args:
         decision: the decision with its reasons.
-        alias: the alias that moved to the version after this decision; None if the decision was made for the report.
+        alias: the alias that moved to the version after this decision; None if the gate decided only for this report.
         override: reason for moving the alias although the gate refused; empty if the gate did not refuse.
     """
 
@@ -132,7 +132,7 @@ def gate_said(model: str, word: Word | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Reformat a gate's text for the page: numbers with four digits instead of four decimals, ``95 %`` and ``≤``."""
+    """Reformat text of a gate: ``1.2346`` becomes ``1.235``, ``95%`` becomes ``95 %``, ``<=`` becomes ``≤``."""
     shorter = re.sub(r"\d+\.\d{4}\b", lambda match: fixed(float(match[0]), decimals_of(float(match[0]))), text)
     return re.sub(r"(?<=\d)%", " %", shorter).replace("<=", "≤").replace(">=", "≥")
 

@@ -34,7 +34,7 @@ class Series:
     Args:
         points: ``(x, y)`` in order of x; points that are not finite are left out.
         run: number of the run, which determines the colour.
-        dashed: whether the line is dashed; the second curve of a run is.
+        dashed: whether the line is dashed; used for the second curve of a run.
     """
 
     points: Points
@@ -106,7 +106,7 @@ def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
-    """A line chart as SVG with a legend; an empty text if no point is finite.
+    """A line chart as SVG with a legend; an empty string if no point is finite.
 
     Args:
         series: curves by name.
@@ -157,7 +157,7 @@ def _colours(run: int) -> str:
 
 
 def line_chart_png(series: Mapping[str, Series], x_label: str, y_label: str) -> bytes:
-    """The same chart as a PNG that contains the legend; an empty chart if no point is finite."""
+    """The chart of `line_chart` as a PNG with a legend; the chart is empty if no point is finite."""
     shown = _finite(series)
     canvas = Image.new("RGB", (_PNG[0], _PNG[1] + _KEY_HEIGHT * len(shown) + 8), _PAPER)
     draw = ImageDraw.Draw(canvas)

@@ -1,9 +1,9 @@
 """Answers, rankings, pictures, curves and history as one HTML file that makes no requests.
 
-Styles, script and pictures are inside the file. The page begins with the answers, can be sorted and folded by keyboard,
-follows the light or dark setting of the browser, and shows every number on a phone without scrolling sideways. Only
-sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the security policy of the
-page allows only its own script.
+Styles, script and pictures are inside the file. The page begins with the answers. Tables can be sorted and details
+folded by keyboard. The page follows the light or dark setting of the browser, and shows every number on a phone without
+scrolling sideways. Only sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the
+security policy of the page allows only its own script.
 """
 
 import base64
@@ -50,9 +50,9 @@ class Page:
         title: heading of the page.
         answers: sentences below the heading.
         rankings: the leaderboards.
-        words: decision of a gate on the best version of a leaderboard, by name of the leaderboard.
+        words: the gate's decision on the best version of each leaderboard, by leaderboard name.
         entries: models whose history is shown.
-        grids: PNGs of first samples, by the SHA-256 in the metrics reports.
+        grids: PNGs with the first samples of versions, by the SHA-256 that the metrics report gives for each PNG.
         runs: training runs.
         generated: first samples of generated data sets.
     """

@@ -84,7 +84,7 @@ class Ranking:
         return fixed(value, self.decimals)
 
     def shown(self, row: Row) -> str:
-        """Format the number of a row. Published numbers get no trailing zeros, which are not in the publication."""
+        """Format the number of a row. Published numbers are not padded with zeros to the decimals of the board."""
         text = self.number(row.value)
         return (
             text if row.rank is not None or row.source == _BASELINE or "." not in text else text.rstrip("0").rstrip(".")

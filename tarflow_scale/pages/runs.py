@@ -1,4 +1,4 @@
-"""Read kind of model, progress, loss and newest preview from the folders of training runs.
+"""Read the kind of model, progress, losses and newest preview of a training run from its folder.
 
 A folder can be read while the run trains. `CurveFile` draws the loss curve as a picture beside the log.
 """
@@ -25,7 +25,7 @@ _REDRAWN_SECONDS = 60.0
 
 @dataclass
 class Loss:
-    """The loss of a run over images seen, from the records of its log.
+    """The loss of a run as a function of the number of images seen, from the records of its log.
 
     ``training`` is the mean loss of the batches since the previous record; ``held_out`` is the validation loss.
     ``unit`` is bits/dim if the log contains bits/dim, otherwise nats/dim.
@@ -71,7 +71,7 @@ class Run:
         state: ``running``, ``finished``, ``stopped`` or ``failed``; empty if unknown.
         images_seen: number of images seen so far; 0 if unknown.
         total_images: number of images at the end of the run; 0 if unknown.
-        loss: loss over images seen.
+        loss: loss as a function of the number of images seen.
         measured_on: data and settings on which the loss depends; losses are comparable only if these are equal.
         preview: the newest sample grid as ``(file name, PNG)``; None if there is none.
     """
@@ -151,7 +151,7 @@ class CurveFile:
     """Draws ``curve.png`` in a run folder, and a copy beside the previews, at most once a minute and at the end.
 
     Args:
-        path: the run folder; the curve includes the records that its log already has.
+        path: the run folder; records that are already in its log are drawn too.
     """
 
     def __init__(self, path: str) -> None:

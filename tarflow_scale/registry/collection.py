@@ -83,7 +83,7 @@ def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> 
 
 
 def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]]:
-    """Yield ``(description, record)`` for every blob that the events of a version name."""
+    """Yield ``(description, record)`` for every blob that is named in the events of a version."""
     record = state.versions[version]
     yield from record.files.items()
     if record.configuration is not None:

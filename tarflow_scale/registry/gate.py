@@ -56,7 +56,7 @@ class Contender:
         name: ``model@version``.
         reports: metrics reports of the version, oldest first.
         approvals: users who approved the version.
-        per_image: values of single images, as sorted pairs ``(image digest, value)``, by SHA-256 of the file.
+        per_image: content of each file of per-image values, by SHA-256: sorted pairs ``(image digest, value)``.
         data: training data of the version.
         weights_digest: digest of the files of the version.
     """
@@ -79,12 +79,12 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """Values of the single images over which ``metric`` is the mean; empty if they were not stored."""
+        """The per-image values that were averaged to ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
 def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    """Read a version with its reports, its approvals and its values of single images.
+    """Read a version with its reports, approvals and per-image values.
 
     Raises:
         RegistryError: a file is missing or damaged.

@@ -51,7 +51,7 @@ class Event(Record):
         return self.model_copy(update={"checksum": storage.digest(self.to_json())})
 
     def is_intact(self, content: bytes) -> bool:
-        """Whether the bytes from which the event was read match its checksum."""
+        """Whether the checksum of the event is correct for ``content``, the bytes of its file."""
         unsealed = content.replace(f'"checksum":"{self.checksum}"'.encode(), b'"checksum":""', 1)
         return storage.digest(unsealed) == self.checksum
 

@@ -31,9 +31,9 @@ _FORMAT = 1
 _PROBE = ".probe"
 _WRITERS, _KEYS = 8, 100
 _BITS = {"umask": 0, "group": 0o060, "all": 0o064}
-"""Permission bits that files get in addition to the umask; see `storage.share` for folders."""
+"""Permission bits that are set on files even if the umask removes them; see `storage.share` for folders."""
 FRESH_SECONDS = 3600.0
-"""Age above which an existing blob is written again before an event names it, so that it is not collected."""
+"""An existing blob older than this is written again before an event names it, so that it is not collected."""
 
 
 class Marker(Record):
@@ -191,7 +191,7 @@ class Store:
         return True
 
     def _first_write(self) -> Marker:
-        """Create ``registry.json``. In a local registry, its creation is the only test of create-if-absent."""
+        """Create ``registry.json``. For a local registry, creating this file is the only test of create-if-absent."""
         return self.init() if storage.is_remote(self.path) else self._mark(Marker(format=_FORMAT))
 
     def _mark(self, marker: Marker) -> Marker:

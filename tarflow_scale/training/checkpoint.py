@@ -1,10 +1,10 @@
 """Checkpoints that are either complete or absent, and independent of the ZeRO stage and the number of ranks.
 
-A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. It contains
-the fp32 master weight, the optimizer's moments and every moving average of each parameter, and all buffers. All ranks
-gather parameter i; rank i mod N keeps it, and writes a file when it holds a gigabyte. ``manifest.json`` (size and
-SHA-256 of every file, and the training state) is written last; a folder without it is not a checkpoint. Nothing is
-pickled.
+A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. For each
+parameter it contains the fp32 master weight, the optimizer's moments and all moving averages; it also contains all
+buffers. All ranks gather parameter i; rank i mod N keeps it, and writes a file when it holds a gigabyte.
+``manifest.json`` (size and SHA-256 of every file, and the training state) is written last; a folder without it is not a
+checkpoint. Nothing is pickled.
 
 Tensor names: ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` or ``momentum_buffer/<name>``,
 ``average/<name>`` for the first average, ``average-<half-life>/<name>`` for the others, ``buffer/<name>``.

@@ -9,7 +9,7 @@ __all__ = ["flow_of", "seen_by_model"]
 
 
 def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
-    """Build the flow for the events, classes and conditions of a data set."""
+    """Build the flow for the sample shape, classes and conditions of a data set."""
     event = manifest.event
     if event.num_conditions is not None:
         return build(model, event.shape, None, event.num_conditions)

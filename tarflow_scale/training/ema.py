@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights, divided among ranks like the fp32 masters.
 
 At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank has all weights, rank r averages slice
-r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. An average is
-gathered, parameter by parameter, only to save, export, validate or sample from it.
+r. So each rank stores 4 bytes per parameter and average, divided by the number of ranks, and updates need no
+communication. An average is gathered, parameter by parameter, only to save, export, validate or sample from it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class WeightAverages:
 
     Args:
         engine: the engine.
-        half_lives_images: half-life of each average; it is shorter at the start of training, see `average_decay`.
+        half_lives_images: half-life of each average, in images; shorter at the start of training, see `average_decay`.
     """
 
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:

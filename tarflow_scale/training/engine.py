@@ -59,7 +59,7 @@ class StepResult:
     Args:
         nats_per_dim: mean loss over this rank's images.
         gradient_norm: gradient norm over all ranks, before clipping.
-        skipped: whether no rank changed its weights, because a gradient was not finite or the step was rejected.
+        skipped: whether all ranks kept their weights, because a gradient was not finite or the step was rejected.
         rejected: whether ``reject`` refused the loss.
     """
 
@@ -160,7 +160,7 @@ class Engine:
             micro_batches: inputs, one for each accumulated pass.
             rate: learning rate, as a fraction of its peak.
             reject: function that gets the mean loss over all ranks before the last backward pass. If it returns True,
-                which must be the same on all ranks, the step changes nothing.
+                the step changes nothing. It must return the same value on all ranks.
         """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
@@ -312,7 +312,7 @@ class Engine:
 
     @contextmanager
     def borrowing(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[None]:
-        """Use other weights in the forward pass, given as complete tensors by name; all ranks must enter.
+        """Run forward passes with other weights: complete tensors by parameter name. All ranks must enter.
 
         The master weights do not change; the working copies are restored at the end.
         """
@@ -330,12 +330,12 @@ class Engine:
         return self._module.flow.diagnostics()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Buffers by name. They are equal on all ranks, because the flow writes them before the engine starts."""
+        """Buffers by name. They are equal on all ranks, because running statistics are computed over all ranks."""
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
 
     @contextmanager
     def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
-        """Swap the masters with ``tensors`` of the same layout; `full_weight` and `set_master` then act on these."""
+        """Swap the masters with ``tensors`` of the same layout, so that `full_weight` and `set_master` access these."""
 
         def swap() -> None:
             for master, tensor in zip(self.masters(), tensors, strict=True):
@@ -351,7 +351,7 @@ class Engine:
             swap()
 
     def _flat_moments(self, moment: str) -> list[Tensor | None]:
-        """AdamW's moment of each group, None for Muon's groups; DeepSpeed's own function fails with Muon (0.19.8)."""
+        """AdamW's moment of each group, None for Muon's groups. DeepSpeed's own getter fails with Muon (0.19.8)."""
         base = self._base_optimizer()
         return [base.state[group["params"][0]].get(moment) for group in base.param_groups]
 

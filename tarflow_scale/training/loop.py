@@ -142,7 +142,7 @@ class Loop:
             yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:
-        """Sum loss, stop requests and replaced samples over ranks. Returns the reason to stop, or an empty text."""
+        """Sum loss, stop requests and replaced samples over ranks. Returns the reason to stop, or an empty string."""
         own = [result.nats_per_dim, float(bool(reason)), float(num_replaced)]
         sums = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.engine.device))
         loss, stops, replaced = sums.tolist()
@@ -165,7 +165,7 @@ class Loop:
         return (reason or "another rank") if stops > 0 else ""
 
     def _after_spike(self, loss: float, progress: Progress) -> None:
-        """Count a rejected step, whose samples are skipped; the rule ``roll_back`` restores the latest checkpoint."""
+        """Count a rejected step; its samples are skipped. Rule ``roll_back`` also restores the latest checkpoint."""
         progress.skipped_steps += 1
         if distributed.is_main():
             warnings.warn(
@@ -256,7 +256,11 @@ class Loop:
             distributed.barrier()
 
     def averaged_weights(self, half_life: int | None = None) -> dict[str, Tensor]:
-        """Averaged weights (None: first average) and buffers by name. Empty except on rank 0; all ranks must call."""
+        """The averaged weights and the buffers on rank 0, by name; empty on other ranks. All ranks must call.
+
+        Args:
+            half_life: half-life of the average; None selects the first average.
+        """
         main = distributed.is_main()
         weights = {name: full.cpu().clone() for name, full in self.averages.full(half_life) if main}
         return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}

@@ -1,9 +1,9 @@
 """Random numbers for a decoded training sample: its noise, and whether its label is dropped.
 
-Both are functions of (seed, epoch, sample). Noise is drawn on the device, because float noise is four times as large as
-the uint8 images that are copied there. It comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011) in integer arithmetic of torch, which gives the same words on every device. Torch's own generators
-differ between devices, and cannot draw the noise of a single sample.
+Both are functions of (seed, epoch, sample). Noise is drawn on the device; copying float noise there would take four
+times as many bytes as copying the uint8 images. The generator is Philox 4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) in torch's integer arithmetic, which gives the same 32-bit words on every device.
+Torch's own generators differ between devices, and cannot draw the noise of a single sample.
 """
 
 import math
@@ -37,7 +37,7 @@ class Philox:
     key: tuple[int, int]
 
     def words(self, counters: Sequence[Int64[Tensor, "..."]]) -> tuple[Int64[Tensor, "..."], ...]:
-        """Four random words in ``[0, 2^32)`` for each counter. A counter has four words, which may broadcast."""
+        """Four random words in ``[0, 2^32)`` for each counter; ``counters`` are its four words, which may broadcast."""
         c0, c1, c2, c3 = counters
         k0, k1 = self.key
         for _ in range(_ROUNDS):
@@ -50,7 +50,7 @@ class Philox:
 
 
 def model_input(batch: Batch, pixels: PixelFormat, seed: int, device: torch.device) -> Float[Tensor, "B ..."]:
-    """Copy a batch to the device, and convert pixels to floats with noise unless the pixel format has no noise."""
+    """Copy a batch to the device. If the pixel format has noise, add the noise and convert pixels to floats."""
     events = torch.from_numpy(batch.events).to(device, non_blocking=True).contiguous()
     if pixels.noise == "none":
         return events

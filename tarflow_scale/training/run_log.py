@@ -25,8 +25,8 @@ class JsonLog:
 
     Args:
         path: the file.
-        keep_until_images: lines with more ``images`` are removed, because a resumed run writes them again; None keeps
-            all.
+        keep_until_images: lines with a larger number ``images`` are removed, because a resumed run writes them again;
+            None keeps all.
     """
 
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
@@ -75,7 +75,7 @@ def open_log(
 
     Args:
         folder: the run folder.
-        keep_until_images: records with more ``images`` are removed, because the run writes them again.
+        keep_until_images: records with a larger number ``images`` are removed, because the run writes them again.
         tensorboard: whether to write ``tensorboard/``.
         wandb_project: Weights & Biases project, or None.
         settings: the configuration that Weights & Biases shows.

@@ -57,6 +57,6 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
 
 
 def average_decay(images_seen: int, step_images: int, half_life_images: int) -> float:
-    """Weight of the previous average in its update after a step of ``step_images`` that ends at ``images_seen``."""
+    """Weight of the old value when an average is updated at ``images_seen``, after a step of ``step_images``."""
     half_life = min(half_life_images, _RAMP * images_seen)
     return 0.5 ** (step_images / half_life)

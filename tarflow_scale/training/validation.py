@@ -1,8 +1,8 @@
 """Validation during training: the negative log-likelihood of held-out images under averaged weights.
 
 Each rank takes a range of the images. Every rank makes the same number of forward passes, because at ZeRO stage 3 each
-pass gathers weights. Images that only fill up a pass do not count, so each image counts once. Noise depends only on the
-sample, so it is the same in every validation.
+pass gathers weights. A rank without images left runs the pass on an arbitrary image and ignores the result, so each
+image counts once. Noise depends only on the sample, so it is the same in every validation.
 """
 
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ class Validation:
         """Open the data set.
 
         Raises:
-            DataError: the data set cannot be read, or the kind of its samples or its classes differ from the training
-                data ``like`` at ``data_path``.
+            DataError: the data set cannot be read, or has other classes or another kind of samples than the training
+                data, which has the manifest ``like`` and the path ``data_path``.
         """
         shards = ShardSet(config.path, config.verify)
         for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
@@ -75,7 +75,7 @@ class Validation:
         return cls(shards, config.every_images, num_images, batch_size, pixels, conditional)
 
     def nats_per_dim(self, engine: Engine, averages: WeightAverages) -> float:
-        """Mean negative log-likelihood over images, in nats per dimension, on every rank; all ranks must call."""
+        """Mean negative log-likelihood of the images in nats per dimension, equal on all ranks; all ranks must call."""
         share = -(-self.num_images // world_size())
         low = min(rank() * share, self.num_images)
         high = min(low + share, self.num_images)

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, and the number of parameters that DeepSpeed sends in bf16."""
+"""DeepSpeed's configuration, and the number of parameters that DeepSpeed communicates in bf16."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["deepspeed_config", "model_size"]
 
 _SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Module types (no subclasses) with parameters that DeepSpeed sends in bf16 (``runtime/torch_autocast.py``, 0.19.8)."""
+"""DeepSpeed communicates the parameters of these modules, but not of subclasses, in bf16 (0.19.8,
+``runtime/torch_autocast.py``)."""
 _PERSISTENT_ELEMENTS = 100_000
-"""Smaller parameters are not partitioned at stage 3; for small models, the limit is a hundredth of the model."""
+"""Stage 3 does not partition parameters up to this size; in small models the limit is 1 % of all elements."""
 
 
 def deepspeed_config(
@@ -30,7 +31,7 @@ def deepspeed_config(
         optimizer: the section ``optimizer``.
         training: the section ``training``.
         parallelism: the section ``parallelism``.
-        num_parameters: number of parameters of the flow; reduction buckets, which are fully allocated, are no larger.
+        num_parameters: number of parameters of the flow; it limits buckets, which DeepSpeed allocates in full.
         ranks: world size.
 
     Raises:
@@ -88,7 +89,7 @@ def _zero_section(parallelism: ParallelismConfig, num_parameters: int) -> dict[s
 
 
 def model_size(flow: nn.Module) -> ModelSize:
-    """Count the parameters of a flow, and those that are sent in bf16; the flow may be on the meta device."""
+    """Count the parameters of a flow, and those that are communicated in bf16. The flow may be on the meta device."""
     return ModelSize(
         parameters=sum(p.numel() for p in flow.parameters()),
         low_precision=sum(
