@@ -41,6 +41,7 @@ from tarflow_scale.pool import Pool
 from tarflow_scale.records import ModelVersion, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console, provenance
+from tarflow_scale.shards.events import event_of
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
@@ -140,13 +141,12 @@ def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manife
             f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
             f"noise); score with a model trained with uniform noise"
         )
-    size, channels = version.data.image_size_pixels, version.data.num_channels
-    shape, bit_depth = (channels, size, size), version.pixels.bit_depth
+    event = event_of(version.data, version.pixels.bit_depth)
     for manifest in manifests:
-        if (manifest.event.shape, manifest.bit_depth) != (shape, bit_depth):
+        if manifest.event != event:
             raise DataError(
-                f"{section.model}@{version.version} scores {shape} images of {bit_depth} bits (got "
-                f"{manifest.event.shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
+                f"{section.model}@{version.version} scores {event} (got {manifest.event} in {manifest.name}/"
+                f"{manifest.split}); pack images of the model's size and bit depth"
             )
 
 
