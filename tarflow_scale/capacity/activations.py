@@ -52,7 +52,7 @@ class Footprint:
     """Memory of the activations of a micro batch on one rank, in bytes.
 
     Args:
-        kept: bytes that are saved from the forward pass to the backward pass.
+        kept: bytes that the forward pass saves for the backward pass.
         working: additional bytes while the backward pass runs through one unit.
     """
 
@@ -112,7 +112,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Footprint of units and the maps between them. Unless activations are kept, only the largest unit counts."""
+    """Footprint of units and the maps between them. If activations are not kept, only the largest unit counts."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

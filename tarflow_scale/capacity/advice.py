@@ -105,7 +105,7 @@ def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
 
 
 def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
-    """Lines of text that recommend a stage, or, if the recipe fits at no stage, changes that make it fit."""
+    """Recommend a stage, in lines of text; if the recipe fits at no stage, recommend changes that make it fit."""
     fitting = [plan for plan in stages if plan.fits]
     own = scenario.recipe.parallelism.zero_stage
     if fitting:

@@ -19,7 +19,7 @@ plus 2 P 9 (c / 2) c for the prior of every level except the last. RealNVP, for 
 
 NICE and MAF: twice the number of weights of their linear layers. IAF: the same in each of D + 1 passes. Continuous
 flow: all evaluations of the dynamics, each with the Jacobian product that estimates the trace. For an adaptive
-solver only one step is counted, so the utilisation is a lower bound. Each coupling of learned noise, on P pixels with c
+solver only one step is counted, so the utilisation is a lower bound. Each coupling of a dequantizer, on P pixels with c
 channels and with a network of width W, adds
 
     2 P 9 (2 c W + W^2 + W 2 c)

@@ -12,7 +12,7 @@ Other memory is temporary. A step has four phases, which allocate different part
 
     forward     activations saved for the backward pass, weights in bf16, and at stage 3 gathered weights (DeepSpeed
                 keeps up to a billion of them until the backward pass) and the weights that are being prefetched
-    backward    the same without prefetched weights, the gradients of one unit, at stages 1 and 2 the reduction buckets
+    backward    the same except prefetched weights, plus gradients of one unit, plus (stages 1, 2) reduction buckets
     reduction   gradients (stage 0: all; stage 1: all if they accumulate or if reductions do not overlap with the
                 backward pass, otherwise this rank's; stage 2: this rank's), the buckets, and a contiguous copy to send
     update      this rank's gradients, and a contiguous copy of them

@@ -20,7 +20,7 @@ gradient (4, or 2 for weights that bf16 autocast casts), a step moves:
 In the ZeRO paper (arXiv 1910.02054, section 7) stages 1 and 2 do a reduce-scatter and move 2 P numbers per step.
 DeepSpeed 0.19.8 all-reduces whole buckets and moves 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
 
-Time of traffic. It is the number of bytes, divided by `LINK_EFFICIENCY` times the speed of the slowest link of the
+Time of traffic. This is the number of bytes, divided by `LINK_EFFICIENCY` times the speed of the slowest link of the
 ring. Inside a machine the link is NVLink. Between machines it is all network cards of a machine together, because rings
 run through all of them. Each collective on a bucket adds ``2 ceil(log2 N)`` latencies, as in a tree. Traffic overlaps
 with the passes where DeepSpeed allows it.

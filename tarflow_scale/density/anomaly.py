@@ -80,7 +80,7 @@ def scores_of(
 
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
-    """The lowest ``normal`` score that at most a fraction ``false_alarm_rate`` of the ``normal`` scores exceeds."""
+    """The lowest ``normal`` score such that at most a fraction ``false_alarm_rate`` of these scores is higher."""
     allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
     return float(np.sort(normal)[len(normal) - 1 - allowed])
 

@@ -26,7 +26,7 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
     """Compute log p(x | y) in nats for every label with `Flow.log_prob_of_images`.
 
-    If the flow has a dequantizer, the result is a lower bound, whose term log q is the same for all labels.
+    If the flow has a dequantizer, the result is a lower bound; its term log q is the same for all labels.
 
     Raises:
         ValueError: the flow has no classes, or the images do not fit it.

@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
 def _attended(
     q: Float[Tensor, "B N t H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
 ) -> Float[Tensor, "B N t H"]:
-    """Causal attention of the last t tokens, written out, because PyTorch's fused kernels have no second derivative."""
+    """Causal attention of the last t tokens in basic operations; PyTorch's fused kernels have no second derivatives."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

@@ -87,7 +87,7 @@ class Bijection(nn.Module, ABC):
         that noise first, and log q of the new noise is subtracted from ``log_det``. ``twice`` selects `encode_twice`.
 
         Raises:
-            ValueError: the data or labels have the wrong shape, or a bit depth that the dequantizer needs is unknown.
+            ValueError: the data or labels have the wrong shape, or the dequantizer needs a bit depth that is unknown.
         """
         self.check_shape(x)
         labels = self._labels(y, len(x), x.device)
@@ -150,7 +150,7 @@ class Bijection(nn.Module, ABC):
         return x, -self(x, y)[1]
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures about the latest `forward` for the training log, keyed by name; empty for most flows."""
+        """Statistics of the latest `forward` for the training log, keyed by name; empty for most flows."""
         return {}
 
     @property
@@ -214,7 +214,9 @@ class Bijection(nn.Module, ABC):
         check_condition(y, batch_size, self.num_classes, self.num_conditions)
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """Whether guidance has an effect. It needs a second prediction, without the label or with weaker attention.
+        """Whether guidance has an effect.
+
+        Guidance needs a second prediction, either without the label or with weaker attention.
 
         Raises:
             ValueError: this flow does not support the guidance, or the guidance needs labels.

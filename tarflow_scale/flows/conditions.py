@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Condition = Tensor | None
-"""Labels ``(B,)`` int64 in [0, num_classes), where -1 is a dropped label and None drops all labels. For a flow that is
+"""Labels ``(B,)`` int64 in [0, num_classes), or -1 for a dropped label; None drops all labels. For a flow that is
 conditioned on vectors: floats ``(B, K)``."""
 GivenCondition = Condition | np.ndarray | int | str | Sequence[int | str]
 """A condition as users may pass it: a `Condition`; one class for all samples, by number or name; or a list or array of

@@ -57,9 +57,9 @@ __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Maximum number of values of a hidden layer in a batch of Jacobian products; they fit in CPU cache or GPU memory."""
+"""Maximum size of a hidden layer in a batch of Jacobian products, so that its values fit in CPU cache or GPU memory."""
 _STALLED = 24
-"""A solver that makes this many successive evaluations at about the same t is stuck; a step has at most 7."""
+"""A solver is stuck if it makes this many evaluations in a row at about the same t; a step takes at most 7."""
 
 
 class Dynamics(nn.Module):
@@ -288,7 +288,7 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side of the equation for one solve: the time derivatives of the states; the first state is ``h``.
+    """The right-hand side of the equation for one solve: the time derivatives of all states, the first of which is ``h``.
 
     Evaluations are counted here and not in the flow, because threads may share a flow.
     """

@@ -106,7 +106,7 @@ def _log_slope(v: Tensor) -> Tensor:
 
 
 def _resolution(dtype: torch.dtype, bit_depth: int) -> float:
-    """Minimum distance of ``u`` from the edges of its bin, which keeps logits finite: half the resolution of ``u``.
+    """Minimum distance of ``u`` from the edges of its bin: half the resolution of ``u``. It keeps logits finite.
 
     Floats on [-1, 1] resolve ``u`` in steps of 2^(n - 2) epsilon: 2^-17 of a bin for 8 bits in fp32. A value that
     rounding puts on an edge is moved away from it by half a step.

@@ -68,8 +68,8 @@ class Flow(Bijection):
 
         Without a `dequantizer` the result equals `log_prob`. A dequantizer maps ``x`` to x' inside the same bins, and
         the result is log p(x') - log q(u' | image). For n-bit data, the mean of the result over noise, minus
-        D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. So is the logarithm of the mean
-        density over several draws of noise, minus the same constant; see `tarflow_scale.flows.likelihood`.
+        D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. The logarithm of the mean density
+        over several draws of noise, minus the same constant, is another; see `tarflow_scale.flows.likelihood`.
 
         Raises:
             ValueError: see `log_prob`; or the flow has a dequantizer, but the bit depth of pixels is unknown.
@@ -104,8 +104,8 @@ class Flow(Bijection):
 
         The contribution is the negative log density of the value's latent under a standard normal, minus the value's
         log-determinant. The contributions add up to ``-log_prob`` exactly. Their division among values depends on the
-        model, which must map each value to one latent. A `MultiScaleFlow` instead mixes the values of each square of
-        pixels; these get equal shares. With ``dequantize``, the contributions add up to ``-log_prob_of_images``.
+        model, which must map each value to one latent. A `MultiScaleFlow` is an exception: it mixes the values of each
+        square of pixels, which get equal shares. With ``dequantize``, the sum is ``-log_prob_of_images``.
 
         Raises:
             ValueError: see `log_prob`; or this model does not map each value to one latent.

@@ -130,9 +130,9 @@ def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
     """Combine the log densities of K dequantization draws of each image into one number per image.
 
-    ``mean`` is the mean of the log densities; ``importance`` is the log of the mean density. On average over draws,
-    both minus D (n - 1) ln 2 (n-bit data) are lower bounds of the log probability of the discrete image; ``importance``
-    is at least as tight.
+    ``mean`` is the mean of the log densities; ``importance`` is the log of the mean density. For n-bit data, each of
+    them minus D (n - 1) ln 2 is, on average over draws, a lower bound of the log probability of the discrete image;
+    ``importance`` is at least as tight.
 
     Raises:
         ValueError: there are no draws, or the estimate is unknown.

@@ -145,7 +145,7 @@ class MultiScaleFlow(Flow):
         """Shape of the latents of each level; ``z`` is the concatenation of all latents, flattened."""
 
     def add_level(self, level: Level, channels: int, height: int, width: int) -> None:
-        """Add a level whose last feature maps have this shape."""
+        """Add a level; the other arguments are the shape of its last feature maps."""
         self.levels.append(level)
         self.latent_shapes.append((channels - level.passed_on, height, width))
 

@@ -134,7 +134,7 @@ class MaskedCoupling(Layer):
     Args:
         channels: number of channels C.
         pattern: ``checkerboard`` keeps every second pixel; ``channels`` keeps half of the channels.
-        parity: 0 or 1 for the two complementary masks.
+        parity: 0 or 1; selects one of the two complementary masks.
         width: number of channels inside the network.
         blocks: number of residual blocks of the network.
         bound: bound c of the log-scales.

@@ -4,7 +4,7 @@
 * ``checkpoint``: only the inputs of groups of layers are kept, and the backward pass runs each group forward again
   (Chen et al., arXiv 1604.06174). It needs memory for the activations of one group and for one feature map per group,
   and takes about 4/3 of the time of ``keep``.
-* ``rebuild``: only the output of every `ANCHOR_EVERY` groups, called an anchor, is kept. The backward pass
+* ``rebuild``: only the output after every `ANCHOR_EVERY` groups is kept; it is called an anchor. The backward pass
   starts at an anchor and inverts a few layers at a time (Gomez et al., arXiv 1707.04585). Memory grows only by one
   feature map per anchor. Rounding errors of inverses add up only between two anchors. ``backward()`` adds gradients of
   parameters to ``.grad``; ``torch.autograd.grad`` gives no gradients of parameters.
@@ -104,9 +104,9 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
-    """Yield runs of layers, last run first. A run is one coupling, or all layers between two, in forward order.
+    """Yield runs of layers, last run first. A run is one coupling, or all layers between two couplings.
 
-    Layers between couplings are cheap, so one inner backward pass for all of them saves calls.
+    A run is in forward order. Layers between couplings are cheap, so one inner backward pass for all saves calls.
     """
     for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
         if is_coupling:
