@@ -288,7 +288,7 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side of the equation for one solve: the time derivatives of all states, the first of which is ``h``.
+    """The right-hand side of the equation for one solve: time derivatives of all states, the first of which is ``h``.
 
     Evaluations are counted here and not in the flow, because threads may share a flow.
     """

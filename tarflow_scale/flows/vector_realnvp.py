@@ -6,7 +6,7 @@ A coupling keeps a, one half of the dimensions, and changes b, the other half,
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
 Before the first coupling each dimension is shifted and scaled. The shifts and scales are initialised from the data,
-because dimensions may have different units. Without data, as for a variational posterior, this starts as the identity.
+because dimensions may have different units. Without data, as for a variational posterior, they start at 0 and 1.
 Log-scales are bounded as in `tarflow_scale.flows.realnvp`. Networks start at zero, so new couplings are the identity.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
