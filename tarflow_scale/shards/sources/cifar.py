@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100, as pickles or binary files (www.cs.toronto.edu/~kriz/cifar.html).
 
 The pickles are read by an unpickler that accepts only containers, strings, numbers and NumPy arrays of numbers, so that
-no file can run code. It does not call NumPy's own unpickling, which trusts a pickled dtype that claims to have no
-pointers.
+no file can run code. It does not call NumPy's unpickling code, because a forged dtype can make that code treat bytes
+from the file as pointers.
 """
 
 import io
@@ -36,10 +36,10 @@ class _Format:
 
     Args:
         name: name of the data set.
-        train, test: names of the files of images.
-        names: name of the file of class names.
-        label_key, names_key: keys of labels and class names in pickles.
-        label_bytes: number of label bytes in a row of a binary file; the last of them is the label. 0 for pickles.
+        train, test: names of the files that contain images.
+        names: name of the file that lists the class names.
+        label_key, names_key: keys of the labels and of the class names in pickles.
+        label_bytes: number of label bytes per row of a binary file; the last one is the label. 0 for pickles.
         num_classes: number of classes, to check the labels in binary files.
     """
 
@@ -177,7 +177,7 @@ class _PlainType:
         self.plain = np.dtype(text)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Read the byte order from ``(version, byte order, ...)``; the rest describes structured types."""
+        """Read the byte order from ``(version, byte order, ...)``; the rest, for structured types, is ignored."""
         order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"an array has the byte order {order!r:.40}")

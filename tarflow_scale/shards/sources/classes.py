@@ -1,4 +1,4 @@
-"""Read labels (numbers or text) of tar members, columns and tables, and derive class names and class numbers."""
+"""Read labels (numbers or text) from tar members, columns and tables, and derive class names and class numbers."""
 
 import csv
 import io
@@ -34,14 +34,14 @@ _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset"
 
 
 def as_label(value: Any, origin: str) -> int | str | None:
-    """Convert a label to a whole number from 0, or to text; None for -1, which usually means no label.
+    """Convert a label to a non-negative integer or to text; return None for -1, which usually means "no label".
 
     Args:
         value: a number, or text with or without white space around it.
         origin: name of the sample, for messages.
 
     Raises:
-        DataError: the value is not a label, but, for example, a list, a fraction, empty text or too large a number.
+        DataError: the value is not a valid label: for example, a list, a fraction, empty text, or too large a number.
     """
     label = value.decode(errors="replace") if isinstance(value, bytes) else value
     if isinstance(label, np.integer):
@@ -202,7 +202,7 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """Warnings about nearly equal class names, classes without images, and classes that are missing in one split.
+    """Warnings about class names that differ only by case or Unicode form, and classes missing in one or all splits.
 
     Args:
         class_names: names of the classes, in the order of their labels.

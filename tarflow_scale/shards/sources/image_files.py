@@ -35,7 +35,7 @@ class _FileSource(EncodedSource):
         self._path = config.path or ""
 
     def _set_images(self, files: Sequence[str], split: SplitConfig, kind: str) -> bool:
-        """Find the images among ``files``; returns whether a table or the configuration names their classes."""
+        """Find the images among ``files``; returns whether a label table or ``source.label_names`` is used."""
         images = lay_out(files, self._read, self._names_in, self._config, split, self._path)
         self._names, self.labels, self.official = images.names, images.labels, images.official
         self.class_names, self.ignored, self.lines = images.class_names, images.ignored, images.lines
@@ -43,7 +43,7 @@ class _FileSource(EncodedSource):
         return images.by_table or bool(self._config.label_names)
 
     def encoded(self, number: int) -> bytes:
-        """The file of image ``number``."""
+        """Content of the file of image ``number``."""
         return self._read(self._names[number])
 
     def origin(self, number: int) -> str:

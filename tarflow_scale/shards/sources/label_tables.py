@@ -1,8 +1,8 @@
 """Label tables stored beside image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
 
 A table labels the images below its folder. It refers to an image by its path below that folder, or by its file name
-with or without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
-and the table that ``source.label_table`` names are always used.
+with or without the extension. If ``source.label_table`` is set, only tables that match it are used. Otherwise, tables
+are recognized by name: ``dataset.json`` is always used, other tables only if the images have no class folders.
 """
 
 import json
@@ -31,12 +31,12 @@ class LabelTables:
         files: paths of all files of the source.
         read: reads the file at a path.
         config: the settings ``label_table`` and ``label_column``.
-        split: whether columns that define splits are refused (``by_name``).
+        split: its setting ``by_name`` says whether columns that define splits are refused.
         where: path of the source, for messages.
 
     Attributes:
         lines: lines to be printed: which tables are used, and which are not.
-        used: whether a table labels images.
+        used: whether the labels of any images come from a table.
 
     Raises:
         DataError: no file matches ``source.label_table``.
@@ -139,10 +139,10 @@ class LabelTables:
         return [table[keys[path]] for path in paths]
 
     def check(self) -> None:
-        """Check that a table that matches ``source.label_table`` labels some images.
+        """If ``source.label_table`` is set, check that at least one table that matches it names images.
 
         Raises:
-            DataError: the table names no image of the source.
+            DataError: no image of the source is in these tables.
         """
         if self._pattern is not None and not self._matched:
             raise DataError(f"{self._names[0]} must name images of {self._where} (got none of them); correct it")
@@ -162,7 +162,7 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Labels by image name; None if the table has a usual name but does not label images."""
+        """Labels by image name; None if the table is not used because it has no column of labels."""
         if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
@@ -195,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; else None."""
+    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if missing."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):

@@ -58,7 +58,7 @@ class ImageFiles:
         class_names: names of the classes, in the order of the labels; empty if there are no classes.
         official: split of each image, ``(n,)``; see `ImageSource`.
         lines: lines of text that are printed before packing.
-        words: description of the split for the manifest; empty if the source has no split.
+        words: description of the split for the manifest; empty if the source has no splits.
         ignored: number of files that are not packed, by kind.
         by_table: whether the labels come from a table and not from the paths.
     """
@@ -166,13 +166,13 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
 
 
 def _common_top(images: list[_Image], below: int) -> str:
-    """The top folder that contains all images; empty if there is none, or if a path has at most ``below`` parts."""
+    """The top folder that contains all images; empty if there is none, or if any path has at most ``below`` parts."""
     tops = {image.parts[0] if len(image.parts) > below else "" for image in images}
     return tops.pop() if len(tops) == 1 else ""
 
 
 def _skip_top_folders(images: list[_Image]) -> list[str]:
-    """Drop the top folder if it contains all images, and repeat; returns a line about the dropped folders."""
+    """Drop top folders that contain all images and are not named after a split; returns a line about these folders."""
     dropped: list[str] = []
     while (top := _common_top(images, 2)) and splits.role_of(top) is None:
         dropped.append(top)
@@ -182,7 +182,7 @@ def _skip_top_folders(images: list[_Image]) -> list[str]:
 
 
 def _recognize(images: list[_Image], where: str) -> list[str]:
-    """Set the split of each image that no pattern matched, from its folders or its name."""
+    """Set the split of each image that no pattern matched, from its folders or its file name."""
     undecided = [image for image in images if image.role is None]
     lines: list[str] = []
     for level in (0, 1):
@@ -200,7 +200,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The splits of sibling folders by name, empty if the folders are not splits; and warnings."""
+    """The split of each sibling folder by name, or an empty dict if they are not splits; and a list of warnings."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]
@@ -272,7 +272,7 @@ def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
 
 
 def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
-    """Drop folders within splits that are neither splits nor classes: ``train/train/cat``, ``val/images``."""
+    """Drop folders that contain all images of a split but are no class, such as ``train/train/cat``, ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
@@ -320,7 +320,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse a folder name that occurs in two class folders, or is itself a class: the classes may be a level lower."""
+    """Refuse a folder name that occurs in two class folders, or is itself a class: classes may be a level lower."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)

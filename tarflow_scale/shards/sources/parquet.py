@@ -47,7 +47,7 @@ class _Table:
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all such files below a folder (or URL).
+    """Rows of one ``.parquet`` file, or of all ``.parquet`` files below a folder (or URL).
 
     Raises:
         DataError: pyarrow is not installed; there are no tables; the column of images is missing or ambiguous; or the

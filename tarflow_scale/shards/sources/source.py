@@ -47,10 +47,10 @@ class ImageSource(ABC):
     """SHA-256 of the content of the source, so that a changed source results in a different data set. For files that
     are not read before packing, such as the files of a folder, it covers only names and sizes."""
     version: str = ""
-    """Like `digest`, but also changes if a file is rewritten with the same size. An interrupted packing then does not
-    resume with different images. Empty if `digest` already detects this."""
+    """Like `digest`, but also changes if a file is rewritten with the same size, so that an interrupted packing does
+    not resume with different images. Empty if `digest` already detects such changes."""
     bit_depth: int = 8
-    """Number of most significant bits of a uint8 pixel that contain data."""
+    """Number of bits per uint8 pixel that contain data; they are the most significant bits."""
     official: NDArray[np.int8] | None = None
     """Split of every image, as an index into `splits.PACKED`, ``(n,)``; None if the source has no official split."""
     reading: Reading | None = None
@@ -163,7 +163,7 @@ class EncodedSource(ImageSource):
     def _settle_shape(self) -> None:
         """Determine the shape of the packed images from a few images, evenly spaced in the source.
 
-        If any of them has colours, all images become RGB. Without ``size_pixels``, the first usable one sets the size.
+        If any of these has colours, all become RGB. Without ``size_pixels``, the first usable image sets the size.
         """
         self.check_labels()
         skip_bad = self._config.bad_images == "skip"

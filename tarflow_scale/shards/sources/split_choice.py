@@ -82,7 +82,7 @@ class Settled:
         """The split of every image, as an index into `PACKED`; None if there is no official split.
 
         Args:
-            roles: split of each image; all these splits are packed.
+            roles: split of each image; each must be a packed split.
         """
         if not self.official:
             return None
@@ -116,8 +116,9 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     """Choose which splits are packed.
 
     Raises:
-        DataError: there is no training split; a pattern names a split without images; a pattern names a split that has
-            labels although the training split has none, or the reverse; or only held-out images have labels.
+        DataError: a source with several splits has none for training; a pattern names a split without images; a pattern
+            names a split with labels, but the training split has none, or vice versa; or only held-out images have
+            labels.
     """
     held_out: tuple[Role, ...] = ("test", "validation")
     wanted = [role for role in held_out if split.patterns[role]]

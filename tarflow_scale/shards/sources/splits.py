@@ -83,7 +83,7 @@ def looks_split(name: str) -> bool:
 
 
 def paired(names: Sequence[str]) -> tuple[str, str] | None:
-    """Find two names, such as ``mytrain0`` and ``mytest0``, that differ only in the word for the split, or None."""
+    """Find two names that differ only in the word for the split, such as ``mytrain0`` and ``mytest0``; else None."""
     by_lower = {name.lower(): name for name in names}
     for lower, name in by_lower.items():
         for word in ("test", "validation", "valid", "val", "dev", "eval"):
@@ -193,7 +193,7 @@ def roles_of_files(
         where: path of the source, for messages.
 
     Returns:
-        The split of each file that is not ignored, by file name (None if the source has no splits); and the names of
+        The split of each file that is not ignored, by its path (None if the source has no splits); and the paths of
         the files that ``split.ignore`` matches.
 
     Raises:
@@ -252,5 +252,5 @@ def named(names: Sequence[str], most: int) -> str:
 
 
 def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:
-    """`ImageSource.official` for ``num`` images: the first ``num_train`` are for training, and the rest for testing."""
+    """Values of `ImageSource.official` for ``num`` images: the first ``num_train`` are ``train``, the rest ``test``."""
     return np.where(np.arange(num) < num_train, PACKED.index("train"), PACKED.index("test")).astype(np.int8)

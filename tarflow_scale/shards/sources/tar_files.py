@@ -138,7 +138,7 @@ def _common(folders: list[str]) -> str:
 
 
 def _expanded(path: str) -> list[str]:
-    """Expand ``{..}`` and ``::`` into patterns without them."""
+    """Expand a pattern with ``{..}`` or ``::`` into patterns without them."""
     if not re.search(r"[{]|::", path):
         return [path]
     from webdataset.shardlists import expand_urls  # here, because it takes seconds and imports torch

@@ -132,7 +132,7 @@ def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _Indexed
 
 
 def _check_as_read(content: bytes, image: bytes, label: int | str | None, place: str) -> None:
-    """Check that training will read the same image and label from a sample as the scan.
+    """Check that training will read the same image and label from a sample as the scan did.
 
     Raises:
         DataError: training would read another image or label, or none.

@@ -50,7 +50,7 @@ class ScannedTar:
         ignored: number of members that belong to no sample, by kind.
         num_without: number of samples without an image.
         without: description of the first sample without an image; empty if there is none.
-        linked: name of the first sample whose image or label is a link; empty if there is none.
+        linked: name of the first sample that has a link as image or label; empty if there is none.
         sha256: SHA-256 of the tar.
     """
 
@@ -79,8 +79,8 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
         rules: rules that choose the image and the label of a sample.
 
     Raises:
-        DataError: the tar is damaged or cut off; a key occurs twice; a sample has more than one image; or a label is
-            not a number or text.
+        DataError: the tar is damaged, cut off or compressed, or has no samples; a key occurs twice; a sample has more
+            than one image; or a label is not a number or text.
     """
     location = storage.join(root, name)
     num_bytes = storage.size_bytes(location)
@@ -124,7 +124,7 @@ def _check_end(location: str, end: int, size: int) -> None:
 
 @dataclass
 class _KeyRun:
-    """Consecutive members that share a key. A link is replaced by its target, or left out if it has none."""
+    """Consecutive members that share a key. A link is replaced by its target; a link without a target is left out."""
 
     key: str
     start: int
@@ -213,7 +213,7 @@ class _Scan:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Member]]:
-        """All members of the tar by name, to follow links; at the first link, a second pass reads them."""
+        """All members of the tar by name, to follow links; read in a second pass when the first link occurs."""
         by_name: dict[str, list[Member]] = {}
         with storage.open_seekable(self._location) as stream:
             for member in self._parse(stream):
