@@ -20,7 +20,7 @@ _LEAST_EIGENVALUE = 1e-7
 
 
 def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
-    """Dequantized images for each draw of the protocol, as a float tensor ``(B, C, H, W)`` in [-1, 1]."""
+    """Dequantized images: one float tensor ``(B, C, H, W)`` in [-1, 1] for each draw of the protocol."""
     images = torch.from_numpy(batch.events)
     return [
         dequantized(images, protocol.bit_depth, protocol.seed, batch.samples.tolist(), draw)
@@ -36,7 +36,7 @@ def sample_hashes(batch: Batch) -> tuple[str, ...]:
 
 
 def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol, shards: ShardSet) -> float:
-    """Mean bits/dim of a pixel Gaussian on the dequantized images of a likelihood protocol."""
+    """Mean bits/dim of a pixel Gaussian on the images of ``shards``, dequantized as the protocol defines."""
     total, count = 0.0, 0
     for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
         draws = torch.stack([gaussian.log_prob(x) for x in dequantized_draws(batch, protocol)])
@@ -47,7 +47,7 @@ def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol,
 
 
 def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
-    """Mean nats per test vector under a full-covariance Gaussian that is fitted to the reference.
+    """Mean negative log-likelihood per test vector, in nats, of a full-covariance Gaussian fitted to the reference.
 
     None if the covariance is singular, or if vectors have more than ``MAX_DIMS`` dimensions.
     """

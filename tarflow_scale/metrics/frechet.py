@@ -82,7 +82,7 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Merge the moments of all parts in order; an iterator is read part by part, to save memory."""
+    """Merge the moments of all parts in order. An iterator can load one part at a time, which saves memory."""
     return functools.reduce(Moments.merge, parts)
 
 
@@ -180,7 +180,7 @@ class _WithoutBlocks:
 def _extrapolated(
     samples: FeatureSet, layer: str, reference: str, groups: list[list[tuple[int, int]]], moments: Sequence[Moments]
 ) -> Measure:
-    """The distance for infinitely many images: the intercept of a line in 1 / n, fitted to subsets of n images.
+    """Distance for infinitely many images: intercept of a line in 1 / n, fitted to distances of subsets of n images.
 
     To first order, the bias of the plain distance is proportional to 1 / n (Chong and Forsyth, arXiv 1911.07023).
     """

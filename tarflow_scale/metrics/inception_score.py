@@ -1,4 +1,4 @@
-"""Inception score (arXiv 1606.03498): the exponential of the mean divergence of p(class | image) from its mean.
+"""Inception score (arXiv 1606.03498): exp of the mean KL divergence between p(class | image) and the mean p(class).
 
 Let p be the class probabilities of an image and q their mean over a split of the images. The mean divergence is
 mean(sum p log p) - sum q log q, so it can be computed from sums over blocks of images. The score is the mean over

@@ -97,7 +97,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic without each block. It omits a constant, the kernel of the reference images with each other."""
+    """The statistic with each block left out, minus a constant: the kernel term of pairs of reference images."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

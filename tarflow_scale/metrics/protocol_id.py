@@ -34,7 +34,7 @@ def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, 
 
 
 def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
-    """Unit of the numbers of a protocol."""
+    """Unit of the values that a protocol measures."""
     match protocol:
         case BitsPerDimProtocol():
             return "bits/dim"

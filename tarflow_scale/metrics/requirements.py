@@ -21,7 +21,7 @@ class PartIdentity:
 
     device: kind of device, number of threads and version of torch. weights: digest of the model, and sampling settings;
     None if nothing is sampled. test, reference: digests of the manifests. folder: a function that returns the folder of
-    parts for a key; the key contains everything that determines their numbers.
+    parts for a key; the key contains everything that determines them.
     """
 
     device: Any

@@ -30,7 +30,7 @@ from tarflow_scale.sampling.network import BlockNetwork
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
-"""Every iteration clamps tokens to this magnitude. They could overflow, and infinite keys make exact tokens NaN."""
+"""Every iteration clamps tokens to this magnitude. Otherwise, they could overflow and turn exact tokens into NaN."""
 _RECHECK = 2
 """Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16
@@ -74,7 +74,7 @@ class TarFlowDecoder:
 
     Args:
         flow: the TarFlow.
-        dtype: precision of the transformers; None: the flow's precision. Affine maps are computed in fp32 or wider.
+        dtype: precision of the transformers; None uses the flow's. Affine maps are computed in fp32 or wider.
     """
 
     def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:

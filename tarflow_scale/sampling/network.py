@@ -27,7 +27,7 @@ _LANES = 509
 class _Linear:
     """A linear layer. For input with one token per row on a CPU, it packs its weights for oneDNN.
 
-    A product with few rows is limited by reading the weights, and is 1.5 to 2 times faster with packed weights
+    A product with few rows is limited by the time to read the weights, and is 1.5 to 2 times faster with packed weights
     (evals/benchmarks/sampling.py). For frozen weights, PyTorch's compiler uses the same oneDNN operators.
     """
 

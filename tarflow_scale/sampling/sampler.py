@@ -136,7 +136,7 @@ class Sampler:
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents and encoded images, for a few images of the latest batch.
+        """Largest difference between latents and re-encoded images, for a few images of the latest batch.
 
         It is None with guidance, before the first batch, or if the difference is not finite. It is below 1e-3 for an
         exact flow in fp32, and larger if the inverse of the model contracts strongly.

@@ -1,4 +1,4 @@
-"""Attention of the tokens of a call to themselves and to the cached keys and values of earlier tokens.
+"""Attention of new tokens to themselves and to the cached keys and values of earlier tokens.
 
 Shapes: R rows, c tokens of a call, T tokens of an image, N heads, H head width, C = N H width. The cache of a layer is
 ``(2, R, N, T, H)``: keys and values. Queries, keys and values of the c tokens are concatenated, ``(R, c, 3 C)``.

@@ -16,7 +16,7 @@ __all__ = ["report", "without_copies"]
 def without_copies(
     source: ImageSource, splits: Mapping[str, NDArray[np.int64]], skip_bad: bool, num_workers: int
 ) -> tuple[dict[str, NDArray[np.int64]], list[duplicates.Copy]]:
-    """Drop near copies from the first split, which is for training; returns all splits, and the dropped copies.
+    """Drop copies and near copies from the first split (training); returns all splits and the dropped copies.
 
     Args:
         source: the source; all of its images are decoded.

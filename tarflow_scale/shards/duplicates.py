@@ -2,7 +2,7 @@
 
 Two images are copies if their pixels are equal. They are near copies if their pHashes (imagehash; 64 bits from the low
 frequencies of the grey image at 32x32 pixels) differ in at most 6 bits and the correlation of their thumbnails (RGB,
-32x32) is at least 0.9. This finds a photograph that is stored again with another quality, size, brightness or contrast.
+32x32) is at least 0.9. So a photograph is found again after a change of quality, size, brightness or contrast.
 
 Measured on 200 images of Tiny ImageNet (64x64) and Kodak's photographs: the search finds every copy that was saved as
 JPEG of quality 40, halved and enlarged again, or changed by a fifth in brightness or contrast; about half of the copies
@@ -92,8 +92,8 @@ class Copies:
 
     Args:
         first: number of the first image with the same pixels, ``(n,)`` int64; -1 for images without a fingerprint.
-        near: numbers of the near copies of an image, by image number; among images with equal pixels, only the first
-            is listed.
+        near: for each image number, the numbers of its near copies. Of several images with equal pixels, only the first
+            one appears.
         are_told_apart: False if near copies are not listed, because too many hashes are alike.
     """
 
@@ -235,7 +235,7 @@ def copies_between(
         rank: sort key of an image number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Lists of copies, sorted by ``rank``. The key is a pair: split of the image, split of the image that it is like.
+        Lists of copies, sorted by ``rank``. A key is the pair (split of the copy, split of the other image).
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -253,7 +253,7 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
     """Find the training images to drop: images like a held-out image, or like a training image that is kept.
 
     The training split has the number 0. Held-out splits stay complete, because a metric on a published test split is
-    comparable only if it covers all images; dropping the copy from training removes the leak as well.
+    comparable only if it covers all images. Dropping only the training image is enough to remove the leak.
     """
     places = _Places(copies, split)
     held_out = range(1, int(split.max(initial=0)) + 1)
@@ -278,7 +278,6 @@ def described(
     """Lines of a report: the number of copies in each split, and some pairs as examples.
 
     The lines do not depend on how the images are numbered.
-
 
     Args:
         copies: see `find_copies`.

@@ -31,7 +31,7 @@ _END_SECONDS = 10.0
 
 
 class Encoder:
-    """Encodes batches of images in processes, which start with the first batches and end when the encoder is deleted.
+    """Encodes image batches in other processes, which start at the first batches and end when the encoder is deleted.
 
     Args:
         num_processes: maximum number of processes.
@@ -45,7 +45,7 @@ class Encoder:
         weakref.finalize(self, _end, self._threads, self._processes)
 
     def encoded(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[bytes]:
-        """Yield the encoded file of every image, in order. Earlier batches are encoded while the next one is requested.
+        """Yield the encoded file of every image, in order. Batches are encoded while the next batch is generated.
 
         Args:
             batches: batches of images, ``(B, C, H, W)`` uint8.
@@ -68,7 +68,7 @@ class _Processes:
         self._gave_up = False
 
     def encode(self, images: NDArray[np.uint8]) -> list[bytes]:
-        """Encode a batch in another process, or in this process if the other one dies."""
+        """Encode a batch in another process; if that process dies, encode the batch in this process."""
         if self._gave_up:
             return _encode(images, *self._how)
         process = None

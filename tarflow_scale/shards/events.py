@@ -5,7 +5,7 @@ a batch. It also has the texts and settings that differ between images and vecto
 
 A vector of D numbers is stored in NumPy's format, which any WebDataset reader reads: ``{key}.npy`` ``(D,)`` float32.
 Its K condition values, if any, are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
-``(1, 1, 4 (D + K))``, so that memory, workers and resuming work as for images.
+``(1, 1, 4 (D + K))``, and so handle it like an image.
 """
 
 import io
@@ -73,7 +73,7 @@ class EventType(ABC):
 
         Args:
             members: content of the members, by extension.
-            reading: how image files of other programs become pixels; None for files that this package wrote.
+            reading: how image files from other programs are converted to pixels; None for files of this package.
 
         Raises:
             DataError: a member is missing or damaged, or has another shape or type.

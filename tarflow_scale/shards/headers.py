@@ -201,7 +201,7 @@ def _text(field: bytes) -> str:
 
 
 def _records(content: bytes, size: int) -> dict[str, str]:
-    """The values of a PAX header by keyword; its records have the form ``length keyword=value`` with a line end."""
+    """The values of a PAX header by keyword; each record is ``length keyword=value`` and a line end."""
     records: dict[str, str] = {}
     position = 0
     while position < size:

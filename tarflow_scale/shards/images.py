@@ -48,7 +48,7 @@ FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension
 
 
 class Reading(Record):
-    """How image files of other programs become pixels.
+    """How image files from other programs are converted to pixels.
 
     Grey images stay grey; all other images (such as palettes and CMYK) become RGB. Colour profiles are not applied.
     """
@@ -138,11 +138,12 @@ def decode_image(
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
         origin: name of the image, for messages.
         shape: the required shape; None accepts any shape. A grey image becomes RGB if ``shape`` has three channels.
-        reading: how image files of other programs become pixels; None for files that `encode_image` wrote.
+        reading: how image files from other programs are converted to pixels; None for files that `encode_image` wrote.
 
     Raises:
-        DataError: the content is not an image, or the image is too large, has another shape, or has deep channels that
-            Pillow cannot convert to 8 bits. With a ``reading``, also if it has several frames or refused transparency.
+        DataError: the content is not an image, or the image is too large, has another shape, or has channels that
+            Pillow cannot convert to 8 bits. With a ``reading``, also if the image has several frames, or transparent
+            pixels that the reading refuses.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
@@ -208,7 +209,7 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """Shape ``(C, H, W)`` that `decode_image` would return, from the header and the tags of an image.
+    """Read from the header and the tags of an image which shape ``(C, H, W)`` `decode_image` would return.
 
     Raises:
         DataError: the content is not an image.
@@ -224,7 +225,7 @@ def image_size(content: bytes, origin: str, reading: Reading | None = None) -> t
 
 
 def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, int]:
-    """Shape ``(C, H, W)`` after decoding. Pillow reports the upright size of a TIFF, and the stored size otherwise."""
+    """Shape ``(C, H, W)`` after decoding. Pillow reports the upright size of TIFFs, but the stored size of others."""
     channels = 1 if image.mode in _GREY else 3
     width, height = image.size
     is_turned = reading is not None and (reading.orientation == "ignore") == (image.format == "TIFF")
@@ -299,7 +300,7 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
     Args:
         images: the images, ``(B, C, H, W)`` uint8.
         columns: number of images in a row.
-        zoom: number of pixels of the sheet, in each direction, for one pixel of an image.
+        zoom: factor by which the images are enlarged.
         names: class name of each image. If each column has one class, its name is above the column; else a name is
             above each image.
     """

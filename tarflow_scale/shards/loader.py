@@ -267,7 +267,7 @@ class _SlotStream:
                 yield self._part, stored[place], block.epoch
 
     def _read_ahead(self, held: int) -> None:
-        """Queue at least one block, and more while the queued samples and ``held`` samples fit in two full blocks."""
+        """Queue at least one block, and more while the queued samples plus ``held`` are at most two full blocks."""
         held += sum(block.num_samples for block, _ in self._ahead)
         while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
             read = partial(self._read, self._due)

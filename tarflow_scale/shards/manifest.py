@@ -49,13 +49,13 @@ class Manifest(Record):
     vectors: VectorFacts | None = None
     """Lengths of vectors and conditions; None for images. A vector of D numbers counts as one pixel with D channels."""
     reading: Reading | None = None
-    """How image files became pixels; None if the source had no image files."""
+    """How image files were converted to pixels; None if the source had no image files."""
 
     dropped_copies: int | None = Field(default=None, ge=0)
     """Number of images that were left out as copies or near copies of others; None if near copies were kept."""
 
     def to_json(self) -> bytes:
-        """Canonical JSON without the optional fields that are None, so that a new field does not change digests."""
+        """Canonical JSON without the optional fields that are None, so that adding a field does not change digests."""
         absent = {name for name in ("vectors", "reading", "dropped_copies") if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=absent))
 

@@ -60,7 +60,7 @@ class Mix:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Mean number of stored bytes per sample, in the shard with the largest mean."""
+        """Largest mean number of stored bytes per sample among all shards."""
         return max(-(-shard.bytes // shard.samples) for part in self.parts for shard in part.shards.manifest.shards)
 
     def part_of(self, slot: int) -> tuple[MixPart, int]:

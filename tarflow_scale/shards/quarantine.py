@@ -9,7 +9,7 @@ from tarflow_scale.shards.reader import CorruptSample
 __all__ = ["Quarantine", "check_share"]
 
 _ALLOWANCE_SAMPLES = 10_000
-"""The share is computed as if at least this many samples were read, so that one early fault does not stop the run."""
+"""The corrupt share is computed as if at least this many samples were read, so one early fault does not stop a run."""
 
 
 def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str) -> None:

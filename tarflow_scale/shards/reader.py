@@ -34,8 +34,8 @@ _RUN = 256
 """Number of samples per range read when all samples are read."""
 _ORIGIN_CHARACTERS = 300
 FIRST_WAIT_SECONDS = 0.5
-"""Wait before the first retry; later waits double. So a shard may be unreachable for 15 seconds, which is longer than
-the fail-over of most stores."""
+"""Wait before the first retry; each later wait is twice as long. So a shard may be unreachable for 15 seconds, which is
+longer than the fail-over of most stores."""
 
 
 class CorruptSample(DataError):

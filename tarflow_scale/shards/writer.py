@@ -29,7 +29,7 @@ _MODE, _OWNER = 0o444, "bigdata"
 _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
-"""Fields of a tar header (POSIX ustar): the name, the size and the checksum; both numbers are octal."""
+"""Fields of a tar header (POSIX ustar): the name, the size (octal) and the checksum (octal)."""
 _LARGE_BYTES = 8**11
 """Smallest size of a member that does not fit into a plain header."""
 
