@@ -1,8 +1,8 @@
 """Command line: parse the arguments, import the verb and run it. ``--help`` imports neither torch nor ray.
 
 An expected failure prints one line on standard error and exits with a code listed in `tarflow_scale.errors`; a bug
-keeps its traceback. A launcher such as torchrun does not pass on the exit codes of its ranks. So each process also
-appends its exit code to the file that the environment variable ``TARFLOW_SCALE_EXIT_CODES`` names, if it is set.
+keeps its traceback. A launcher such as torchrun does not pass on the exit codes of its ranks. So if the
+environment variable ``TARFLOW_SCALE_EXIT_CODES`` contains a path, each process also appends its code to that file.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system has no operation that creates a file or fails if it exists, so two writers could both succeed."""
+    """The file system cannot create a file only if it does not exist yet, so two writers could both succeed."""
 
 
 class Interrupted(UserError):

@@ -76,7 +76,7 @@ def worker_device(gpu: bool) -> torch.device:
 
 
 def calibration_for(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> Calibration | None:
-    """The newest decoding calibration of a version that matches these settings and this kind of device.
+    """Among the decoding calibrations of a version, the newest one for these settings and this kind of device.
 
     If none matches, returns the newest calibration; the sampler then raises an error that names the difference. Returns
     None if the decoder is exact or the version has no calibration.

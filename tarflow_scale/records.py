@@ -117,7 +117,7 @@ class VectorFacts(Record):
 
 
 class DataSetFacts(Record):
-    """Properties of the training data that a registered model records."""
+    """Properties of the training data, stored with a registered model."""
 
     name: str
     split: str
@@ -188,7 +188,7 @@ class MetricsReport(Record):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same metrics for a simple model or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics of a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]
@@ -218,7 +218,7 @@ class Calibration(Record):
     blocks: tuple[BlockDecoding, ...]
     """Settings of the blocks, in the order of decoding."""
     iterations: tuple[float, ...]
-    """Mean number of iterations of each block, over its chunks."""
+    """For each block, the mean number of iterations of its chunks."""
     max_error: float
     """Largest absolute difference between a pixel and the same pixel decoded exactly, for pixels on [-1, 1]."""
     mean_error: float

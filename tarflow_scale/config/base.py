@@ -155,7 +155,7 @@ def working_folder() -> str:
 
 
 def where_paths_start(message: str, config: Root | None) -> str:
-    """Text to append to an error message about a missing relative path; says which folder the path is relative to."""
+    """Advice to append to an error message about a missing relative path: the folder that the path is relative to."""
     if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):

@@ -1,4 +1,4 @@
-"""Configuration of the verb ``doctor``: sections of other verbs, and a few sections of its own."""
+"""Configuration of the verb ``doctor``: sections of other verbs, and a few that only doctor reads."""
 
 from typing import Any, Literal, get_args
 
@@ -59,7 +59,7 @@ class StoreConfig(Section):
 
 
 class FindingsConfig(Section):
-    """The file to which the findings are written, in addition to printing them."""
+    """A file for the findings, which are also printed."""
 
     path: str
     """Local path or URL of a JSON file."""

@@ -12,7 +12,7 @@ raises an error. `rollback` fails if the alias has no earlier version. `retire` 
 `init` tests whether exactly one of several writers succeeds in creating the same file. If the store fails the test,
 `init` raises an error. command.single_writer=true promises that only one process writes, and skips the test. File
 systems without hard links (FAT, CIFS, many FUSE file systems) work if they can rename without replacing a file.
-command.shared=group or all sets file modes like git's core.sharedRepository; in an existing registry it adds missing
+command.shared=group (or all) sets file modes like git's core.sharedRepository; in an existing registry it adds missing
 permissions.
 """
 
@@ -58,7 +58,8 @@ class CommandConfig(Section):
     grace_days: float = Field(default=7.0, ge=0.125)
     """``collect``: how long retired versions, and files that belong to no version, are kept."""
     single_writer: bool = False
-    """``init``: promise that only one process writes. Required if writers could replace each other's files."""
+    """``init``: promise that only one process writes. Required for a store on which writers
+    could replace each other's files."""
     shared: Literal["umask", "group", "all"] = "umask"
     """``init``: who may use the files of a local registry, like git's ``core.sharedRepository``. ``umask``: the umask
     of each writer decides. ``group``: the group of the folder may read and write. ``all``: in addition, all users may

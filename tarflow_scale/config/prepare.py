@@ -54,7 +54,7 @@ class SourceConfig(Section):
     """``refuse``: images of another size are an error. ``center_crop``: scale the short side to ``size_pixels``, then
     crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
-    """Filter of ``center_crop``, recorded in the manifest. All filters average when they shrink an image."""
+    """Filter of ``center_crop``, recorded in the manifest. All filters are antialiased when they shrink an image."""
     orientation: Literal["apply", "ignore"] = "apply"
     """``apply``: rotate images by their EXIF tag, as viewers do. ``ignore``: use the stored pixels, as in published
     protocols that ignore the tag."""
@@ -115,8 +115,8 @@ class SplitConfig(Section):
     ``auto``: ``official`` if the source has a split, otherwise ``stratified``."""
     by_name: bool = True
     """Whether folders, tables and tars with common names (train, val, test, in upper or lower case) are splits. Set it
-    to false if they are not, for instance if ``train`` is a class beside ``bus``. Split columns in tables,
-    and folders with equal names in different classes, are then ignored; otherwise they are an error."""
+    to false if they are not, for instance if ``train`` is a class beside ``bus``. A split column in a table, or a
+    folder with such a name below a class, is an error if this is true, and is ignored if false."""
     train: tuple[str, ...] = ()
     """Patterns of paths below the source that are packed as ``train``, such as ``[seg_train]`` or ``["part-0*.tar"]``.
     A folder means all files below it. Patterns take precedence over names."""

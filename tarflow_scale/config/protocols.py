@@ -92,7 +92,7 @@ class _SampledProtocol(_Protocol):
     """
     extractor_sha256: str | None = None
     """Required SHA-256 of the weights file of the extractor. With None, ``inception-v3-compat`` is checked against the
-    published prefix 6726825d. ``pixels`` has no weights file."""
+    published digest prefix 6726825d. ``pixels`` has no weights file."""
     num_images: int = Field(ge=2)
     """Number of generated images."""
     seed: int = Field(default=0, ge=0)
@@ -130,7 +130,7 @@ class FrechetProtocol(_SampledProtocol):
     in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
     """``plain``: the distance for all generated images. ``infinity``: the distance for infinitely many generated
-    images, extrapolated in 1 / n (arXiv 1911.07023) from subsets of a fifth to all of the images."""
+    images, extrapolated in 1 / n (arXiv 1911.07023) from subsets with a fifth of the images up to all of them."""
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -166,7 +166,10 @@ class KernelProtocol(_ReferenceSubset):
 
 
 class InceptionScoreProtocol(_SampledProtocol):
-    """Inception score: exp(mean KL divergence of an image's class probabilities from their mean), mean over splits."""
+    """Inception score: exp of the mean of KL(p(y | x) || p(y)) over images x, averaged over ``num_splits`` parts.
+
+    p(y | x) are the class probabilities of image x, and p(y) is their mean over the images of the part.
+    """
 
     higher_is_better: ClassVar[bool] = True
     metric: Literal["inception_score"]
@@ -238,8 +241,8 @@ class Requirement(Section):
     """Smallest accepted number of images on which the value was measured."""
     must_beat_champion: bool = False
     """Whether the value must be significantly better than the value of the current champion with the same protocol id.
-    For likelihoods, the standard error is computed from the differences between the values of each sample. For other
-    metrics, it is computed from the standard errors of both values."""
+    For likelihoods, the standard error is computed from the difference between the two versions on each sample. For
+    other metrics, it is computed from the standard errors of both values."""
     margin: float = Field(default=0.0, ge=0)
     """Minimum improvement over the value of the champion, in the unit of the metric."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)

@@ -16,7 +16,7 @@ NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, floa
 
 
 class Guidance(Section):
-    """Guidance of sampling: each prediction a becomes a + scale (a - a_weak), where a_weak ignores the label.
+    """Guidance of sampling: each predicted value a becomes a + scale (a - a_weak), where a_weak ignores the label.
 
     It applies to log-scales and means (arXiv 2412.06329, section 3.4).
     """
@@ -72,8 +72,8 @@ class GuardConfig(Section):
     """Rules for rejecting images. A rejected image is drawn again from a new latent, determined by the image index."""
 
     saturated_share: float | None = Field(default=None, gt=0, le=1)
-    """Maximum share of the values of an image that exceed [-1, 1] by more than one level; an image with more is
-    rejected. None turns this test off. Images with values that are not finite are always rejected."""
+    """Maximum share of saturated values in an image: values outside [-1, 1] by more than one level. An image with more
+    is rejected. None turns this test off. Images with values that are not finite are always rejected."""
     attempts: int = Field(default=3, ge=0)
     """Maximum number of times that an image is drawn again; if it is still rejected, the generation fails."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)

@@ -28,8 +28,8 @@ class ScoringConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["dropped", "marginal"] = "dropped"
-    """Density that the score uses; labels are not used, because anomalies have none. ``dropped``: the density without a
-    label. ``marginal``: the mean density over all labels, which needs one pass per label."""
+    """Density that the score uses. It never uses the label of an image, because anomalies have none. ``dropped``: the
+    density without a label. ``marginal``: the mean density over all labels, which needs one pass per label."""
     batch_size: int = Field(default=128, ge=1)
     """Number of images that are scored together."""
     maps: int = Field(default=0, ge=0)

@@ -18,8 +18,8 @@ class Flag:
         help: description for the manual.
         values: names of the flag's values in the manual; empty for a flag without values.
         key: key of the configuration that is set to the value.
-        function: function that is called instead of the function of the verb. It gets the configuration; if the flag
-            has values, it gets only these, and no configuration is read.
+        function: function that is called instead of the function of the verb. Its arguments are the values of the flag,
+            and no configuration is read; if the flag has no values, the arguments are those of the verb's function.
     """
 
     name: str

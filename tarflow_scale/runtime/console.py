@@ -13,7 +13,7 @@ _LEAST_RATED_SECONDS = 1.0
 
 
 class ProgressBar:
-    """Progress of work on standard error: a bar on a terminal, lines of text in a file.
+    """Show the progress of work on standard error, as a bar on a terminal or as lines of text in a file.
 
     A file, such as the log of a scheduler, gets a line per minute, and more lines in the first minute; work that takes
     less than two seconds gets no line. On a terminal, lines are printed above the bar only if `tell` was called.
@@ -73,7 +73,7 @@ class ProgressBar:
             self._write_line()
 
     def close(self) -> None:
-        """Close the bar. Print a final line if there were lines before and the count has changed since the last."""
+        """Close the bar. Print a final line if there were lines before and the count has changed since the last one."""
         if self._enabled and self._latest > self._started and self._done > self._shown:
             self._write_line()
         if self._bar is not None:

@@ -16,7 +16,7 @@ INTERRUPTED_CODE = 130
 
 
 def end_process() -> None:
-    """Make Ctrl-C end this process at once, unless the process was started to ignore Ctrl-C, as by nohup."""
+    """Make Ctrl-C end this process at once, unless it ignored Ctrl-C from the start (a background job of a script)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 

@@ -77,8 +77,8 @@ def leave(code: int) -> NoReturn:
 def answer_within(seconds: float, compute: Callable[[], T]) -> T:
     """Run a function in a child process with a deadline, and return its result.
 
-    Use this for a function that may hang, crash, or change its process. The child is a fork, so this process must not
-    have started threads. The child and all processes that it started are killed at the end.
+    Use this for a function that may hang, crash, or change the state of its process. The child is a fork, so this
+    process must not have started threads. The child and all processes that it started are killed at the end.
 
     Args:
         seconds: time until the deadline.

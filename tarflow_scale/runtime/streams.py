@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """Output to a file descriptor that never raises an error: it stores the first error and drops all further data."""
+    """A stream to a file descriptor. Writing never raises an error: it stores the first error and drops later data."""
 
     error: OSError | None = None
 
