@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Compute bits/dim or nats of each sample (named as the protocol's metric), and its hash (``hashes``)."""
+        """Compute bits/dim or nats of each sample, named after the metric, and ``hashes`` of the samples."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)

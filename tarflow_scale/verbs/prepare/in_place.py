@@ -1,4 +1,4 @@
-"""Use tars of another program as a data set without copying them: write an index for each tar, then the manifest."""
+"""Use tars of another program as a data set without copying: write an index beside each tar, then the manifest."""
 
 from tarflow_scale import storage
 from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig

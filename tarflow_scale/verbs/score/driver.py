@@ -2,7 +2,7 @@
 
 Workers compute bits/dim of ranges of images and store them as parts, so a killed job continues where it stopped.
 Held-out normal images (``calibration``) define the typical bits/dim and one threshold per score. At most the share
-``scoring.false_alarm_rate`` of these images exceeds the threshold. With ``anomalies``, a set that is known to be
+``scoring.false_alarm_rate`` of these images exceeds each threshold. With ``anomalies``, a set that is known to be
 anomalous, the verb also reports how well each score separates ``data`` from ``anomalies``.
 
 Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
