@@ -1,12 +1,12 @@
 """Verb ``convert``: turn an apple/ml-tarflow ``.pth`` file into a saved flow, and register it if a registry is set.
 
 Read the tensors without running code, infer all sizes, rename the tensors, and write ``model.safetensors`` and
-``config.json``. The file does not contain the kind of training noise, so the configuration must state it. To register
+``config.json``. The file does not say which noise was used in training, so the configuration must state it. To register
 a version, the manifest of its training data is also needed, because evaluations check their data against it.
 
 Reads ``weights.path`` and, to register, the manifest at ``data.path``. Writes the folder ``output.path`` and an event.
-It is an error if the file would run code, is not a TarFlow or has values that are not finite, or if the folder holds
-another flow. Running the same command again changes nothing.
+It is an error if the file would run code, is not a TarFlow or has non-finite values, or if the folder contains another
+flow. Running the same command again changes nothing.
 """
 
 from tarflow_scale import storage

@@ -28,7 +28,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     """Decide, print the decision, and move the alias.
 
     Raises:
-        ConfigError: ``gate.against`` is the version itself, or no requirement of the gate compares versions.
+        ConfigError: ``gate.against`` is set, but names the version itself, or no requirement compares versions.
         RegistryError: the version does not exist or is retired, or another process moved the alias.
         PromotionRefused: the gate refuses, and there is no override.
     """
@@ -102,7 +102,7 @@ def _chosen(
 def _rival(
     registry_path: str, reference: GateRef, gate: GateConfig, protocols: Protocols, candidate: Contender
 ) -> Contender:
-    """The version of another model (``gate.against``) that the candidate must beat."""
+    """The version that the candidate must also beat: ``gate.against``, usually of another model."""
     if not any(requirement.must_beat_champion for requirement in gate.requirements):
         raise ConfigError(
             f"gate.against needs a requirement with must_beat_champion (got none in gate {gate.name}); add one to "

@@ -97,7 +97,7 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """Compare the best version with the champion if that is another version, else with the second best version."""
+    """Compare the best version with the champion. If the best is the champion, or none exists, use the second best."""
     best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
     other = champion if champion is not None and champion is not best else next(iter(worse), None)

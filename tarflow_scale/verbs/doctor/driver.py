@@ -1,7 +1,7 @@
 """Verb ``doctor``: check whether this machine and its cluster can do the work. Prints one line for each check.
 
-``ok`` and ``skipped`` need no action. ``warning`` means that jobs would be slow or might fail later, ``failed`` that
-they would stop; both say what to do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
+``ok`` and ``skipped`` need no action. ``warning`` means that jobs would be slow or might fail later. ``failed`` means
+that jobs would stop. Both give advice. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
 
 Every check runs in a child process with a time limit, so a file system, driver or server that hangs or crashes is
 reported as a failed check. A check removes the files that it wrote and ends the processes that it started. No
@@ -101,8 +101,8 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
 def _is_reported(finding: Finding) -> bool:
     """Whether a rank other than 0 prints a finding.
 
-    The first rank of a machine prints warnings and failures. The other ranks print only the failure of the check
-    ``ranks``, that is, that they could not connect to other ranks.
+    The first rank of a machine prints warnings and failures. The other ranks print only a failure of the check
+    ``ranks``, which means that they could not connect to other ranks.
     """
     if distributed.local_rank() == 0:
         return finding.status in ("warning", "failed")
@@ -134,7 +134,7 @@ def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
 def _of_stores(
     written: dict[str, str], registry: str | None, writes_registry: bool | None, seconds: float
 ) -> list[_Check]:
-    """Make the checks of the folders and URLs that a job writes to, and of a registry that it only reads.
+    """Make one check for each folder or URL that a job writes to, and one for a registry that the job only reads.
 
     Args:
         written: paths that the job writes to, by key of the configuration.

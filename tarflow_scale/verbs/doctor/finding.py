@@ -52,6 +52,6 @@ def skipped(name: str, found: str) -> Finding:
 
 
 def from_message(name: str, message: str) -> Finding:
-    """Make a failed finding from an error message of this package; its advice follows the last semicolon."""
+    """Make a failed finding from an error message of this package. The text after its last semicolon is the advice."""
     found, _, advice = message.rpartition("; ")
     return failed(name, found or message, advice if found else "")

@@ -53,13 +53,13 @@ def packages() -> list[Finding]:
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
-    """Check torchvision and devices together, because importing torch takes seconds."""
+    """Check torchvision and devices in one process, because importing torch takes seconds."""
     gpus = cluster.num_workers * cluster.gpus_per_worker if cluster and cluster.address in (None, "local") else 0
     return [_torchvision(), _devices(parallelism.precision, gpus)]
 
 
 def _torchvision() -> Finding:
-    """Check that an operator of torchvision works; all fail if torchvision was built for another version of torch."""
+    """Check one operator of torchvision. If torchvision was built for another version of torch, all operators fail."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -142,7 +142,7 @@ def compiler() -> list[Finding]:
 
 
 def _compile(command: list[str], source: str) -> str:
-    """The first error message of the compiler; empty if the source compiles."""
+    """Run the compiler; return its first error message, or an empty string if the source compiles."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")

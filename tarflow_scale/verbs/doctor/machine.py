@@ -96,7 +96,7 @@ def temporary(place: Path) -> list[Finding]:
     """Check Ray's temporary folder: length of socket paths, write access, and free space.
 
     Args:
-        place: `tarflow_scale.pool.temporary_folder`.
+        place: the folder that `tarflow_scale.pool.temporary_folder` returns.
     """
     length = len(os.fsencode(place / _RAY_SOCKET))
     if length > _SOCKET_PATH_BYTES:

@@ -88,7 +88,7 @@ def data_set(key: str, path: str) -> list[Finding]:
 
 
 def trial_folder(path: str) -> str:
-    """Path of a new temporary folder in a store; if a local path does not exist, in its nearest existing parent."""
+    """Path of a new folder in ``path``. If ``path`` is a missing local folder, use its nearest existing parent."""
     place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 

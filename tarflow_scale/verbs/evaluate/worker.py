@@ -40,7 +40,7 @@ _IMAGES_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class EvaluationUnit(PartUnit):
-    """A part to make: features of a set of images, or likelihoods by a protocol."""
+    """A part to make: features of a set of images, or likelihoods that a protocol measures."""
 
     work: FeatureSet | LikelihoodProtocol
 
@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Arrays of a part: bits/dim or nats of each sample, named after the protocol's metric, and ``hashes``."""
+        """Compute bits/dim or nats of each sample, named after the metric, and ``hashes`` of the samples."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)

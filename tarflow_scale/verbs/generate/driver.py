@@ -52,7 +52,7 @@ _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
 """Maximum width in pixels to which the grid is enlarged; a wider grid is not shrunk."""
 _EXACT = 1e-3
-"""Largest expected difference between latents and encoded images in fp32; above it, the model amplifies rounding."""
+"""Bound on `Sampler.round_trip_error`. If the error is larger, the model amplifies rounding errors."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
 """Number of images that may always be drawn again, unless ``guard.most_redrawn_share`` is 0."""

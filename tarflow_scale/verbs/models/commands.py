@@ -2,8 +2,8 @@
 
 `tarflow_scale.config.models` explains registries. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
 ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version needs, and deletes
-them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events are
-added, never changed, so a killed command has done all of its work or none, except ``collect``: run it again.
+them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events
+are never changed, and each is written completely or not at all. If ``collect`` is killed, run it again.
 """
 
 import json
@@ -151,11 +151,11 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: test that exactly one of many concurrent writers wins, and record who may access its files.
+    """Make a registry: test that exactly one of many concurrent writers succeeds, and record who may access its files.
 
     Raises:
-        RegistryError: several writers won, and ``command.single_writer`` is not set; or ``command.shared`` is set, and
-            the store has no file modes or contains files of other users.
+        RegistryError: several writers succeeded, and ``command.single_writer`` is not set; or ``command.shared`` is
+            set, and the store has no file modes or contains files of other users.
     """
     if dry_run:
         print(f"dry run: would test create-if-absent below {config.registry.path}")
@@ -169,7 +169,7 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Move the alias ``command.alias`` to a version; an alias that a gate guards is refused.
+    """Move the alias ``command.alias`` to a version. A gate must not guard the alias.
 
     Raises:
         ConfigError: ``command.alias`` is missing or not allowed.
@@ -274,7 +274,7 @@ def _numbers(reports: list[MetricsReport]) -> str:
 
 
 def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
-    """The newest number for each protocol id."""
+    """The newest value of each metric as text, by name and id of its protocol."""
     return {
         f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
         + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")

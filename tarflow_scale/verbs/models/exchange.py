@@ -126,7 +126,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """Draw the first samples of seed 0; with 2 to 20 classes, each column shows one. Returns None if sampling fails."""
+    """Draw samples with seed 0. With 2 to 20 classes, each column shows one class. Returns None if sampling fails."""
     names = version.data.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -192,7 +192,7 @@ def _check_safetensors(location: str, content: bytes) -> None:
 
 
 _TASKS = {"images": "unconditional-image-generation", "vectors": "tabular-density-estimation"}
-"""Name of the task of a model on model hubs, by kind of data."""
+"""Task name that model hubs give to a model, by kind of data."""
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:

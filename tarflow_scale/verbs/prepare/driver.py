@@ -2,7 +2,7 @@
 
 Open the source, use its splits or hold out a random share of each class, pack each split in random order into tars,
 write an index beside each tar, and publish the manifests when all splits are packed. The same source and configuration
-give the same bytes with any number of workers. A killed packing continues when run again. Bad input leaves no files.
+give the same bytes with any number of workers. A killed run continues when you repeat it. Bad input leaves no files.
 
 Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes one folder per split, such as
 ``<shards.path>/train``, with tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` or ``dropped.jsonl`` if

@@ -1,9 +1,9 @@
 """Verb ``score``: use a registered version to compute how anomalous each image of a data set is.
 
 Workers compute bits/dim of ranges of images and store them as parts, so a killed job continues where it stopped.
-Held-out normal images (``calibration``) define the typical bits/dim and one threshold per score, which only a given
-share of these images exceeds. With ``anomalies``, a set that is known to be anomalous, the verb also reports how well
-each score separates ``data`` from ``anomalies``.
+Held-out normal images (``calibration``) define the typical bits/dim and one threshold per score. At most the share
+``scoring.false_alarm_rate`` of these images exceeds each threshold. With ``anomalies``, a set that is known to be
+anomalous, the verb also reports how well each score separates ``data`` from ``anomalies``.
 
 Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
 into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row per image; ``summary.json``; ``maps.png`` if configured;
@@ -163,7 +163,7 @@ def _flow_for_maps(section: VersionConfig, version: ModelVersion) -> Flow:
 def _image_sets(
     scoring: ScoringConfig, cluster: ClusterConfig, versions: Versions, manifests: dict[str, tuple[str, Manifest]]
 ) -> dict[str, _ImageSet]:
-    """The sets with their parts. A digest of everything that affects the numbers names the folder of parts."""
+    """The sets with their parts. The folder of parts is named by a digest of everything that affects the scores."""
     decisive: dict[str, Any] = {
         "weights": [version.weights_digest for _, version in versions],
         "settings": scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),

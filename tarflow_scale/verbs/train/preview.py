@@ -1,4 +1,4 @@
-"""Previews of a run: samples of the averaged weights, or the density of a flow of two-dimensional vectors."""
+"""Previews of a run: samples drawn with the averaged weights, or the density of a flow of 2-d vectors."""
 
 import warnings
 
