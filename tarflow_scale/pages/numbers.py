@@ -10,7 +10,7 @@ _MOST_DECIMALS = 6
 
 
 def decimals_of(value: float) -> int:
-    """Number of decimals that shows ``value`` with four significant digits; at most `_MOST_DECIMALS`."""
+    """Number of decimals needed for four significant digits of ``value``; at most `_MOST_DECIMALS`."""
     if value == 0 or not math.isfinite(value):
         return 3
     return min(max(3 - math.floor(math.log10(abs(value))), 0), _MOST_DECIMALS)

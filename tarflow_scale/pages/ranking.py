@@ -51,7 +51,7 @@ class Row:
 
     @property
     def grid(self) -> FileRecord | None:
-        """Record of the sample grid in the report with this number; None if there is none."""
+        """File record of the sample grid from the report that contains the row's number; None if there is none."""
         return self.report.grid if self.report else None
 
 
@@ -70,7 +70,7 @@ class Ranking:
 
     @property
     def to_beat(self) -> list[Row]:
-        """Baselines that a model should beat. Real images are left out, because no model beats them."""
+        """Baselines that a model should beat: all except real images, which no model beats."""
         return [row for row in self.rows if row.source == _BASELINE and row.model != _BASELINES["real"]]
 
     @property
@@ -92,7 +92,7 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Axis ticks at round numbers that enclose the intervals of ranked rows; empty if there are no intervals."""
+        """Round axis ticks that enclose the 95 % intervals of all ranked rows; empty if there are no intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 

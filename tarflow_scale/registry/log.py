@@ -80,7 +80,7 @@ class EventLog:
         return Event.from_json(storage.read_bytes(location), location)
 
     def after(self, number: int, previous: str) -> Iterator[tuple[Event, str]]:
-        """Yield ``(event, digest)`` for every event after event ``number``; ``previous`` is the digest of that event.
+        """Yield ``(event, digest)`` for every event after ``number``; ``previous`` is the digest of event ``number``.
 
         Raises:
             RegistryError: an event is damaged, is missing although a later one exists, or does not contain the digest

@@ -153,7 +153,7 @@ class Registry:
     def register(
         self, files: dict[str, bytes], fields: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files as the next version, or return a version that is not retired and has the same files and settings.
+        """Store files as the next version; if an unretired version has the same files and settings, return it instead.
 
         Args:
             files: content by name.
@@ -296,8 +296,8 @@ class Registry:
         Args:
             kind: kind of event.
             reason: reason for the event.
-            decide: returns the payload, given the current state. It is called again if another writer took the event
-                number, and may raise an error if the event is no longer valid.
+            decide: function that returns the payload for the current state. It is called again if another writer took
+                the event number, and may raise an error if the event is no longer valid.
         """
         identity = uuid.uuid4().hex
         for attempt in range(_ATTEMPTS):
@@ -348,7 +348,7 @@ class Registry:
             )
 
     def _refreshed(self) -> ModelState:
-        """Read new events and return the state; it is empty if there is no log."""
+        """Read new events and return the state; the state is empty if there is no log."""
         if not self._state.number:
             self._state = self._from_snapshot() or ModelState()
             self._saved = self._state.number

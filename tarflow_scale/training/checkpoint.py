@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. For each
 parameter it contains the fp32 master weight, the optimizer's moments and all moving averages; it also contains all
-buffers. All ranks gather parameter i; rank i mod N keeps it, and writes a file when it holds a gigabyte.
+buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes a file per gigabyte that it keeps.
 ``manifest.json`` (size and SHA-256 of every file, and the training state) is written last; a folder without it is not a
 checkpoint. Nothing is pickled.
 
@@ -151,8 +151,8 @@ def load(folder: str, engine: Engine, averages: WeightAverages, prime: Callable[
         folder: the checkpoint.
         engine: engine to restore.
         averages: averages to restore.
-        prime: makes one step on any batch, because DeepSpeed allocates its moments in the first step; the restored
-            state overwrites all changes of this step.
+        prime: function that makes one training step on any batch, because DeepSpeed allocates the moments in the first
+            step. The restored state then overwrites everything that this step changed.
     """
     prime()
     manifest = _manifest(folder)
@@ -191,7 +191,7 @@ def newest(path: str) -> str:
 
 
 def prune(path: str, config: CheckpointConfig) -> None:
-    """Delete complete checkpoints except those that ``config`` keeps. The manifest of each is deleted first."""
+    """Delete complete checkpoints except those that ``config`` keeps. Delete each manifest before the other files."""
     folders = complete(path)
     kept, first_of = set(folders[-config.keep_last :]), dict[int, str]()
     if config.keep_every_images is not None:
@@ -205,7 +205,7 @@ def prune(path: str, config: CheckpointConfig) -> None:
 
 
 class _Files:
-    """The files that this rank writes; after a failure it writes no more files, but still takes part in gathering."""
+    """Writes this rank's files. After a failure it drops further tensors, so that the rank can keep gathering."""
 
     def __init__(self, folder: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}
@@ -263,7 +263,7 @@ def _average_kind(averages: WeightAverages, half_life: int) -> str:
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of one kind, sorted by name because all ranks must gather in the same order."""
+    """The tensors of one kind with their names, without the prefix ``kind/``, in the same order on all ranks."""
     prefix = f"{kind}/"
     return ((name.removeprefix(prefix), tensors[name]) for name in sorted(tensors) if name.startswith(prefix))
 

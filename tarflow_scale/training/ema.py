@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights, divided among ranks like the fp32 masters.
 
 At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank has all weights, rank r averages slice
-r. So each rank stores 4 bytes per parameter and average, divided by the number of ranks, and updates need no
-communication. An average is gathered, parameter by parameter, only to save, export, validate or sample from it.
+r. So each average takes ``4 * parameters / ranks`` bytes on each rank, and updates need no communication. An average is
+gathered only for saving, export, validation and sampling, one parameter at a time.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ class WeightAverages:
 
     Args:
         engine: the engine.
-        half_lives_images: half-life of each average, in images; shorter at the start of training, see `average_decay`.
+        half_lives_images: half-life of each average, in images. `average_decay` shortens it at the start of training.
     """
 
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:

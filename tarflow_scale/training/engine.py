@@ -1,9 +1,9 @@
 """The interface to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
 
-The other modules of training use named tensors and never partitions. The master weights depend on the ZeRO stage. At
-stage 0 they are the parameters themselves. At stages 1 to 3 each rank holds an fp32 partition of the master weights,
-and the parameters are a working copy. DeepSpeed's setters change only the master weights, so a caller that sets master
-weights must also set the working copy.
+The other modules of training use complete tensors by parameter name; only `ema` also uses partitions. The master
+weights depend on the ZeRO stage. At stage 0 they are the parameters themselves. At stages 1 to 3 each rank holds an
+fp32 partition of the master weights, and the parameters are a working copy. DeepSpeed's setters change only the master
+weights, so a caller that sets master weights must also set the working copy.
 """
 
 import os
@@ -60,7 +60,7 @@ class StepResult:
         nats_per_dim: mean loss over this rank's images.
         gradient_norm: gradient norm over all ranks, before clipping.
         skipped: whether all ranks kept their weights, because a gradient was not finite or the step was rejected.
-        rejected: whether ``reject`` refused the loss.
+        rejected: whether the function ``reject`` of `Engine.step` refused the loss.
     """
 
     nats_per_dim: float
@@ -70,7 +70,7 @@ class StepResult:
 
 
 class _NatsPerImage(nn.Module):
-    """The module that DeepSpeed wraps: negative log-likelihood ``(B,)``, or its bound if the noise is learned."""
+    """DeepSpeed wraps this module. It returns negative log-likelihoods ``(B,)``, or bounds if noise is learned."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Engine:
         return full
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Overwrite this rank's part of a master weight, but not the working copy."""
+        """Overwrite this rank's part of a master weight, given the complete weight; see `set_working_copy`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter, value = self._parameters[name], value.to(self.device)
@@ -312,7 +312,7 @@ class Engine:
 
     @contextmanager
     def borrowing(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[None]:
-        """Run forward passes with other weights: complete tensors by parameter name. All ranks must enter.
+        """In the ``with`` block, forward passes use ``weights``, complete tensors by name. All ranks must enter.
 
         The master weights do not change; the working copies are restored at the end.
         """
@@ -335,7 +335,7 @@ class Engine:
 
     @contextmanager
     def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
-        """Swap the masters with ``tensors`` of the same layout, so that `full_weight` and `set_master` access these."""
+        """In the ``with`` block, `full_weight` and `set_master` access ``tensors``, laid out like the masters."""
 
         def swap() -> None:
             for master, tensor in zip(self.masters(), tensors, strict=True):

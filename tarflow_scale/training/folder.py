@@ -57,7 +57,7 @@ def _leave_mark(path: str) -> str:
 
 
 def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
-    """Write ``config.yaml`` (settings) and ``environment.json`` (their digest, git commit, package versions, ranks).
+    """Write ``config.yaml`` (settings) and ``environment.json`` (digest of settings, git commit, versions, ranks).
 
     If a run continues with other settings, print the changes and keep the earlier settings as
     ``config-until-IMAGES.yaml``.

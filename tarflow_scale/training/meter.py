@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def spending(self, part: Part) -> Generator[None]:
-        """Count the time of the ``with`` block for ``part``."""
+        """Add the duration of the ``with`` block to the time of ``part``."""
         started = time.perf_counter()
         try:
             yield

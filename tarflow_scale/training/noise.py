@@ -37,7 +37,10 @@ class Philox:
     key: tuple[int, int]
 
     def words(self, counters: Sequence[Int64[Tensor, "..."]]) -> tuple[Int64[Tensor, "..."], ...]:
-        """Four random words in ``[0, 2^32)`` for each counter; ``counters`` are its four words, which may broadcast."""
+        """Four random words in ``[0, 2^32)`` for each counter.
+
+        A counter has four words: tensor i of ``counters`` contains word i of every counter. The tensors may broadcast.
+        """
         c0, c1, c2, c3 = counters
         k0, k1 = self.key
         for _ in range(_ROUNDS):
@@ -97,7 +100,7 @@ def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[
 
 
 def conditions(batch: Batch, label_drop: float, seed: int, device: torch.device) -> Tensor:
-    """Conditions of a batch: the stored conditions ``(B, K)``, or else labels ``(B,)``, of which some are dropped."""
+    """The stored conditions ``(B, K)`` of a batch; if it has none, its labels ``(B,)`` with -1 for dropped labels."""
     if batch.conditions is not None:
         return torch.from_numpy(batch.conditions).to(device)
     return dropped_labels(batch, label_drop, seed).to(device)

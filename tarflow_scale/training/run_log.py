@@ -25,7 +25,7 @@ class JsonLog:
 
     Args:
         path: the file.
-        keep_until_images: lines with a larger number ``images`` are removed, because a resumed run writes them again;
+        keep_until_images: lines with a larger value of ``images`` are removed, because a resumed run writes them again;
             None keeps all.
     """
 
@@ -75,7 +75,7 @@ def open_log(
 
     Args:
         folder: the run folder.
-        keep_until_images: records with a larger number ``images`` are removed, because the run writes them again.
+        keep_until_images: records with a larger value of ``images`` are removed, because the run writes them again.
         tensorboard: whether to write ``tensorboard/``.
         wandb_project: Weights & Biases project, or None.
         settings: the configuration that Weights & Biases shows.
@@ -110,10 +110,11 @@ def open_log(
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this folder's Weights & Biases run: a random id, stored in ``wandb-id.json`` with path and inode.
+    """The id of this folder's Weights & Biases run: a random id, stored in ``wandb-id.json``.
 
-    A folder that was moved, restored or mounted elsewhere still has the stored path or inode, and continues its run. A
-    copy of a folder has neither, and gets a new id so that two folders do not write to the same run.
+    The file also stores the folder's path and inode. A folder that was moved, restored or mounted elsewhere still has
+    the stored path or inode, and continues its run. A copy of a folder has neither, and gets a new id so that two
+    folders do not write to the same run.
 
     Raises:
         ConfigError: the file is damaged.

@@ -59,8 +59,8 @@ class Validation:
         """Open the data set.
 
         Raises:
-            DataError: the data set cannot be read, or has other classes or another kind of samples than the training
-                data, which has the manifest ``like`` and the path ``data_path``.
+            DataError: the data set cannot be read, or its classes or kind of samples differ from the training data
+                (manifest ``like``, path ``data_path``).
         """
         shards = ShardSet(config.path, config.verify)
         for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
