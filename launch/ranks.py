@@ -36,8 +36,18 @@ def says_more(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("failed (exitcode")
 
 
+def report_unraisable(error: "sys.UnraisableHookArgs") -> None:
+    """Report an error in a finalizer, unless it is that of torch's rendezvous timer.
+
+    If garbage collection ends the timer in the timer's own thread, its finalizer cannot join that thread (torch 2.11).
+    """
+    if str(error.exc_value) != "cannot join current thread":
+        sys.__unraisablehook__(error)
+
+
 def main() -> int:
     """Run torchrun with the arguments of this process; returns the exit code."""
+    sys.unraisablehook = report_unraisable
     for number in SIGNALS:
         signal.signal(number, leave)
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -1,8 +1,8 @@
 """Command line: parse the arguments, import the verb and run it. ``--help`` imports neither torch nor ray.
 
 An expected failure prints one line on standard error and exits with a code listed in `tarflow_scale.errors`; a bug
-keeps its traceback. A launcher of ranks replaces their exit codes by its own, so each process also appends its code to
-the file ``$TARFLOW_SCALE_EXIT_CODES``, if that variable is set.
+keeps its traceback. A launcher such as torchrun does not pass on the exit codes of its ranks. So if the
+environment variable ``TARFLOW_SCALE_EXIT_CODES`` contains a path, each process also appends its code to that file.
 """
 
 import argparse
@@ -57,11 +57,11 @@ _VERBS = {
 }
 _PACKAGE = Path(__file__).parent
 _OVERRIDE = re.compile(r"[^\s/=]+=", re.ASCII)
-"""The start of an override, ``key=``. An existing file whose name matches is not an override."""
+"""Start of an override, ``key=``. The path of an existing file is not an override, even if it matches."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit code."""
+    """Run a verb and return its exit code."""
     warnings.formatwarning = _warning_line
     try:
         arguments = _parsed(argv)
@@ -80,14 +80,14 @@ _format_warning = warnings.formatwarning
 def _warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Format warnings of this package as one line, like errors; others as Python does."""
+    """Format a warning of this package as one line, like an error, and other warnings in Python's format."""
     if category is UserWarning and _PACKAGE in Path(filename).parents:
         return f"tarflow-scale: warning: {printable(str(message))}\n"
     return _format_warning(message, category, filename, lineno, line)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse flags and overrides in any order; argparse by itself accepts positional arguments in one place only."""
+    """Parse flags and overrides in any order; argparse alone requires all positional arguments in one place."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word]:
@@ -132,14 +132,14 @@ def _attribute(flag: Flag) -> str:
 
 
 def _module(verb: Verb) -> Any:
-    """Import the module of a verb. After that Ctrl-C raises an exception, because there may be work to clean up."""
+    """Import the module of a verb; from then on, Ctrl-C raises KeyboardInterrupt, so that the verb can clean up."""
     module = importlib.import_module(f"tarflow_scale.{verb.module}")
     raise_exceptions()
     return module
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The YAML file, if there is one, and the overrides."""
+    """Split arguments into the path of the YAML file (None if there is none) and the overrides."""
     files = [word for word in arguments if not _OVERRIDE.match(word) or is_there(word)]
     if len(files) > 1:
         got = " and ".join(files)
@@ -199,5 +199,5 @@ def _manual(verb: Verb) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text of a docstring, with single instead of double backquotes."""
+    """Replace the double backquotes of a docstring by single ones."""
     return text.replace("``", "`")

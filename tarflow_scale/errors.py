@@ -1,13 +1,13 @@
-"""Failures that a user can cause and fix: one line, exit code 2, no traceback.
+"""Exceptions for failures that a user can fix; the command line prints one line without a traceback.
 
-The line reads ``rule (got value); what to do``. Any other exception is a bug and keeps its traceback.
+The line has the form ``rule (got value); what to do``. Any other exception is a bug and keeps its traceback.
 
 Exit codes of the command line:
 
 * 0: success.
 * 1: ``doctor`` found a problem.
 * 2: an expected failure; or the work succeeded, but its output could not be written (`tarflow_scale.runtime.streams`).
-* 75 (EX_TEMPFAIL of sysexits.h): the work was asked to stop and saved its state; the same command continues it.
+* 75 (EX_TEMPFAIL of sysexits.h): the work stopped on request and saved its state; the same command continues it.
 * 130: interrupted from the keyboard.
 """
 
@@ -51,11 +51,11 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system cannot create a file under the condition that it is absent, so two writers could both succeed."""
+    """The file system cannot create a file only if it does not exist yet, so two writers could both succeed."""
 
 
 class Interrupted(UserError):
-    """The work was asked to stop and saved its state; the same command continues it."""
+    """The work stopped on request and saved its state; the same command continues it."""
 
     exit_code: ClassVar[int] = 75
 
@@ -67,7 +67,7 @@ class Unfit(UserError):
 
 
 class NumericsError(UserError):
-    """A model produced values that are not finite."""
+    """A computation produced values that are not finite or otherwise unusable."""
 
 
 class RegistryError(UserError):
@@ -75,7 +75,7 @@ class RegistryError(UserError):
 
 
 class AlreadyReported(RegistryError):
-    """Another process has already attached an evaluation of this version by the same protocols."""
+    """The version already has a report with the same protocols, which another process has stored."""
 
 
 class PlanError(UserError):
@@ -89,7 +89,7 @@ class PromotionRefused(UserError):
 def install_extra(extra: str) -> str:
     """The shell command that installs an extra of ``pyproject.toml``.
 
-    In a checkout, it installs from the folder of the checkout, so the package need not be on a package index.
+    In a checkout, the command installs from the checkout, so the package need not be on a package index.
     """
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
@@ -98,5 +98,5 @@ def install_extra(extra: str) -> str:
 
 
 def needs_package(setting: str, package: str, extra: str) -> str:
-    """Error message: ``setting``, such as ``format=parquet``, needs a package that is not installed."""
+    """The error message if ``setting``, such as ``format=parquet``, needs a package that is not installed."""
     return f"{setting} needs {package} (got none installed); run: {install_extra(extra)}"

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 EXPORTED = "version.json"
-"""File beside an exported flow, with the record of the version."""
+"""Name of the file that ``models export`` writes beside the flow; it contains the record of the version."""
 
 
 def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
@@ -42,7 +42,7 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
         registry: folder or URL of a registry.
 
     Returns:
-        The flow. It has the names of its classes if they were stored with it.
+        The flow, including its class names if they were stored.
 
     Raises:
         UserError: the flow does not exist or cannot be read.
@@ -107,10 +107,10 @@ def worker_device(gpu: bool) -> torch.device:
 
 
 def calibration_for(registry: Registry, version: int, settings: SamplingConfig, gpu: bool) -> Calibration | None:
-    """The newest decoding calibration of a version that matches these settings and this kind of device.
+    """Among the decoding calibrations of a version, the newest one for these settings and this kind of device.
 
-    If none matches, the newest calibration is returned, and the sampler then reports what differs. None if the decoder
-    is exact, or the version has no calibration.
+    If none matches, returns the newest calibration; the sampler then raises an error that names the difference. Returns
+    None if the decoder is exact or the version has no calibration.
     """
     if settings.decoder.kind == "exact":
         return None

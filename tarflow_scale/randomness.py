@@ -37,22 +37,22 @@ class Purpose(IntEnum):
 
 
 def generator(purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> np.random.Generator:
-    """The generator of ``(purpose, seed, index, lane)``; the last three are integers in [0, 2^64)."""
+    """The random generator for ``(purpose, seed, index, lane)``; seed, index and lane are integers in [0, 2^64)."""
     return np.random.Generator(_philox(purpose, seed, index, lane))
 
 
 def permutation(size: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> NDArray[np.int64]:
     """A random permutation of ``range(size)``.
 
-    It sorts raw 64-bit words. NumPy guarantees that their stream never changes (NEP 19), so an upgrade of NumPy keeps
-    the order of samples. Equal words keep their positions.
+    A stable sort of raw 64-bit words gives the permutation. NumPy guarantees that the stream of these words never
+    changes (NEP 19), so an upgrade of NumPy keeps the order of samples.
     """
     words = _philox(purpose, seed, index, lane).random_raw(size)
     return np.argsort(words, kind="stable")
 
 
 def integer(below: int, purpose: Purpose, seed: int, index: int = 0, lane: int = 0) -> int:
-    """A random integer in ``[0, below)``, from one raw 64-bit word; the bias, below / 2^64, is negligible."""
+    """A random integer in ``[0, below)``, from one raw 64-bit word; its bias, ``below / 2^64``, is negligible."""
     return int(_philox(purpose, seed, index, lane).random_raw()) % below
 
 
@@ -67,7 +67,7 @@ def _philox(purpose: Purpose, seed: int, index: int, lane: int) -> np.random.Phi
 
 
 class _Key(ISeedSequence):
-    """A Philox key; equal to ``Philox(key=...)`` but faster, because that also draws entropy."""
+    """A Philox key. It gives the same numbers as ``Philox(key=...)`` but is faster, because it draws no entropy."""
 
     def __init__(self, *words: int) -> None:
         self._words = np.array(words, dtype=np.uint64)

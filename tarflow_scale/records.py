@@ -1,8 +1,8 @@
 """Records that verbs store and pass to each other: small, typed, independent of torch.
 
-The names of fields contain their units. Unknown fields are refused, so a record of a newer version is never read in
-part. Some records contain a section of the configuration, such as the sampling settings. It is validated when the JSON
-of the record is read; settings that did not exist when the record was written get their defaults.
+Field names contain units. Unknown fields are an error, so an old program never ignores fields of a newer record.
+Some records contain a section of the configuration, such as the sampling settings. Reading the record validates this
+section, and settings that did not exist when the record was written get their defaults.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def changes(before: Any, now: Any) -> str:
-    """Differences of two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty without any."""
+    """Differences between two nested mappings, such as ``optimizer.peak_lr was 0.001, is 0.0003``; empty if equal."""
     old, new = dict(leaves(before)), dict(leaves(now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}" for key in differing[:_SHOWN_CHANGES]]
@@ -65,12 +65,12 @@ def _brief(value: Any) -> str:
 
 
 class Record(BaseModel):
-    """Base of all records: immutable, no unknown fields, finite numbers."""
+    """Base class of records: immutable; refuses unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def to_json(self) -> bytes:
-        """Canonical JSON bytes."""
+        """The record as canonical JSON."""
         return canonical_json(self.model_dump(mode="json"))
 
     @classmethod
@@ -78,7 +78,7 @@ class Record(BaseModel):
         """Parse JSON; ``origin`` names the file in the error.
 
         Raises:
-            UserError: an error of type ``failure`` if the content is not this record.
+            UserError: the content is not a valid record of this class; the type of the error is ``failure``.
         """
         try:
             return cls.model_validate_json(content)
@@ -91,21 +91,21 @@ class Record(BaseModel):
 
 
 class FileRecord(Record):
-    """One stored file."""
+    """Digest and size of a stored file."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
 
 
 class PixelFormat(Record):
-    """How stored uint8 pixels become floats on [-1, 1] in training, and back after sampling."""
+    """How uint8 pixels are converted to floats on [-1, 1] for training, and back after sampling."""
 
     bit_depth: int = Field(ge=1, le=8)
     noise: Literal["uniform", "gaussian", "none"]
-    """``uniform``: dequantization inside the bin, an exact likelihood. ``gaussian``: added noise, no bits/dim.
-    ``none``: the data are vectors of floats."""
+    """``uniform``: uniform dequantization, for an exact likelihood. ``gaussian``: added Gaussian noise, for which
+    bits/dim are undefined. ``none``: no noise, for vectors of floats."""
     noise_std: float = Field(default=0.0, ge=0)
-    """Standard deviation of Gaussian noise, on [-1, 1] or in units of standardised latents; 0 for other noise."""
+    """Standard deviation of the Gaussian noise, on [-1, 1] or in units of standardised latents; 0 for other kinds."""
 
 
 class VectorFacts(Record):
@@ -114,7 +114,7 @@ class VectorFacts(Record):
     num_values: int = Field(ge=1)
     """Length D of a vector."""
     num_conditions: int = Field(default=0, ge=0)
-    """Number K of condition values of each vector."""
+    """Number K of condition values per vector."""
 
 
 class LatentFacts(Record):
@@ -141,7 +141,7 @@ class LatentFacts(Record):
 
 
 class DataSetFacts(Record):
-    """Properties of the training data that a registered model records."""
+    """Properties of the training data, stored with a registered model."""
 
     name: str
     split: str
@@ -152,18 +152,18 @@ class DataSetFacts(Record):
     class_names: tuple[str, ...]
     num_images: int
     vectors: VectorFacts | None = None
-    """Shape of vectors; None for images."""
+    """Shape of the vectors; None for other events."""
     latents: LatentFacts | None = None
-    """The latents of an autoencoder; None for images and vectors."""
+    """The latents of an autoencoder; None for other events."""
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
+        """Number of classes; 0 if there are no labels."""
         return len(self.class_names)
 
 
 class ModelVersion(Record):
-    """An immutable version of a model in the registry: digests of its files, and their origin."""
+    """An immutable version of a model in the registry: the digests of its files, and how they were made."""
 
     version: int = Field(ge=1)
     files: dict[str, FileRecord]
@@ -196,7 +196,7 @@ class ModelVersion(Record):
 
     @property
     def weights_digest(self) -> str:
-        """One SHA-256 for all files of the version."""
+        """A single SHA-256, computed from the names and digests of all files."""
         return hashlib.sha256(canonical_json({name: file.sha256 for name, file in self.files.items()})).hexdigest()
 
 
@@ -213,9 +213,9 @@ class MetricValue(Record):
     protocol_digest: str
     """SHA-256 of the resolved protocol file."""
     protocol_id: str
-    """Hash of the resolved protocol, extractor and reference; numbers of different ids are never compared."""
+    """Hash of the resolved protocol, extractor and reference; only values with equal ids are compared."""
     per_image: FileRecord | None = None
-    """Likelihoods only: a safetensors file with the value of each image, in the order of the split."""
+    """A safetensors file with the value of each image, in the order of the split; only for likelihood metrics."""
 
 
 class MetricsReport(Record):
@@ -226,7 +226,7 @@ class MetricsReport(Record):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same metrics for simple models, as a scale: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics of a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]
@@ -247,28 +247,28 @@ class Calibration(Record):
     """The fastest settings for decoding the blocks of a flow, as measured on one device, with their error."""
 
     tensors_digest: str
-    """Digest of the measured weights."""
+    """Digest of the weights of the flow."""
     device: str
     batch_size: int = Field(ge=1)
     guidance: Guidance
     precision: str
     tolerance: float = Field(gt=0)
     blocks: tuple[BlockDecoding, ...]
-    """Blocks in the order of decoding."""
+    """Settings of the blocks, in the order of decoding."""
     iterations: tuple[float, ...]
-    """Mean number of iterations of each block, over its chunks."""
+    """For each block, the mean number of iterations of its chunks."""
     max_error: float
-    """Largest absolute difference of a pixel, on [-1, 1], from exact decoding of the same latents."""
+    """Largest absolute difference between a pixel and the same pixel decoded exactly, for pixels on [-1, 1]."""
     mean_error: float
-    """Mean absolute difference of the pixels from exact decoding."""
+    """Mean of the same absolute differences."""
     pixels_within_one_level: float
-    """Share of 8-bit pixels that differ by at most one level."""
+    """Share of 8-bit pixels that differ from exact decoding by at most one level."""
     exact_seconds: float
     adaptive_seconds: float
 
 
 class GenerationPlan(Record):
-    """Everything that decides the bytes of a generated data set; frozen in the output folder."""
+    """All settings that determine the bytes of a generated data set; the plan is stored in the output folder."""
 
     model: str
     version: int
@@ -296,7 +296,7 @@ class GenerationPlan(Record):
 
     @property
     def vectors(self) -> VectorFacts | None:
-        """Shape of vectors; None for images."""
+        """Shape of the vectors; None for images."""
         return VectorFacts(num_values=self.num_channels) if self.pixels.noise == "none" else None
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.benchmarks.mutations import MUTATIONS, Mutation
 from tarflow_scale.cli import _VERBS, main  # pyright: ignore[reportPrivateUsage]
 from tarflow_scale.config.base import Root
 from tests.conftest import TOP, Trained
@@ -209,3 +210,9 @@ def test_no_machine_or_registry_host_is_named() -> None:
         if path.is_file() and path != Path(__file__):
             text = path.read_text(errors="ignore").replace("target=/root/.cache/pip", "")  # inside an image
             assert not pattern.search(text), name
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_line_of_every_mutation_is_in_the_package(mutation: Mutation) -> None:
+    """So that `evals/benchmarks/mutations.py` still works after a change of that line."""
+    assert (TOP / "tarflow_scale" / mutation.file).read_text().count(mutation.right) == 1

@@ -33,8 +33,8 @@ MUTATIONS = (
     Mutation(
         "order: a slot begins within the stretch of the slot before it",
         "shards/order.py",
-        "return starts + self._slot * self._length",
-        "return starts + self._slot * (self._length - 1)",
+        "return starts + self.slot * steps_per_epoch(self.spec)",
+        "return starts + self.slot * (steps_per_epoch(self.spec) - 1)",
         ("tests/shards/test_order.py",),
     ),
     Mutation(

@@ -1,1 +1,1 @@
-"""The needs of a training recipe: floating-point operations, memory, network traffic and time."""
+"""Estimates of the floating-point operations, memory, network traffic and time that a training recipe needs."""

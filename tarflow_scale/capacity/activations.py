@@ -1,24 +1,24 @@
-"""Memory of activations in a training step, computed from a configuration.
+"""Estimate the memory of activations in a training step from the configuration.
 
-Autograd saves the tensors that operations need in the backward pass, each tensor once. A number takes n bytes inside
-networks (2 under bf16 autocast, otherwise 4), and 4 bytes elsewhere. The tests compare these formulas with the tensors
-that PyTorch saves:
+Autograd saves the tensors that the backward pass needs, each tensor once. A number takes n bytes inside networks (n = 2
+under bf16 autocast, otherwise 4), and 4 bytes elsewhere. The tests compare the following formulas with the tensors that
+PyTorch saves:
 
-* TarFlow. A transformer layer of width C saves ``8 C + 14 n C`` bytes per token: the two inputs of LayerNorm (4 bytes
-  per number), and in n bytes the two outputs of LayerNorm, the queries, keys and values, the output of attention, and
-  4 C numbers before and after GELU. A block with D features per token also saves the input of its last linear layer,
-  and for the affine map 3 D numbers (D if the flow is volume-preserving, 4 D if the log-scales are bounded).
-* Glow. A step on c channels whose network has width W saves per pixel ``4 n W`` bytes inside the network and ``26 c``
-  bytes outside it (see `_AROUND_COUPLING`). An LU-parametrised 1x1 convolution saves eight c x c matrices.
-* RealNVP. A coupling on c channels saves per pixel ``4 n W`` bytes for each residual block, ``2 n W`` bytes for the
-  rest of the network, and ``40 c`` bytes outside the network.
-* NICE and RealNVP for vectors save each hidden layer once.
-* MAF saves each hidden layer once, 4.3 D numbers outside the network, and a masked copy of every weight. IAF saves the
-  same in each of D + 1 passes.
+* TarFlow. A transformer layer of width C saves ``8 C + 14 n C`` bytes per token. The inputs of both LayerNorms take 4
+  bytes per number. The outputs of both LayerNorms, the queries, keys and values, the output of attention, and 4 C
+  numbers before and after GELU take n bytes per number. A block with D features per token also saves the input of its
+  last linear layer, and 3 D numbers for the affine map (D if it is volume-preserving, 4 D if log-scales are bounded).
+* Glow. A step on c channels with a network of width W saves ``4 n W`` bytes per pixel inside the network, and up to
+  ``26 c`` outside it (see `_AROUND_COUPLING`). An LU-parametrised 1x1 convolution saves eight c x c matrices.
+* RealNVP. A coupling on c channels with a network of width W saves ``4 n W`` bytes per pixel for each residual block,
+  ``2 n W`` for the rest of the network, and ``40 c`` outside the network.
+* NICE and RealNVP for vectors save one tensor per hidden layer.
+* MAF on D dimensions saves one tensor per hidden layer, 4.3 D numbers outside the network, and a masked copy of every
+  weight. IAF saves the same in each of D + 1 passes.
 
 A unit is a layer, step or coupling. If activations are checkpointed or rebuilt, only the feature maps between units are
-saved, and all activations of a single unit at a time. ``working`` also counts
-the gradients inside that unit, about 1.5 times the largest feature map.
+saved, plus all activations of the unit through which the backward pass is running. `Footprint.working` also counts the
+gradients inside that unit, about 1.5 times its largest feature map.
 """
 
 import math
@@ -43,16 +43,16 @@ __all__ = ["Footprint", "activation_footprint"]
 
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
-"""Bytes for each channel and pixel that ActNorm, 1x1 convolution and coupling save, by kind of coupling and bytes of a
-number inside the network: copies before and after the convolution, the input of the network, shift and scale."""
+"""Bytes per channel and pixel that ActNorm, 1x1 convolution and coupling save, by kind of coupling and bytes per number
+inside the network. They save feature maps before and after the convolution, the network's input, shift and scale."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of activations of a micro batch on one rank.
+    """Memory of the activations of a micro batch on one rank, in bytes.
 
     Args:
-        kept: bytes that are saved from the forward pass to the backward pass.
+        kept: bytes that the forward pass saves for the backward pass.
         working: additional bytes while the backward pass runs through one unit.
     """
 
@@ -99,7 +99,7 @@ def _of_flow(
             dims = math.prod(shape)
             passes = 1 if config.kind == "maf" else dims + 1
             inputs = dims + config.label_width * config.class_conditional
-            masked = 2.0 * linear_flops([inputs, *config.hidden_widths, 2 * dims])  # 4 bytes a weight
+            masked = 2.0 * linear_flops([inputs, *config.hidden_widths, 2 * dims])  # 4 bytes per weight
             unit = passes * (masked + batch * 4.0 * (sum(config.hidden_widths) + 4.3 * dims))
             maps = batch * 4.0 * config.transforms * dims
             return _units([unit] * config.transforms, 0.0 if activations == "keep" else maps, activations, masked)
@@ -112,7 +112,7 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Activations of all units if they are kept, otherwise of one unit, and the feature maps between units."""
+    """Footprint of units and the maps between them. If activations are not kept, only the largest unit counts."""
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

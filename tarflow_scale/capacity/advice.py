@@ -1,4 +1,4 @@
-"""Find settings with which a run fits its GPUs: every ZeRO stage, and other settings if no stage fits."""
+"""Find settings with which a run fits into GPU memory: try every ZeRO stage, and other settings if no stage fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from tarflow_scale.config.train import Recipe
 __all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_micro_batch", "variant"]
 
 USABLE = 0.95
-"""Fraction of a card's memory that a plan may use; the allocator's fragmentation takes the rest."""
+"""Fraction of a card's memory that a plan may use; the rest is left for fragmentation of the allocator."""
 _ALIKE = 0.05
-"""Smallest relative difference of times that counts; the estimates leave out hooks and kernel launches."""
+"""Step times within this fraction count as equal, because the estimates leave out hooks and kernel launches."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 
@@ -24,7 +24,7 @@ _GB = 1e9
 class Scenario:
     """A recipe and the GPUs that it is planned for.
 
-    flops_per_image: operations of a training step. mfu: utilisation of one GPU. gpus: number of GPUs.
+    flops_per_image: operations of a training step per image. mfu: FLOPs utilisation of a GPU. gpus: number of GPUs.
     """
 
     recipe: Recipe
@@ -36,15 +36,15 @@ class Scenario:
     gpus: int
 
     def work(self, recipe: Recipe) -> Work:
-        """The work of a step of ``recipe``, a variant of the scenario's recipe."""
+        """Describe a training step with ``recipe``, a variant of the scenario's recipe."""
         return Work(self.flops_per_image, self.size, recipe.parallelism, recipe.training.micro_batch_size)
 
     def memory(self, recipe: Recipe) -> Memory:
-        """Memory of a GPU with ``recipe``, a variant of the scenario's recipe."""
+        """Peak memory of each GPU with ``recipe``, a variant of the scenario's recipe."""
         return memory_per_rank(recipe, self.event_shape, self.size, self.gpus, cuda=True)
 
     def step(self, recipe: Recipe) -> StepTime:
-        """Time of a step of ``recipe``, a variant of the scenario's recipe, with its global batch size."""
+        """Time of a training step on one global batch with ``recipe``, a variant of the scenario's recipe."""
         return step_of(self.work(recipe), self.cluster, self.mfu, self.gpus, recipe.training.global_batch_size)
 
 
@@ -93,7 +93,7 @@ def largest_micro_batch(scenario: Scenario, recipe: Recipe) -> int:
 
 
 def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
-    """The recipe with other values for keys like ``parallelism.zero_stage``; None if the recipe cannot have them."""
+    """Copy the recipe with new values for keys such as ``parallelism.zero_stage``; None if a value is not allowed."""
     raw = recipe.model_dump()
     for key, value in settings.items():
         section, _, name = key.partition(".")
@@ -105,7 +105,7 @@ def variant(recipe: Recipe, settings: dict[str, Any]) -> Recipe | None:
 
 
 def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
-    """Lines of text: the lowest stage that fits and is about as fast as any, or changes that make the recipe fit."""
+    """Recommend a stage, in lines of text; if the recipe fits at no stage, recommend changes that make it fit."""
     fitting = [plan for plan in stages if plan.fits]
     own = scenario.recipe.parallelism.zero_stage
     if fitting:
@@ -128,7 +128,7 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
 
 
 def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
-    """The smallest change of each kind that makes the recipe fit, at the configured stage if possible."""
+    """For each kind of change, the smallest change that makes the recipe fit, at the configured stage if possible."""
     own = scenario.recipe.parallelism.zero_stage
     stages = sorted(range(4), key=lambda stage: (stage != own, stage))
     for kind in _changes(scenario):
@@ -140,7 +140,7 @@ def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:
 
 
 def _changes(scenario: Scenario) -> list[list[dict[str, Any]]]:
-    """Kinds of change, and for each the settings to try, from the smallest change to the largest."""
+    """For each kind of change, the settings to try, from the smallest change to the largest."""
     batch, own = scenario.recipe.training.global_batch_size, scenario.recipe.training.micro_batch_size
     smaller = [images for images in range(own - 1, 0, -1) if batch % (images * scenario.gpus) == 0]
     recompute = [{"parallelism.activations": activations} for activations in ("checkpoint", "rebuild")]

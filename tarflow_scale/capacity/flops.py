@@ -1,26 +1,26 @@
-"""Floating-point operations of a training step, computed from a configuration, for the model FLOPs utilisation (MFU).
+"""Count the operations of a training step from the configuration, for the model FLOPs utilisation (MFU).
 
-A multiplication and an addition are two operations. The count includes matrix products and convolutions and leaves out
-elementwise operations, as usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare it with
-`torch.utils.flop_counter`. `flop_counter` cannot replace the formulas: it counts the masked half of causal attention,
-and without real tensors it cannot run flows that read values, as ActNorm and ODE solvers do.
+A multiplication and an addition count as two operations. The count includes matrix products and convolutions and
+leaves out elementwise operations, as usual (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B). The tests compare
+it with `torch.utils.flop_counter`, which cannot replace the formulas: it counts the masked half of causal attention,
+and on tensors without data it cannot run ActNorm and ODE solvers, which read values.
 
-TarFlow, for a block of K layers of width C on T tokens of F features:
+TarFlow, for a block of K layers with width C, on T tokens with F features:
 
     2 T C (F + out) + K (24 T C^2 + 2 T^2 C)        out = 2 F (affine) or F; causal attention is half of 4 T^2 C
 
-Glow, for a step on P pixels of c channels, where a network of width W reads half of the channels:
+Glow, for a step on P pixels with c channels; a network of width W reads half of the channels:
 
     2 P (c^2 + 9 (c / 2) W + W^2 + 9 W out)         out = c (affine) or c / 2
 
-and 2 P 9 (c / 2) c for the prior of every level except the last. RealNVP, for a coupling with R residual blocks:
+plus 2 P 9 (c / 2) c for the prior of every level except the last. RealNVP, for a coupling with R residual blocks:
 
     2 P (9 c W + 18 R W^2 + 9 W 2 c)
 
 NICE and MAF: twice the number of weights of their linear layers. IAF: the same in each of D + 1 passes. Continuous
-flow: the evaluations of one step of the solver, each with the product for its trace. An adaptive solver may take more
-steps, so its utilisation is a lower bound. A coupling of learned noise adds, on P pixels of c channels with a network
-of width W,
+flow: all evaluations of the dynamics, each with the Jacobian product that estimates the trace. For an adaptive
+solver only one step is counted, so the utilisation is a lower bound. Each coupling of a dequantizer, on P pixels with c
+channels and with a network of width W, adds
 
     2 P 9 (2 c W + W^2 + W 2 c)
 """
@@ -89,15 +89,15 @@ def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
 
 
 def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
-    """Operations of a training step for one image: those of the forward pass, and twice as many for the backward pass.
+    """Operations of a training step per image; the backward pass takes twice as many as the forward pass.
 
-    Recomputation, which saves memory, does not count, so it does not raise the utilisation.
+    Recomputed activations are not counted, so recomputation does not raise the utilisation.
     """
     return 3 * forward_flops(config, event_shape)
 
 
 def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int | None:
-    """Number of tokens of an image in a TarFlow; None for models without tokens."""
+    """Number of tokens per image in a TarFlow; None for models without tokens."""
     if not isinstance(config, TarFlowConfig):
         return None
     _, height, width = event_shape
@@ -105,7 +105,7 @@ def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int |
 
 
 STAGES = {"dopri5": 7, "bosh3": 4, "rk4": 4, "midpoint": 2}
-"""Number of evaluations of the dynamics in a step of each solver."""
+"""Number of evaluations of the dynamics per step, by solver."""
 
 
 def linear_flops(widths: Sequence[int | float]) -> float:
@@ -114,7 +114,7 @@ def linear_flops(widths: Sequence[int | float]) -> float:
 
 
 def realnvp_couplings(config: RealNVPConfig, event_shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Number of pixels, number of channels and width of the network of each coupling of a RealNVP for images."""
+    """For each coupling of a RealNVP for images: number of pixels, number of channels, and width of its network."""
     (channels, rows, columns), width = event_shape, config.width
     for _ in range(config.levels - 1):
         yield from [(rows * columns, channels, width)] * CHECKERBOARDS

@@ -1,8 +1,8 @@
-"""GPUs and their figures from NVIDIA's data sheets.
+"""Specifications of GPUs from NVIDIA's data sheets.
 
-Peaks are without sparsity, which the larger numbers of the sheets assume. Link speeds are bytes per second in one
-direction; the sheets add both directions. Network speeds, per GPU, are those of NVIDIA's own eight-GPU machine; a
-rented machine may have less.
+Peak rates are for dense operations; the larger numbers in the data sheets assume sparsity. Link speeds are in bytes per
+second in one direction; the data sheets add both directions. Network speeds are per GPU, in NVIDIA's eight-GPU machine;
+a rented machine may be slower.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class Card:
 
     Args:
         name: name of the card on the command line.
-        device: a part of the CUDA device name of the card.
+        device: part of the card's CUDA device name, by which it is recognized.
         memory_bytes: memory of the card.
-        bf16_flops: peak of dense operations per second with tensor cores (V100: fp16).
-        fp32_flops: peak of operations per second without tensor cores, for ``precision=fp32``.
-        link_bytes_per_second: speed to other cards of the machine, in one direction, of NVLink or else of PCIe.
+        bf16_flops: peak rate of dense bf16 operations with tensor cores, in FLOP/s (V100: fp16).
+        fp32_flops: peak rate of fp32 operations without tensor cores, in FLOP/s; for ``precision=fp32``.
+        link_bytes_per_second: speed of NVLink (PCIe if there is none) to other cards of the machine, in one direction.
         network_bytes_per_second: speed to other machines, in one direction.
-        network: the network in words.
+        network: description of the network.
     """
 
     name: str
@@ -51,9 +51,9 @@ CARDS = (
     Card("v100", "V100", 32 * _GB, 125e12, 15.7e12, 150 * _GB, 6.25 * _GB, "DGX-1: 4 x 100 Gb/s for 8 GPUs"),
     Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s a GPU"),
 )
-"""From NVIDIA's data sheets: H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10, V100, and the Ada
-architecture's white paper. NVIDIA sells no machine with L40S, A10, H100 PCIe or RTX 4090, so their networks are
-assumptions."""
+"""Sources: NVIDIA's data sheets of the H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10 and V100, and
+the white paper of the Ada architecture. NVIDIA sells no machine with L40S, A10, H100 PCIe or RTX 4090, so their network
+speeds are assumptions."""
 
 
 def card_named(name: str) -> Card:
@@ -69,6 +69,6 @@ def card_named(name: str) -> Card:
 
 
 def card_of_device(device_name: str) -> Card | None:
-    """The card whose ``device`` is the longest part of a CUDA device name; None for an unknown device."""
+    """The card whose ``device`` is part of a CUDA device name (the longest match), or None if no card matches."""
     matching = [card for card in CARDS if card.device in device_name]
     return max(matching, key=lambda card: len(card.device), default=None)

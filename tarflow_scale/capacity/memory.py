@@ -1,27 +1,27 @@
-"""Peak memory of a rank and its parts, computed from a configuration.
+"""Estimate the peak memory of a rank, part by part, from the configuration.
 
-Memory that stays allocated, in bytes per parameter on N ranks with E moving averages (Rajbhandari et al., "ZeRO",
-arXiv 1910.02054, section 3, for fp32 weights, and the behaviour of DeepSpeed 0.19.8). Masters are the copies of weights
-that the optimizer updates:
+The following memory stays allocated, in bytes per parameter, with N ranks and E moving averages. Masters are the copies
+of weights that the optimizer updates. Sources: Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3, for fp32
+weights, and the behaviour of DeepSpeed 0.19.8.
 
     stage 0     weights 4, moments 8, averages 4 E / N
     stage 1, 2  weights 4, masters 4 / N, moments 8 / N, averages 4 E / N
     stage 3     weights 4 / N, masters 4 / N, moments 8 / N, averages 4 E / N, gradients 4 / N, a bucket
 
-The rest is temporary and never allocated all at the same time. The peak is the largest of four phases of a step:
+Other memory is temporary. A step has four phases, which allocate different parts of it; the largest phase is the peak:
 
-    forward     activations saved for the backward pass, weights in bf16, and at stage 3 the gathered weights: up to a
-                billion of them, which DeepSpeed keeps until the backward pass, and a prefetch in flight
-    backward    the same without the prefetch, the gradients of one unit, and at stages 1 and 2 the reduction buckets
-    reduction   gradients (stage 0: all; stage 1: all if they accumulate or nothing overlaps, else this rank's;
-                stage 2: this rank's), the buckets, and the contiguous copy that is sent
+    forward     activations saved for the backward pass, weights in bf16, and at stage 3 gathered weights (DeepSpeed
+                keeps up to a billion of them until the backward pass) and the weights that are being prefetched
+    backward    the same except prefetched weights, plus gradients of one unit, plus (stages 1, 2) reduction buckets
+    reduction   gradients (stage 0: all; stage 1: all if they accumulate or if reductions do not overlap with the
+                backward pass, otherwise this rank's; stage 2: this rank's), the buckets, and a contiguous copy to send
     update      this rank's gradients, and a contiguous copy of them
 
-Gradients are freed after a step, so unless they accumulate, gradients and activations are not allocated together. Muon
-has one moment and a copy of it, from which a rejected step is undone. With bf16 autocast the gradients of linear
-layers and convolutions are sent in bf16, in their own buckets. GPUs have two buckets, so that reductions overlap with
-the backward pass; a CPU has one, whose pages take no memory until they are written. Measurements of processes are in
-``evals/results/capacity-cpu.json``.
+Gradients are freed after each step, so all gradients and all activations are in memory together only if gradients
+accumulate. Muon has one moment and a copy of it, which is restored if a step is rejected. With bf16 autocast the
+gradients of linear layers and convolutions are sent in bf16, in separate buckets. A GPU has two buckets, so that
+reductions overlap with the backward pass. A CPU has one; its pages take no memory until they are written. The measured
+memory of processes is in ``evals/results/capacity-cpu.json``.
 """
 
 from dataclasses import dataclass, fields
@@ -33,11 +33,11 @@ from tarflow_scale.config.train import ParallelismConfig, Recipe
 __all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of", "memory_per_rank"]
 
 BUCKET_ELEMENTS = 50_000_000
-"""Size of a bucket: how many numbers are reduced or gathered together."""
+"""Size of a bucket: number of elements that are reduced or gathered together."""
 LIVE_ELEMENTS = 1_000_000_000
-"""How many weights stage 3 keeps gathered between two uses; DeepSpeed's default."""
+"""Maximum number of weights that stage 3 keeps gathered between two uses; DeepSpeed's default."""
 _STAGE_0_ELEMENTS = 500_000_000
-"""How many numbers DeepSpeed reduces together at stage 0."""
+"""Number of elements that DeepSpeed reduces together at stage 0."""
 _CUDA_CONTEXT_BYTES = 1.5e9
 """CUDA context, kernels, NCCL channels and cuBLAS workspace; an assumption, not measured."""
 
@@ -50,8 +50,8 @@ class ModelSize:
 
     Args:
         parameters: number of all parameters.
-        low_precision: number of parameters of plain linear layers and convolutions, which bf16 autocast casts and whose
-            gradients DeepSpeed sends in bf16.
+        low_precision: number of parameters of plain linear layers and convolutions. bf16 autocast casts them, and
+            DeepSpeed sends their gradients in bf16.
     """
 
     parameters: int
@@ -64,7 +64,7 @@ class Ranks:
 
     Args:
         num: number of ranks.
-        accumulates: whether a rank takes several micro batches in a step.
+        accumulates: whether a rank processes several micro batches per step.
         cuda: whether the ranks are GPUs.
     """
 
@@ -75,7 +75,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank in a phase of a step: parts on the device, and ``in_main`` in main memory."""
+    """Memory of a rank in a phase of a step, in bytes; ``in_main`` is in main memory, the rest on the device."""
 
     phase: Literal["forward", "backward", "reduction", "update"]
     weights: float = 0.0
@@ -120,7 +120,7 @@ def memory_of(
     partition = 4 * parameters * share if stage == 3 else 0.0
     bucket = _Buckets.of(size, stage, parallelism.precision == "bf16", ranks.cuda)
     in_main = 0.0
-    if parallelism.offload != "none":  # with the gradients, because the CPU updates the weights
+    if parallelism.offload != "none":  # gradients too, because the CPU updates the weights
         in_main = masters + moments + averages + 4 * parameters * share
         masters = moments = averages = partition = 0.0
     if parallelism.offload == "all":
@@ -141,10 +141,10 @@ def memory_of(
 
 @dataclass(frozen=True)
 class _Buckets:
-    """Bytes of the buffers of communication on a rank.
+    """Sizes of the communication buffers on a rank, in bytes.
 
-    always: buckets that stay allocated. backward: buckets during the backward pass. sent: contiguous copies that are
-    sent. prefetch: weights that are gathered ahead of their use.
+    always: buckets that stay allocated. backward: buckets during the backward pass. sent: contiguous copies to
+    send. prefetch: weights that are gathered before they are needed.
     """
 
     always: float
@@ -159,7 +159,7 @@ class _Buckets:
         rest = min(most, size.parameters - (size.low_precision if bf16 else 0))
         if cuda:  # a bucket of full size for each precision
             low, rest = (most if low else 0), (most if rest else 0)
-        sent_bytes = 2 if bf16 and size.low_precision else 4  # of most numbers
+        sent_bytes = 2 if bf16 and size.low_precision else 4  # bytes per number, for most numbers
         if stage == 0:
             return cls(0.0, 0.0, 0.0, 0.0)
         if stage == 3:

@@ -1,29 +1,29 @@
-"""Speed, traffic and scaling of a run on N GPUs, computed from an assumed utilisation.
+"""Estimate speed, traffic and scaling of a run on N GPUs from an assumed utilisation.
 
-Compute. A rank takes ``n F / (u R)`` seconds for a step of n images, where F is the number of operations of a training
-step for an image (`tarflow_scale.capacity.flops`), R the peak of the card, and u the model FLOPs utilisation (MFU) of
-one card, which does not count recomputation. Published for transformers in bf16 on H100s: 41.8 % at 1 B parameters on 8
-GPUs and 40.9 % on 64 (llm-foundry, FSDP); 44.3 % at 1.3 B on one machine (nanotron). Hence the default of 40 %, and
-three quarters of it with recomputed activations, which add a fourth pass to three. We know no figures for other cards
-and for convolutional flows, and assume the same.
+Compute. A rank takes ``n F / (u R)`` seconds for n images of a step. F is the number of operations of a training step
+per image (`tarflow_scale.capacity.flops`), R the peak FLOP/s of the card, and u the model FLOPs utilisation (MFU) of
+one card, without recomputation. Published values of u for bf16 transformers on H100s are 41.8 % at 1 B parameters on 8
+GPUs and 40.9 % on 64 (llm-foundry, FSDP), and 44.3 % at 1.3 B on one machine (nanotron). So the default is 40 %. With
+recomputed activations it is three quarters of that, because three of four passes count. We know no published values for
+other cards or for convolutional flows, and assume the same value.
 
-Traffic. In a ring, each of N ranks sends and receives ``2 (N-1)/N M`` bytes to sum M bytes on all ranks, and half as
-many bytes to gather M bytes or to give each rank its part of a sum (Patarasuk and Yuan, 2009). A step moves, for P
-parameters (``g`` bytes a gradient: 4, or 2 for weights that bf16 autocast casts):
+Traffic. In a ring of N ranks, each rank sends and receives ``2 (N-1)/N M`` bytes for an all-reduce of M bytes, and half
+as many for an all-gather or reduce-scatter of M bytes (Patarasuk and Yuan, 2009). With P parameters and ``g`` bytes per
+gradient (4, or 2 for weights that bf16 autocast casts), a step moves:
 
-    stage 0     all-reduce of 4 P, once a step, after the backward pass
-    stage 1     all-reduce of g P, once a step, during the last backward pass; then an all-gather of 4 P, the weights
+    stage 0     all-reduce of 4 P, once per step, after the backward pass
+    stage 1     all-reduce of g P, once per step, during the last backward pass; then an all-gather of 4 P, the weights
     stage 2     all-reduce of g P, for every micro batch, during its backward pass; then an all-gather of 4 P
     stage 3     all-gather of g P and reduce-scatter of g P, for every micro batch, both during the passes; a second
                 all-gather in the backward pass of models above a billion parameters
 
-In ZeRO's paper (arXiv 1910.02054, section 7) stages 1 and 2 do a reduce-scatter, hence 2 P numbers a step. DeepSpeed
-0.19.8 all-reduces whole buckets instead, hence 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
+In the ZeRO paper (arXiv 1910.02054, section 7) stages 1 and 2 do a reduce-scatter and move 2 P numbers per step.
+DeepSpeed 0.19.8 all-reduces whole buckets and moves 3 P, as measured with gloo (``evals/results/capacity-cpu.json``).
 
-Time of traffic. It is the number of bytes divided by the speed of the slowest link of the ring times `LINK_EFFICIENCY`.
-The link is NVLink inside a machine; between machines it is all network cards of a machine together, since rings run
-through all of them. Each bucket adds ``2 ceil(log2 N)`` latencies, as in a tree. Traffic overlaps with the passes where
-DeepSpeed allows it.
+Time of traffic. This is the number of bytes, divided by `LINK_EFFICIENCY` times the speed of the slowest link of the
+ring. Inside a machine the link is NVLink. Between machines it is all network cards of a machine together, because rings
+run through all of them. Each collective on a bucket adds ``2 ceil(log2 N)`` latencies, as in a tree. Traffic overlaps
+with the passes where DeepSpeed allows it.
 """
 
 import math
@@ -48,7 +48,7 @@ __all__ = [
 
 DEFAULT_MFU = 0.4
 RECOMPUTING = 3 / 4
-"""Factor on the utilisation if activations are recomputed: 3 of 4 passes count."""
+"""Factor of the utilisation if activations are recomputed, because only 3 of 4 passes count."""
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that traffic reaches; an assumption."""
 LATENCY_SECONDS = 10e-6
@@ -62,7 +62,7 @@ class Cluster:
 
     Args:
         card: the GPU.
-        gpus_per_node: number of GPUs of a machine.
+        gpus_per_node: number of GPUs per machine.
         network_bytes_per_second: network speed between machines, per GPU, in one direction.
     """
 
@@ -83,10 +83,10 @@ class Work:
     """The work of a training step.
 
     Args:
-        flops_per_image: operations of a training step for an image.
+        flops_per_image: operations of a training step per image.
         size: number of parameters of the flow.
         parallelism: the section ``parallelism``.
-        micro_batch_size: largest number of images of a forward pass.
+        micro_batch_size: maximum number of images per forward pass and rank.
     """
 
     flops_per_image: float
@@ -102,7 +102,7 @@ class Traffic:
     Args:
         summed: bytes of gradients.
         gathered: bytes of weights.
-        hideable: bytes of gradients and weights that can be sent during the passes.
+        hideable: bytes that can be sent while the forward and backward passes run.
         num_collectives: number of all-reduces, reduce-scatters and all-gathers.
     """
 
@@ -118,7 +118,7 @@ class Traffic:
 
 
 def default_mfu(parallelism: ParallelismConfig) -> float:
-    """The utilisation that a plan assumes if the user gives none; see the module."""
+    """The MFU that a plan assumes if the user gives none; for its sources see the module."""
     return DEFAULT_MFU * (1.0 if parallelism.activations == "keep" else RECOMPUTING)
 
 
@@ -132,8 +132,8 @@ def traffic_of(
         parallelism: the section ``parallelism``.
         ranks: number of ranks.
         micro_batches: number of micro batches of a rank in a step.
-        cuda: whether ranks are GPUs, whose traffic overlaps with the passes, and whose NCCL has a reduce-scatter; gloo
-            does an all-reduce instead.
+        cuda: whether the ranks are GPUs. Then traffic overlaps with the passes, and NCCL does a reduce-scatter where
+            gloo does an all-reduce.
     """
     parameters, passed_on = float(size.parameters), (ranks - 1) / ranks
     low = size.low_precision if parallelism.precision == "bf16" else 0
@@ -161,8 +161,8 @@ class StepTime:
     """Time of an optimizer step on N GPUs.
 
     Args:
-        images: number of images of all ranks.
-        compute_seconds: time of the passes.
+        images: number of images that all ranks process together.
+        compute_seconds: time of the forward and backward passes.
         traffic: bytes that a rank sends.
         traffic_seconds: time of the traffic.
         waiting_seconds: time of the traffic that does not overlap with the passes.
@@ -197,8 +197,8 @@ def step_of(work: Work, cluster: Cluster, mfu: float, gpus: int, images: int) ->
     latency = traffic.num_collectives * 2 * math.ceil(math.log2(gpus)) * LATENCY_SECONDS
     moving = traffic.total / cluster.link(gpus) + latency
     hideable = moving * traffic.hideable / traffic.total
-    # The backward pass takes two thirds of the time. Stage 1 overlaps with that of the last micro batch, stage 2 with
-    # that of each micro batch, stage 3 with forward and backward passes.
+    # The backward pass takes two thirds of the time. Stage 1 overlaps with the backward pass of the last micro batch,
+    # stage 2 with the backward passes of all micro batches, stage 3 with all forward and backward passes.
     behind = {0: 0.0, 1: 2 / 3 / micro, 2: 2 / 3, 3: 1.0}[work.parallelism.zero_stage] * compute
     return StepTime(images, compute, traffic, moving, moving - min(hideable, behind))
 
@@ -219,7 +219,7 @@ class Point:
 
 
 def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> list[Point]:
-    """Steps on 1, 2, 4, ..., 1,024 GPUs."""
+    """The scaling curve: steps on 1, 2, 4, ..., 1,024 GPUs."""
     points: list[Point] = []
     for gpus in (2**power for power in range(round(math.log2(MOST_GPUS)) + 1)):
         weak = step_of(work, cluster, mfu, gpus, work.micro_batch_size * gpus)
@@ -229,5 +229,5 @@ def curve(work: Work, cluster: Cluster, mfu: float, global_batch_size: int) -> l
 
 
 def efficiency(step: StepTime, gpus: int, alone: StepTime) -> float:
-    """Throughput per GPU of ``step`` on ``gpus`` GPUs, as a fraction of that of ``alone``, a step on one GPU."""
+    """Throughput per GPU of ``step`` on ``gpus`` GPUs, divided by the throughput of ``alone``, a step on one GPU."""
     return step.images_per_second / gpus / alone.images_per_second

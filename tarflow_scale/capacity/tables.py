@@ -11,8 +11,8 @@ __all__ = ["DECODED_BYTES_PER_SECOND", "Answer", "Sizes", "print_answer"]
 
 _GB, _MB = 1e9, 1e6
 DECODED_BYTES_PER_SECOND = {"png": 3454.0 * 3 * 64**2, "jpeg": 460.8 * 3 * 512**2}
-"""Bytes of pixels that one core decodes and collates in a second, measured with 64 px PNG and 512 px JPEG:
-``images_per_second_png64_ours_0`` and ``..._jpeg512_ours_0`` of ``evals/results/loader-cpu.json``."""
+"""Bytes of pixels that one core decodes and collates per second, measured with 64 px PNG and 512 px JPEG: see
+``images_per_second_png64_ours_0`` and ``..._jpeg512_ours_0`` in ``evals/results/loader-cpu.json``."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sizes:
         decoded_bytes: size of a stored sample after decoding.
         packed_bytes: mean size of a sample on disk; None if there is no data set yet.
         codec: codec of stored samples; None if there is no data set yet.
-        source: where the sizes come from, in words.
+        source: text that says where the sizes come from.
     """
 
     event_shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Answer:
 
     Args:
         points: the scaling curve.
-        price: price of a GPU for an hour in $, or None.
+        price: price per GPU hour in $, or None.
         mfu_stated: whether the user gave the MFU.
     """
 
@@ -55,7 +55,7 @@ class Answer:
 
 
 def print_answer(answer: Answer) -> None:
-    """Print all sections."""
+    """Print all sections of a plan."""
     sections = (_recipe, _memory, _speed, _traffic, _data, _scaling, _assumptions)
     print("\n\n".join(section(answer) for section in sections))
 
@@ -109,17 +109,17 @@ def _stage(plan: StagePlan, scenario: Scenario) -> str:
 
 
 def _figure(value: float) -> str:
-    """Four significant digits, or all digits of a number above 1,000."""
+    """Format a number with four significant digits, or as an integer if it is 1,000 or more."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _short(value: float) -> str:
-    """Three significant digits, or all digits of a number above 100."""
+    """Format a number with three significant digits, or as an integer if it is 100 or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _time(hours: float) -> str:
-    """A time in minutes, hours or days."""
+    """Format a time in minutes, hours or days."""
     if hours < 1:
         return f"{60 * hours:.2g} minutes"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours:,.0f} hours = {hours / 24:,.1f} days"

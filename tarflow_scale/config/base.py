@@ -32,9 +32,9 @@ __all__ = [
 R = TypeVar("R", bound=BaseModel)
 _PASSWORD = re.compile(r"^[a-z][a-z0-9+.:-]*://[^/\s@]*:[^/\s@]+@")
 _MOST_VALUES = 100_000
-"""Maximum number of values after expansion: with references, a kilobyte of YAML can stand for a billion values."""
+"""Maximum number of values after YAML references are expanded; a kilobyte of YAML can expand to a billion values."""
 _ALIKE = 0.75
-"""Minimum similarity of a key that an error message suggests."""
+"""Minimum similarity between an unknown key and the key that the error message suggests instead."""
 _MOST_SHOWN = 300
 """Maximum number of characters of a value in an error message."""
 _TOP = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 
 
 class _OneLine(type(BaseModel)):
-    """Report the errors of a section that Python code constructs, such as ``GlowConfig(levels=0)``, in one line."""
+    """Metaclass that reports errors in constructor calls, such as ``GlowConfig(levels=0)``, in one line."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -70,7 +70,7 @@ class Root(Section):
 
     @classmethod
     def load(cls, path: Path | None, overrides: list[str], example: str = "configs") -> Self:
-        """As `load_config` for this class."""
+        """Call `load_config` for this class."""
         return load_config(cls, path, overrides, example)
 
 
@@ -81,7 +81,7 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
         kind: the root section of the verb.
         path: the YAML file; None uses only the overrides.
         overrides: ``section.key=value``, where the value is YAML. They are merged before validation.
-        example: file of the repository that the error message names if ``path`` is None and a section is missing.
+        example: path in the repository that the error message suggests if ``path`` is None and a section is missing.
 
     Raises:
         ConfigError: the configuration is wrong. The message is one line with all problems and the paths of their keys.
@@ -102,13 +102,13 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
 
 
 def load_named(kind: type[R], path: str, noun: str, key: str) -> R:
-    """Read a YAML file whose path is a value of the configuration.
+    """Read a YAML file that the configuration names by its path.
 
     Args:
         kind: section that the file contains.
         path: path of the file, relative to the working folder.
-        noun: kind of file, for error messages.
-        key: key of the configuration that has the path.
+        noun: kind of file for error messages, such as ``protocol``.
+        key: key of the configuration that contains the path.
 
     Raises:
         ConfigError: the file cannot be read or is wrong. The message begins with the key and names the file.
@@ -138,7 +138,7 @@ def validated(kind: type[R], raw: dict[str, Any]) -> R:
 
 
 def absent_here(text: str) -> str:
-    """Advice on where to find the files of the repository that ``text`` names; empty if they are present."""
+    """Advice on where to find the repository folders that ``text`` mentions; empty if they are present."""
     named = sorted({folder for folder in _REPOSITORY if re.search(rf"(?<![\w.-]){folder}/", text)})
     if not named or (_TOP / "configs").is_dir():
         return ""
@@ -147,7 +147,7 @@ def absent_here(text: str) -> str:
 
 
 def working_folder() -> str:
-    """The folder in which relative paths start, for messages."""
+    """The current working folder, for messages about relative paths."""
     try:
         return str(Path.cwd())
     except OSError:
@@ -155,7 +155,7 @@ def working_folder() -> str:
 
 
 def where_paths_start(message: str, config: Root | None) -> str:
-    """An addition to an error message: the start folder of a missing relative path that the message names."""
+    """Advice to append to an error message about a missing relative path: the folder that the path is relative to."""
     if config is None or "relative to" in message:
         return ""
     for path in _paths(config.model_dump()):
@@ -174,7 +174,7 @@ def is_there(path: str) -> bool:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Values of a configuration that are local paths, recognized by a slash; names have none."""
+    """Yield the local paths in a configuration, which are the strings with a slash that are not URLs."""
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _paths(item)
@@ -209,7 +209,7 @@ def _parsed(text: str) -> Any:
     """Parse YAML.
 
     Raises:
-        YAMLError: the text is not YAML, is nested too deep, or has a number with thousands of digits.
+        YAMLError: the text is not YAML, is nested too deeply, or has a number with thousands of digits.
     """
     try:
         return yaml.safe_load(text)
@@ -296,9 +296,10 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys on the path to a problem, and the section classes at its end: none for a value, several for a union.
+    """Convert the location of a pydantic error to a path of keys and the section classes at the end of the path.
 
-    In ``loc``, pydantic also names the ``kind`` of a section of a union, which is not a key.
+    A value has no section class, and a union has several. ``loc`` also contains the ``kind`` of a section in a union;
+    this is not a key of the path.
     """
     keys, sections = list[str](), [kind]
     for part in loc:
@@ -312,7 +313,7 @@ def _walked(kind: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[str], lis
 
 
 def _first_key(sections: list[type[BaseModel]]) -> str:
-    """The key that an error message shows for a missing section: the first required one."""
+    """The key that an error message shows for a missing section: ``kind`` for a union, else the first required key."""
     if len(sections) > 1:
         return "kind"
     keys = sections[0].model_fields

@@ -19,8 +19,8 @@ class ClusterConfig(Section):
     num_workers: int = Field(default=2, ge=1)
     """Number of Ray actors; each loads a copy of the model."""
     cpus_per_worker: int = Field(default=1, ge=1)
-    """Number of CPU cores, and of torch threads, of a worker."""
+    """Number of CPU cores and of torch threads per worker."""
     gpus_per_worker: int = Field(default=0, ge=0)
-    """Number of GPUs of a worker."""
+    """Number of GPUs per worker."""
     start_seconds: float = Field(default=0.0, ge=0)
-    """How long to wait until the cluster answers and has the resources for all workers."""
+    """Maximum time to wait until the cluster answers and has the resources for all workers."""

@@ -21,8 +21,8 @@ class ForeignWeightsConfig(Section):
     num_channels: int | None = Field(default=None, ge=1)
     """Number of channels of the images; None infers 1 or 3 from the size of a token."""
     noise: NoiseConfig
-    """Noise of the training. It is not stored in the file, but its name contains it: ``..._0.05.pth`` means
-    ``{kind: gaussian, std: 0.05}``, ``..._uniform.pth`` means ``{kind: uniform}``."""
+    """Noise with which the weights were trained. It is not stored in the file, but the file name shows it:
+    ``..._0.05.pth`` means ``{kind: gaussian, std: 0.05}``, and ``..._uniform.pth`` means ``{kind: uniform}``."""
 
     @model_validator(mode="after")
     def _is_of_images(self) -> "ForeignWeightsConfig":

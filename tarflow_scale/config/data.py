@@ -22,7 +22,7 @@ class ShardsConfig(Section):
     path: str
     """Folder or URL of the data set."""
     samples_per_shard: int = Field(default=1000, ge=1)
-    """Number of images in one tar. For object stores, choose tars of a few hundred MB."""
+    """Number of images per tar file. For object stores, choose tar files of a few hundred MB."""
 
 
 class EncodedShardsConfig(ShardsConfig):
@@ -41,8 +41,8 @@ class DataSetConfig(Section):
     path: str
     """Folder or URL that holds ``manifest.json``."""
     verify: Literal["size", "full"] = "size"
-    """Check of the shards before the first step. ``size``: their sizes. ``full``: also their SHA-256. In both cases the
-    checksum of each sample is verified whenever it is read."""
+    """How the shards are checked before the first step. ``size``: compare their sizes. ``full``: also verify their
+    SHA-256. In both cases, the checksum of a sample is verified whenever the sample is read."""
 
 
 class AugmentationConfig(Section):
@@ -51,7 +51,7 @@ class AugmentationConfig(Section):
     flip: bool = False
     """Mirror an image horizontally with probability 1/2."""
     crop_pixels: int | None = Field(default=None, ge=1)
-    """Side in pixels of a random square crop; the model then has images of this size. None crops nothing."""
+    """Side in pixels of a random square crop, which is then the image size of the model. None does not crop."""
 
 
 class MixedDataSetConfig(Section):
@@ -72,15 +72,15 @@ class DataConfig(DataSetConfig):
     """Additional data sets, with the same image shape and classes; for example, generated images."""
     augmentation: AugmentationConfig = AugmentationConfig()
     num_workers: int = Field(default=0, ge=0)
-    """Number of processes per rank that read and decode images; with 0 the rank itself does this. The batches do not
-    depend on it."""
+    """Number of processes per rank that read and decode images; 0 uses the process of the rank. It does not affect the
+    batches."""
     read_threads: int | None = Field(default=None, ge=0)
     """Number of threads per process that read blocks ahead; None uses 16 for URLs and 0 for local folders."""
     max_corrupt_fraction: float = Field(default=1e-3, ge=0, le=1)
     """Maximum share of corrupt samples. A corrupt sample is replaced by the next one and listed in
     ``quarantine-*.jsonl`` in the run folder. The run stops if more than this share of the samples read so far is
-    corrupt; fewer than 10,000 samples count as 10,000."""
+    corrupt; as long as fewer than 10,000 samples were read, the share is computed as if 10,000 had been read."""
     shuffle_block: int = Field(default=16, ge=1)
-    """Number of consecutive samples in one read. It determines the order of samples. Larger blocks mean fewer, larger
+    """Number of consecutive samples in one read. It affects the order of samples. Larger blocks mean fewer, larger
     reads, but need more memory per rank: global batch / ranks x block x bytes per sample. With reads of about 2 MB an
     object store is as fast as local files; ``--dry-run`` prints the size of a read."""

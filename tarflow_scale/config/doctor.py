@@ -1,4 +1,4 @@
-"""Configuration of the verb ``doctor``: sections of other verbs, and a few sections of its own."""
+"""Configuration of the verb ``doctor``: sections of other verbs, and a few that only doctor reads."""
 
 from typing import Any, Literal, get_args
 
@@ -43,12 +43,12 @@ class ChecksConfig(Section):
 
 
 class RanksConfig(Section):
-    """The check of collective operations. If a launcher started ranks, the check uses these and starts no others."""
+    """Settings for the check of collective operations. If a launcher started ranks, the check uses these ranks."""
 
     num_ranks: int = Field(default=2, ge=0)
     """Without a launcher: number of gloo ranks to start on this machine; 0 skips the check."""
     timeout_seconds: float = Field(default=30.0, gt=0)
-    """How long a rank waits until all ranks have connected, and then again until the all-reduce ends."""
+    """Time limit for all ranks to connect; the all-reduce that follows has the same limit."""
 
 
 class StoreConfig(Section):
@@ -59,7 +59,7 @@ class StoreConfig(Section):
 
 
 class FindingsConfig(Section):
-    """Where the findings are stored, in addition to printing them."""
+    """A file for the findings, which are also printed."""
 
     path: str
     """Local path or URL of a JSON file."""
@@ -82,8 +82,8 @@ class WrittenShardsConfig(GeneratedShardsConfig):
 class DoctorConfig(Root):
     """No key is required. Without a configuration, doctor checks this machine in general.
 
-    Pass the file of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` to check what this job needs.
-    Sections that do not depend on the machine, such as ``optimizer``, are ignored.
+    Pass the configuration of ``prepare``, ``train``, ``evaluate``, ``generate`` or ``score`` to check the requirements
+    of that job. Sections that do not depend on the machine, such as ``optimizer``, are ignored.
     """
 
     checks: ChecksConfig = ChecksConfig()
@@ -137,7 +137,7 @@ class DoctorConfig(Root):
 
     @property
     def written(self) -> dict[str, str]:
-        """Folders and URLs that the job writes to, by key, without the run folder."""
+        """Folders and URLs that the job writes to, by key, except the run folder."""
         paths = {
             f"{name}.path": getattr(self, name).path
             for name in ("store", "registry", "shards", "scoring")

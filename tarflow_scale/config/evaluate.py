@@ -18,8 +18,8 @@ class MetricsConfig(Section):
     protocols: tuple[str, ...] = Field(min_length=1)
     """Protocol files, one for each metric; see ``evals/protocols/``."""
     extractor_weights: dict[str, str] = Field(default_factory=dict)
-    """Paths of weights files, by name of the extractor. Published weights are also found in the cache of torch hub. The
-    SHA-256 of the file is verified, and is part of the protocol id."""
+    """Paths of weights files by extractor name. Published weights may be left out if they are in the torch hub cache.
+    The SHA-256 of each file is verified, and is part of the protocol id."""
     baselines: bool = True
     """Also measure two baselines by the same protocols: a full-covariance Gaussian fitted to the reference, and real
     images."""

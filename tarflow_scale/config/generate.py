@@ -30,7 +30,8 @@ class GeneratedShardsConfig(EncodedShardsConfig):
     """Where and how images are stored, and additional output formats."""
 
     folder: str | None = None
-    """Folder or URL for additional single image files, ``<class>/<key>.png`` with ``<key>.json``; None writes none."""
+    """Folder or URL for additional copies as image files, ``<class>/<key>.png`` with ``<key>.json``; None writes none.
+    """
     npz: str | None = None
     """Path or URL of an additional npz file for ADM's evaluator; None writes none."""
 

@@ -22,7 +22,7 @@ def keys_of(root: type[BaseModel]) -> list[str]:
 
 def _describe(path: str, field: FieldInfo, required: str = "required") -> list[str]:
     sections = [] if get_origin(field.annotation) is tuple else sections_of(field.annotation)
-    # An optional union of kinds belongs to another verb, whose manual describes it.
+    # An optional union is a section of another verb; the manual of that verb describes it.
     if len(sections) == 1 or (sections and field.is_required()):
         return _describe_sections(path, field, sections, required)
     text = " ".join((field.description or "").split())
@@ -30,7 +30,7 @@ def _describe(path: str, field: FieldInfo, required: str = "required") -> list[s
 
 
 def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseModel]], required: str) -> list[str]:
-    """Describe a section, or a union of sections: first the keys of all kinds, then the other keys of each kind."""
+    """Describe a section, or a union of sections: first the keys that all kinds have, then the keys of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
     first, *rest_of_union = sections
@@ -62,7 +62,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value in the notation of a configuration."""
+    """Format a value as it is written in a configuration."""
     match value:
         case None:
             return "none"
@@ -75,7 +75,7 @@ def _in_yaml(value: Any) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Lines of a text with one line per paragraph; tables keep their lines, except the rules."""
+    """Join each paragraph into one line; a table keeps its lines, except the horizontal rules."""
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("="):

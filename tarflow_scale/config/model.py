@@ -1,6 +1,6 @@
 """The section ``model``: one class for each kind of flow, with its capabilities.
 
-All defaults are here. Code outside the module of a flow asks for `Capabilities`, not for the kind.
+The defaults of all flows are here. Code outside the module of a flow should test `Capabilities`, not ``kind``.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ __all__ = [
 
 
 Activations = Literal["keep", "checkpoint", "rebuild"]
-"""Where the backward pass gets activations: kept in memory; computed again from the kept inputs of layers
-(``checkpoint``); or computed from outputs by inverting layers (``rebuild``)."""
+"""How the backward pass gets activations. ``keep``: from memory. ``checkpoint``: by running layers again from their
+stored inputs. ``rebuild``: by inverting layers, starting from their outputs."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Capabilities:
     """What a kind of flow can do.
 
     Args:
-        vectors: whether events may be vectors ``(D,)``, in addition to images ``(C, H, W)``.
+        vectors: whether the flow can also model vectors ``(D,)``, in addition to images ``(C, H, W)``.
         activations: supported values of ``parallelism.activations``.
         guidance: whether sampling supports guidance.
-        separate_networks: whether the flow contains networks that can be compiled separately, and whose matrices Muon
-            can update.
-        divided_weights: whether its weights can be divided among ranks (ZeRO stage 3).
+        separate_networks: whether the flow contains networks that can be compiled separately; Muon can then update the
+            matrices of these networks.
+        divided_weights: whether the weights can be divided among ranks (ZeRO stage 3).
         batch_statistics: whether training normalizes by batch statistics, so that results depend on the micro batch
             size.
     """
@@ -57,8 +57,8 @@ class DequantizationConfig(Section):
     """Variational dequantization (Flow++, arXiv 1902.00275); see `tarflow_scale.flows.dequantization`."""
 
     couplings: int = Field(default=4, ge=1)
-    """Number of affine couplings. They alternate between the colours of a checkerboard, so two couplings change every
-    pixel."""
+    """Number of affine couplings. They change the two colours of a checkerboard in turn, so after two couplings every
+    pixel has changed."""
     width: int = Field(default=32, ge=1)
     """Number of channels of the network in each coupling."""
 
@@ -67,17 +67,18 @@ class _FlowConfig(Section):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
 
     class_conditional: bool = True
-    """Whether the flow is conditioned on labels (for vectors, on their condition values)."""
+    """Whether the flow is conditioned on labels, or for vectors on their condition values."""
     logit_alpha: float | None = Field(default=None, gt=0, lt=0.5)
     """Transform pixels p on [0, 1] by logit(alpha + (1 - 2 alpha) p) before the flow, which spreads out values near
-    black and white. Use it for images that are mostly black or white, with uniform noise. None keeps [-1, 1]."""
+    black and white. Use it for images that are mostly black or white, with uniform noise. None leaves pixels on
+    [-1, 1]."""
     dequantization: DequantizationConfig | None = None
     """Variational dequantization: a small flow, conditioned on the image, transforms the uniform noise and is trained
     together with the model, which tightens the bound on bits/dim. None keeps uniform noise."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this flow can do, as it is configured."""
+        """Capabilities of the flow with this configuration."""
         return self.CAPABILITIES
 
     @model_serializer(mode="wrap")
@@ -104,8 +105,8 @@ class TarFlowConfig(_FlowConfig):
     head_width: int = Field(default=64, ge=1)
     """Number of channels of an attention head."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability of a feature in the residual branches, the same features for all tokens of a sample. For
-    small data sets."""
+    """Dropout probability in the residual branches; a feature is dropped for all tokens of a sample together. Useful
+    for small data sets."""
     variant: Literal["affine", "volume_preserving"] = "affine"
     """``affine``: tokens are shifted and scaled. ``volume_preserving``: tokens are only shifted, and each feature of
     the latent has a learned standard deviation."""
@@ -143,7 +144,7 @@ class GlowConfig(_FlowConfig):
     """Parametrization of the 1x1 convolutions: ``lu`` has a cheap determinant, ``dense`` needs fewer operations."""
     log_scale_bound: float | None = Field(default=3.0, gt=0)
     """Bound c of affine couplings: their scale is sigmoid(c tanh(raw / c) + 2), for c = 3 between 0.27 and 0.99.
-    None is the published form, whose samples may overflow. No effect on additive couplings."""
+    None is the published form, with which samples may overflow. No effect on additive couplings."""
 
 
 class NICEConfig(_FlowConfig):
@@ -181,7 +182,7 @@ class RealNVPConfig(_FlowConfig):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this flow can do, as it is configured."""
+        """Capabilities of the flow with this configuration."""
         return self.BATCH_CAPABILITIES if self.normalization == "batch" else self.CAPABILITIES
 
 
@@ -197,13 +198,13 @@ class _AutoregressiveConfig(_FlowConfig):
 
 
 class MAFConfig(_AutoregressiveConfig):
-    """Masked autoregressive flow (arXiv 1705.07057): scores in one pass; see `tarflow_scale.flows.autoregressive`."""
+    """Masked autoregressive flow (arXiv 1705.07057): fast likelihoods; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["maf"] = "maf"
 
 
 class IAFConfig(_AutoregressiveConfig):
-    """Inverse autoregressive flow (arXiv 1606.04934): samples in one pass; see `tarflow_scale.flows.autoregressive`."""
+    """Inverse autoregressive flow (arXiv 1606.04934): fast sampling; see `tarflow_scale.flows.autoregressive`."""
 
     kind: Literal["iaf"] = "iaf"
 
@@ -216,7 +217,7 @@ class ContinuousConfig(_FlowConfig):
     )
     kind: Literal["continuous"] = "continuous"
     width: int = Field(default=64, ge=1)
-    """Number of channels (for vectors, units) in the hidden layers of the dynamics network."""
+    """Number of channels in the hidden layers of the dynamics network; for vectors, number of units."""
     hidden_layers: int = Field(default=3, ge=1)
     """Number of hidden layers of the dynamics network."""
     solver: Literal["dopri5", "bosh3", "rk4", "midpoint"] = "dopri5"
@@ -227,11 +228,11 @@ class ContinuousConfig(_FlowConfig):
     num_steps: int = Field(default=20, ge=1)
     """Number of steps of a solver with fixed steps."""
     gradients: Literal["adjoint", "direct"] = "adjoint"
-    """``adjoint``: the adjoint method, whose memory does not grow with the number of steps. ``direct``: backpropagation
+    """``adjoint``: the adjoint method; its memory does not grow with the number of steps. ``direct``: backpropagation
     through the operations of the solver, which gives exact gradients of the computed result."""
     exact_trace_dims: int = Field(default=64, ge=0)
-    """Evaluation computes the exact trace for at most this number of dimensions, and estimates it for more; training
-    always estimates it."""
+    """Maximum number of dimensions for which evaluation computes the exact trace. With more dimensions, and always in
+    training, the trace is estimated."""
     max_evaluations: int = Field(default=2000, ge=1)
     """Maximum number of evaluations of the dynamics in one solve; a solve that needs more fails."""
 
@@ -240,8 +241,8 @@ class ContinuousConfig(_FlowConfig):
         evaluations = {"rk4": 4, "midpoint": 2}.get(self.solver, 0) * self.num_steps
         if evaluations > self.max_evaluations:
             raise ValueError(
-                f"max_evaluations must not be below the evaluations of num_steps (got {self.max_evaluations}, and "
-                f"{self.num_steps} steps of {self.solver} take {evaluations}); raise it"
+                f"max_evaluations must be enough for num_steps (got {self.max_evaluations}, and {self.num_steps} "
+                f"steps of {self.solver} need {evaluations} evaluations); raise it"
             )
         return self
 

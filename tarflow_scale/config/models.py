@@ -5,14 +5,15 @@ Versions, reports, aliases and their history are computed from the log; a snapsh
 stored under their SHA-256 and verified whenever they are read. Only safetensors and JSON are stored; nothing is
 unpickled.
 
-A gate (evals/gates/) guards an alias such as champion: `promote` moves it, and `models alias` refuses to. `rollback`
-fails if the alias has no earlier version, `retire` if the version has an alias. `export` writes a folder in the Hugging
-Face layout with a model card.
+A gate (evals/gates/) guards an alias such as champion: only `promote` moves it to a new version, and `models alias`
+raises an error. `rollback` fails if the alias has no earlier version. `retire` fails if the version has an alias.
+`export` writes a folder in the Hugging Face layout with a model card.
 
-`init` tests whether the store can create a file only if it is absent, so that one of several writers wins. A store that
-cannot is refused, unless command.single_writer=true promises that only one process writes. File systems without hard
-links (FAT, CIFS, many of FUSE) work if they can rename without replacing. command.shared=group, or all, sets the modes
-of files as git's core.sharedRepository does; in an existing registry it adds missing modes.
+`init` tests whether exactly one of several writers succeeds in creating the same file. If the store fails the test,
+`init` raises an error. command.single_writer=true promises that only one process writes, and skips the test. File
+systems without hard links (FAT, CIFS, many FUSE file systems) work if they can rename without replacing a file.
+command.shared=group (or all) sets file modes like git's core.sharedRepository; in an existing registry it adds missing
+permissions.
 """
 
 from typing import Literal
@@ -32,9 +33,9 @@ class BrowseConfig(Section):
     path: str
     """Folder or URL of the registry."""
     model: Name | None = None
-    """Name of a model; ``list`` shows all models without it, the other commands need it."""
+    """Name of a model. Without it, ``list`` shows all models; the other commands require it."""
     version: int | str = "latest"
-    """A number, an alias such as ``champion``, or ``latest``; for ``rollback`` the alias."""
+    """A number, an alias such as ``champion``, or ``latest``; for ``rollback``, the alias to move back."""
 
 
 class CommandConfig(Section):
@@ -43,7 +44,7 @@ class CommandConfig(Section):
     other: int | str | None = None
     """``diff``: the version to compare with; None takes the champion."""
     alias: Name | None = None
-    """``alias``: the name of the alias that is set to the version."""
+    """``alias``: name of the alias to move to the version."""
     reason: str = ""
     """``alias``, ``approve``, ``retire``, ``rollback``, ``import``: the reason, which is stored in the log."""
     path: str | None = None
@@ -57,7 +58,8 @@ class CommandConfig(Section):
     grace_days: float = Field(default=7.0, ge=0.125)
     """``collect``: how long retired versions, and files that belong to no version, are kept."""
     single_writer: bool = False
-    """``init``: promise that only one process writes, for a store that cannot create a file only if it is absent."""
+    """``init``: promise that only one process writes. Required for a store on which writers
+    could replace each other's files."""
     shared: Literal["umask", "group", "all"] = "umask"
     """``init``: who may use the files of a local registry, like git's ``core.sharedRepository``. ``umask``: the umask
     of each writer decides. ``group``: the group of the folder may read and write. ``all``: in addition, all users may

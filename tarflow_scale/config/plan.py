@@ -17,10 +17,10 @@ class GpusConfig(Section):
     gpu: str
     """Kind of GPU: h200, h100, a100, b200, ..."""
     gpus_per_node: int = Field(default=8, ge=1)
-    """Number of GPUs in a machine."""
+    """Number of GPUs per machine."""
     network: float | None = Field(default=None, gt=0)
-    """Network bandwidth between machines, in GB/s per GPU in one direction. The default is that of NVIDIA's server with
-    this GPU."""
+    """Network bandwidth between machines, in GB/s per GPU in one direction. The default is the bandwidth of NVIDIA's
+    server with this GPU."""
     mfu: float | None = Field(default=None, gt=0, le=1)
     """Model FLOPs utilization of a GPU, 0 to 1. The default comes from published figures."""
     price: float | None = Field(default=None, gt=0)

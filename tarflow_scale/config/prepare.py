@@ -11,7 +11,7 @@ from tarflow_scale.config.verb import Flag, Verb
 __all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
 
 LAYOUT_KINDS = ("folder", "zip", "parquet", "webdataset")
-"""Kinds of sources whose splits and classes are recognized by names of folders and files."""
+"""Kinds of sources in which names of folders and files determine the splits and classes."""
 _IMAGE_KINDS = ("digits", "mnist", "cifar", "imagenet_npz", *LAYOUT_KINDS)
 _KINDS_OF_SETTINGS = {
     **dict.fromkeys(("size_pixels", "resize", "orientation", "transparency"), LAYOUT_KINDS),
@@ -32,15 +32,15 @@ class SourceConfig(Section):
     """Kind of source.
     ``digits``: the 1,797 handwritten digits of scikit-learn, 8x8, 4 bits, 10 classes; needs no network.
     ``folder``: image files (png, jpg, jpeg, jfif, webp, bmp, tif, tiff, ppm, pgm, avif). Each sub-folder is a class, or
-    a table has the labels (``label_table``), or there are no classes. Folders with names such as ``train`` and ``val``
-    above the classes are an official split. Files with several frames or pages, or with more than 8 bits per channel,
-    cannot be used.
-    ``zip``: as ``folder``, in a zip file.
+    a table contains the labels (``label_table``), or there are no classes. If folders with names such as ``train`` and
+    ``val`` contain the class folders, they are the official split. Files with several frames or pages, or with more
+    than 8 bits per channel, cannot be used.
+    ``zip``: a zip file with the same content as for ``folder``.
     ``mnist``: MNIST, Fashion-MNIST and similar sets: ``path.npz``, or a folder of IDX files, plain or gzipped.
     ``cifar``: CIFAR-10 or CIFAR-100: pickles (read without running code) or binaries, unpacked or ``.tar.gz``.
     ``imagenet_npz``: downsampled ImageNet, ``train_data_batch_*.npz`` and ``val_data.npz``.
     ``parquet``: tables with image bytes, as Hugging Face stores them; needs the extra ``parquet``.
-    ``webdataset``: tars of other programs: a folder of tars, one tar, or a pattern such as ``tars/{00..31}.tar``.
+    ``webdataset``: tars from other programs: a folder of tars, one tar, or a pattern such as ``tars/{00..31}.tar``.
     ``vectors``: vectors of numbers instead of images, packed unchanged in float32. Either ``path.npz`` with the array
     ``x``, optionally ``labels`` and ``conditions``, and optionally the same arrays with the suffix ``_test``; or
     ``path.csv`` with a header."""
@@ -49,12 +49,12 @@ class SourceConfig(Section):
     size_pixels: int | None = Field(default=None, ge=1)
     """Side in pixels of the square training images; None keeps the size of the images."""
     bit_depth: int | None = Field(default=None, ge=1, le=8)
-    """Number of high bits of a pixel to keep; None keeps all bits of the source."""
+    """Number of most significant bits to keep per pixel; None keeps all bits of the source."""
     resize: Literal["refuse", "center_crop"] = "refuse"
     """``refuse``: images of another size are an error. ``center_crop``: scale the short side to ``size_pixels``, then
     crop the centre."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
-    """Filter of ``center_crop``, recorded in the manifest. All filters average when they shrink an image."""
+    """Filter of ``center_crop``, recorded in the manifest. All filters are antialiased when they shrink an image."""
     orientation: Literal["apply", "ignore"] = "apply"
     """``apply``: rotate images by their EXIF tag, as viewers do. ``ignore``: use the stored pixels, as in published
     protocols that ignore the tag."""
@@ -66,7 +66,7 @@ class SourceConfig(Section):
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
     """Maximum share of the images that ``bad_images=skip`` may leave out."""
     label_column: str | None = None
-    """Place of the label. ``vectors`` and ``parquet``: a column. ``webdataset``: the extension of a tar member
+    """Where the label is stored. ``vectors`` and ``parquet``: a column. ``webdataset``: the extension of a tar member
     (``cls``, ``txt``), or a field of the ``json`` member. ``folder`` and ``zip``: a column of the label table. None
     tries common names."""
     label_table: str | None = None
@@ -83,7 +83,7 @@ class SourceConfig(Section):
     """``vectors`` as CSV: the columns that form the condition of a vector."""
     in_place: bool = False
     """``webdataset``: do not copy the tars; write an index beside each tar, and a manifest, so that the folder becomes
-    a data set. ``shards.path`` must be ``source.path``."""
+    a data set. ``shards.path`` must equal ``source.path``."""
 
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
@@ -104,7 +104,7 @@ class PackedShardsConfig(EncodedShardsConfig):
     """Where ``prepare`` writes, and how images are stored."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Number of processes that pack; the packed bytes do not depend on it."""
+    """Number of processes that pack images; it does not affect the packed bytes."""
 
 
 class SplitConfig(Section):
@@ -114,9 +114,9 @@ class SplitConfig(Section):
     """``official``: use the split of the source. ``stratified``: move ``test_fraction`` of each class to ``test``.
     ``auto``: ``official`` if the source has a split, otherwise ``stratified``."""
     by_name: bool = True
-    """Whether folders, tables and tars with common names (train, val, test, in any case) are splits. Set it to false if
-    they are not, for instance if ``train`` is a class beside ``bus``; then neither names, nor columns, nor equal
-    folders below the classes mean a split."""
+    """Whether folders, tables and tars with common names (train, val, test, in upper or lower case) are splits. Set it
+    to false if they are not, for instance if ``train`` is a class beside ``bus``. A split column in a table, or a
+    folder with such a name below a class, is an error if this is true, and is ignored if false."""
     train: tuple[str, ...] = ()
     """Patterns of paths below the source that are packed as ``train``, such as ``[seg_train]`` or ``["part-0*.tar"]``.
     A folder means all files below it. Patterns take precedence over names."""
@@ -131,7 +131,7 @@ class SplitConfig(Section):
     """``stratified``: share of each class that is packed as ``test``; 0 packs no test split."""
     near_duplicates: Literal["keep", "report", "drop"] = "report"
     """What to do about copies and near copies, within and across splits; `tarflow_scale.shards.duplicates` defines
-    them. ``report``: count them after packing, and name some. ``drop``: leave out training images that resemble a
+    them. ``report``: count them after packing, and print a few. ``drop``: leave out training images that resemble a
     held-out image or an earlier training image; this decodes all images twice. Held-out splits stay complete, so that
     numbers on them stay comparable. ``keep``: do not look for them."""
     seed: int = Field(default=0, ge=0, lt=2**64)
@@ -139,7 +139,7 @@ class SplitConfig(Section):
 
     @property
     def patterns(self) -> dict[str, tuple[str, ...]]:
-        """Patterns by the name of the split; those of ``ignore`` leave images out."""
+        """Patterns by the name of the split; the patterns under ``ignore`` exclude images."""
         return {"train": self.train, "validation": self.validation, "test": self.test, "ignore": self.ignore}
 
     @model_validator(mode="after")

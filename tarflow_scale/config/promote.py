@@ -19,13 +19,13 @@ class GateRef(Section):
     alias: Name = "champion"
     """The alias that moves to the version if the gate accepts it."""
     against: str | None = None
-    """A version of another model of the registry, such as ``other-model@champion``. The version must also beat it in
-    each requirement with ``must_beat_champion``. Both must be trained on the same data set and have numbers with the
-    same protocol ids. The alias of the other model must exist, and does not move."""
+    """A version of another model in the registry, such as ``other-model@champion``, that the promoted version must also
+    beat in each requirement with ``must_beat_champion``. Both versions must be trained on the same data set and have
+    values with the same protocol ids. The other version must exist, and its aliases do not move."""
     reason: str = ""
     """Why the version is promoted; stored in the log."""
     override: str | None = None
-    """A reason to promote the version even if the gate refuses it. Decision and reason are stored. The flag
+    """A reason to promote the version even if the gate refuses it. The decision and the reason are stored. The flag
     ``--override`` sets this key."""
 
     @field_validator("against")

@@ -1,4 +1,4 @@
-"""Protocols and gates: files in ``evals/`` that define how a metric is measured and which numbers promote a model."""
+"""Protocols and gates: files in ``evals/`` that define how a metric is measured and which values a promotion needs."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class NatsProtocol(_LikelihoodProtocol):
 
     @property
     def events(self) -> str:
-        """The events that the protocol is for."""
+        """Description of the data that the protocol can measure."""
         return "vectors"
 
 
@@ -62,18 +62,19 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
 
     metric: Literal["bits_per_dim"]
     bit_depth: int = Field(ge=1, le=8)
-    """Number of bits of a pixel, which has 2^bit_depth levels; must equal that of the data set."""
+    """Number of bits per pixel, for 2^bit_depth levels; must equal the bit depth of the data set."""
     num_draws: int = Field(default=1, ge=1)
     """Number of dequantization draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
-    """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound for the discrete
-    image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many draws."""
+    """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound on the bits/dim
+    of the discrete image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many
+    draws."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
 
     @property
     def events(self) -> str:
-        """The events that the protocol is for."""
+        """Description of the data that the protocol can measure."""
         return f"{self.bit_depth}-bit images"
 
 
@@ -82,15 +83,16 @@ LikelihoodProtocol = NatsProtocol | BitsPerDimProtocol
 
 
 class _SampledProtocol(_Protocol):
-    """Keys of all protocols that measure features of generated images."""
+    """Keys that are common to all protocols for generated images."""
 
     extractor: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """Function from an image to features. ``pixels``: the flattened image in levels 0..2^bit_depth-1.
     ``inception-v3-compat``: torch-fidelity's port of the Inception network that defines FID. ``dinov2-vitl14``: the
-    network of FD-DINOv2. Or the name of an entry point in the group ``tarflow_scale.extractors`` of another package."""
+    network of FD-DINOv2. Another package can add extractors as entry points in the group ``tarflow_scale.extractors``.
+    """
     extractor_sha256: str | None = None
     """Required SHA-256 of the weights file of the extractor. With None, ``inception-v3-compat`` is checked against the
-    published prefix 6726825d. ``pixels`` has no weights file."""
+    published digest prefix 6726825d. ``pixels`` has no weights file."""
     num_images: int = Field(ge=2)
     """Number of generated images."""
     seed: int = Field(default=0, ge=0)
@@ -102,13 +104,14 @@ class _SampledProtocol(_Protocol):
     rounding: Literal["floor", "nearest", "truncate"] = "floor"
     """How a continuous pixel is quantized. ``floor``: the inverse of uniform dequantization. ``nearest``: the inverse
     of noise that is centred on a level. ``truncate``: floor((x + 1) / 2 x 255) in fp32, for generated and reference
-    images, as in torchmetrics; half a level too dark, but published TarFlow numbers were measured in this way."""
+    images, as in torchmetrics. The images are then half a level too dark, but the published TarFlow numbers were
+    measured in this way."""
     clip: Literal[True] = True
-    """Clip values outside [-1, 1]; there is no other choice."""
+    """Clip values to [-1, 1]; there is no other choice."""
 
     @property
     def events(self) -> str:
-        """The events that the protocol is for."""
+        """Description of the data that the protocol can measure."""
         return f"{self.bit_depth}-bit images"
 
     @model_validator(mode="after")
@@ -126,8 +129,8 @@ class FrechetProtocol(_SampledProtocol):
     """``pool``: the output of the extractor. ``spatial``: the layer of sFID, the first 7 channels of ``mixed_6/conv``
     in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
-    """``plain``: from all generated images. ``infinity``: extrapolated in 1 / n to infinitely many generated images
-    (arXiv 1911.07023), from disjoint groups of 10 to 50 of the 50 index blocks."""
+    """``plain``: the distance for all generated images. ``infinity``: the distance for infinitely many generated
+    images, extrapolated in 1 / n (arXiv 1911.07023) from subsets with a fifth of the images up to all of them."""
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -138,8 +141,8 @@ class FrechetProtocol(_SampledProtocol):
 
 class _ReferenceSubset(_SampledProtocol):
     num_reference_images: int = Field(ge=2)
-    """Number of reference images, a random subset of the data set that depends on ``seed``; or the whole data set in
-    order, if it has exactly this number of images."""
+    """Number of reference images. They are a random subset of the data set that depends on ``seed``, or the whole data
+    set in order if it has exactly this number of images."""
 
 
 class KernelProtocol(_ReferenceSubset):
@@ -163,7 +166,10 @@ class KernelProtocol(_ReferenceSubset):
 
 
 class InceptionScoreProtocol(_SampledProtocol):
-    """Inception score: exp of the mean KL divergence of class probabilities from their mean; averaged over splits."""
+    """Inception score: exp of the mean of KL(p(y | x) || p(y)) over images x, averaged over ``num_splits`` parts.
+
+    p(y | x) are the class probabilities of image x, and p(y) is their mean over the images of the part.
+    """
 
     higher_is_better: ClassVar[bool] = True
     metric: Literal["inception_score"]
@@ -183,16 +189,17 @@ class InceptionScoreProtocol(_SampledProtocol):
 
 
 class ManifoldProtocol(_ReferenceSubset):
-    """Improved precision (recall): share of generated (reference) features inside the manifold of the other set.
+    """Improved precision and recall (arXiv 1904.06991).
 
-    A manifold is the union of balls around the features of a set; each ball reaches to the k-th nearest neighbour
-    (arXiv 1904.06991).
+    Precision is the share of generated features that lie in the manifold of the reference features. Recall is the share
+    of reference features that lie in the manifold of the generated features. The manifold of a set of features is the
+    union of balls around them; the radius of a ball is the distance to the k-th nearest neighbour in the set.
     """
 
     higher_is_better: ClassVar[bool] = True
     metric: Literal["precision", "recall"]
     neighbours: int = Field(default=3, ge=1)
-    """Number k of the neighbour to which a ball reaches."""
+    """Number k of the nearest neighbour that determines the radius of a ball."""
 
     @model_validator(mode="after")
     def _has_neighbours(self) -> "ManifoldProtocol":
@@ -209,11 +216,11 @@ SampledProtocol = FrechetProtocol | KernelProtocol | InceptionScoreProtocol | Ma
 
 
 class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(discriminator="metric")]]):
-    """Any protocol file."""
+    """Content of a protocol file, for any metric."""
 
 
 def load_protocol(path: str, key: str = "metrics.protocols") -> LikelihoodProtocol | SampledProtocol:
-    """Read a protocol file; ``key`` is the key of the configuration that names it, for error messages.
+    """Read a protocol file; ``key`` is the configuration key that contains ``path``, for error messages.
 
     Raises:
         ConfigError: the file cannot be read, or one of its keys is wrong.
@@ -233,15 +240,15 @@ class Requirement(Section):
     minimum_images: int | None = Field(default=None, ge=1)
     """Smallest accepted number of images on which the value was measured."""
     must_beat_champion: bool = False
-    """Whether the value must be significantly better than the value of the present champion with the same protocol id.
-    The standard error comes from the differences of single images for bits/dim, and from both values for other
-    metrics."""
+    """Whether the value must be significantly better than the value of the current champion with the same protocol id.
+    For likelihoods, the standard error is computed from the difference between the two versions on each sample. For
+    other metrics, it is computed from the standard errors of both values."""
     margin: float = Field(default=0.0, ge=0)
-    """By how much the value must be better than that of the champion, in the unit of the metric."""
+    """Minimum improvement over the value of the champion, in the unit of the metric."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """One-sided confidence of the comparison with the champion."""
     protocol_id: str | None = None
-    """Full protocol id of the value, which also determines the reference images; None accepts any reference."""
+    """Required protocol id, in full. It also determines the reference images; None accepts any reference."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> "Requirement":
@@ -262,7 +269,9 @@ class GateConfig(Section):
 
 
 def load_gate(path: str, key: str) -> tuple[GateConfig, dict[str, LikelihoodProtocol | SampledProtocol]]:
-    """Read a gate file, and the protocol files of its requirements by path. ``key`` is as in `load_protocol`.
+    """Read a gate file and the protocol files of its requirements; return the gate and a mapping from path to protocol.
+
+    ``key`` is the configuration key that contains ``path``, for error messages.
 
     Raises:
         ConfigError: a file cannot be read, or one of its keys is wrong.

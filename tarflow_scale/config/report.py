@@ -31,7 +31,7 @@ class LeaderboardConfig(Section):
     protocol: str
     """The protocol file; only numbers measured by this protocol become rows."""
     protocol_id: str | None = Field(default=None, min_length=8)
-    """Protocol id, or its first digits, that the rows must have. With None, rows with different ids are an error."""
+    """Required protocol id of the rows, or its first digits. With None, rows with different ids are an error."""
     published: tuple[PublishedRow, ...] = ()
 
 
@@ -43,13 +43,13 @@ class ReportOutputConfig(Section):
     leaderboards: tuple[str, ...] = ()
     """Leaderboard files, in the order in which they are shown; they need ``registries``."""
     registries: tuple[str, ...] = ()
-    """Registries whose models are ranked and whose history is shown."""
+    """Registries; the report ranks their models and shows their history."""
     gate: str | None = None
-    """Gate file, see ``evals/gates/``. Its decision on the best version is shown, if that version was not promoted."""
+    """Gate file, see ``evals/gates/``. If the best version was not promoted, the report shows what the gate decides."""
     runs: tuple[str, ...] = ()
-    """Folders of training runs, finished or not, whose losses and newest samples are shown."""
+    """Folders of training runs, finished or not; the report shows their losses and newest samples."""
     generated: tuple[str, ...] = ()
-    """Folders that ``generate`` wrote, whose first samples are shown."""
+    """Folders that ``generate`` wrote; the report shows the first samples."""
     title: str = "Report"
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, floa
 
 
 class Guidance(Section):
-    """Guidance of sampling: a prediction a is replaced by a + scale (a - a_weak), where a_weak ignores the label.
+    """Guidance of sampling: each predicted value a becomes a + scale (a - a_weak), where a_weak ignores the label.
 
     It applies to log-scales and means (arXiv 2412.06329, section 3.4).
     """
@@ -29,10 +29,10 @@ class Guidance(Section):
     """TarFlow: divisor of the attention logits in the weak prediction. A model without classes needs a value other
     than 1, because at 1 its two predictions are equal."""
     what: Literal["both", "log_scale", "mean"] = "both"
-    """The predicted parameters that are guided."""
+    """The predicted parameters to which guidance applies."""
     blocks: Literal["all", "first"] = "all"
     """TarFlow: the blocks with guidance. ``first``: only the block that is decoded first, as in STARFlow (arXiv
-    2506.06276), which halves the cost of the other blocks."""
+    2506.06276); this halves the cost of the other blocks."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
@@ -69,13 +69,13 @@ class SamplingConfig(Section):
 
 
 class GuardConfig(Section):
-    """Rules for rejecting images. A rejected image is drawn again from another latent, which depends on its index."""
+    """Rules for rejecting images. A rejected image is drawn again from a new latent, determined by the image index."""
 
     saturated_share: float | None = Field(default=None, gt=0, le=1)
-    """Maximum share of values outside [-1, 1] by more than one level; an image with more is rejected. None turns this
-    test off. Images with values that are not finite are always rejected."""
+    """Maximum share of saturated values in an image: values outside [-1, 1] by more than one level. An image with more
+    is rejected. None turns this test off. Images with values that are not finite are always rejected."""
     attempts: int = Field(default=3, ge=0)
     """Maximum number of times that an image is drawn again; if it is still rejected, the generation fails."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
-    """Maximum share of images that were drawn again; with more, the generation fails, because the model is at fault.
-    Three redrawn images are always allowed, except at 0, which allows none."""
+    """Maximum share of images that were drawn again. With more, the generation fails, because the model is probably
+    bad. Three redrawn images are always allowed, unless the share is 0."""

@@ -17,19 +17,19 @@ class ScoringConfig(Section):
     """How images are scored, and where the table is written."""
 
     path: str
-    """Folder or URL for ``scores.csv`` (or ``.parquet``), ``summary.json`` and temporary parts."""
+    """Folder or URL for ``scores.csv`` (or ``.parquet``), ``summary.json`` and temporary results."""
     format: Literal["csv", "parquet"] = "csv"
     """Format of the table; ``parquet`` needs the extra ``parquet``."""
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the held-out normal images whose score is above the threshold; images above the threshold are flagged.
-    """
+    """Determines the threshold: this share of the held-out normal images has a score above it. Images with scores above
+    the threshold are flagged."""
     num_draws: int = Field(default=1, ge=1)
     """Number of dequantization draws per image; the score uses the log of their mean density."""
     seed: int = Field(default=0, ge=0)
     """Seed of the draws."""
     labels: Literal["dropped", "marginal"] = "dropped"
-    """What replaces the labels, because anomalies have none. ``dropped``: the density of the model without a label.
-    ``marginal``: the mean density over all labels, which needs one pass for each label."""
+    """Density that the score uses. It never uses the label of an image, because anomalies have none. ``dropped``: the
+    density without a label. ``marginal``: the mean density over all labels, which needs one pass per label."""
     batch_size: int = Field(default=128, ge=1)
     """Number of images that are scored together."""
     maps: int = Field(default=0, ge=0)
@@ -42,13 +42,14 @@ class ScoreConfig(Root):
 
     registry: VersionConfig
     background: VersionConfig | None = None
-    """A second model for the likelihood ratio, which models images in general: trained on noisier or broader data."""
+    """A second model, for the likelihood ratio. It models images in general: it is trained on noisier or broader data.
+    """
     data: DataSetConfig
     """The images to score."""
     calibration: DataSetConfig
     """Held-out normal images, not used in training; they determine the typical score and the threshold."""
     anomalies: DataSetConfig | None = None
-    """Known anomalies. They are also scored, and compared with ``data`` as the normal images."""
+    """Known anomalies. They are also scored, and compared with the images of ``data``, which are taken as normal."""
     scoring: ScoringConfig
     cluster: ClusterConfig = ClusterConfig()
 

@@ -39,7 +39,7 @@ class OptimizerConfig(Section):
     peak_lr: float = Field(default=1e-4, gt=0)
     """Highest learning rate of AdamW."""
     muon_peak_lr: float | None = Field(default=None, gt=0)
-    """Highest learning rate of Muon, on the same schedule; usually 10 to 100 times that of AdamW."""
+    """Highest learning rate of Muon, on the same schedule; usually 10 to 100 times ``peak_lr``."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay of Muon's momentum."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -99,9 +99,9 @@ class NoiseConfig(Section):
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
     ``gaussian``: noise with standard deviation ``std``, for sample quality; the model then has no bits/dim.
-    ``none``: no noise, for vectors, whose likelihood is measured in nats."""
+    ``none``: no noise, for vectors; their likelihood is measured in nats."""
     std: float = Field(default=0.0, ge=0)
-    """Standard deviation on [-1, 1]; required by ``gaussian``."""
+    """Standard deviation of the noise, for pixels on [-1, 1]; required by ``gaussian``."""
 
     @model_validator(mode="after")
     def _std_fits_kind(self) -> "NoiseConfig":
@@ -111,10 +111,10 @@ class NoiseConfig(Section):
 
 
 class SpikeConfig(Section):
-    """What training does after a spike: a step whose loss is far above the mean loss of the steps before."""
+    """How training reacts to a spike: a step with a loss far above the mean loss of the previous steps."""
 
     rule: Literal["off", "skip", "roll_back"] = "off"
-    """``skip``: the step changes nothing, like a step whose gradient is not finite. ``roll_back``: weights, moments and
+    """``skip``: do not update the weights, as after a gradient that is not finite. ``roll_back``: weights, moments and
     averages return to the latest checkpoint, and training continues with the samples after the spike, so that it does
     not see the same samples again."""
     above_nats_per_dim: float = Field(default=0.5, gt=0)
@@ -141,13 +141,14 @@ class TrainingConfig(Section):
     """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs."""
     ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
     """Half-life, in images, of the exponential moving average of the weights; a list makes several averages.
-    Validation, sample grids and ``latest`` in the registry use the first; the others are registered before it."""
+    Validation and sample grids use the first average. It is also registered last, so that it is ``latest``."""
     max_skipped_steps: int = Field(default=10, ge=0)
-    """Maximum number of steps in a row that are skipped because loss or gradient is not finite; then the run stops."""
+    """Maximum number of consecutive steps that are skipped because the loss or gradient is not finite; with more, the
+    run stops."""
     spike: SpikeConfig = SpikeConfig()
     max_seconds: float | None = Field(default=None, gt=0)
-    """Time limit of one start of the run, for schedulers. After this time of training, the run saves its state and
-    stops with exit code 75; when it is started again, it continues."""
+    """Training time after which the run saves its state and stops with exit code 75, for schedulers with a time limit.
+    The same command continues the run."""
     threads: int = Field(default=0, ge=0)
     """Number of torch threads per rank on a CPU. 0 uses ``OMP_NUM_THREADS``, or an equal share of the cores."""
 
@@ -169,7 +170,8 @@ class ZeroPlusPlusConfig(Section):
 
     secondary_partition_ranks: int = Field(default=1, ge=1)
     """hpZ: number of ranks that share a second copy of the weights, usually the ranks of a node, so that the backward
-    pass gathers weights inside the node. It needs 4 bytes per parameter, divided by this number. 1 is off."""
+    pass gathers weights inside the node. A rank's part of the copy takes 4 bytes per parameter, divided by this number.
+    1 turns hpZ off."""
     quantized_weights: bool = False
     """qwZ: weights are sent as int8."""
     quantized_gradients: bool = False
@@ -184,8 +186,9 @@ class ZeroPlusPlusConfig(Section):
 class ParallelismConfig(Section):
     """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, stage 2 also gradients, stage 3 also weights.
 
-    The table shows bytes per parameter on N ranks with E moving averages, without activations: memory that is always
-    allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50 million numbers.
+    The table shows the memory of a rank in bytes per parameter, for N ranks and E moving averages, without activations:
+    memory that is always allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50
+    million numbers.
 
     ===== ================== ============= ===============================================================
     stage always             N = 8, E = 1  additional
@@ -196,12 +199,12 @@ class ParallelismConfig(Section):
     3     (20 + 4 E) / N     3.0           4 for gathered weights, at most a billion of them
     ===== ================== ============= ===============================================================
 
-    Which stage to choose: stage 0 for models of up to about 0.2 billion parameters (4.1 GB), because it waits least for
-    buckets. Stage 1 or 2 for 0.2 to 3 billion parameters (3 billion at stage 2 on 8 ranks: 20 GB per GPU), which covers
-    every published TarFlow. Both need the same memory unless gradients accumulate; then stage 2 saves memory, but
-    reduces gradients over ranks for every micro batch. Stage 3 for larger models or small GPUs. Offloading saves more
-    memory at the cost of speed: it moves the (16 + 4 E) / N bytes of the optimizer to main memory. The verb ``plan``
-    computes memory, speed and traffic of a recipe at all stages.
+    Use stage 0 for models of up to about 0.2 billion parameters (4.1 GB), because it spends the least time waiting for
+    buckets. Use stage 1 or 2 for 0.2 to 3 billion parameters, such as every published TarFlow; 3 billion parameters at
+    stage 2 on 8 ranks need 20 GB per GPU. Both stages need the same memory unless gradients accumulate; then stage 2
+    saves memory, but reduces gradients over ranks for every micro batch. Use stage 3 for larger models or small GPUs.
+    Offloading saves more memory at the cost of speed: it moves the (16 + 4 E) / N bytes of the optimizer to main
+    memory. The verb ``plan`` computes memory, speed and traffic of a recipe at all stages.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -257,10 +260,10 @@ class ValidationConfig(DataSetConfig):
 
 
 class LoggingConfig(Section):
-    """The folder of a run, and what is written to it."""
+    """The folder of a run, and the logs and sample grids in it."""
 
     path: str
-    """Folder of the run. It gets ``config.yaml``, ``environment.json``, ``status.json``, ``log.jsonl``, ``curve.png``,
+    """Folder of the run, for ``config.yaml``, ``environment.json``, ``status.json``, ``log.jsonl``, ``curve.png``,
     ``checkpoints/``, ``previews/`` and ``model/``."""
     every_images: int = Field(default=2_000, ge=1)
     """Number of images between lines of ``log.jsonl``."""
@@ -272,10 +275,10 @@ class LoggingConfig(Section):
     """Also write event files of TensorBoard to ``tensorboard/``; needs the extra ``tensorboard``."""
     wandb_project: str | None = None
     """Project of Weights & Biases to which the run is also logged; needs the package ``wandb``. The id of the W&B run
-    is stored in ``wandb-id.json``; a copy of the folder gets a new W&B run."""
+    is stored in ``wandb-id.json``. If the folder is copied, the copy logs to a new W&B run."""
     peak_flops: float | None = Field(default=None, gt=0)
-    """Peak operations per second of the device of a rank, for the model FLOPs utilization (MFU) in the log. None uses
-    the dense bf16 peak of common GPUs, and logs no MFU for other devices."""
+    """Peak operations per second (FLOP/s) of each rank's device, for the model FLOPs utilization (MFU) in the log. None
+    uses the dense bf16 peak of common GPUs, and logs no MFU for other devices."""
 
 
 class Recipe(Section):

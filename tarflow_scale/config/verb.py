@@ -1,4 +1,4 @@
-"""Declaration of a verb, beside its configuration: its function, manual and flags."""
+"""Declaration of a verb: its configuration, function, manual and flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ class Flag:
         help: description for the manual.
         values: names of the flag's values in the manual; empty for a flag without values.
         key: key of the configuration that is set to the value.
-        function: function that is called instead of the function of the verb. It gets the configuration; if the flag
-            has values, it gets only these, and no configuration is read.
+        function: function that is called instead of the function of the verb. Its arguments are the values of the flag,
+            and no configuration is read; if the flag has no values, the arguments are those of the verb's function.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Verb:
 
     @property
     def file(self) -> str:
-        """The configuration of the example."""
+        """Path of the configuration file in the example."""
         return next(word for word in self.example.split() if word.startswith("configs/"))
 
     def load(self, path: Path | None, overrides: list[str]) -> Root:
         """Read the configuration.
 
         Raises:
-            ConfigError: the configuration is wrong. If a key is missing that a flag sets, the message names the flag.
+            ConfigError: the configuration is wrong. If a flag can set a missing key, the message names the flag.
         """
         try:
             return self.config.load(path, overrides, self.file)

@@ -2,8 +2,8 @@
 
 `image_bits_per_dim` and `image_nats` score images in memory, `classify` and `marginal_log_prob` sum over labels,
 `interpolated` and `edited` move images in latent space, `fit_posterior` does variational inference;
-`tarflow_scale.density.anomaly` has the scores of the verb ``score``; `surprise` and `picture` draw pictures. Nothing
-here reads or writes files; input that does not fit the flow raises ValueError.
+`tarflow_scale.density.anomaly` computes the scores of the verb ``score``; `surprise` and `picture` draw pictures.
+Nothing here reads or writes files. Input that does not fit the flow raises ValueError.
 """
 
 from tarflow_scale.density.conditional import (

@@ -63,11 +63,11 @@ def scores_of(
     typical_bits: float,
     background: NDArray[np.float64] | None,
 ) -> dict[str, NDArray[np.float64]]:
-    """All scores ``(B,)`` of images; the likelihood ratio only if there is a background model.
+    """Compute every score ``(B,)`` of B images; the likelihood ratio is included only with a background model.
 
     Args:
         bits: bits/dim under the flow.
-        compressed: see `compressed_bits_per_dim`.
+        compressed: bits/dim in the best lossless codec; see `compressed_bits_per_dim`.
         typical_bits: mean bits/dim of held-out normal images.
         background: bits/dim under the background model, or None.
     """
@@ -80,7 +80,7 @@ def scores_of(
 
 
 def threshold(normal: NDArray[np.float64], false_alarm_rate: float) -> float:
-    """The lowest score in ``normal`` that is exceeded by at most the share ``false_alarm_rate`` of all of them."""
+    """The lowest ``normal`` score such that at most a fraction ``false_alarm_rate`` of these scores is higher."""
     allowed = int(false_alarm_rate * len(normal) + _ROUNDING)
     return float(np.sort(normal)[len(normal) - 1 - allowed])
 
@@ -100,10 +100,10 @@ def separate(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) -> Sep
 
 
 def compressed_bits_per_dim(levels: UInt8[np.ndarray, "B C H W"]) -> Float[np.ndarray, " B"]:
-    """Bits/dim of each image in the best lossless codec for it, headers included.
+    """Bits/dim of each image in the lossless codec that compresses it best, including file headers.
 
     Args:
-        levels: levels of pixels, 0 to 2^n - 1, with 1 or 3 channels.
+        levels: images with 1 or 3 channels, as pixel levels 0 to 2^n - 1.
     """
     dims = levels[0].size
     encoders = codecs().values()
@@ -111,7 +111,7 @@ def compressed_bits_per_dim(levels: UInt8[np.ndarray, "B C H W"]) -> Float[np.nd
 
 
 def codecs() -> dict[str, Callable[[Image.Image], bytes]]:
-    """Encoders of the lossless codecs that the installed Pillow has, by name."""
+    """Encoders of the lossless codecs that the installed Pillow supports, keyed by name."""
     encoders = {"png": lambda image: _saved(image, format="PNG", optimize=True)}
     if features.check("webp"):
         encoders["webp"] = lambda image: _saved(image, format="WEBP", lossless=True, quality=100, method=4)

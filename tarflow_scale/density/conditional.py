@@ -1,11 +1,11 @@
-"""Uses of a class-conditional likelihood: classification, marginal likelihood, and paths in latent space.
+"""Uses of a class-conditional likelihood: classification, marginal likelihood, and edits in latent space.
 
 With p(y) uniform over K classes,
 
     log p(x) = log sum_y p(x | y) - log K,        p(y | x) = p(x | y) / sum_y' p(x | y')
 
 Images are interpolated along a line or an arc between their latents (Kingma and Dhariwal, arXiv 1807.03039, section 5);
-an attribute is the difference between the mean latents of images with and without it.
+the direction of an attribute is the mean latent of images with it, minus the mean latent of images without it.
 
 Shapes: B images, K classes, D dimensions. Densities: nats.
 """
@@ -24,7 +24,9 @@ __all__ = ["attribute_direction", "classify", "edited", "interpolated", "log_pro
 
 
 def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
-    """Log p(x | y) in nats for every label. With learned noise it is a bound; log q is the same for all labels.
+    """Compute log p(x | y) in nats for every label with `Flow.log_prob_of_images`.
+
+    If the flow has a dequantizer, the result is a lower bound; its term log q is the same for all labels.
 
     Raises:
         ValueError: the flow has no classes, or the images do not fit it.
@@ -47,7 +49,7 @@ def marginal_log_prob(flow: Flow, x: Tensor) -> Float[Tensor, " B"]:
 
 @torch.no_grad()
 def classify(flow: Flow, x: Tensor) -> tuple[Int[Tensor, " B"], Float[Tensor, "B K"]]:
-    """The most likely label by Bayes' rule, and p(y | x).
+    """The most likely label of each image, and p(y | x) for every label, by Bayes' rule.
 
     Raises:
         ValueError: see `log_prob_of_labels`.
@@ -72,12 +74,13 @@ def interpolated(
         start: the first image ``(*event)``.
         end: the last image ``(*event)``.
         num: number of images, at least 2.
-        y: label of all images, ``(1,)`` or as in `Flow.log_prob`.
-        path: ``line`` is straight in latent space. ``arc`` also interpolates the length of the latent, so that images
-            between the ends are as typical as the ends.
+        y: one label for all images: a tensor ``(1,)``, a class number or name, or None, which drops the label; or
+            conditions ``(1, K)`` of a flow that takes numbers.
+        path: ``line`` is the straight line between the latents. ``arc`` rotates one latent into the other and
+            interpolates their lengths, so that images between the ends are as typical as the ends.
 
     Raises:
-        ValueError: ``num`` or ``path`` is wrong, or the images or the label do not fit the flow.
+        ValueError: ``num`` or ``path`` is invalid, or the images or the label do not fit the flow.
     """
     if num < 2 or path not in ("arc", "line"):
         raise ValueError(f"path must be arc or line, and num at least 2 (got {path!r} and {num}); correct it")
@@ -102,7 +105,7 @@ def interpolated(
 def attribute_direction(
     flow: Flow, with_it: Tensor, without_it: Tensor, y_with: GivenCondition = None, y_without: GivenCondition = None
 ) -> Float[Tensor, " D"]:
-    """Mean latent of images ``(B, *event)`` with an attribute, minus that of images without it."""
+    """Mean latent of images ``(B, *event)`` with an attribute, minus the mean latent of images without it."""
     with_mean = flow(with_it, flow.check_data(with_it, y_with))[0].mean(dim=0)
     return with_mean - flow(without_it, flow.check_data(without_it, y_without))[0].mean(dim=0)
 
@@ -115,4 +118,4 @@ def edited(flow: Flow, x: Tensor, direction: Float[Tensor, " D"], strength: floa
 
 
 def _of_all(y: GivenCondition, num: int) -> GivenCondition:
-    return y.expand(num) if torch.is_tensor(y) else y
+    return y.expand(num, *y.shape[1:]) if torch.is_tensor(y) else y

@@ -16,28 +16,29 @@ from tarflow_scale.shards.images import encode_png
 __all__ = ["density_picture", "log_density"]
 
 _SIDE, _GRID = 320, 160
-"""Number of pixels of a side of a panel, and of points of the density along it."""
+"""Side length of a panel, in pixels and in grid points of the density."""
 _MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
 _SAMPLES = 2000
 _MIDDLE = (0.5, 99.5)
-"""Range of percentiles of the samples that a panel shows, plus a margin of a tenth on each side."""
+"""A panel shows the range between these percentiles of the samples, plus a margin of a tenth on each side."""
 _AT_ONCE = 4096
 _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 
 
 @torch.no_grad()
 def density_picture(flow: Flow, seed: int = 0) -> bytes:
-    """A PNG of two panels on the same axes: the density, darker where it is higher, and samples.
+    """Draw a PNG of two panels with the same axes: the density, darker where it is higher, and samples.
 
     Shades follow the square root of the density, so that regions of low density are visible. For a flow with classes
     the density is the mean over classes.
 
     Args:
-        flow: a flow of vectors of two numbers, in evaluation mode, unconditional or class-conditional.
+        flow: a flow on vectors of two numbers, in evaluation mode, unconditional or class-conditional.
         seed: seed of the samples.
 
     Raises:
-        ValueError: the flow has other events, or is conditioned on numbers; or no sample is finite.
+        ValueError: the data of the flow are not vectors of two numbers, the flow is conditioned on numbers, or no
+            sample is finite.
     """
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         given = f" given {flow.num_conditions} numbers" if flow.num_conditions else ""

@@ -1,7 +1,7 @@
 """Likelihood of images in memory under a flow: their bits/dim, and the contribution of every pixel.
 
-These functions compute for an array what the verbs ``evaluate`` and ``score`` compute for a data set. Image i, counted
-from 0, gets the noise of sample i of a data set, so the numbers are equal.
+These functions give the same numbers for an array as the verbs ``evaluate`` and ``score`` give for a data set. Image i
+of the array, counted from 0, gets the same noise as sample i of a data set.
 
 Shapes: B images, C channels, H W pixels.
 """
@@ -22,13 +22,13 @@ __all__ = ["image_bits_per_dim", "image_nats", "image_tensor"]
 
 
 def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0, draw: int = 0) -> Tensor:
-    """Stored pixels as dequantized floats ``(B, C, H, W)`` on [-1, 1].
+    """Convert stored pixels to dequantized floats ``(B, C, H, W)`` on [-1, 1].
 
     Args:
-        flow: the flow, whose pixel format has the bit depth of the data.
+        flow: a flow of images; its pixel format gives the bit depth of the data.
         images: stored pixels, 0 to 255.
         seed: seed of the noise.
-        draw: number of the noise draw, from 0.
+        draw: index of the noise draw, from 0.
 
     Raises:
         ValueError: the flow was trained on images with Gaussian noise or on vectors, or the images are not uint8 or do
@@ -56,18 +56,18 @@ def image_bits_per_dim(
     seed: int = 0,
     estimate: Literal["mean", "importance"] = "mean",
 ) -> Float[np.ndarray, " B"]:
-    """Bits/dim of each image, an upper bound on its cost; see `tarflow_scale.flows.likelihood`.
+    """An upper bound on the bits/dim of each discrete image; see `tarflow_scale.flows.likelihood`.
 
     Args:
         flow: a flow of images.
         images: stored pixels, 0 to 255.
         y: as in `Flow.log_prob`.
-        num_draws: noise draws for each image.
+        num_draws: number of noise draws for each image.
         seed: seed of the noise.
-        estimate: how draws are combined.
+        estimate: how draws are combined; see `combine_draws`.
 
     Raises:
-        ValueError: see `image_tensor`, and for labels that do not fit the flow.
+        ValueError: see `image_tensor`; or the labels do not fit the flow.
     """
     draws = [flow.log_prob_of_images(image_tensor(flow, images, seed, k), y).double() for k in _draws(num_draws)]
     assert flow.pixels is not None
@@ -78,10 +78,10 @@ def image_bits_per_dim(
 def image_nats(
     flow: Flow, images: UInt8[np.ndarray, "B C H W"], y: GivenCondition = None, num_draws: int = 1, seed: int = 0
 ) -> Float[np.ndarray, "B C H W"]:
-    """Contribution of each value of each image to its nats, the mean over draws; see `Flow.nats_of_values`.
+    """Contribution of each value to the nats of its image, averaged over noise draws; see `Flow.nats_of_values`.
 
     Raises:
-        ValueError: see `image_bits_per_dim`; or the latents of the flow mix values.
+        ValueError: see `image_bits_per_dim` and `Flow.nats_of_values`.
     """
     draws = [flow.nats_of_values(image_tensor(flow, images, seed, k), y, dequantize=True) for k in _draws(num_draws)]
     return torch.stack(draws).mean(dim=0).cpu().numpy()

@@ -11,7 +11,7 @@ _MOST_RED = 0.75
 
 
 def overlaid(images: UInt8[np.ndarray, "B C H W"], nats: Float[np.ndarray, "B C H W"]) -> UInt8[np.ndarray, "B 3 H W"]:
-    """Each image in grey, with more red where the nats summed over channels are higher; one scale for all images.
+    """Draw images in grey, and redder where the sum of nats over channels is higher. All images share one color scale.
 
     Args:
         images: stored pixels, with 1 or 3 channels.

@@ -5,15 +5,15 @@ The flow q is fitted by maximising the evidence lower bound (Rezende and Mohamed
     ELBO = E_q [log p(x, data) - log q(x)] = log p(data) - KL(q || posterior)
 
 with reparametrised samples. Importance weights w = p(x, data) / q(x) measure the quality of the fit. The bound
-log mean w is tighter than the ELBO (Burda et al., arXiv 1509.00519). The effective sample size is the number of draws
-from the posterior that the weighted draws are worth. The shape k of a generalised Pareto distribution fitted to the
-largest weights shows whether these figures are reliable: they are for k below 0.7 (Vehtari et al., arXiv 1507.02646).
+log mean w is tighter than the ELBO (Burda et al., arXiv 1509.00519). The effective sample size is the number of exact
+posterior draws that would be as accurate as the weighted draws. These figures are reliable if a generalised Pareto
+distribution, fitted to the largest weights, has a shape k below 0.7 (Vehtari et al., arXiv 1507.02646).
 
     posterior = fit_posterior(log_joint, build(IAFConfig(class_conditional=False), (3,)))
     posterior.sample(1000)
 
-An IAF is the best choice of flow, because it draws and scores samples in one pass. For a parameter with bounds,
-``log_joint`` must transform an unbounded variable and add the logarithm of the derivative.
+An IAF is the best choice of flow, because it draws samples and computes their densities in one pass. If a parameter has
+bounds, ``log_joint`` must compute it from an unbounded variable and add the logarithm of the derivative.
 
 Shapes: S samples, D dimensions. Densities and bounds: nats.
 """
@@ -34,7 +34,7 @@ from tarflow_scale.runtime import console
 __all__ = ["ImportanceDiagnostics", "Posterior", "fit_posterior", "pareto_shape"]
 
 LogJoint = Callable[[Tensor], Tensor]
-"""Log p(x, data) ``(S,)`` of ``x (S, D)`` in nats. Include all constants, because they are part of the evidence."""
+"""Maps ``x (S, D)`` to log p(x, data) ``(S,)`` in nats, including all constants, which are part of the evidence."""
 
 _MOST_SKIPPED = 10
 _FINAL_RATE = 0.01
@@ -46,7 +46,7 @@ class ImportanceDiagnostics:
     """Quality of a posterior, estimated from ``num_samples`` weighted draws.
 
     elbo, elbo_standard_error: nats. importance_bound: log mean weight, nats, never below the ELBO of the same draws.
-    effective_sample_size: at most ``num_samples``. pareto_k: above 0.7 the other figures are not reliable.
+    effective_sample_size: at most ``num_samples``. pareto_k: if it is above 0.7, the other figures are not reliable.
     """
 
     num_samples: int
@@ -58,12 +58,12 @@ class ImportanceDiagnostics:
 
 
 class Posterior:
-    """A fitted flow with the joint density it was fitted to.
+    """A fitted flow, together with the joint density to which it was fitted.
 
     Args:
         log_joint: see `LogJoint`.
         flow: a flow of this package or of zuko.
-        losses: the negative ELBO in nats at every step of the fit, from the samples of the step.
+        losses: the negative ELBO in nats at every step of the fit, estimated from the samples of that step.
     """
 
     def __init__(self, log_joint: LogJoint, flow: Any, losses: list[float]) -> None:
@@ -73,25 +73,25 @@ class Posterior:
 
     @torch.no_grad()
     def sample(self, num: int, seed: int = 0) -> Float[Tensor, "S D"]:
-        """Draws from the flow."""
+        """Draw ``num`` samples from the flow."""
         return _draw(self.flow, num, torch.Generator().manual_seed(seed))[0]
 
     @torch.no_grad()
     def weighted(self, num: int, seed: int = 0) -> tuple[Float[Tensor, "S D"], Float[Tensor, " S"]]:
-        """Draws from the flow and their normalised weights; weighted sums are expectations under the exact posterior.
+        """Draw samples and their normalised weights; weighted sums estimate expectations under the exact posterior.
 
         Raises:
-            NumericsError: a weight is not a number, or all are 0.
+            NumericsError: a weight is NaN or infinite, or all weights are 0.
         """
         x, log_weights = self._log_weights(num, seed)
         return x, torch.softmax(log_weights, dim=0)
 
     @torch.no_grad()
     def diagnostics(self, num: int = 10_000, seed: int = 0) -> ImportanceDiagnostics:
-        """Quality of the fit, from ``num`` draws.
+        """Estimate the quality of the fit from ``num`` draws.
 
         Raises:
-            NumericsError: a weight is not a number, or all are 0.
+            NumericsError: a weight is NaN or infinite, or all weights are 0.
         """
         _, log_weights = self._log_weights(num, seed)
         weights = torch.softmax(log_weights, dim=0)
@@ -131,16 +131,16 @@ def fit_posterior(
     Args:
         log_joint: log p(x, data) ``(S,)`` of ``x (S, D)``, differentiable.
         flow: an unconditional flow on vectors, of this package or of zuko (``zuko.flows.NSF(3)``).
-        num_steps: number of steps; the learning rate falls along a cosine.
-        num_samples: draws in each step.
+        num_steps: number of optimizer steps; the learning rate falls along a cosine to 1 % of ``peak_lr``.
+        num_samples: number of samples drawn in each step.
         peak_lr: learning rate of the first step.
-        gradient_clip_norm: gradients of larger norm are scaled down to it.
-        seed: seed of the draws; the weights of the flow are those that it was built with.
+        gradient_clip_norm: gradients with a larger norm are scaled down to this norm.
+        seed: seed of the draws; it does not affect the initial weights of the flow.
         progress: show a progress bar.
 
     Raises:
         NumericsError: the bound or its gradient was not finite in more than ten consecutive steps.
-        ValueError: ``log_joint`` returns another shape than ``(S,)``.
+        ValueError: the result of ``log_joint`` does not have shape ``(S,)``.
     """
     parameters = list(flow.parameters())
     optimizer = torch.optim.Adam(parameters, lr=peak_lr)
@@ -180,7 +180,7 @@ def fit_posterior(
 
 
 def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Samples and their log densities, with gradients."""
+    """Draw differentiable samples, and return them with their log densities."""
     with torch.random.fork_rng():  # zuko's distributions and the probes of a continuous flow use the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         if isinstance(flow, Flow):
@@ -189,7 +189,7 @@ def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def _tail_shape(weights: Float[Tensor, " S"]) -> float:
-    """Shape k of the tail of importance weights, from the excess of the largest weights over the others."""
+    """Shape k of the tail of importance weights: fitted to the largest weights minus the next smaller weight."""
     num = len(weights)
     tail = min(math.ceil(_SMOOTHED_SHARE * num), math.ceil(3 * math.sqrt(num)))
     ordered = torch.sort(weights / weights.max()).values
@@ -202,7 +202,7 @@ def pareto_shape(excess: Float[Tensor, " M"]) -> float:
 
     This is the estimator of Zhang and Stephens (2009): a posterior mean, computed on a grid with the profile
     likelihood. The result is shrunk towards 0.5 as in Vehtari et al., arXiv 1507.02646, appendix C. It is infinite if
-    the first quartile of the draws is 0, and NaN if there are fewer than 5 draws or none is positive.
+    the first quartile of the draws is 0, and NaN if there are fewer than 5 draws or no positive draw.
     """
     x = torch.sort(excess.double().cpu()).values
     num = len(x)

@@ -1,9 +1,9 @@
 """Normalizing flows in plain torch; see `tarflow_scale.flows.bijection` for the contract of all flows.
 
-`build` makes a flow from a section ``model``. `save_flow` and `load_flow` store it as ``model.safetensors`` and
-``config.json``; loading executes no code from these files. The module of each model documents its paper, equations,
-shapes and differences from public code. Images that do not fit a flow raise a ValueError that names the shape; a
-folder without a flow raises a DataError.
+`build` makes a flow from the section ``model`` of a configuration. `save_flow` and `load_flow` write and read it as
+``model.safetensors`` and ``config.json``; loading executes no code from these files. The module of each model documents
+its paper, equations, shapes and differences from public code. Images that do not fit a flow raise a ValueError that
+names the expected shape; a folder without a flow raises a DataError.
 """
 
 from tarflow_scale.config.sampling import Guidance

@@ -1,4 +1,4 @@
-"""The causal pre-LayerNorm transformer inside a TarFlow block; callers own its key/value cache and pass it in.
+"""The causal pre-LayerNorm transformer layer of a TarFlow block, and the key/value cache that callers pass to it.
 
 Shapes: B batch, T tokens, C width, N heads, H = C / N head width.
 """
@@ -24,11 +24,11 @@ class KeyValueCache:
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
         self.length = 0
-        """Number of tokens already in the cache; advanced by the block after its last layer."""
+        """Number of tokens already in the cache; the block increments it after its last layer."""
         self._grown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value ``(B, N, 1, H)`` of one token; return those of all tokens so far ``(B, N, t, H)``."""
+        """Store a token's key and value ``(B, N, 1, H)``; return all keys and values so far, both ``(B, N, t, H)``."""
         if k.requires_grad or is_transformed():  # autograd needs the old values, so this copies
             if layer in self._grown:
                 earlier_k, earlier_v = self._grown[layer]
@@ -47,8 +47,8 @@ class TransformerLayer(nn.Module):
     Args:
         width: number of features C of a token, a multiple of ``head_width``.
         head_width: width H of one attention head.
-        dropout: probability that training drops a feature of a residual branch, for all tokens of a sample together
-            (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
+        dropout: probability that training drops a feature of a residual branch. A feature is dropped for all tokens of
+            a sample together (Gal and Ghahramani, arXiv 1512.05287), which needs T times fewer random numbers.
     """
 
     def __init__(self, width: int, head_width: int, dropout: float = 0.0) -> None:
@@ -63,7 +63,7 @@ class TransformerLayer(nn.Module):
         self.dropout = dropout
 
     def forward(self, h: Float[Tensor, "B T C"], twice: bool = False) -> Float[Tensor, "B T C"]:
-        """Map all tokens; token t attends to tokens <= t. ``twice`` uses only operations with second derivatives."""
+        """Map all tokens; token t attends to tokens <= t. With ``twice``, all operations have second derivatives."""
         q, k, v = self._heads(h)
         attended = _attended(q, k, v) if twice else F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self._dropped(self._merge(attended))
@@ -72,11 +72,11 @@ class TransformerLayer(nn.Module):
     def step(
         self, h: Float[Tensor, "B 1 C"], cache: KeyValueCache, layer: int, sharpness: Tensor | None = None
     ) -> Float[Tensor, "B 1 C"]:
-        """Map the next token alone, which attends to the cached tokens and to itself.
+        """Map only the next token, which attends to the cached tokens and to itself.
 
         Args:
             h: features of the token.
-            cache: keys and values of earlier tokens; those of this token are added.
+            cache: keys and values of earlier tokens; the key and value of this token are added.
             layer: index of this layer in the cache.
             sharpness: factor on the attention logits of each sample, ``(B, 1, 1, 1)``; None for 1.
         """
@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
 def _attended(
     q: Float[Tensor, "B N t H"], k: Float[Tensor, "B N T H"], v: Float[Tensor, "B N T H"]
 ) -> Float[Tensor, "B N t H"]:
-    """Causal attention of the last t tokens, by its definition: PyTorch's fused kernels have no second derivative."""
+    """Causal attention of the last t tokens in basic operations; PyTorch's fused kernels have no second derivatives."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[-2] - q.shape[-2])
     return torch.softmax(scores.masked_fill(later, -math.inf), dim=-1) @ v

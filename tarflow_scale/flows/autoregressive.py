@@ -4,15 +4,15 @@ A masked network computes the shift and scale of each dimension from the dimensi
 
     v_i = u_i exp(a_i) + b_i,        a_i, b_i = network(u_1 .. u_(i-1)),        log|dv/du| = sum a
 
-and each transformation reverses the order of dimensions of the one before it. One pass of the network computes all
-``v`` from ``u``; the inverse computes one dimension of ``u`` after the other, in D passes.
+and each transformation reads the dimensions in the reverse order of the previous one. One pass of the network computes
+all ``v`` from ``u``; the inverse computes one dimension of ``u`` after the other, in D passes.
 
-* MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. It scores in one pass and samples in D.
-* IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. It samples in one pass and scores in D, so it suits
-  variational posteriors, which only score their own samples, better than densities of data.
+* MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. A density takes one pass, a sample D passes.
+* IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. A sample takes one pass, the density of given data D
+  passes. So it suits variational posteriors, which only need densities of samples that they have drawn.
 
-Every dimension of the data corresponds to one dimension of the noise, so each has its own log-determinant: the sum of
-its ``a`` over transformations.
+Every dimension of the data corresponds to one dimension of the noise, so each dimension has a log-determinant: the sum
+of its ``a`` over all transformations.
 
 Every network also reads a row of a learned table, selected by the label; a dropped label reads the mean of all rows.
 There is no batch normalisation between transformations. Networks compute in fp32 or wider, also under autocast.

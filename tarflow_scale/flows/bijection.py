@@ -4,8 +4,8 @@ Shapes: B batch, D = prod(event_shape) dimensions, K classes. Units: nats per sa
 live on [-1, 1]. A learned prior is part of the map: ``z`` and ``log_det`` include it, so one temperature and one
 bits/dim formula hold for all flows.
 
-A model implements `Bijection.encode` and `Bijection.decode`. This module has the code around them that all models
-share; `tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but no values.
+A model implements `Bijection.encode` and `Bijection.decode`. This module contains the code around them that all models
+share; `tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but not values.
 """
 
 import math
@@ -36,7 +36,7 @@ from tarflow_scale.records import LatentFacts, PixelFormat
 __all__ = ["Bijection", "Decode"]
 
 Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
-"""A function like `Bijection.decode`: latents, labels, and guidance (None if it has no effect), to data."""
+"""A function like `Bijection.decode`: it maps latents, labels and guidance (None if it has no effect) to data."""
 
 
 class Rendering(Protocol):
@@ -68,14 +68,14 @@ class Bijection(nn.Module, ABC):
         self.event_shape = event_shape
         self.num_classes = num_classes
         self.num_conditions: int | None = None
-        """How many numbers the flow is conditioned on in place of a label, or None; `build` sets it."""
+        """Length of the condition vector that replaces the label; None if there is no such vector. `build` sets it."""
         self.num_dims = math.prod(event_shape)
         self._activations: Activations = "keep"
         self.config: ModelConfig | None = None
         """The configuration that the flow was built from; it is saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """Takes a callback for progress, counted in samples, and returns the function that `sample` uses in place of
-        `decode`. `tarflow_scale.load` sets it to the fast decoder of a model."""
+        """If set, `sample` calls ``decoder(advance)`` and uses the function that this returns instead of `decode`; the
+        callback ``advance`` updates the progress bar. `tarflow_scale.load` sets it to a fast decoder."""
         self.pixels: PixelFormat | None = None
         """Bit depth and noise of the training images; needed to convert samples to pixels. None if unknown."""
         self.dequantizer: Dequantizer | None = None
@@ -101,7 +101,7 @@ class Bijection(nn.Module, ABC):
         that noise first, and log q of the new noise is subtracted from ``log_det``. ``twice`` selects `encode_twice`.
 
         Raises:
-            ValueError: the data or labels have another shape, or the bit depth of images to dequantize is unknown.
+            ValueError: the data or labels have the wrong shape, or the dequantizer needs a bit depth that is unknown.
         """
         self.check_shape(x)
         labels = self._labels(y, len(x), x.device)
@@ -144,7 +144,7 @@ class Bijection(nn.Module, ABC):
         The argument ``decode`` replaces the method `decode`, for example by a faster one of `tarflow_scale.sampling`.
 
         Raises:
-            ValueError: the latents or labels have another shape, or guidance cannot have an effect.
+            ValueError: the latents or labels have the wrong shape, or the guidance does not fit; see `is_guided`.
         """
         if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
             got = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
@@ -159,17 +159,17 @@ class Bijection(nn.Module, ABC):
     def inverse_and_log_det(
         self, z: Float[Tensor, "B D"], y: GivenCondition = None
     ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """`inverse` and its log|det dx/dz| ``(B,)`` in nats. A model that computes both in one pass overrides this."""
+        """`inverse`, and log|det dx/dz| ``(B,)`` in nats. A model that computes both in one pass overrides this."""
         x = self.inverse(z, y)
         return x, -self(x, y)[1]
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers about the latest `forward`, by name, for the training log; empty for most flows."""
+        """Statistics of the latest `forward` for the training log, keyed by name; empty for most flows."""
         return {}
 
     @property
     def activations(self) -> Activations:
-        """How the backward pass gets its activations. It changes memory and time, but no result.
+        """How the backward pass gets its activations. The choice affects memory and time, but no result.
 
         Setting an unsupported value raises ValueError. Under torch.func, activations are always kept.
         """
@@ -183,16 +183,16 @@ class Bijection(nn.Module, ABC):
         self._activations = how
 
     def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(*arguments)``; if activations are checkpointed, the backward pass computes them again."""
+        """Call ``function(*arguments)``; if activations are checkpointed, the backward pass computes them again."""
         recompute = torch.is_grad_enabled() and self.activations == "checkpoint"
         return checkpoint(function, *arguments) if recompute else function(*arguments)
 
     @abstractmethod
     def encode(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """The map of the model: ``h (B, *event)`` to ``z (B, D)`` and the log-determinant ``(B,)``."""
+        """Map ``h (B, *event)`` to ``z (B, D)`` and the log-determinant ``(B,)``; each model implements this."""
 
     def encode_twice(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """`encode` by operations that all have second derivatives and forward-mode derivatives."""
+        """`encode`, using only operations that have second derivatives and forward-mode derivatives."""
         return self.encode(h, y)
 
     @abstractmethod
@@ -211,10 +211,10 @@ class Bijection(nn.Module, ABC):
         return True
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """`encode` with latents and log-determinants in the shape of ``h``, for models that do not mix values.
+        """Like `encode`, but return a latent and a log-determinant for every value of ``h``, both in its shape.
 
         Raises:
-            ValueError: this model mixes values.
+            ValueError: this model does not map each value to one latent.
         """
         del h, y
         raise ValueError(f"{type(self).__name__} mixes values, so they have no latents of their own; use another model")
@@ -224,14 +224,16 @@ class Bijection(nn.Module, ABC):
         check_shape(x, self.event_shape)
 
     def check_labels(self, y: Condition, batch_size: int) -> None:
-        """Raise ValueError if labels or conditions do not fit this flow. Reading their values waits for the device."""
+        """Raise ValueError if labels or conditions do not fit. Reading their values synchronizes with the device."""
         check_condition(y, batch_size, self.num_classes, self.num_conditions)
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """Whether sampling needs a second prediction, without the label or with weaker attention.
+        """Whether guidance has an effect.
+
+        Guidance needs a second prediction, either without the label or with weaker attention.
 
         Raises:
-            ValueError: guidance cannot have an effect on this flow, or needs labels.
+            ValueError: this flow does not support the guidance, or the guidance needs labels.
         """
         if guidance is None or guidance.scale == 0:
             return False

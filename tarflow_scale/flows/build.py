@@ -32,7 +32,7 @@ _FLOWS: dict[str, Callable[..., Flow]] = {
     "iaf": Autoregressive,
     "continuous": Continuous,
 }
-"""The class of each ``model.kind``; RealNVP has a class of its own for vectors."""
+"""The class of each ``model.kind``; RealNVP has a separate class for vectors."""
 
 
 def build(
@@ -47,7 +47,7 @@ def build(
         config: the section ``model``.
         event_shape: ``(C, H, W)`` of images, or ``(D,)`` of vectors.
         num_classes: number of classes of the data set, or None.
-        num_conditions: how many numbers condition a sample of the data set in place of a label, or None.
+        num_conditions: number of condition values that each sample has instead of a label, or None.
 
     Raises:
         ConfigError: the model does not fit the data.

@@ -1,4 +1,4 @@
-"""The condition of a flow, a label or a vector of numbers: its checks and its embedding.
+"""Check and embed the condition of a flow, which is a label or a vector of numbers.
 
 A label selects a row of a learned table. A vector of K numbers selects the sum of K rows, weighted by the numbers; so a
 label is equivalent to a one-hot vector.
@@ -27,26 +27,26 @@ __all__ = [
 ]
 
 Condition = Tensor | None
-"""Labels ``(B,)`` int64 in [0, num_classes), where -1 is a dropped label and None drops all labels. For a flow that is
+"""Labels ``(B,)`` int64 in [0, num_classes), or -1 for a dropped label; None drops all labels. For a flow that is
 conditioned on vectors: floats ``(B, K)``."""
 GivenCondition = Condition | np.ndarray | int | str | Sequence[int | str]
-"""A `Condition` as a user may give it: also one class for all samples, by number or name; a list or an array of
+"""A condition as users may pass it: a `Condition`; one class for all samples, by number or name; or a list or array of
 classes."""
 
 _SHOWN_CLASSES = 10
 _ALIKE = 0.6
-"""Least similarity of a class name that an error message suggests."""
+"""An error message suggests a class name only if its similarity to the unknown name is at least this."""
 
 
 def is_transformed() -> bool:
-    """Whether `torch.vmap`, another transformation of torch.func or forward-mode differentiation runs this code."""
+    """Whether this code runs under `torch.vmap`, another torch.func transformation or forward-mode differentiation."""
     if torch.compiler.is_compiling():  # compiled code cannot read the state of torch.func
         return False
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0  # pyright: ignore
 
 
 def hides_values() -> bool:
-    """Whether a transformation, a compiler or a tracer runs this code, so that values of tensors cannot be read."""
+    """Whether this code runs under a transformation, compiler or tracer, so that values of tensors cannot be read."""
     return is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -67,12 +67,12 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """Convert what a user gave to the condition of ``num`` samples.
+    """Convert the argument ``y`` of a user into a `Condition` for ``num`` samples.
 
-    Integers become int64, because torch reads an index of narrower integers as a mask.
+    Integers become int64, because torch reads an index of type uint8 as a mask, and rejects int8 and int16.
 
     Raises:
-        ValueError: it contains something other than classes.
+        ValueError: ``y`` contains something other than classes.
     """
     if isinstance(y, np.ndarray):
         y = torch.as_tensor(y) if y.dtype.kind in "biuf" else y.tolist()
@@ -96,9 +96,9 @@ def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device
 
 
 def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]:
-    """The row of ``table`` for each label, or the mean of all rows for a dropped label; a single row if ``y`` is None.
+    """Return the row of ``table`` for each label, and the mean of all rows for a dropped label.
 
-    Conditions ``(B, K)`` give weighted sums of the rows.
+    If ``y`` is None, the result is one row, the mean of all rows. Conditions ``(B, K)`` give weighted sums of rows.
     """
     if y is not None and y.ndim == 2:
         with torch.autocast(table.device.type, enabled=False):  # bf16 would round all recent years to the same number
@@ -110,9 +110,9 @@ def embed(table: Float[Tensor, "K F"], y: Condition) -> Float[Tensor, "batch F"]
 
 
 def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> None:
-    """Raise ValueError unless there is one label or one vector for each sample; it reads no values.
+    """Raise ValueError unless there is one label or one vector for each sample; values are not read.
 
-    Vectors cannot be dropped, because no value is defined to replace them.
+    Vectors cannot be dropped, because no replacement is defined for them.
     """
     if num_conditions is not None:
         if y is None or tuple(y.shape) != (batch_size, num_conditions):
@@ -123,7 +123,7 @@ def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> No
 
 
 def check_condition(y: Condition, batch_size: int, num_classes: int | None, num_conditions: int | None) -> None:
-    """Raise ValueError if labels or conditions do not fit a flow; it reads their values."""
+    """Raise ValueError if labels or conditions do not fit a flow; this reads their values."""
     if num_conditions is not None:
         check_count(y, batch_size, num_conditions)
         assert y is not None

@@ -1,35 +1,37 @@
-"""Continuous flow: data becomes noise along an ordinary differential equation.
+"""Continuous flow: an ordinary differential equation turns data into noise.
 
 Grathwohl et al., "FFJORD: Free-form continuous dynamics for scalable reversible generative models", arXiv 1810.01367.
 A network computes the velocity; the log-determinant is the integral of the divergence of the velocity,
 
     dh/dt = f(t, h),   h(0) = data, h(1) = z,        log|det dz/dx| = integral of tr(df/dh) dt
 
-In evaluation the trace is exact up to ``exact_trace_dims`` dimensions. It is computed by forward-mode products with the
-Jacobian, one for each dimension of a vector, many at once. In an image, places that no layer connects share a product
-(grouped as in Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974), so that L convolutions
-need (L + 1)^2 C products for an image of any size. Then each value has its own log-determinant, the integral of its
-entry on the diagonal of the Jacobian, which `Flow.nats_of_values` uses.
+In evaluation the trace is exact up to ``exact_trace_dims`` dimensions. It is computed from forward-mode products with
+the Jacobian, in batches. A vector needs one product for each dimension. In an image, pixels that are too far apart to
+influence each other share a product (Curtis, Powell and Reid, "On the estimation of sparse Jacobian matrices", 1974),
+so that L convolutions need (L + 1)^2 C products for an image of any size. If the trace is exact, each value has a
+log-determinant, the integral of its entry on the diagonal of the Jacobian; `Flow.nats_of_values` uses it.
 
 In higher dimensions, and in training, the trace is Hutchinson's estimate e^T (df/dh) e with a probe e of random signs.
 The probe is drawn once for a whole solve, so that the solver integrates a smooth function. In training it comes from
 torch's generator, which the loop seeds from (seed, images seen, rank). In evaluation it comes from a generator seeded
 by the values of the sample, so that a result does not depend on the batch and errors of different images are
-independent. The estimate of log p is unbiased, and so is a mean over images. Its exponential is biased, so
-importance-weighted numbers and sums over labels are not bounds if the trace is estimated.
+independent. The estimate of log p is unbiased, and so is a mean over images. The exponential of the estimate is biased,
+so importance-weighted numbers and sums over labels are not bounds if the trace is estimated.
 
-Solvers and the adjoint are torchdiffeq's. Training with a few fixed steps is cheap, but the same number of steps back
-does not invert them, and their density does not integrate to one. So evaluation always uses an adaptive solver for
-likelihoods and samples: ``dopri5`` if training uses fixed steps. It chooses one step size for a whole batch from the
-mean error, so a sample depends on the rest of its batch within ``tolerance``. Its first step is the whole interval,
-which it accepts for smooth dynamics. Its last step ends exactly at the end of the interval; by default torchdiffeq
-would step past the end and interpolate back, without an error estimate.
+The solvers and the adjoint come from torchdiffeq. Training with a few fixed steps is cheap, but the same number of
+steps in the other direction does not invert them, and the density does not integrate to one. So evaluation always uses
+an adaptive solver, ``dopri5`` if training uses fixed steps. It chooses one step size for a whole batch from the mean
+error, so the results of a sample depend on the rest of its batch, within ``tolerance``. The solver first tries one step
+over the whole interval and accepts it if the dynamics are smooth. The last step ends exactly at the end of the
+interval; by default torchdiffeq would step past the end and interpolate back, without an error estimate.
 
-Accuracy at a tolerance of 1e-5, compared with 1e-12, in 4 to 64 dimensions: a solve takes seven evaluations; errors of
-log densities are below 1e-5 nats, of inverses below 2e-6, of gradients below 3e-6 of the largest; fp32 adds 5e-5 nats.
-Errors grow with the weights: twice as large weights take 25 evaluations, and errors are 1e-3 of 64 nats and 3e-4 in
-inverses. Every layer of the dynamics is scaled and shifted by functions of time (FFJORD's "concatsquash"), the last
-layer starts at zero, and the label's embedding is added to the output of the first layer.
+Accuracy at a tolerance of 1e-5, compared with 1e-12, in 4 to 64 dimensions: a solve takes seven evaluations. Errors are
+below 1e-5 nats in log densities, 2e-6 in inverses and, relative to the largest gradient, 3e-6 in gradients; fp32 adds
+5e-5 nats. Errors grow with the weights. If the weights are doubled, a solve takes 25 evaluations, and errors are 1e-3
+of 64 nats in log densities and 3e-4 in inverses.
+
+Every layer of the dynamics is scaled and shifted by functions of time (FFJORD's "concatsquash"), the last layer starts
+at zero, and the label's embedding is added to the output of the first layer.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -55,17 +57,17 @@ __all__ = ["Continuous", "Dynamics"]
 
 _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Number of hidden values of products that are computed together; they fit in a core's cache, or in GPU memory."""
+"""Maximum size of a hidden layer in a batch of Jacobian products, so that its values fit in CPU cache or GPU memory."""
 _STALLED = 24
-"""Number of successive evaluations at about the same time that mean that a solver is stuck; a step has at most 7."""
+"""A solver is stuck if it makes this many evaluations in a row at about the same t; a step takes at most 7."""
 
 
 class Dynamics(nn.Module):
-    """The network of the velocity at a point and time: 3x3 convolutions for images, linear layers for vectors.
+    """The network that computes the velocity: 3x3 convolutions for images, linear layers for vectors.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(D,)``.
-        width: channels or width of the hidden layers.
+        width: number of channels or units of each hidden layer.
         hidden_layers: number of hidden layers.
         num_classes: number of classes, or None.
     """
@@ -115,10 +117,10 @@ class Dynamics(nn.Module):
         return h
 
     def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
-        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1 for the slopes S of every sample.
+        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1; the slopes S differ between samples.
 
-        The weights of the first and last layer are the same for all samples. So their products with the probes are
-        computed once: forward through the first layer, and backward through the last.
+        The weights are the same for all samples. So the products of the probes with the first layer (forward) and the
+        last layer (backward) are computed only once.
         """
         probes = self._probes(slopes[0])
         columns, rows = self._linear(probes, weights[0]), self._transposed(probes, weights[-1])
@@ -136,7 +138,7 @@ class Dynamics(nn.Module):
         return diagonal
 
     def _probes(self, like: Tensor) -> Float[Tensor, "K ..."]:
-        """Probes of zeros and ones: each value is 1 in one probe; values that are 1 together are independent."""
+        """Vectors of zeros and ones. Each position is 1 in one probe; positions that share a probe do not interact."""
         if not self._expanded:
             return torch.eye(self.event_shape[0], dtype=like.dtype, device=like.device)
         apart = len(self.layers) + 1
@@ -187,7 +189,7 @@ class Continuous(Flow):
         self._evaluations = {"forward": 0, "backward": 0}
 
     def diagnostics(self) -> dict[str, float]:
-        """Number of evaluations of the dynamics in the latest solve, and in its adjoint solve once that has run."""
+        """Number of evaluations of the dynamics in the latest solve, and in its adjoint solve if that has run."""
         return {f"{direction}_evaluations": float(number) for direction, number in self._evaluations.items()}
 
     def encode(self, h: Tensor, y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
@@ -234,7 +236,7 @@ class Continuous(Flow):
             return self._solved(field, (z.unflatten(1, self.event_shape),), (1.0, 0.0))[0]
 
     def _field(self, h: Tensor, y: Condition) -> "_Field":
-        """The field of velocity and divergence for a solve that starts at ``h``."""
+        """A `_Field` that returns velocity and divergence, for a solve that starts at ``h``."""
         probe = self._probe(h)
 
         def exact(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
@@ -278,7 +280,7 @@ class Continuous(Flow):
 
     @staticmethod
     def stuck(reason: str) -> NumericsError:
-        """The error of a solver that fails."""
+        """Create the error for a solver that fails."""
         return NumericsError(
             f"the solver of the continuous flow is stuck ({reason}); the dynamics have become stiff: raise "
             f"model.tolerance, use model.solver=rk4, or lower optimizer.peak_lr"
@@ -286,9 +288,9 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side of the equation for one solve: rates of the states, of which the first is ``h``.
+    """The right-hand side of the equation for one solve: time derivatives of all states, the first of which is ``h``.
 
-    It counts the evaluations itself, because threads may share a flow.
+    Evaluations are counted here and not in the flow, because threads may share a flow.
     """
 
     def __init__(self, flow: Continuous, rates: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> None:
@@ -314,7 +316,7 @@ class _Field:
 
 
 class _FiniteGradients(torch.autograd.Function):
-    """The identity on the results of a solve; its backward pass stops non-finite gradients.
+    """The identity on the results of a solve; its backward pass replaces non-finite gradients.
 
     The adjoint solve cannot start from non-finite gradients. It gets zeros instead, and the parameters get NaN, so that
     training skips the step.
@@ -349,7 +351,7 @@ def _check_solvable(h: Tensor) -> None:
 
 
 def _signs_of(sample: Tensor) -> Tensor:
-    """Random signs from a generator that is seeded by the values of a sample on the CPU."""
+    """Random signs in the shape of a CPU sample, from a generator that is seeded by the sample's values."""
     digest = hashlib.sha256(sample.contiguous().numpy().tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randint(0, 2, sample.shape, generator=generator) * 2 - 1
@@ -369,8 +371,8 @@ def _estimated(
 
 
 def _mean_error(states: tuple[Tensor, ...]) -> Tensor:
-    """The norm of errors by which steps are chosen: torchdiffeq's own, of ``h`` and the log-determinant alone.
+    """The error norm from which the solver chooses its steps: torchdiffeq's norm of ``h`` and the log-determinant.
 
-    So further states, which are integrated beside these two, do not change the steps.
+    States after these two are integrated too, but do not change the steps.
     """
     return torch.stack([state.square().mean().sqrt() for state in states[:2]]).max()

@@ -59,11 +59,11 @@ class Layer(nn.Module, ABC):
     """
 
     def forward(self, x: Tensor, inverse: bool = False) -> Any:
-        """Map ``x`` to ``(y, log_det)``; with ``inverse``, map ``x`` back as `inverse` does."""
+        """Map ``x`` to ``(y, log_det)``; with ``inverse``, apply the inverse map to ``x`` instead."""
         return self._invert(x) if inverse else self._map(x)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """``y`` and the log-determinant of each place, which is an even share unless the layer overrides this."""
+        """Map ``x`` to ``y`` and the log-determinant of each pixel; by default all pixels get equal shares."""
         y, log_det = self(x)
         return y, (log_det / (x.shape[2] * x.shape[3]))[:, None, None].expand(len(x), *x.shape[2:])
 
@@ -102,8 +102,8 @@ class ActNorm(Normalization):
     """A scale and a shift for each channel: ``y = (x + bias) exp(log_scale)``.
 
     Initialisation gives the outputs of the first batch mean 0 and deviation 1. Statistics are summed over all ranks, so
-    all ranks get the same bits, which agree to rounding with those of one process that has all images. A buffer, saved
-    with the weights, records whether the layer was initialised.
+    all ranks get identical parameters. Up to rounding, one process with all images would get the same parameters. A
+    buffer, saved with the weights, records whether the layer was initialised.
 
     Args:
         channels: number of channels C.
@@ -136,7 +136,7 @@ class ActNorm(Normalization):
         return y * per_channel((-self.log_scale).exp(), y) - per_channel(self.bias, y)
 
     def _check_initialized(self) -> None:
-        """Check the buffer ``initialized``, which is not read again once it is true: a read waits for the device."""
+        """Check the buffer ``initialized``. Once true, it is not read again: a read synchronizes with the device."""
         if not self._known_initialized:
             if not bool(self.initialized):
                 raise RuntimeError("ActNorm was never initialised; call initialize() of the flow, or load weights")
@@ -155,7 +155,7 @@ class InvertibleConv(Layer):
 
     Args:
         channels: number of channels C.
-        kind: parametrisation of W.
+        kind: parametrisation of W, ``dense`` or ``lu``.
     """
 
     def __init__(self, channels: int, kind: Literal["dense", "lu"]) -> None:
@@ -255,11 +255,11 @@ class CouplingNetwork(nn.Module):
 
 
 class Coupling(Layer):
-    """A coupling layer: a network of the first half of the channels shifts and scales the second half.
+    """A coupling layer: a network reads the first half of the channels, and shifts and scales the second half.
 
     ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. If C is odd, the
-    second half is the larger. The published form has no bound c: its scale can be arbitrarily small, and dividing by
-    it makes some samples overflow.
+    second half is the larger. The published form has no bound c, so its scale can be arbitrarily small; the inverse
+    divides by it, and some samples overflow.
 
     Args:
         channels: number of channels C, at least 2.
@@ -280,7 +280,7 @@ class Coupling(Layer):
         self.network = CouplingNetwork(self.sizes[0], self.sizes[1] * (2 if kind == "affine" else 1), width)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """See `Layer.map_places`; each place has its own log-scales."""
+        """See `Layer.map_places`; log-scales differ between pixels."""
         kept, changed = x.split(self.sizes, dim=1)
         shift, log_scale = self._shift_and_log_scale(kept)
         y, _ = _couple(kept, changed, shift, log_scale)
@@ -296,7 +296,7 @@ class Coupling(Layer):
         return torch.cat([kept, _uncouple(changed, shift, log_scale)], dim=1)
 
     def rebuild(self, y: Float[Tensor, "B C H W"]) -> tuple[Leaves, Tensor, Tensor]:
-        """Invert ``y``, and map the result forward again with a graph, for `tarflow_scale.flows.recompute`.
+        """Invert ``y``, and map the result forward again with an autograd graph, for `tarflow_scale.flows.recompute`.
 
         The network has the same input in both directions, so it runs once.
 
@@ -333,5 +333,5 @@ def _uncouple(changed: Tensor, shift: Tensor, log_scale: Tensor | None) -> Tenso
 
 
 def per_channel(values: Float[Tensor, " C"], like: Tensor) -> Float[Tensor, "C 1 1"]:
-    """Values of channels in a shape that broadcasts against feature maps, and in the precision of ``like``."""
+    """Reshape one value per channel to broadcast against feature maps, in the precision of ``like``."""
     return values.to(like.dtype)[:, None, None]

@@ -1,4 +1,4 @@
-"""Variational dequantization: a small flow, conditioned on the image, draws the noise inside the bins of pixels.
+"""Variational dequantization: a small flow, conditioned on the image, draws the noise inside the bin of each pixel.
 
 Uniform noise makes a density that is constant on every bin, which a smooth model fits badly. If noise u' in (0, 1) is
 drawn from q(u' | levels) instead, Jensen's inequality bounds the log probability of a discrete image by the mean of
@@ -14,8 +14,8 @@ pipeline,
 where f consists of affine couplings. u has density 1 on a bin of width 1, and q is a density in the same units. A new f
 is the identity, so that u' equals u to the last bit.
 
-Shapes: B batch, C channels, H W pixels, W' channels of a network. Units: nats. Everything except the
-networks is computed in the precision of ``x``, fp32 or wider; the networks run in bf16 under autocast.
+Shapes: B batch, C channels, H W pixels. Units: nats. The networks run in bf16 under autocast; everything else is
+computed in the precision of ``x``, fp32 or wider.
 """
 
 import torch
@@ -30,13 +30,13 @@ _LOG_SCALE_BOUND = 2.0
 
 
 class Dequantizer(nn.Module):
-    """A flow on the noise of images, conditioned on their levels.
+    """A flow on the noise of images, conditioned on their pixel levels.
 
     Only one direction is needed, because the density q is evaluated only at noise that the flow itself draws.
 
     Args:
         channels: number of channels C.
-        couplings: number of couplings; each keeps the pixels that the one before it changed.
+        couplings: number of couplings; each keeps the pixels that the previous one changed.
         width: number of channels inside each network.
     """
 
@@ -51,7 +51,7 @@ class Dequantizer(nn.Module):
 
         Args:
             x: images on [-1, 1]; each value stays in its bin.
-            bit_depth: bits n of a pixel.
+            bit_depth: number of bits n of a pixel.
         """
         width = 2.0 / 2**bit_depth
         levels = torch.floor((x.detach() + 1) / width).clamp(0, 2**bit_depth - 1)
@@ -86,7 +86,7 @@ class _Coupling(nn.Module):
     def forward(
         self, v: Float[Tensor, "B C H W"], seen: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """The new ``v``, and the log-scale of every value, 0 for kept values; ``seen`` are levels on [-1, 1]."""
+        """Return the new ``v`` and the log-scale of every value, 0 if kept; ``seen`` are levels, scaled to [-1, 1]."""
         kept = self._kept(v)
         # Noise near the edge of a bin has a very large logit, so the network reads tanh(v / 2) = 2 u - 1 instead.
         h = F.silu(self.conv_in(torch.cat([kept * torch.tanh(v / 2), seen], dim=1)))
@@ -106,16 +106,16 @@ def _log_slope(v: Tensor) -> Tensor:
 
 
 def _resolution(dtype: torch.dtype, bit_depth: int) -> float:
-    """The least distance of noise to the edges of a bin, which keeps logits finite: half the resolution of ``u``.
+    """Minimum distance of ``u`` from the edges of its bin: half the resolution of ``u``. It keeps logits finite.
 
-    Floats on [-1, 1] resolve u to 2^(n - 2) epsilon, which is 2^-17 of a bin of 8 bits. Values that they round to an
-    edge are moved away from it by half of that.
+    Floats on [-1, 1] resolve ``u`` in steps of 2^(n - 2) epsilon: 2^-17 of a bin for 8 bits in fp32. A value that
+    rounding puts on an edge is moved away from it by half a step.
     """
     return max(2.0 ** (bit_depth - 3), 1.0) * torch.finfo(dtype).eps
 
 
 def _inside(moved: Tensor, x: Tensor, levels: Tensor, width: float) -> Tensor:
-    """``moved``, clamped to the bin of ``x``, which rounding could leave."""
+    """``moved``, clamped to the bin of ``x``, because rounding can move it outside."""
     low = levels * width - 1
     high = low + (width - 2 * torch.finfo(x.dtype).eps)  # the largest for which `(x + 1) / width` is below the edge
     return torch.clamp(moved, low, torch.maximum(high, x.detach()))

@@ -1,4 +1,4 @@
-"""The methods of a model for users: densities, samples and pictures, on top of `tarflow_scale.flows.bijection`.
+"""`Flow`, the class that users call: it adds densities, samples and pictures to `tarflow_scale.flows.bijection`.
 
 ``log_prob`` and ``sample`` check the values of their arguments (`tarflow_scale.flows.inputs`). Several threads may use
 a flow at the same time if none of them changes it.
@@ -29,7 +29,7 @@ __all__ = ["Decode", "Flow"]
 
 
 class Flow(Bijection):
-    """A normalizing flow: a `Bijection` with its density and samples."""
+    """A normalizing flow: a `Bijection` that can also compute densities and draw samples."""
 
     def rsample_and_log_prob(
         self, num: int, y: GivenCondition = None, generator: torch.Generator | None = None
@@ -47,10 +47,11 @@ class Flow(Bijection):
         return x, standard_normal_log_prob(z) - log_det
 
     def log_prob(self, x: Tensor, y: GivenCondition = None) -> Float[Tensor, " B"]:
-        """Log density of ``x (B, *event)`` in nats, as a continuous density.
+        """Log of the continuous density at ``x (B, *event)``, in nats.
 
         It is differentiable, and twice differentiable if ``x`` requires gradients. It works under `torch.vmap` and
-        torch.func, where values are not checked. A continuous flow supports less; its errors say what it needs.
+        torch.func, but values are not checked there. The model `Continuous` does not support all of this; its error
+        messages say what to change.
 
         Args:
             x: images on [-1, 1], or vectors, in the precision of the weights.
@@ -58,20 +59,20 @@ class Flow(Bijection):
                 flow that is conditioned on numbers; or None, which drops the labels.
 
         Raises:
-            ValueError: the data have another type, shape or scale, values are not finite, or labels do not fit.
+            ValueError: the type, shape or scale of the data is wrong, a value is not finite, or the labels do not fit.
         """
         return self._log_prob(x, y, dequantize=False)
 
     def log_prob_of_images(self, x: Tensor, y: GivenCondition = None) -> Float[Tensor, " B"]:
         """Log density ``(B,)`` in nats of images with uniform noise ``x (B, C, H, W)``, minus log q of learned noise.
 
-        Without a `dequantizer` it equals `log_prob`. With one it is log p(x') - log q(u' | image), and the dequantizer
-        maps ``x`` to x' inside the same bins. In both cases the mean over noise is a lower bound of the log probability
-        of the discrete image, and so is the logarithm of the mean density over several draws of noise; see
-        `tarflow_scale.flows.likelihood`.
+        Without a `dequantizer` the result equals `log_prob`. A dequantizer maps ``x`` to x' inside the same bins, and
+        the result is log p(x') - log q(u' | image). For n-bit data, the mean of the result over noise, minus
+        D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. The logarithm of the mean density
+        over several draws of noise, minus the same constant, is another; see `tarflow_scale.flows.likelihood`.
 
         Raises:
-            ValueError: see `log_prob`; or the bit depth of pixels is unknown.
+            ValueError: see `log_prob`; or the flow has a dequantizer, but the bit depth of pixels is unknown.
         """
         return self._log_prob(x, y, dequantize=True)
 
@@ -103,12 +104,12 @@ class Flow(Bijection):
         """The surprise of each value, in the shape of ``x``: its contribution to ``-log_prob`` in nats.
 
         The contribution is the negative log density of the value's latent under a standard normal, minus the value's
-        own log-determinant. The sum over values is exact. The division among values depends on the model, which must
-        map each value to a latent of its own. If a model mixes only the values of a place, as `MultiScaleFlow` does,
-        they share the contribution of the place equally. ``dequantize`` divides `log_prob_of_images` instead.
+        log-determinant. The contributions add up to ``-log_prob`` exactly. Their division among values depends on the
+        model, which must map each value to one latent. A `MultiScaleFlow` is an exception: it mixes the values of each
+        square of pixels, which get equal shares. With ``dequantize``, the sum is ``-log_prob_of_images``.
 
         Raises:
-            ValueError: the latents of this model mix values.
+            ValueError: see `log_prob`; or this model does not map each value to one latent.
         """
         labels = self.check_data(x, y)
         log_q: Tensor | float = 0.0
@@ -120,7 +121,7 @@ class Flow(Bijection):
         return log_q + self.nats_of_encoded(h, labels) - logit_log_dets(h, self.logit_alpha)
 
     def nats_of_encoded(self, h: Tensor, y: Condition) -> Tensor:
-        """`nats_of_values` for ``h``, an input of `encode`.
+        """Compute `nats_of_values` for ``h``, the input of `encode`.
 
         Raises:
             ValueError: see `encode_values`.
@@ -150,17 +151,19 @@ class Flow(Bijection):
         batch_size: int | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Draw ``num`` samples ``(num, *event)``; `pictures` converts images, which are roughly on [-1, 1], for PIL.
+        """Draw ``num`` samples ``(num, *event)``.
+
+        Image values are roughly in [-1, 1]; `pictures` converts them to PIL images.
 
         A flow on latents that has a `renderer` draws images, too.
 
         Args:
             num: number of samples.
             y: see `log_prob`.
-            temperature: standard deviation of the latents; at 0 all samples are the image of the mean latent.
-            guidance: a `Guidance`, or its scale.
+            temperature: standard deviation of the latents; at 0 all latents are 0, the mean.
+            guidance: a `Guidance`, or only its scale.
             generator: random generator of the latents.
-            seed: draws sample i from (seed, i) alone, for any ``num``, as the verb ``generate`` does.
+            seed: if given, sample i depends only on (seed, i), not on ``num``, as in the verb ``generate``.
             batch_size: number of samples decoded together; None decodes all together.
             progress: whether to show a progress bar.
 
@@ -194,11 +197,11 @@ class Flow(Bijection):
         return torch.cat(samples) if samples else z.new_empty(0, *self.shown_shape)
 
     def stored(self, x: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
-        """Images as stored pixels, rounded in the way that inverts the training noise.
+        """Convert images to stored pixels, with the rounding that inverts the training noise.
 
         Raises:
-            ValueError: the flow has no pixel format, the images have another shape or are pixels already, or a value is
-                not finite.
+            ValueError: the flow has no pixel format, the images have the wrong shape or are already pixels, or a value
+                is not finite.
         """
         check_stored(x, self.shown_shape)
         if self.latents is not None and self.renderer is None:
@@ -209,7 +212,7 @@ class Flow(Bijection):
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
-        """Images as PIL images.
+        """Convert images to PIL images.
 
         Raises:
             ValueError: see `stored`; or the number of channels is not 1 or 3.
@@ -222,7 +225,7 @@ class Flow(Bijection):
         return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
-        """One step of Tweedie's formula, ``x + strength noise_std^2 grad log p(x)``.
+        """Denoise images by one step of Tweedie's formula, ``x + strength * noise_std^2 * grad log p(x)``.
 
         A flow that was trained with noise N(0, noise_std^2) samples noisy images. At strength 1, the result is the mean
         of the clean image given the noisy one (arXiv 2412.06329, section 3.3).
@@ -240,7 +243,7 @@ class Flow(Bijection):
 
 
 class _OneDerivative(torch.autograd.Function):
-    """The identity, with an error for second derivatives that says what to do; torch's error only names a kernel."""
+    """The identity, but second derivatives raise an error that says what to do; torch's error only names a kernel."""
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ levels. Each level squeezes space into channels, applies K steps of ActNorm, inv
 (their table 1), and (except the last) splits off half of its channels as latents (their figure 2b).
 
 The latents that a level splits off have a Gaussian prior; a convolution predicts its mean and log-deviation from the
-half that goes on. The prior of the last level has learned constants. In a flow with classes the label shifts
-means and log-deviations. All latents are standardised:
+half that goes on to the next level. In the prior of the last level these are learned constants. In a flow with classes
+the label shifts means and log-deviations. All latents are standardised:
 
     z = (h - mean) exp(-log_std),        log|det| -= sum log_std
 
@@ -15,8 +15,8 @@ so ``z`` is standard normal as a whole and one temperature acts on every level, 
 Differences from the public code (openai/glow): ActNorm is initialised from the images of all ranks, not of rank 0; it
 learns its log-scale directly, not a third of it. Convolutions pad with zeros, without the extra channel that marks the
 border. The label enters the priors of all levels, not only of the last, through a table that starts at zero, and there
-is no classifier in the loss. The scale of an affine coupling is bounded from below; without the bound a few samples in
-a hundred overflow. Activations may be rebuilt from outputs.
+is no classifier in the loss. The scale of an affine coupling is bounded from below; without the bound a few percent of
+the samples overflow. The backward pass may rebuild activations from outputs.
 
 Shapes: B batch, D dimensions, L levels, K steps on each level. log_det: nats, summed over dimensions.
 """

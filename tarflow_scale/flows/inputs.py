@@ -27,12 +27,12 @@ _MOST_FAR_SHARE = 0.01
 _OUTSIDE, _MOST_OUTSIDE_SHARE = 1.5, 0.05
 """Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond +-1.5."""
 _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
-"""A batch on [0, 1] has its least value near 0 and spans most of [0, 1]. A batch on [-1, 1] seldom does that."""
+"""The smallest value of a batch on [0, 1] is near 0 and its range is large. A batch on [-1, 1] is seldom like that."""
 _ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
 
 
 def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False) -> None:
-    """Raise ValueError unless ``x`` is a tensor with a batch of events of this shape; it reads no values.
+    """Raise ValueError unless ``x`` is a tensor with a batch of events of this shape; values are not read.
 
     Args:
         x: the batch.
@@ -65,7 +65,7 @@ def check_values(
         event_shape: shape of the events of the flow.
         like: one of the weights of the flow.
         pixels: pixel format of the training images; None if unknown.
-        logit_alpha: see `tarflow_scale.flows.logits.to_logits`, which is defined only slightly beyond [-1, 1].
+        logit_alpha: parameter of `to_logits`, which is defined only slightly beyond [-1, 1]; None if it is not used.
 
     Raises:
         ValueError: ``x`` is not a tensor of floats in the precision and on the device of ``like``, or its values cannot
@@ -110,7 +110,7 @@ def check_values(
 def check_draws(
     num: object, temperature: object = 1.0, batch_size: object = None, seed: object = None, generator: object = None
 ) -> None:
-    """Raise ValueError for invalid arguments of sampling. Temperature 0 is valid: it gives the mean latent's image."""
+    """Raise ValueError for invalid arguments of sampling. Temperature 0 is valid: all latents are then 0."""
     if not _is_whole(num, 0):
         raise ValueError(f"the number of samples must be an integer >= 0 (got {num!r}); correct it")
     if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
@@ -124,7 +124,7 @@ def check_draws(
 
 
 def check_stored(x: object, event_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``x`` can become stored pixels."""
+    """Raise ValueError unless ``x`` can be converted to stored pixels."""
     check_shape(x, event_shape)
     x = _checked_tensor(x, event_shape)
     if not x.is_floating_point():
@@ -162,7 +162,7 @@ def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool
 
 
 def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
-    """The error message for integers, which are stored pixels; the code that it suggests works as it stands."""
+    """The error message for integer images, which are stored pixels; users can run the code in it unchanged."""
     is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
     images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
     images += ".cpu().numpy()" * is_tensor

@@ -1,4 +1,4 @@
-"""The latent of a sample index: a function of (seed, index) alone."""
+"""The latents of samples, each a function of seed, sample index and attempt only."""
 
 from collections.abc import Sequence
 

@@ -1,20 +1,22 @@
-"""Conversion of pixels to floats and of densities to nats and bits/dim; the only code for noise and dequantization.
+"""Convert pixels to floats and back, and log densities to nats and bits/dim; the only code that adds noise to pixels.
 
 A pixel of n-bit data has 2^n levels, stored in the n high bits of a uint8. On [-1, 1] a level's bin is 2 / 2^n wide.
 
-* Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). By Jensen's inequality the mean of -log p(x)
-  over u is an upper bound of the cost of the discrete image (Theis et al., arXiv 1511.01844). In bits per dimension:
+* Uniform dequantization is x = 2 (level + u) / 2^n - 1 with u in [0, 1). The cost of a discrete image is its negative
+  log probability. By Jensen's inequality the mean of -log p(x) over u, plus D (n - 1) ln 2, is an upper bound of this
+  cost (Theis et al., arXiv 1511.01844). In bits per dimension:
 
       bits/dim = -log_prob / (D ln 2) + n - 1
 
-  With K draws of u, the importance-weighted estimate -log mean_k p(x + u_k) is a tighter bound, which converges to the
-  cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal is uniform on the bin and has density 1).
+  With K draws of u, the importance-weighted estimate -log mean_k p(x_k), plus the same constant, is a tighter bound,
+  which converges to the cost itself as K grows (Burda et al., arXiv 1509.00519; the proposal is uniform on the bin and
+  has density 1).
 
 * Variational dequantization maps u to u' in the same bin by a second flow (`tarflow_scale.flows.dequantization`). The
-  above holds with log p(x') - log q(u' | levels) in place of log_prob; q is a density of u' on a bin of width 1.
+  formulas above hold with log p(x') - log q(u' | levels) in place of log_prob; q is a density on a bin of width 1.
 
-* Gaussian noise, x = 2 level / (2^n - 1) - 1 + std * e, with which TarFlow trains for sample quality (arXiv
-  2412.06329), gives a density of noisy data and no comparable bits/dim.
+* Gaussian noise is x = 2 level / (2^n - 1) - 1 + std * e. TarFlow trains with it for sample quality (arXiv 2412.06329).
+  The flow then gives the density of noisy data, and its bits/dim are not comparable.
 
 Shapes: images (B, C, H, W) uint8; x (B, C, H, W) float on [-1, 1]; log_prob (B,) nats, summed over dimensions.
 """
@@ -44,7 +46,7 @@ __all__ = [
 
 
 def to_levels(images: UInt8[Tensor, "B C H W"], bit_depth: int) -> UInt8[Tensor, "B C H W"]:
-    """Levels 0..2^bit_depth-1 of stored pixels.
+    """Convert stored pixels to levels 0..2^bit_depth-1.
 
     Raises:
         ValueError: the bit depth is not in 1..8.
@@ -61,7 +63,7 @@ def add_noise(
     Args:
         images: stored pixels; they are not changed.
         noise: u in [0, 1) for uniform dequantization, a standard normal for Gaussian noise.
-        pixels: bit depth, and kind and size of the noise.
+        pixels: bit depth of the pixels, and kind and size of the noise.
     """
     levels = to_levels(images, pixels.bit_depth).to(noise)
     num_levels = 2**pixels.bit_depth
@@ -98,8 +100,9 @@ def quantize(
 ) -> UInt8[Tensor, "B C H W"]:
     """Convert floats, clipped to [-1, 1], to stored pixels; with the right rounding this inverts `add_noise`.
 
-    ``floor`` takes the bin of x, ``nearest`` the nearest of the 2^n levels spread evenly over [-1, 1]. ``truncate``
-    takes the level below by the same operations as the public evaluation code, so that rounding errors are equal too.
+    ``floor`` takes the level of the bin that contains x. The other two choose among 2^n levels that are spaced evenly
+    over [-1, 1]: ``nearest`` takes the nearest, and ``truncate`` the next lower one. ``truncate`` uses the same
+    operations as the public evaluation code, so that rounding errors are equal too.
     """
     _check_depth(bit_depth)
     top = 2**bit_depth - 1
@@ -115,7 +118,7 @@ def quantize(
 
 
 def nats_per_image(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -> Float[Tensor, " B"]:
-    """Cost of each discrete image in nats, computed from the log density of its dequantized values on [-1, 1]."""
+    """Negative log probability of each image in nats, from the log density of its dequantized values on [-1, 1]."""
     return -log_prob + num_dims * (bit_depth - 1) * math.log(2)
 
 
@@ -127,8 +130,9 @@ def bits_per_dim(log_prob: Float[Tensor, " B"], num_dims: int, bit_depth: int) -
 def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "importance"]) -> Float[Tensor, " B"]:
     """Combine the log densities of K dequantization draws of each image into one number per image.
 
-    ``mean`` is the mean of the log densities, a lower bound of the log-likelihood of the discrete image.
-    ``importance`` is the log of the mean density, a lower bound that is at least as tight.
+    ``mean`` is the mean of the log densities; ``importance`` is the log of the mean density. For n-bit data, each of
+    them minus D (n - 1) ln 2 is, on average over draws, a lower bound of the log probability of the discrete image;
+    ``importance`` is at least as tight.
 
     Raises:
         ValueError: there are no draws, or the estimate is unknown.

@@ -2,14 +2,14 @@
 
 The tensors of the public model (block b, layer l, N tokens, D features, C width, K classes):
 
-    var (N, D)                                          prior variance; all ones where blocks are affine
+    var (N, D)                                          prior variance; all ones in an affine model
     blocks.b.{pos_embed (N, C), class_embed (K, 1, C), attn_mask (N, N), proj_in, proj_out}
     blocks.b.attn_blocks.l.{attention.{norm, qkv, proj}, mlp.{norm, main.0, main.2}}
 
 ``proj_out`` of an affine model has 2 D rows, log-scales before means. ``proj_out`` of a volume-preserving model has D
 rows, and ``var`` becomes our ``log_std``. Attention heads are 64 wide. The public loss of a volume-preserving model,
-0.5 mean(z^2), leaves out the logarithm of the scale, which is in ``var``. `Flow.log_prob` includes it (sum log_std), so
-its bits/dim are those of a density, unlike the public loss.
+0.5 mean(z^2), leaves out the logarithm of the scale, which is in ``var``. `Flow.log_prob` includes it (sum log_std) and
+so, unlike the public loss, is a log density.
 
 The file is read with ``weights_only``, which refuses files that would run code.
 """
@@ -52,7 +52,7 @@ def load_ml_tarflow(path: str, num_channels: int | None = None) -> Flow:
         num_channels: number of channels of the images; None infers 1 or 3, which is unambiguous.
 
     Raises:
-        DataError: the file is not a state dict of a TarFlow, or would run code.
+        DataError: the file does not exist, is not a state dict of a TarFlow, or would run code.
     """
     if not storage.exists(path):
         raise DataError(f"there is no {path}; check the path of the weights")
@@ -61,10 +61,10 @@ def load_ml_tarflow(path: str, num_channels: int | None = None) -> Flow:
 
 
 def flow_from_ml_tarflow(state: Any, origin: str, num_channels: int | None = None) -> Flow:
-    """A `TarFlow` with the weights of a public state dict; see `load_ml_tarflow`.
+    """Build a `TarFlow` with the weights of a public state dict; see `load_ml_tarflow`.
 
     Raises:
-        DataError: the state dict is not that of a TarFlow.
+        DataError: the state dict does not belong to a TarFlow.
     """
     named = isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
     if not named or not state:
@@ -125,7 +125,7 @@ def _shape(tensors: dict[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
 
 
 def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
-    """Number of channels, and patch size; at most one of 1 and 3 channels makes a patch of ``features`` a square."""
+    """Number of channels, and patch size. The features fit a square patch of 1 or of 3 channels, but never both."""
     for channels in (1, 3) if num_channels is None else (num_channels,):
         patch = math.isqrt(features // channels)
         if patch and channels * patch * patch == features:
@@ -134,7 +134,7 @@ def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
 
 
 def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    """Number of layers of each block; refuses gaps in numbers, so that a name cannot demand a million layers."""
+    """Number of layers of each block. A gap raises ValueError, so that no tensor name can create a million layers."""
     layers: dict[int, set[int]] = {}
     for name in tensors:
         match = re.match(r"blocks\.(\d{1,9})\.attn_blocks\.(\d{1,9})\.", name)

@@ -1,18 +1,18 @@
-"""The base of image flows of several resolutions: levels, and the learned priors of their latents.
+"""The base class of image flows with several resolutions, their levels, and the learned priors of their latents.
 
 An image passes L levels. Each level applies invertible layers to feature maps, squeezes space into channels, and
 (except the last level) splits off half of its channels as latents (Dinh et al., arXiv 1605.08803, section 3.6; Kingma
-and Dhariwal, arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation, by
-which they are standardised:
+and Dhariwal, arXiv 1807.03039, figure 2b). Latents have a Gaussian prior with a learned mean and log-deviation, and are
+standardised:
 
     z = (h - mean) exp(-log_std),        log|det| -= sum log_std
 
 so ``z`` is standard normal as a whole and one temperature acts on every level.
 
-Surprise (the nats of an image) is divided among places. After its squeeze, level l has one place for each square of 2^l
-by 2^l pixels. A place contributes the nats of its latents under their prior and the log-scales of couplings at this
-place; a log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly among places. Inside a
-place pixels and channels are mixed, so its contribution is shared evenly among them.
+The surprise (the nats of an image) is divided among places. At level l, after the squeeze, a place is a square of 2^l
+by 2^l pixels. It contributes the nats of its latents under their prior and the log-scales of couplings at this place. A
+log-determinant that is equal everywhere (ActNorm, 1x1 convolution) is shared evenly among places. Layers mix the pixels
+and channels of a place, so these get equal shares of its contribution.
 
 Shapes: B batch, D dimensions, L levels. log_det: nats, summed over dimensions.
 """
@@ -38,10 +38,10 @@ Groups = Sequence[Sequence[Layer]]
 
 
 class Prior(nn.Module):
-    """Mean and log-deviation of latents, given the features that go on to the next level, and the label.
+    """Predicts the mean and log-deviation of latents from the label and the features that go on to the next level.
 
     Args:
-        context_channels: number of channels of these features; with 0 the prior has learned constants.
+        context_channels: number of channels of these features; if 0, mean and log-deviation are learned constants.
         channels: number of channels of the latents.
         num_classes: number of classes, or None.
     """
@@ -53,7 +53,7 @@ class Prior(nn.Module):
         self.class_embedding = None if num_classes is None else nn.Parameter(torch.zeros(num_classes, 2 * channels))
 
     def forward(self, context: Tensor | None, y: Condition) -> tuple[Tensor, Tensor]:
-        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; constants ignore ``context``."""
+        """Mean and log-deviation ``(B or 1, C, H or 1, W or 1)`` in fp32 or wider; constants need no ``context``."""
         if self.network is not None:
             assert context is not None
             out = self.network(context).to(context.dtype)
@@ -80,7 +80,7 @@ class Level(nn.Module):
     Args:
         steps: steps after the squeeze.
         channels: number of channels after the squeeze.
-        split: whether half of the channels go on to another level.
+        split: whether half of the channels go on to the next level.
         num_classes: number of classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.
@@ -110,7 +110,7 @@ class Level(nn.Module):
         """Layers of each step after the squeeze."""
 
     def take_latents(self, h: Tensor, y: Condition) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Split ``h`` into features that go on (None at the last level) and latents, also with their log-deviations."""
+        """Split ``h``; return features that go on (None at the last level), standardised latents, log-deviations."""
         context, latents = (h[:, : self.passed_on], h[:, self.passed_on :]) if self.passed_on else (None, h)
         mean, log_std = self.prior(context, y)
         with torch.autocast(h.device.type, enabled=False):
@@ -135,7 +135,7 @@ class MultiScaleFlow(Flow):
     Args:
         event_shape: ``(C, H, W)``.
         num_classes: number of classes; None for an unconditional model.
-        logit_alpha: see `Flow`.
+        logit_alpha: see `Bijection`.
     """
 
     def __init__(self, event_shape: tuple[int, int, int], num_classes: int | None, logit_alpha: float | None) -> None:
@@ -145,7 +145,7 @@ class MultiScaleFlow(Flow):
         """Shape of the latents of each level; ``z`` is the concatenation of all latents, flattened."""
 
     def add_level(self, level: Level, channels: int, height: int, width: int) -> None:
-        """Add a level whose last feature maps have this shape."""
+        """Add a level; the other arguments are the shape of its last feature maps."""
         self.levels.append(level)
         self.latent_shapes.append((channels - level.passed_on, height, width))
 
@@ -161,7 +161,7 @@ class MultiScaleFlow(Flow):
                 hook.remove()
 
     def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
-        """Map data to noise: ``z (B, D)``, level after level, and ``log_det (B,)`` in nats."""
+        """Map data to noise: ``z (B, D)``, in the order of levels, and ``log_det (B,)`` in nats."""
         log_det, latents = h.new_zeros(len(h)), list[Tensor]()
         passed_on: Tensor | None = h
         for level in self._levels():
@@ -174,7 +174,7 @@ class MultiScaleFlow(Flow):
         return torch.cat(latents, dim=1), log_det
 
     def nats_of_encoded(self, h: Float[Tensor, "B c H W"], y: Condition) -> Float[Tensor, "B c H W"]:
-        """See `Flow.nats_of_encoded`; the values of a place share its nats evenly, see the module."""
+        """See `Flow.nats_of_encoded`; all values of a place get equal shares, as the module describes."""
         nats = torch.zeros_like(h)
         passed_on: Tensor | None = h
         for level in self._levels():
@@ -204,7 +204,7 @@ class MultiScaleFlow(Flow):
         return h
 
     def is_guided(self, y: Condition, guidance: Guidance | None) -> bool:
-        """See `Flow.is_guided`; settings of TarFlow's tokens and attention raise ValueError too."""
+        """See `Flow.is_guided`; settings that only TarFlow supports raise ValueError too."""
         if guidance is None or guidance.scale == 0:
             return False
         if self.num_classes is None or y is None:

@@ -32,7 +32,7 @@ class ShiftNetwork(nn.Module):
     """A network of hidden ReLU layers and a linear output layer that starts at zero.
 
     Args:
-        inputs, outputs: numbers of dimensions.
+        inputs, outputs: numbers of input and output dimensions.
         width: width of each hidden layer.
         hidden_layers: number of hidden layers.
         num_classes: number of classes, or None.
@@ -63,7 +63,7 @@ class NICE(Flow):
     Args:
         event_shape: shape of an image or vector of at least two dimensions.
         num_classes: number of classes; None for an unconditional model.
-        config: the section ``model``; its defaults are those published for MNIST.
+        config: the section ``model``; its defaults are the published settings for MNIST.
 
     Raises:
         ValueError: the event has one dimension.
@@ -107,7 +107,7 @@ class NICE(Flow):
 
 
 def halves_of(h: Float[Tensor, "B D"]) -> list[Tensor]:
-    """Even and odd dimensions, counted from 0; if D is odd there is one more even dimension."""
+    """The even and the odd dimensions, counted from 0; if D is odd, there is one more even dimension."""
     return [h[:, 0::2], h[:, 1::2]]
 
 

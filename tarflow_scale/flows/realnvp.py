@@ -1,21 +1,21 @@
 """RealNVP for images: masked affine couplings with residual networks, at several resolutions.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803. Each level except the last has three couplings with
-checkerboard masks, a squeeze, and three couplings with masks of half of the channels; then half of the channels go on.
-The last level has four couplings with checkerboard masks and no squeeze (section 3.6). A coupling keeps the values that
-its mask m selects and changes the rest,
+checkerboard masks, a squeeze, and three couplings with masks that select half of the channels. Then half of the
+channels go on to the next level. The last level has four couplings with checkerboard masks and no squeeze (section
+3.6). A coupling keeps the values that its mask m selects and changes the rest,
 
     y = m x + (1 - m) (x exp(s) + t),        log|det| = sum (1 - m) s,        s, t = network(m x)
 
-A normalisation follows each coupling (section 3.7). ``batch`` is the published one. In training it normalises by the
-running statistics, updated with the statistics of the batch over all ranks, and gradients flow through the latter. In
-evaluation it normalises by the running statistics alone; only then is the flow a function of a single image. So results
-of training depend on the division of a batch into micro batches, and a run cannot continue with another division.
+A normalisation follows each coupling (section 3.7). The published one is ``batch``. In training it updates its running
+statistics with the statistics of the batch over all ranks, and then normalises by them; gradients flow through the
+batch statistics. So in training, results depend on the division of a batch into micro batches, and a run cannot
+continue with another division. In evaluation the running statistics are fixed, and each image is mapped independently.
 
 Differences from the published model: log-scales are bounded by c tanh(raw / c), where c is not learned. Residual
-networks have ActNorm instead of weight and batch normalisation, so that the network evaluates images one by one; their
-last convolution starts at zero. Latents have a learned mean and deviation for each channel, which a label shifts, as in
-Glow. Moving averages of weights use the running statistics of the weights that are trained.
+networks have ActNorm instead of weight and batch normalisation, so that they treat each image separately; their last
+convolution starts at zero. Latents have a learned mean and deviation for each channel, which a label shifts, as in
+Glow. The moving average of the weights uses the running statistics of the trained weights.
 
 Shapes: B batch, C channels, H W pixels. log_det: nats, summed over dimensions.
 """
@@ -65,7 +65,7 @@ class BatchNorm(Normalization):
 
     @torch.no_grad()
     def initialize(self, x: Float[Tensor, "B C H W"]) -> None:
-        """Set the running statistics to those of ``x``."""
+        """Set the running statistics to the statistics of ``x`` over all ranks."""
         mean, variance = statistics(x, all_reduce_sum)
         self.running_mean.copy_(mean)
         self.running_variance.copy_(variance)
@@ -133,8 +133,8 @@ class MaskedCoupling(Layer):
 
     Args:
         channels: number of channels C.
-        pattern: ``checkerboard``: every second pixel; ``channels``: half of the channels.
-        parity: 0 or 1 for the two complementary masks.
+        pattern: ``checkerboard`` keeps every second pixel; ``channels`` keeps half of the channels.
+        parity: 0 or 1; selects one of the two complementary masks.
         width: number of channels inside the network.
         blocks: number of residual blocks of the network.
         bound: bound c of the log-scales.
@@ -156,7 +156,7 @@ class MaskedCoupling(Layer):
         self.network = ResidualNetwork(channels, 2 * channels, width, blocks)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """See `Layer.map_places`; each place has its own log-scales."""
+        """See `Layer.map_places`; log-scales differ between pixels."""
         shift, log_scale = self._shift_and_log_scale(x)
         return x * log_scale.exp() + shift, log_scale.sum(dim=1)
 
@@ -169,7 +169,7 @@ class MaskedCoupling(Layer):
         return (y - shift) * (-log_scale).exp()
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and log-scale, both 0 where the mask is 1; so they are equal for input and output of the coupling."""
+        """Shift and log-scale, both 0 where the mask is 1; ``x`` may be the input or the output of the coupling."""
         mask = self._mask(x)
         shift, raw = self.network(mask * x).to(x.dtype).chunk(2, dim=1)
         return (1 - mask) * shift, (1 - mask) * self.bound * torch.tanh(raw / self.bound)

@@ -1,13 +1,13 @@
-"""Run layers in sequence; the backward pass keeps, recomputes or rebuilds their activations.
+"""Run layers in sequence, and keep, recompute or rebuild their activations for the backward pass.
 
 * ``keep``: autograd keeps all activations. Memory grows with the number of layers.
 * ``checkpoint``: only the inputs of groups of layers are kept, and the backward pass runs each group forward again
   (Chen et al., arXiv 1604.06174). It needs memory for the activations of one group and for one feature map per group,
-  and takes about 4/3 of the time.
-* ``rebuild``: only one output in every `ANCHOR_EVERY` groups is kept, an anchor. The backward pass starts at an anchor
-  and inverts a few layers at a time (Gomez et al., arXiv 1707.04585). Memory grows only by one feature map per anchor.
-  Rounding errors of inverses add up between two anchors only. ``backward()`` adds gradients of parameters to ``.grad``;
-  ``torch.autograd.grad`` gives none for parameters.
+  and takes about 4/3 of the time of ``keep``.
+* ``rebuild``: only the output after every `ANCHOR_EVERY` groups is kept; it is called an anchor. The backward pass
+  starts at an anchor and inverts a few layers at a time (Gomez et al., arXiv 1707.04585). Memory grows only by one
+  feature map per anchor. Rounding errors of inverses add up only between two anchors. ``backward()`` adds gradients of
+  parameters to ``.grad``; ``torch.autograd.grad`` gives no gradients of parameters.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ __all__ = ["ANCHOR_EVERY", "checkpoint", "rebuild_run", "run_layers"]
 Group = Sequence[Layer]
 
 ANCHOR_EVERY = 8
-"""Groups of layers from one anchor to the next: anchors need little memory, and rounding errors stay small."""
+"""Number of groups of layers per anchor; with 8, anchors need little memory and rounding errors stay small."""
 
 
 def checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``; the backward pass recomputes its activations with the same autocast and dropout."""
+    """Call ``function(*arguments)``; the backward pass recomputes activations with the same autocast and dropout."""
     return torch_checkpoint(function, *arguments, use_reentrant=False)
 
 
@@ -39,7 +39,7 @@ def run_layers(groups: Sequence[Group], h: Tensor, activations: Activations = "k
     """Map ``h (B, C, H, W)`` through all layers of all groups, in order.
 
     Args:
-        groups: groups of layers; each group is checkpointed by itself.
+        groups: groups of layers; each group is checkpointed separately.
         h: the input of the first layer.
         activations: how the backward pass gets its activations.
 
@@ -104,9 +104,9 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
-    """Divide layers, from last to first, into runs: a coupling alone, or all layers between two couplings in order.
+    """Yield runs of layers, last run first. A run is one coupling, or all layers between two couplings.
 
-    Layers between couplings are cheap, so one inner backward pass for all of them saves calls.
+    A run is in forward order. Layers between couplings are cheap, so one inner backward pass for all saves calls.
     """
     for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
         if is_coupling:
@@ -116,7 +116,7 @@ def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
 
 
 def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Tensor]:
-    """`Coupling.rebuild` of a single coupling, or the equivalent for a run of other layers."""
+    """Call `Coupling.rebuild` if the run is a single coupling, or do the same for a run of other layers."""
     if isinstance(layers[0], Coupling):
         return layers[0].rebuild(h)
     with torch.no_grad():
@@ -127,6 +127,6 @@ def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Ten
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A context with the present autocast state, which the thread of CUDA's backward pass does not have."""
+    """A function that makes contexts with the present autocast state, which CUDA's backward thread does not inherit."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)

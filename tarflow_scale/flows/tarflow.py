@@ -1,26 +1,28 @@
 """TarFlow: a stack of autoregressive transformer blocks over image patches.
 
-Zhai et al., "Normalizing Flows are Capable Generative Models", arXiv 2412.06329. An image is cut
-into T tokens of D features. Each block predicts a log-scale and a mean for every token from the tokens before it:
+Zhai et al., "Normalizing Flows are Capable Generative Models", arXiv 2412.06329. An image is cut into T tokens of D
+features. Each block predicts a log-scale and a mean for every token from the tokens before it:
 
     z_t = (x_t - mean_t) * exp(-log_scale_t),    log|det| = -sum_t sum_d log_scale_td        (their equation 5)
 
-and each block reverses the order of tokens of the one before it. Training processes all tokens at once; sampling
-inverts a block token by token with a key/value cache. The volume-preserving variant predicts means only; after the last
-block it divides each feature of each token by a learned deviation:
+and each block reads the tokens in the reverse order of the previous block. Training processes all tokens at once;
+sampling inverts a block token by token with a key/value cache. The volume-preserving variant predicts means only; after
+the last block it divides each feature of each token by a learned deviation:
 
     z = u exp(-log_std),    log|det| = -sum log_std
 
 Blocks may have different depths, such as one deep block and several shallow ones in STARFlow (arXiv 2506.06276).
 
 Differences from the public code (apple/ml-tarflow): log_det is a sum in nats, not a mean per dimension. The
-volume-preserving loss is the likelihood, and log_std is learned by gradient; the public loss leaves out the logarithm
-of the scale, which is a moving average of z^2. The output layer starts at exactly zero (the public one has a random
-bias), so a new flow is the identity. Attention is causal by SDPA's ``is_causal``, not by a stored mask, so it can skip
-half of the work. The cache is an argument, not module state. Log-scales may be bounded smoothly by c tanh(a / c), as in
-STARFlow at high resolution. Layers may have dropout, for small data sets. As published are the order of tokens and of
-features (channel, row, column), the shift of outputs by one token with an unchanged first token, the mean class
-embedding for dropped labels, and the rules of guidance; `tarflow_scale.flows.ml_tarflow` reads the public weights.
+volume-preserving loss is the likelihood, and log_std is learned by gradient; the public code estimates the scale by a
+moving average of z^2 and leaves its logarithm out of the loss. The output layer starts at exactly zero (the public one
+has a random bias), so a new flow is the identity. Attention is causal by SDPA's ``is_causal``, not by a stored mask, so
+it can skip half of the work. The cache is an argument, not module state. Log-scales may be bounded smoothly by
+c tanh(a / c), as in STARFlow at high resolution. Layers may have dropout, for small data sets.
+
+These parts are as published: the order of tokens and features (channel, row, column), the shift of outputs by one token
+with an unchanged first token, the mean class embedding for dropped labels, and the rules of guidance.
+`tarflow_scale.flows.ml_tarflow` reads the public weights.
 
 Shapes: B batch, T tokens, D features per token, C width, K classes.
 """
@@ -46,7 +48,7 @@ def patchify(x: Float[Tensor, "B c H W"], patch_size: int) -> Float[Tensor, "B T
 
 
 def unpatchify(tokens: Float[Tensor, "B T D"], patch_size: int, height: int) -> Float[Tensor, "B c H W"]:
-    """Inverse of `patchify` for images of ``height`` pixels."""
+    """Inverse of `patchify`; ``height`` is the height of the images in pixels."""
     p = patch_size
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // p, p=p, q=p)
 
@@ -99,7 +101,7 @@ class TarFlowBlock(nn.Module):
     def encode_values(
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"] | None]:
-        """`forward`, but with the log-scale of every value, or None if the block preserves volume."""
+        """Like `forward`, but return the log-scale of every value, or None if the block preserves volume."""
         x = self.order(x)
         h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
         for layer in self.layers:
@@ -115,7 +117,7 @@ class TarFlowBlock(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Map noise to data, token by token; ``guidance`` is None unless it has an effect.
 
-        The weak predictions of guidance are computed in the same batch.
+        The second prediction that guidance needs is computed in the same batch.
         """
         batch, num_tokens, _ = z.shape
         z = self.order(z)
@@ -152,12 +154,12 @@ class TarFlowBlock(nn.Module):
         return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
 
     def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Log-scales and means; those of token t come from tokens before t, and those of token 0 are zero."""
+        """Log-scales and means of all tokens, each computed from the tokens before it; zeros for the first token."""
         out = self.proj_out(h).to(like)
         return self.parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
 
     def parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Log-scale (None if the block preserves volume) and mean, in the published order of the output layer."""
+        """Split an output, in the published order, into log-scale (None if the block preserves volume) and mean."""
         if self.variant == "volume_preserving":
             return None, out
         log_scale, mean = out.chunk(2, dim=-1)
@@ -166,7 +168,7 @@ class TarFlowBlock(nn.Module):
         return log_scale, mean
 
     def order(self, tokens: Tensor) -> Tensor:
-        """Tokens ``(B, T, ...)`` in the order that this block reads them; its own inverse."""
+        """Put tokens ``(B, T, ...)`` into the order that this block reads; a second call restores the old order."""
         return tokens.flip(dims=(1,)) if self.flip else tokens
 
     def condition(self, y: Condition) -> Tensor:

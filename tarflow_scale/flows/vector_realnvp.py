@@ -1,13 +1,13 @@
 """RealNVP for vectors: affine couplings that alternate between even and odd dimensions.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803, section 3.4, with a mask of every second dimension.
-A coupling keeps one half a of the dimensions and changes the other half b,
+A coupling keeps a, one half of the dimensions, and changes b, the other half,
 
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
-Before the first coupling each dimension has its own shift and scale. They are initialised from the data, whose columns
-have different units; without data, as for a variational posterior, they start as the identity. Log-scales are bounded
-as in `tarflow_scale.flows.realnvp`. Networks start at zero, so that new couplings are the identity.
+Before the first coupling each dimension is shifted and scaled. The shifts and scales are initialised from the data,
+because dimensions may have different units. Without data, as for a variational posterior, they start at 0 and 1.
+Log-scales are bounded as in `tarflow_scale.flows.realnvp`. Networks start at zero, so new couplings are the identity.
 
 Shapes: B batch, D dimensions. log_det: nats, summed over dimensions.
 """
@@ -32,7 +32,7 @@ __all__ = ["COUPLINGS", "ResidualLayers", "VectorRealNVP"]
 COUPLINGS = 4
 """Number of couplings on each level."""
 _LEAST_DEVIATION = 1e-6
-"""Smallest deviation of a dimension, relative to its root mean square, that is not due to rounding."""
+"""A dimension is constant, up to rounding, if its deviation is at most this share of its root mean square."""
 
 
 class ResidualLayers(nn.Module):
@@ -42,7 +42,7 @@ class ResidualLayers(nn.Module):
         inputs, outputs: numbers of dimensions.
         width: width of each hidden layer.
         blocks: number of residual blocks.
-        num_classes: number of rows of the table of label embeddings, or None.
+        num_classes: number of rows of the label embedding table, or None.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int, num_classes: int | None) -> None:
@@ -55,7 +55,7 @@ class ResidualLayers(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, h: Float[Tensor, "B I"], y: Condition) -> Float[Tensor, "B O"]:
-        """Unbounded log-scales, and shifts, of an affine map."""
+        """The unbounded log-scales and the shifts of an affine map."""
         h = self.enter(h)
         if self.class_embedding is not None:
             h = h + embed(self.class_embedding, y)
@@ -69,7 +69,7 @@ class VectorRealNVP(Flow):
     """Affine couplings on vectors.
 
     Args:
-        event_shape: ``(D,)``, at least two dimensions.
+        event_shape: ``(D,)``, with D at least 2.
         num_classes: number of classes; None for an unconditional model.
         config: the section ``model``; each level has four couplings, and ``normalization`` must be ``actnorm``.
 
@@ -113,7 +113,7 @@ class VectorRealNVP(Flow):
         return z.flatten(1), log_dets.flatten(1).sum(dim=1)
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """See `Flow.encode_values`; every dimension is mapped by itself, given others."""
+        """See `Flow.encode_values`; each dimension gets an affine map, which depends on other dimensions."""
         with torch.autocast(h.device.type, enabled=False):
             halves = halves_of((h.flatten(1) + self.bias) * self.log_scale.exp())
             log_dets = halves_of(self.log_scale.expand(len(h), -1))

@@ -37,7 +37,7 @@ _FORMAT = 1
 
 
 def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str, bytes]:
-    """The contents of the files of a flow, by file name; ``weights`` by name replace the flow's own."""
+    """The contents of a flow's files, keyed by file name; ``weights``, keyed by name, replace the flow's weights."""
     assert flow.config is not None, "only a flow made by build() knows its configuration"
     tensors = weights if weights is not None else flow.state_dict()
     description = {
@@ -57,7 +57,7 @@ def flow_files(flow: Flow, weights: dict[str, Tensor] | None = None) -> dict[str
 
 
 def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
-    """The flow with these files, in evaluation mode on the CPU.
+    """Build the flow that these files store, in evaluation mode on the CPU.
 
     Raises:
         DataError: a file is missing or damaged, or the weights do not fit the configuration.
@@ -99,7 +99,7 @@ def tensors_digest(flow: Flow) -> str:
 
 
 def read_plain_weights(path: str | os.PathLike[str], origin: str) -> Any:
-    """The content of a ``.pth`` file of plain tensors, on the CPU.
+    """Read a ``.pth`` file of plain tensors onto the CPU.
 
     Raises:
         DataError: the file is damaged, or would run code; the message names ``origin``.

@@ -1,7 +1,7 @@
-"""Metrics of images and likelihoods, which are stored with their protocol; the only user of torch-fidelity.
+"""Metrics of images and likelihoods. Every result is stored with its protocol. Only this package uses torch-fidelity.
 
 `features` computes features of images, and `parts` stores features and likelihoods as mergeable parts on disk.
-`measure`, `frechet`, `kernel`, `manifold`, `inception_score`, `bits` and `jackknife` compute numbers and their errors
-from parts. `reference` binds a protocol to its reference images, which determine its id (`protocol_id`). Parts are
-written atomically, so an evaluation that was killed computes only the missing parts.
+`measure`, `frechet`, `kernel`, `manifold`, `inception_score`, `bits` and `jackknife` compute metrics and their errors
+from parts. `reference` binds a protocol to its reference images, and `protocol_id` computes the id of this pair. Parts
+are written atomically, so an evaluation that was killed computes only the missing parts.
 """

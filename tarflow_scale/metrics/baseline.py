@@ -1,7 +1,7 @@
 """Baseline: a full-covariance Gaussian fitted to pixels, measured by the same protocols as a flow.
 
-The unit is a level: a dequantized pixel is level + u with u in [0, 1), which adds 1/2 to the mean and 1/12 to the
-variance of the level. Shapes: B images, D pixels.
+Pixels are measured in levels. Dequantization adds u in [0, 1) to each level, which increases the mean by 1/2 and the
+variance by 1/12. Shapes: B images, D pixels.
 """
 
 import math
@@ -18,15 +18,15 @@ from tarflow_scale.randomness import Purpose, generator
 __all__ = ["MAX_DIMS", "PixelGaussian", "gaussian_for"]
 
 MAX_DIMS = 4096
-"""Largest number of pixels for which the baseline is computed."""
+"""Largest number of dimensions for which a Gaussian baseline is computed."""
 
 
 class PixelGaussian:
     """Gaussian with the mean and covariance of dequantized training pixels.
 
     Args:
-        moments: moments of the levels of the training images.
-        bit_depth: bits of a pixel; there are 2^bit_depth levels.
+        moments: moments of the pixel levels of the training images.
+        bit_depth: bits per pixel; there are 2^bit_depth levels.
     """
 
     def __init__(self, moments: Moments, bit_depth: int) -> None:
@@ -50,7 +50,7 @@ class PixelGaussian:
 
 
 def gaussian_for(protocol: FrechetProtocol, reference: Moments) -> PixelGaussian | None:
-    """The Gaussian of the reference of a protocol; None for features other than pixels, or for too many pixels."""
+    """The Gaussian fitted to the reference images; None if the features are not pixels or have too many dimensions."""
     if protocol.extractor != "pixels" or len(reference.mean) > MAX_DIMS:
         return None
     return PixelGaussian(reference, protocol.bit_depth)

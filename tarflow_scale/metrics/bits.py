@@ -1,4 +1,4 @@
-"""Inputs and baselines of likelihood protocols: images dequantized by (protocol seed, sample, draw) alone."""
+"""Inputs and baselines of likelihood protocols. Dequantization noise depends only on (protocol seed, sample, draw)."""
 
 import hashlib
 import math
@@ -16,11 +16,11 @@ __all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "sampl
 
 _BATCH = 256
 _LEAST_EIGENVALUE = 1e-7
-"""Smallest accepted eigenvalue of a correlation matrix; below it, a float32 column is a sum of others to rounding."""
+"""Smallest accepted eigenvalue of a correlation matrix; below it, columns are linearly dependent in float32."""
 
 
 def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:
-    """One float tensor ``(B, C, H, W)`` on [-1, 1] for every draw of the protocol."""
+    """Dequantized images: one float tensor ``(B, C, H, W)`` in [-1, 1] for each draw of the protocol."""
     images = torch.from_numpy(batch.events)
     return [
         dequantized(images, protocol.bit_depth, protocol.seed, batch.samples.tolist(), draw)
@@ -29,14 +29,14 @@ def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor
 
 
 def sample_hashes(batch: Batch) -> tuple[str, ...]:
-    """SHA-256 of each sample's stored values, and of those that condition it."""
+    """SHA-256 of each sample, computed over its stored values and then its condition values, if it has any."""
     given = [b""] * len(batch) if batch.conditions is None else [row.tobytes() for row in batch.conditions]
     pairs = zip(batch.events, given, strict=True)
     return tuple(hashlib.sha256(event.tobytes() + condition).hexdigest() for event, condition in pairs)
 
 
 def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol, shards: ShardSet) -> float:
-    """Mean bits/dim of a pixel Gaussian on the same dequantized images."""
+    """Mean bits/dim of a pixel Gaussian on the images of ``shards``, dequantized as the protocol defines."""
     total, count = 0.0, 0
     for batch in shards.batches(0, shards.manifest.num_images, _BATCH):
         draws = torch.stack([gaussian.log_prob(x) for x in dequantized_draws(batch, protocol)])
@@ -47,9 +47,9 @@ def gaussian_bits_per_dim(gaussian: PixelGaussian, protocol: BitsPerDimProtocol,
 
 
 def gaussian_nats(reference: ShardSet, test: ShardSet) -> float | None:
-    """Mean nats per test vector under a full-covariance Gaussian that is fitted to the reference.
+    """Mean negative log-likelihood per test vector, in nats, of a full-covariance Gaussian fitted to the reference.
 
-    None if its covariance is singular, or if vectors have more than ``MAX_DIMS`` dimensions.
+    None if the covariance is singular, or if vectors have more than ``MAX_DIMS`` dimensions.
     """
     train, held_out = (
         np.concatenate([batch.events for batch in shards.batches(0, shards.manifest.num_images, _BATCH)]).astype(float)

@@ -1,7 +1,7 @@
-"""DINOv2 ViT-L/14 as in published FD-DINOv2: PIL's bicubic resize to 224, ImageNet's mean and deviation, class token.
+"""DINOv2 ViT-L/14 as in published FD-DINOv2: PIL's bicubic resize to 224, ImageNet normalization, class token.
 
-Features equal those of dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's own
-DINOv2 resizes as TensorFlow does, and cannot read a local file. The transformer is timm's (extra ``dinov2``). The
+Features equal the features of dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's
+DINOv2 resizes as TensorFlow does, and cannot read a local file. The transformer comes from timm (extra ``dinov2``). The
 position embedding is resampled from the trained grid of 37 x 37 to 16 x 16 as in the published code, not as in timm.
 """
 
@@ -66,12 +66,12 @@ class DINOv2Extractor(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The layer for a metric, which is the same for every metric."""
+        """The default feature layer, which is the same for every metric."""
         return "dinov2"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Whether torch can compile the extractor; it cannot compile PIL."""
+        """False, because torch cannot compile PIL's resize."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:

@@ -1,9 +1,10 @@
 """Compute features of images with extractors from torch-fidelity's registry.
 
 Extractor ``pixels`` flattens the image to levels 0..2^n-1; ``inception-v3-compat`` is torch-fidelity's port of the
-TensorFlow Inception that defines FID; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Other packages add
-extractors as entry points of the group ``tarflow_scale.extractors``. They are subclasses of torch-fidelity's
-``FeatureExtractorBase``; protocols use the name of the entry point. The digest of the weights is part of a protocol id.
+TensorFlow Inception that defines FID; ``dinov2-vitl14`` is `tarflow_scale.metrics.dinov2`. Other packages can add
+extractors (subclasses of torch-fidelity's ``FeatureExtractorBase``) as entry points of the group
+``tarflow_scale.extractors``; a protocol gives the name of the entry point. The digest of the weights is part of a
+protocol id.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from tarflow_scale.metrics.parts import FeatureSet
 __all__ = ["Extractor", "PixelsExtractor", "layer_of", "open_extractor", "published_digest", "weights_digest"]
 
 Extractor = Callable[[Tensor], dict[str, Tensor]]
-"""Maps stored pixels ``(B, C, H, W)`` uint8 to features ``(B, D)`` fp32 of each layer, on the CPU."""
+"""Maps stored pixels ``(B, C, H, W)`` uint8 to features by layer, each ``(B, D)`` fp32 on the CPU."""
 
 _GROUP = "tarflow_scale.extractors"
 _INCEPTION = "inception-v3-compat"
@@ -45,7 +46,7 @@ class _Weights:
     source: str
     """Address of the download, for error messages."""
     prefix: str = ""
-    """Published prefix of the SHA-256; checked if the protocol has no digest."""
+    """Published prefix of the SHA-256; checked if the protocol does not give the digest."""
 
 
 _WEIGHTS = {
@@ -59,7 +60,7 @@ _WEIGHTS = {
 
 
 class PixelsExtractor(FeatureExtractorBase):
-    """Extracts the flattened image in levels 0..2^bit_depth-1, as feature layer ``levels-<bit_depth>``."""
+    """Flattens images to levels 0..2^bit_depth-1; the name of the feature layer is ``levels-<bit_depth>``."""
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
@@ -72,12 +73,12 @@ class PixelsExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """The layer for a metric: 8-bit levels for every metric."""
+        """The default feature layer: 8-bit levels, for every metric."""
         return "levels-8"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """Whether torch can compile the extractor; there is nothing to compile."""
+        """False, because there is nothing to compile."""
         return False
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
@@ -97,24 +98,24 @@ def layer_of(protocol: SampledProtocol) -> str:
 
 
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
-    """SHA-256 of the weights file of an extractor, compared with the digest that the protocol requires.
+    """SHA-256 of the weights file of an extractor, checked against the digest that the protocol requires.
 
-    An extractor without a weights file has the digest ``none`` (``pixels``), or the name and version of its package
-    (entry points).
+    An extractor without a weights file has a text instead: ``none`` for ``pixels``; for an extractor from an entry
+    point, the name and version of its package.
 
     Args:
-        protocol: has the name of the extractor, and the required digest of its weights or None.
+        protocol: gives the name of the extractor, and optionally the required digest of its weights.
         weights: paths of weights files by name of the extractor; published files may also be in the torch hub cache.
 
     Raises:
         ConfigError: the extractor does not exist.
-        DataError: the file is missing, or its digest is not the required one or does not have the published prefix.
+        DataError: the file is missing, or its digest differs from the required digest or from the published prefix.
     """
     return _checked_digest(protocol.extractor, weights, protocol.extractor_sha256 or "", protocol.name)
 
 
 def published_digest(name: str, weights: Mapping[str, str]) -> str:
-    """`weights_digest` of an extractor, compared with the published prefix only."""
+    """Like `weights_digest`, but checks the digest only against its published prefix."""
     return _checked_digest(name, weights, "", name)
 
 
@@ -142,15 +143,15 @@ def _digest(name: str, weights: Mapping[str, str]) -> str:
 
 
 def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: torch.device) -> Extractor:
-    """Open the extractor of a set of features, in evaluation mode.
+    """Open the extractor of a feature set, in evaluation mode.
 
     Args:
-        features: has the name of the extractor, its digest and the layers.
+        features: gives the name of the extractor, its digest and the layers.
         weights: see `weights_digest`.
         device: device of the extractor.
 
     Raises:
-        DataError: the weights are missing on this machine, or differ from the driver's.
+        DataError: the weights are missing on this machine, or differ from the weights on the driver.
     """
     name = features.extractor
     digest = _digest(name, weights)
@@ -186,9 +187,10 @@ def open_extractor(features: FeatureSet, weights: Mapping[str, str], device: tor
 
 
 def _faster(inception: Any) -> Any:
-    """A faster, equivalent Inception: batch norms are folded into convolutions, and channels are last in memory.
+    """Make Inception faster: fold batch norms into convolutions, and store tensors with channels last.
 
-    It is 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py). Features agree to 1e-6 of the largest one.
+    It is then 1.5 times as fast on a CPU (evals/benchmarks/evaluation.py). Features change by up to 1e-6 of the largest
+    value.
     """
     blocks: list[Any] = [module for module in inception.modules() if isinstance(module, BasicConv2d)]
     for block in blocks:
@@ -198,7 +200,7 @@ def _faster(inception: Any) -> Any:
 
 
 def _layer_names(name: str, layers: tuple[str, ...], bit_depth: int) -> dict[str, str]:
-    """The extractor's name of each of our layers."""
+    """Map each layer of a feature set to the name that the extractor uses for it."""
     if name == "pixels":
         return dict.fromkeys(layers, f"levels-{bit_depth}")
     if name == _INCEPTION:

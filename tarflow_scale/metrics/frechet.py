@@ -1,4 +1,4 @@
-"""Fréchet distance between Gaussians fitted to features, from moments that merge.
+"""Fréchet distance between Gaussians fitted to features, computed from mergeable moments.
 
     d^2 = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)      (Heusel et al., arXiv 1706.08500, equation 6)
 
@@ -23,9 +23,9 @@ from tarflow_scale.metrics.parts import Arrays, FeatureSet, read_arrays, write_a
 __all__ = ["Moments", "frechet", "frechet_distance", "merged"]
 
 _GROUPS = 10
-"""Groups of index blocks; the driver holds the moments of all groups, so their number bounds its memory."""
+"""Number of groups of jackknife blocks. The driver holds the moments of all groups, so this bounds its memory."""
 _SIZES = (2, 4, 6, 8, 10)
-"""Sizes, in groups, of the disjoint subsets that are the points of an extrapolation."""
+"""Sizes of the image subsets for the extrapolation, counted in groups; subsets of equal size are disjoint."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Moments:
         return Moments(num, mean, m2)
 
     def without(self, other: "Moments") -> "Moments":
-        """Moments of this set without a part of it; the inverse of `merge`."""
+        """Moments of this set after its subset ``other`` is removed; the inverse of `merge`."""
         num = self.num - other.num
         mean = self.mean + (self.mean - other.mean) * (other.num / num)
         delta = other.mean - mean
@@ -82,7 +82,7 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Moments of all parts, merged in order; one part is in memory at a time."""
+    """Merge the moments of all parts in order. An iterator can load one part at a time, which saves memory."""
     return functools.reduce(Moments.merge, parts)
 
 
@@ -93,9 +93,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 class _Distance:
-    """Distances to one reference: tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2) with R = S1^(1/2), computed once.
+    """Computes Fréchet distances to one reference.
 
-    R S2 R is symmetric, so its eigenvalues take a fraction of the time of those of S1 S2; both agree to rounding.
+    It uses tr (S1 S2)^(1/2) = tr (R S2 R)^(1/2), where R = S1^(1/2) is computed only once. R S2 R is symmetric, so its
+    eigenvalues are much faster to compute than the eigenvalues of S1 S2. Both traces are equal up to rounding.
     """
 
     def __init__(self, reference: Moments) -> None:
@@ -115,7 +116,7 @@ class _Distance:
 
 @functools.lru_cache(maxsize=2)
 def _distance_to(location: str, layer: str) -> _Distance:
-    """Cached in each process, because the files never change."""
+    """The `_Distance` to a stored reference. It is cached in each process, because the file never changes."""
     return _Distance(Moments.stored(location, layer))
 
 
@@ -143,7 +144,7 @@ def frechet(samples: FeatureSet, layer: str, reference: str, infinity: bool) -> 
 
 @dataclass(frozen=True)
 class _GroupMoments:
-    """Moments of the features of a range of images."""
+    """A task that computes the moments of the features of a range of images."""
 
     samples: FeatureSet
     layer: str
@@ -156,7 +157,10 @@ class _GroupMoments:
 
 @dataclass(frozen=True)
 class _WithoutBlocks:
-    """Distances of a set of images without each of some of its blocks; of the whole set if ``blocks`` is empty."""
+    """A task that computes, for each of ``blocks``, the distance without this block.
+
+    If ``blocks`` is empty, it computes the distance of the whole set.
+    """
 
     samples: FeatureSet
     layer: str
@@ -176,7 +180,7 @@ class _WithoutBlocks:
 def _extrapolated(
     samples: FeatureSet, layer: str, reference: str, groups: list[list[tuple[int, int]]], moments: Sequence[Moments]
 ) -> Measure:
-    """The distance at infinitely many images: the intercept of a line in 1 / n, fitted to disjoint subsets.
+    """Distance for infinitely many images: intercept of a line in 1 / n, fitted to distances of subsets of n images.
 
     To first order, the bias of the plain distance is proportional to 1 / n (Chong and Forsyth, arXiv 1911.07023).
     """

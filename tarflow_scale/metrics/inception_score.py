@@ -1,8 +1,8 @@
-"""Inception score (arXiv 1606.03498): the exponential of the mean divergence of p(class | image) from its mean.
+"""Inception score (arXiv 1606.03498): exp of the mean KL divergence between p(class | image) and the mean p(class).
 
 Let p be the class probabilities of an image and q their mean over a split of the images. The mean divergence is
-mean(sum p log p) - sum q log q, so sums over blocks of images suffice. The score is the mean over splits. The order of
-images and the splits are those of torch-fidelity.
+mean(sum p log p) - sum q log q, so it can be computed from sums over blocks of images. The score is the mean over
+splits. The order of images and the splits are the same as in torch-fidelity.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class _Sums:
 
 
 def _splits(num: int, num_splits: int, seed: int) -> NDArray[np.int64]:
-    """The split of each image."""
+    """Number of the split that each image belongs to."""
     order = np.random.RandomState(seed).permutation(num)
     splits = np.empty(num, dtype=np.int64)
     for split in range(num_splits):

@@ -14,13 +14,13 @@ NUM_BLOCKS = 50
 
 
 def blocks(num: int) -> list[tuple[int, int]]:
-    """The range ``[start, stop)`` of each of 50 blocks of ``num`` images; with fewer images each is a block."""
+    """Divide ``num`` images into 50 ranges ``[start, stop)``; fewer than 50 images get one range per image."""
     count = min(NUM_BLOCKS, num)
     return [(i * num // count, (i + 1) * num // count) for i in range(count)]
 
 
 def standard_error(without: Sequence[float]) -> float:
-    """Standard error of a measure, from the values of the measure without each block."""
+    """Standard error of a measure; ``without`` has one value of the measure for each block left out."""
     count = len(without)
     mean = math.fsum(without) / count
     return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in without))

@@ -1,8 +1,8 @@
 """Kernel distance (KID, arXiv 1801.01401): unbiased squared MMD with the kernel (x . y / D + 1)^3.
 
-The value equals torch-fidelity's: the mean over the same random subsets. Its error is the jackknife error of the
-statistic over all images, which the mean over subsets approximates. The jackknife needs only the sums of the kernel
-between blocks, each of which is computed once.
+The value is the mean over the same random subsets as in torch-fidelity. It approximates the statistic over all images;
+the stored error is the jackknife error of that statistic. The jackknife needs only the sum of the kernel over each pair
+of blocks, so each sum is computed once.
 """
 
 import functools
@@ -47,7 +47,7 @@ def _all_rows(features: FeatureSet) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Subsets:
-    """A task that computes the distances of the subsets ``[start, stop)``, with all features in memory in fp32."""
+    """A task that computes the distances of the subsets ``[start, stop)``. It holds all features in memory in fp32."""
 
     samples: FeatureSet
     reference: FeatureSet
@@ -69,7 +69,10 @@ class _Subsets:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """A task that sums the kernel of a block with itself without the diagonal, each later block, and the reference."""
+    """A task that sums the kernel over pairs of an image in one block and another image.
+
+    It returns the sum within the block, the sums with each later block, and the sum with all reference images.
+    """
 
     samples: FeatureSet
     reference: FeatureSet
@@ -94,7 +97,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic without each block, up to the term of the reference alone, which is the same for all."""
+    """The statistic with each block left out, minus a constant: the kernel term of pairs of reference images."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

@@ -2,10 +2,10 @@
 
 The radius of the ball of a feature is the distance to its k-th neighbour in the same set. Precision is the share of
 generated images inside a ball of a reference image; recall is the share of reference images inside a ball of a
-generated image. Distances are Euclidean, in float64. A task has two blocks in memory.
+generated image. Distances are Euclidean, in float64. A task holds two blocks in memory.
 
-The jackknife deletes blocks of generated images. For precision this removes queries. For recall it removes balls, and
-the balls of other blocks grow; so radii without each block are stored too, and queries use all of them.
+The jackknife deletes blocks of generated images. For precision this removes queries. For recall it removes balls and
+can enlarge the remaining balls, so the radii are also computed with each block left out.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ __all__ = ["manifold_share"]
 def manifold_share(
     kind: Literal["precision", "recall"], samples: FeatureSet, reference: FeatureSet, neighbours: int
 ) -> Measure:
-    """Precision or recall, with its jackknife error over samples."""
+    """Precision or recall of generated images, with its jackknife error."""
     balls, queries = (reference, samples) if kind == "precision" else (samples, reference)
     num_balls = len(blocks(balls.images.num))
     yield [_Radii(balls, neighbours, number) for number in range(num_balls)]
@@ -50,7 +50,7 @@ def _radii_location(balls: FeatureSet, neighbours: int, number: int) -> str:
 
 @dataclass(frozen=True)
 class _Radii:
-    """A task that stores the radii of the balls of a block, among all features and without each of the blocks."""
+    """A task that stores the ball radii of a block, computed with all features and with each block left out."""
 
     balls: FeatureSet
     neighbours: int
@@ -82,7 +82,10 @@ class _Radii:
 
 @dataclass(frozen=True)
 class _Inside:
-    """A task that counts features of a block inside a ball; with ``deleted``, also without each block of balls."""
+    """A task that counts the features of a block that lie inside at least one ball.
+
+    If ``deleted``, it repeats the count with each block of balls left out.
+    """
 
     queries: FeatureSet
     balls: FeatureSet

@@ -12,7 +12,7 @@ __all__ = ["Measure", "Measured", "Reducer", "Task", "in_rounds"]
 
 
 class Task(Protocol):
-    """A picklable piece of a measure."""
+    """A picklable step in the computation of a measure."""
 
     def run(self) -> Any:
         """Compute the result, which should be small because it is sent to the driver."""
@@ -29,7 +29,7 @@ class Measured:
 
 Measure = Generator[Sequence[Task], list[Any], Measured]
 Run = Callable[[list[tuple[int, Task]]], Iterator[tuple[tuple[int, Task], Any]]]
-"""Runs numbered tasks in any order."""
+"""Runs numbered tasks in any order, and yields each task with its result."""
 
 
 class Reducer:
@@ -46,7 +46,7 @@ class Reducer:
 
 
 def in_rounds(measures: dict[str, Measure], run: Run) -> dict[str, Measured]:
-    """Run all measures, and the tasks of each round of all measures together.
+    """Compute all measures. Each round runs the next tasks of all measures together.
 
     Args:
         measures: measures by name.

@@ -21,9 +21,9 @@ from tarflow_scale.errors import DataError
 __all__ = ["Arrays", "FeatureSet", "Images", "Part", "PartUnit", "packed", "parts_of", "read_arrays", "write_arrays"]
 
 PART_IMAGES = 250
-"""Number of images of a part: few enough to balance workers, enough to hide the cost of a call."""
+"""Number of images per part: small enough to balance workers, large enough to hide the cost of a call."""
 _MOST_PARTS = 64
-"""Largest number of parts of a set of moments, whose size does not depend on the number of images."""
+"""Maximum number of parts of a set that stores moments, which take the same space for any number of images."""
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -68,7 +68,7 @@ class PartUnit:
 
     @classmethod
     def missing(cls, units: Sequence[Self]) -> list[Self]:
-        """The units whose part does not exist yet; every folder is listed once."""
+        """The units for which no part exists yet; each folder is listed only once."""
         existing = {folder: set(storage.list_names(folder)) for folder in {unit.part.folder for unit in units}}
         return [unit for unit in units if unit.part.name not in existing[unit.part.folder]]
 
@@ -80,7 +80,7 @@ def parts_of(folder: str, num: int, most: int | None = None) -> list[Part]:
 
 
 def packed(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
-    """The bytes of an ``.npz``; equal arrays give equal bytes."""
+    """Pack arrays into the bytes of an ``.npz`` file; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
     return buffer.getvalue()
@@ -92,7 +92,7 @@ def write_arrays(location: str, arrays: Mapping[str, NDArray[np.generic]]) -> No
 
 
 def read_arrays(location: str, *names: str) -> Arrays:
-    """Arrays of an ``.npz`` with these names, or all arrays without names; numpy checks their CRCs.
+    """Read the named arrays of an ``.npz``, or all arrays if no name is given; numpy checks their CRCs.
 
     Raises:
         DataError: the file is missing or damaged.
@@ -108,13 +108,13 @@ def read_arrays(location: str, *names: str) -> Arrays:
 
 @functools.lru_cache(maxsize=8)
 def _rows(location: str, layer: str) -> NDArray[np.float32]:
-    """Features of a layer in a part. The cache is small, because callers read the blocks of a part one by one."""
+    """Features of a layer in a part. A small cache is enough, because callers read a part block by block."""
     return read_arrays(location, layer)[layer].astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of an extractor's input, and the conversion of their values to levels.
+    """The images that an extractor reads, and the conversion of their values to levels.
 
     kind: ``sample`` for images generated from latents of ``seed``; ``reference`` for images of the reference data set:
     all of them in order if ``seed`` is None, otherwise a random subset of ``num`` images.
@@ -147,7 +147,7 @@ class FeatureSet:
         return parts_of(self.folder, self.images.num, _MOST_PARTS if self.reduced else None)
 
     def rows(self, layer: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Features ``(stop - start, D)`` of a layer; of all images by default."""
+        """Features ``(stop - start, D)`` of a layer for the images ``[start, stop)``; by default, for all images."""
         stop = self.images.num if stop is None else stop
         blocks = [
             _rows(part.location, layer)[max(start - part.start, 0) : stop - part.start]
@@ -162,5 +162,5 @@ class FeatureSet:
             yield from map(str, part.read("hashes")["hashes"])
 
     def beside(self, name: str) -> str:
-        """Location for another file that is computed from the set."""
+        """Location of a file in the folder of the parts, for a result that is computed from these features."""
         return storage.join(self.folder, name)

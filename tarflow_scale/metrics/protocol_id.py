@@ -18,7 +18,7 @@ __all__ = ["images_digest", "protocol_id", "unit_of"]
 
 
 def images_digest(hashes: Iterable[str]) -> str:
-    """Digest of a set of images, from the sha256 of the pixels of each; it does not depend on order and packing."""
+    """Digest of a set of images, given the SHA-256 of each image's pixels; it does not depend on order or packing."""
     return storage.digest("".join(sorted(hashes)).encode())
 
 
@@ -27,14 +27,14 @@ def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, 
 
     Args:
         protocol: the resolved protocol.
-        extractor: sha256 of the weights of the extractor, or ``none``.
-        images: `images_digest` of the reference images, or for likelihoods of the scored samples.
+        extractor: SHA-256 of the weights of the extractor, or ``none``.
+        images: `images_digest` of the reference images; for likelihoods, of the scored samples.
     """
     return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))
 
 
 def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
-    """Unit of the numbers of a protocol."""
+    """Unit of the values that a protocol measures."""
     match protocol:
         case BitsPerDimProtocol():
             return "bits/dim"

@@ -1,8 +1,8 @@
-"""Bind a protocol to its reference images once; later, other images are refused.
+"""Bind a protocol to its reference images once; after that, other images are refused.
 
 ``<cache>/<protocol>.json`` records the digests of the protocol, the extractor and the images; the moments of the
-features are in a file beside it. So the name of a protocol always means the same metric for all users of a cache. For
-different caches, the protocol id shows whether two numbers are comparable.
+features are in a file beside it. So the name of a protocol means the same metric for all users of a cache. Numbers from
+different caches are comparable if their protocol ids are equal.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class Binding(Record):
     images_digest: str
     """Digest of the pixels of the images."""
     moments: str | None = None
-    """SHA-256 of the file of moments; None if the protocol needs none."""
+    """SHA-256 of the file of moments; None if the protocol needs no moments."""
 
 
 class References:
@@ -53,8 +53,8 @@ class References:
             protocol: the protocol.
             extractor: digest of its extractor.
             manifest: manifest of the reference data.
-            again: whether the reference is computed again; then the manifest may differ, because the same images may
-                have been packed again.
+            again: whether the reference is being computed again; if so, the manifest may differ, because the same
+                images may have been packed again.
 
         Raises:
             ConfigError: the protocol has changed since it was bound.
@@ -92,7 +92,7 @@ class References:
         moments: Moments | None = None,
         layer: str = "pool",
     ) -> Binding:
-        """Bind a protocol to reference images, to which all its numbers will then refer.
+        """Bind a protocol to reference images; all its numbers will refer to these images.
 
         Raises:
             DataError: the protocol is already bound to other images.
@@ -139,7 +139,7 @@ class References:
         return True
 
     def parts(self, key: Any) -> str:
-        """Folder for the parts of a computation, which ``key``, a JSON value, determines."""
+        """Folder for the parts of a computation; ``key`` is a JSON value that identifies the computation."""
         return storage.join(self._path, "parts", storage.digest(canonical_json(key))[:32])
 
     def _location(self, protocol: SampledProtocol) -> str:

@@ -1,7 +1,7 @@
 """The feature sets and likelihoods that the protocols of an evaluation need, and the folders of their parts.
 
-The name of a folder is a digest of everything that determines its numbers: weights, data, sampling, extractor, layers,
-device and threads. Protocols with the same images and the same extractor share one pass over the images.
+The name of a folder is a digest of everything that determines the numbers in it: weights, data, sampling, extractor,
+layers, device and threads. Protocols with the same images and the same extractor share one pass over the images.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +17,11 @@ __all__ = ["PartIdentity", "ProtocolInputs", "requirements_of"]
 
 @dataclass(frozen=True)
 class PartIdentity:
-    """Everything except protocol and extractor that determines the numbers of parts.
+    """The inputs that determine the numbers in parts, except for the protocol and the extractor.
 
     device: kind of device, number of threads and version of torch. weights: digest of the model, and sampling settings;
     None if nothing is sampled. test, reference: digests of the manifests. folder: a function that returns the folder of
-    parts for a value that contains everything that determines their numbers.
+    parts for a key; the key contains everything that determines them.
     """
 
     device: Any
@@ -62,7 +62,7 @@ def requirements_of(
     Args:
         protocols: protocols by path.
         extractors: digests of extractors, by path of the protocol.
-        num_test: number of images of the split whose likelihood is measured.
+        num_test: number of images in the split on which likelihoods are measured.
         num_reference: number of images of the reference data set.
         baselines: whether real images are measured too.
         identity: everything else that determines the numbers.
@@ -98,7 +98,7 @@ def requirements_of(
 
 
 def _pass_of(features: FeatureSet) -> Any:
-    """A key that is equal for feature sets from the same pass over images, for any number of samples."""
+    """A key that is equal for feature sets from the same pass over images; it ignores the number of samples."""
     images = features.images
     return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
 

@@ -1,4 +1,4 @@
-"""The first sentences of a report: which model is best, by how much, how certainly, and what the gate decided."""
+"""The first sentences of a report: the best model, its lead, the certainty of the lead, and the gate's decision."""
 
 import math
 import re
@@ -18,11 +18,11 @@ _CERTAIN, _PROBABLE = 0.999, 0.95
 
 @dataclass(frozen=True)
 class Lead:
-    """How much better the best version is than another version.
+    """The lead of the best version over another version.
 
     Args:
         other: the row of the other version.
-        gain: how much better the best version is.
+        gain: difference of the numbers; positive if the best version is better.
         error: standard error of the gain; None if unknown.
         how: description of how the error was computed, such as ``image by image``.
     """
@@ -39,8 +39,8 @@ class Word:
 
     Args:
         decision: the decision with its reasons.
-        alias: the alias that moved to the version after this decision; None if the decision was made for the report.
-        override: why the alias was moved although the gate refused; empty if it was not.
+        alias: the alias that moved to the version after this decision; None if the gate decided only for this report.
+        override: reason for moving the alias although the gate refused; empty if the gate did not refuse.
     """
 
     decision: Decision
@@ -49,7 +49,7 @@ class Word:
 
 
 def champion_of(ranking: Ranking) -> Row | None:
-    """The best row whose version holds ``champion`` or another alias that a gate guards."""
+    """The best row with the alias ``champion`` or another alias that a gate guards; None if there is no such row."""
     for row in ranking.ours:
         if row.entry is not None and {*row.aliases} & {"champion", *row.entry.state.guarded}:
             return row
@@ -132,13 +132,13 @@ def gate_said(model: str, word: Word | None) -> str:
 
 
 def readable(text: str) -> str:
-    """The text of a gate in the format of the page: numbers with four digits instead of four decimals, and ``95 %``."""
+    """Reformat text of a gate: ``1.2346`` becomes ``1.235``, ``95%`` becomes ``95 %``, ``<=`` becomes ``≤``."""
     shorter = re.sub(r"\d+\.\d{4}\b", lambda match: fixed(float(match[0]), decimals_of(float(match[0]))), text)
     return re.sub(r"(?<=\d)%", " %", shorter).replace("<=", "≤").replace(">=", "≥")
 
 
 def answer_of_runs(runs: Sequence[Run]) -> list[str]:
-    """A sentence on the lowest loss for each group of runs whose losses can be compared.
+    """One sentence about the lowest loss in each group of comparable runs.
 
     It names the lowest held-out loss, or the lowest training loss if the group has no held-out loss.
     """

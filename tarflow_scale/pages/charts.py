@@ -1,7 +1,7 @@
 """Line charts as inline SVG for a page, or as PNG.
 
 The SVG needs no script and makes no request. It is drawn in two sizes, and the style sheet shows the size that fits the
-screen, so that its text is as large as the text of the page on a phone too. Each run has its own colour.
+screen, so that even on a phone its text is as large as the text of the page. Each run has a different colour.
 """
 
 import io
@@ -34,7 +34,7 @@ class Series:
     Args:
         points: ``(x, y)`` in order of x; points that are not finite are left out.
         run: number of the run, which determines the colour.
-        dashed: whether the line is dashed, as the second curve of a run is.
+        dashed: whether the line is dashed; used for the second curve of a run.
     """
 
     points: Points
@@ -45,7 +45,7 @@ class Series:
 def run_colour(run: int, dark: bool = False) -> str:
     """Colour of a run as ``#rrggbb``, for a light or dark background.
 
-    Hues differ by the golden angle in OKLCH (https://bottosson.github.io/posts/oklab), so no two runs have the same.
+    Hues of successive runs differ by the golden angle in OKLCH (https://bottosson.github.io/posts/oklab).
     """
     hue = math.radians((255 + 137.508 * run) % 360)
     lightness, chroma = (0.78 if dark else 0.52) + 0.05 * (run % 2), 0.14
@@ -79,7 +79,7 @@ class _Placed:
 
 
 def _finite(series: Mapping[str, Series]) -> dict[str, Series]:
-    """The curves that have finite points, with at most a few hundred points each."""
+    """Keep only finite points, at most a few hundred per curve; drop curves without finite points."""
     kept = {name: [p for p in curve.points if all(map(math.isfinite, p))] for name, curve in series.items()}
     return {
         name: Series(_thinned(points), series[name].run, series[name].dashed) for name, points in kept.items() if points
@@ -106,7 +106,7 @@ def _place(series: Sequence[Series], size: tuple[int, int]) -> _Placed:
 
 
 def line_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
-    """A chart as SVG with a legend; empty if no point is finite.
+    """A line chart as SVG with a legend; an empty string if no point is finite.
 
     Args:
         series: curves by name.
@@ -157,7 +157,7 @@ def _colours(run: int) -> str:
 
 
 def line_chart_png(series: Mapping[str, Series], x_label: str, y_label: str) -> bytes:
-    """The same chart as a PNG that contains the legend; an empty chart if no point is finite."""
+    """The chart of `line_chart` as a PNG with a legend; the chart is empty if no point is finite."""
     shown = _finite(series)
     canvas = Image.new("RGB", (_PNG[0], _PNG[1] + _KEY_HEIGHT * len(shown) + 8), _PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -186,7 +186,7 @@ def _draw(draw: ImageDraw.ImageDraw, placed: _Placed, x_label: str, y_label: str
 
 
 def _line(draw: ImageDraw.ImageDraw, spots: Sequence[tuple[float, float]], curve: Series) -> None:
-    """Draw a line, or a dot for a single point. The lengths of dashes are measured along the line."""
+    """Draw a curve as a line, or as a dot if it has a single point. Dash lengths are measured along the line."""
     colour, along = run_colour(curve.run), 0.0
     if len(spots) == 1:
         (x, y), *_ = spots

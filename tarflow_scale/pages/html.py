@@ -1,9 +1,9 @@
 """Answers, rankings, pictures, curves and history as one HTML file that makes no requests.
 
-Styles, script and pictures are inside the file. The page begins with the answers, can be sorted and folded by keyboard,
-follows the light or dark setting of the browser, and shows every number on a phone without scrolling sideways. Only
-sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the security policy of the
-page allows only its own script.
+Styles, script and pictures are inside the file. The page begins with the answers. Tables can be sorted and details
+folded by keyboard. The page follows the light or dark setting of the browser, and shows every number on a phone without
+scrolling sideways. Only sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the
+security policy of the page allows only its own script.
 """
 
 import base64
@@ -50,9 +50,9 @@ class Page:
         title: heading of the page.
         answers: sentences below the heading.
         rankings: the leaderboards.
-        words: decision of a gate on the best version, by name of the leaderboard.
+        words: the gate's decision on the best version of each leaderboard, by leaderboard name.
         entries: models whose history is shown.
-        grids: PNGs of first samples, by the SHA-256 in the reports.
+        grids: PNGs with the first samples of versions, by the SHA-256 that the metrics report gives for each PNG.
         runs: training runs.
         generated: first samples of generated data sets.
     """
@@ -105,7 +105,7 @@ def html_page(page: Page) -> str:
 
 
 def _boards(page: Page) -> list[dict[str, Any]]:
-    """For each ranking, its protocol, the decision of the gate, and its pictures. No picture is on the page twice."""
+    """Template values of each ranking: protocol, gate decision and pictures. No picture is on the page twice."""
     grids = dict(page.grids)
     boards: list[dict[str, Any]] = []
     for ranking in page.rankings:
@@ -138,7 +138,7 @@ def _run(run: Run) -> dict[str, str]:
 
 
 def _decoding(row: Row) -> dict[str, str]:
-    """Iterations of each block, if the version was calibrated."""
+    """Decoding iterations of each block; empty if the version was not calibrated."""
     if row.entry is None or row.version is None:
         return {}
     plans = row.entry.state.calibrations.get(row.version.version, [])

@@ -47,5 +47,5 @@ def _line(row: Row, ranking: Ranking) -> str:
 
 
 def cell(text: str) -> str:
-    """The text in one line, escaped for tables, headings and terminals."""
+    """Put a text on one line, and escape it for tables, headings and terminals."""
     return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")

@@ -10,19 +10,19 @@ _MOST_DECIMALS = 6
 
 
 def decimals_of(value: float) -> int:
-    """Number of decimals that shows four digits of ``value``; also for other numbers in the same table."""
+    """Number of decimals needed for four significant digits of ``value``; at most `_MOST_DECIMALS`."""
     if value == 0 or not math.isfinite(value):
         return 3
     return min(max(3 - math.floor(math.log10(abs(value))), 0), _MOST_DECIMALS)
 
 
 def fixed(value: float, decimals: int) -> str:
-    """A number with this number of decimals, such as ``1.897`` or ``12,345.6``."""
+    """Format a number with a fixed number of decimals, such as ``1.897`` or ``12,345.6``."""
     return f"{value:,.{decimals}f}"
 
 
 def short_number(value: float) -> str:
-    """A number with three digits and a suffix, such as ``12.3 k``."""
+    """Format a number with three significant digits and a suffix, such as ``12.3 k``."""
     for size, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
@@ -36,8 +36,8 @@ def round_ticks(low: float, high: float, most: int, outside: bool = True) -> lis
         low: lower end of the range.
         high: upper end of the range.
         most: maximum number of ticks, at least 3.
-        outside: whether the first and last tick enclose the range; otherwise all ticks are inside the range, and there
-            may be only one.
+        outside: whether the first and last tick enclose the range. If not, all ticks are inside the range, and there
+            may be only one tick.
     """
     power = math.floor(math.log10((high - low) / most))
     first, last = (math.floor, math.ceil) if outside else (math.ceil, math.floor)

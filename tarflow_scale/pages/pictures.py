@@ -1,4 +1,4 @@
-"""Line charts with a logarithmic x axis as PNG; each tick is twice the one before."""
+"""Line charts as PNG, with a logarithmic x axis and ticks at powers of two."""
 
 import io
 import math
@@ -25,7 +25,7 @@ class Panel:
 
     Args:
         title: text above the chart.
-        series: points ``(x, y)`` of each line, by its name, in order of x; x > 0.
+        series: points ``(x, y)`` of each line in order of x, by name of the line; x > 0.
         x_label: label of the x axis.
         logarithmic: whether the y axis is logarithmic, with ticks at powers of ten; otherwise it starts at 0.
     """

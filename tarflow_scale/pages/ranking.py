@@ -1,7 +1,7 @@
 """Rows of a leaderboard: numbers from registries with one protocol id, published numbers and baselines.
 
 Two numbers are comparable only if they have the same protocol id, so all ranked rows must share it. Published numbers
-were measured by other protocols: they are sorted by value among the others, but have no rank. Baselines, which an
+were measured by other protocols; they are sorted by value among the other rows, but have no rank. Baselines, which an
 evaluation measured by the same protocol, have no rank either.
 """
 
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def grid(self) -> FileRecord | None:
-        """The picture of samples in the report with this number."""
+        """File record of the sample grid from the report that contains the row's number; None if there is none."""
         return self.report.grid if self.report else None
 
 
@@ -70,7 +70,7 @@ class Ranking:
 
     @property
     def to_beat(self) -> list[Row]:
-        """Baselines that a model should beat; without real images, because no model beats them."""
+        """Baselines that a model should beat: all except real images, which no model beats."""
         return [row for row in self.rows if row.source == _BASELINE and row.model != _BASELINES["real"]]
 
     @property
@@ -80,11 +80,11 @@ class Ranking:
         return 3 if first is None else decimals_of(first.value)
 
     def number(self, value: float) -> str:
-        """A number in the format of the board."""
+        """Format a number with the decimals of the board."""
         return fixed(value, self.decimals)
 
     def shown(self, row: Row) -> str:
-        """The number of a row; a published number gets no trailing zeros, because they are not in the publication."""
+        """Format the number of a row. Published numbers are not padded with zeros to the decimals of the board."""
         text = self.number(row.value)
         return (
             text if row.rank is not None or row.source == _BASELINE or "." not in text else text.rstrip("0").rstrip(".")
@@ -92,7 +92,7 @@ class Ranking:
 
     @property
     def scale(self) -> list[float]:
-        """Axis ticks at round numbers that enclose the intervals of all ranked rows; empty without intervals."""
+        """Round axis ticks that enclose the 95 % intervals of all ranked rows; empty if there are no intervals."""
         ends = [end for row in self.ours for end in (row.low, row.high) if end is not None]
         return round_ticks(min(ends), max(ends), _MOST_TICKS) if ends and max(ends) > min(ends) else []
 
@@ -103,17 +103,17 @@ class Ranking:
 
     @property
     def unit(self) -> str:
-        """Unit of the numbers; empty without ranked rows."""
+        """Unit of the numbers; empty if there are no ranked rows."""
         return next((row.metric.unit for row in self.ours if row.metric), "")
 
     @property
     def protocol_id(self) -> str:
-        """Protocol id of all ranked rows; empty without ranked rows."""
+        """Protocol id of all ranked rows; empty if there are none."""
         return next((row.metric.protocol_id for row in self.ours if row.metric), "")
 
 
 def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
-    """Rank the newest number of every version.
+    """Rank the newest number of every version, and add baselines and published numbers.
 
     Raises:
         ConfigError: the rows from registries have different protocol ids.
@@ -149,7 +149,7 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
 def _rows(
     board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
 ) -> list[Row]:
-    """Rows of one model. ``is_namesake`` says that a model in another registry has the same name."""
+    """Rows of one model. ``is_namesake`` is true if a model in another registry has the same name."""
     rows: list[Row] = []
     for number, version in entry.state.versions.items():
         if number in entry.state.retired:

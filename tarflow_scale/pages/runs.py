@@ -1,4 +1,4 @@
-"""Read the folders of training runs: kind of model, progress, loss, newest preview.
+"""Read the kind of model, progress, losses and newest preview of a training run from its folder.
 
 A folder can be read while the run trains. `CurveFile` draws the loss curve as a picture beside the log.
 """
@@ -25,9 +25,9 @@ _REDRAWN_SECONDS = 60.0
 
 @dataclass
 class Loss:
-    """The loss of a run over images seen, from the records of its log.
+    """The loss of a run as a function of the number of images seen, from the records of its log.
 
-    ``training`` is the mean loss of the batches since the previous record, ``held_out`` the loss of validations.
+    ``training`` is the mean loss of the batches since the previous record; ``held_out`` is the validation loss.
     ``unit`` is bits/dim if the log contains bits/dim, otherwise nats/dim.
     """
 
@@ -69,9 +69,9 @@ class Run:
         path: path of the folder, as it was given.
         kind: kind of model, such as ``tarflow``; empty if unknown.
         state: ``running``, ``finished``, ``stopped`` or ``failed``; empty if unknown.
-        images_seen: progress of the run; 0 if unknown.
-        total_images: progress at the end of the run; 0 if unknown.
-        loss: loss over images seen.
+        images_seen: number of images seen so far; 0 if unknown.
+        total_images: number of images at the end of the run; 0 if unknown.
+        loss: loss as a function of the number of images seen.
         measured_on: data and settings on which the loss depends; losses are comparable only if these are equal.
         preview: the newest sample grid as ``(file name, PNG)``; None if there is none.
     """
@@ -95,7 +95,7 @@ def read_run(path: str) -> Run:
     """Read a run folder, finished or not.
 
     Raises:
-        DataError: this is not the folder of a run.
+        DataError: ``path`` is not the folder of a training run.
         StorageError: the folder has no log.
     """
     location = storage.join(path, "log.jsonl")
@@ -137,7 +137,7 @@ def _newest_preview(path: str) -> tuple[str, bytes] | None:
 
 
 def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
-    """The curves of all runs whose loss has this unit, by name. The index of a run in ``runs`` decides its colour."""
+    """Loss curves of all runs with this unit, by name. The index of a run in ``runs`` determines the colour."""
     curves: dict[str, Series] = {}
     for number, run in enumerate(runs):
         if run.loss.unit == unit:
@@ -151,7 +151,7 @@ class CurveFile:
     """Draws ``curve.png`` in a run folder, and a copy beside the previews, at most once a minute and at the end.
 
     Args:
-        path: the run folder; the curve includes the records that its log already has.
+        path: the run folder; records that are already in its log are drawn too.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Run units of work on Ray actors or in this process. The only user of ray.
+"""Run units of work on Ray actors or in this process. No other part of the package imports ray.
 
 A worker is a class with ``__init__(**arguments)`` and ``run(unit) -> result``; its module must be importable where it
 runs. A unit must be idempotent: the unit of a lost worker runs again, and the unit of a slow worker may run twice.

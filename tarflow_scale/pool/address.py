@@ -22,7 +22,7 @@ CONNECT_SECONDS = 10.0
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
-    """Host and port of ``host:port``, ``[host]:port`` or ``ray://host:port``; a word such as ``auto`` is a host."""
+    """Host and port of ``host:port``, ``[host]:port`` or ``ray://host:port``; the port of ``auto`` is empty."""
     host, _, port = re.sub(r"^ray://", "", address).rpartition(":")
     return (host.strip("[]"), port) if host else (address, "")
 
@@ -35,12 +35,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def temporary_folder() -> Path:
-    """The parent of the folder ``ray``, in which Ray keeps its sockets and files."""
+    """The folder in which Ray creates the folder ``ray`` for its sockets and files."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108 - Ray's own place
 
 
 def found_by_ray() -> str | None:
-    """Address of the cluster that ``auto`` means: ``RAY_ADDRESS``, or the last cluster started on this machine."""
+    """Address of the cluster for ``auto``: ``RAY_ADDRESS``, or the last cluster started on this machine, or None."""
     latest = temporary_folder() / "ray" / "ray_current_cluster"
     return os.environ.get("RAY_ADDRESS") or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else None)
 
@@ -85,13 +85,13 @@ def _own_address() -> str:
 
 
 def on_loopback_alone(address: str | None) -> bool:
-    """Whether a cluster listens only on loopback; None means a cluster that is still to be started.
+    """Whether a cluster listens only on loopback; the address None stands for a cluster that the pool will start.
 
     The caller must pass the answer on to Ray, which by default replaces a loopback address by the network address of
     this machine.
 
     Raises:
-        UserError: nothing answers at the address.
+        UserError: nothing answers at the address, or the address has no port.
     """
     if address is None:
         return True

@@ -27,17 +27,17 @@ class ClusterFacts:
     num_cpus: float
     num_gpus: float
     here: bool
-    """Whether this machine is a node of the cluster; if not, the cluster accepts work from here only by ``ray://``."""
+    """Whether this machine is a node of the cluster; other machines can submit work only through ``ray://``."""
 
 
 def look_at(address: str) -> ClusterFacts | None:
-    """Ask a running cluster for its versions and resources, with the token of this process; starts nothing there.
+    """Ask a running cluster for its versions and resources, with the token of this process. This starts no work there.
 
     Args:
         address: see `Pool`.
 
     Returns:
-        Versions and resources; None for ``ray://``, whose server reports nothing before it has work.
+        Versions and resources; None for ``ray://``, because a Ray client server reports nothing before it gets work.
 
     Raises:
         UserError: a required token is missing or wrong, nothing answers, or the cluster has no live node.

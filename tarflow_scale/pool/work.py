@@ -1,4 +1,4 @@
-"""Workers that run units of work, one after the other, until all are done."""
+"""A pool of workers that run units of work, on Ray or in this process, until all units are done."""
 
 import importlib
 import logging
@@ -19,7 +19,7 @@ __all__ = ["OBJECT_STORE_BYTES", "Pool", "Unit", "Worker"]
 
 
 class Worker(Protocol):
-    """A class that a pool runs; it is constructed once per actor."""
+    """Interface of a worker; the pool constructs one worker per actor."""
 
     def run(self, unit: Any) -> Any:
         """Do one unit of work and return a small, picklable result."""
@@ -27,7 +27,7 @@ class Worker(Protocol):
 
 
 class Unit(Protocol):
-    """A unit of work whose result is stored, so that a killed job continues where it stopped."""
+    """A unit of work. Its result is stored, so that a killed job can continue where it stopped."""
 
     @property
     def num_images(self) -> int:
@@ -38,7 +38,8 @@ class Unit(Protocol):
 T = TypeVar("T")
 U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""An idle worker repeats a unit that has run for longer than 3 times the longest unit so far, and at least 10 s."""
+"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, and for at
+least 10 s."""
 _POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Size of the object store of a cluster that the pool starts. It can be small, because workers return records and
@@ -46,15 +47,15 @@ statistics, never images."""
 
 
 class Pool:
-    """A pool of workers. The workers, and a Ray cluster that the pool started, end with the ``with`` block.
+    """A pool of workers. At the end of the ``with`` block, it stops the workers and any Ray cluster that it started.
 
     Args:
-        executor: ``ray`` for actors; ``local`` runs all work in this process.
+        executor: ``ray`` runs the work on Ray actors; ``local`` runs it in this process.
         address: address of a running cluster; None starts a cluster that listens on loopback.
-        num_workers: maximum number of actors; not more actors are started than there are units.
-        cpus_per_worker: number of cores of an actor, and of threads of its numerical libraries.
-        gpus_per_worker: number of GPUs of an actor.
-        start_seconds: how long to wait until the cluster answers and has the resources for all workers.
+        num_workers: maximum number of actors; the pool never starts more actors than there are units.
+        cpus_per_worker: number of cores per actor, and of threads for its numerical libraries.
+        gpus_per_worker: number of GPUs per actor.
+        start_seconds: maximum time to wait until the cluster answers and has the resources for all workers.
 
     Raises:
         ConfigError: the cluster is on another machine and has no token authentication.
@@ -97,7 +98,7 @@ class Pool:
             units: the units to run.
 
         Raises:
-            UserError: a worker raised it, or the cluster is too small.
+            UserError: a worker raised a `UserError`, or the cluster is too small.
         """
         if not units:
             return
@@ -121,9 +122,9 @@ class Pool:
         description: str,
         note: Callable[[], str] = str,
     ) -> Generator[tuple[U, Any]]:
-        """As `run`, for the units of a job whose results are missing, with a progress bar over all images of the job.
+        """Run the missing units of a job as `run` does, with a progress bar that counts the images of all units.
 
-        ``note`` is called after every unit, and returns a text for the bar.
+        The function ``note`` is called after every unit, and returns a text for the bar.
         """
         total, remaining = (sum(unit.num_images for unit in group) for group in (units, missing))
         with console.ProgressBar(total, description, initial=total - remaining) as bar:
@@ -134,11 +135,11 @@ class Pool:
 
 
 class _Host:
-    """A Ray actor with one worker. The first `run` constructs the worker, so that the driver gets errors of this.
+    """A Ray actor with one worker. The first `run` constructs the worker, so that its errors reach the driver.
 
     Args:
-        pickled: class and arguments of the worker. They are unpickled after the environment is set, because this
-            imports torch, which reads the environment when it is loaded.
+        pickled: class and arguments of the worker. They are unpickled only after the environment is set, because
+            unpickling imports torch, and torch reads the environment when it is imported.
     """
 
     def __init__(self, pickled: bytes) -> None:
@@ -182,7 +183,7 @@ def _run_on_ray(
     while waiting or attempts:
         while waiting and idle:
             give(waiting.pop())
-        # An actor whose node died may wait forever for another node, so an idle actor also runs its unit.
+        # If the node of an actor died, the actor may wait forever for another, so an idle actor also runs its unit.
         patience = max(_PATIENCE * longest, _LEAST_PATIENCE_SECONDS) if idle else None
         done, _ = ray.wait([*starting, *attempts], num_returns=1, timeout=patience)
         if not done:
@@ -197,15 +198,15 @@ def _run_on_ray(
         idle.append(first.actor)
         attempts = {ref: attempt for ref, attempt in attempts.items() if attempt.number != first.number}
         yield units[first.number], _result(done[0])
-    # The next workers need the cores of these. If the job ends early, the pool stops the actors instead: killing actors
-    # that are at work makes Ray print that their units will be retried.
+    # The next workers need these cores. If the job ends early, the actors are not killed here but stopped by the pool:
+    # when a busy actor is killed, Ray prints that its unit will be retried.
     for actor in actors:
         ray.kill(actor)
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A unit that was given to an actor, by the index of the unit."""
+    """One attempt of an actor at the unit with index ``number``."""
 
     actor: Any
     number: int
@@ -265,14 +266,14 @@ def _refusal(error: Exception, address: str | None) -> UserError:
 
 
 def _reached(address: str | None) -> bool:
-    """Whether a cluster listens only on loopback; a running cluster must also answer and accept our token."""
+    """Whether a cluster listens only on loopback. A running cluster must also answer and accept the token."""
     if address is not None:
         look_at(address)
     return on_loopback_alone(address)
 
 
 def _patiently(deadline: float, look: Callable[[], T]) -> T:
-    """The result of ``look``, which is retried until the deadline after a `UserError` that is not a `ConfigError`."""
+    """Return the result of ``look``. Until the deadline, retry after every `UserError` except a `ConfigError`."""
     while True:
         try:
             return look()

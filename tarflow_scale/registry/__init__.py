@@ -4,9 +4,9 @@ A registry is a folder or bucket. ``<model>/_log/<n>.json`` are the events of a 
 event before it. ``blobs/sha256/<digest>`` are the files. Writers compete for the next event number and exactly one
 wins; readers need no lock. A missing, damaged or modified event or blob raises an error that names it.
 
-`Registry` reads and changes one model. `log` has its events, `state` computes its state from them, `store` keeps the
-blobs and tests whether the store can create a file only if it is absent, `gate` decides on promotions, and
-`collection` deletes blobs that no version needs.
+`Registry` reads and changes one model. `log` reads its events, and `state` computes the state of the model from them.
+`store` keeps the blobs, and tests whether the folder or bucket can create a file only if it is absent. `gate` decides
+on promotions, and `collection` deletes blobs that no version needs.
 """
 
 from tarflow_scale.registry import collection

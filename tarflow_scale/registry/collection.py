@@ -5,8 +5,8 @@ no event names comes from an upload that was not completed; it is deleted when i
 models of a registry share its blobs, so all logs are read.
 
 A ``collect`` event is written before the blobs of a version are deleted; if the collector is killed, the next one
-deletes the rest. A writer that reuses an old blob writes it again before and after its event (`Store.keep`), which
-resets the age of the blob. The collector checks this age just before it deletes the blob.
+deletes the rest. A writer that reuses an old blob writes the blob again before and after its event (`Store.keep`),
+which resets the age of the blob. The collector checks this age just before it deletes the blob.
 """
 
 import time
@@ -83,7 +83,7 @@ def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> 
 
 
 def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]]:
-    """Yield ``(description, record)`` for every blob that the events of a version name."""
+    """Yield ``(description, record)`` for every blob that is named in the events of a version."""
     record = state.versions[version]
     yield from record.files.items()
     if record.configuration is not None:

@@ -1,4 +1,4 @@
-"""Decide whether a version may be promoted. The decision depends only on the gate and on metrics reports.
+"""Decide whether a version may be promoted. The decision depends only on the gate and on records of the registry.
 
 A candidate must beat the champion by more than chance: the lower one-sided confidence limit of the improvement must
 exceed the margin. Bits/dim are compared image by image, so the error is the standard error of the mean difference over
@@ -32,7 +32,7 @@ class Reason(Record):
 
 
 class Rival(Record):
-    """A version of another model that the candidate was compared with."""
+    """A version of another model with which the candidate was compared."""
 
     name: str
     """``model@version``."""
@@ -54,11 +54,11 @@ class Contender:
 
     Args:
         name: ``model@version``.
-        reports: its metrics reports, oldest first.
-        approvals: users who approved it.
-        per_image: by SHA-256 of the file, the values of single images as sorted pairs ``(digest of the image, value)``.
-        data: its training data.
-        weights_digest: digest of its files.
+        reports: metrics reports of the version, oldest first.
+        approvals: users who approved the version.
+        per_image: content of each file of per-image values, by SHA-256: sorted pairs ``(image digest, value)``.
+        data: training data of the version.
+        weights_digest: digest of the files of the version.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Contender:
     weights_digest: str = ""
 
     def value(self, protocol: Protocol, protocol_id: str | None = None) -> MetricValue | None:
-        """The newest value for this protocol, and for this protocol id if one is given."""
+        """The newest value for this protocol (and this protocol id, if one is given); None if there is no value."""
         values = [
             metric
             for report in self.reports
@@ -79,12 +79,12 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """The values of single images whose mean is ``metric``; empty if they were not stored."""
+        """Per-image values with mean ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
 def read_contender(registry: Registry, state: ModelState, version: int) -> Contender:
-    """Read a version with its reports, approvals and the values of single images.
+    """Read a version with its reports, approvals and per-image values.
 
     Raises:
         RegistryError: a file is missing or damaged.
@@ -116,11 +116,11 @@ def decide(
     champion: Contender | None,
     rival: Contender | None = None,
 ) -> Decision:
-    """Check the requirements of a gate for a candidate, against the champion and a version of another model.
+    """Check whether a candidate meets a gate's requirements, which may include beating the champion and a rival.
 
     Args:
         gate: the requirements.
-        protocols: protocol files of the requirements, by path.
+        protocols: protocols of the requirements, by path of the protocol file.
         candidate: the version to be promoted.
         champion: the version that has the alias now, or None.
         rival: version of another model that the candidate must also beat, or None.
@@ -152,7 +152,7 @@ def decide(
 
 
 def _same_data(candidate: Contender, rival: Contender) -> Reason:
-    """The requirement that both versions were trained on the same data set."""
+    """Check the requirement that both versions were trained on the same data set."""
     ours, theirs = _in_words(candidate.data), _in_words(rival.data)
     same = candidate.data is not None and rival.data is not None and candidate.data.digest == rival.data.digest
     data = ours if same else f"{ours}, not {theirs}"
@@ -193,7 +193,7 @@ def _against(
     other: Contender | None,
     whose: str,
 ) -> Reason:
-    """The requirement that the candidate beats ``other``; ``whose`` names it in the text: ``the champion's``."""
+    """Check that the candidate beats ``other``. ``whose`` is the possessive of ``other``, as in ``the champion's``."""
     better = "above" if protocol.higher_is_better else "below"
     by = f" by more than {requirement.margin:g}" if requirement.margin else ""
     wanted = f"{protocol.name} {better} {whose}{by}, with {100 * requirement.confidence:g}% confidence"
@@ -222,15 +222,15 @@ def lead(
     """Compare the numbers of two versions.
 
     Args:
-        protocol: protocol of both numbers, which says whether higher is better.
+        protocol: protocol of both numbers; it defines whether higher is better.
         candidate: the version that is compared.
         value: number of the candidate.
         champion: the version that the candidate is compared with.
         best: number of the champion, with the same protocol id.
 
     Returns:
-        How much better the candidate is; the standard error of this, or None if it is unknown; and how the error was
-        computed, ``image by image`` or ``as independent numbers``.
+        The improvement of the candidate over the champion; the standard error of the improvement, or None if unknown;
+        and how the error was computed: ``image by image``, ``as independent numbers``, or empty if unknown.
     """
     sign = -1 if protocol.higher_is_better else 1
     ours, theirs = candidate.of_images(value), champion.of_images(best)

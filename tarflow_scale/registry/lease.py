@@ -1,8 +1,8 @@
 """A lease: a lock that expires, on any store that can create a file only if it is absent.
 
 The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; after the file has expired,
-another process may become holder n + 1. Expiry compares the clocks of machines, so a lease only avoids duplicate work.
-Correctness does not depend on it: the event log decides what happens at most once.
+another process may become holder n + 1. Expiry compares the clocks of machines, so two processes may hold a lease at
+the same time. A lease only avoids duplicate work; the event log prevents duplicate events.
 """
 
 import json
@@ -22,7 +22,7 @@ class Lease(AbstractContextManager["Lease | None"]):
 
     Args:
         path: folder or URL.
-        seconds: time until a lease that is not renewed expires; the holder renews it four times as often.
+        seconds: time after which a lease expires unless it is renewed; the holder renews it every quarter of this time.
     """
 
     def __init__(self, path: str, seconds: float = 600) -> None:

@@ -34,7 +34,7 @@ class Event(Record):
     number: int = Field(ge=1)
     kind: Kind
     id: str
-    """Random; distinguishes the event from an equal one of another writer."""
+    """Random; tells this event apart from an otherwise identical event by another writer."""
     time: str
     """UTC, ISO 8601."""
     actor: str
@@ -47,11 +47,11 @@ class Event(Record):
     """SHA-256 of the event with this field empty."""
 
     def sealed(self) -> "Event":
-        """The event with its checksum."""
+        """A copy of the event with its checksum filled in."""
         return self.model_copy(update={"checksum": storage.digest(self.to_json())})
 
     def is_intact(self, content: bytes) -> bool:
-        """Whether the bytes from which the event was read match its checksum."""
+        """Whether the checksum of the event is correct for ``content``, the bytes of its file."""
         unsealed = content.replace(f'"checksum":"{self.checksum}"'.encode(), b'"checksum":""', 1)
         return storage.digest(unsealed) == self.checksum
 
@@ -80,7 +80,7 @@ class EventLog:
         return Event.from_json(storage.read_bytes(location), location)
 
     def after(self, number: int, previous: str) -> Iterator[tuple[Event, str]]:
-        """Yield ``(event, digest)`` for every event after event ``number``, whose digest is ``previous``.
+        """Yield ``(event, digest)`` for every event after ``number``; ``previous`` is the digest of event ``number``.
 
         Raises:
             RegistryError: an event is damaged, is missing although a later one exists, or does not contain the digest
@@ -120,7 +120,7 @@ class EventLog:
 
 
 def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str, payload: dict[str, Any]) -> Event:
-    """A new event of this user with its checksum; its time is now."""
+    """Create an event with the current user, the current time and the checksum."""
     return Event(
         number=number,
         kind=kind,
@@ -134,7 +134,7 @@ def new_event(number: int, kind: Kind, identity: str, reason: str, previous: str
 
 
 def user() -> str:
-    """Name of the user; the user id if the user has no name, as in some containers."""
+    """Name of the current user, or the user id if there is no name, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

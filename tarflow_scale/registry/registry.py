@@ -1,8 +1,8 @@
 """One model of a registry: its versions and aliases, computed from an append-only log, and its files.
 
-Layout: ``<registry>/<model>/_log/000000000001.json ...``; beside it ``_snapshot``, a cache (see
-`tarflow_scale.registry.state`); and the files as ``<registry>/blobs/sha256/<hex>``. Blobs are written before the event
-that names them, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
+Events are the files ``<registry>/<model>/_log/000000000001.json ...``; ``_snapshot`` beside ``_log`` is a cache (see
+`tarflow_scale.registry.state`). All other files are blobs, ``<registry>/blobs/sha256/<hex>``. A blob is written before
+the event that names it, and verified at every read. Only safetensors and JSON are stored; nothing is unpickled.
 """
 
 import random
@@ -78,7 +78,7 @@ class Registry:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def state(self) -> ModelState:
-        """The present state. Callers must not change it.
+        """The current state. Callers must not change it.
 
         Raises:
             RegistryError: the model does not exist, or its log is damaged.
@@ -100,7 +100,7 @@ class Registry:
         )
 
     def replayed(self) -> ModelState:
-        """The state, computed from all events without a snapshot; every event is read and checked.
+        """Compute the state without a snapshot: read and check every event.
 
         Raises:
             RegistryError: the log is damaged, or ends before the newest snapshot.
@@ -118,7 +118,7 @@ class Registry:
         return self._state
 
     def resolve(self, reference: int | str) -> ModelVersion:
-        """The version that a number, an alias or ``latest`` names.
+        """The version with this number or alias; ``latest`` is the newest version that is not retired.
 
         Raises:
             RegistryError: there is no such version.
@@ -129,7 +129,7 @@ class Registry:
         """Verified content of every file of a version.
 
         Raises:
-            RegistryError: a blob is missing, does not match its digest, or was deleted after retirement.
+            RegistryError: a blob is missing or does not match its digest, or garbage collection deleted the files.
         """
         when = self.state().collected.get(version.version)
         if when is not None:
@@ -137,7 +137,7 @@ class Registry:
         return {name: self.read(name, record) for name, record in version.files.items()}
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """Verified content of a blob; errors call it ``name``.
+        """Read a blob and verify its digest; error messages call the blob ``name``.
 
         Raises:
             RegistryError: the blob is missing or does not match its digest.
@@ -147,13 +147,13 @@ class Registry:
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def keep(self, content: bytes) -> FileRecord:
-        """Store content as a blob that a report may name."""
+        """Store content as a blob, and return its record, which a report can contain."""
         return self.store.keep(content)
 
     def register(
         self, files: dict[str, bytes], fields: dict[str, Any], reason: str, configuration: bytes | None = None
     ) -> ModelVersion:
-        """Store files as the next version. If a usable version has the same files and settings, return that one.
+        """Store files as the next version; if an unretired version has the same files and settings, return it instead.
 
         Args:
             files: content by name.
@@ -182,7 +182,7 @@ class Registry:
         return ModelVersion.model_validate(event.payload["version"])
 
     def attach_report(self, report: MetricsReport, reason: str, once: bool = False) -> None:
-        """Add a report to the version that it names.
+        """Add a metrics report to its version.
 
         Args:
             report: the report.
@@ -190,7 +190,7 @@ class Registry:
             once: refuse the report if the version already has a value for each protocol of the report.
 
         Raises:
-            AlreadyReported: ``once`` is set, and the version has these values.
+            AlreadyReported: ``once`` is set, and the version already has these values.
             RegistryError: the version does not exist or has other weights.
         """
 
@@ -221,7 +221,7 @@ class Registry:
         self.append("calibrate", reason, decide)
 
     def approve(self, version: int, reason: str) -> str:
-        """Record that the present user approves a version for promotion. Returns the user.
+        """Record that the current user approves a version for promotion. Returns the user.
 
         Raises:
             RegistryError: the version does not exist, is retired, or was approved by this user before.
@@ -238,7 +238,7 @@ class Registry:
         return name
 
     def promote(self, alias: str, version: int, expected: int | None, decision: dict[str, Any], reason: str) -> None:
-        """Move an alias after the decision of a gate, if it still points to ``expected``.
+        """Move an alias and record the decision of its gate; the alias must still point to ``expected``.
 
         Raises:
             RegistryError: the alias does not point to ``expected``, or the version is retired.
@@ -246,7 +246,7 @@ class Registry:
         self._move("promote", alias, version, expected, {"decision": decision}, reason)
 
     def set_alias(self, alias: str, version: int, expected: int | None, reason: str) -> None:
-        """Move an alias that no gate guards, if it still points to ``expected``.
+        """Move an alias that no gate guards; the alias must still point to ``expected``.
 
         Raises:
             RegistryError: a gate guards the alias, the alias does not point to ``expected``, or the version is retired.
@@ -295,9 +295,9 @@ class Registry:
 
         Args:
             kind: kind of event.
-            reason: why it happens.
-            decide: returns the payload, given the present state. It is called again if another writer took the event
-                number, and may raise an error if the event is no longer valid.
+            reason: reason for the event.
+            decide: function that returns the payload for the current state. It is called again if another writer took
+                the event number, and may raise an error if the event is no longer valid.
         """
         identity = uuid.uuid4().hex
         for attempt in range(_ATTEMPTS):
@@ -348,7 +348,7 @@ class Registry:
             )
 
     def _refreshed(self) -> ModelState:
-        """The state after all present events; empty if there is no log."""
+        """Read new events and return the state; the state is empty if there is no log."""
         if not self._state.number:
             self._state = self._from_snapshot() or ModelState()
             self._saved = self._state.number
@@ -379,12 +379,12 @@ class Registry:
 
     def _save_snapshot(self) -> None:
         self._saved = self._state.number
-        with suppress(RegistryError, StorageError):  # a cache: a user with read access only works without it
+        with suppress(RegistryError, StorageError):  # only a cache; a user with read-only access works without it
             self.store.replace(self._snapshot, self._state.to_snapshot())
 
 
 def _has_log(path: str, name: str) -> bool:
-    """Whether there is a model of this name. A folder without read access counts, because it may be a model."""
+    """Whether there is a model with this name. True for an unreadable folder too, because it may be a model."""
     try:
         return storage.exists(storage.join(path, name, "_log"))
     except StorageError:

@@ -1,7 +1,7 @@
-"""The state of a model, computed from the events of its log, and snapshots, which avoid reading the whole log.
+"""The state of a model, computed from the events of its log; a snapshot of the state avoids reading the whole log.
 
-A snapshot is a cache. It is used only if its digest is right and the log contains its last event; otherwise the log is
-read from the start.
+A snapshot is a cache. It is used only if its digest is correct and the log contains its last event; otherwise the log
+is read from the start.
 """
 
 from dataclasses import dataclass, field
@@ -32,11 +32,11 @@ class HistoryEntry(_Plain):
     actor: str
     reason: str
     version: int | None
-    """The version that the event concerns, if it concerns one."""
+    """The version that the event is about; None if it is not about a single version."""
 
 
 class Approval(_Plain):
-    """Statement of a user that a version may be promoted."""
+    """A user's approval of a version for promotion."""
 
     user: str
     time: str
@@ -45,7 +45,7 @@ class Approval(_Plain):
 
 @dataclass
 class ModelState:
-    """State of a model after some event."""
+    """State of a model after the events up to ``number``."""
 
     number: int = 0
     """Number of the newest event."""
@@ -59,13 +59,13 @@ class ModelState:
     approvals: dict[int, list[Approval]] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     holders: dict[str, list[int]] = field(default_factory=dict)
-    """For each alias, its present version (the last), and before it the versions that rollbacks return to."""
+    """Versions of each alias: the current version is last, after the versions to which rollbacks can return."""
     guarded: dict[str, str] = field(default_factory=dict)
     """Name of the gate for each alias that a gate has moved; ``set_alias`` refuses these aliases."""
     retired: dict[int, str] = field(default_factory=dict)
-    """Time of retirement of each version that must not be used any more."""
+    """Time of retirement of each retired version."""
     collected: dict[int, str] = field(default_factory=dict)
-    """Time at which the files of each collected version were deleted."""
+    """Time at which garbage collection deleted the files of each collected version."""
     history: list[HistoryEntry] = field(default_factory=list)
     """All events, oldest first."""
 
@@ -125,13 +125,13 @@ class ModelState:
     # -- snapshots -----------------------------------------------------------------------------------------------------
 
     def to_snapshot(self) -> bytes:
-        """Content of a snapshot file, for `from_snapshot`."""
+        """Content of a snapshot file, which `from_snapshot` reads."""
         body = _STATES.dump_json(self)
         return b"\n".join([_SNAPSHOT_FORMAT, storage.digest(body).encode(), body])
 
     @staticmethod
     def from_snapshot(content: bytes | None) -> "ModelState | None":
-        """The state in a snapshot; None if the file is missing, damaged, or of another format."""
+        """The state in a snapshot; None if the file is missing or damaged, or has another format."""
         if content is None:
             return None
         form, _, rest = content.partition(b"\n")
@@ -148,7 +148,7 @@ _STATES: TypeAdapter[ModelState] = TypeAdapter(ModelState)
 
 
 def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion:
-    """The version that a number, an alias or ``latest`` (the newest that is not retired) names.
+    """The version with this number or alias; ``latest`` is the newest version that is not retired.
 
     Raises:
         RegistryError: there is no such version.
@@ -172,5 +172,5 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
 
 
 def known(names: dict[Any, Any]) -> str:
-    """Names as text for an error message."""
+    """Join names into a list for an error message."""
     return ", ".join(str(name) for name in names) or "none"

@@ -31,9 +31,9 @@ _FORMAT = 1
 _PROBE = ".probe"
 _WRITERS, _KEYS = 8, 100
 _BITS = {"umask": 0, "group": 0o060, "all": 0o064}
-"""Permission bits that files get in addition to the umask; see `storage.share` for folders."""
+"""Permission bits that are set on files even if the umask removes them; see `storage.share` for folders."""
 FRESH_SECONDS = 3600.0
-"""An existing blob that is older is written again before a new event names it, so that it is not collected."""
+"""An existing blob older than this is written again before an event names it, so that it is not collected."""
 
 
 class Marker(Record):
@@ -66,9 +66,9 @@ class Store:
         """Content of ``registry.json``; None if there is no such file yet.
 
         Raises:
-            RegistryError: a later release of this package wrote it.
+            RegistryError: a later release of this package wrote the file.
         """
-        if self._marker is None or not storage.is_remote(self.path):  # `init` may change the mode of a local one
+        if self._marker is None or not storage.is_remote(self.path):  # `init` may change modes of a local registry
             location = storage.join(self.path, _MARKER)
             content = storage.read_if_there(location)
             if content is not None:
@@ -82,12 +82,12 @@ class Store:
         return self._marker
 
     def init(self, single_writer: bool = False, shared: Literal["umask", "group", "all"] = "umask") -> Marker:
-        """Test create-if-absent and write ``registry.json``; for an existing registry, only add file modes.
+        """Test create-if-absent and write ``registry.json``; for an existing registry, only add permission bits.
 
         Args:
             single_writer: the user promises that only one process writes, so create-if-absent is not tested.
-            shared: who may use the files, see `Marker`. In an existing registry, the files and folders of this user get
-                the missing permission bits, and none is removed.
+            shared: who may use the files, see `Marker`. In an existing registry, missing permission bits are added to
+                the files and folders of this user; no bits are removed.
 
         Raises:
             RegistryError: the test of create-if-absent failed, the store has no file modes, or other users own files
@@ -149,7 +149,7 @@ class Store:
             except PermissionError:
                 not_owned.append(path)
             except FileNotFoundError:
-                continue  # a writer's temporary file
+                continue  # a temporary file that its writer removed meanwhile
         if not_owned:
             raise RegistryError(
                 f"{len(not_owned)} files and folders of {self.path} must be shared by their owners (first: "
@@ -191,7 +191,7 @@ class Store:
         return True
 
     def _first_write(self) -> Marker:
-        """Create ``registry.json``. In a local registry, its creation is the only test of create-if-absent."""
+        """Create ``registry.json``. For a local registry, creating this file is the only test of create-if-absent."""
         return self.init() if storage.is_remote(self.path) else self._mark(Marker(format=_FORMAT))
 
     def _mark(self, marker: Marker) -> Marker:
@@ -237,7 +237,7 @@ class Store:
         return storage.list_sizes(folder) if storage.exists(folder) else {}
 
     def keep(self, content: bytes) -> FileRecord:
-        """Store content as a blob that an event may name."""
+        """Store content as a blob, and return its record, which an event can contain."""
         if self.marker() is None:
             self._first_write()  # before any blob, because it may refuse the store
         record = FileRecord(sha256=storage.digest(content), bytes=len(content))
@@ -248,7 +248,7 @@ class Store:
         return record
 
     def read(self, name: str, record: FileRecord) -> bytes:
-        """Verified content of a blob; errors call it ``name``.
+        """Read a blob and verify its digest; error messages call the blob ``name``.
 
         Raises:
             RegistryError: the blob is missing or does not match its digest.
@@ -266,7 +266,7 @@ class Store:
 
         Args:
             needed: description of each blob, by digest.
-            seen: is called with the digest of every checked blob.
+            seen: function that is called with the digest of every checked blob.
         """
         lines: list[str] = []
         for digest, name in sorted(needed.items()):
@@ -284,7 +284,7 @@ class Store:
 
 @contextmanager
 def _or_one_writer() -> Generator[None]:
-    """Mention the setting for a single writer in the error of a file system without create-if-absent."""
+    """If the file system has no create-if-absent, add advice on ``command.single_writer`` to the error."""
     try:
         yield
     except NotExclusive as error:

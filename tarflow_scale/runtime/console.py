@@ -13,7 +13,7 @@ _LEAST_RATED_SECONDS = 1.0
 
 
 class ProgressBar:
-    """Progress of work on standard error: a bar on a terminal, lines of text in a file.
+    """Show the progress of work on standard error, as a bar on a terminal or as lines of text in a file.
 
     A file, such as the log of a scheduler, gets a line per minute, and more lines in the first minute; work that takes
     less than two seconds gets no line. On a terminal, lines are printed above the bar only if `tell` was called.
@@ -21,7 +21,7 @@ class ProgressBar:
     Args:
         total: the count at the end.
         description: the work, in a word or two.
-        unit: plural noun for what is counted.
+        unit: plural noun for the counted things.
         initial: the count at the start.
         enabled: whether to print anything.
     """
@@ -73,7 +73,7 @@ class ProgressBar:
             self._write_line()
 
     def close(self) -> None:
-        """Write a last line if there were lines before and the count has changed since; close the bar."""
+        """Close the bar. Print a final line if there were lines before and the count has changed since the last one."""
         if self._enabled and self._latest > self._started and self._done > self._shown:
             self._write_line()
         if self._bar is not None:
@@ -106,7 +106,7 @@ class ProgressBar:
 
 
 def _clock(seconds: float) -> str:
-    """``12 s``, ``3 min 20 s``, ``5 h 07 min``, ``3 d 4 h``."""
+    """Format a duration: ``12 s``, ``3 min 20 s``, ``5 h 07 min``, ``3 d 4 h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -118,7 +118,7 @@ def _clock(seconds: float) -> str:
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """A text table whose columns are as wide as their longest cell."""
+    """Format a text table; each column is as wide as its longest cell."""
     header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -127,5 +127,5 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped; names of files may contain control characters."""
+    """Escape the control characters of a text; file names, for example, may contain them."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c).startswith("C") else c for c in text)

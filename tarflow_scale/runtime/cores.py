@@ -8,14 +8,14 @@ from pathlib import Path
 __all__ = ["num_cores", "num_threads", "spin_briefly"]
 
 _SPINS = "1000"
-"""Number of iterations, some tens of microseconds, for which a waiting thread of GNU's OpenMP runtime spins before it
+"""Number of spin iterations (some tens of microseconds in total) before a waiting thread of GNU's OpenMP runtime
 sleeps. The default of the runtime is 300,000."""
 
 
 def num_cores(system: Path = Path("/")) -> int:
     """Number of cores that this process may use.
 
-    This is the smallest of its CPU affinity and the CPU quotas of its control group and of the groups above it.
+    This is the minimum of its CPU affinity and the CPU quotas of its control group and of all parent groups.
 
     Args:
         system: root of the file system with ``/proc`` and ``/sys``.
@@ -25,10 +25,10 @@ def num_cores(system: Path = Path("/")) -> int:
 
 
 def _quotas(system: Path) -> Iterator[tuple[int, int]]:
-    """CPU quotas of control groups of both versions, as pairs (microseconds of CPU time, microseconds of the period).
+    """Yield the CPU quota of each control group (version 1 or 2) as a pair (CPU time, period), in microseconds.
 
-    In a container, the path of its group may be the path on the host, while the files of the group are at the top of
-    the hierarchy. So all groups above the path are read.
+    In a container, ``/proc`` may show the path of the group on the host, while the files of the group are at the top of
+    the hierarchy. So the quotas of all folders above the path are read, too.
     """
     groups = system / "proc/self/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
@@ -61,7 +61,7 @@ def num_threads(asked: int, num_ranks: int) -> int:
     """Number of torch threads of a rank on a CPU.
 
     Args:
-        asked: number in the configuration; 0 takes ``OMP_NUM_THREADS``, or if that is not a number, an equal share of
+        asked: number in the configuration; 0 uses ``OMP_NUM_THREADS`` or, if that is not a number, an equal share of
             the cores.
         num_ranks: number of ranks on this machine.
     """
@@ -79,8 +79,8 @@ def spin_briefly() -> None:
     Call this function before torch is imported, because torch's OpenMP runtime reads the setting when it loads. By
     default a thread that has finished its part spins for milliseconds. If another program uses one of the cores,
     spinning takes time from the threads that still compute, and two threads are slower than one. Without any spinning,
-    each parallel region waits until threads wake up, which slows training on an idle machine. Both are measured in
-    ``evals/results/busy-cores-cpu.json``.
+    each parallel region waits until threads wake up, which slows training on an idle machine. Measurements of both
+    effects are in ``evals/results/busy-cores-cpu.json``.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

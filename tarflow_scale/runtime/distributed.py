@@ -79,7 +79,7 @@ def backend_of(device: "device") -> str:
 
 
 def barrier() -> None:
-    """Wait until every rank has called this."""
+    """Wait until every rank has called this function."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -87,7 +87,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(values: "Tensor") -> "Tensor":
-    """Sum over ranks, in place; returns ``values``."""
+    """Sum a tensor over ranks, in place, and return it."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -96,7 +96,7 @@ def all_reduce_sum(values: "Tensor") -> "Tensor":
 
 
 def all_reduce_sum_with_gradient(values: "Tensor") -> "Tensor":
-    """Sum over ranks; the gradient is the sum of the gradients of all ranks."""
+    """Return the sum of a tensor over ranks; its backward pass sums the gradients of all ranks."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:
@@ -136,7 +136,7 @@ def check_equal(module: "Module") -> None:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in the order of ranks, on every rank; values must be picklable."""
+    """Return the values of all ranks, in the order of ranks, on every rank; values must be picklable."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:
@@ -147,7 +147,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """The result of ``compute`` on rank 0, on every rank; a `UserError` of rank 0 is raised on every rank."""
+    """Run ``compute`` on rank 0, and return its result or raise its `UserError` on every rank."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or world_size() == 1:

@@ -1,7 +1,7 @@
 """Handling of Ctrl-C: while modules are imported, the process ends at once, because no work has started.
 
-Python raises KeyboardInterrupt by default. During an import this prints a traceback, aborts the process if C++ code has
-called Python, or is lost if it is raised in a callback.
+By default, Python raises KeyboardInterrupt. During an import, this exception prints a traceback, aborts the process if
+it passes through C++ code, or is lost if it is raised in a callback.
 """
 
 import os
@@ -16,7 +16,7 @@ INTERRUPTED_CODE = 130
 
 
 def end_process() -> None:
-    """Make Ctrl-C end this process at once, unless the process was started to ignore Ctrl-C, as by nohup."""
+    """Make Ctrl-C end this process at once, unless it ignored Ctrl-C from the start (a background job of a script)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 

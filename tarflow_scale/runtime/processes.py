@@ -1,4 +1,4 @@
-"""Control of processes: end with the parent, ignore signals, exit cleanly, lock a folder, run a child within a time."""
+"""Control of processes: end with the parent, ignore signals, exit cleanly, lock a folder, run code with a deadline."""
 
 import atexit
 import ctypes
@@ -50,8 +50,9 @@ def ignore_stop_signals() -> None:
 def stop_signals_held() -> Generator[None]:
     """Block stop signals in this thread while it starts processes that must not receive them.
 
-    Child processes inherit the block. A worker needs it until it ignores the signals itself. The resource tracker of
-    `multiprocessing` needs it because SIGUSR1 would kill it, which prints a traceback when the parent ends.
+    Child processes inherit the blocked signals. A worker process needs this until it ignores the signals itself. The
+    resource tracker of `multiprocessing` needs it because SIGUSR1 would kill the tracker, and the parent would then
+    print a traceback at its end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -63,9 +64,9 @@ def stop_signals_held() -> Generator[None]:
 def leave(code: int) -> NoReturn:
     """End this process: run exit handlers, flush output, and skip Python's own shutdown.
 
-    The shutdown may fail a finished run (https://github.com/pytorch/pytorch/issues/190489): threads of gloo hold
-    tensors, and still run after `torch.distributed.destroy_process_group`, because DeepSpeed keeps references to the
-    groups. A thread that releases its tensor while Python shuts down aborts the process.
+    Python's shutdown may abort a process after a finished run (https://github.com/pytorch/pytorch/issues/190489):
+    threads of gloo hold tensors, and still run after `torch.distributed.destroy_process_group`, because DeepSpeed keeps
+    references to the groups. If such a thread releases its tensor during the shutdown, the process aborts.
     """
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  # what `sys.exit` would run
     sys.stdout.flush()
@@ -76,12 +77,12 @@ def leave(code: int) -> NoReturn:
 def answer_within(seconds: float, compute: Callable[[], T]) -> T:
     """Run a function in a child process with a deadline, and return its result.
 
-    Use this for a function that may hang, crash, or change its process. The child is a fork, so this process must not
-    have started threads. The child and all processes that it started are killed at the end.
+    Use this for a function that may hang, crash, or change the state of its process. The child is a fork, so this
+    process must not have started threads. The child and all processes that it started are killed at the end.
 
     Args:
         seconds: time until the deadline.
-        compute: returns a picklable value and raises no exception.
+        compute: the function; it must return a picklable value and raise no exception.
 
     Raises:
         TimeoutError: the function did not return in time.

@@ -28,7 +28,8 @@ def installed_version(package: str) -> str | None:
 def git_commit() -> str:
     """Commit of this code, followed by ``+`` if tracked files were changed.
 
-    Outside a checkout, the value of ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set, or ``unknown``.
+    Outside a checkout, returns the environment variable ``TARFLOW_SCALE_COMMIT``, which the images in ``docker/`` set,
+    or ``unknown``.
     """
     folder = Path(__file__).parent
     try:

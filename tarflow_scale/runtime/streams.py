@@ -26,7 +26,7 @@ __all__ = ["exit_code", "guard"]
 
 
 class _Output(io.FileIO):
-    """A file descriptor whose writes never fail: after an error it stores the error and drops all further data."""
+    """A stream to a file descriptor. Writing never raises an error: it stores the first error and drops later data."""
 
     error: OSError | None = None
 
@@ -62,7 +62,7 @@ def guard() -> None:
 
 
 def _stream(number: int, before: TextIO | None) -> TextIO:
-    """A stream for descriptor ``number`` with the settings of ``before``, which is None if it was closed."""
+    """A stream for descriptor ``number`` with the settings of ``before``; default settings if ``before`` is None."""
     if before is not None:
         with suppress(OSError):
             before.flush()

@@ -1,4 +1,4 @@
-"""The batch size of sampling: the largest that fits in the memory of a device."""
+"""Choose the batch size of sampling: by default, the largest that fits in the memory of the device."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["fitting_batch", "free_bytes"]
 
 _MOST = 1024
-"""Largest automatic batch. Larger batches are not faster, because reading keys and values then dominates."""
+"""Largest batch size chosen automatically. Larger batches are not faster, because reading the cache then dominates."""
 _SHARE = 0.9
 """Share of the free memory that a batch may use; the rest is for allocations that are not counted."""
 _GIB = 1024**3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory in bytes of a GPU, with PyTorch's unused cache, or of the machine within its control group."""
+    """Free memory in bytes. On a GPU, it includes PyTorch's unused cache; on a CPU, the cgroup limit is respected."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting_batch(asked: int | None, bytes_per_image: int, device: torch.device) -> int:
-    """The requested batch size, or, if it is None, the largest that fits in memory.
+    """The requested batch size; if it is None, the largest batch size that fits in memory.
 
     Raises:
         ConfigError: the requested size, or a single image, does not fit.

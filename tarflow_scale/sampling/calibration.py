@@ -1,9 +1,10 @@
 """Measure which chunk size decodes each block fastest on a device.
 
-A chunk of c tokens reads the cache and the weights less often than single tokens, but computes each token several
-times. The best size depends on block, batch and device, and one block of a model is often harder than the others (arXiv
-2505.12849, 2505.24791). So every block is decoded with every size from the exact output of the previous block; the
-fastest size with an error within the tolerance is chosen. Token-by-token decoding is always a candidate.
+Decoding in chunks of c tokens reads the cache and the weights less often than decoding single tokens, but computes
+each token several times. The best size depends on block, batch and device, and one block of a model is often harder
+than the others (arXiv 2505.12849, 2505.24791). So every block is decoded with every size from the exact output of the
+previous block; the fastest size with an error within the tolerance is chosen. Token-by-token decoding is always a
+candidate.
 """
 
 import time
@@ -27,7 +28,7 @@ _REPEATS = 2
 
 
 def candidates(num_tokens: int) -> list[int]:
-    """Chunk sizes to try for T tokens: all tokens, then halves, down to 8."""
+    """Chunk sizes to try for T tokens: T - 1, then half of the previous size, down to 8."""
     chunks = [num_tokens - 1] if num_tokens > 2 else []
     while chunks and chunks[-1] // 2 >= _SMALLEST:
         chunks.append(chunks[-1] // 2)
@@ -35,12 +36,12 @@ def candidates(num_tokens: int) -> list[int]:
 
 
 def schedules_of(blocks: Sequence[BlockDecoding], tolerance: float) -> list[Schedule]:
-    """Schedules of the blocks for the decoder."""
+    """Convert measured block settings to schedules for the decoder."""
     return [Schedule(block.chunk, block.planned, tolerance) for block in blocks]
 
 
 def measured_with(calibration: Calibration, settings: SamplingConfig) -> bool:
-    """Whether a calibration was measured with these settings."""
+    """Whether a calibration was measured with the guidance, precision and tolerance of ``settings``."""
     wanted = settings.guidance, settings.decoder.precision, settings.decoder.tolerance
     return wanted == (calibration.guidance, calibration.precision, calibration.tolerance)
 
@@ -54,8 +55,8 @@ def measure_blocks(
         decoder: decoder of the flow.
         z: latents ``(B, T D)`` of a batch.
         y: labels, or None.
-        guidance: guidance with an effect, or None.
-        tolerance: largest allowed error of a feature; iterations end when no feature moves by more.
+        guidance: guidance, or None if it has no effect.
+        tolerance: largest allowed error of a feature; iterations end when no feature changes by more than this.
     """
     tokens = decoder.tokens_of(z)
     blocks: list[BlockDecoding] = []
@@ -78,7 +79,7 @@ def measure_blocks(
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """The result of a function, and the time in seconds of the faster of two runs."""
+    """Run a function twice. Returns its result and the time in seconds of the faster run."""
     seconds: list[float] = []
     for _ in range(_REPEATS):
         _synchronize(device)

@@ -1,14 +1,14 @@
-"""Latents to data through TarFlow's blocks, each decoded in chunks of tokens.
+"""Decode latents to data through TarFlow's blocks. Each block is decoded in chunks of tokens.
 
-The inverse of a block solves x_t = z_t exp(s_t(x_<t)) + m_t(x_<t) for t = 0, 1, ...; token 0 is z_0. Tokens are decoded
-in chunks. All tokens of a chunk are computed at once from their last values, repeatedly (Jacobi iteration), given the
-final keys and values of the earlier chunks (Gauss-Seidel). A chunk of one token needs one iteration: this is exact
-token-by-token decoding. A chunk of all tokens is the Jacobi iteration of the whole sequence. After i iterations the
-first i tokens of a chunk are exact for any start, so c tokens take at most c iterations.
+The inverse of a block solves x_t = z_t exp(s_t(x_<t)) + m_t(x_<t) for t = 0, 1, ...; token 0 is z_0. Each iteration
+computes all tokens of a chunk at once from their previous values (Jacobi iteration) and from the final keys and values
+of earlier chunks (Gauss-Seidel). A chunk of one token needs one iteration; this is exact token-by-token decoding. A
+chunk of all tokens is the Jacobi iteration of the whole sequence. After i iterations the first i tokens of a chunk are
+exact for any initial values, so c tokens take at most c iterations.
 
 For speed, weights are cast once, not at every token; the cache of one block is allocated once and written in place; the
-two predictions of guidance share a batch; on a GPU the kernels of a token are replayed as a CUDA graph, one for every
-`_BUCKET` tokens of attention. Scale and mean act in fp32 (fp64 for an fp64 flow).
+two predictions of guidance share a batch; on a GPU the kernels of a token are replayed as a CUDA graph, one graph for
+every `_BUCKET` positions. Scale and mean are applied in fp32 (fp64 for an fp64 flow).
 
 Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
 """
@@ -30,22 +30,22 @@ from tarflow_scale.sampling.network import BlockNetwork
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
-"""Iterates are clamped to this magnitude: they can overflow, and an infinite key would make exact tokens NaN."""
+"""Every iteration clamps tokens to this magnitude. Otherwise, they could overflow and turn exact tokens into NaN."""
 _RECHECK = 2
-"""Number of iterations from one test for convergence to the next, after the planned iterations."""
+"""Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16
-"""Upper bound of the activations of a token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
+"""Upper bound of the activations per token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
 
 Progress = Callable[[int], object]
-"""Called with the number of tokens that have become final; there are T - 1 in a block."""
+"""A function that is called with the number of tokens that have just become final; they add up to T - 1 per block."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The chunk size and number of iterations with which a block is decoded.
 
-    chunk: number of tokens that are decoded together. planned: number of iterations before the first test for
-    convergence, which waits for the device. tolerance: iterations end when no feature of a token moves by more.
+    chunk: number of tokens that are decoded together. planned: number of iterations before the first convergence test;
+    a test synchronizes with the device. tolerance: iterations end when no feature changes by more than this.
     """
 
     chunk: int = 1
@@ -55,9 +55,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Cost of decoding a block: the iterations of each chunk, and the largest move of a feature in the last iteration.
+    """Cost of decoding a block: number of iterations of each chunk, and largest feature change in the last iteration.
 
-    ``last_move`` is 0 for chunks with as many iterations as tokens, which are exact.
+    A chunk with as many iterations as tokens is exact; it counts as 0 in ``last_move``.
     """
 
     chunk: int
@@ -68,13 +68,13 @@ class BlockCost:
 class TarFlowDecoder:
     """Decodes latents of a TarFlow, token by token unless schedules are given.
 
-    The flow may be moved, trained or written to between calls; changed weights are prepared again. Threads may share a
-    decoder, but decode one after the other, because they share its cache and CUDA graphs. A copied or pickled decoder
-    has neither.
+    The flow may be moved to another device, trained or modified between calls; changed weights are cast again. Threads
+    that share a decoder decode one after the other, because they share its cache and CUDA graphs. A copied or pickled
+    decoder contains neither the cache nor the graphs.
 
     Args:
         flow: the TarFlow.
-        dtype: precision of the transformers; None keeps that of the flow. Affine maps are computed in fp32 or wider.
+        dtype: precision of the transformers; None uses the flow's. Affine maps are computed in fp32 or wider.
     """
 
     def __init__(self, flow: TarFlow, dtype: torch.dtype | None = None) -> None:
@@ -112,10 +112,11 @@ class TarFlowDecoder:
         return len(self._flow.blocks) * (self.num_tokens - 1)
 
     def networks(self) -> list[BlockNetwork]:
-        """The blocks in the order of decoding, with the present weights of the flow.
+        """The blocks in the order of decoding, with the current weights of the flow.
 
-        Weights are shared with the flow if they need no cast. Cast or packed copies are compared by checksums on a CPU,
-        because a write to ``parameter.data`` does not change a version counter; on a GPU they are cast again.
+        Weights are shared with the flow if they need no cast. On a CPU, checksums of the weights show whether cast or
+        packed copies are outdated, because a write to ``parameter.data`` does not change a version counter. On a GPU,
+        copies are always cast again.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             on_cpu = self._device.type == "cpu"
@@ -136,13 +137,13 @@ class TarFlowDecoder:
         return next(self._flow.parameters()).device
 
     def bytes_per_row(self, chunk: int = 1) -> int:
-        """Bytes of memory for each row: its part of the cache, and the activations of a chunk."""
+        """Bytes of memory per row: the row's part of the cache, and the activations of a chunk."""
         width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
         cache = self._num_layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
         return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
 
     def cache(self, rows: int) -> Tensor:
-        """Memory ``(L, 2, R, N, T, H)`` for keys and values of one block, which all blocks and later calls share."""
+        """Buffer ``(L, 2, R, N, T, H)`` for keys and values of one block; all blocks and later calls reuse it."""
         if self._cache is None or self._cache.shape[2] != rows:
             self._cache = None  # free the old one first
             self._cache = (self._networks or self.networks())[0].new_cache(self._num_layers, rows)
@@ -165,9 +166,9 @@ class TarFlowDecoder:
         Args:
             z: latents in token order.
             y: labels, or None.
-            guidance: guidance with an effect, or None.
+            guidance: guidance, or None if it has no effect.
             schedules: schedule of each block, in the order of decoding; None decodes token by token.
-            progress: called with the number of tokens that have become final.
+            progress: see `Progress`.
         """
         costs: list[BlockCost] = []
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -179,18 +180,18 @@ class TarFlowDecoder:
         return unpatchify(tokens, self._flow.patch_size, self._flow.event_shape[1]), costs
 
     def as_decode(self, progress: Callable[[float], object]) -> Decode:
-        """A function for `Flow.inverse`; it calls ``progress`` with the share of the batch done since the last call."""
+        """A function for `Flow.inverse`; it calls ``progress`` with the share of work done since the previous call."""
 
         def decode(z: Tensor, y: Condition, guidance: Guidance | None) -> Tensor:
             with self._lock:
                 x, _ = self(z, y, guidance, progress=lambda tokens: progress(tokens / self.num_steps))
-                self._cache = None  # it can have gigabytes, which should not stay allocated between calls
+                self._cache = None  # it can take gigabytes, which should not stay allocated between calls
             return x
 
         return decode
 
     def tokens_of(self, z: Tensor) -> Tensor:
-        """Latents ``(B, T D)`` as tokens ``(B, T, D)``, the input of the first decoded block."""
+        """Convert latents ``(B, T D)`` to tokens ``(B, T, D)``, the input of the first decoded block."""
         exact = torch.float64 if next(self._flow.parameters()).dtype == torch.float64 else torch.float32
         tokens = z.to(exact).view(len(z), self.num_tokens, -1)
         return tokens if self._flow.log_std is None else tokens * torch.exp(self._flow.log_std.detach())
@@ -203,7 +204,7 @@ class TarFlowDecoder:
         guidance: Guidance | None,
         schedule: Schedule,
     ) -> tuple[Tensor, BlockCost]:
-        """Inverse of block ``number`` (in the order of decoding) for ``z (B, T, D)`` in image order, and its cost."""
+        """Invert block ``number`` (in decoding order) for ``z (B, T, D)`` in image order; also return the cost."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 
@@ -273,7 +274,7 @@ class _Predictor:
         return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
 
     def _guided(self, lanes: Tensor, part: slice, acts: bool) -> Tensor:
-        """Return a + scale (a - a_weak); the second lane is the weak prediction."""
+        """Return a + scale (a - a_weak); the second half of the rows is the weak prediction."""
         strong, weak = lanes.chunk(2)
         return strong + self._strengths[part] * (strong - weak) if acts else strong
 
@@ -281,7 +282,7 @@ class _Predictor:
 def _iterate(
     predict: _Predictor, x: Tensor, z: Tensor, start: int, stop: int, schedule: Schedule
 ) -> tuple[int, Tensor]:
-    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place. Returns the iterations made and the last move."""
+    """Solve for tokens ``start + 1`` to ``stop`` of ``x`` in place. Returns the iteration count and the last change."""
     following = slice(start + 1, stop + 1)
     count, move = 0, x.new_zeros(())
     while count < stop - start:
@@ -297,5 +298,5 @@ def _iterate(
 
 
 def decoder_of(flow: Flow, dtype: torch.dtype | None = None) -> TarFlowDecoder | None:
-    """The fast decoder of a flow, with transformers in this precision; None if the flow only has its inverse."""
+    """The fast decoder of a TarFlow, with transformers in precision ``dtype``; None for other flows."""
     return TarFlowDecoder(flow, dtype) if isinstance(flow, TarFlow) else None

@@ -1,4 +1,4 @@
-"""Replace bad generated images by new attempts, by a rule that is part of the generation plan.
+"""Replace bad generated images by new attempts. The rule is part of the generation plan.
 
 Attempt a at image i decodes latent a of index i, so every worker gets the same image.
 """
@@ -31,16 +31,16 @@ class Quality(Record):
     values: int = 0
     """Number of values of the accepted images."""
     outside: int = 0
-    """Number of values of the accepted images that exceed [-1, 1] by more than a level."""
+    """Number of values of the accepted images that lie outside [-1, 1] by more than the width of a pixel level."""
 
     def plus(self, other: "Quality") -> "Quality":
-        """Add the counts of both."""
+        """The sums of the counts of both objects."""
         return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch of accepted images ``x (b, C, H, W)``, the attempt that each is from, and counts of bad attempts."""
+    """A batch of accepted images ``x (b, C, H, W)``, the attempt that produced each, and counts of bad attempts."""
 
     indices: range
     x: Tensor
@@ -55,7 +55,7 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
         sampler: draws the images.
         indices: indices of the images.
         guard: the section ``guard``, which defines bad images.
-        level: width of a pixel level on [-1, 1].
+        level: width of a pixel level on the scale [-1, 1].
 
     Raises:
         NumericsError: all attempts at an image were bad.
@@ -98,6 +98,6 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
 
 
 def _inspected(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """For each image, whether all values are finite, and how many exceed [-1, 1] by more than ``level``; on the CPU."""
+    """Whether all values of each image are finite, and how many exceed [-1, 1] by more than ``level``; CPU tensors."""
     flat = x.flatten(1)
     return torch.isfinite(flat).all(dim=1).cpu(), (flat.abs() > 1 + level).sum(dim=1).cpu()

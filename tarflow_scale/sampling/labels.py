@@ -1,4 +1,4 @@
-"""The label of a sample, which depends on (rule, seed, sample index) alone."""
+"""Labels of samples. A label depends only on (rule, seed, sample index)."""
 
 from collections.abc import Sequence
 
@@ -20,10 +20,10 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
 
 
 def numbered(rule: NamedLabels, class_names: tuple[str, ...]) -> Labels:
-    """The rule with class numbers instead of class names.
+    """Convert a rule with class names to a rule with class numbers.
 
     Raises:
-        ConfigError: no class has this name.
+        ConfigError: a name in the rule is not the name of a class.
     """
     if isinstance(rule, str):
         return "balanced"
@@ -40,10 +40,10 @@ def labels_of(rule: Labels, indices: Sequence[int], num_classes: int, seed: int)
     """Labels of samples ``(len(indices),)`` int64.
 
     Args:
-        rule: ``balanced``; a list of labels, which are used in turn; or the weight with which each label is drawn.
+        rule: ``balanced``; a list of labels, which are used in turn; or a weight for each label, for random labels.
         indices: indices of the samples.
         num_classes: number of classes of the flow.
-        seed: seed of drawn labels.
+        seed: seed of random labels.
     """
     if isinstance(rule, dict):
         classes = sorted(rule)

@@ -20,15 +20,15 @@ from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, Window
 __all__ = ["BlockNetwork"]
 
 _BUCKET = 128
-"""Number of positions that share a CUDA graph, whose attention covers the cache up to the last of them."""
+"""Number of token positions that share a CUDA graph. The graph reads the cache up to the last of these positions."""
 _LANES = 509
 
 
 class _Linear:
-    """A linear layer that packs its weights for oneDNN, if a CPU multiplies them with one token per row.
+    """A linear layer. For input with one token per row on a CPU, it packs its weights for oneDNN.
 
-    This product reads all weights for few rows, and is 1.5 to 2 times faster with packed weights
-    (evals/benchmarks/sampling.py). PyTorch's compiler emits the same two operators for frozen weights.
+    A product with few rows is limited by the time to read the weights, and is 1.5 to 2 times faster with packed weights
+    (evals/benchmarks/sampling.py). For frozen weights, PyTorch's compiler uses the same oneDNN operators.
     """
 
     def __init__(self, module: torch.nn.Linear, dtype: torch.dtype) -> None:
@@ -36,16 +36,16 @@ class _Linear:
         self.weight, self.bias = (tensor.to(dtype) for tensor in own)
         packs = module.weight.device.type == "cpu" and _can_pack(dtype)
         self.copied = [tensor for tensor in own if tensor.dtype != dtype or (packs and tensor.ndim == 2)]
-        """Tensors of the module that this object has copies of; the copies must be updated when these change."""
+        """Tensors of the module that are cast or packed here; the copies must be updated when these tensors change."""
         self._packed: tuple[int, Tensor] | None = None
 
     def cast_again(self) -> None:
-        """Update copies of another precision in place, so that a captured graph reads the new values."""
+        """Cast the weights again, in the memory of their copies, because captured CUDA graphs read this memory."""
         for copy, own in zip((self.weight, self.bias), self.copied, strict=False):
             copy.copy_(own)
 
     def __call__(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
-        """``x (..., in)`` to ``(..., out)``, followed by an exact GELU or the sum with ``add``.
+        """Map ``x (..., in)`` to ``(..., out)``, then apply an exact GELU or add ``add``.
 
         Packed weights are used for rows of one token, ``(R, in)``.
         """
@@ -83,10 +83,10 @@ def _can_pack(dtype: torch.dtype) -> bool:
 
 
 class BlockNetwork:
-    """One block, prepared for decoding.
+    """One block of a TarFlow, prepared for decoding.
 
     Args:
-        block: the block; weights that already have the precision are shared, others are cast once.
+        block: the block; weights that already have the precision ``dtype`` are shared, others are cast once.
         dtype: precision of matrix products and of the cache; see `cache_dtype`.
     """
 
@@ -102,49 +102,51 @@ class BlockNetwork:
         self._on_cpu = self._proj_in.weight.device.type == "cpu"
 
     def checksums(self) -> list[int]:
-        """Checksums of the weights that this object has copies of, on a CPU; 0.4 ms for 4 MB.
+        """Checksums, on a CPU, of the block's weights that are cast or packed here; this takes 0.4 ms for 4 MB.
 
-        A write to ``parameter.data`` cannot be detected in another way.
+        Only a checksum can detect a write to ``parameter.data``.
         """
         return [_checksum(tensor) for linear in self._linears for tensor in linear.copied]
 
     def cast_again(self) -> None:
-        """Update all copies. For GPUs, where weights are never packed and copying is cheaper than comparing."""
+        """Update all copies on a GPU, where weights are never packed and copying is cheaper than comparing."""
         for linear in self._linears:
             linear.cast_again()
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Precision of keys and values: that of products, or fp32 on a CPU without a compiled `OneQuery`.
+        """Precision of keys and values: ``dtype``, but at least fp32 on a CPU if `OneQuery` is not compiled.
 
-        Without it, PyTorch's attention is slower for a single query in bf16 than in fp32, although bf16 products are
-        faster.
+        PyTorch's attention, which is then used, is slower for a single query in bf16 than in fp32, although bf16
+        products are faster.
         """
         if not self._on_cpu or OneQuery.function(self.block.head_width, self.dtype) is not None:
             return self.dtype
         return torch.promote_types(self.dtype, torch.float32)
 
     def new_cache(self, layers: int, rows: int) -> Tensor:
-        """Empty keys and values ``(L, 2, R, N, T, H)``."""
+        """Allocate the cache of keys and values, zeros ``(L, 2, R, N, T, H)``."""
         num_tokens, width = self.block.position.shape
         heads = width // self.block.head_width
         shape = (layers, 2, rows, heads, num_tokens, self.block.head_width)
         return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
-        """Sum ``(B, T, C)`` of position embedding and condition for every token, in reading order."""
+        """Position embedding plus condition of every token, ``(B, T, C)`` in reading order."""
         block = self.block
         return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
 
     def parameters(
         self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the tokens after ``tokens``, in fp32.
+        """Predict log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the token after each of ``tokens``.
+
+        Both results are in fp32 or wider.
 
         Args:
-            tokens: ``(B, c, D)``, at reading positions from ``start``; shared by both predictions of guidance.
-            offsets: ``(R, c, C)`` of these positions.
-            cache: see `new_cache`; positions before ``start`` are read, those of ``tokens`` are written.
+            tokens: ``(B, c, D)``, at reading positions from ``start``; both predictions of guidance use them.
+            offsets: ``(R, c, C)``, `offsets` at these positions.
+            cache: see `new_cache`; positions before ``start`` are read, the positions of ``tokens`` are written.
             start: position of the first token.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
         """
@@ -170,7 +172,7 @@ class BlockNetwork:
         return self._proj_out(h)
 
     def fixed(self, start: int, num_tokens: int, device: torch.device) -> FixedWindow:
-        """The window of one token at ``start``, with shapes that are the same for a whole bucket of positions."""
+        """The window of one token at ``start``; its shapes are the same for all positions of a bucket."""
         length = min((start // _BUCKET + 1) * _BUCKET, num_tokens)
         return FixedWindow(torch.full((1,), start, dtype=torch.int64, device=device), length)
 
@@ -208,7 +210,7 @@ class _Graph:
             self._out = network.outputs(self._tokens, self._offsets, cache, window, self._sharpness)
 
     def replay(self, tokens: Tensor, offsets: Tensor, start: int, sharpness: Tensor | None) -> Tensor:
-        """The output for a token at ``start``; overwritten by the next replay."""
+        """The output for a token at ``start``. The next replay overwrites it."""
         self._tokens.copy_(tokens)
         self._offsets.copy_(offsets)
         self._position.fill_(start)
@@ -221,8 +223,8 @@ class _Graph:
 def _checksum(tensor: Tensor) -> int:
     """Checksum of the bytes of a tensor on a CPU: CRC-32 of sums of words, 2.5 times faster than CRC-32 of all words.
 
-    Each sum is over every `_LANES`-th word, exact modulo 2^64. A change of one word changes a sum. An exchange of rows
-    or columns also does, because `_LANES` is a prime that divides no layer size.
+    There are `_LANES` sums modulo 2^64; sum i adds every `_LANES`-th word from word i on. A change of one word changes
+    a sum, and so does an exchange of rows or columns, because the prime `_LANES` does not divide any layer size.
     """
     content = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
     summed = content[: content.size // (8 * _LANES) * 8 * _LANES]
@@ -231,7 +233,10 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm in the precision of its weights; a CPU's operator accepts input of lower precision directly."""
+    """LayerNorm in the precision of its weights.
+
+    On a GPU the input is cast first; on a CPU this is not needed, because the operator accepts lower precision.
+    """
     if h.device.type == "cpu":
         return F.layer_norm(h, h.shape[-1:], *weights)
     wide = h.to(weights[0])

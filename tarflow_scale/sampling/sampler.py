@@ -1,8 +1,8 @@
 """Draw images from a flow by their sample indices.
 
-Image i depends on (weights, seed, i, sampling settings): its latent is counter-based and its label follows from i.
-Batch size and thread count change the last bits of floats, and in rare cases a pixel by one level. For equal bytes they
-must be fixed, which the generation plan does.
+Image i depends only on (weights, seed, i, sampling settings). Its latent comes from a counter-based generator, and its
+label depends on i. Another batch size or thread count changes the last bits of floats, and in rare cases a pixel by one
+level; the generation plan fixes both, so that images are equal byte by byte.
 """
 
 import math
@@ -31,7 +31,7 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
 """Number of images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Number of parts of a batch that are denoised one by one, because denoising stores all activations of a pass."""
+"""Number of parts into which a batch is divided for denoising, because denoising stores all activations."""
 
 
 class Sampler:
@@ -42,7 +42,7 @@ class Sampler:
         seed: seed of the latents.
         settings: the section ``sampling``.
         calibration: chunk sizes of the blocks; required by ``decoder.kind=adaptive``.
-        labels: rule for the label of an index, for a flow with classes.
+        labels: rule that gives the label of each index, for a flow with classes.
 
     Raises:
         ConfigError: settings have no effect on this flow, or the batch does not fit in memory.
@@ -98,7 +98,7 @@ class Sampler:
 
         Args:
             indices: indices of the images.
-            attempt: see `tarflow_scale.flows.latents`.
+            attempt: number of the attempt, see `tarflow_scale.flows.latents`.
         """
         settings = self._settings
         z = settings.temperature * latents(self._seed, indices, self._flow.num_dims, attempt)
@@ -126,7 +126,7 @@ class Sampler:
             yield x
 
     def images(self, indices: range) -> Tensor:
-        """Stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU, quantized according to the training noise.
+        """Draw stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU, quantized according to the training noise.
 
         Raises:
             ValueError: the flow has no pixel format.
@@ -136,9 +136,10 @@ class Sampler:
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents of the latest batch and encodings of its images; None with guidance.
+        """Largest difference between latents and re-encoded images, for a few images of the latest batch.
 
-        It is below 1e-3 for an exact flow in fp32; it is larger if the inverse of the model contracts strongly.
+        It is None with guidance, before the first batch, or if the difference is not finite. It is below 1e-3 for an
+        exact flow in fp32, and larger if the inverse of the model contracts strongly.
         """
         if self._latest is None or self._settings.guidance.scale > 0:
             return None
@@ -170,8 +171,8 @@ class Sampler:
 def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     """Measure the fastest chunk size of each block on this device, and the resulting error of images.
 
-    It decodes the first batch of ``seed`` with all sizes, see `tarflow_scale.sampling.calibration`. The result is exact
-    decoding if that is the fastest for all blocks together.
+    It decodes the first batch of ``seed`` with all sizes, see `tarflow_scale.sampling.calibration`. If exact decoding
+    of all blocks together is at least as fast as the best sizes, the result is exact decoding.
 
     Raises:
         ConfigError: settings have no effect on this flow, or the batch does not fit in memory.

@@ -33,19 +33,19 @@ def sweep(
     base: SamplingConfig | None = None,
     labels: NamedLabels | Sequence[int | str] | np.ndarray | int = "balanced",
 ) -> list[tuple[SamplingConfig, Tensor]]:
-    """Draw images ``(num_images, C, H, W)`` uint8 for every combination of settings; return both.
+    """Draw images for every combination of settings. Returns settings and images ``(num_images, C, H, W)`` uint8.
 
-    Attention temperatures only have an effect with guidance; without it there is one row for all of them.
+    Attention temperatures only have an effect with guidance, so without guidance there is one row for all of them.
 
     Args:
         flow: a flow in evaluation mode.
         seed: seed of the latents.
-        num_images: number of images in each row, those of indices 0, 1, ...
+        num_images: number of images in each row; their indices are 0, 1, ...
         guidances: scales of guidance.
         temperatures: standard deviations of the latents.
         attention_temperatures: see `tarflow_scale.config.sampling.Guidance`.
         base: the other settings.
-        labels: as ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
+        labels: like ``sampling.labels`` of the verb ``generate``, for example ``["roses", "tulips"]``; or one class.
 
     Raises:
         ConfigError: settings or labels do not fit this flow.
@@ -75,7 +75,7 @@ def _rule(labels: NamedLabels | Sequence[int | str] | np.ndarray | int) -> Named
 
 
 def sweep_picture(rows: Sequence[tuple[SamplingConfig, Tensor]], zoom: int = 1) -> bytes:
-    """A PNG of the rows of `sweep`, each with its settings on the left."""
+    """A PNG of the rows of `sweep`, with the settings at the left of each row."""
     images = torch.cat([images for _, images in rows]).numpy()
     sheet = Image.open(io.BytesIO(contact_sheet(images, len(rows[0][1]), zoom))).convert("RGB")
     picture = Image.new("RGB", (_LABEL_PIXELS + sheet.width, max(sheet.height, _LINE_PIXELS * len(rows))), "white")

@@ -1,4 +1,4 @@
-"""Attention of the tokens of a call to themselves and to the cached keys and values of earlier tokens.
+"""Attention of new tokens to themselves and to the cached keys and values of earlier tokens.
 
 Shapes: R rows, c tokens of a call, T tokens of an image, N heads, H head width, C = N H width. The cache of a layer is
 ``(2, R, N, T, H)``: keys and values. Queries, keys and values of the c tokens are concatenated, ``(R, c, 3 C)``.
@@ -34,7 +34,7 @@ class Window(abc.ABC):
         """Write keys and values to the cache; return the attention output ``(R, c, C)`` in the precision of ``qkv``.
 
         Args:
-            qkv: ``(R, c, 3 C)``.
+            qkv: queries, keys and values ``(R, c, 3 C)``.
             cache: cache of the layer.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
         """
@@ -64,7 +64,8 @@ class WindowOfTokens(Window):
 class FixedWindow(Window):
     """One token whose position is a tensor, so that shapes do not depend on the position.
 
-    position: ``(1,)`` int64. length: number of positions in attention, where positions after ``position`` are masked.
+    position: ``(1,)`` int64. length: number of cached positions that attention reads; those after ``position`` are
+    masked.
     """
 
     position: Tensor
@@ -81,10 +82,10 @@ class FixedWindow(Window):
 
 @dataclass(frozen=True)
 class OneQuery(Window):
-    """One token at ``position`` on a CPU, by the C code of ``one_query.c`` if that can be compiled.
+    """One token at ``position`` on a CPU; attention uses the C code in ``one_query.c`` if it can be compiled.
 
-    PyTorch's attention is made for many queries: for one query on a CPU it reads the cache far below the memory
-    bandwidth, most of all in bf16 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` and the result ``(R, C)``.
+    PyTorch's attention is made for many queries. For one query on a CPU it reads the cache much slower than the memory
+    allows, especially in bf16 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` and the result ``(R, C)``.
     """
 
     position: int
@@ -116,7 +117,7 @@ class OneQuery(Window):
     @staticmethod
     @functools.cache
     def function(head_width: int, dtype: torch.dtype) -> Callable[..., None] | None:
-        """The function of ``one_query.c``; None for other precisions, or without a C compiler (``$CC``, or cc)."""
+        """Compiled ``one_query.c``; None for unsupported arguments, or if there is no C compiler (``$CC`` or cc)."""
         if dtype not in (torch.float32, torch.bfloat16) or head_width % (4 // dtype.itemsize):
             return None  # a bf16 head of odd width does not fill whole words
         source = Path(__file__).with_name("one_query.c")
@@ -142,11 +143,11 @@ class OneQuery(Window):
 
 
 _OPTIONS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
-"""Without -ffast-math: in a library, it makes the whole process flush subnormal numbers to zero."""
+"""Compiler options, without -ffast-math: in a library, it makes the whole process flush subnormal numbers to zero."""
 
 
 def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Queries ``(R, N, c, H)`` in the cache's precision, keys and values ``(2, R, N, c, H)``."""
+    """Split ``qkv`` into queries ``(R, N, c, H)`` in the cache's precision, and keys and values ``(2, R, N, c, H)``."""
     rows, count, _ = qkv.shape
     heads = qkv.view(rows, count, 3, -1, cache.shape[-1])
     q = heads[:, :, 0].transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Near copies of images within and across the splits of a source: report them after packing, or drop them before it."""
+"""Near copies within and across the splits of a source: report them after packing, or drop them before packing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,16 +16,16 @@ __all__ = ["report", "without_copies"]
 def without_copies(
     source: ImageSource, splits: Mapping[str, NDArray[np.int64]], skip_bad: bool, num_workers: int
 ) -> tuple[dict[str, NDArray[np.int64]], list[duplicates.Copy]]:
-    """The splits without near copies, which leave the first split, for training; and the copies.
+    """Drop copies and near copies from the first split (training); returns all splits and the dropped copies.
 
     Args:
-        source: the source, all images of which are decoded.
-        splits: numbers of the images of each.
-        skip_bad: whether images may be unusable.
-        num_workers: processes that compute fingerprints; they do not change the result.
+        source: the source; all of its images are decoded.
+        splits: image numbers of each split, by name.
+        skip_bad: whether to skip unusable images; otherwise, they raise an error.
+        num_workers: number of processes that compute fingerprints; it does not change the result.
 
     Raises:
-        DataError: these are no images, one of them is unusable, or none is left for training.
+        DataError: the samples are not images, an image is unusable, or no training image is left.
     """
     if not isinstance(source.event, ImageEvent):
         raise DataError(f"split.near_duplicates=drop is for images (got {source.event.noun}); remove it")
@@ -47,11 +47,11 @@ def without_copies(
 
 
 def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing.PackNote]]) -> None:
-    """Print which images of splits that were packed are like others.
+    """Print which images of packed splits are copies or near copies of others.
 
     Args:
         packings: packings of the splits of one source.
-        notes: the notes of each, with fingerprints.
+        notes: notes of each packing, with fingerprints.
     """
     source = packings[0].source
     fingerprints = np.zeros((len(source), 2), dtype=np.uint64)
@@ -62,7 +62,7 @@ def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing
 
 
 def _split_of(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Number of the split of every image; -1 for those in none."""
+    """Split number of every image; -1 for images in no split."""
     split = np.full(len(source), -1, dtype=np.int64)
     for number, members in enumerate(splits.values()):
         split[members] = number

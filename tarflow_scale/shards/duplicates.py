@@ -2,14 +2,14 @@
 
 Two images are copies if their pixels are equal. They are near copies if their pHashes (imagehash; 64 bits from the low
 frequencies of the grey image at 32x32 pixels) differ in at most 6 bits and the correlation of their thumbnails (RGB,
-32x32) is at least 0.9. This finds a photograph that is stored again with another quality, size, brightness or contrast.
+32x32) is at least 0.9. So a photograph is found again after a change of quality, size, brightness or contrast.
 
 Measured on 200 images of Tiny ImageNet (64x64) and Kodak's photographs: the search finds every copy that was saved as
 JPEG of quality 40, halved and enlarged again, or changed by a fifth in brightness or contrast; about half of the copies
 that were cropped by 2% at each side or turned grey; and no copy that was mirrored or cropped by 10%. Among the 5 x 10^7
 pairs of 10,000 images of Tiny ImageNet it finds 2 pairs, each the same photograph in two classes.
 
-The hashes do not distinguish small drawings: 71% of 10,000 MNIST digits have another digit within 6 bits. So images
+The hashes do not distinguish small drawings: for 71% of 10,000 MNIST digits, another digit is within 6 bits. So images
 below 32 pixels are compared only for equality, and near copies are not listed if there are more than two pairs per
 image, as for MNIST padded to 32 pixels. Hashing an image of 64x64 takes 0.2 ms; finding the pairs among a million
 hashes takes 42 s.
@@ -46,17 +46,17 @@ __all__ = [
 ]
 
 MIN_SIZE_PIXELS = 32
-"""Smallest side of images among which near copies are searched; smaller images are compared only for equality."""
+"""Minimum side of images for the search for near copies; smaller images are compared only for equality."""
 _MAX_BITS = 6
 _MIN_CORRELATION = 0.9
 NO_FINGERPRINT = bytes(16)
-"""Stands for the fingerprint of an image that cannot be used."""
+"""Placeholder for the fingerprint of an image that cannot be used."""
 _BLOCKS, _EQUAL_BLOCKS = 9, 3
 """A hash is divided into 9 blocks of bits. If two hashes differ in 6 bits, at least 3 of their blocks are equal."""
 _MAX_PAIRS_PER_IMAGE = 2
 _SIDE = 32
 _FLAT = 2.0
-"""Thumbnails with a lower standard deviation (in levels of 255) are compared by the mean difference of their pixels."""
+"""Thumbnails with a lower standard deviation (on the scale 0 to 255) are compared by mean difference of pixels."""
 _CACHED = 1 << 16
 _SHOWN = 3
 
@@ -92,8 +92,9 @@ class Copies:
 
     Args:
         first: number of the first image with the same pixels, ``(n,)`` int64; -1 for images without a fingerprint.
-        near: numbers of the near copies of an image, by its number; only for the first image with the same pixels.
-        are_told_apart: False if near copies were not searched, because too many hashes are alike.
+        near: for each image number, the numbers of its near copies. Of several images with equal pixels, only the first
+            one appears.
+        are_told_apart: False if near copies are not listed, because too many hashes are alike.
     """
 
     first: NDArray[np.int64]
@@ -206,7 +207,7 @@ class _Places:
             self._lowest.setdefault((first, place), number)
 
     def copy(self, number: int, first: int, splits: Iterable[int], below: float = math.inf) -> Copy | None:
-        """The first copy of an image in some splits, else its first near copy there; None if there is neither.
+        """Find the first copy of an image in the given splits, or else its first near copy; None if there is neither.
 
         Args:
             number: number of the image.
@@ -234,7 +235,7 @@ def copies_between(
         rank: sort key of an image number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Sorted copies, by the split of the image and the split of the image that it is like.
+        Lists of copies, sorted by ``rank``. A key is the pair (split of the copy, split of the other image).
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -249,10 +250,10 @@ def copies_between(
 
 
 def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
-    """Find the training images to drop: those like a held-out image, or like a training image that is kept.
+    """Find the training images to drop: images like a held-out image, or like a training image that is kept.
 
     The training split has the number 0. Held-out splits stay complete, because a metric on a published test split is
-    comparable only if it covers all images; dropping the copy from training removes the leak as well.
+    comparable only if it covers all images. Dropping only the training image is enough to remove the leak.
     """
     places = _Places(copies, split)
     held_out = range(1, int(split.max(initial=0)) + 1)
@@ -274,13 +275,15 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 def described(
     copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
 ) -> list[str]:
-    """Lines of a report: the number of copies in each split, and some pairs; independent of the image numbers.
+    """Lines of a report: the number of copies in each split, and some pairs as examples.
+
+    The lines do not depend on how the images are numbered.
 
     Args:
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
         names: names of the splits.
-        origin: returns the name of an image at its source by number.
+        origin: returns the name of the image with a given number at its source.
         size_pixels: side of the images in pixels.
     """
     title = "copies and near copies"

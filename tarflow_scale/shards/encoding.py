@@ -1,8 +1,8 @@
 """Encode images in separate processes while the next images are generated.
 
-A thread would share the interpreter with the sampler, which with a small model or a fast device uses it all the time,
-so that the times for sampling and encoding would add up. The processes are started with ``python -m``, because
-processes of `multiprocessing` would import the main module of the generating process, with all its imports.
+Threads would share the interpreter with the sampler. With a small model or a fast device, the sampler keeps the
+interpreter busy, so the times for sampling and encoding would add up. The processes are started with ``python -m``,
+because `multiprocessing` would import the main module of the generating process, with all its imports.
 """
 
 import multiprocessing
@@ -31,10 +31,10 @@ _END_SECONDS = 10.0
 
 
 class Encoder:
-    """Encodes batches of images in processes, which start with the first batches and end with the encoder.
+    """Encodes image batches in other processes, which start at the first batches and end when the encoder is deleted.
 
     Args:
-        num_processes: largest number of processes.
+        num_processes: maximum number of processes.
         codec, quality: see `encode_image`.
     """
 
@@ -45,7 +45,7 @@ class Encoder:
         weakref.finalize(self, _end, self._threads, self._processes)
 
     def encoded(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[bytes]:
-        """The encoded file of every image, in order. The next batch is requested while earlier batches are encoded.
+        """Yield the encoded file of every image, in order. Batches are encoded while the next batch is generated.
 
         Args:
             batches: batches of images, ``(B, C, H, W)`` uint8.
@@ -68,7 +68,7 @@ class _Processes:
         self._gave_up = False
 
     def encode(self, images: NDArray[np.uint8]) -> list[bytes]:
-        """Encode a batch in another process, or in this process if the other one dies."""
+        """Encode a batch in another process; if that process dies, encode the batch in this process."""
         if self._gave_up:
             return _encode(images, *self._how)
         process = None
@@ -97,7 +97,7 @@ class _Processes:
 
 
 class _Process:
-    """``python -m tarflow_scale.shards.encoding``, which ends when its connection is closed."""
+    """A process ``python -m tarflow_scale.shards.encoding``, which ends when its connection is closed."""
 
     def __init__(self) -> None:
         self.has_encoded = False

@@ -1,15 +1,15 @@
-"""Kinds of event: what a sample is, beside its label. An image, a vector of numbers, or the latent of an image.
+"""Types of event. An event is the content of a sample without its label: an image, a vector of numbers, or a latent.
 
-An event type knows the members of a sample in a tar, the bytes that loaders carry, the arrays of a batch, and the words
-and settings that suit it. Code that works on both kinds asks the event.
+An `EventType` converts between the members of a sample in a tar, the uint8 arrays that loaders carry, and the arrays of
+a batch. It also has the texts and settings that differ between images and vectors, so other code can handle both.
 
 A vector of D numbers is stored in NumPy's format, which any WebDataset reader reads: ``{key}.npy`` ``(D,)`` float32.
-The K numbers that condition it are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
-``(1, 1, 4 (D + K))``, so that memory, workers and resuming work as for images.
+Its K condition values, if any, are ``{key}.condition.npy`` ``(K,)``. Loaders carry a vector as its bytes, a uint8 array
+``(1, 1, 4 (D + K))``, and so handle it like an image.
 
-A latent ``(C, h, w)`` is stored as ``{key}.npy`` ``(n C, h, w)``: means, then log-variances where the autoencoder has
-them (n is 1 or 2). The latent of the mirrored image may be stored, too, as ``{key}.mirrored.npy``. bfloat16 numbers are
-stored as the uint16 of their bits.
+A latent ``(C, h, w)`` of an autoencoder is stored as ``{key}.npy`` ``(n C, h, w)``: means, then log-variances if the
+autoencoder has them (n is 1 or 2). The latent of the mirrored image may be stored as well, as ``{key}.mirrored.npy``.
+bfloat16 numbers are stored as the uint16 of their bits.
 """
 
 import io
@@ -36,14 +36,14 @@ _FLOAT = np.dtype("<f4")
 
 
 class EventType(ABC):
-    """What the samples of a data set or of a model are. Its text is ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
+    """Type of the samples of a data set or model. ``str`` gives ``1x8x8 images, 4 bit`` or ``vectors of 2``."""
 
     noun: ClassVar[str]
     """``images``, ``vectors`` or ``latents``."""
     noises: ClassVar[tuple[str, ...]]
     """Kinds of training noise that suit the events."""
     kind: str
-    """What an evaluation protocol is for: ``8-bit images`` or ``vectors``."""
+    """Name by which an evaluation protocol selects this type: ``8-bit images`` or ``vectors``."""
     shape: tuple[int, ...]
     """Shape of an event; a batch of B events is ``(B, *shape)``."""
     size: str
@@ -51,11 +51,12 @@ class EventType(ABC):
     carried_shape: tuple[int, int, int]
     """Shape of the uint8 array that holds an event in a loader."""
     level: float
-    """Distance between neighbouring stored values on the scale of the model; infinite for values without a range."""
+    """Distance between adjacent stored values on the scale of the model; infinite for vectors and latents, which have
+    no levels."""
     can_flip: bool = False
     """Whether `augment` can mirror events."""
     num_conditions: int | None = None
-    """Number of values that condition an event; None without."""
+    """Number of condition values of an event; None if there are none."""
     _words: str
 
     def __str__(self) -> str:
@@ -74,19 +75,19 @@ class EventType(ABC):
 
     @abstractmethod
     def codec(self, of_images: str) -> str:
-        """The codec of the events, where images would have the codec ``of_images``."""
+        """Codec that stores the events; ``of_images`` is the codec for images."""
 
     @abstractmethod
     def content(self, carried: UInt8[np.ndarray, "C H W"]) -> NDArray[np.uint8] | dict[str, bytes]:
-        """An event as `tarflow_scale.shards.writer.Sample` takes it: pixels, or encoded members by extension."""
+        """Convert an event to pixels, or to encoded members by extension, for `tarflow_scale.shards.writer.Sample`."""
 
     @abstractmethod
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "C H W"]:
-        """An event as loaders carry it, from the members of a sample.
+        """Decode the members of a sample to the array that loaders carry.
 
         Args:
             members: content of the members, by extension.
-            reading: how image files that other programs wrote become pixels; None for our own.
+            reading: how image files from other programs are converted to pixels; None for files of this package.
 
         Raises:
             DataError: a member is missing or damaged, or has another shape or type.
@@ -106,7 +107,7 @@ class EventType(ABC):
 
     @abstractmethod
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[Any], Float[np.ndarray, "B K"] | None]:
-        """Events ``(B, *shape)`` of a batch, and the values that condition them; None without."""
+        """Convert a batch to events ``(B, *shape)`` and condition values ``(B, K)`` (None if there are none)."""
 
     @abstractmethod
     def fields(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class EventType(ABC):
 
 
 class ImageEvent(EventType):
-    """An image ``(C, H, W)`` uint8; the ``bit_depth`` high bits of a pixel are data."""
+    """An image ``(C, H, W)`` uint8; only the ``bit_depth`` high bits of a pixel are data."""
 
     noun, noises = "images", ("uniform", "gaussian")
     can_flip = True
@@ -128,7 +129,7 @@ class ImageEvent(EventType):
         self._words = f"{self.size} images, {bit_depth} bit"
 
     def codec(self, of_images: str) -> str:
-        """The given codec."""
+        """Return ``of_images``, because the events are images."""
         return of_images
 
     def content(self, carried: UInt8[np.ndarray, "C H W"]) -> NDArray[np.uint8]:
@@ -161,7 +162,7 @@ class ImageEvent(EventType):
         return carried[:, :, ::-1] if config.flip and flip & 1 else carried
 
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[np.uint8], None]:
-        """The pixels; images have no conditions but labels."""
+        """The pixels, and None, because images have no condition values."""
         return carried, None
 
     def fields(self) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class ImageEvent(EventType):
 
 
 class VectorEvent(EventType):
-    """A vector ``(D,)`` float32, and perhaps ``(K,)`` float32 that it is conditioned on."""
+    """A vector ``(D,)`` float32, optionally with condition values ``(K,)`` float32."""
 
     noun = kind = "vectors"
     noises = ("none",)
@@ -187,7 +188,7 @@ class VectorEvent(EventType):
         self._words = f"vectors of {facts.num_values}{given}"
 
     def codec(self, of_images: str) -> str:
-        """NumPy's format."""
+        """``npy``, NumPy's format."""
         del of_images
         return _VALUES
 
@@ -198,7 +199,7 @@ class VectorEvent(EventType):
         return members if conditions is None else members | {_CONDITION: encode_array(conditions[0].astype(_FLOAT))}
 
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "1 1 W"]:
-        """The bytes of the numbers, then of those that condition them."""
+        """The bytes of the vector, followed by the bytes of its condition values."""
         del reading
         parts = [_read(members, _VALUES, (self._facts.num_values,), _FLOAT)]
         if self._facts.num_conditions:
@@ -208,13 +209,13 @@ class VectorEvent(EventType):
     def unpack(
         self, carried: UInt8[np.ndarray, "B 1 1 W"]
     ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"] | None]:
-        """Vectors and conditions, each contiguous in memory."""
+        """Vectors and condition values, each contiguous in memory."""
         numbers = np.ascontiguousarray(carried).reshape(len(carried), -1).view(_FLOAT)
         values, conditions = np.split(numbers, [self._facts.num_values], axis=1)
         return np.ascontiguousarray(values), np.ascontiguousarray(conditions) if self.num_conditions else None
 
     def fields(self) -> dict[str, Any]:
-        """The numbers of values and conditions; the length of a vector is also the number of channels of one pixel."""
+        """Lengths of vectors and conditions. A vector of D numbers also counts as one pixel with D channels."""
         of_image = {"num_channels": self._facts.num_values, "image_size_pixels": 1, "bit_depth": 8}
         return of_image | {"vectors": self._facts}
 
@@ -292,7 +293,7 @@ class LatentEvent(EventType):
 
 
 class _Described(Protocol):
-    """The fields of manifests, model versions and generation plans that say what their samples are."""
+    """The fields of manifests, model versions and generation plans that describe their samples."""
 
     @property
     def num_channels(self) -> int: ...
@@ -305,7 +306,7 @@ class _Described(Protocol):
 
 
 def event_of(described: _Described, bit_depth: int) -> EventType:
-    """The event that a record describes; ``bit_depth`` is that of pixels."""
+    """The event type that a record describes; ``bit_depth`` applies only to images."""
     if described.vectors is not None:
         return VectorEvent(described.vectors)
     if described.latents is not None:

@@ -18,7 +18,7 @@ def check_folder(location: str, digest: str | None) -> None:
 
     Args:
         location: folder or URL.
-        digest: digest of the manifest of the data set; None if the data set does not exist yet.
+        digest: manifest digest of the data set; None if the data set does not exist yet.
 
     Raises:
         DataError: the folder holds another data set or other files.
@@ -65,6 +65,6 @@ def write_folder(path: str, location: str) -> int:
 
 
 def _folders(names: tuple[str, ...]) -> list[str]:
-    """A different folder name for each class."""
+    """A unique folder name for each class."""
     plain = ["".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(". ") or "_" for name in names]
     return [name if plain.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(plain)]

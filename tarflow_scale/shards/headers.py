@@ -2,7 +2,7 @@
 
 `plain_members` reads the headers that archivers usually write, and raises an error at any other header.
 `members_by_tarfile` uses the standard library, which is several times slower but reads all kinds of headers; it also
-decides whether a header is damaged. Both return the same members of a tar that both can read.
+decides whether a header is damaged. For a tar that both can read, both return the same members.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic Tar Format".
 """
@@ -31,9 +31,9 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _SKIP_BYTES = 1 << 20
 _MAX_EXTENDED_BYTES = 1 << 20
-"""Longer extended headers are left to ``tarfile``; no name needs so many bytes."""
+"""Extended headers longer than this are read by ``tarfile``; no name needs so many bytes."""
 _fields = struct.Struct("100s 24s 12s 12s 8s c 100s 72x 16s 155s 12x").unpack
-"""Fields: name; mode, owner and group; size; time; sum; type; link target; device numbers; prefix of the name."""
+"""Reads a header: name; mode, owner, group; size; time; checksum; type; link target; device numbers; name prefix."""
 _KINDS: dict[bytes, Kind] = {
     **dict.fromkeys((b"0", b"\0", b"7"), "file"),
     **dict.fromkeys((b"3", b"4", b"6"), "special"),
@@ -73,7 +73,7 @@ class Member(NamedTuple):
 
 
 class HashedStream:
-    """A stream that can only be read forwards, and whose bytes are hashed with SHA-256 as they are read.
+    """A forward-only stream that adds every byte that is read to a SHA-256.
 
     Args:
         stream: the stream, at its first byte.
@@ -95,7 +95,7 @@ class HashedStream:
         """Read forwards up to a position, or to the end of the stream.
 
         Raises:
-            ValueError: the position has been read already.
+            ValueError: the position is before the current position.
         """
         if position < self._position:
             raise ValueError("a header points back to bytes that were read")
@@ -104,12 +104,12 @@ class HashedStream:
         return self._position
 
     def tell(self) -> int:
-        """The number of bytes that were read."""
+        """Number of bytes read so far."""
         return self._position
 
 
 def padded(size: int) -> int:
-    """Number of bytes that a content of ``size`` bytes occupies in a tar."""
+    """Number of bytes that ``size`` bytes of content occupy in a tar."""
     return -(-size // _BLOCK) * _BLOCK
 
 
@@ -179,13 +179,13 @@ def _next_member(stream: IO[bytes] | HashedStream, start: int, num_bytes: int) -
 
 @functools.lru_cache(maxsize=256)
 def _check_numbers(owner: bytes, device: bytes) -> None:
-    """Check that the unused fields are numbers; cached, because all headers of a writer have the same fields."""
+    """Check that unused fields are numbers; cached, because the headers of one writer usually have equal fields."""
     for field in (owner[:8], owner[8:16], owner[16:], device[:8], device[8:]):
         _number(field)
 
 
 def _number(field: bytes) -> int:
-    """The value of a field: an octal number, or a base-256 number that is not negative."""
+    """The value of a field: an octal number, or a non-negative base-256 number."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -201,7 +201,7 @@ def _text(field: bytes) -> str:
 
 
 def _records(content: bytes, size: int) -> dict[str, str]:
-    """The values of a PAX header by keyword; its records have the form ``length keyword=value`` with a line end."""
+    """The values of a PAX header by keyword; each record is ``length keyword=value`` and a line end."""
     records: dict[str, str] = {}
     position = 0
     while position < size:
@@ -249,8 +249,8 @@ def check_member(member: tarfile.TarInfo) -> None:
     """Check that the size of a member is the number of its bytes in the tar.
 
     Raises:
-        TarError: the size is negative, so that a reader would go backwards; or the member is sparse, and its size is
-            not the number of stored bytes.
+        TarError: the size is negative, so that a reader would go backwards; or the member is sparse, so that its size
+            differs from the number of stored bytes.
     """
     if member.size < 0 or member.issparse():
         kind = "sparse" if member.issparse() else "of negative size"

@@ -1,4 +1,4 @@
-"""Encode and decode images; resize them, reduce their bit depth, and draw sheets of them."""
+"""Encode and decode images, resize them, reduce their bit depth, and draw contact sheets."""
 
 import io
 import math
@@ -37,7 +37,7 @@ __all__ = [
 
 Codec = Literal["png", "webp", "jpeg", "raw"]
 CODECS: dict[str, str] = {"png": "png", "webp": "webp", "jpeg": "jpg", "raw": "npy"}
-"""The extension of members by codec. ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only ``jpeg`` is lossy."""
+"""Extension of image members, by codec. ``raw`` is an array ``(C, H, W)`` in NumPy's format. Only ``jpeg`` is lossy."""
 IMAGE_EXTENSIONS = (
     *("png", "jpg", "jpeg", "webp", "npy", "bmp", "jfif", "jpe", "tif", "tiff", "avif"),
     *("ppm", "pgm", "pbm", "pnm"),
@@ -48,7 +48,7 @@ FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension
 
 
 class Reading(Record):
-    """How image files of other programs become pixels.
+    """How image files from other programs are converted to pixels.
 
     Grey images stay grey; all other images (such as palettes and CMYK) become RGB. Colour profiles are not applied.
     """
@@ -56,8 +56,8 @@ class Reading(Record):
     orientation: Literal["apply", "ignore"] = "apply"
     """``apply`` rotates an image as its EXIF (or XMP) tag says, as viewers do; ``ignore`` reads it as it is stored."""
     transparency: Literal["white", "black", "refuse"] = "white"
-    """The colour behind transparent pixels; ``refuse`` refuses an image that has any. An alpha channel that is opaque
-    everywhere does not count."""
+    """Background colour of transparent pixels; ``refuse`` rejects images with transparent pixels. An alpha channel that
+    is opaque everywhere is accepted."""
 
 
 def image_extension(members: Mapping[str, bytes]) -> str | None:
@@ -71,10 +71,10 @@ def image_extension(members: Mapping[str, bytes]) -> str | None:
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "AVIF")
 """Formats that Pillow tries, the most frequent first."""
 _MAX_PIXELS = 89_478_485
-"""Limit of the number of pixels (9,459 x 9,459), checked before an image is decoded; Pillow warns above it."""
+"""Maximum number of pixels (9,459 x 9,459), checked before an image is decoded; Pillow warns above it."""
 _NAME_PIXELS, _NAME_PART, _NAME_LETTERS = 12, 30, 20
-"""Class names on a sheet are at least 12 pixels high, at least a thirtieth of the width of the sheet (so that they are
-readable if a wide sheet is shown small), and are cut to 20 letters."""
+"""Class names on a sheet are cut to 20 letters. They are at least 12 pixels high, and at least a thirtieth of the width
+of the sheet, so that they stay readable if a wide sheet is scaled down."""
 _FAULTS = (
     *(OSError, ValueError, SyntaxError, OverflowError, MemoryError, Image.DecompressionBombError),
     *(KeyError, IndexError, TypeError, RuntimeError, struct.error),  # damaged tags of TIFF and EXIF, damaged AVIF
@@ -138,11 +138,12 @@ def decode_image(
         content: an image file, or an array ``(C, H, W)`` in NumPy's format.
         origin: name of the image, for messages.
         shape: the required shape; None accepts any shape. A grey image becomes RGB if ``shape`` has three channels.
-        reading: how image files of other programs are read; None for files of `encode_image`.
+        reading: how image files from other programs are converted to pixels; None for files that `encode_image` wrote.
 
     Raises:
-        DataError: the content is not an image, or the image is too large or has another shape. With a ``reading``, also
-            if the image has more than one frame, more than 8 bits per channel, or transparency that is refused.
+        DataError: the content is not an image, or the image is too large, has another shape, or has channels that
+            Pillow cannot convert to 8 bits. With a ``reading``, also if the image has several frames, or transparent
+            pixels that the reading refuses.
     """
     if content.startswith(b"\x93NUMPY"):
         return _decode_array(content, origin, shape)
@@ -188,7 +189,7 @@ def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image
 
 
 def _orientation(image: Image.Image) -> int:
-    """The value of the orientation tag; 1, which means upright, if there is no tag or it cannot be read."""
+    """The value of the orientation tag; 1 (upright) if the tag is missing or cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -208,7 +209,7 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """Shape ``(C, H, W)`` that `decode_image` would return, from the header and the tags of an image.
+    """Read from the header and the tags of an image which shape ``(C, H, W)`` `decode_image` would return.
 
     Raises:
         DataError: the content is not an image.
@@ -224,7 +225,7 @@ def image_size(content: bytes, origin: str, reading: Reading | None = None) -> t
 
 
 def _shape_of(image: Image.Image, reading: Reading | None) -> tuple[int, int, int]:
-    """Shape ``(C, H, W)`` after decoding. Pillow reports the upright size of a TIFF, and the stored size otherwise."""
+    """Shape ``(C, H, W)`` after decoding. Pillow reports the upright size of TIFFs, but the stored size of others."""
     channels = 1 if image.mode in _GREY else 3
     width, height = image.size
     is_turned = reading is not None and (reading.orientation == "ignore") == (image.format == "TIFF")
@@ -249,11 +250,11 @@ def _opened(content: bytes, origin: str, reading: Reading | None) -> Image.Image
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether Pillow would reduce the channels of an image to 8 bits in a wrong way, by keeping the high byte.
+    """Whether Pillow would convert the channels of an image to 8 bits incorrectly, by keeping only the high byte.
 
-    This is so for TIFFs with signed channels or more than 8 bits: in scientific files the high byte is often empty. The
-    high byte is right for a 16-bit PNG, whose colours use the whole range, unless the PNG declares one colour as
-    transparent, which Pillow compares with the high bytes.
+    This is true for TIFFs with signed channels or more than 8 bits: in scientific files, the high byte is often empty.
+    For 16-bit PNGs, the high byte is correct, because their colours use the whole range. The exception is a PNG that
+    declares a transparent colour, because Pillow compares this colour with the high bytes.
     """
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return "transparency" in image.info and any(";16" in str(tile) for tile in getattr(image, "tile", ()))
@@ -299,7 +300,7 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
     Args:
         images: the images, ``(B, C, H, W)`` uint8.
         columns: number of images in a row.
-        zoom: width and height, in pixels of the sheet, of one pixel of an image.
+        zoom: factor by which the images are enlarged.
         names: class name of each image. If each column has one class, its name is above the column; else a name is
             above each image.
     """
@@ -322,7 +323,7 @@ def contact_sheet(images: NDArray[np.uint8], columns: int, zoom: int = 1, names:
 
 
 def _strips(rows: Sequence[Sequence[str]], cell: int, width: int) -> list[NDArray[np.uint8]]:
-    """Draw a strip ``(1, h, width)`` of names for each row of cells of ``cell`` pixels; upright if a name is long."""
+    """Draw a strip ``(1, h, width)`` of names for each row; a cell is ``cell`` pixels wide. Long names are vertical."""
     size = max(_NAME_PIXELS, width // _NAME_PART)
     font = ImageFont.load_default(size)
     short = [[name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 2]}.." for name in row] for row in rows]

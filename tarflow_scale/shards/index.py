@@ -1,7 +1,7 @@
 """The index beside each tar: the offset of every sample, and a checksum of its bytes.
 
-With the index, a sample or consecutive samples can be read as one range, and a reader that does not read the whole
-shard still detects a flipped bit.
+With the index, a reader can read one sample or consecutive samples as one range, and detects a flipped bit without
+reading the whole shard.
 """
 
 import io
@@ -20,7 +20,7 @@ __all__ = ["ShardIndex", "checksum", "read_index"]
 
 
 def checksum(content: bytes | memoryview) -> int:
-    """Checksum of the bytes of a sample, with its tar headers and padding: the CRC-32 of each half, as 64 bits.
+    """64-bit checksum of the bytes of a sample, including tar headers and padding: the CRC-32 values of both halves.
 
     It detects accidental damage at every read, while the SHA-256 in the manifest detects any change of a shard. For a
     JPEG of 512x512 pixels, this checksum takes a twentieth of the decoding time; a cryptographic hash takes a fifth.

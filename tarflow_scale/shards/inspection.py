@@ -1,4 +1,4 @@
-"""Inspection of a packed data set: whether every byte is what was packed, and what is in it."""
+"""Inspect a packed data set: check that it is undamaged, and describe its content."""
 
 from collections import Counter
 
@@ -24,10 +24,10 @@ _LISTED_CLASSES = 12
 
 
 def check(path: str) -> int:
-    """Verify every sha256, count, checksum, image and label of a data set; returns the number of samples.
+    """Verify all digests, counts, checksums, images, labels and keys of a data set; returns the number of samples.
 
     Raises:
-        DataError: the first fault, and how many there are.
+        DataError: the data set has faults; the message has their number and the first fault.
     """
     shards = ShardSet(path)
     as_found = shards.manifest.codec == AS_FOUND  # keys of such tars may repeat from tar to tar
@@ -95,7 +95,7 @@ def statistics(path: str) -> list[str]:
 
 
 def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
-    """All splits that were packed together, in the order of `PACKED`."""
+    """This split and the splits that were packed together with it, in the order of `PACKED`."""
     folder, _, own = path.rstrip("/").rpartition("/")
     splits = {own: shards}
     for name in storage.list_names(folder or ".") if own == shards.manifest.split else ():
@@ -108,7 +108,7 @@ def _with_siblings(path: str, shards: ShardSet) -> list[ShardSet]:
 
 
 def _copies(splits: list[ShardSet]) -> list[str]:
-    """Near copies within and across splits, in lines."""
+    """Lines of text about near copies within and across splits."""
     fingerprints: list[bytes] = []
     origins: list[str] = []
     firsts = np.cumsum([0, *(shards.manifest.num_images for shards in splits)])
@@ -135,7 +135,7 @@ def _copies(splits: list[ShardSet]) -> list[str]:
 
 
 def _columns(shards: ShardSet) -> list[tuple[str, str]]:
-    """Mean, deviation and range of each number of vectors and of their conditions, or of each channel of latents."""
+    """Table rows with mean, standard deviation and range of each value of vectors, or of each channel of latents."""
     batches = list(shards.batches(0, shards.manifest.num_images, _RUN))
     numbers = {
         "value" if shards.manifest.latents is None else "channel": [

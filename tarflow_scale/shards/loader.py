@@ -1,14 +1,14 @@
-"""Slots to batches: what training reads.
+"""Load the batches for training.
 
 Every slot of the global batch is a stream of samples (`tarflow_scale.shards.order`). A rank owns consecutive slots, and
-divides them among its worker processes; a batch is the next sample of every slot, in the order of the slots. So the
-numbers of ranks and workers do not change what is in a global batch, and each byte is fetched once in an epoch.
+divides them among its worker processes. A batch consists of the next sample of every slot, in the order of the slots.
+So the content of a global batch does not depend on the number of ranks or workers. Each byte is read once per epoch.
 
-A stream holds the stored bytes of its current block. Where reads wait for a store, threads meanwhile fetch the blocks
-that follow, as long as they fit in two blocks together with the current one: one block, or the several short ones at
-the end of an epoch and the beginning of the next.
+A stream holds the stored bytes of its current block. If the data set is at a URL, threads read the next blocks ahead.
+The current block and the blocks ahead together have at most as many samples as two full blocks. So one block is
+usually read ahead, but several short blocks are read ahead at the end of an epoch and the start of the next.
 
-A corrupt sample is replaced by its successor in the manifest's order, the same on every rank and after every restart.
+A corrupt sample is replaced by the next sample in the manifest's order, on every rank and after every restart.
 """
 
 import signal
@@ -39,11 +39,11 @@ from tarflow_scale.shards.ring import SharedRing
 __all__ = ["Loader"]
 
 _MAX_SUCCESSORS = 100
-"""Corrupt samples in a row after which the run stops."""
+"""Number of consecutive corrupt samples at which the run stops."""
 _REMOTE_THREADS = 16
-"""Concurrent reads of a process from a store; local files are read without threads."""
+"""Default number of read threads per process for a URL; local files are read without threads."""
 _PREFETCH_BATCHES = 2
-"""Batches that each worker process keeps ready."""
+"""Number of batches that each worker process prepares in advance."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class _Block:
     """A block of one slot.
 
     Args:
-        epoch: the epoch.
-        runs: where its samples are: shard, first sample, sample after the last.
-        order: the order in which its samples are taken; without those before the step at which reading starts.
+        epoch: number of the epoch.
+        runs: ranges of its samples: ``(shard number, first index in the shard, last index + 1)``.
+        order: indices of its samples in reading order, without samples before the step at which reading starts.
     """
 
     epoch: int
@@ -62,20 +62,20 @@ class _Block:
 
     @property
     def num_samples(self) -> int:
-        """Samples that are in memory after it was read."""
+        """Number of samples in memory after the block was read."""
         return sum(stop - start for _, start, stop in self.runs)
 
 
 @dataclass(frozen=True)
 class Loader:
-    """The batches of one rank: its slots of every global batch.
+    """Loads the batches of one rank, which contain the samples of the rank's slots in each global batch.
 
     Args:
         mix: the data sets.
         slots: this rank's slots.
-        config: how they are read.
+        config: settings for reading.
         seed: seed of augmentation.
-        quarantine_path: local file that lists corrupt samples; None writes none.
+        quarantine_path: local file that lists corrupt samples; None writes no list.
         pin_memory: put images in page-locked memory, so that copies to a GPU overlap with computation.
     """
 
@@ -87,13 +87,13 @@ class Loader:
     pin_memory: bool = False
 
     def batches(self, images_seen: int) -> Generator[Batch]:
-        """Endless batches, from the global batch that follows ``images_seen`` images; images are NHWC in memory.
+        """Yield batches endlessly, starting with the global batch that follows the first ``images_seen`` images.
 
-        Each batch has ``len(slots)`` samples. Resuming reads at most one block per slot a second time. Close the
-        generator to stop its workers.
+        Each batch has ``len(slots)`` samples; images are NHWC in memory. Resuming reads at most one block per slot
+        a second time. Close the generator to stop its workers.
 
         Raises:
-            DataError: too many corrupt samples in a row; a shard that cannot be read; a worker that was killed.
+            DataError: too many consecutive samples are corrupt, a shard cannot be read, or a worker died.
         """
         step = images_seen // self.mix.num_slots
         if self.config.num_workers == 0:
@@ -107,7 +107,7 @@ class Loader:
             return next(batches)
 
     def _own_batches(self, step: int, buffers: Iterator[NDArray[np.uint8]] | None = None) -> Generator[Batch]:
-        """Batches that this process reads; their images are in new memory, or in the given buffers."""
+        """Yield batches that this process reads; images are written to new memory, or to the given buffers."""
         shape = self._image_shape(len(self.slots))
         buffers = buffers or (_empty_images(shape, self.pin_memory) for _ in repeat(None))
         quarantine = Quarantine(self.quarantine_path)
@@ -191,7 +191,7 @@ class Loader:
 
 
 def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
-    """``(B, C, H, W)``, in memory ``(B, H, W, C)``, which is how decoders write."""
+    """An uninitialized array ``(B, C, H, W)``. Its memory order is ``(B, H, W, C)``, like the output of decoders."""
     num, channels, height, width = shape
     memory = torch.empty((num, height, width, channels), dtype=torch.uint8, pin_memory=pinned)
     return memory.numpy().transpose(0, 3, 1, 2)
@@ -199,7 +199,7 @@ def _empty_images(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One worker's part of a batch; its images are in a buffer of the ring, which is reused three parts later."""
+    """One worker's part of a batch. Its images are in a shared buffer that is overwritten three parts later."""
 
     buffer: int
     labels: NDArray[np.int64]
@@ -209,7 +209,7 @@ class _Part:
 
 
 def _start_worker(_: int) -> None:
-    """Ignore stop signals, which launchers send to all processes of a rank: the rank saves and stops its workers."""
+    """Ignore stop signals. Launchers send them to workers too, but the rank stops its workers after it has saved."""
     ignore_stop_signals()
     die_with_parent()
 
@@ -219,7 +219,7 @@ def _unchanged(item: Any) -> Any:
 
 
 class _WorkerDataSet(IterableDataset[Any]):
-    """The parts of batches that one worker process of a `Loader` reads, or the error that ends it."""
+    """Yields the batch parts that one worker process of a `Loader` reads, or the error that ends the worker."""
 
     def __init__(self, loader: Loader, step: int, workers: int, ring: SharedRing) -> None:
         self._loader = loader
@@ -242,7 +242,7 @@ class _WorkerDataSet(IterableDataset[Any]):
 
 
 class _SlotStream:
-    """Endless samples of one slot from ``step`` on; starts to read the first blocks at once."""
+    """Yields the samples of one slot endlessly from ``step`` on; queues the first blocks when it is created."""
 
     def __init__(self, part: MixPart, slot: int, step: int, pool: ThreadPoolExecutor | None) -> None:
         self._part = part
@@ -265,7 +265,7 @@ class _SlotStream:
                 yield self._part, stored[place], block.epoch
 
     def _read_ahead(self, held: int) -> None:
-        """Queue the next block, and more while they fit in two whole blocks together with the ``held`` samples."""
+        """Queue at least one block, and more while the queued samples plus ``held`` are at most two full blocks."""
         held += sum(block.num_samples for block, _ in self._ahead)
         while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
             read = partial(self._read, self._due)
@@ -278,7 +278,7 @@ class _SlotStream:
 
 
 def _blocks(part: MixPart, slot: int, step: int) -> Iterator[_Block]:
-    """The blocks of a slot, from the one that holds ``step``, epoch after epoch."""
+    """Yield the blocks of a slot, epoch after epoch, from the block that contains ``step``."""
     epoch, start = divmod(step, steps_per_epoch(part.spec))
     while True:
         walk, line = SlotWalk(part.spec, epoch, slot), line_of(part.spec, epoch)
@@ -293,10 +293,10 @@ def _blocks(part: MixPart, slot: int, step: int) -> Iterator[_Block]:
 def _decode_or_replace(
     part: MixPart, stored: StoredSample, quarantine: Quarantine
 ) -> tuple[NDArray[np.uint8], int, int]:
-    """Image, label and number of a sample, or of the next good one in the manifest's order.
+    """Image, label and number of a sample, or of the next good sample in the manifest's order.
 
     Raises:
-        DataError: too many corrupt samples in a row.
+        DataError: too many consecutive samples are corrupt.
     """
     for _ in range(_MAX_SUCCESSORS):
         try:

@@ -12,11 +12,11 @@ __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name",
 
 MANIFEST_NAME = "manifest.json"
 AS_FOUND = "as found"
-"""Codec of tars that others wrote and that were indexed in place."""
+"""Codec in the manifest if the tars were written by another program and indexed in place."""
 
 
 class ShardRecord(FileRecord):
-    """One tar of samples, and the digest of the index beside it."""
+    """A tar of samples, and the digest of the index beside it."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
     samples: int = Field(ge=1)
@@ -26,9 +26,9 @@ class ShardRecord(FileRecord):
 class Manifest(Record):
     """A data set on disk.
 
-    Members of every tar, sample after sample, keys sorted: ``{key}.png`` (8-bit image; or ``.webp .jpg .npy``),
-    ``{key}.cls`` (label, where there are classes), ``{key}.json`` (such as its origin). Vectors: see
-    `tarflow_scale.shards.events`.
+    Packed tars contain samples in the order of their keys. The members of a sample are ``{key}.png`` (8-bit image; or
+    ``.webp``, ``.jpg``, ``.npy``), ``{key}.cls`` (label, if there are classes) and ``{key}.json`` (metadata, such as
+    the origin). `tarflow_scale.shards.events` describes the members for vectors.
     """
 
     name: str
@@ -38,26 +38,26 @@ class Manifest(Record):
     class_names: tuple[str, ...]
     """Empty for a data set without labels."""
     bit_depth: int = Field(ge=1, le=8)
-    """Pixels are stored as uint8; their ``bit_depth`` high bits are the data."""
+    """Pixels are stored as uint8; only their ``bit_depth`` high bits are data."""
     codec: str = "png"
-    """How images are stored; all but jpeg without loss."""
+    """Codec of the images (see `CODECS`); ``npy`` for vectors, and `AS_FOUND` for tars that were indexed in place."""
     source: str
     """Where the images came from, in words."""
     recipe: str
-    """SHA-256 of the configuration that made it; the same command again has nothing to do."""
+    """Digest of the configuration, or of the indexed tars. A data set with an equal digest is not packed again."""
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
     vectors: VectorFacts | None = None
-    """Shape of vectors, whose manifest has their length as channels and one pixel; None for images."""
+    """Lengths of vectors and conditions; None for other events. A vector of D numbers counts as one pixel with D channels."""
     latents: LatentFacts | None = None
-    """The latents of an autoencoder; None for images and vectors."""
+    """The latents of an autoencoder; None for other events."""
     reading: Reading | None = None
-    """How image files became pixels; None if the source had no image files."""
+    """How image files were converted to pixels; None if the source had no image files."""
 
     dropped_copies: int | None = Field(default=None, ge=0)
-    """Images that were left out because they are equal to others, or nearly; None if near copies were kept."""
+    """Number of images that were left out as copies or near copies of others; None if near copies were kept."""
 
     def to_json(self) -> bytes:
-        """Canonical JSON without the optional fields that are None, so that a new field does not change digests."""
+        """Canonical JSON without the optional fields that are None, so that adding a field does not change digests."""
         absent = {name for name in ("vectors", "latents", "reading", "dropped_copies") if getattr(self, name) is None}
         return canonical_json(self.model_dump(mode="json", exclude=absent))
 
@@ -68,21 +68,21 @@ class Manifest(Record):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without labels."""
+        """Number of classes; 0 if there are no labels."""
         return len(self.class_names)
 
     @property
     def event(self) -> EventType:
-        """What the samples are."""
+        """Type of the samples."""
         return event_of(self, self.bit_depth)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, hence of every byte of the data set."""
+        """SHA-256 of the manifest, which has the digests of all files. So it identifies every byte of the data set."""
         return storage.digest(self.to_json())
 
     def facts(self) -> DataSetFacts:
-        """The part that a model version keeps of the data it was trained on."""
+        """The facts that a model version records about its training data."""
         return DataSetFacts(
             name=self.name,
             split=self.split,
@@ -97,15 +97,15 @@ class Manifest(Record):
 
 
 def index_name(tar_name: str) -> str:
-    """``train-00000.tar`` -> ``train-00000.index.npz``."""
+    """Name of the index of a tar: ``train-00000.tar`` -> ``train-00000.index.npz``."""
     return tar_name.removesuffix(".tar") + ".index.npz"
 
 
 def read_manifest(path: str) -> Manifest:
-    """The manifest of the data set at ``path``.
+    """Read the manifest of the data set at ``path``.
 
     Raises:
-        DataError: there is none, as in a half-written data set.
+        DataError: there is no manifest, for example because the data set is incomplete.
     """
     location = storage.join(path, MANIFEST_NAME)
     if not storage.exists(location):

@@ -1,4 +1,4 @@
-"""Mixtures of data sets: each fills slots of the global batch in proportion to its weight, with an order of its own."""
+"""Mix data sets. Each fills slots of the global batch in proportion to its weight; its samples have their own order."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from tarflow_scale.shards.reader import ShardSet
 __all__ = ["Mix", "MixPart", "open_mix"]
 
 _SEED_STEP = 0x9E3779B97F4A7C15
-"""Difference between the seeds of the sets of a mix, so that sets with equal shards have different orders."""
+"""Difference between the seeds of successive data sets, so that data sets with equal shards have different orders."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class MixPart:
 
     Args:
         shards: the data set.
-        spec: order of its samples; ``num_slots`` of it is the number of slots that the data set fills.
-        first_slot: the first of these in the global batch.
-        first_sample: number of its first sample among the samples of all sets.
+        spec: order of its samples; ``spec.num_slots`` is the number of slots that the data set fills.
+        first_slot: number of its first slot in the global batch.
+        first_sample: number of its first sample among the samples of all data sets.
         weight: weight of the data set in the configuration.
     """
 
@@ -45,7 +45,7 @@ class Mix:
 
     @property
     def manifest(self) -> Manifest:
-        """The first set's; the others have the same images and classes."""
+        """Manifest of the first data set; the others have the same event type and classes."""
         return self.parts[0].shards.manifest
 
     @property
@@ -55,23 +55,23 @@ class Mix:
 
     @property
     def num_images(self) -> int:
-        """Samples of all sets."""
+        """Number of samples in all data sets."""
         return sum(part.spec.num_samples for part in self.parts)
 
     @property
     def bytes_per_sample(self) -> int:
-        """Stored bytes of a sample, in the shard where they are most."""
+        """Largest mean number of stored bytes per sample among all shards."""
         return max(-(-shard.bytes // shard.samples) for part in self.parts for shard in part.shards.manifest.shards)
 
     def part_of(self, slot: int) -> tuple[MixPart, int]:
-        """The data set that fills a slot of the global batch, and the number of the slot among its own."""
+        """The data set that fills a slot of the global batch, and the number of the slot within this data set."""
         part = next(part for part in reversed(self.parts) if part.first_slot <= slot)
         return part, slot - part.first_slot
 
 
 @lru_cache(maxsize=8)
 def line_of(spec: OrderSpec, epoch: int) -> Line:
-    """The line of an epoch; all slots of a set share it."""
+    """The samples of an epoch as a `Line`, which all slots of a data set share."""
     return Line(spec, epoch)
 
 
@@ -79,7 +79,7 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
     """Open the data sets of a run and divide the slots of its global batch among them.
 
     Raises:
-        DataError: a set cannot be read, does not fit the first one, or gets no slot.
+        DataError: a data set cannot be read, has another event type or other classes than the first, or gets no slot.
     """
     sets = [ShardSet(config.path, config.verify), *(ShardSet(part.path, config.verify) for part in config.mix)]
     for other in sets[1:]:
@@ -106,7 +106,7 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
 
 
 def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
-    """Slots in proportion to weights, by largest remainders; equal remainders favour the earlier set."""
+    """Divide slots in proportion to weights, by largest remainders; of equal remainders, the earlier one wins."""
     exact = weights / weights.sum() * num_slots
     slots = np.floor(exact).astype(int)
     order = np.argsort(-(exact - slots), kind="stable")

@@ -1,7 +1,7 @@
 """Export a packed data set as the ``.npz`` that ADM's evaluator reads: ``arr_0`` (N, H, W, 3), ``arr_1`` labels (N,).
 
 ImageNet papers report the metrics of this evaluator (openai/guided-diffusion, evaluations/evaluator.py). Images are
-written batch by batch, so that one batch is in memory at a time. Grey images get three equal channels.
+written batch by batch, so that only one batch is in memory at a time. Grey images get three equal channels.
 """
 
 import zipfile
@@ -23,7 +23,7 @@ def check_npz(location: str, digest: str | None) -> None:
 
     Args:
         location: path or URL of the ``.npz``.
-        digest: digest of the manifest of the data set; None if the data set does not exist yet.
+        digest: manifest digest of the data set; None if the data set does not exist yet.
 
     Raises:
         DataError: the location is a folder, or a file that was not made from this data set.

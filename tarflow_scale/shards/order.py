@@ -10,21 +10,22 @@ Properties:
 
 * The state of a loader is one integer, the number of images seen. Step t of an epoch takes element t of every slot.
 * The global batches do not depend on the world size or the number of workers: each rank owns consecutive slots.
-* Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples; the rotation changes which.
+* Every rank takes the same number of steps. An epoch leaves out at most G - 1 samples, which differ
+  from epoch to epoch because of the rotation.
 * A block is one contiguous range of the line. It needs one or a few range reads, and no byte is read twice in an epoch.
 
 Proof (n samples, G slots, stretches of s = floor(n / G) samples):
 
-* *Once an epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
-  modulo n. Stretch j is the positions [j s, (j + 1) s): disjoint for different j, G s = n - (n mod G) > n - G of them.
+* *Once per epoch.* The line is a bijection of positions to samples: a permutation of shards laid end to end and rotated
+  modulo n. Stretch j has the positions [j s, (j + 1) s); the stretches are disjoint and have n - (n mod G) positions.
   The blocks of a slot cut its stretch without overlap, and both permutations, of blocks and inside blocks, are
   bijections. So every position is visited once, and n mod G < G samples are left out.
 * *The same for every world size.* Element t of slot j is a function of (seed, epoch, j, t) and the data set alone. Rank
   r of R owns the slots [r G / R, (r + 1) G / R) in order, so the batches of all ranks together have the slots 0 to
   G - 1 in order, for every R. Worker processes divide the slots of a rank in the same way.
-* *Resume is exact.* After i images (a multiple of G) the next step is t = i / G, its epoch floor(t / s), its element
-  t mod s. There is no other state, so a loader that starts at this step continues as if it had not stopped. It first
-  reads one block for each slot, the block that contains the element.
+* *Resume is exact.* After i images (a multiple of G), the next step is t = i / G. It is in epoch floor(t / s) and takes
+  element t mod s of every slot. There is no other state, so a loader that starts at this step continues as if it had
+  not stopped. It first reads one block for each slot, the block that contains the element.
 * *Equal steps.* Every slot has s elements, so every rank has s steps per epoch, for shards of any sizes.
 
 `tests/shards/test_order.py` and `tests/shards/test_loader.py` check these properties with random data sets.
@@ -80,7 +81,7 @@ def steps_per_epoch(spec: OrderSpec) -> int:
 
 
 class Line:
-    """The samples of one epoch in a line: its shards, permuted, laid end to end and rotated."""
+    """The samples of one epoch in a line: the shards are permuted, laid end to end, and rotated by a random offset."""
 
     def __init__(self, spec: OrderSpec, epoch: int) -> None:
         self.spec = spec
@@ -119,7 +120,7 @@ class SlotWalk:
 
     @cached_property
     def block_lengths(self) -> NDArray[np.int64]:
-        """Lengths of the blocks, in the order of the visits; their sum is the length of the stretch."""
+        """Lengths of the blocks, in visiting order; their sum is the length of the stretch."""
         block, length = self.spec.shuffle_block, steps_per_epoch(self.spec)
         first = min(block - (self.slot * block) // self.spec.num_slots, length)
         full, rest = divmod(length - first, block)
@@ -127,12 +128,12 @@ class SlotWalk:
 
     @cached_property
     def visit_starts(self) -> NDArray[np.int64]:
-        """Step of the epoch at which the visit of each block begins, and the last step + 1; ``(num_blocks + 1,)``."""
+        """Step of the epoch at which each visited block begins, and the last step + 1; ``(num_blocks + 1,)``."""
         return np.concatenate([[0], np.cumsum(self.block_lengths)])
 
     @cached_property
     def _line_starts(self) -> NDArray[np.int64]:
-        """Position on the line at which each block begins, in the order of the visits."""
+        """Position on the line at which each block begins, in visiting order."""
         lengths = self.block_lengths
         order = permutation(len(lengths), Purpose.BLOCK_ORDER, self.spec.seed, self.epoch, self.slot)
         starts = np.empty_like(lengths)
@@ -140,11 +141,11 @@ class SlotWalk:
         return starts + self.slot * steps_per_epoch(self.spec)
 
     def block_at(self, step: int) -> int:
-        """Number, in the order of the visits, of the block that contains ``step``."""
+        """Number of the block that contains ``step``; blocks are numbered in visiting order."""
         return int(np.searchsorted(self.visit_starts, step, side="right") - 1)
 
     def block_range(self, block: int) -> tuple[int, int]:
-        """The range ``[start, stop)`` of positions on the line of a block, by its number in the order of the visits."""
+        """Range ``[start, stop)`` of the positions of a block on the line; blocks are numbered in visiting order."""
         start = int(self._line_starts[block])
         return start, start + int(self.block_lengths[block])
 

@@ -1,12 +1,12 @@
-"""Packing: numbers of images to shards, in this process or in several, resumed where an earlier packing was killed.
+"""Pack the images of a source into shards, in one or several processes, and resume a packing that was killed.
 
-A shard is a unit of work and depends on its `Packing` alone, so any process writes the same bytes. Beside each finished
-shard lies a note, ``.train-00000.packed.json``, with its record and the digest of its `Packing`; a packing that resumes
-trusts a shard if its note has the same digest and its bytes have the digests of the note. The notes are removed when
-the manifest is published.
+Each shard is a unit of work. Its bytes depend only on its `Packing`, so any process writes the same bytes. Beside each
+finished shard is a note, ``.train-00000.packed.json``, with the record of the shard and the digest of the `Packing`. A
+resumed packing keeps a shard if its note has the digest of this `Packing` and its files have the digests in the note.
+The notes are removed when the manifest is published.
 
-A folder is written to only if it was empty when packing began, which the marker ``.packing`` in it says. Files in a
-folder without a marker or a manifest are not ours, whatever their names are.
+Packing starts only in an empty folder, and marks it with the file ``.packing``. A folder with other files, but without
+this marker or a manifest, is refused.
 """
 
 import json
@@ -46,9 +46,9 @@ __all__ = [
 
 _MARKER = ".packing"
 _REMOTE_READS = 16
-"""Images that a process reads at the same time from a store; local ones are read as they are needed."""
+"""Number of images that a process reads from a URL at the same time; local images are read one by one."""
 _UNIT = 1000
-"""Images of a unit of work that computes fingerprints."""
+"""Number of images per unit of work when fingerprints are computed."""
 
 
 class SkippedImage(Record):
@@ -59,14 +59,14 @@ class SkippedImage(Record):
 
 
 class PackNote(Record):
-    """The result of one unit of work: the shard's record, None if none of its images could be used."""
+    """The result of packing one shard. The record is None if no image of the shard could be used."""
 
     digest: str
     """Digest of the `Packing`."""
     record: ShardRecord | None
     skipped: tuple[SkippedImage, ...]
     fingerprints: str = ""
-    """Fingerprints of all images of the shard, if they are asked for; see `tarflow_scale.shards.duplicates`."""
+    """Fingerprints of all images of the shard, or empty if not needed; see `tarflow_scale.shards.duplicates`."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Packing:
         source: source of the images.
         path: folder or URL of the split.
         split: name of the split.
-        order: numbers of its images in the source, in the order in which they are packed.
-        samples_per_shard: images of a shard.
+        order: image numbers of the split in the source, in the order of packing.
+        samples_per_shard: number of images per shard.
         codec, quality: how images are encoded.
         skip_bad: leave out images that cannot be used, instead of failing.
-        digest: digest of everything that the bytes depend on.
-        fingerprints: keep fingerprints in the notes, which find near copies.
-        dropped: images that are left out because they are like others; None if near copies are kept.
+        digest: digest of everything that the bytes of the shards depend on.
+        fingerprints: store fingerprints in the notes, to find near copies after packing.
+        dropped: images that are left out as copies or near copies; None if near copies are kept.
     """
 
     source: ImageSource
@@ -100,15 +100,15 @@ class Packing:
 
     @property
     def num_shards(self) -> int:
-        """Units of work."""
+        """Number of shards to pack."""
         return -(-len(self.order) // self.samples_per_shard)
 
     def tar_name(self, number: int) -> str:
-        """``train-00007.tar``."""
+        """File name of a shard: ``train-00007.tar``."""
         return f"{self.split}-{number:05d}.tar"
 
     def done(self, number: int) -> PackNote | None:
-        """The note of a shard that an earlier run finished, if the shard is intact and of this packing."""
+        """The note of a shard that an earlier run of this packing finished; None if there is no intact shard."""
         location = storage.join(self.path, _note_name(self.tar_name(number)))
         if not storage.exists(location):
             return None
@@ -133,7 +133,7 @@ class Packing:
         """Pack one shard and write its note.
 
         Raises:
-            BadImage: an image cannot be used, and none may be skipped.
+            BadImage: an image cannot be used, and ``skip_bad`` is false.
         """
         skipped: list[SkippedImage] = []
         fingerprints: list[bytes] = []
@@ -167,7 +167,7 @@ class Packing:
             yield Sample(f"{first + place:08d}", event.content(pixels), label, {"origin": origin})
 
     def _images(self, members: list[int]) -> Iterator[NDArray[np.uint8] | BadImage]:
-        """The images; where the source is a store, some are read ahead."""
+        """Yield the images; if the source is remote, threads read some images ahead."""
         if not self.source.is_remote:
             yield from map(self._image, members)
             return
@@ -199,11 +199,11 @@ def _fingerprints(unit: int, source: ImageSource, skip_bad: bool) -> str:
 
 
 def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> NDArray[np.uint64]:
-    """Fingerprints ``(n, 2)`` of all images of a source, by number; every image is decoded for it.
+    """Decode all images of a source, and compute their fingerprints ``(n, 2)``, in the order of image numbers.
 
     Raises:
-        BadImage: an image cannot be used, and none may be skipped.
-        UserError: a worker was killed.
+        BadImage: an image cannot be used, and ``skip_bad`` is false.
+        UserError: a worker died.
     """
     units = list(range(-(-len(source) // _UNIT)))
     texts: list[str] = []
@@ -216,11 +216,11 @@ def read_fingerprints(source: ImageSource, skip_bad: bool, num_workers: int) -> 
 
 
 def pack(packing: Packing, num_workers: int) -> list[PackNote]:
-    """Pack all shards that are not packed yet; returns the notes of all, in order.
+    """Pack all shards that are not packed yet; returns the notes of all shards, in order.
 
     Raises:
-        BadImage: an image cannot be used.
-        UserError: a worker was killed.
+        BadImage: an image cannot be used, and ``skip_bad`` is false.
+        UserError: a worker died.
     """
     _remove_others(packing)
     notes = {number: note for number in range(packing.num_shards) if (note := packing.done(number)) is not None}
@@ -244,7 +244,7 @@ def refuse_foreign(path: str) -> None:
     """Check that a folder without a manifest is empty, or holds an unfinished packing.
 
     Raises:
-        DataError: it holds other files.
+        DataError: the folder holds other files.
     """
     names = storage.list_names(path)
     if names and _MARKER not in names:
@@ -257,13 +257,13 @@ def claim(path: str) -> None:
 
 
 def clear(path: str) -> None:
-    """Remove an unfinished packing."""
+    """Remove a folder if it holds an unfinished packing."""
     if _MARKER in storage.list_names(path):
         storage.remove_tree(path)
 
 
 def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None:
-    """Make a packed split a data set: list the images that were left out, write the manifest, remove the notes."""
+    """Finish a packed split: write the lists of left-out images and the manifest, then remove the notes."""
     origin = packing.source.origin
     lists = {
         "skipped.jsonl": [image.model_dump() for note in notes for image in note.skipped],
@@ -283,7 +283,7 @@ def publish(packing: Packing, notes: list[PackNote], manifest: Manifest) -> None
 
 
 def _remove_others(packing: Packing) -> None:
-    """Remove half-written files and shards beyond the packing's, which an earlier packing left."""
+    """Remove files of an earlier packing that do not belong to this packing, for example incomplete files."""
     wanted = {_MARKER}
     for number in range(packing.num_shards):
         tar = packing.tar_name(number)

@@ -9,7 +9,7 @@ from tarflow_scale.shards.reader import CorruptSample
 __all__ = ["Quarantine", "check_share"]
 
 _ALLOWANCE_SAMPLES = 10_000
-"""Smallest number of samples that the share refers to, so that one corrupt sample early in a run does not stop it."""
+"""The corrupt share is computed as if at least this many samples were read, so one early fault does not stop a run."""
 
 
 def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str) -> None:
@@ -19,7 +19,7 @@ def check_share(num_replaced: int, num_read: int, max_fraction: float, path: str
         num_replaced: number of corrupt samples so far.
         num_read: number of samples so far.
         max_fraction: largest allowed share, ``data.max_corrupt_fraction``.
-        path: folder of the lists of corrupt samples, for the message.
+        path: folder with the lists of corrupt samples, for the message.
 
     Raises:
         DataError: the share of corrupt samples is too large.

@@ -1,7 +1,6 @@
-"""A data set that is open for reading: range reads, a checksum at every read, bytes to images and labels.
+"""Read a data set: read ranges of shards, verify the checksum of every sample, and decode events and labels.
 
-In evaluation, a sample that is not what was packed is an error. Training replaces such a sample
-(`tarflow_scale.shards.loader`).
+In evaluation, a corrupt sample is an error. Training replaces corrupt samples (`tarflow_scale.shards.loader`).
 """
 
 import contextlib
@@ -29,18 +28,19 @@ T = TypeVar("T")
 
 _TAR_BLOCK = 512
 _header = struct.Struct("100s 24x 12s 20x c").unpack_from
-"""Name, size in octal digits, and kind of a tar header."""
+"""Reads the name, the size in octal digits, and the type from a tar header."""
 _REGULAR = (b"0", b"\0")
 _RETRIES = 5
 _RUN = 256
-"""Samples that are read together where all are read."""
+"""Number of samples per range read when all samples are read."""
 _ORIGIN_CHARACTERS = 300
 FIRST_WAIT_SECONDS = 0.5
-"""Waits double: a shard may be unreachable for 15 seconds, longer than the fail-over of most stores."""
+"""Wait before the first retry; each later wait is twice as long. So a shard may be unreachable for 15 seconds, which is
+longer than the fail-over of most stores."""
 
 
 class CorruptSample(DataError):
-    """A sample that is not what was packed, or is no image.
+    """A sample is damaged, or its event or label cannot be decoded.
 
     Args:
         sample: the sample.
@@ -61,14 +61,14 @@ class Batch:
     """Samples that are processed together.
 
     Args:
-        events: images ``(B, C, H, W)`` uint8, perhaps with channels last in memory; vectors ``(B, D)`` float32; or
-            moments of latents ``(B, n C, h, w)`` float32.
-        labels: ``(B,)`` int64, -1 without labels.
-        samples: ``(B,)`` int64, numbers in the manifest's order.
-        epochs: ``(B,)`` int64, of training; 0 in evaluation.
-        num_replaced: how many samples replace corrupt ones.
-        conditions: ``(B, K)`` float32, the values that condition vectors; None without.
-        latents: the latents that ``events`` holds the moments of; None for images and vectors.
+        events: images ``(B, C, H, W)`` uint8 (in any memory order), vectors ``(B, D)`` float32, or moments of latents
+            ``(B, n C, h, w)`` float32.
+        labels: labels, ``(B,)`` int64; -1 if there are no labels.
+        samples: numbers of the samples in the manifest's order, ``(B,)`` int64.
+        epochs: training epochs of the samples, ``(B,)`` int64; 0 in evaluation.
+        num_replaced: number of samples that replace corrupt samples.
+        conditions: condition values of vectors, ``(B, K)`` float32; None if there are none.
+        latents: the latents whose moments ``events`` holds; None for images and vectors.
     """
 
     events: NDArray[Any]
@@ -89,11 +89,11 @@ class Batch:
 
 
 class StoredSample(NamedTuple):
-    """A sample as it was read: its bytes in the tar, and where it is.
+    """A sample before decoding: its bytes in the tar, and its position.
 
     Args:
         content: bytes with tar headers and padding; too short if the tar ends early.
-        checksum: checksum of the sample in the index.
+        checksum: expected checksum, from the index.
         number: number of the sample in the manifest's order.
         place: number of the sample in its shard.
         file: name of the shard.
@@ -109,7 +109,7 @@ class StoredSample(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """The sample, in words."""
+        """Text that names the sample, for messages."""
         return f"sample {self.place} of {self.file} in {self.path}"
 
     @property
@@ -123,10 +123,10 @@ class StoredSample(NamedTuple):
         return f"{folder}{slash}{base.partition('.')[0]}"
 
     def members(self) -> dict[str, bytes]:
-        """Extension to content.
+        """Contents of the members, by extension.
 
         Raises:
-            CorruptSample: the bytes are not those that were packed.
+            CorruptSample: the checksum differs, or the bytes are not tar members.
         """
         if checksum(self.content) != self.checksum:
             raise CorruptSample(self, "does not match its checksum")
@@ -141,10 +141,10 @@ class ShardSet:
 
     Args:
         path: folder or URL with a manifest.
-        verify: ``size`` compares the size of every shard with the manifest, ``full`` every sha256, of indexes too.
+        verify: ``size`` compares the sizes of shards with the manifest; ``full`` also compares all SHA-256 digests.
 
     Raises:
-        DataError: no manifest; a shard or its index missing, or not the one the manifest names.
+        DataError: there is no manifest, or a shard or its index is missing or does not match the manifest.
     """
 
     def __init__(self, path: str, verify: str = "size") -> None:
@@ -159,7 +159,7 @@ class ShardSet:
             self._check_shard(shard, sizes, full=verify == "full")
 
     def read_run(self, shard: int, start: int, stop: int) -> list[StoredSample]:
-        """Samples ``[start, stop)`` of a shard, by one range read; their checksums are verified when they are used.
+        """Read samples ``[start, stop)`` of a shard as one range; checksums are verified when the samples are decoded.
 
         Raises:
             DataError: the shard cannot be read, after several retries.
@@ -177,7 +177,7 @@ class ShardSet:
         ]
 
     def read(self, samples: NDArray[np.int64]) -> list[StoredSample]:
-        """Samples by their number in the manifest's order, in the given order; neighbours are read together."""
+        """Read samples by number (numbers follow the manifest's order); consecutive samples are read as one range."""
         shards = np.searchsorted(self._first, samples, side="right") - 1
         places = samples - self._first[shards]
         breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(places) != 1)) + 1
@@ -188,16 +188,16 @@ class ShardSet:
         return stored
 
     def stored(self) -> Iterator[StoredSample]:
-        """All samples in the manifest's order; some hundreds are in memory."""
+        """Yield all samples in the manifest's order; a few hundred are in memory at a time."""
         for shard, record in enumerate(self.manifest.shards):
             for start in range(0, record.samples, _RUN):
                 yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """An event as loaders carry it, uint8 in ``carried_shape``, and its label, -1 without labels.
+        """Decode a sample to the uint8 array ``(C, H, W)`` that loaders carry, and its label (-1 if there is none).
 
         Raises:
-            CorruptSample: the sample is not what was packed, or not what the manifest says.
+            CorruptSample: the sample is damaged, or does not match the manifest.
         """
         members = self._members(stored)
         try:
@@ -207,26 +207,26 @@ class ShardSet:
         return carried, self._label(stored, members)
 
     def label(self, stored: StoredSample) -> int:
-        """The label alone, -1 without labels.
+        """Decode only the label; -1 if there are no labels.
 
         Raises:
-            CorruptSample: as `decode`.
+            CorruptSample: the sample is damaged, or has no valid label.
         """
         return self._label(stored, self._members(stored))
 
     def take(self, samples: NDArray[np.int64]) -> Batch:
-        """Samples by their number in the manifest's order.
+        """Read and decode samples by number (numbers follow the manifest's order).
 
         Raises:
-            DataError: one of them is corrupt.
+            DataError: a sample is corrupt.
         """
         return self.decoded(self.read(samples))
 
     def decoded(self, stored: Sequence[StoredSample]) -> Batch:
-        """A batch of samples that were read.
+        """Decode samples to a batch.
 
         Raises:
-            DataError: one of them is corrupt.
+            DataError: a sample is corrupt.
         """
         decoded = [self.decode(sample) for sample in stored]
         events, conditions = self._event.unpack(np.ascontiguousarray(np.stack([carried for carried, _ in decoded])))
@@ -240,7 +240,7 @@ class ShardSet:
         )
 
     def origin_of(self, stored: StoredSample) -> str:
-        """The name of the file that `prepare` packed; the key of samples that others packed or a model made.
+        """The name of the image at its source, as `prepare` recorded it; the key if there is no such record.
 
         Raises:
             DataError: the sample is corrupt.
@@ -253,12 +253,12 @@ class ShardSet:
         return origin[:_ORIGIN_CHARACTERS] if isinstance(origin, str) else stored.key
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Batch]:
-        """Samples ``[start, stop)`` in the manifest's order; the last batch may be smaller. For evaluation."""
+        """Yield samples ``[start, stop)`` in the manifest's order, for evaluation; the last batch may be smaller."""
         for low in range(start, stop, batch_size):
             yield self.take(np.arange(low, min(low + batch_size, stop)))
 
     def _members(self, stored: StoredSample) -> dict[str, bytes]:
-        """Members of a sample, which is read again if it is corrupt: the fault may be one of transfer."""
+        """Members of a sample. A corrupt sample is read once more, because the transfer may have damaged it."""
         try:
             return stored.members()
         except CorruptSample:
@@ -298,10 +298,10 @@ class ShardSet:
             self.verify_shard(record)
 
     def verify_shard(self, record: ShardRecord) -> None:
-        """Compare the sha256 of a shard and of its index with the manifest.
+        """Compare the SHA-256 of a shard and of its index with the manifest.
 
         Raises:
-            DataError: one of them differs.
+            DataError: a digest differs.
         """
         index = storage.join(self.path, index_name(record.file))
         read_index(index, record.samples, record.index_sha256, record.bytes)
@@ -312,7 +312,7 @@ class ShardSet:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """Read, with retries.
+    """Call ``read``, with retries.
 
     Raises:
         DataError: every attempt failed.
@@ -324,13 +324,13 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def members_of(content: bytes | memoryview) -> dict[str, bytes]:
-    """Extension to content of the tar members of one sample; of two members with one extension, the first counts.
+    """Contents of the tar members of one sample, by extension; if an extension occurs twice, the first member counts.
 
-    Plain headers, the only ones of our writer, are read here; others by `tarflow_scale.shards.headers`. Because the
-    first member counts, a file that an operating system left behind a sample cannot replace a member of it.
+    Plain headers, such as those of packed shards, are read here; `tarflow_scale.shards.headers` reads all others.
+    Because the first member counts, a system file that follows a sample cannot replace a member of the sample.
 
     Raises:
-        TarError, ValueError: not a run of tar members.
+        TarError, ValueError: the content does not consist of tar members.
     """
     members: dict[str, bytes] = {}
     position = 0
@@ -362,10 +362,10 @@ def _members_with_extended_headers(content: bytes | memoryview) -> dict[str, byt
 
 
 def _stream(content: bytes | memoryview) -> io.BytesIO:
-    """Members of a tar as a tar of their own."""
+    """A complete tar from the bytes of some members."""
     return io.BytesIO(bytes(content) + bytes(2 * _TAR_BLOCK))
 
 
 def _extension(name: str) -> str:
-    """WebDataset's rule: everything after the first dot of the base name; in lower case, as WebDataset reads it."""
+    """The extension as WebDataset defines it: the text after the first dot of the base name, in lower case."""
     return name[name.rfind("/") + 1 :].partition(".")[2].lower()

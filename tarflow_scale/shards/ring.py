@@ -1,7 +1,7 @@
-"""Arrays in shared memory, with which loader processes pass images to their rank without copies.
+"""Arrays in shared memory, through which loader processes pass images to their rank.
 
-A pipe would copy every image four times and take processor time from decoding. The shared memory is an anonymous file
-outside ``/dev/shm``, which by default has only 64 MiB in a container.
+A pipe would copy every image four times, and use processor time that decoding needs. The shared memory is an anonymous
+file outside ``/dev/shm``, because ``/dev/shm`` has only 64 MiB by default in a container.
 """
 
 import mmap
@@ -16,10 +16,10 @@ __all__ = ["SharedRing"]
 
 
 class SharedRing:
-    """Arrays of uint8 in shared memory, initially zero. A ring that is pickled to a child process shares its memory.
+    """Arrays of uint8 in shared memory, initially zero. A ring that is pickled and sent to a child shares its memory.
 
     Args:
-        shape: shape of all arrays together; the first axis counts the arrays.
+        shape: shape of the attribute ``arrays``, which stacks all arrays.
         descriptor: file descriptor of existing memory; None creates new memory.
 
     Raises:

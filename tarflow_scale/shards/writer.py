@@ -29,7 +29,7 @@ _MODE, _OWNER = 0o444, "bigdata"
 _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
-"""Fields of a tar header (POSIX ustar): the name, the size, and the sum of the header; both numbers are octal."""
+"""Fields of a tar header (POSIX ustar): the name, the size (octal) and the checksum (octal)."""
 _LARGE_BYTES = 8**11
 """Smallest size of a member that does not fit into a plain header."""
 
@@ -41,7 +41,7 @@ class Sample:
     Args:
         key: file name of the members, without the extension.
         image: the image ``(C, H, W)`` uint8; or the contents of encoded members, by extension.
-        label: content of the member ``.cls``; None writes no such member.
+        label: content of the member ``.cls``; None if there is no label.
         metadata: content of the member ``.json``.
     """
 
@@ -87,7 +87,7 @@ def _any_header(name: str, size: int) -> bytes:
 
 @functools.cache
 def _blank_header() -> tuple[bytes, int]:
-    """A header without name, size and sum, and the sum of its bytes."""
+    """A header without name, size and checksum; and the sum of its bytes."""
     header = bytearray(_any_header("", 0))
     header[_NAME], header[_SIZE], header[_SUM] = bytes(100), bytes(12), b" " * 8
     return bytes(header), sum(header)

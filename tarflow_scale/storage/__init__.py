@@ -1,4 +1,4 @@
-"""Files at a local path or a URL: read, list, write atomically, create if absent. The only user of fsspec.
+"""Files at a local path or a URL: read, list, write atomically, create if absent. Only this package imports fsspec.
 
 A location is a local path or an fsspec URL (``s3://bucket/run``). A reader never sees an incomplete file: a local file
 is written under a temporary name, flushed to disk and renamed; an object store shows an object only after its upload

@@ -19,7 +19,7 @@ from tarflow_scale.storage.paths import PARTIAL, explained, filesystem, is_remot
 
 _COPY_BYTES = 1 << 22
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Errors of file systems that have no hard links, or no rename that refuses to replace a file."""
+"""Error codes of a file system that does not support hard links, or does not support RENAME_NOREPLACE."""
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def read_if_there(location: str) -> bytes | None:
-    """The whole content of a file, or None if the file does not exist; makes one request."""
+    """The whole content of a file, or None if the file does not exist. Makes one request."""
     with explained(location, "read"):
         try:
             if is_remote(location):
@@ -121,7 +121,7 @@ def modified_seconds(location: str) -> float | None:
 
 
 def open_seekable(location: str) -> IO[bytes]:
-    """Open a file for random access. Of a remote file, only the parts that are read are transferred."""
+    """Open a file for random access. If the file is remote, only the parts that are read are transferred."""
     with explained(location, "read"):
         if is_remote(location):
             fs, path = filesystem(location)
@@ -149,7 +149,7 @@ def writing(location: str, shared: int = 0) -> Generator[IO[bytes]]:
 
     Args:
         location: local path or URL.
-        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. No effect on stores.
+        shared: permission bits for other users, see `share`; 0 leaves the mode to the umask. No effect on a URL.
     """
     with explained(location, "write", of_store=False):  # exceptions of the caller's block pass unchanged
         target = local(location) if not is_remote(location) else None
@@ -193,12 +193,12 @@ def copy_file(source: str, target: str) -> None:
 
 
 def create(location: str, content: bytes, shared: int = 0) -> bool:
-    """Create a file unless it exists, and return whether it was created. Of concurrent writers, exactly one succeeds.
+    """Create a file unless it exists; return whether it was created. Exactly one of several writers succeeds.
 
     A local file is written under a temporary name and flushed; then a system call gives it the final name, or fails if
-    the name is taken. So a reader never sees part of a file, and a writer that is killed leaves no file or the complete
-    file. An object store gets a conditional put. The content must not be empty, because some stores treat an empty
-    conditional put as unconditional.
+    the name is taken. So a reader never sees part of a file, and a killed writer leaves either no file or the complete
+    file. In an object store, the file is created by a conditional put. The content must not be empty, because some
+    stores treat an empty conditional put as unconditional.
 
     Args:
         location: local path or URL.
@@ -206,7 +206,7 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
         shared: as in `writing`.
 
     Raises:
-        NotExclusive: the file system does not support such a system call.
+        NotExclusive: the file system supports no system call that fails if the name is taken.
     """
     assert content, "create() needs content"
     with explained(location, "write"):
@@ -238,9 +238,9 @@ def create(location: str, content: bytes, shared: int = 0) -> bool:
 def _name(staged: Path, target: Path) -> None:
     """Give a file its final name unless the name is taken; the temporary name may remain.
 
-    Uses a hard link; on file systems without hard links (FAT, CIFS, many FUSE file systems), a rename that does not
-    replace. Other methods are not safe if the writer is killed: a file that is created empty and filled later would
-    stay incomplete, and a lock file would stay locked.
+    This makes a hard link. On file systems without hard links (FAT, CIFS, many FUSE file systems), it renames the file
+    with a flag that forbids replacement. Other methods are not safe if the writer is killed: a file that is created
+    empty and filled later would stay incomplete, and a lock file would stay locked.
 
     Raises:
         FileExistsError: the name is taken.

@@ -146,8 +146,8 @@ def share(path: Path, bits: int) -> None:
 
     Args:
         path: the file or folder.
-        bits: ``0o060`` lets its group read and write. A folder also gets the permission to enter it, and the
-            set-group-ID bit, so that new files in it belong to the same group.
+        bits: for example, ``0o060`` lets the group read and write. A folder also gets the permission to enter it, and
+            the set-group-ID bit, so that new files in it belong to the same group.
     """
     if not bits:
         return

@@ -13,7 +13,7 @@ from typing import Any
 from tarflow_scale.errors import StorageError, UserError, install_extra
 
 PARTIAL = ".partial"
-"""Suffix of a local file while it is written."""
+"""Suffix of a local file while it is being written."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
@@ -23,7 +23,7 @@ def is_remote(location: str) -> bool:
 
 
 def join(location: str, *parts: str) -> str:
-    """``location/part/part``. A part must not lead out of its parent folder.
+    """Join a location and parts to ``location/part/part``. A part must not lead out of its folder.
 
     Raises:
         StorageError: a part is absolute or contains ``..``.
@@ -35,7 +35,7 @@ def join(location: str, *parts: str) -> str:
 
 
 def base_name(location: str) -> str:
-    """Last part of a path or URL; for a relative path like ``.``, the real name of the folder."""
+    """Last part of a path or URL; for ``.``, ``..`` and ``~``, the real name of the folder."""
     name = location.rstrip("/").rsplit("/", 1)[-1]
     return name if is_remote(location) or name not in ("", ".", "..", "~") else local(location).resolve().name
 
@@ -79,7 +79,7 @@ def filesystem(location: str) -> tuple[Any, str]:
 
 
 def _retry_options(location: str) -> dict[str, Any]:
-    """Options that make an S3 client retry for about a minute when the store answers 503; empty if the user set others.
+    """Options that let an S3 client retry for about a minute after HTTP 503; empty if the user has set options.
 
     The client's default of five attempts is too short for a store that is busy for some seconds.
     """
@@ -99,8 +99,8 @@ def _retry_options(location: str) -> dict[str, Any]:
 def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
     """Convert an error of the operating system or of a store to a one-line `StorageError` that names the location.
 
-    Clients of stores raise exceptions of many libraries (botocore, aiohttp, google), so every exception of a remote
-    location is converted, unless ``of_store`` is false.
+    Clients of stores raise exceptions of many libraries (botocore, aiohttp, google). So for a remote location every
+    exception is converted, unless ``of_store`` is false.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """Checkpoints that are either complete or absent, and independent of the ZeRO stage and the number of ranks.
 
-A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel: for each
-parameter name the fp32 master weight, the optimizer's moments and every moving average, and all buffers. All ranks
-gather parameter i; rank i mod N keeps it, and writes a file when it holds a gigabyte. ``manifest.json`` (size and
-sha256 of every file, and the training state) is written last: without it the folder is not a checkpoint. "Latest" is
-the newest folder with a manifest. Nothing is pickled.
+A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. For each
+parameter it contains the fp32 master weight, the optimizer's moments and all moving averages; it also contains all
+buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes a file per gigabyte that it keeps.
+``manifest.json`` (size and SHA-256 of every file, and the training state) is written last; a folder without it is not a
+checkpoint. Nothing is pickled.
 
 Tensor names: ``weight/<name>``, ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` or ``momentum_buffer/<name>``,
 ``average/<name>`` for the first average, ``average-<half-life>/<name>`` for the others, ``buffer/<name>``.
@@ -45,29 +45,29 @@ __all__ = [
 MANIFEST = "manifest.json"
 _FOLDER = "images-{images:012d}"
 _FILE_BYTES = 1 << 30
-"""Size at which a rank begins another file. A rank holds this much in memory, and briefly twice as much."""
+"""A rank writes a file when its tensors reach this size. It holds this much in memory, and briefly twice as much."""
 
 
 class TrainState(Record):
-    """The state of a run besides its tensors. Random numbers have no state: they are functions of counts."""
+    """The state of a run except its tensors. Random numbers have no state; they depend only on seeds and counts."""
 
     images_seen: int = Field(ge=0)
     num_steps: int = Field(ge=0)
-    """Updates of the optimizer."""
+    """Number of optimizer updates."""
     skipped_steps: int = Field(ge=0)
     skipped_in_a_row: int = Field(ge=0)
     num_replaced: int = Field(default=0, ge=0)
-    """Corrupt samples that were replaced by others."""
+    """Number of corrupt samples that were replaced by other samples."""
     loss_sum: float
     """Sum of nats per dimension over the steps since the last line of the log."""
     loss_steps: int = Field(ge=0)
     seconds: float = Field(ge=0)
-    """Time of training so far."""
+    """Training time so far."""
     recent_losses: tuple[float, ...] = ()
-    """Losses with which the rule against jumps compares."""
+    """Losses with which the spike rule compares the next loss."""
     roll_backs: int = Field(default=0, ge=0)
     learning_rate: float | None = None
-    """AdamW's rate for the next step; old checkpoints lack it."""
+    """AdamW's learning rate for the next step; None in old checkpoints."""
     run: dict[str, Any]
     """The settings that must not change when the run continues."""
 
@@ -82,14 +82,14 @@ class CheckpointManifest(Record):
 def save(
     path: str, engine: Engine, averages: WeightAverages, state: TrainState, config: CheckpointConfig
 ) -> tuple[str, tuple[str, ...]]:
-    """Write a checkpoint below ``path``, then delete checkpoints that need not be kept; all ranks must call.
+    """Write a checkpoint below ``path``, then delete checkpoints that ``config`` does not keep; all ranks must call.
 
     Returns:
-        Its folder, and the names of the files that this rank wrote.
+        The folder of the checkpoint, and the names of the files that this rank wrote.
 
     Raises:
-        StorageError: on every rank, if one of them cannot write; the incomplete checkpoint is removed, and the one
-            before it stays.
+        StorageError: on every rank, if any rank cannot write; the incomplete checkpoint is removed, and the previous
+            checkpoint stays.
     """
     folder = storage.join(path, _FOLDER.format(images=state.images_seen))
     if is_main():
@@ -121,8 +121,8 @@ def save(
 def find_latest(*paths: str, reads_files: bool = True) -> tuple[str, TrainState] | None:
     """Folder and state of the newest complete checkpoint whose files are intact, or None.
 
-    A damaged checkpoint is skipped with a warning. If two paths have a checkpoint at the same image, the first path
-    wins. ``reads_files=False`` does not check the files.
+    A damaged checkpoint is skipped with a warning. If two paths have a checkpoint at the same number of images, the
+    first path wins. If ``reads_files`` is False, the files are not checked.
     """
     folders = [
         (folder.rsplit("/", 1)[-1], -place, folder) for place, path in enumerate(paths) for folder in complete(path)
@@ -149,10 +149,10 @@ def load(folder: str, engine: Engine, averages: WeightAverages, prime: Callable[
 
     Args:
         folder: the checkpoint.
-        engine: is overwritten.
-        averages: are overwritten.
-        prime: makes one step on any batch, because DeepSpeed allocates its moments in the first step; all its changes
-            are overwritten.
+        engine: engine to restore.
+        averages: averages to restore.
+        prime: function that makes one training step on any batch, because DeepSpeed allocates the moments in the first
+            step. The restored state then overwrites everything that this step changed.
     """
     prime()
     manifest = _manifest(folder)
@@ -183,7 +183,7 @@ def complete(path: str) -> list[str]:
 
 
 def newest(path: str) -> str:
-    """Folder of the newest checkpoint and the SHA-256 of its manifest, for the registry; empty without one."""
+    """Folder of the newest checkpoint and SHA-256 of its manifest, for the registry; empty if there is none."""
     folders = complete(path)
     if not folders:
         return ""
@@ -191,7 +191,7 @@ def newest(path: str) -> str:
 
 
 def prune(path: str, config: CheckpointConfig) -> None:
-    """Delete all complete checkpoints but the newest and those to keep permanently; the manifest is deleted first."""
+    """Delete complete checkpoints except those that ``config`` keeps. Delete each manifest before the other files."""
     folders = complete(path)
     kept, first_of = set(folders[-config.keep_last :]), dict[int, str]()
     if config.keep_every_images is not None:
@@ -205,7 +205,7 @@ def prune(path: str, config: CheckpointConfig) -> None:
 
 
 class _Files:
-    """The files that this rank writes; after a failure it writes no more files, but still takes part in gathering."""
+    """Writes this rank's files. After a failure it drops further tensors, so that the rank can keep gathering."""
 
     def __init__(self, folder: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}
@@ -233,7 +233,7 @@ class _Files:
 
 
 def _write_share(files: _Files, engine: Engine, averages: WeightAverages) -> None:
-    """Write this rank's tensors; every rank takes part in gathering all tensors."""
+    """Gather all tensors together with the other ranks, and write this rank's share of them."""
     for i, name in enumerate(engine.names):
         mine = i % world_size() == rank()
         weight = engine.full_weight(name)
@@ -263,7 +263,7 @@ def _average_kind(averages: WeightAverages, half_life: int) -> str:
 
 
 def _of_kind(tensors: dict[str, Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a kind by name; sorted, because all ranks must gather in the same order."""
+    """The tensors of one kind with their names, without the prefix ``kind/``, in the same order on all ranks."""
     prefix = f"{kind}/"
     return ((name.removeprefix(prefix), tensors[name]) for name in sorted(tensors) if name.startswith(prefix))
 

@@ -9,7 +9,7 @@ __all__ = ["flow_of", "seen_by_model"]
 
 
 def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
-    """The flow for a data set."""
+    """Build the flow for the sample shape, classes and conditions of a data set."""
     event = manifest.event
     if event.num_conditions is not None:
         return build(model, event.shape, None, event.num_conditions)
@@ -19,7 +19,7 @@ def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
 
 
 def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
-    """The manifest with the size of the images that the model sees.
+    """The manifest with the image size after cropping, which is the size that the model sees.
 
     Raises:
         DataError: the crop is larger than the images.

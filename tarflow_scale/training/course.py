@@ -1,4 +1,4 @@
-"""Where a run is: the checkpoint from which it continues, and its learning rate from there on."""
+"""The course of a run: its length, the checkpoint from which it continues, and its learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ __all__ = ["Course"]
 
 @dataclass(frozen=True)
 class Course:
-    """A run from its first image to its last.
+    """Length, checkpoints and learning rate of a run.
 
     Args:
         folder: the run folder, ``logging.path``.
         upload_path: a second folder or URL with checkpoints, or None.
-        training, schedule: the sections.
+        training, schedule: sections of the configuration.
         peak_learning_rate: peak of AdamW's learning rate.
         run: the settings that must not change when the run continues.
     """
@@ -41,7 +41,7 @@ class Course:
 
     @property
     def checkpoint_paths(self) -> tuple[str, ...]:
-        """Folders of checkpoints, the run's own first."""
+        """Folders of checkpoints; the folder in the run folder is first."""
         own = f"{self.folder}/checkpoints"
         return (own,) if self.upload_path is None else (own, self.upload_path)
 
@@ -60,7 +60,7 @@ class Course:
             reads_files: whether to read all files of a checkpoint, and to skip it if one is damaged.
 
         Raises:
-            UserError: the run folder holds another or a longer run.
+            UserError: the run folder holds another run, or the checkpoint lies beyond ``total_images``.
         """
         latest = checkpoint.find_latest(*self.checkpoint_paths, reads_files=reads_files)
         if latest is None:
@@ -78,7 +78,7 @@ class Course:
         return latest
 
     def begins(self, latest: tuple[str, TrainState] | None) -> str:
-        """A text that says where the run begins, given the result of `latest`."""
+        """A text for the user that says where the run begins, given the result of `latest`."""
         if latest is None:
             return "at the first image, the run folder has no checkpoint"
         folder, state = latest
@@ -86,7 +86,7 @@ class Course:
         return f"after {state.images_seen:,} images, from {folder}{done}"
 
     def rate_change(self, state: TrainState) -> str | None:
-        """A message where the run continues from ``state`` at another rate than it had when it was saved."""
+        """A message if the run continues from ``state`` at a learning rate other than the stored rate; else None."""
         before, now = state.learning_rate, self.rate_at(state.images_seen)
         if state.images_seen == self.total_images or before is None or math.isclose(before, now, rel_tol=1e-6):
             return None

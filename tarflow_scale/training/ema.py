@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights, divided among ranks like the fp32 masters.
 
 At ZeRO 1 to 3 each rank averages its own partition; at stage 0, where every rank has all weights, rank r averages slice
-r. So an average costs 4 bytes per parameter divided by the number of ranks, and no communication. It is gathered,
-parameter by parameter, only to save, export, validate or sample from it.
+r. So each average takes ``4 * parameters / ranks`` bytes on each rank, and updates need no communication. An average is
+gathered only for saving, export, validation and sampling, one parameter at a time.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,11 +18,11 @@ __all__ = ["WeightAverages"]
 
 
 class WeightAverages:
-    """Averages of the weights of ``engine``, starting at their present values.
+    """Averages of the weights of ``engine``, initialized with the current weights.
 
     Args:
         engine: the engine.
-        half_lives_images: the half-life of each average; it is shorter at the start of training, see `average_decay`.
+        half_lives_images: half-life of each average, in images. `average_decay` shortens it at the start of training.
     """
 
     def __init__(self, engine: Engine, half_lives_images: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, images_seen: int, step_images: int) -> None:
-        """Move towards the weights after a step of ``step_images`` that ended at ``images_seen``."""
+        """Update all averages after a step of ``step_images`` that ended at ``images_seen``."""
         views = self._views()
         for half_life, averages in self._averages.items():
             decay = average_decay(images_seen, step_images, half_life)
@@ -41,14 +41,14 @@ class WeightAverages:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all averages on this rank."""
+        """Memory in bytes of all averages on this rank."""
         return sum(view.numel() * view.element_size() for averages in self._averages.values() for view in averages)
 
     def full(self, half_life: int | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole average of every parameter, one at a time; all ranks must iterate to the end.
+        """Yield the name and the complete average of each parameter; all ranks must iterate to the end.
 
         Args:
-            half_life: half-life of the average to take; None takes the first average.
+            half_life: half-life of the average; None selects the first average.
         """
         averages = self._averages[half_life or self.half_lives[0]]
         if self._own is None:
@@ -62,7 +62,7 @@ class WeightAverages:
             yield name, all_reduce_sum(whole)
 
     def load(self, half_life: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Overwrite one average of the named parameters with whole tensors; all ranks must call."""
+        """Overwrite one average with complete tensors by parameter name; all ranks must call."""
         averages = self._averages[half_life]
         if self._own is None:
             with self._engine.exchanged(averages):
@@ -82,7 +82,7 @@ class WeightAverages:
 
 
 def _own_part(tensor: Tensor) -> slice:
-    """This rank's part of a flattened tensor that every rank has completely."""
+    """This rank's slice of a flattened tensor that is complete on every rank."""
     share = -(-tensor.numel() // world_size())
     start = min(rank() * share, tensor.numel())
     return slice(start, min(start + share, tensor.numel()))

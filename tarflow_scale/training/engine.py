@@ -1,9 +1,9 @@
 """The interface to DeepSpeed: build the engine, take a step, read and write weights by parameter name.
 
-The other modules of training use named tensors and never partitions. The master weights depend on the ZeRO stage. At
-stage 0 they are the parameters themselves. At stages 1 to 3 each rank holds an fp32 partition of the master weights,
-and the parameters are a working copy. DeepSpeed's setters change only the master weights, so a caller that sets these
-must also set the working copy.
+The other modules of training use complete tensors by parameter name; only `ema` also uses partitions. The master
+weights depend on the ZeRO stage. At stage 0 they are the parameters themselves. At stages 1 to 3 each rank holds an
+fp32 partition of the master weights, and the parameters are a working copy. DeepSpeed's setters change only the master
+weights, so a caller that sets master weights must also set the working copy.
 """
 
 import os
@@ -37,16 +37,16 @@ from tarflow_scale.training.zero import deepspeed_config
 __all__ = ["MOMENTS", "MOMENTUM", "Engine", "MicroBatch", "StepResult", "start_process_group"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Moments of AdamW, each a partition."""
+"""Names of AdamW's moments. At ZeRO stages 1 to 3 they are partitioned like the master weights."""
 MOMENTUM = "momentum_buffer"
-"""Momentum of Muon, complete on every rank whose partition holds a part of the matrix."""
+"""Name of Muon's momentum. It is complete on every rank that holds a part of the matrix in its partition."""
 _PREFIX = "flow."
 _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward pass: ``x (B, C, H, W)`` float, ``y (B,)`` labels or None."""
+    """Input of one forward pass: ``x (B, C, H, W)`` float; ``y`` labels ``(B,)``, conditions ``(B, K)`` or None."""
 
     x: Tensor
     y: Tensor | None
@@ -57,10 +57,10 @@ class StepResult:
     """Result of one optimizer step.
 
     Args:
-        nats_per_dim: mean over this rank's images.
-        gradient_norm: over all ranks, before clipping.
-        skipped: a gradient was not finite, or the step was rejected, so no rank changed its weights.
-        rejected: ``reject`` refused the loss.
+        nats_per_dim: mean loss over this rank's images.
+        gradient_norm: gradient norm over all ranks, before clipping.
+        skipped: whether all ranks kept their weights, because a gradient was not finite or the step was rejected.
+        rejected: whether the function ``reject`` of `Engine.step` refused the loss.
     """
 
     nats_per_dim: float
@@ -70,14 +70,14 @@ class StepResult:
 
 
 class _NatsPerImage(nn.Module):
-    """Negative log-likelihood ``(B,)``, or its bound under learned noise; the module that DeepSpeed wraps."""
+    """DeepSpeed wraps this module. It returns negative log-likelihoods ``(B,)``, or bounds if noise is learned."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        z, log_det = self.flow(x, y, dequantize=True)  # log_prob_of_images would wait for the device in its checks
+        z, log_det = self.flow(x, y, dequantize=True)  # checks of log_prob_of_images would synchronize with the device
         return -(standard_normal_log_prob(z) + log_det)
 
 
@@ -85,7 +85,7 @@ def start_process_group(threads: int) -> torch.device:
     """Join the other ranks (or start a group of one) and return this rank's device.
 
     Args:
-        threads: torch threads of this rank on a CPU, see `num_threads`.
+        threads: number of torch threads of this rank on a CPU, see `num_threads`.
     """
     device = own_device()
     if device.type == "cuda":
@@ -104,12 +104,12 @@ def start_process_group(threads: int) -> torch.device:
 
 
 class Engine:
-    """A flow under DeepSpeed.
+    """Trains a flow with DeepSpeed.
 
     Args:
-        flow: newly built, equal on all ranks; the engine moves it to ``device`` and owns it.
+        flow: a new flow, equal on all ranks; the engine moves it to ``device`` and owns it.
         device: this rank's device.
-        optimizer, training, parallelism: the sections.
+        optimizer, training, parallelism: sections of the configuration.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Engine:
         rate: float,
         reject: Callable[[float], bool] | None = None,
     ) -> StepResult:
-        """Forward, backward and update over this rank's share of a global batch.
+        """Make one optimizer step on this rank's share of a global batch.
 
         The loss is the mean negative log-likelihood in nats per dimension, so that the size of gradients does not
         depend on the size of images.
@@ -159,8 +159,8 @@ class Engine:
         Args:
             micro_batches: inputs, one for each accumulated pass.
             rate: learning rate, as a fraction of its peak.
-            reject: is called with the mean loss of all ranks before the last backward pass. If it returns True, on all
-                ranks alike, the step changes nothing.
+            reject: function that gets the mean loss over all ranks before the last backward pass. If it returns True,
+                the step changes nothing. It must return the same value on all ranks.
         """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
@@ -204,7 +204,7 @@ class Engine:
     # -- weights by name -----------------------------------------------------------------------------------------
 
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master tensors: flat partitions, or at stage 0 all parameters."""
+        """This rank's fp32 master tensors: flat partitions, or all parameters at stage 0."""
         optimizer = self._engine.optimizer
         match self.stage:
             case 0:
@@ -238,7 +238,7 @@ class Engine:
         return full
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Overwrite this rank's part of a master weight, not the working copy."""
+        """Overwrite this rank's part of a master weight, given the complete weight; see `set_working_copy`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter, value = self._parameters[name], value.to(self.device)
@@ -281,7 +281,7 @@ class Engine:
 
     @property
     def num_steps(self) -> int:
-        """Number of updates of the optimizer; AdamW's bias correction depends on it."""
+        """Number of optimizer updates; AdamW's bias correction depends on it."""
         steps = [int(state["step"]) for state in self._base_optimizer().state.values() if "step" in state]
         return max(steps, default=0)
 
@@ -292,7 +292,7 @@ class Engine:
                 state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
 
     def momenta(self) -> dict[str, Tensor]:
-        """Muon's momentum, by name, of the matrices of which this rank has a part; to read or to overwrite."""
+        """Muon's momentum of each matrix in this rank's partition, by name; callers may overwrite the tensors."""
         if self.stage not in (1, 2):
             return {}
         names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -307,14 +307,14 @@ class Engine:
         return momenta
 
     def has_moments(self, name: str) -> bool:
-        """Whether AdamW updates this parameter, rather than Muon."""
+        """Whether AdamW, and not Muon, updates this parameter."""
         return not getattr(self._parameters[name], "use_muon", False)
 
     @contextmanager
     def borrowing(self, weights: Iterable[tuple[str, Tensor]]) -> Generator[None]:
-        """Let the forward pass use other weights, complete and by name; all ranks must enter.
+        """In the ``with`` block, forward passes use ``weights``, complete tensors by name. All ranks must enter.
 
-        The masters do not change, and at the end the working copies are restored from them.
+        The master weights do not change; the working copies are restored at the end.
         """
         kept = {name: p.detach().clone() for name, p in self._parameters.items()} if self.stage == 0 else None
         for name, value in weights:
@@ -330,12 +330,12 @@ class Engine:
         return self._module.flow.diagnostics()
 
     def buffers(self) -> dict[str, Tensor]:
-        """Buffers by name; equal on all ranks, because the flow writes them before the engine starts."""
+        """Buffers by name. They are equal on all ranks, because running statistics are computed over all ranks."""
         return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
 
     @contextmanager
     def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
-        """Swap the masters with tensors of the same layout, so that `full_weight` and `set_master` act on those."""
+        """In the ``with`` block, `full_weight` and `set_master` access ``tensors``, laid out like the masters."""
 
         def swap() -> None:
             for master, tensor in zip(self.masters(), tensors, strict=True):
@@ -351,7 +351,7 @@ class Engine:
             swap()
 
     def _flat_moments(self, moment: str) -> list[Tensor | None]:
-        """A moment of AdamW if Muon has the other groups, where DeepSpeed's own function fails (0.19.8)."""
+        """AdamW's moment of each group, None for Muon's groups. DeepSpeed's own getter fails with Muon (0.19.8)."""
         base = self._base_optimizer()
         return [base.state[group["params"][0]].get(moment) for group in base.param_groups]
 
@@ -362,7 +362,7 @@ class Engine:
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
     """This rank's ZeRO-3 part of a complete tensor, padded with zeros.
 
-    DeepSpeed's own setters for complete tensors fail if the number of ranks does not divide the tensor (0.19.8).
+    DeepSpeed's own setters for complete tensors fail if the number of ranks does not divide the tensor's size (0.19.8).
     """
     share = parameter.ds_tensor.numel()
     padded = torch.nn.functional.pad(value.flatten(), (0, share * world_size() - value.numel()))
@@ -370,10 +370,10 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed without its shared-memory collectives on CPU.
+    """Import DeepSpeed without its shared-memory collectives on CPU.
 
-    They are compiled at the first start (35 s, needs g++ and ninja) and help only ranks of one machine; gloo needs no
-    compiler.
+    They would be compiled at the first start (35 s, needs g++ and ninja), and are useful only if all ranks are on one
+    machine; gloo needs no compiler.
     """
     import logging
 

@@ -1,7 +1,7 @@
-"""The run folder: one folder for all ranks, with a record of the settings and versions that made it.
+"""The run folder: one folder for all ranks, with a record of the settings and software versions of the run.
 
-Ranks also end with their launcher: without that, the ranks of a killed launcher would train on beside those of the next
-launch.
+Ranks stop when their launcher dies; otherwise the ranks of a killed launcher would keep training beside the ranks of
+the next launch.
 """
 
 import os
@@ -21,7 +21,7 @@ from tarflow_scale.runtime.processes import die_with_parent
 __all__ = ["STOP_SECONDS", "check_shared", "describe_run", "follow_launcher"]
 
 STOP_SECONDS = 60.0
-"""How long a run waits until a run that is stopping releases the folder."""
+"""How long a new run waits for a stopping run to release the folder."""
 
 
 def follow_launcher() -> None:
@@ -34,7 +34,7 @@ def check_shared(path: str, device: torch.device) -> None:
     """Check that all ranks see the same run folder: rank 0 writes a file that the others look for.
 
     Raises:
-        UserError: on every rank, if some rank does not see the file.
+        UserError: on every rank, if any rank does not see the file.
     """
     if distributed.world_size() == 1:
         return
@@ -57,7 +57,7 @@ def _leave_mark(path: str) -> str:
 
 
 def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
-    """Write ``config.yaml`` and ``environment.json``: the settings of the run, their digest, the commit and versions.
+    """Write ``config.yaml`` (settings) and ``environment.json`` (digest of settings, git commit, versions, ranks).
 
     If a run continues with other settings, print the changes and keep the earlier settings as
     ``config-until-IMAGES.yaml``.
@@ -65,7 +65,7 @@ def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
     Args:
         path: the run folder.
         resolved: the configuration, as JSON.
-        images_seen: where the run continues; 0 for a new run.
+        images_seen: number of images at which the run continues; 0 for a new run.
     """
     folder = storage.local(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,21 +41,21 @@ from tarflow_scale.training.validation import Validation
 __all__ = ["Loop", "Preview"]
 
 Preview = Callable[[dict[str, Tensor], int], None]
-"""Is called on rank 0 with the averaged weights by name and the images seen."""
+"""A function that is called on rank 0 with the averaged weights by name and the number of images seen."""
 _SAME_CTRL_C_SECONDS = 1.0
-"""A rank may receive one Ctrl-C twice within this time."""
+"""Signals within this time count as one Ctrl-C, because terminal and launcher may both send it to a rank."""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The parts of a run.
+    """The training loop, with the objects that it uses.
 
     Args:
-        engine: the flow under DeepSpeed.
+        engine: trains the flow.
         averages: moving averages of the weights.
-        reader: this rank's batches.
-        pixels: how stored pixels become floats.
-        conditional: whether the flow takes labels, or the conditions of vectors.
+        reader: reads this rank's batches.
+        pixels: conversion of stored pixels to floats.
+        conditional: whether the flow takes labels or other conditions.
         course: length, checkpoints and learning rate of the run.
         training, checkpoints, logging: sections of the configuration.
         validation: held-out images, or None.
@@ -80,8 +80,8 @@ class Loop:
         """Train to ``training.total_images``.
 
         Args:
-            progress: where to begin; it is updated.
-            log: receives the figures.
+            progress: progress at which training begins; it is updated.
+            log: function that writes a record of measurements.
 
         Raises:
             UserError: too many steps in a row were not finite, the loss jumped too often, or a checkpoint cannot be
@@ -142,7 +142,7 @@ class Loop:
             yield MicroBatch(x, y)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:
-        """Share loss, stop requests and replaced samples among ranks; returns the reason to stop, or an empty text."""
+        """Sum loss, stop requests and replaced samples over ranks. Returns the reason to stop, or an empty string."""
         own = [result.nats_per_dim, float(bool(reason)), float(num_replaced)]
         sums = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.engine.device))
         loss, stops, replaced = sums.tolist()
@@ -165,7 +165,7 @@ class Loop:
         return (reason or "another rank") if stops > 0 else ""
 
     def _after_spike(self, loss: float, progress: Progress) -> None:
-        """Count a rejected step, and go back to the latest checkpoint if that is the rule; its samples are skipped."""
+        """Count a rejected step; its samples are skipped. Rule ``roll_back`` also restores the latest checkpoint."""
         progress.skipped_steps += 1
         if distributed.is_main():
             warnings.warn(
@@ -256,16 +256,20 @@ class Loop:
             distributed.barrier()
 
     def averaged_weights(self, half_life: int | None = None) -> dict[str, Tensor]:
-        """An average (None: the first) and the buffers by name, on rank 0; empty on others. All ranks must call."""
+        """The averaged weights and the buffers on rank 0, by name; empty on other ranks. All ranks must call.
+
+        Args:
+            half_life: half-life of the average; None selects the first average.
+        """
         main = distributed.is_main()
         weights = {name: full.cpu().clone() for name, full in self.averages.full(half_life) if main}
         return weights | {name: buffer.cpu() for name, buffer in self.engine.buffers().items() if main}
 
     def resume(self) -> Progress:
-        """Restore the latest checkpoint, if there is one. Rank 0 finds it, so that all ranks load the same.
+        """Restore the latest checkpoint, if there is one. Rank 0 selects it, so that all ranks load the same.
 
         Raises:
-            UserError: the run folder holds another or a longer run.
+            UserError: the run folder holds another run, or the checkpoint lies beyond ``training.total_images``.
         """
         latest = distributed.from_main(self.course.latest)
         if latest is None:
@@ -277,15 +281,15 @@ class Loop:
         return Progress.of(state, self.training)
 
     def _prime(self) -> StepResult:
-        """One step on the first batch at rate 0, which makes DeepSpeed allocate its state."""
+        """Make one step on the first batch with learning rate 0, so that DeepSpeed allocates its state."""
         return self.engine.step(self._micro_batches(self.reader.first()), rate=0.0)
 
 
 class _StopSignal:
-    """The reason to stop: SIGTERM or SIGUSR1 (schedulers send them before they preempt a job), Ctrl-C, the time limit.
+    """Records why to stop: SIGTERM or SIGUSR1 (schedulers send them before they preempt a job), Ctrl-C or a time limit.
 
-    Rank 0 reports a signal at once, because the step that is under way may take minutes. A second Ctrl-C ends the run
-    without a checkpoint. Terminal and launcher both send the first one, so the second must come later.
+    Rank 0 reports a signal at once, because the current step may take minutes. A second Ctrl-C ends the run without a
+    checkpoint, but only if it comes more than `_SAME_CTRL_C_SECONDS` after the first.
     """
 
     def __init__(self, max_seconds: float | None) -> None:
@@ -304,7 +308,7 @@ class _StopSignal:
         if not self._received and distributed.is_main():
             again = "; Ctrl-C again ends the run without one" if number == signal.SIGINT else ""
             text = f"\n{signal.Signals(number).name}: the run stops after this step and saves a checkpoint{again}\n"
-            with suppress(OSError):  # by the descriptor, because a signal may interrupt a write of the stream
+            with suppress(OSError):  # not through the stream, because the signal may interrupt a write to it
                 os.write(2, text.encode())
         self._received = signal.Signals(number).name
         if number != signal.SIGINT:

@@ -1,11 +1,11 @@
-"""Speed of a run between two log lines: images and tokens a second, utilisation, time by activity.
+"""Speed of a run between two log lines: images and tokens per second, utilisation, time by activity.
 
 Model FLOPs utilisation (MFU) is
 
-    images a second of one rank * operations of a training step for one image / peak operations a second of its device
+    images per second per rank * training FLOPs per image / peak FLOP/s of the rank's device
 
-with the operations of `tarflow_scale.capacity.flops`, which do not count recomputation (Chowdhery et al., arXiv
-2204.02311).
+Training FLOPs per image are computed by `tarflow_scale.capacity.flops`; they do not include recomputation (Chowdhery et
+al., arXiv 2204.02311).
 """
 
 import time
@@ -24,7 +24,7 @@ Part = Literal["data", "checkpoint", "validation", "preview"]
 
 
 def peak_flops_of(device: torch.device) -> float | None:
-    """Peak operations a second of a device; None for an unknown device."""
+    """Peak operations per second (FLOP/s) of a device in bf16; None for an unknown device."""
     if device.type != "cuda":
         return None
     card = card_of_device(torch.cuda.get_device_name(device))
@@ -36,9 +36,9 @@ class Meter:
     """Measures the time since the last report.
 
     Args:
-        flops_per_image: operations of a training step for one image.
-        tokens_per_image: None for models without tokens.
-        peak_flops: peak operations a second of one rank's device; None reports no utilisation.
+        flops_per_image: operations per image in a training step.
+        tokens_per_image: number of tokens per image; None for models without tokens.
+        peak_flops: peak operations per second of a rank's device; if None, no utilisation is reported.
         ranks: number of ranks.
     """
 
@@ -52,7 +52,7 @@ class Meter:
 
     @contextmanager
     def spending(self, part: Part) -> Generator[None]:
-        """Count the time of the block for ``part`` instead of steps."""
+        """Add the duration of the ``with`` block to the time of ``part``."""
         started = time.perf_counter()
         try:
             yield
@@ -64,11 +64,11 @@ class Meter:
         self._images += images
 
     def figures(self) -> dict[str, float | None]:
-        """Figures since the last report."""
+        """Measurements since the last report, by name."""
         return self._figures(time.perf_counter())
 
     def report(self) -> dict[str, float | None]:
-        """Figures since the last report; the next report starts now."""
+        """Measurements since the last report, by name; a new interval starts now."""
         now = time.perf_counter()
         figures = self._figures(now)
         self._started, self._images, self._spent = now, 0, {}

@@ -1,9 +1,9 @@
-"""Random numbers of a training sample after decoding: its noise, and whether its label is dropped.
+"""Random numbers for a decoded training sample: its noise, and whether its label is dropped.
 
-Both are functions of (seed, epoch, sample). Noise is as large as the images in float, so it is drawn on the device, to
-which images travel as uint8. It comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", SC 2011) in integer arithmetic of torch, which gives the same words on every device. Torch's own generators do not,
-and cannot draw the noise of a single sample.
+Both are functions of (seed, epoch, sample). Noise is drawn on the device; copying float noise there would take four
+times as many bytes as copying the uint8 images. The generator is Philox 4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) in torch's integer arithmetic, which gives the same 32-bit words on every device.
+Torch's own generators differ between devices, and cannot draw the noise of a single sample.
 """
 
 import math
@@ -37,7 +37,10 @@ class Philox:
     key: tuple[int, int]
 
     def words(self, counters: Sequence[Int64[Tensor, "..."]]) -> tuple[Int64[Tensor, "..."], ...]:
-        """Four random words in ``[0, 2^32)`` for each counter of four words, which may broadcast."""
+        """Four random words in ``[0, 2^32)`` for each counter.
+
+        A counter has four words: tensor i of ``counters`` contains word i of every counter. The tensors may broadcast.
+        """
         c0, c1, c2, c3 = counters
         k0, k1 = self.key
         for _ in range(_ROUNDS):
@@ -50,7 +53,7 @@ class Philox:
 
 
 def model_input(batch: Batch, pixels: PixelFormat, seed: int, device: torch.device) -> Float[Tensor, "B ..."]:
-    """A batch as floats on the device, with noise unless the pixel format has none."""
+    """Copy a batch to the device. If the pixel format has noise, add the noise and convert pixels to floats."""
     events = torch.from_numpy(batch.events).to(device, non_blocking=True).contiguous()
     if pixels.noise == "none":
         return events
@@ -88,7 +91,7 @@ def sample_noise(
 ) -> Float[Tensor, "B D"]:
     """Float32 noise of samples ``(B,)``: uniform on [0, 1) or standard normal.
 
-    Uniform noise is the same on every device; normal noise is up to the rounding of its logarithm, sine and cosine.
+    Uniform noise is the same on every device; normal noise can differ by rounding of its logarithm, sine and cosine.
 
     Args:
         kind: the distribution.
@@ -111,21 +114,21 @@ def sample_noise(
 
 
 def _normal(first: Int64[Tensor, "..."], second: Int64[Tensor, "..."]) -> tuple[Float[Tensor, "..."], ...]:
-    """Two standard normal numbers from two words (Box and Muller, 1958); at most 6.8 from 0."""
+    """Two standard normal numbers from two words (Box and Muller, 1958); their magnitude is at most 6.8."""
     radius = torch.sqrt(-2 * torch.log((first.float() + 0.5) * 2.0**-32))
     angle = (second >> 8).float() * (2 * math.pi * 2.0**-24)
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def conditions(batch: Batch, label_drop: float, seed: int, device: torch.device) -> Tensor:
-    """Conditions of a batch: the values ``(B, K)`` that come with its vectors, or labels ``(B,)``, some dropped."""
+    """The stored conditions ``(B, K)`` of a batch; if it has none, its labels ``(B,)`` with -1 for dropped labels."""
     if batch.conditions is not None:
         return torch.from_numpy(batch.conditions).to(device)
     return dropped_labels(batch, label_drop, seed).to(device)
 
 
 def dropped_labels(batch: Batch, probability: float, seed: int) -> Int64[Tensor, " B"]:
-    """Labels, -1 where dropped."""
+    """Labels of a batch, with -1 in place of each dropped label."""
     draws = [
         generator(Purpose.LABEL_DROP, seed, int(epoch), int(sample)).random()
         for epoch, sample in zip(batch.epochs, batch.samples, strict=True)

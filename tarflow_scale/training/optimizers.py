@@ -1,7 +1,7 @@
 """The optimizers that DeepSpeed wraps: AdamW, and Muon for matrices.
 
-Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) is DeepSpeed's: ZeRO 1 and 2
-orthogonalize the momentum of complete matrices, then divide the update among ranks.
+Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024) is implemented by DeepSpeed, which
+orthogonalizes the momentum of complete matrices at ZeRO 1 and 2, then divides the update among ranks.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ __all__ = ["build_optimizer"]
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, parallelism: ParallelismConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer that DeepSpeed wraps, at its peak learning rates."""
+    """Build the optimizer that DeepSpeed wraps, with the peak learning rates."""
     adam: dict[str, Any] = {
         "lr": config.peak_lr,
         "betas": config.betas,
@@ -52,8 +52,8 @@ def build_optimizer(
 class _GuardedAdamW(torch.optim.AdamW):
     """AdamW for stage 0 that clips gradients and skips a step with a non-finite gradient, as ZeRO's optimizers do.
 
-    Gradients are already reduced, so all ranks decide alike. DeepSpeed's engine reads ``overflow`` and
-    ``_global_grad_norm``.
+    Gradients are already reduced over ranks, so all ranks make the same decision. DeepSpeed's engine reads ``overflow``
+    and ``_global_grad_norm``.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], clip_norm: float, **options: Any) -> None:

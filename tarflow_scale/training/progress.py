@@ -16,7 +16,7 @@ from tarflow_scale.training.spikes import LossHistory
 __all__ = ["Progress", "bits_per_dim", "progress_line"]
 
 _SHOWN_STEPS = 20
-"""The loss in the progress line is the mean over this many steps."""
+"""Number of steps over which the progress line averages the loss."""
 _GIB = 1024**3
 
 
@@ -35,9 +35,9 @@ class Progress:
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
-    """Losses of the last steps since this start, in nats per dimension; only for the progress line."""
+    """Losses of the last steps since the process started, in nats per dimension; only for the progress line."""
     held_out: float | None = None
-    """The last validation since this start, in nats per dimension."""
+    """Loss of the last validation since the process started, in nats per dimension."""
 
     @property
     def elapsed(self) -> float:
@@ -46,7 +46,7 @@ class Progress:
 
     @classmethod
     def of(cls, state: TrainState, training: TrainingConfig) -> "Progress":
-        """The progress that a checkpoint holds."""
+        """The progress stored in the state of a checkpoint."""
         return cls(
             losses=LossHistory(training.spike, state.recent_losses),
             images_seen=state.images_seen,
@@ -60,7 +60,7 @@ class Progress:
         )
 
     def take(self, loss: float) -> None:
-        """Count the loss of a step, the mean over all ranks in nats per dimension."""
+        """Count the loss of a step: the mean over all ranks, in nats per dimension."""
         self.skipped_in_a_row = 0
         self.loss_sum += loss
         self.loss_steps += 1
@@ -69,7 +69,7 @@ class Progress:
 
 
 def bits_per_dim(nats_per_dim: float | None, pixels: PixelFormat) -> float | None:
-    """A loss in bits/dim; only uniform dequantization has any."""
+    """Convert a loss to bits/dim; None if there is no loss, or no uniform dequantization."""
     if nats_per_dim is None or pixels.noise != "uniform":
         return None
     return nats_per_dim / math.log(2) + pixels.bit_depth - 1
@@ -87,7 +87,7 @@ def progress_line(
 
     Args:
         progress: progress of the run.
-        pixels: how stored pixels become floats, which decides the unit of the loss.
+        pixels: conversion of stored pixels to floats, which decides the unit of the loss.
         learning_rate: rate of the last step.
         gradient_norm: norm of the gradient of the last step, before clipping.
         speed: result of `tarflow_scale.training.meter.Meter.figures`.

@@ -16,17 +16,17 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["JsonLog", "Log", "check_log_packages", "open_log"]
 
 Log = Callable[[Mapping[str, Any]], None]
-"""Writes a record."""
+"""A function that writes a record."""
 _WANDB_ID = "wandb-id.json"
 
 
 class JsonLog:
-    """Append-only JSON lines; a line is on disk when `write` returns, and a torn last line is dropped on reopening.
+    """Append-only JSON lines. `write` flushes each line to the file; incomplete lines are dropped on reopening.
 
     Args:
         path: the file.
-        keep_until_images: lines with more ``images`` are removed, because a resumed run writes them again; None keeps
-            all.
+        keep_until_images: lines with a larger value of ``images`` are removed, because a resumed run writes them again;
+            None keeps all.
     """
 
     def __init__(self, path: Path, keep_until_images: int | None = None) -> None:
@@ -71,13 +71,13 @@ def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
 def open_log(
     folder: Path, keep_until_images: int, tensorboard: bool, wandb_project: str | None, settings: Mapping[str, Any]
 ) -> Generator[Log]:
-    """Open ``log.jsonl``, and if wanted TensorBoard's event files and a run of Weights & Biases.
+    """Open ``log.jsonl`` and, if requested, TensorBoard's event files and a Weights & Biases run.
 
     Args:
         folder: the run folder.
-        keep_until_images: records after this will be written again.
+        keep_until_images: records with a larger value of ``images`` are removed, because the run writes them again.
         tensorboard: whether to write ``tensorboard/``.
-        wandb_project: project, or None.
+        wandb_project: Weights & Biases project, or None.
         settings: the configuration that Weights & Biases shows.
     """
     with ExitStack() as stack:
@@ -110,10 +110,11 @@ def open_log(
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of this folder's run of Weights & Biases: a random id, kept in ``wandb-id.json``.
+    """The id of this folder's Weights & Biases run: a random id, stored in ``wandb-id.json``.
 
-    A folder that was moved, restored or mounted elsewhere still has the path or the inode in the file, and continues
-    its run. A copy of a folder has neither and gets a new id; otherwise two folders would write to the same run.
+    The file also stores the folder's path and inode. A folder that was moved, restored or mounted elsewhere still has
+    the stored path or inode, and continues its run. A copy of a folder has neither, and gets a new id so that two
+    folders do not write to the same run.
 
     Raises:
         ConfigError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Learning rate and moving-average decay as pure functions of images seen, so that neither has a state."""
+"""Learning rate and decay of moving averages, as pure functions of the number of images seen."""
 
 import math
 
@@ -13,8 +13,9 @@ _RAMP = 0.05
 def learning_rate_fraction(images_seen: int, total_images: int, schedule: ScheduleConfig) -> float:
     """Learning rate as a fraction of its peak, in [0, 1].
 
-    Linear warm-up from 0; then cosine to ``final_lr_fraction`` at ``total_images``, or the peak to the end, or the peak
-    and a linear decay over the last ``decay_images`` (Hu et al., "MiniCPM", arXiv 2404.06395).
+    After a linear warm-up from 0, ``cosine`` decays to ``final_lr_fraction`` at ``total_images``, ``constant`` stays at
+    the peak, and ``wsd`` stays at the peak, then decays linearly to ``final_lr_fraction`` over the last
+    ``decay_images`` (Hu et al., "MiniCPM", arXiv 2404.06395).
     """
     if images_seen < schedule.warmup_images:
         return images_seen / schedule.warmup_images
@@ -32,15 +33,15 @@ def learning_rate_fraction(images_seen: int, total_images: int, schedule: Schedu
 
 
 def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleConfig, newer: str | None) -> str:
-    """A message for a run that continues at another learning rate than its checkpoint expected.
+    """A message for a run that continues at a learning rate other than the rate stored in its checkpoint.
 
     Args:
-        images_seen: where the run continues.
+        images_seen: number of images at which the run continues.
         before: rate of the next step when the checkpoint was saved.
         now: rate of the next step under the current schedule.
         schedule: the current schedule.
-        newer: a text that names the checkpoints after the newest one at which both schedules agree; None if there
-            is no such checkpoint.
+        newer: text that names all checkpoints newer than the last one at which both rates agree; None if the rates
+            agree at no checkpoint.
     """
     rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"
     line = f"continuing with another schedule: {rates}"
@@ -56,6 +57,6 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
 
 
 def average_decay(images_seen: int, step_images: int, half_life_images: int) -> float:
-    """Weight of the previous average in a step of ``step_images`` that ends at ``images_seen``."""
+    """Weight of the old value when an average is updated at ``images_seen``, after a step of ``step_images``."""
     half_life = min(half_life_images, _RAMP * images_seen)
     return 0.5 ** (step_images / half_life)

@@ -1,4 +1,4 @@
-"""Jumps of the loss: a step is a jump if its loss exceeds the mean of the losses before it by too much."""
+"""Detect spikes: a step is a spike if its loss exceeds the mean of the previous losses by more than a limit."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ class LossHistory:
     """Losses of the last accepted steps, in nats per dimension.
 
     Args:
-        config: the rule.
+        config: the rule for spikes.
         losses: losses from a checkpoint, oldest first.
     """
 
@@ -22,7 +22,7 @@ class LossHistory:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """The losses, for a checkpoint; empty without a rule."""
+        """The losses, to be stored in a checkpoint."""
         return tuple(self._losses)
 
     def add(self, loss: float) -> None:
@@ -31,7 +31,7 @@ class LossHistory:
             self._losses.append(loss)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss exceeds the mean of a full window by more than the rule allows."""
+        """Whether a loss exceeds the mean of the last losses by more than the limit; False if there are too few."""
         if self._config.rule == "off" or len(self._losses) < self._config.window_steps:
             return False
         return loss > sum(self._losses) / len(self._losses) + self._config.above_nats_per_dim

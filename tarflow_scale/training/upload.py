@@ -1,7 +1,7 @@
 """Uploads checkpoints to a store in the background, during training.
 
 Every rank copies the files that it wrote. Rank 0 waits until the store lists the files of all ranks, then writes the
-manifest, so a checkpoint with a manifest is complete. Ranks do not communicate about it.
+manifest, so a checkpoint with a manifest is complete. Ranks do not communicate about uploads.
 """
 
 import threading
@@ -19,7 +19,7 @@ __all__ = ["Uploader"]
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 1.0
-"""The wait doubles after each attempt, so a store may fail for half a minute."""
+"""Wait after the first failed attempt. It doubles each time, so uploads survive half a minute of failures."""
 _FILES_SECONDS = 3600.0
 """How long rank 0 waits for the files of other ranks."""
 
@@ -29,7 +29,7 @@ class Uploader:
 
     Args:
         config: the section ``checkpoint``, with the target and the checkpoints to keep there.
-        copy: ``copy(local, remote)``.
+        copy: function ``copy(local, remote)`` that copies one file.
     """
 
     def __init__(self, config: CheckpointConfig, copy: Callable[[str, str], None] = storage.copy_file) -> None:
@@ -44,7 +44,7 @@ class Uploader:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, folder: str, own_files: Sequence[str]) -> None:
-        """Start the upload of a complete checkpoint, after the one before; ``own_files`` are those of this rank."""
+        """Start to upload a complete checkpoint after the previous upload ends; ``own_files`` are this rank's files."""
         self.wait()
         path = self._config.upload_path
         if path is not None:
@@ -87,7 +87,7 @@ class Uploader:
     def _listed(target: str) -> dict[str, int]:
         try:
             return storage.list_sizes(target)
-        except StorageError:  # not there yet, or the store fails for a while
+        except StorageError:  # the folder does not exist yet, or the store has a temporary failure
             return {}
 
 

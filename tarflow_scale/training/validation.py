@@ -1,8 +1,8 @@
-"""Held-out images during training: their negative log-likelihood under averaged weights, exact over ranks.
+"""Validation during training: the negative log-likelihood of held-out images under averaged weights.
 
 Each rank takes a range of the images. Every rank makes the same number of forward passes, because at ZeRO stage 3 each
-pass gathers weights; images that only fill up a pass do not count. Noise is a function of the sample, the same every
-time.
+pass gathers weights. A rank without images left runs the pass on an arbitrary image and ignores the result, so each
+image counts once. Noise depends only on the sample, so it is the same in every validation.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tarflow_scale.training.noise import conditions, model_input
 __all__ = ["Validation"]
 
 _NOISE_SEED = 0x76616C6964
-"""Not the run's, so that runs can be compared."""
+"""Seed of the noise. It is the same for all runs, so that their losses can be compared."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Validation:
 
     Args:
         shards: the data set.
-        every_images: images between two validations.
-        num_images: the first images of the data set, which are used.
-        batch_size: images of a forward pass.
-        pixels: how stored pixels become floats.
-        conditional: whether the flow takes labels, or the conditions of vectors.
+        every_images: number of training images between two validations.
+        num_images: number of images that are used, from the start of the data set.
+        batch_size: number of images per forward pass.
+        pixels: conversion of stored pixels to floats.
+        conditional: whether the flow takes labels or other conditions.
     """
 
     shards: ShardSet
@@ -59,8 +59,8 @@ class Validation:
         """Open the data set.
 
         Raises:
-            DataError: it cannot be read, or its images or classes differ from the training data ``like`` at
-                ``data_path``.
+            DataError: the data set cannot be read, or its classes or kind of samples differ from the training data
+                (manifest ``like``, path ``data_path``).
         """
         shards = ShardSet(config.path, config.verify)
         for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
@@ -75,7 +75,7 @@ class Validation:
         return cls(shards, config.every_images, num_images, batch_size, pixels, conditional)
 
     def nats_per_dim(self, engine: Engine, averages: WeightAverages) -> float:
-        """Mean over images, in nats per dimension, on every rank; all ranks must call."""
+        """Mean negative log-likelihood of the images in nats per dimension, equal on all ranks; all ranks must call."""
         share = -(-self.num_images // world_size())
         low = min(rank() * share, self.num_images)
         high = min(low + share, self.num_images)

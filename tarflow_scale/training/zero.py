@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, and the parameters that it treats differently."""
+"""DeepSpeed's configuration, and the number of parameters that DeepSpeed communicates in bf16."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from tarflow_scale.errors import ConfigError
 __all__ = ["deepspeed_config", "model_size"]
 
 _SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""DeepSpeed's list of modules, which does not include their subclasses (``runtime/torch_autocast.py``, 0.19.8)."""
+"""DeepSpeed communicates the parameters of these modules, but not of subclasses, in bf16 (0.19.8,
+``runtime/torch_autocast.py``)."""
 _PERSISTENT_ELEMENTS = 100_000
-"""Smaller parameters stay complete on every rank at stage 3; each is at most a hundredth of the model."""
+"""Stage 3 partitions only parameters with more elements than this; in small models the limit is 1 % of all elements."""
 
 
 def deepspeed_config(
@@ -24,17 +25,17 @@ def deepspeed_config(
     num_parameters: int,
     ranks: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for the sections. No value is ``auto``; each number has one source.
+    """DeepSpeed's configuration, computed from sections of our configuration. No value is ``auto``.
 
     Args:
         optimizer: the section ``optimizer``.
         training: the section ``training``.
         parallelism: the section ``parallelism``.
-        num_parameters: parameters of the flow; reduction buckets are no larger, because DeepSpeed allocates them whole.
+        num_parameters: number of parameters of the flow; no bucket is larger, because buckets are allocated in full.
         ranks: world size.
 
     Raises:
-        ConfigError: the global batch is not a multiple of micro batch times ranks.
+        ConfigError: the global batch size is not a multiple of micro batch size times ranks.
     """
     batch, micro = training.global_batch_size, training.micro_batch_size
     if batch % (micro * ranks):
@@ -88,7 +89,7 @@ def _zero_section(parallelism: ParallelismConfig, num_parameters: int) -> dict[s
 
 
 def model_size(flow: nn.Module) -> ModelSize:
-    """Count the parameters of a flow, which may be on the meta device."""
+    """Count the parameters of a flow, and those that are communicated in bf16. The flow may be on the meta device."""
     return ModelSize(
         parameters=sum(p.numel() for p in flow.parameters()),
         low_precision=sum(

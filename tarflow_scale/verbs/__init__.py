@@ -1,4 +1,5 @@
-"""The commands. A verb is a module, or a package: ``driver`` runs it, ``job`` has its parts, ``worker`` runs on Ray.
+"""The verbs of the command line. Each verb is a module or a package.
 
-No verb imports another; the command line imports only the verb that was called.
+In a package, ``driver`` runs the verb, ``job`` divides it into parts, and ``worker`` runs on Ray. No verb imports
+another verb; the command line imports only the verb that was called.
 """

@@ -1,15 +1,16 @@
 """Verb ``convert``: turn a model that another project published into files of this package, and register it.
 
-A flow is the ``.pth`` of apple/ml-tarflow: read its tensors without running code, infer every size, rename, and write
-``model.safetensors`` and ``config.json``. The tensors do not tell the noise of the training, so it is configured. A
-registered flow also needs the manifest of its data set, so that it can be evaluated and sampled like any other.
+A flow is the ``.pth`` file of apple/ml-tarflow. Read its tensors without running code, infer all sizes, rename the
+tensors, and write ``model.safetensors`` and ``config.json``. The file does not say which noise was used in training, so
+the configuration must state it. To register a version, the manifest of its training data is also needed, because
+evaluations check their data against it.
 
-An autoencoder is a folder of diffusers or the files of taef2; it becomes ``autoencoder.safetensors`` and
-``autoencoder.json``, which `encode` reads from the registry.
+An autoencoder is a folder of diffusers, or the two files of taef2. It becomes ``autoencoder.safetensors`` and
+``autoencoder.json``, which the verb ``encode`` reads from the registry.
 
-Reads ``weights.path``, and the manifest at ``data.path`` to register; or ``autoencoder.path``. Writes ``output.path``
-and an event. Refuses a file that would run code, that does not hold such a model or that has numbers which are not
-finite, and a folder that holds another model. Running the same command again changes nothing.
+Reads ``weights.path`` and, to register, the manifest at ``data.path``; or ``autoencoder.path``. Writes the folder
+``output.path`` and an event. It is an error if a file would run code, is not such a model or has non-finite values, or
+if the folder contains another model. Running the same command again changes nothing.
 """
 
 from torch import nn
@@ -34,10 +35,10 @@ _BIT_DEPTH = 8
 
 
 def run(config: ConvertConfig, dry_run: bool) -> None:
-    """Read, check, write, register.
+    """Convert the weights, write the flow, and register it if a registry is set.
 
     Raises:
-        DataError: the file does not hold a TarFlow, or the folder no autoencoder, or the output folder another model.
+        DataError: the file is not a TarFlow, the folder is not an autoencoder, or the output folder holds another model.
         ConfigError: the model does not fit its data set.
     """
     digest = storage.digest(canonical_json(config.model_dump(mode="json")))
@@ -98,7 +99,7 @@ def _write(path: str, files: dict[str, bytes]) -> None:
 
 
 def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
-    """The data set of the version; it must fit the model."""
+    """Describe the data set that the model was trained on, and check that it fits the model."""
     if manifest.event.shape != flow.event_shape or (flow.num_classes or 0) not in (0, manifest.num_classes):
         classes = flow.num_classes or "any number of"
         raise ConfigError(

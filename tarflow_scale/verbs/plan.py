@@ -1,7 +1,7 @@
 """Verb ``plan``: memory, speed and cost of a recipe on GPUs, computed without a GPU.
 
-It reads only the manifest of the data set. With ``--image-size`` and ``--classes`` it does not read even that, so a
-run can be planned before its data are packed. The arithmetic is in `tarflow_scale.capacity`.
+It reads only the manifest of the data set. With ``--image-size`` and ``--classes`` it needs no data set, so a run can
+be planned before its data are packed. The arithmetic is in `tarflow_scale.capacity`.
 """
 
 import math
@@ -54,7 +54,7 @@ def run(config: PlanConfig, dry_run: bool) -> None:
 
 
 def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
-    """Sizes of images and model, from the flags if they say, else from the manifest."""
+    """Sizes of the images and the model, from the flags if ``--image-size`` is given, else from the manifest."""
     crop = data.augmentation.crop_pixels
     if asked.image_size is not None:
         if model.class_conditional and not asked.classes:

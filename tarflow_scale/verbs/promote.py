@@ -2,9 +2,9 @@
 
 Read the gate and its protocols. Compare the reports of the version with the bounds, with the version that has the alias
 and, if ``gate.against`` is set, with a version of another model. Print a table of the requirements. Move the alias if
-all requirements hold and no other process moved it meanwhile. ``registry.version=latest`` is the newest version that
-has the numbers that the gate requires; newer versions without them are skipped and named. Neither torch nor Ray is
-imported.
+all requirements hold and no other process moved it meanwhile. ``registry.version=latest`` selects the newest version
+with all numbers that the gate requires; newer versions that lack a number are skipped and listed. Neither torch nor Ray
+is imported.
 
 Reads ``gate.path``, its protocols and the log of the model; writes one event or nothing. If the gate refuses, the exit
 code is 2. ``--override REASON`` moves the alias anyway, and stores the decision and the reason. There is nothing to
@@ -28,7 +28,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
     """Decide, print the decision, and move the alias.
 
     Raises:
-        ConfigError: ``gate.against`` is the version itself, or no requirement of the gate compares versions.
+        ConfigError: ``gate.against`` is set, but names the version itself, or no requirement compares versions.
         RegistryError: the version does not exist or is retired, or another process moved the alias.
         PromotionRefused: the gate refuses, and there is no override.
     """
@@ -73,10 +73,11 @@ def _chosen(
     protocols: Protocols,
     holder: int | None,
 ) -> int:
-    """The version that ``reference`` names; for ``latest`` the newest version that has the numbers of the gate.
+    """The version with the number or alias ``reference``, or the version that ``latest`` selects.
 
-    ``latest`` is never a version older than ``holder``, the version that has the alias, because the alias must not move
-    back unnoticed. If no version has the numbers, it is the newest version, so that the table shows what is missing.
+    ``latest`` is the newest version with all numbers that the gate requires. It is never older than ``holder``, the
+    version that has the alias, so that the alias does not move back unnoticed. If there is no such version, ``latest``
+    is the newest version, and the table shows which numbers are missing.
     """
     newest = resolve(state, reference, registry.model).version
     if reference != "latest":
@@ -101,7 +102,7 @@ def _chosen(
 def _rival(
     registry_path: str, reference: GateRef, gate: GateConfig, protocols: Protocols, candidate: Contender
 ) -> Contender:
-    """The version of another model (``gate.against``) that the candidate must beat."""
+    """The version that the candidate must also beat: ``gate.against``, usually of another model."""
     if not any(requirement.must_beat_champion for requirement in gate.requirements):
         raise ConfigError(
             f"gate.against needs a requirement with must_beat_champion (got none in gate {gate.name}); add one to "
@@ -116,7 +117,7 @@ def _rival(
         registry.check_usable(state, version)
         rival = read_contender(registry, state, version)
     except RegistryError as error:
-        raise RegistryError(f"gate.against={against} cannot be compared with: {error}") from error
+        raise RegistryError(f"cannot compare the version with gate.against={against}: {error}") from error
     if rival.name == candidate.name:
         raise ConfigError(f"gate.against must be another version than the promoted one (got {against}); name another")
     return rival

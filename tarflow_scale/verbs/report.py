@@ -2,7 +2,7 @@
 
 Read leaderboards and their protocols, read the logs of all models, rank the numbers that share a protocol id, compare
 the best version with the champion, collect samples and loss curves, and write ``leaderboard.md`` and one self-contained
-``index.html``. Both begin with a sentence for each leaderboard.
+``index.html``. Both begin with one sentence per leaderboard.
 
 Reads ``report.leaderboards``, ``report.registries``, ``report.gate``, and the folders ``report.runs`` and
 ``report.generated``, all of them optional; writes into ``report.path``. Numbers with different protocol ids on one
@@ -57,7 +57,7 @@ def _each_once(paths: Sequence[str]) -> list[str]:
 
 
 def _answers(rankings: list[Ranking], words: dict[str, Word]) -> list[str]:
-    """A sentence for each leaderboard. The decision of the gate on a version is only in the first sentence about it."""
+    """One sentence per leaderboard. The first sentence about a version also contains the gate's decision on it."""
     sentences: list[str] = []
     mentioned: set[str] = set()
     for ranking in rankings:
@@ -79,7 +79,7 @@ def _entries(registry: str) -> list[Entry]:
 def _ranking(path: str, entries: list[Entry]) -> Ranking:
     board = load_named(LeaderboardConfig, path, "leaderboard", "report.leaderboards")
     ranking = rank(board, load_protocol(board.protocol, f"protocol of leaderboard {board.name}"), entries)
-    if not ranking.ours:  # only a warning, because it may be that nothing is evaluated yet
+    if not ranking.ours:  # only a warning, because perhaps nothing is evaluated yet
         models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
         wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
         warnings.warn(
@@ -97,7 +97,7 @@ def _contender(row: Row) -> Contender:
 
 
 def _lead(ranking: Ranking) -> Lead | None:
-    """Compare the best version with the champion, or with the next best version if it is the champion itself."""
+    """Compare the best version with the champion. If the best is the champion, or none exists, use the second best."""
     best, *worse = ranking.ours or [None]
     champion = champion_of(ranking)
     other = champion if champion is not None and champion is not best else next(iter(worse), None)
@@ -107,7 +107,7 @@ def _lead(ranking: Ranking) -> Lead | None:
 
 
 def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
-    """The decision on the best version: the one in the log, or a new one by ``report.gate``; None without a gate."""
+    """The gate's decision on the best version: from the log, else by ``report.gate``; None if neither is available."""
     best = next(iter(ranking.ours), None)
     if best is None or best.entry is None or best.version is None:
         return None
@@ -129,7 +129,7 @@ def _word(ranking: Ranking, gate_path: str | None) -> Word | None:
 
 
 def _grids(rankings: list[Ranking]) -> dict[str, bytes]:
-    """The sample grids of all rows by SHA-256, which is verified."""
+    """Read the sample grids of all rows and verify their digests; returns them by SHA-256."""
     grids: dict[str, bytes] = {}
     for ranking in rankings:
         for row in ranking.ours:
@@ -148,7 +148,7 @@ def _run(path: str) -> Run:
 
 
 def _generated(path: str) -> Picture | None:
-    """The first samples of a data set that ``generate`` wrote. If there are none yet, warns and returns None.
+    """The picture of the first samples that ``generate`` wrote. If there is none yet, warn and return None.
 
     Raises:
         DataError: the plan is damaged.

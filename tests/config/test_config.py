@@ -246,8 +246,8 @@ def test_no_configuration_at_all_says_where_there_are_some() -> None:
         ),
         (
             ["model={kind: continuous, solver: rk4, num_steps: 501}", "training.seed=1"],
-            "model: max_evaluations must not be below the evaluations of num_steps (got 2000, and 501 steps of rk4 take "
-            "2004); raise it",
+            "model: max_evaluations must be enough for num_steps (got 2000, and 501 steps of rk4 need 2004 evaluations); "
+            "raise it",
         ),
         (
             ["model={kind: nice}", "logging.preview_guidance=1"],

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tarflow_scale.config.model import GlowConfig
 from tarflow_scale.density import (
     attribute_direction,
     classify,
@@ -13,7 +14,7 @@ from tarflow_scale.density import (
     log_prob_of_labels,
     marginal_log_prob,
 )
-from tarflow_scale.flows import Flow
+from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat
 from tests.flows.catalogue import FLOWS
 
@@ -98,3 +99,14 @@ def test_moves_of_images_on_another_scale_are_refused_and_labels_may_be_names() 
     y = torch.tensor([1, 1])
     assert torch.equal(edited(made, x, direction, 0.5, "roses"), edited(made, x, direction, 0.5, y))
     assert torch.equal(interpolated(made, x[0], x[1], 3, "roses"), interpolated(made, x[0], x[1], 3, y[:1]))
+
+
+def test_interpolation_takes_one_condition_of_numbers() -> None:
+    torch.manual_seed(0)
+    made = build(GlowConfig(levels=1, steps_per_level=2, width=8), (1, 4, 4), None, num_conditions=2).double().eval()
+    x = images(2, made)
+    made.train().initialize(x, torch.zeros(2, 2, dtype=torch.float64))
+    made.eval()
+    given = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    between = interpolated(made, x[0], x[1], 3, given)
+    assert torch.allclose(between[[0, 2]], x, atol=1e-8)

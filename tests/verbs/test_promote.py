@@ -230,12 +230,14 @@ def test_a_rival_that_cannot_be_compared_with_is_one_line(world: World, capsys: 
     assert "glow@1 has no number with the same protocol id; evaluate it on the same reference" in captured.out
     assert "does not pass gate g" in captured.err
     assert refusal(world, "glow@champion", capsys) == (
-        "gate.against=glow@champion cannot be compared with: no alias 'champion' of glow (there is none); promote "
-        "a version first, or name one, such as latest"
+        "cannot compare the version with gate.against=glow@champion: no alias 'champion' of glow (there is none); "
+        "promote a version first, or name one, such as latest"
     )
     assert "no version 7 of glow (there are 1)" in refusal(world, "glow@7", capsys)
     glow.retire(1, "broken")
-    assert "gate.against=glow@1 cannot be compared with: glow@1 was retired on" in refusal(world, "glow@1", capsys)
+    assert "cannot compare the version with gate.against=glow@1: glow@1 was retired on" in refusal(
+        world, "glow@1", capsys
+    )
     assert "model 'glow' has no version" in refusal(world, "glow@latest", capsys)
     assert "no model 'nice' in the registry" in refusal(world, "nice@1", capsys)
     assert refusal(world, "realnvp@1", capsys) == (
@@ -257,7 +259,7 @@ def test_a_rival_whose_numbers_are_damaged_is_one_line(world: World, capsys: pyt
     content = blob.read_bytes()
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     line = refusal(world, "glow@1", capsys)
-    assert line.startswith("gate.against=glow@1 cannot be compared with: numbers of each image of glow")
+    assert line.startswith("cannot compare the version with gate.against=glow@1: numbers of each image of glow")
 
 
 def test_a_gate_in_which_no_rival_can_be_beaten_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

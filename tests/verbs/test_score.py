@@ -245,8 +245,8 @@ def test_images_that_the_model_cannot_score_are_refused(
     (other / "manifest.json").write_text(json.dumps(manifest | {"bit_depth": 8}))
     assert cli.main(arguments(trained, tmp_path / "out", other)) == 2
     assert capsys.readouterr().err == (
-        "tarflow-scale: error: small@1 scores (1, 8, 8) images of 4 bits (got (1, 8, 8) of 8 in digits/test); pack "
-        "alike\n"
+        "tarflow-scale: error: small@1 scores 1x8x8 images, 4 bit (got 1x8x8 images, 8 bit in digits/test); pack "
+        "images of the model's size and bit depth\n"
     )
     assert not (tmp_path / "out").exists()
 

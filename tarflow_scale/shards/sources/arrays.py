@@ -1,4 +1,4 @@
-"""Sources whose images are arrays in memory: CIFAR and MNIST."""
+"""Base class of the sources that hold all images in memory: CIFAR and MNIST."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,9 @@ class ArraySource(ImageSource):
     Args:
         name: name of the data set.
         description: where the images came from, for the manifest.
-        class_names: names of the classes; if empty, the labels are the names.
+        class_names: names of the classes; if empty, each class is named by its number.
         train: training images ``(n, C, H, W)`` uint8, and their labels ``(n,)``.
-        test: test images and labels, likewise.
+        test: test images and labels, in the same form.
     """
 
     def __init__(
@@ -39,5 +39,5 @@ class ArraySource(ImageSource):
         return self._images[number]
 
     def origin(self, number: int) -> str:
-        """Split, and number of the image in the split: ``train/17``, ``test/3``."""
+        """Split and number of the image within the split: ``train/17``, ``test/3``."""
         return f"train/{number}" if number < self._num_train else f"test/{number - self._num_train}"

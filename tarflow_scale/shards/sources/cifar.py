@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100, as pickles or binary files (www.cs.toronto.edu/~kriz/cifar.html).
 
 The pickles are read by an unpickler that accepts only containers, strings, numbers and NumPy arrays of numbers, so that
-no file can run code. It does not call NumPy's own unpickling, which trusts a pickled dtype that claims to have no
-pointers.
+no file can run code. It does not call NumPy's unpickling code, because a forged dtype can make that code treat bytes
+from the file as pointers.
 """
 
 import io
@@ -27,7 +27,7 @@ __all__ = ["CifarSource", "restricted_unpickle"]
 _SIDE = 32
 _NUM_VALUES = 3 * _SIDE * _SIDE
 _MAX_ARCHIVE_BYTES = 1 << 29
-"""Limit of the unpacked size; CIFAR has 186 MB."""
+"""Maximum unpacked size; CIFAR unpacks to 186 MB."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class _Format:
 
     Args:
         name: name of the data set.
-        train, test: names of the files of images.
-        names: name of the file of class names.
-        label_key, names_key: keys of labels and class names in pickles.
-        label_bytes: label bytes in a row of a binary file, of which the last is the label; 0 for pickles.
-        num_classes: number of classes in binary files, whose labels could be any byte.
+        train, test: names of the files that contain images.
+        names: name of the file that lists the class names.
+        label_key, names_key: keys of the labels and of the class names in pickles.
+        label_bytes: number of label bytes per row of a binary file; the last one is the label. 0 for pickles.
+        num_classes: number of classes, to check the labels in binary files.
     """
 
     name: str
@@ -70,10 +70,10 @@ _FORMATS = (
 
 
 class CifarSource(ArraySource):
-    """CIFAR-10, or CIFAR-100 with its fine labels; with the official split.
+    """CIFAR-10, or CIFAR-100 with fine labels; both have the official split.
 
     Args:
-        path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` of them.
+        path: folder (or URL) of the pickles or binary files, or the ``.tar.gz`` that contains them.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -163,7 +163,7 @@ def _class_names(files: Mapping[str, bytes], form: _Format) -> tuple[str, ...]:
 
 
 def _value(mapping: Any, key: bytes) -> Any:
-    """Value of a key that Python 2 (bytes) or Python 3 (text) wrote; None if the key is missing."""
+    """Value of a key, which is bytes in Python 2 pickles and text in Python 3 pickles; None if the key is missing."""
     return mapping.get(key, mapping.get(key.decode())) if isinstance(mapping, dict) else None
 
 
@@ -177,7 +177,7 @@ class _PlainType:
         self.plain = np.dtype(text)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Read the byte order from ``(version, byte order, ...)``; the rest describes structured types."""
+        """Read the byte order from ``(version, byte order, ...)``; the rest, for structured types, is ignored."""
         order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"an array has the byte order {order!r:.40}")
@@ -215,14 +215,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def restricted_unpickle(content: bytes, origin: str) -> Any:
-    """Read a pickle of an array, or of a dictionary whose values may be arrays; strings of Python 2 become bytes.
+    """Read a pickle of an array, or of a dictionary with arrays as values; Python 2 strings become bytes.
 
     Args:
         content: the pickle.
         origin: name of the file, for messages.
 
     Raises:
-        DataError: the content is not a pickle, or has anything but containers, strings, numbers and arrays of numbers.
+        DataError: the content is not a pickle, or contains anything other than containers, strings, numbers and
+            arrays of numbers.
     """
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()

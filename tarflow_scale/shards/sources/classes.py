@@ -1,4 +1,4 @@
-"""Labels and classes: labels are numbers or text in members, columns and tables; class names come from them."""
+"""Read labels (numbers or text) from tar members, columns and tables, and derive class names and class numbers."""
 
 import csv
 import io
@@ -28,20 +28,20 @@ __all__ = [
 ]
 
 _MAX_LABEL = 2**20
-"""No data set has that many classes. A larger label is a mistake, and would need as many class names."""
+"""Largest valid label. A larger label is most likely a mistake; accepting it would create that many class names."""
 _KEY_COLUMNS = ("label", "id", "class", "class_id", "label_id", "wnid", "synset", "index")
-"""Names that the first column of a table of class names has, if the table has a header."""
+"""Possible headers of the first column in a table of class names."""
 
 
 def as_label(value: Any, origin: str) -> int | str | None:
-    """A label as a number from 0, or as text; None for -1, which usually means no label.
+    """Convert a label to a non-negative integer or to text; return None for -1, which usually means "no label".
 
     Args:
         value: a number, or text with or without white space around it.
         origin: name of the sample, for messages.
 
     Raises:
-        DataError: the value is not a label: it is a list, a fraction, or empty text.
+        DataError: the value is not a valid label: for example, a list, a fraction, empty text, or too large a number.
     """
     label = value.decode(errors="replace") if isinstance(value, bytes) else value
     if isinstance(label, np.integer):
@@ -65,10 +65,10 @@ def as_label(value: Any, origin: str) -> int | str | None:
 
 
 def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names of a source whose labels are numbers without names: ``0`` to the highest label.
+    """Class names for labels that are numbers without names: ``0`` to the highest label.
 
     Raises:
-        DataError: there would be more than a million.
+        DataError: a label is larger than `_MAX_LABEL`, about a million.
     """
     highest = int(labels.max(initial=0))
     if highest > _MAX_LABEL:
@@ -79,18 +79,18 @@ def numbered_classes(labels: NDArray[np.int64]) -> tuple[str, ...]:
 def classes_of_labels(
     labels: Sequence[int | str | None], names_path: str | None, origin: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The class names of a source, and the class number of each image, ``(n,)``; without labels, no names and zeros.
+    """The class names of a source, and the class number of each image, ``(n,)``.
 
     Labels that are numbers are the class numbers. Labels that are text are numbered in alphabetical order, or in the
-    order of the table of class names.
+    order of the table of class names. If there are no labels, there are no names and all numbers are 0.
 
     Args:
-        labels: label of each image; either all of them are None, or none is.
+        labels: label of each image; None for all images if there are no labels.
         names_path: path of the table of class names (see `read_label_names`); None if there is none.
         origin: the source, for messages.
 
     Raises:
-        DataError: numbers and text are mixed, or the table does not have a label.
+        DataError: numbers and text are mixed, or a label is not in the table.
     """
     present = [label for label in labels if label is not None]
     if not present:
@@ -130,10 +130,10 @@ def refuse_mixture(labels: Sequence[int | str | None], origin: str) -> None:
 
 
 def read_label_names(path: str | None) -> dict[int | str, str] | None:
-    """Read the names of classes by label, in the order of the file; None without a file.
+    """Read a table of class names; returns names by label, in the order of the file, or None if ``path`` is None.
 
     A JSON list names the labels 0, 1, ..; a JSON mapping is ``{label: name}`` or ``{name: number}``. Any other file has
-    a row ``label,name`` for each class, perhaps below a header, or one name per line.
+    a row ``label,name`` for each class, with or without a header, or one name per line.
 
     Raises:
         DataError: the file does not exist, has another format, or names a label twice.
@@ -180,7 +180,9 @@ def parse_json(content: bytes, origin: str) -> Any:
 
 
 def rows_of(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a text table; the separator is the first of tab, comma, semicolon and bar that all rows have, or a blank.
+    """Rows of a text table.
+
+    The separator is the first of tab, comma, semicolon and ``|`` that occurs in every row, or else white space.
 
     Raises:
         DataError: the content is not UTF-8 text.
@@ -200,12 +202,12 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """Warnings about class names that are nearly equal, classes without images, and classes that one split lacks.
+    """Warnings about class names that differ only by case or Unicode form, and classes missing in one or all splits.
 
     Args:
         class_names: names of the classes, in the order of their labels.
         labels: label of each image, ``(n,)``.
-        official: index in ``packed`` of the split of each image, ``(n,)``; None without an official split.
+        official: split of each image, as an index into ``packed``, ``(n,)``; None if there is no official split.
         packed: names of the splits.
     """
     lines: list[str] = []

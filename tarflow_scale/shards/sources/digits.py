@@ -14,8 +14,8 @@ __all__ = ["DigitsSource"]
 class DigitsSource(ImageSource):
     """Scikit-learn's handwritten digits: 1,797 images of 8x8 pixels in 10 classes.
 
-    A pixel counts the dark pixels, 0 to 16, in a 4x4 cell of the scan. 16 is capped to 15, so that pixels have 4 bits;
-    the level v is stored as the byte 17 v.
+    Each pixel is the number of dark pixels (0 to 16) in a 4x4 cell of the scan. The value 16 is capped to 15, so that
+    pixels have 4 bits; a value v is stored as the byte 17 v.
     """
 
     def __init__(self) -> None:

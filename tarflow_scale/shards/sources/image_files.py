@@ -25,17 +25,17 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 class _FileSource(EncodedSource):
-    """Images in named files, whose splits and classes `lay_out` finds."""
+    """Images in named files; `lay_out` finds their splits and classes."""
 
     _separator: str
-    """Stands between the path of the source and the name of a file."""
+    """Text between the path of the source and the name of a file."""
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
         self._path = config.path or ""
 
     def _set_images(self, files: Sequence[str], split: SplitConfig, kind: str) -> bool:
-        """Find the images among ``files``; returns whether a table or the configuration names their classes."""
+        """Find the images among ``files``; returns whether a label table or ``source.label_names`` is used."""
         images = lay_out(files, self._read, self._names_in, self._config, split, self._path)
         self._names, self.labels, self.official = images.names, images.labels, images.official
         self.class_names, self.ignored, self.lines = images.class_names, images.ignored, images.lines
@@ -43,15 +43,15 @@ class _FileSource(EncodedSource):
         return images.by_table or bool(self._config.label_names)
 
     def encoded(self, number: int) -> bytes:
-        """The file of image ``number``."""
+        """Content of the file of image ``number``."""
         return self._read(self._names[number])
 
     def origin(self, number: int) -> str:
-        """Path below the folder, or in the zip."""
+        """Path of image ``number`` below the folder or in the zip."""
         return self._names[number]
 
     def place(self, number: int) -> str:
-        """Path or URL of the file; of a zip, followed by the member."""
+        """Path or URL of the file; for a zip, path or URL of the zip, and the member."""
         return self._place(self._names[number])
 
     def _place(self, name: str) -> str:
@@ -62,7 +62,7 @@ class _FileSource(EncodedSource):
 
     @abstractmethod
     def _names_in(self, folder: str) -> Iterable[str]:
-        """Names of the files and folders directly in a folder, of empty folders too."""
+        """Names of the files and folders (also empty ones) directly in a folder."""
 
 
 class FolderSource(_FileSource):
@@ -102,7 +102,7 @@ class FolderSource(_FileSource):
 
 
 class ZipSource(_FileSource):
-    """Images in a zip, with the rules of `FolderSource`; of a zip at a URL, only the needed ranges are read."""
+    """Images in a zip, with the same rules as `FolderSource`. From a URL, only the needed byte ranges are read."""
 
     _separator = ":"
 
@@ -119,7 +119,7 @@ class ZipSource(_FileSource):
         self._settle_shape()
 
     def _read(self, name: str) -> bytes:
-        """A member, whose CRC the zip checks."""
+        """Read a member; `zipfile` checks its CRC."""
         archive = self._open()
         size = archive.getinfo(name).file_size
         if size > _MAX_MEMBER_BYTES:

@@ -1,4 +1,4 @@
-"""Downsampled ImageNet as published (Chrabaszcz et al., arXiv 1707.08819)."""
+"""Downsampled ImageNet in its published format (Chrabaszcz et al., arXiv 1707.08819)."""
 
 import hashlib
 import math
@@ -25,14 +25,14 @@ class DownsampledImageNetSource(ImageSource):
     """ImageNet at 8 to 64 pixels, from ``train_data_batch_*.npz`` and ``val_data.npz``, with the official split.
 
     Each file contains ``data (n, 3 S S)`` uint8 and ``labels`` from 1 to 1000. The images are unpacked into temporary
-    files, which are mapped into memory, so that reading in any order needs little memory. The temporary files are in
-    ``TMPDIR``, are as large as the data, and are deleted when the process ends.
+    files, which are memory-mapped, so that random access needs little memory. The temporary files are in ``TMPDIR``,
+    are as large as the data, and are deleted when the process ends.
 
     Args:
         path: folder or URL of the files.
 
     Raises:
-        DataError: a file is missing or damaged, or does not belong there.
+        DataError: a file is missing or damaged, or there is another ``.npz`` file.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,7 +76,7 @@ class DownsampledImageNetSource(ImageSource):
         return np.array(file.rows()[row]).reshape(3, self._side, self._side)
 
     def origin(self, number: int) -> str:
-        """File and row."""
+        """Name of the file, and row of image ``number``."""
         file, row = self._row_of(number)
         return f"{file.name}/{row}"
 
@@ -90,7 +90,7 @@ def _batch_number(name: str) -> int:
 
 
 class _Mapped:
-    """The array ``data`` of an ``.npz``, mapped into memory, and the array ``labels``."""
+    """The arrays ``data`` (memory-mapped) and ``labels`` of an ``.npz``."""
 
     def __init__(self, location: str) -> None:
         self.name = location.rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""Names of files that operating systems and programs leave among images, and kinds of files for reports."""
+"""Recognize files that operating systems and programs leave among images, and count ignored files by kind."""
 
 import re
 from collections import Counter
@@ -20,9 +20,9 @@ def junk_kind(path: str) -> str | None:
 
 
 def sort_files(paths: Sequence[str], suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
-    """Choose the files with one of the suffixes, in any case; count all other files and all hidden files by kind.
+    """Choose the files with one of the suffixes, ignoring case; count all other files and all hidden files by kind.
 
-    The kind of a file is its `junk_kind`, else its extension as ``*.txt``, else its name.
+    The kind of a file is its `junk_kind`, or else its extension, such as ``*.txt``, or else its name.
     """
     chosen = [path for path in paths if path.lower().endswith(suffixes) and junk_kind(path) is None]
     ignored: Counter[str] = Counter()

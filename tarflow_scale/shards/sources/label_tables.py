@@ -1,8 +1,8 @@
-"""Tables of labels among image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
+"""Label tables stored beside image files: ``dataset.json``, ``val_annotations.txt``, ``labels.csv`` and others.
 
-A table labels the images below its folder. It names an image by its path below that folder, by its file name, or by its
-file name without the extension. A table with a usual name is used if the images have no class folders; ``dataset.json``
-and the table that ``source.label_table`` names are always used.
+A table labels the images below its folder. It refers to an image by its path below that folder, or by its file name
+with or without the extension. If ``source.label_table`` is set, only tables that match it are used. Otherwise, tables
+are recognized by name: ``dataset.json`` is always used, other tables only if the images have no class folders.
 """
 
 import json
@@ -31,12 +31,12 @@ class LabelTables:
         files: paths of all files of the source.
         read: reads the file at a path.
         config: the settings ``label_table`` and ``label_column``.
-        split: whether names mean splits.
+        split: its setting ``by_name`` says whether columns that define splits are refused.
         where: path of the source, for messages.
 
     Attributes:
         lines: lines to be printed: which tables are used, and which are not.
-        used: whether a table labels images.
+        used: whether the labels of any images come from a table.
 
     Raises:
         DataError: no file matches ``source.label_table``.
@@ -103,7 +103,7 @@ class LabelTables:
         return labels
 
     def _labels_by(self, name: str, paths: Sequence[str]) -> list[Label] | None:
-        """Labels that a table gives the images; None if it does not label them."""
+        """Labels of the images in a table; None if the table does not label them."""
         table = self._table(name)
         folder = name.rpartition("/")[0]
         below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
@@ -139,10 +139,10 @@ class LabelTables:
         return [table[keys[path]] for path in paths]
 
     def check(self) -> None:
-        """Check that the table that ``source.label_table`` names labels some images.
+        """If ``source.label_table`` is set, check that at least one table that matches it names images.
 
         Raises:
-            DataError: the table names no image of the source.
+            DataError: no image of the source is in these tables.
         """
         if self._pattern is not None and not self._matched:
             raise DataError(f"{self._names[0]} must name images of {self._where} (got none of them); correct it")
@@ -162,7 +162,7 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Labels by image name; None if the table has a usual name but no labels of images."""
+        """Labels by image name; None if the table is not used because it has no column of labels."""
         if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
@@ -195,7 +195,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path of ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None without labels."""
+    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if missing."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):
@@ -207,7 +207,7 @@ def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
 
 
 def _json_rows(content: bytes, origin: str) -> list[list[str]]:
-    """Rows of a file of JSON lines, below a row of column names."""
+    """Rows of a JSON Lines file; the first row contains the column names."""
     records = [parse_json(line, origin) for line in content.splitlines() if line.strip()]
     if not all(isinstance(record, dict) for record in records):
         raise DataError(f"lines of {origin} must be JSON objects (got {str(records[0])[:60]}); correct it")
@@ -226,7 +226,7 @@ def _unique(pairs: list[tuple[str, object]], origin: str) -> dict[str, Label]:
 
 
 def _key_of(path: str, folder: str, table: dict[str, Label]) -> str | None:
-    """The name under which a table has an image; None if the table does not name the image."""
+    """The name by which a table refers to an image; None if the image is not in the table."""
     below = path.removeprefix(f"{folder}/") if folder else path
     base = path.rpartition("/")[2]
     candidates = (below, path, base, below.rpartition(".")[0], base.rpartition(".")[0])

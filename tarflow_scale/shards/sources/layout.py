@@ -4,8 +4,9 @@
 2. Splits come from the patterns of the configuration; else from the folders at the top (``train/cat/1.png``); else from
    the folders below the classes (``cat/train/1.png``); else from the file names, if all of them name a split
    (``train_1.png``). `splits` says which names mean a split.
-3. Classes come from a label table (see `label_tables`), else from the first remaining folder
-   (``train/cat/images/1.png``). A folder such as ``images`` is not a class unless there are folders beside it.
+3. Classes come from a label table (see `label_tables`), else from the first folder of a path that is neither skipped
+   nor a split: ``cat`` in ``train/cat/images/1.png``. A folder such as ``images`` is not a class unless there are
+   folders beside it.
 4. An ambiguous layout is refused. The message names the setting that decides.
 """
 
@@ -29,12 +30,12 @@ __all__ = ["ImageFiles", "lay_out"]
 
 _EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
 _CONTAINERS = ("images", "image", "imgs", "img", "jpegimages", "jpegs", "jpg", "png", "data", "photos", "pictures")
-"""Names of folders that contain the images of a split or class and do not name a class."""
+"""Names of folders that contain the images of a split or class, but are not classes."""
 _PARTS = (
     *_CONTAINERS,
     *("masks", "mask", "labels", "annotations", "segmentation", "groundtruth", "gt", "depth", "thumbs"),
 )
-"""Names of folders that, if they are beside each other, contain parts of the same samples."""
+"""Names of sibling folders that contain parts of the same samples, such as images and masks."""
 _TWIN_ENDS = ("_mask", "_masks", "_seg", "_segmentation", "_label", "_gt", "_depth", "_thumb", "-mask", "-seg")
 
 
@@ -57,7 +58,7 @@ class ImageFiles:
         class_names: names of the classes, in the order of the labels; empty if there are no classes.
         official: split of each image, ``(n,)``; see `ImageSource`.
         lines: lines of text that are printed before packing.
-        words: description of the split for the manifest; empty if the source has no split.
+        words: description of the split for the manifest; empty if the source has no splits.
         ignored: number of files that are not packed, by kind.
         by_table: whether the labels come from a table and not from the paths.
     """
@@ -85,9 +86,9 @@ def lay_out(
     Args:
         files: paths of all files below the source, sorted.
         read: reads the file at a path.
-        names_in: lists the names of files and folders in a folder, of empty folders too.
+        names_in: lists the names of the files and folders (also empty ones) in a folder.
         config: the label table, its column of labels, and the table of class names.
-        split: the patterns, and whether names mean splits.
+        split: the patterns, and whether splits are also recognized by name.
         where: path of the source, for messages.
 
     Raises:
@@ -165,13 +166,13 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
 
 
 def _common_top(images: list[_Image], below: int) -> str:
-    """The top folder that contains all images; empty if there is none, or an image has at most ``below`` parts."""
+    """The top folder that contains all images; empty if there is none, or if any path has at most ``below`` parts."""
     tops = {image.parts[0] if len(image.parts) > below else "" for image in images}
     return tops.pop() if len(tops) == 1 else ""
 
 
 def _skip_top_folders(images: list[_Image]) -> list[str]:
-    """Drop the top folder if it contains all images, and repeat; returns a line about the dropped folders."""
+    """Drop top folders that contain all images and are not named after a split; returns a line about these folders."""
     dropped: list[str] = []
     while (top := _common_top(images, 2)) and splits.role_of(top) is None:
         dropped.append(top)
@@ -181,7 +182,7 @@ def _skip_top_folders(images: list[_Image]) -> list[str]:
 
 
 def _recognize(images: list[_Image], where: str) -> list[str]:
-    """Set the split of each image that no pattern matched, from its folders or its name."""
+    """Set the split of each image that no pattern matched, from its folders or its file name."""
     undecided = [image for image in images if image.role is None]
     lines: list[str] = []
     for level in (0, 1):
@@ -199,7 +200,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The split of each of the folders beside each other, if they are splits; else none, and perhaps a warning."""
+    """The split of each sibling folder by name, or an empty dict if they are not splits; and a list of warnings."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]
@@ -271,7 +272,7 @@ def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
 
 
 def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
-    """Drop folders within splits that are neither splits nor classes: ``train/train/cat``, ``val/images``."""
+    """Drop folders that contain all images of a split but are no class, such as ``train/train/cat``, ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
@@ -309,8 +310,8 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
     below = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
     if len(classes) == 1 and len(below) > 1:
         raise DataError(
-            f"all images of {where} are in one class folder, {classes.pop()}, though there are folders below it "
-            f"({', '.join(sorted(below)[:3])}); set source.path to the folder of the classes"
+            f"all images of {where} are in one class folder, {classes.pop()}, but it has subfolders that may "
+            f"be the classes ({', '.join(sorted(below)[:3])}); set source.path to the folder of the class folders"
         )
     if split.by_name:
         _refuse_splits_among_classes(images, where)
@@ -319,7 +320,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse class folders that contain folders of the same name: they may be splits or domains above the classes."""
+    """Refuse a folder name that occurs in two class folders, or is itself a class: classes may be a level lower."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
@@ -351,7 +352,7 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
 def _numbered(
     labels: dict[str, int | str | None], config: SourceConfig, where: str
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names, and the class number of each image, from labels by path."""
+    """Compute the class names, and the class number of each image, from the label of each path."""
     missing = [path for path, label in labels.items() if label is None]
     if 0 < len(missing) < len(labels):
         raise DataError(

@@ -29,7 +29,7 @@ _IDX_NAMES = {
 }
 _IDX_UINT8 = 8
 _MAX_FILE_BYTES = 1 << 30
-"""Limit of the unpacked size; the largest known file in this format, from EMNIST, has 550 MB."""
+"""Maximum unpacked size; the largest known file in this format, from EMNIST, unpacks to 550 MB."""
 
 
 class MnistSource(ArraySource):
@@ -87,7 +87,7 @@ def read_idx(content: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def _read_idx(path: str, name: str, names: list[str]) -> NDArray[np.uint8]:
-    """Read the IDX file ``name``; a dot may stand before ``idx``, and ``.gz`` at the end."""
+    """Read the IDX file ``name``, which may be gzipped; its name may have a dot instead of a hyphen before ``idx``."""
     dotted = name.replace("-idx", ".idx")
     present = next((file for file in (name, dotted, f"{name}.gz", f"{dotted}.gz") if file in names), None)
     if present is None:

@@ -1,9 +1,9 @@
 """Parquet tables with image bytes, the format of Hugging Face data sets.
 
-One column contains the images, as ``struct<bytes, path>`` or as binary; another column contains the labels: numbers,
-text, or dictionaries. The metadata of the schema may have class names. Parquet compresses rows in groups, so they
-cannot be read one by one; therefore the images of the splits that are packed are first copied to one temporary file. It
-is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
+One column contains the images, as ``struct<bytes, path>`` or as binary. Another column contains the labels: numbers or
+text, plain or dictionary-encoded. The metadata of the schema may have class names. Parquet compresses rows in groups,
+so single rows cannot be read. Therefore, the images of the splits that are packed are first copied to a temporary file.
+This file is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
 """
 
 import hashlib
@@ -47,11 +47,11 @@ class _Table:
 
 
 class ParquetSource(EncodedSource):
-    """Rows of one ``.parquet`` file, or of all such files below a folder (or URL).
+    """Rows of one ``.parquet`` file, or of all ``.parquet`` files below a folder (or URL).
 
     Raises:
-        DataError: pyarrow is not installed; there are no tables; a table does not have exactly one column of images; or
-            the tables name their classes differently.
+        DataError: pyarrow is not installed; there are no tables; the column of images is missing or ambiguous; or the
+            tables name their classes differently.
     """
 
     def __init__(self, config: SourceConfig, split: SplitConfig) -> None:
@@ -90,7 +90,7 @@ class ParquetSource(EncodedSource):
         return storage.read_range(self._spool.path, int(self._ends[number]), int(self._ends[number + 1]))
 
     def origin(self, number: int) -> str:
-        """Table and row."""
+        """Name of the table, and row of image ``number``."""
         name, row = self._rows[number]
         return f"{name}/{row}"
 
@@ -132,7 +132,7 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
     """The class names of the tables, and the class number of each row.
 
     Raises:
-        DataError: the tables name different classes, or in another order.
+        DataError: the tables name different classes, or the same classes in different orders.
     """
     names = tables[0].class_names
     different = next((table for table in tables if table.class_names != names), None)
@@ -198,7 +198,7 @@ def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str 
 
 
 def _holds_images(table: Any, column: str) -> bool:
-    """Whether a column has a type that image bytes are stored in."""
+    """Whether the type of a column can hold image bytes."""
     import pyarrow as arrow
 
     kind = table.schema_arrow.field(column).type

@@ -1,4 +1,4 @@
-"""`ImageSource`, the interface of all sources of ``prepare``; `EncodedSource` brings image files to one shape."""
+"""`ImageSource`, the interface of all sources of ``prepare``; `EncodedSource`, the base of sources of image files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from tarflow_scale.shards.images import Reading, decode_image, image_size, reduc
 __all__ = ["BadImage", "EncodedSource", "ImageSource", "reading_of"]
 
 _SAMPLED = 64
-"""Number of images that are read before packing, to learn whether the source has colours, and the image size."""
+"""Number of images that are read before packing, to determine the image size and whether images have colours."""
 
 
 class BadImage(DataError):
@@ -23,16 +23,16 @@ class BadImage(DataError):
 
 
 def reading_of(config: SourceConfig) -> Reading:
-    """The settings of a source that say how image files become pixels."""
+    """The settings of a source that control how image files are decoded to pixels."""
     return Reading(orientation=config.orientation, transparency=config.transparency)
 
 
 class ImageSource(ABC):
-    """Labelled images that are read by number.
+    """Labelled images with random access: each image is read by its number.
 
-    A source knows its size, classes and format before it reads an image. It reads any single image by number, so that
-    `prepare` can split and order the images before it packs them. It can be pickled, so that worker processes can read
-    from it. Subclasses set the attributes in their constructor.
+    A source knows its size, classes and format before it reads an image. Therefore, `prepare` can split and order the
+    images before it packs them. A source can be pickled, so that worker processes can read from it. Subclasses set the
+    attributes in their constructor.
     """
 
     name: str
@@ -40,23 +40,23 @@ class ImageSource(ABC):
     description: str
     """Where the images came from, for the manifest."""
     class_names: tuple[str, ...]
-    """Names of the classes, in the order of their labels; empty without labels."""
+    """Names of the classes, in the order of their labels; empty if there are no labels."""
     labels: NDArray[np.int64]
-    """Label of every image, ``(n,)``; zeros without labels."""
+    """Label of every image, ``(n,)``; all zeros if there are no labels."""
     digest: str
-    """SHA-256 of the content of the source: a source that changes is another data set. Files that are not read before
-    packing, such as the files of a folder, count by name and size."""
+    """SHA-256 of the content of the source, so that a changed source results in a different data set. For files that
+    are not read before packing, such as the files of a folder, it covers only names and sizes."""
     version: str = ""
-    """Like `digest`, but also changes when a file is written again with the same size, so that a killed packing does
-    not resume with other images; empty if the digest covers this."""
+    """Like `digest`, but also changes if a file is rewritten with the same size, so that an interrupted packing does
+    not resume with different images. Empty if `digest` already detects such changes."""
     bit_depth: int = 8
-    """Number of high bits of a uint8 pixel that are data."""
+    """Number of bits per uint8 pixel that contain data; they are the most significant bits."""
     official: NDArray[np.int8] | None = None
-    """Split of every image as an index of `splits.PACKED`, ``(n,)``; None if the source has no official split."""
+    """Split of every image, as an index into `splits.PACKED`, ``(n,)``; None if the source has no official split."""
     reading: Reading | None = None
-    """How image files become pixels; None if the source does not read image files."""
+    """How image files are decoded to pixels; None if the source does not read image files."""
     is_remote: bool = False
-    """Whether every image is read from a store, so that parallel reads are faster."""
+    """Whether every image is read from a URL, so that parallel reads are faster."""
     ignored: Mapping[str, int] = MappingProxyType({})
     """Number of files of the source that are not read, by kind."""
     lines: Sequence[str] = ()
@@ -87,14 +87,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _image(self, number: int) -> NDArray[np.uint8]:
-        """Image ``number`` with all bits that the source has."""
+        """Image ``number`` at the full bit depth of the source."""
 
     def origin(self, number: int) -> str:
-        """The name of image ``number`` at its source."""
+        """The name of image ``number`` within the source."""
         return f"{self.name}/{number}"
 
     def keep_bits(self, bit_depth: int) -> None:
-        """Keep only the high bits of pixels, as Glow is trained at high resolution (arXiv 1807.03039, section 6).
+        """Keep only the high bits of pixels, as Glow does at high resolution (arXiv 1807.03039, section 6).
 
         Raises:
             DataError: the source has fewer bits.
@@ -125,10 +125,10 @@ class ImageSource(ABC):
 
 
 class EncodedSource(ImageSource):
-    """Encoded images, in a format that `decode_image` reads, which are brought to one shape.
+    """A source of encoded images, which are decoded by `decode_image` and converted to one shape.
 
     Args:
-        config: the size of the packed images, and the treatment of images of another size.
+        config: the size of the packed images, and how images of another size are treated.
     """
 
     def __init__(self, config: SourceConfig) -> None:
@@ -141,7 +141,7 @@ class EncodedSource(ImageSource):
         """The encoded bytes of image ``number``."""
 
     def place(self, number: int) -> str:
-        """Path or URL of image ``number``, for errors."""
+        """Path or URL of image ``number``, for error messages."""
         return self.origin(number)
 
     @property
@@ -161,9 +161,9 @@ class EncodedSource(ImageSource):
         self.description = ", ".join([*filter(None, parts), turned, f"transparency {over}", size])
 
     def _settle_shape(self) -> None:
-        """Set the shape of the packed images, from images at regular distances in the source.
+        """Determine the shape of the packed images from a few images, evenly spaced in the source.
 
-        All images get RGB if one of them has colours. Without ``size_pixels``, the first usable image gives the size.
+        If any of these has colours, all become RGB. Without ``size_pixels``, the first usable image sets the size.
         """
         self.check_labels()
         skip_bad = self._config.bad_images == "skip"

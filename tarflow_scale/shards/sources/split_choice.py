@@ -1,8 +1,8 @@
-"""Which splits of a source are packed, and under which names.
+"""Choose which splits of a source are packed, and under which names.
 
-The training split is packed, together with the splits that patterns name; if they name none, with the test split, or
-else with the validation split, which is then packed as ``test``. A split without labels is left out if the training
-split has labels. Everything that is left out is reported.
+The training split is packed, and so is every held-out split that a pattern names. If no pattern names one, the test
+split is packed; if there is no test split, the validation split is packed under the name ``test``. A split without
+labels is left out if the training split has labels. All splits that are left out are reported.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Group:
     Args:
         names: folders, tables or tars of the split.
         num_images: number of its images.
-        num_labelled: number of its images that have labels: all, or none.
+        num_labelled: number of its images that have labels; must be 0 or ``num_images``.
     """
 
     names: list[str] = field(default_factory=list)
@@ -35,13 +35,13 @@ class Group:
 
     @property
     def words(self) -> str:
-        """``train-0.parquet`` or ``train-0.parquet and 3 more``."""
+        """The names as text: ``train-0.parquet`` or ``train-0.parquet and 3 more``."""
         more = len(self.names) - 1
         return f"{self.names[0]} and {more} more" if more else self.names[0]
 
 
 class SourceFile(NamedTuple):
-    """A table or tar, all images of which belong to one split.
+    """A table or tar. All of its images belong to one split.
 
     Args:
         name: path below the source.
@@ -63,10 +63,10 @@ class Settled:
     """Which splits of a source are packed.
 
     Args:
-        packed: name under which each split of the source is packed; without the splits that are left out.
+        packed: for each split of the source that is packed, the name under which it is packed.
         official: whether a training and a held-out split are packed; if not, all images are pooled and divided.
         lines: lines that explain the choice, to be printed.
-        words: description of the split for the manifest; empty without splits.
+        words: description of the split for the manifest; empty if the source has no splits.
     """
 
     packed: dict[Role, str]
@@ -75,14 +75,14 @@ class Settled:
     words: str
 
     def keeps(self, role: Role | None) -> bool:
-        """Whether the images of a split are packed; always for None, a source without splits."""
+        """Whether the images of a split are packed; true for None, which means a source without splits."""
         return role is None or role in self.packed
 
     def codes(self, roles: Sequence[Role | None]) -> NDArray[np.int8] | None:
-        """Index in `PACKED` of the split of every image; None without an official split.
+        """The split of every image, as an index into `PACKED`; None if there is no official split.
 
         Args:
-            roles: split of each image, all of them packed.
+            roles: split of each image; each must be a packed split.
         """
         if not self.official:
             return None
@@ -116,8 +116,9 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     """Choose which splits are packed.
 
     Raises:
-        DataError: there is no training split, or a pattern names a split with labels where the training split has
-            none, or without labels where the training split has some.
+        DataError: a source with several splits has none for training; a pattern names a split without images; a pattern
+            names a split with labels, but the training split has none, or vice versa; or only held-out images have
+            labels.
     """
     held_out: tuple[Role, ...] = ("test", "validation")
     wanted = [role for role in held_out if split.patterns[role]]

@@ -1,4 +1,4 @@
-"""Splits of a source, from patterns and names: one set of rules for folders, zips, tables and tars.
+"""Find the splits of a source from patterns and names, with the same rules for folders, zips, tables and tars.
 
 1. Patterns of the configuration have priority: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
 2. Without a matching pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
@@ -38,7 +38,7 @@ __all__ = [
 Role = str
 """Split of an image: ``train``, ``validation``, ``test``, or ``other`` for any other split, such as ``extra``."""
 PACKED = ("train", "validation", "test")
-"""Names of packed splits; an image's entry in `ImageSource.official` is an index of it."""
+"""Names of packed splits; the values of `ImageSource.official` are indices into this tuple."""
 
 _WORDS: dict[str, Role] = {
     **dict.fromkeys(("train", "training", "trn", "trainval", "trainset", "traindata"), "train"),
@@ -47,10 +47,10 @@ _WORDS: dict[str, Role] = {
     **dict.fromkeys(("extra", "additional", "unlabeled", "unlabelled", "unsupervised", "pred", "predict"), "other"),
 }
 _STRONG = ("train", "training", "trainval", "val", "valid", "validation", "test", "testing")
-"""Words that are hardly ever a class name; all other words of `_WORDS` mean a split only beside one of these."""
+"""Words that are hardly ever a class name. The other words of `_WORDS`, such as ``extra``, may also name a class."""
 _LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".lst", ".mat", ".npy")
 _SPLITS = {"split", "splits", "partition", "partitions", "folds"}
-"""Words in names of lists that have the images of several splits."""
+"""Words in the names of files that list images of several splits."""
 _FLAGS = ("is_train", "is_valid", "is_val", "is_test")
 SPLIT_COLUMNS = (*_FLAGS, "split", "set", "subset", "partition", "usage", "phase", "fold", "dataset")
 
@@ -61,7 +61,7 @@ def words_of(name: str) -> list[str]:
 
 
 def role_of(name: str, strong: bool = False) -> Role | None:
-    """The split that a name means; ``several`` if its words mean different splits; None if it means none.
+    """The split that a name means; ``several`` if its words mean different splits; None if it means no split.
 
     Args:
         name: name of a file or folder.
@@ -77,13 +77,13 @@ def other_words(name: str) -> tuple[str, ...]:
 
 
 def looks_split(name: str) -> bool:
-    """Whether a name as a whole is a usual name of a split: ``Train``, ``val2017``."""
+    """Whether a name has only one word, and the word usually names a split, as in ``Train`` or ``val2017``."""
     words = words_of(name)
     return len(words) == 1 and words[0] in _STRONG
 
 
 def paired(names: Sequence[str]) -> tuple[str, str] | None:
-    """Two names such as ``mytrain0`` and ``mytest0``, which differ only in the word for the split; else None."""
+    """Find two names that differ only in the word for the split, such as ``mytrain0`` and ``mytest0``; else None."""
     by_lower = {name.lower(): name for name in names}
     for lower, name in by_lower.items():
         for word in ("test", "validation", "valid", "val", "dev", "eval"):
@@ -145,9 +145,7 @@ class Patterns:
         return any(self._patterns.values())
 
     def decide(self, path: str) -> tuple[str, str] | None:
-        """What the patterns assign a path to: a split or ``ignore``, and the folder or file that matched.
-
-        Returns None if no pattern matches.
+        """Match a path; returns its split or ``ignore``, and the folder or file that matched, or None if none matches.
 
         Raises:
             DataError: patterns of two splits match.
@@ -190,12 +188,13 @@ def roles_of_files(
 
     Args:
         names: paths below the source.
-        split: the patterns, and whether names mean splits.
+        split: the patterns, and whether splits are also recognized by name.
         kind: ``tables`` or ``tars``, for messages.
         where: path of the source, for messages.
 
     Returns:
-        The split of each file by name, None if the source has no splits; and the files that ``split.ignore`` matches.
+        The split of each file that is not ignored, by its path (None if the source has no splits); and the paths of
+        the files that ``split.ignore`` matches.
 
     Raises:
         DataError: some names mean a split and others do not, or all files are ignored.
@@ -229,7 +228,7 @@ def roles_of_files(
 
 
 def _role_of_path(path: str) -> Role | None:
-    """The split that the file name means, else the split that the nearest folder with such a name means."""
+    """The split that the file name means, or else the split that the nearest folder above it means, if any."""
     for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
         role = role_of(part)
         if role == "several":
@@ -253,5 +252,5 @@ def named(names: Sequence[str], most: int) -> str:
 
 
 def train_then_test(num_train: int, num: int) -> NDArray[np.int8]:
-    """`ImageSource.official` for a source of ``num`` images, of which the first ``num_train`` are for training."""
+    """Values of `ImageSource.official` for ``num`` images: the first ``num_train`` are ``train``, the rest ``test``."""
     return np.where(np.arange(num) < num_train, PACKED.index("train"), PACKED.index("test")).astype(np.int8)

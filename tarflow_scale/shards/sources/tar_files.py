@@ -46,7 +46,8 @@ def find_tars(path: str) -> FoundTars:
 
     Args:
         path: a folder, a tar, or a pattern. In a pattern, ``{000..031}`` and ``{a,b}`` are expanded as by webdataset,
-            ``::`` separates patterns, ``*``, ``?`` and ``[ab]`` match text, and ``**`` matches any folders.
+            ``::`` separates patterns, ``*``, ``?`` and ``[ab]`` match within one name, and ``**`` matches any number of
+            folders.
 
     Raises:
         DataError: there are no tars, a tar is missing, or a tar is compressed.
@@ -59,7 +60,7 @@ def find_tars(path: str) -> FoundTars:
 
 
 def tars_of_folder(path: str) -> FoundTars:
-    """Find the tars directly in a folder; the tars in folders below it count as other files.
+    """Find the tars directly in a folder; tars in folders below it are counted as other files.
 
     Raises:
         DataError: the folder itself has no tars, or a tar is compressed.
@@ -73,7 +74,7 @@ def tars_of_folder(path: str) -> FoundTars:
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
-    """Refuse a compressed tar, because its samples cannot be read in any order.
+    """Refuse a compressed tar, because it does not allow reads at arbitrary positions.
 
     Args:
         name: name of the tar.
@@ -121,7 +122,7 @@ def _of_names(paths: list[str]) -> FoundTars:
 
 
 def _common(folders: list[str]) -> str:
-    """The longest path of folders that all paths share.
+    """The deepest folder that contains all folders.
 
     Raises:
         DataError: the paths are in different stores.
@@ -137,7 +138,7 @@ def _common(folders: list[str]) -> str:
 
 
 def _expanded(path: str) -> list[str]:
-    """Expand ``{..}`` and ``::`` into patterns without them."""
+    """Expand a pattern with ``{..}`` or ``::`` into patterns without them."""
     if not re.search(r"[{]|::", path):
         return [path]
     from webdataset.shardlists import expand_urls  # here, because it takes seconds and imports torch

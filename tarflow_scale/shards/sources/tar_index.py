@@ -1,4 +1,4 @@
-"""Index WebDataset tars of another program, so that they can be read as a data set without being packed again."""
+"""Index WebDataset tars that another program wrote; they can then be read as a data set without being repacked."""
 
 import re
 import tarfile
@@ -27,7 +27,7 @@ from tarflow_scale.shards.sources.tars import classes_of_tars, file_of, for_each
 __all__ = ["index_tars"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
-"""Names that a manifest accepts for a shard."""
+"""Shard names that a manifest accepts."""
 _AGAIN = "leave out source.in_place to pack them again"
 
 
@@ -40,7 +40,9 @@ class _IndexedTar:
 
 
 def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, list[bytes], Counter[str]]:
-    """Compute what makes the tars in a folder a data set, without writing it. A worker keeps one sample in memory.
+    """Compute a manifest and indexes, with which the tars in a folder can be read as a data set.
+
+    Each worker keeps one sample in memory at a time.
 
     Args:
         config: the source.
@@ -86,7 +88,7 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
 
 
 def _check_names(names: Sequence[str], path: str) -> None:
-    """Check that a manifest accepts the names of the tars, and that their names mean one split."""
+    """Check that a manifest accepts the names of the tars, and that all names mean the same split."""
     roles = {role_of(name.removesuffix(".tar")): name for name in reversed(names)}
     if len(roles) > 1:
         splits = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())
@@ -130,7 +132,7 @@ def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _Indexed
 
 
 def _check_as_read(content: bytes, image: bytes, label: int | str | None, place: str) -> None:
-    """Check that training will read the same image and label from a sample as the scan.
+    """Check that training will read the same image and label from a sample as the scan did.
 
     Raises:
         DataError: training would read another image or label, or none.

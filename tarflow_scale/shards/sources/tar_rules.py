@@ -1,7 +1,7 @@
 """Rules that choose the image and the label among the members of a sample in a WebDataset tar.
 
 A sample consists of consecutive members that share a key. The key is the path up to the first dot of the file name; the
-extension is the text after that dot, in lower case. Both rules are those of webdataset.
+extension is the text after that dot, in lower case. Both rules are the same as in webdataset.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,9 @@ class Rules:
     """The settings that choose the image and the label of a sample.
 
     Args:
-        image: extension of the image member; None chooses the only member with the extension of an image.
-        label: extension of the label member, or a field of the ``json`` member; None tries the usual places.
+        image: extension of the image member; None chooses the only member with an image extension.
+        label: extension of the label member, or a field of the ``json`` member; None tries ``cls``, then
+            ``*.cls``, then the field ``label`` of the ``json`` member.
     """
 
     image: str | None = None
@@ -103,7 +104,7 @@ class Rules:
 
 
 def _field(record: Any, name: str) -> Any:
-    """Value of a field of a JSON object; ``a.b`` means the field ``a.b``, else the field ``b`` of ``a``; else None."""
+    """Value of a field of a JSON object, or None; ``a.b`` is the field ``a.b``, or else the field ``b`` of ``a``."""
     if not isinstance(record, dict):
         return None
     if name in record:

@@ -1,4 +1,4 @@
-"""Scan a WebDataset tar of another program: find the position and the label of every image in one pass.
+"""Scan a WebDataset tar that another program wrote: find the position and the label of every image in one pass.
 
 `tarflow_scale.shards.sources.tar_rules` defines what a sample is. Links are followed within the tar.
 """
@@ -25,10 +25,10 @@ __all__ = ["ScannedTar", "scan_tar"]
 
 _BLOCK = 512
 _END_BYTES = 1 << 20
-"""Number of bytes after the last member that are checked to be zeros."""
+"""Maximum number of bytes after the last member that are checked to be zero."""
 _MAX_LABEL_BYTES = 1 << 24
 _MAX_LINKS = 40
-"""Limit of the length of a chain of links; the same as in Linux."""
+"""Maximum length of a chain of links; the same as in Linux."""
 _METADATA = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
 """Names of files that describe a data set and are not samples."""
 
@@ -42,15 +42,15 @@ class ScannedTar:
     Args:
         name: path below the source.
         keys: keys of the samples that have an image, in order.
-        places: for each of these samples the first byte of the sample, the byte after its last, the first byte of the
-            image, and the size of the image; ``(n, 4)`` int64. If the image is a link, it is outside the sample.
-        labels: the different labels; None stands for no label.
-        codes: index in ``labels`` of the label of each sample, ``(n,)`` int32.
-        extensions: extensions of the members, the most frequent first.
+        places: for each of these samples, the byte offsets of its start, its end and the start of its image, and the
+            size of the image in bytes; ``(n, 4)`` int64. If the image is a link, it may be outside the sample.
+        labels: the distinct labels of the tar; None is the entry for samples without a label.
+        codes: for each sample, the index of its label in ``labels``; ``(n,)`` int32.
+        extensions: extensions of the members, the most frequent first; at most 20.
         ignored: number of members that belong to no sample, by kind.
         num_without: number of samples without an image.
         without: description of the first sample without an image; empty if there is none.
-        linked: name of the first sample whose image or label is a link; empty if there is none.
+        linked: name of the first sample that has a link as image or label; empty if there is none.
         sha256: SHA-256 of the tar.
     """
 
@@ -79,8 +79,8 @@ def scan_tar(name: str, root: str, rules: Rules) -> ScannedTar:
         rules: rules that choose the image and the label of a sample.
 
     Raises:
-        DataError: the tar is damaged or cut off; a key occurs twice; a sample has more than one image; or a label is
-            not a number or text.
+        DataError: the tar is damaged, cut off or compressed, or has no samples; a key occurs twice; a sample has more
+            than one image; or a label is not a number or text.
     """
     location = storage.join(root, name)
     num_bytes = storage.size_bytes(location)
@@ -108,9 +108,9 @@ def _scan(name: str, location: str, num_bytes: int, rules: Rules, parse: Parse) 
 
 
 def _check_end(location: str, end: int, size: int) -> None:
-    """Check that only zeros, at least two blocks of them, follow the last member.
+    """Check that the last member is followed by at least two blocks, and only by zeros.
 
-    Otherwise the tar was cut off or a header is damaged, which ``tarfile`` would take for the end of the tar.
+    Otherwise, the tar was cut off, or a header is damaged and ``tarfile`` would treat it as the end of the tar.
     """
     if size < end:
         raise DataError(f"{location} is not a whole tar (it ends inside its last sample); replace or remove it")
@@ -124,7 +124,7 @@ def _check_end(location: str, end: int, size: int) -> None:
 
 @dataclass
 class _KeyRun:
-    """Consecutive members that share a key. Links to files are replaced by the files, links to nothing are left out."""
+    """Consecutive members that share a key. A link is replaced by its target; a link without a target is left out."""
 
     key: str
     start: int
@@ -136,7 +136,7 @@ class _KeyRun:
 
 
 class _Sample(NamedTuple):
-    """The position of a sample and of its image in the tar, in bytes; and the code of its label."""
+    """The key of a sample, the byte positions of the sample and its image in the tar, and the index of its label."""
 
     key: str
     start: int
@@ -165,7 +165,7 @@ class _Scan:
 
         Args:
             member: the member.
-            read: reads bytes from the start of its content.
+            read: reads the given number of bytes from the start of the member's content.
         """
         self.end = member.stop
         if member.kind == "folder":
@@ -213,7 +213,7 @@ class _Scan:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Member]]:
-        """All members of the tar by name, to follow links; read in another pass at the first link."""
+        """All members of the tar by name, to follow links; read in a second pass when the first link occurs."""
         by_name: dict[str, list[Member]] = {}
         with storage.open_seekable(self._location) as stream:
             for member in self._parse(stream):
@@ -267,7 +267,7 @@ class _Scan:
 def _target(link: Member, by_name: dict[str, list[Member]]) -> Member | None:
     """The file that a link points to; None if there is none.
 
-    Of members with the same name, the last counts; for a hard link, the last one before the link.
+    If several members have the same name, the last one counts; for a hard link, the last one before the link.
     """
     for _ in range(_MAX_LINKS):
         is_hard = link.kind == "hard link"

@@ -1,9 +1,10 @@
-"""WebDataset tars of other programs, as a source of images.
+"""WebDataset tars that other programs wrote, as a source of images.
 
-The image of a sample is its only member with the extension of an image (``jpg``, ``input.jpg``), or the member that
-``source.image_member`` names. Its label is the member or field that ``source.label_column`` names; without that
-setting, the member ``cls``, the only member such as ``target.cls``, or the field ``label`` of the ``json``. The names
-of tars and folders may mean splits (`tarflow_scale.shards.sources.splits`).
+The image of a sample is its only member with an image extension (``jpg``, ``input.jpg``), or the member that
+``source.image_member`` names. Its label is the member or field that ``source.label_column`` names. Without that
+setting, it is the member ``cls``, or else the only member that ends in ``.cls``, or else the field ``label`` of the
+``json``. The name of a tar, or of a folder above it, can assign its samples to a split
+(`tarflow_scale.shards.sources.splits`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,11 +36,11 @@ T = TypeVar("T")
 class TarSource(EncodedSource):
     """The images of WebDataset tars; the source needs about a hundred bytes of memory per image.
 
-    The digest of the source covers the SHA-256 of all tars, in their order.
+    The digest of the source covers the names and SHA-256 of all packed tars, in order, and the class names.
 
     Args:
         config: the path, and the settings that choose the image and the label of a sample.
-        split: the patterns, and whether names mean splits.
+        split: the patterns, and whether splits are also recognized by name.
         num_workers: number of processes that scan the tars.
 
     Raises:
@@ -82,7 +83,7 @@ class TarSource(EncodedSource):
         return content
 
     def origin(self, number: int) -> str:
-        """Tar and key."""
+        """Name of the tar, and key of sample ``number``."""
         key = self._keys[self._key_ends[number] : self._key_ends[number + 1]]
         return f"{self._tar_of(number)}:{key.decode(errors='surrogateescape')}"
 
@@ -128,7 +129,7 @@ def _check_images(tars: Sequence[ScannedTar], config: SourceConfig) -> None:
 
 
 def file_of(tar: ScannedTar, role: splits.Role | None) -> SourceFile:
-    """The tar as `settle_files` needs it."""
+    """Describe a scanned tar for `settle_files`."""
     code = tar.labels.index(None) if None in tar.labels else -1
     unlabelled: list[int] = np.flatnonzero(tar.codes == code).tolist()
     first = f"{tar.name}:{tar.keys[unlabelled[0]]}" if unlabelled else ""
@@ -140,10 +141,11 @@ def _folders(tar: ScannedTar) -> set[str]:
 
 
 def _check_folders(tars: Sequence[ScannedTar], roles: Mapping[str, splits.Role | None], config: SourceConfig) -> None:
-    """Refuse tars with folders that are splits, because all samples of a tar belong to one split.
+    """Refuse tars that contain folders of several splits, because all samples of a tar must belong to one split.
 
     Raises:
-        DataError: folders within a tar have the names of different splits.
+        DataError: folders are named after different splits, or after another split than their tar; or only some of
+            the folders are named after a split.
     """
     examples: dict[splits.Role | None, str] = {}
     for tar in tars:
@@ -160,7 +162,7 @@ def _check_folders(tars: Sequence[ScannedTar], roles: Mapping[str, splits.Role |
 
 
 def classes_of_tars(tars: Sequence[ScannedTar], config: SourceConfig) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Class names, and the class number of each sample. Without labels there are no names, and all numbers are 0."""
+    """Class names, and the class number of each sample. Without labels, there are no names and all numbers are 0."""
     labels = [tar.labels[code] for tar in tars for code in tar.codes.tolist()]
     if config.label_names is not None and None in labels:
         raise DataError(f"source.label_names needs labels (got none in {config.path}); set source.label_column")

@@ -23,15 +23,15 @@ __all__ = ["VectorSource"]
 
 
 class VectorSource(ImageSource):
-    """Vectors of numbers, which are neither scaled nor centred.
+    """Vectors of numbers, which are used without scaling or centring.
 
     * ``.npz``: the array ``x (N, D)``; optionally ``labels (N,)`` of whole numbers and ``conditions (N, K)``. Arrays
-      ``x_test``, ``labels_test`` and ``conditions_test`` are an official test split.
+      ``x_test``, ``labels_test`` and ``conditions_test`` form an official test split.
     * ``.csv``: a header, and a row for each sample. All columns are values, except the columns that the arguments name.
 
     Args:
         path: path or URL of the file.
-        label_column: column of a CSV with the class of each sample; None without classes.
+        label_column: column of a CSV with the class of each sample; None if there are no classes.
         condition_columns: columns of a CSV with the condition of each sample.
 
     Raises:
@@ -150,7 +150,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
 
 
 def _check_header(header: list[str], path: str) -> None:
-    """Refuse a first line that would be misread: another separator, a column without a name, or numbers."""
+    """Refuse a header that uses a separator other than a comma, has a column without a name, or has only numbers."""
     separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if separator is not None:
         raise DataError(f"columns of {path} must be separated by commas (got {separator!r}); save it with commas")

@@ -1,9 +1,9 @@
 """Roll call: find out which ranks answer, which do not, and how fast their all-reduce is.
 
 First each rank writes its name into the key/value store of the process group, so that the check can name missing ranks.
-Then the ranks form the group that training would use, and run an all-reduce. A collective operation that hangs gives no
-reason, so it runs in a thread. Meanwhile every rank increments a counter in the store: a rank whose counter stops has
-died, and the others wait for it.
+Then the ranks form the group that training would use, and run an all-reduce. A collective operation that hangs raises
+no error, so it runs in a thread. Meanwhile every rank increments its counter in the store. If a counter stops, its rank
+has died, and the other ranks are waiting for it.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RollCall", "call_roll", "meet", "on_this_machine"]
 
 _CPU_BYTES, _CUDA_BYTES = 16 * 1024**2, 256 * 1024**2
-"""Size of the all-reduce; on GPUs gradients travel in buckets of up to 200 MB."""
+"""Size of the all-reduced tensor on CPUs and on GPUs. Training on GPUs sends gradients in buckets of up to 200 MB."""
 _ROUNDS = 3
 _POLL_SECONDS = 0.1
 _PULSE_SECONDS = 3.0
@@ -38,15 +38,15 @@ class RollCall:
     """The result of a roll call on one rank."""
 
     hosts: dict[int, str]
-    """Names of machines, by rank, of the ranks that answered."""
+    """Name of the machine of each rank that answered, by rank."""
     missing: tuple[int, ...] = ()
     """Ranks that did not answer in time."""
     silent: tuple[int, ...] = ()
     """Ranks that answered and then died."""
     stuck: tuple[int, ...] = ()
-    """Ranks that are alive, but whose all-reduce did not end."""
+    """Ranks that are alive, but on which the all-reduce did not end."""
     failures: dict[int, str] = field(default_factory=dict[int, str])
-    """Error messages, by rank, of failed all-reduces."""
+    """Error message of each failed all-reduce, by rank."""
     num_bytes: int = 0
     """Size of the reduced tensor."""
     bytes_per_second: float | None = None
@@ -94,7 +94,7 @@ def call_roll(
         device: device of this rank.
         backend: ``gloo`` or ``nccl``.
         name: name of this machine.
-        timeout_seconds: time limit for all ranks to answer, and again for the all-reduce.
+        timeout_seconds: time limit for the answers of all ranks; the all-reduce has the same limit.
     """
     import torch.distributed as dist
 
@@ -187,7 +187,7 @@ def _without(store: "Store", key: str, ranks: Iterable[int]) -> list[int]:
 
 
 def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[int]:
-    """Call ``remaining`` until it returns no rank or the time is over; returns the remaining ranks."""
+    """Call ``remaining`` until it returns no ranks or time runs out; return the ranks that remain."""
     deadline = time.monotonic() + timeout_seconds
     while (rest := remaining()) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -197,7 +197,7 @@ def _await(remaining: Callable[[], list[int]], timeout_seconds: float) -> list[i
 def _in_background(
     store: "Store", rank: int, world_size: int, device: "Device", backend: str, timeout_seconds: float
 ) -> dict[str, float]:
-    """Start an all-reduce in a thread. At its end it writes the outcome to the store, and the speed to the result."""
+    """Start an all-reduce in a thread, which writes the outcome to the store and the speed into the returned dict."""
     speed: dict[str, float] = {}
     own = store.clone()  # a separate client, because a client that waits blocks all its users
 
@@ -254,7 +254,7 @@ def _num_bytes(device: "Device") -> int:
 
 
 def _leave(store: "Store", rank: int, num_ranks: int) -> None:
-    """Leave the store. Rank 0 waits for the other ranks, because its process may serve the store."""
+    """Tell the store that this rank is done. Rank 0 waits for all other ranks, because it may serve the store."""
     store.add("left", 1)
     if rank == 0:
         _await(lambda: [] if store.add("left", 0) >= num_ranks else [0], _LEAVE_SECONDS)

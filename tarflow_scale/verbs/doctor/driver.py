@@ -1,11 +1,11 @@
 """Verb ``doctor``: check whether this machine and its cluster can do the work. Prints one line for each check.
 
-``ok`` and ``skipped`` need no action. ``warning`` means that the work would be slow, ``failed`` that it would stop;
-both say what to do. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
+``ok`` and ``skipped`` need no action. ``warning`` means that jobs would be slow or might fail later. ``failed`` means
+that jobs would stop. Both give advice. Exit code 0: no check failed; 1: a check failed; 2: the configuration is wrong.
 
 Every check runs in a child process with a time limit, so a file system, driver or server that hangs or crashes is
-reported as a failed check. A check removes the files that it wrote and ends the processes that it started. It starts
-nothing on a Ray cluster.
+reported as a failed check. A check removes the files that it wrote and ends the processes that it started. No
+check starts work on a Ray cluster.
 
 Under a launcher (RANK and WORLD_SIZE are set) the ranks connect as they would for training, and the check names ranks
 that do not answer. Then the first rank of each machine checks its machine, and rank 0 also checks the cluster. Rank 0
@@ -37,20 +37,20 @@ __all__ = ["run"]
 
 @dataclass(frozen=True)
 class _Check:
-    """A check to make."""
+    """A check, and how to run it."""
 
     name: str
     answer: Callable[[], list[Finding]]
-    """Makes the check; runs in a child process."""
+    """Runs the check; it is called in a child process."""
     timeout_seconds: float
     after: str = ""
     """Name of a check that must pass first."""
     undo: Callable[[], None] | None = None
-    """Removes the files of a check that was stopped before its end."""
+    """Removes the files of a check that was killed."""
 
 
 def run(config: DoctorConfig, dry_run: bool) -> None:
-    """Make the checks and print their findings.
+    """Run the checks and print their findings.
 
     Raises:
         Unfit: a check failed.
@@ -101,8 +101,8 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
 def _is_reported(finding: Finding) -> bool:
     """Whether a rank other than 0 prints a finding.
 
-    The first rank of a machine prints warnings and failures. The other ranks print only the failure of the check
-    ``ranks``, that is, that they could not connect to other ranks.
+    The first rank of a machine prints warnings and failures. The other ranks print only a failure of the check
+    ``ranks``, which means that they could not connect to other ranks.
     """
     if distributed.local_rank() == 0:
         return finding.status in ("warning", "failed")
@@ -134,10 +134,10 @@ def _of_data_sets(data_sets: dict[str, str], seconds: float) -> list[_Check]:
 def _of_stores(
     written: dict[str, str], registry: str | None, writes_registry: bool | None, seconds: float
 ) -> list[_Check]:
-    """Checks of the folders and URLs that a job writes to, and of a registry that it only reads.
+    """Make one check for each folder or URL that a job writes to, and one for a registry that the job only reads.
 
     Args:
-        written: paths that the job writes to, by key.
+        written: paths that the job writes to, by key of the configuration.
         registry: path of the registry, if the configuration has one.
         writes_registry: whether the job writes to the registry; None if the configuration describes no job.
         seconds: time limit of each check.
@@ -155,7 +155,7 @@ def _of_stores(
 
 
 def _findings(checks: list[_Check]) -> Iterator[Finding]:
-    """Make the checks in order, and yield their findings."""
+    """Run the checks in order, and yield their findings."""
     failed_checks: set[str] = set()
     for check in checks:
         if check.after in failed_checks:
@@ -180,7 +180,7 @@ def _answers(check: _Check) -> list[Finding]:
         _undo(check)
         advice = "repair what the message names, usually by reinstalling it"
         return [failed(check.name, f"the check crashed, {error}", advice)]
-    except OSError as error:  # of this process
+    except OSError as error:  # an error of this process
         advice = "set TMPDIR to a folder that can be written and has room"
         return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]
 
@@ -197,7 +197,7 @@ def _tried(remove: Callable[[], None]) -> None:
 
 
 def _caught(check: _Check, folder: str) -> list[Finding]:
-    """Make a check; an exception is returned as a failure. Temporary files of libraries go to ``folder``."""
+    """Run a check, and return any exception as a failure. Temporary files of libraries go to ``folder``."""
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         return check.answer()

@@ -14,7 +14,7 @@ class Finding:
 
     Args:
         name: name of the check.
-        status: ``failed``: the work would stop. ``warning``: the work would be slow, unless this is intended.
+        status: ``failed`` if jobs would stop; ``warning`` if they would be slow, or might fail later.
         found: description of the outcome.
         advice: what the user can do; empty if nothing is needed.
     """
@@ -37,21 +37,21 @@ def ok(name: str, found: str) -> Finding:
 
 
 def warning(name: str, found: str, advice: str) -> Finding:
-    """The outcome of a check that found a fault with which the work would be slow or might fail later."""
+    """The outcome of a check that found a problem: jobs would be slow or might fail later."""
     return Finding(name, "warning", found, advice)
 
 
 def failed(name: str, found: str, advice: str) -> Finding:
-    """The outcome of a check that found a fault which would stop the work."""
+    """The outcome of a check that found a problem that would stop jobs."""
     return Finding(name, "failed", found, advice)
 
 
 def skipped(name: str, found: str) -> Finding:
-    """The outcome of a check that was not made."""
+    """The outcome of a check that was not run."""
     return Finding(name, "skipped", found)
 
 
 def from_message(name: str, message: str) -> Finding:
-    """A failed check, from an error message of this package; the advice follows the last semicolon."""
+    """Make a failed finding from an error message of this package. The text after its last semicolon is the advice."""
     found, _, advice = message.rpartition("; ")
     return failed(name, found or message, advice if found else "")

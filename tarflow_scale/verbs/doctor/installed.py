@@ -1,4 +1,4 @@
-"""Checks of installed software: versions of packages, torch with torchvision and devices, a compiler."""
+"""Checks of installed software: versions of packages, torch, torchvision, devices, and a compiler."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ _COMPILE_SECONDS = 30.0
 
 
 def packages() -> list[Finding]:
-    """Compare the versions of Python and packages with the bounds in the metadata of the installed tarflow-scale."""
+    """Compare the versions of Python and packages with the bounds in the metadata of tarflow-scale."""
     try:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
@@ -53,13 +53,13 @@ def packages() -> list[Finding]:
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
-    """Check torchvision and devices together, because importing torch takes seconds."""
+    """Check torchvision and devices in one process, because importing torch takes seconds."""
     gpus = cluster.num_workers * cluster.gpus_per_worker if cluster and cluster.address in (None, "local") else 0
     return [_torchvision(), _devices(parallelism.precision, gpus)]
 
 
 def _torchvision() -> Finding:
-    """Check that an operator of torchvision works; in a build for another version of torch, none does."""
+    """Check one operator of torchvision. If torchvision was built for another version of torch, all operators fail."""
     import torch
 
     advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
@@ -114,7 +114,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
 
 
 def compiler() -> list[Finding]:
-    """Check that C++ compiles with the headers of Python, which DeepSpeed and torch.compile need."""
+    """Check that the C++ compiler, which DeepSpeed and torch.compile need, works and finds Python's headers."""
     commands: dict[str, list[str]] = {}
     for name, variable in (("gcc", "CC"), ("g++", "CXX")):
         text = os.environ.get(variable)
@@ -142,7 +142,7 @@ def compiler() -> list[Finding]:
 
 
 def _compile(command: list[str], source: str) -> str:
-    """The first error message of the compiler; empty if the source compiles."""
+    """Run the compiler; return its first error message, or an empty string if the source compiles."""
     with tempfile.TemporaryDirectory(prefix="tarflow-scale-") as folder:
         file = Path(folder, "try.cpp")
         file.write_text(source, encoding="utf-8")

@@ -19,7 +19,7 @@ _LOOPBACK = "lo"
 
 
 def environment() -> list[Finding]:
-    """Report the first problem; without problems, the variables that are set."""
+    """Check the variables; report the first problem or, if there is none, the variables that are set."""
     for look in (_interfaces, _rendezvous, _counts):
         if finding := look():
             return [finding]
@@ -39,7 +39,8 @@ def environment() -> list[Finding]:
 def _interfaces() -> Finding | None:
     """Check the variables that select network interfaces.
 
-    NCCL's variable has prefixes of names, or names after ``=``; ``^`` excludes them. Gloo's variable has names.
+    NCCL_SOCKET_IFNAME lists prefixes of interface names. A leading ``=`` makes them full names, and a leading ``^``
+    excludes them. GLOO_SOCKET_IFNAME lists full names.
     """
     there = [name for _, name in socket.if_nameindex()]
     far = distributed.world_size() > distributed.local_world_size()
@@ -93,7 +94,7 @@ def _rendezvous() -> Finding | None:
 
 
 def _taken(port: int) -> str:
-    """Why the port cannot be used; empty if it can."""
+    """The reason why the port cannot be used; empty if it can be used."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:

@@ -16,7 +16,7 @@ __all__ = ["home", "limits", "nearest", "shared_memory", "temporary", "threads"]
 
 _GIB, _MIB = 1024**3, 1024**2
 _THREAD_COUNTS = re.compile(r"\s*0*[1-9]\d*\s*(,\s*0*[1-9]\d*\s*)*")
-"""Values of OMP_NUM_THREADS that OpenMP accepts: a number, or one for each level of nested regions."""
+"""Values of OMP_NUM_THREADS that OpenMP accepts: a number, or a list of numbers for nested parallel regions."""
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux's own place
 _ROOMY_SHARED_BYTES = _GIB
 _FEW_FILES, _FEWEST_FILES = 1024, 256
@@ -30,7 +30,7 @@ _LEAST_BYTES = _GIB
 
 
 def threads(asked: int) -> list[Finding]:
-    """Compare the number of threads of training with the number of cores.
+    """Compare the number of training threads with the number of cores.
 
     Args:
         asked: ``training.threads``; 0 if the configuration does not set it.
@@ -66,7 +66,7 @@ def shared_memory() -> list[Finding]:
 
 
 def limits() -> list[Finding]:
-    """Check the number of files that a process may open; Ray and clients of stores open many files."""
+    """Check the number of files that a process may open; Ray and storage clients open many files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = f"ulimit -n {min(65536, hard) if hard > 0 else 65536}"
     if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
@@ -93,10 +93,10 @@ def home() -> list[Finding]:
 
 
 def temporary(place: Path) -> list[Finding]:
-    """Check Ray's temporary folder: length of the paths of sockets, write access, free space.
+    """Check Ray's temporary folder: length of socket paths, write access, and free space.
 
     Args:
-        place: `tarflow_scale.pool.temporary_folder`.
+        place: the folder that `tarflow_scale.pool.temporary_folder` returns.
     """
     length = len(os.fsencode(place / _RAY_SOCKET))
     if length > _SOCKET_PATH_BYTES:
@@ -126,7 +126,7 @@ def nearest(place: Path) -> Path:
 
 
 def _unwritable(place: Path) -> str:
-    """The error of writing to the folder, or to its nearest parent that exists; empty if writing succeeds."""
+    """Try to write to the folder, or to its nearest parent that exists; return the error, or an empty string."""
     place = place.expanduser().absolute()
     try:
         existing = next(path for path in (place, *place.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""Checks of what jobs read and write: the disk of the run folder, data sets, stores, weights of extractors."""
+"""Checks of places that jobs read and write: disk of the run folder, data sets, stores, weights of extractors."""
 
 import os
 import shutil
@@ -24,10 +24,10 @@ _LEAST_BYTES = _GIB
 """Free space that the run folder needs if the configuration describes no run."""
 _SMALL_BYTES, _LARGE_BYTES = 1024**2, 32 * 1024**2
 _QUICK_SECONDS = 0.5
-"""The large file is written only if writing the small one took less time; otherwise it would take about a minute."""
+"""If writing the small file takes longer than this, the store is slow, and the large file is not written."""
 _PROBE_KEYS = 20
 _SKEW_SECONDS = 60.0
-"""Largest accepted difference of clocks: ages of files would be meaningless. S3 refuses requests at 15 minutes."""
+"""Largest accepted clock difference. A larger one makes file ages wrong; from 15 minutes on, S3 refuses requests."""
 
 
 def disk(
@@ -37,7 +37,7 @@ def disk(
     training: TrainingConfig | None,
     checkpoint: CheckpointConfig | None,
 ) -> list[Finding]:
-    """Compare the free space at the run folder with the size of the checkpoints of the run, if one is described."""
+    """Compare the free space at the run folder with the size of checkpoints, or with 1 GiB if no run is configured."""
     place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
     needed, reason = _LEAST_BYTES, "at least"
@@ -75,8 +75,8 @@ def _checkpoint_bytes(
 
 
 def data_set(key: str, path: str) -> list[Finding]:
-    """Check that the manifest can be read, and that the first shard has the size in the manifest."""
-    from tarflow_scale.shards.manifest import read_manifest  # here, as numpy starts threads, and checks are forks
+    """Check that the manifest can be read, and that the first shard has the recorded size."""
+    from tarflow_scale.shards.manifest import read_manifest  # here: numpy starts threads, and checks are forks
 
     manifest = read_manifest(path)
     first = manifest.shards[0]
@@ -88,7 +88,7 @@ def data_set(key: str, path: str) -> list[Finding]:
 
 
 def trial_folder(path: str) -> str:
-    """Name of a temporary folder in a store; for a local path that does not exist, in its nearest existing parent."""
+    """Path of a new folder in ``path``. If ``path`` is a missing local folder, use its nearest existing parent."""
     place = path if storage.is_remote(path) else str(nearest(storage.local(path)))
     return storage.join(place, f".doctor-{uuid.uuid4().hex}")
 
@@ -133,11 +133,11 @@ def registry(path: str) -> list[Finding]:
 
 
 def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """Check a registry as a store; if it can only be read, this is a warning, because some jobs only read it.
+    """Check that a registry can be written. If it can only be read, return a warning, because some jobs only read it.
 
     Args:
         path: path of the registry.
-        look: calls `store`.
+        look: a function that calls `store` for the path.
     """
     try:
         return look()
@@ -182,7 +182,7 @@ def _one_winner(path: str, folder: str) -> Finding | None:
 
 
 def weights(config: CheckedMetricsConfig | None) -> list[Finding]:
-    """Check that the weights of extractors exist and have the required SHA-256."""
+    """Check that the weights of feature extractors exist and have the required SHA-256."""
     protocols = [load_protocol(path) for path in config.protocols] if config else []
     named = [protocol for protocol in protocols if getattr(protocol, "extractor", "pixels") != "pixels"]
     given = config.extractor_weights if config else {}

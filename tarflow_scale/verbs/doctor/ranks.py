@@ -1,4 +1,4 @@
-"""Check that ranks reach each other: the ranks of a launcher, or a few ranks that this check starts."""
+"""Check that ranks can reach each other: the ranks of a launcher, or a few ranks that the check starts."""
 
 import os
 import socket

@@ -11,7 +11,7 @@ __all__ = ["reach"]
 
 
 def reach(config: ClusterConfig | None) -> list[Finding]:
-    """Check that the cluster answers, accepts our token, has our versions, this node, and resources for the workers."""
+    """Check that the cluster answers, accepts our token, runs our versions, and has this node and enough resources."""
     if config is None or config.executor == "local" or config.address in (None, "local"):
         return [skipped("cluster", "cluster.address is not set, so work runs on this machine")]
     assert config.address is not None

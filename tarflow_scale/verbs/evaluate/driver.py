@@ -1,14 +1,14 @@
-"""Verb ``evaluate``: measure a registered version; every number carries its protocol and is attached to the version.
+"""Verb ``evaluate``: measure a registered version by protocols, and attach the report to the version.
 
-The driver resolves the version and lists the parts that all protocols need between them. Workers make the parts that
-are missing, then turn them into numbers in rounds of tasks; the driver attaches the report. Ray and a single process
-give the same numbers, and an evaluation that was killed continues where it stopped. ``--reference`` only computes what
-the protocols are compared with; ``--watch`` evaluates every version as it is registered.
+The driver resolves the version and lists the parts that the protocols need: features, moments or likelihoods of ranges
+of images. Workers make the missing parts, then compute the numbers from them in rounds of tasks. The driver attaches
+the report. Ray and a single process give the same numbers, and a killed evaluation continues where it stopped.
+``--reference`` only computes the references of the protocols; ``--watch`` evaluates all versions until interrupted.
 
-Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes an
-event with the report into the registry, with a picture and the numbers of each image as blobs; and below
-``reference.cache`` the references, and the parts until the report is attached. Refuses images of another shape or depth
-than the protocol's, and references other than those that a protocol was bound to.
+Reads the version from the registry, the split ``data.path``, the images ``reference.path`` and the protocols. Writes to
+the registry: an event with the report, a picture of samples, and the likelihood of each image. Writes the references
+and the parts to ``reference.cache``; the parts of the version are removed after its report is attached. It is an error
+if images do not fit the model or the protocol, or if a protocol was bound to other reference images.
 """
 
 import math
@@ -50,14 +50,14 @@ __all__ = ["bind", "run", "watch"]
 
 
 def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
-    """Measure every protocol and attach the report; with ``once``, only if no other evaluation attached one first.
+    """Measure the version and attach the report; with ``once``, fail if the version already has these numbers.
 
     Raises:
         UserError: version, data, reference or protocol do not fit together.
     """
     started = time.monotonic()
     registry = Registry(config.registry.path, config.registry.model)
-    version = registry.resolve(config.registry.version)  # once: versions that are registered later are not measured
+    version = registry.resolve(config.registry.version)  # resolved only once, so it stays the same version
     name = f"{registry.model}@{version.version}"
     if str(config.registry.version) != str(version.version):
         print(f"{config.registry.version} is {name}", flush=True)
@@ -98,10 +98,10 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
 
 
 def watch(config: EvaluateConfig, dry_run: bool) -> None:
-    """Evaluate every version of the model once, as it is registered, until interrupted.
+    """Evaluate every version of the model once, including versions that are registered later, until interrupted.
 
-    Several processes may watch: each version has a lease, and the log takes one report. A version that cannot be
-    evaluated is reported and skipped.
+    Several processes may watch: a lease gives each version to one of them, and the log accepts only one report. A
+    version that cannot be evaluated is reported and skipped.
     """
     model, registry = config.registry.model, Registry(config.registry.path, config.registry.model)
     protocols = {load_protocol(path).digest for path in config.metrics.protocols}
@@ -127,7 +127,7 @@ def watch(config: EvaluateConfig, dry_run: bool) -> None:
 
 
 def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
-    """Versions that lack a number by some protocol; none while the registry has no such model."""
+    """Versions that are not yet measured by all protocols; empty if the registry does not have the model yet."""
     if not storage.exists(storage.join(registry.path, registry.model, "_log")):
         return set()
     state = registry.state()
@@ -135,7 +135,7 @@ def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
 
 
 def bind(config: EvaluateConfig, dry_run: bool) -> None:
-    """Compute what the protocols are compared with and bind them to it; needs no model.
+    """Compute the references of the protocols and bind the protocols to them; needs no model.
 
     Raises:
         UserError: reference and protocols do not fit together, or the protocols are bound to other images.
@@ -153,7 +153,7 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 
 
 def _check(version: ModelVersion, job: Evaluation) -> None:
-    """Refuse a version that does not fit the data or the protocols."""
+    """Raise an error if the version does not fit the data or the protocols."""
     for manifest in (job.data, job.reference):
         got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth).shown
         if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
@@ -218,7 +218,7 @@ def _value(
 
 
 def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None:
-    """The cost of each image, in the order of the split, stored so that two models can be compared image by image."""
+    """Store bits/dim or nats of each image in the registry, so that two models can be compared image by image."""
     if not isinstance(job.protocols[path], LikelihoodProtocol):
         return None
     hashes = list(map(bytes.fromhex, _hashes(job, path)))
@@ -227,7 +227,7 @@ def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None
 
 
 def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, reference: str) -> dict[str, float]:
-    """The same measures of real images, and of a full-covariance Gaussian if features are pixels."""
+    """Measure real images and a Gaussian with full covariance by the same protocols, where that is possible."""
     baselines: dict[str, float] = {}
     gaussian: PixelGaussian | None = None
     for path, protocol in job.protocols.items():
@@ -250,7 +250,7 @@ def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, refe
     return baselines
 
 
-# -- what is printed ---------------------------------------------------------------------------------------------------
+# -- printed tables ----------------------------------------------------------------------------------------------------
 
 
 def _print_plan(title: str, job: Evaluation, units: list[EvaluationUnit], cluster: ClusterConfig) -> None:

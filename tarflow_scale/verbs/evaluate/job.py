@@ -1,7 +1,7 @@
-"""The parts of an evaluation, what its protocols are bound to, and the measures that turn parts into numbers.
+"""The parts of an evaluation, the references of its protocols, and the measures that compute numbers from parts.
 
-Parts are stored in the reference cache under names that say what decides them. A job that was killed finds the parts
-that it had made, and no number is computed while a part is missing.
+Parts are stored in the reference cache, in folders named by a digest of everything that determines their content. A job
+that is run again reuses the parts that exist. Numbers are computed only when no part is missing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,12 +47,12 @@ class Evaluation:
     """The parts of an evaluation and the numbers that are computed from them.
 
     Args:
-        metrics: the section.
+        metrics: the section ``metrics``.
         data: the split whose likelihood is measured.
-        reference: the real images, and where parts are stored.
-        sampling: the section.
-        cluster: the section.
-        registered: the registry and the version to evaluate; None to compute references alone.
+        reference: the real images, and the cache of references and parts.
+        sampling: the section ``sampling``.
+        cluster: the section ``cluster``.
+        registered: the registry and the version to evaluate; None to compute only references.
 
     Raises:
         UserError: protocols, data and references do not fit together.
@@ -110,17 +110,17 @@ class Evaluation:
         )
 
     def _weights(self, registry: Registry, version: ModelVersion, sampling: SamplingConfig) -> list[Any]:
-        """The settings that decide the samples of a version, without the seed."""
+        """The weights and settings that determine the samples of a version, except the seed."""
         plan = calibration_for(registry, version.version, sampling, self._gpu)
         return [version.weights_digest, sampling.model_dump(mode="json"), plan and plan.model_dump(mode="json")]
 
     def num_images(self, path: str) -> int:
-        """Images that a protocol's number is about."""
+        """Number of images that a protocol measures."""
         protocol = self.protocols[path]
         return self.data.num_images if isinstance(protocol, LikelihoodProtocol) else protocol.num_images
 
     def units(self) -> list[EvaluationUnit]:
-        """Every part that is needed, each once."""
+        """List the parts that are needed, without duplicates."""
         units: dict[str, EvaluationUnit] = {}
         for path, requirement in self.requirements.items():
             work: list[tuple[Part, Any]] = [(part, self.protocols[path]) for part in requirement.likelihoods]
@@ -140,7 +140,7 @@ class Evaluation:
             pass  # the results are the parts
 
     def bind(self) -> dict[str, Binding]:
-        """Bind each protocol that compares with a reference, unless it is bound already; returns all bindings."""
+        """Bind each protocol to its reference images, if it needs them and is not bound yet; return all bindings."""
         bindings = dict(self._bound)
         for path, protocol in self._sampled.items():
             reference, layer = self.requirements[path].reference, layer_of(protocol)
@@ -151,13 +151,13 @@ class Evaluation:
         return bindings
 
     def measure(self, pool: Pool, bindings: Mapping[str, Binding]) -> dict[str, Measured]:
-        """Numbers of all sampled protocols, by path."""
+        """Compute the numbers of all protocols that need samples, by path of the protocol."""
         sampled = self._sampled.items()
         measures = {path: self._measure(path, protocol, bindings.get(path)) for path, protocol in sampled}
         return in_rounds(measures, lambda tasks: pool.run(Reducer, {"threads": self._threads}, tasks))
 
     def grid(self, registry: Registry) -> FileRecord | None:
-        """The picture of the first samples, stored in the registry; None if nothing was sampled."""
+        """Store the picture of the first samples in the registry; returns None if nothing was sampled."""
         for requirement in self.requirements.values():
             location = requirement.samples and requirement.samples.beside(GRID_NAME)
             if location is not None and storage.exists(location):
@@ -165,7 +165,7 @@ class Evaluation:
         return None
 
     def remove_parts(self) -> None:
-        """Remove the parts of this version; those of references stay."""
+        """Remove the parts of this version; the parts of references stay."""
         for requirement in self.requirements.values():
             folders = {part.folder for part in requirement.likelihoods}
             for folder in folders | ({requirement.samples.folder} if requirement.samples else set()):
@@ -190,13 +190,13 @@ class Evaluation:
 
 
 def moments_of(features: FeatureSet, layer: str) -> Iterator[Moments]:
-    """Moments of each part in turn."""
+    """Read the moments of each part, one part at a time."""
     for part in features.parts():
         yield Moments.stored(part.location, layer)
 
 
 def _check_protocols(job: Evaluation) -> None:
-    """Refuse protocols that do not fit each other or the data, before any work."""
+    """Raise an error, before any work, if protocols do not fit each other or the data."""
     names = [protocol.name for protocol in job.protocols.values()]
     if len(set(names)) < len(names):
         raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); drop one")

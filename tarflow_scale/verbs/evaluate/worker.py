@@ -1,7 +1,7 @@
-"""The worker of ``evaluate``: a range of images becomes features, moments or likelihoods, stored as a part.
+"""The worker of ``evaluate``: compute features, moments or likelihoods of a range of images, and store them as a part.
 
-Image i depends on (model, seed, i) and part boundaries are fixed, so a part holds the same numbers whichever worker
-makes it, and however often. Images stay on the worker.
+Sample i depends only on (model, seed, i), and the boundaries of parts are fixed. So every worker that makes a part gets
+the same numbers. Images are not sent to other processes.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from tarflow_scale.shards.reader import Batch, ShardSet
 __all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
 GRID_NAME = "grid.png"
-"""A picture of the first samples, stored beside the parts of their features."""
+"""File name of the picture of the first samples; it is stored in the same folder as the features of the samples."""
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 _IMAGES_AT_ONCE = 128
 """Batch size for scoring and reading if ``sampling.batch_size`` is not set."""
@@ -40,7 +40,7 @@ _IMAGES_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class EvaluationUnit(PartUnit):
-    """A part to make: features of a set of images, or likelihoods by a protocol."""
+    """A part to make: features of a set of images, or likelihoods that a protocol measures."""
 
     work: FeatureSet | LikelihoodProtocol
 
@@ -49,12 +49,12 @@ class Scorer:
     """Holds the flow and the open data sets; makes one part at a time.
 
     Args:
-        version: ``(registry, model, version)`` of the flow; None if the units are references alone.
+        version: ``(registry, model, version)`` of the flow; None if only references are computed.
         data: the split to score.
         reference: the reference images.
-        sampling: the section.
-        extractor_weights: weights files by extractor.
-        threads: torch threads.
+        sampling: the section ``sampling``.
+        extractor_weights: path of the weights file of each extractor.
+        threads: number of torch threads.
         gpu: whether this worker was given a GPU.
     """
 
@@ -83,7 +83,7 @@ class Scorer:
             self._data = ShardSet(data.path, data.verify)
 
     def run(self, unit: EvaluationUnit) -> None:
-        """Make the part."""
+        """Make the part of a unit."""
         if isinstance(unit.work, LikelihoodProtocol):
             unit.part.write(self._likelihoods(unit.part, unit.work))
         else:
@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Bits/dim or nats of each sample, under the name of the protocol's metric, and hashes of the samples."""
+        """Compute bits/dim or nats of each sample, named after the metric, and ``hashes`` of the samples."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)
@@ -148,7 +148,7 @@ class Scorer:
         return torch.cat([quantize(x, images.bit_depth, images.rounding).cpu() for x in batches])
 
     def _grid(self, images: Tensor) -> bytes:
-        """The first samples as one picture, with their classes; each column shows one of up to 16 classes."""
+        """A picture of the first samples and their classes. With 2 to 16 classes, each column shows one class."""
         names, classes = self._flow.class_names, self._flow.num_classes or 0
         columns = classes if 1 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
         shown = images[: max(1, min(_GRID_IMAGES, len(images)) // columns) * columns].numpy()
@@ -170,9 +170,10 @@ class Scorer:
 
 
 def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
-    """Refuse a protocol that the flow cannot follow.
+    """Raise an error if the flow cannot be measured by the protocol.
 
-    A flow can drop labels, but not numbers that it is conditioned on. Learned noise fits bins of one width only.
+    A flow can be evaluated without labels, but a flow conditioned on numbers needs these numbers. Learned
+    dequantization noise fits only the bit depth of its training data.
     """
     if isinstance(protocol, NatsProtocol):
         if protocol.labels == "none" and flow.num_conditions is not None:

@@ -1,13 +1,14 @@
 """Verb ``generate``: write shards of new images from a registered version, in the format that ``prepare`` writes.
 
-The driver resolves everything that decides the bytes into a plan and freezes it in the output folder. Each shard is one
-idempotent unit of work: a worker decodes its range of indices, stores its digests, writes it and reads it back. The
-manifest is written last. The same command again makes what is missing, byte for byte; a folder that holds another plan
-is refused. Several drivers may work on one folder: each starts at another shard and skips those that exist.
+The driver resolves all settings that affect the bytes into a plan, and stores the plan in the output folder. Each shard
+is one idempotent unit of work: a worker decodes a range of images, stores the digests of the shard, writes the shard
+and reads it back. The manifest is written last. The same command, run again, makes the missing shards with the same
+bytes. Several drivers may work on one folder: each starts at a random shard and skips shards that exist.
 
 Writes into ``shards.path``: ``plan.json`` first, then the tars with their indexes, ``quality.json``, ``manifest.json``,
-and ``grid.png`` for images and vectors of two numbers. Other bytes for the same shard are an error, and so are more bad
-samples than ``sampling.guard`` allows. ``--calibrate`` measures decoding instead, and attaches a plan to the version.
+and ``grid.png`` for images and two-dimensional vectors. It is an error if the folder holds another plan, if a shard
+that is made again has other bytes, or if more samples are bad than ``sampling.guard`` allows. ``--calibrate`` instead
+measures which decoding settings are fastest, and attaches them to the version.
 """
 
 import functools
@@ -49,19 +50,19 @@ _GRID_IMAGES = 100
 _GRID_COLUMNS = 10
 _GRID_ZOOM = 6
 _GRID_PIXELS = 1000
-"""Maximum width of the grid in pixels; a grid that is wider without zoom is not shrunk."""
+"""Maximum width in pixels to which the grid is enlarged; a wider grid is not shrunk."""
 _EXACT = 1e-3
-"""Images encode back to their latents within this, in fp32, unless the model amplifies rounding."""
+"""Bound on `Sampler.round_trip_error`. If the error is larger, the model amplifies rounding errors."""
 _MUCH_CLIPPED = 0.05
 _FEW = 3
-"""Images that may be drawn again by chance, however few are made."""
+"""Number of images that may always be drawn again, unless ``guard.most_redrawn_share`` is 0."""
 
 
 def run(config: GenerateConfig, dry_run: bool) -> None:
     """Make the shards that are missing, then the manifest.
 
     Raises:
-        RegistryError: no such version.
+        RegistryError: the version does not exist.
         PlanError: the folder holds another plan, or a shard that was made again has other bytes.
         DataError: ``shards.folder`` or ``shards.npz`` holds another data set.
     """
@@ -75,7 +76,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     if dry_run:
         return
     storage.create(storage.join(path, _PLAN), plan.to_json())
-    _check_plan(shards, plan)  # another driver may have created its own first
+    _check_plan(shards, plan)  # another driver may have created its plan first
     last = (MANIFEST_NAME, _GRID) if _has_grid(plan) else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
         print(f"{path}: nothing to do, all {plan.num_images} images are there")
@@ -99,7 +100,7 @@ def _make(
     missing: list[ShardUnit],
     cluster: ClusterConfig,
 ) -> tuple[Quality, list[float]]:
-    """Make the missing shards; return the quality of all shards, and `Sampler.round_trip_error` of the new ones."""
+    """Make the missing shards; return the quality of all shards and `Sampler.round_trip_error` of new shards."""
     finished = [read_quality(recorded(path), unit) for unit in set(units) - set(missing)]
     quality = functools.reduce(Quality.plus, finished, Quality())
     _check_redrawn(quality, plan)
@@ -136,7 +137,7 @@ def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
 
 
 def _check_copies(shards: GeneratedShardsConfig) -> None:
-    """Refuse before any work what `_write_copies` would refuse, or would overwrite."""
+    """Raise an error before any work if `_write_copies` would fail or would overwrite files."""
     is_made = storage.exists(storage.join(shards.path, MANIFEST_NAME))
     digest = read_manifest(shards.path).digest if is_made else None
     if shards.folder is not None:
@@ -148,7 +149,7 @@ def _check_copies(shards: GeneratedShardsConfig) -> None:
 
 
 def _write_copies(shards: GeneratedShardsConfig) -> None:
-    """Write the images of the finished shards as single files and as an npz, if asked for."""
+    """Write the images of the finished shards as single files and as an npz file, if configured."""
     if shards.folder is not None:
         print(f"{shards.folder}: {write_folder(shards.path, shards.folder)} images as files")
     if shards.npz is not None:
@@ -156,11 +157,11 @@ def _write_copies(shards: GeneratedShardsConfig) -> None:
 
 
 def calibrate(config: GenerateConfig, dry_run: bool) -> None:
-    """Measure how this machine decodes the version fastest with these settings, and attach the plan to the version.
+    """Measure which decoding settings are fastest on this machine, and attach them to the version.
 
     Raises:
-        RegistryError: no such version.
-        ConfigError: the settings do not fit the model, or it is no TarFlow.
+        RegistryError: the version does not exist.
+        ConfigError: the settings do not fit the model, or the model is not a TarFlow.
     """
     registry = Registry(config.registry.path, config.registry.model)
     version = registry.resolve(config.registry.version)
@@ -193,10 +194,10 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
 def resolved_plan(
     registry: VersionConfig, sampling: SeededSamplingConfig, shards: GeneratedShardsConfig, cluster: ClusterConfig
 ) -> GenerationPlan:
-    """Everything that decides the bytes, resolved once.
+    """Resolve all settings that affect the bytes of the shards into a plan.
 
     Raises:
-        UserError: no such version; settings that do not fit the model.
+        UserError: the version does not exist, or the settings do not fit the model.
     """
     versions = Registry(registry.path, registry.model)
     version = versions.resolve(registry.version)
@@ -220,7 +221,7 @@ def resolved_plan(
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
             raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
-        frozen = storage.read_if_there(storage.join(shards.path, _PLAN))  # the size that fitted when it was made
+        frozen = storage.read_if_there(storage.join(shards.path, _PLAN))  # its batch size fitted when it was made
         earlier = None if frozen is None else GenerationPlan.from_json(frozen, _PLAN).sampling.batch_size
         fitting = earlier or max(1, sampler.batch_size // cluster.num_workers)
         settings = settings.model_copy(update={"batch_size": fitting})
@@ -258,7 +259,7 @@ def _units(plan: GenerationPlan) -> list[ShardUnit]:
 
 
 def _check_plan(shards: GeneratedShardsConfig, plan: GenerationPlan) -> None:
-    """Refuse a folder that holds another plan, or anything that is not a generation."""
+    """Raise an error if the folder holds another plan, or files but no plan."""
     path, location = shards.path, storage.join(shards.path, _PLAN)
     content = storage.read_if_there(location)
     if content is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(path)):
@@ -288,13 +289,13 @@ def _manifest(plan: GenerationPlan, shards: tuple[ShardRecord, ...]) -> Manifest
 
 
 def _has_grid(plan: GenerationPlan) -> bool:
-    """Whether a picture goes with the shards: of images, or of the density of two numbers."""
+    """Whether ``grid.png`` is written: a picture of images, or of the density of two-dimensional vectors."""
     event = event_of(plan, plan.pixels.bit_depth)
     return isinstance(event, ImageEvent) or event.shape == (2,)
 
 
 def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
-    """A picture of the first images, where each column shows one of up to 20 classes; of two numbers, their density."""
+    """Write a picture of the first images (with up to 20 classes, one class per column), or of a 2-d density."""
     if not _has_grid(plan):
         return
     if plan.vectors is not None:

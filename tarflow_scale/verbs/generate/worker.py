@@ -1,6 +1,6 @@
-"""The worker of ``generate``: a range of images becomes one shard, with the same bytes whichever worker makes it.
+"""The worker of ``generate``: make one shard from a range of images. Every worker makes the same bytes.
 
-The first worker that makes a shard stores its record, then writes the shard, then reads it back.
+A worker stores the record of a shard, or compares it with an earlier record, then writes the shard and reads it back.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,12 @@ class ShardUnit:
 
     @property
     def num_images(self) -> int:
-        """Images of the shard."""
+        """Number of images in the shard."""
         return self.stop - self.start
 
     @property
     def tar_name(self) -> str:
-        """``generated-00000.tar``."""
+        """File name of the shard, for example ``generated-00000.tar``."""
         return f"generated-{self.number:05d}.tar"
 
 
@@ -45,7 +45,7 @@ class ShardMaker:
 
     Args:
         registry: folder or URL of the registry.
-        plan: the plan.
+        plan: the resolved plan.
         path: output folder or URL.
     """
 
@@ -66,16 +66,16 @@ class ShardMaker:
         }
 
     def run(self, unit: ShardUnit) -> tuple[Quality, float | None]:
-        """Make a shard: first the record of what it will be, then index and tar, which are read back.
+        """Make a shard: store its record, write index and tar, and read both back.
 
         Returns:
-            What was wrong with the images, and `Sampler.round_trip_error`, or None if another driver had made the
-            shard already.
+            Counts of bad images, and `Sampler.round_trip_error`. The error is also None if another driver had already
+            made the shard.
 
         Raises:
-            PlanError: an earlier record names other bytes, so this is another machine or library version.
+            PlanError: an earlier record has other digests, usually from another machine or library version.
             NumericsError: an image was bad at every attempt.
-            StorageError: the shard reads differently from what was written.
+            StorageError: the stored shard has other bytes than the worker wrote.
         """
         if self._shards.is_done(unit.tar_name):
             return read_quality(self._shards, unit), None
@@ -84,7 +84,7 @@ class ShardMaker:
         return quality, self._sampler.round_trip_error()
 
     def _made(self, unit: ShardUnit) -> tuple[PackedShard, Quality]:
-        """The shard in memory; images are encoded while the next batch is decoded."""
+        """Make the shard in memory. Image files are encoded while the flow decodes the next batch."""
         plan, quality = self._plan, Quality()
         drawn: list[tuple[int, int | None, int]] = []  # index, label and attempt of each sample
 
@@ -114,11 +114,11 @@ class ShardMaker:
 
 
 def recorded(path: str) -> RecordedShards:
-    """The shards of an output folder; the note of each is its `Quality`."""
+    """The shards of an output folder; the note of each shard is its `Quality`."""
     return RecordedShards(path, "quality")
 
 
 def read_quality(shards: RecordedShards, unit: ShardUnit) -> Quality:
-    """Counts of the bad images of a finished shard; zeros if its file is missing."""
+    """Counts of bad images in a finished shard; the counts are zero if the file with them is missing."""
     content = shards.note(unit.tar_name)
     return Quality(images=unit.num_images) if content is None else Quality.from_json(content, unit.tar_name)

@@ -1,9 +1,9 @@
 """Verb ``models``: inspect a registry, and add events to its logs. None of these commands builds a model from weights.
 
-`tarflow_scale.config.models` describes a registry. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
+`tarflow_scale.config.models` explains registries. ``list``, ``show``, ``diff`` and ``verify`` only read. ``alias``,
 ``approve``, ``rollback`` and ``retire`` add one event each. ``collect`` lists files that no version needs, and deletes
-them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events are
-added, never changed, so a command that is killed has done all of its work or none. Run a killed ``collect`` again.
+them with ``command.delete=true``. ``export`` and ``import`` are in `tarflow_scale.verbs.models.exchange`. Events
+are never changed, and each is written completely or not at all. If ``collect`` is killed, run it again.
 """
 
 import json
@@ -31,11 +31,11 @@ __all__ = [
 _MIB = 1024**2
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- commands that only read -------------------------------------------------------------------------------------------
 
 
 def list_models(config: ModelsConfig, dry_run: bool) -> None:
-    """Print all versions of all models of the registry, or of ``registry.model``, newest first, with their numbers.
+    """Print every version of ``registry.model``, or of all models of the registry, newest first, with its metrics.
 
     Warns about a model that cannot be read, and leaves it out.
     """
@@ -99,7 +99,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
-    """Print the settings and numbers that differ between a version and ``command.other``, by default the champion."""
+    """Compare a version with ``command.other`` (default: champion): print settings that differ, and all numbers."""
     del dry_run  # nothing is written
     registry = _registry(config.registry)
     state = registry.state()
@@ -117,10 +117,10 @@ def diff(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def verify(config: ModelsConfig, dry_run: bool) -> None:
-    """Read every event of every log and every file that a version needs, and check all digests.
+    """Read all events and all files that versions need, and check their digests.
 
     Raises:
-        RegistryError: an event or file is missing or damaged. All problems are printed before.
+        RegistryError: an event or file is missing or damaged. All problems are printed first.
     """
     del dry_run  # nothing is written
     path, problems, needed = config.registry.path, list[str](), dict[str, str]()
@@ -147,15 +147,15 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files match their digests")
 
 
-# -- changing ----------------------------------------------------------------------------------------------------------
+# -- commands that change the registry ---------------------------------------------------------------------------------
 
 
 def init(config: ModelsConfig, dry_run: bool) -> None:
-    """Make a registry: test that exactly one of many concurrent writers wins, and record who may use its files.
+    """Make a registry: test that exactly one of many concurrent writers succeeds, and record who may access its files.
 
     Raises:
-        RegistryError: several writers won, and ``command.single_writer`` is not set; or ``command.shared`` is set, and
-            the store has no file modes or contains files of other users.
+        RegistryError: several writers succeeded, and ``command.single_writer`` is not set; or ``command.shared`` is
+            set, and the store has no file modes or contains files of other users.
     """
     if dry_run:
         print(f"dry run: would test create-if-absent below {config.registry.path}")
@@ -169,7 +169,7 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Move ``command.alias``, which no gate may guard, to a version.
+    """Move the alias ``command.alias`` to a version. A gate must not guard the alias.
 
     Raises:
         ConfigError: ``command.alias`` is missing or not allowed.
@@ -191,7 +191,7 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def approve(config: ModelsConfig, dry_run: bool) -> None:
-    """Approve a version for promotion, in the name of the present user.
+    """Approve a version for promotion, in the name of the current user.
 
     Raises:
         RegistryError: the version does not exist, is retired, or was approved by this user before.
@@ -259,7 +259,7 @@ def collect(config: ModelsConfig, dry_run: bool) -> None:
     print(f"{path}: freed {freed / _MIB:.1f} MiB")
 
 
-# -- texts -------------------------------------------------------------------------------------------------------------
+# -- text of tables ----------------------------------------------------------------------------------------------------
 
 
 def _registry(browsed: BrowseConfig) -> Registry:
@@ -274,7 +274,7 @@ def _numbers(reports: list[MetricsReport]) -> str:
 
 
 def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
-    """The newest number for each protocol id."""
+    """The newest value of each metric as text, by name and id of its protocol."""
     return {
         f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
         + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")
@@ -296,7 +296,7 @@ def _configuration(registry: Registry, version: ModelVersion) -> dict[str, str]:
 
 
 def _provenance(version: ModelVersion) -> dict[str, str]:
-    """Properties, besides the settings, in which versions can differ."""
+    """Properties of a version that `diff` compares in addition to its settings."""
     return {
         "(code)": version.git_commit,
         "(data manifest)": version.trained_on.digest[:12],

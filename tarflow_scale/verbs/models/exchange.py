@@ -1,12 +1,13 @@
-"""Verb ``models``, commands ``export`` and ``import``: a version as a folder in the Hugging Face layout, and back.
+"""Verb ``models``: ``export`` writes a version as a folder in the Hugging Face layout, and ``import`` reads it.
 
 The folder contains ``model.safetensors``, ``config.json``, ``README.md`` (the model card), ``samples.png`` (from a
-report, or drawn for the card) and ``version.json``, which contains the record of the registry and is written last. An
-import checks all files before it stores any: safetensors with the recorded digest, no pickle, no name that leads out of
-the folder.
+report, or drawn for the card) and ``version.json``, which contains the registry's record of the version and is written
+last. An import checks all files before it stores any: the weights must be safetensors with the recorded digest, never a
+pickle, and file names must not lead out of the folder.
 
 ``export`` writes to ``command.path``, a folder or URL that must be empty or absent; ``import`` reads it and registers
-the version as ``registry.model``. Importing the same version twice adds no second version. Run a killed import again.
+the version as ``registry.model``. A version that is imported twice is registered only once. If an import is killed,
+repeat it.
 """
 
 import json
@@ -36,8 +37,8 @@ __all__ = ["export_version", "import_version"]
 _VERSION, _CARD, _SAMPLES, _CONFIGURATION = EXPORTED, "README.md", "samples.png", "training.json"
 _FORMAT = 1
 _COLUMNS, _MOST_COLUMNS, _MOST_SAMPLES = 8, 20, 40
-"""Samples drawn for a model card: number of columns; maximum number of columns with one class each; maximum number of
-samples."""
+"""Layout of the samples of a model card: usual number of columns, maximum number of columns if each column shows one
+class, and maximum number of samples."""
 _MOST_HEADER_BYTES = 100 * 1024**2
 """The longest header that the safetensors library reads."""
 
@@ -88,11 +89,11 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def import_version(config: ModelsConfig, dry_run: bool) -> None:
-    """Register the version in a folder or URL (``command.path``), with its reports, as ``registry.model``.
+    """Import the version at ``command.path`` (a folder or URL) with its reports; register it as ``registry.model``.
 
     Raises:
         ConfigError: no path or no model is given.
-        DataError: the folder contains no exported version, or files that are damaged or not safetensors and JSON.
+        DataError: the folder contains no exported version, or a file is damaged or has the wrong format.
     """
     path, model = _path_and_model(config.registry, config.command)
     location = storage.join(path, _VERSION)
@@ -127,7 +128,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
-    """A picture of the first samples of seed 0, with one class per column if there are few; None if sampling fails."""
+    """Draw samples with seed 0. With 2 to 20 classes, each column shows one class. Returns None if sampling fails."""
     names = version.trained_on.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
@@ -153,7 +154,7 @@ def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str,
 
 
 def _portable(report: MetricsReport) -> MetricsReport:
-    """The report without references to files that are only in its registry."""
+    """Copy the report without references to files that exist only in its registry."""
     metrics = {name: metric.model_copy(update={"per_image": None}) for name, metric in report.metrics.items()}
     return report.model_copy(update={"grid": None, "metrics": metrics})
 
@@ -194,7 +195,7 @@ def _check_safetensors(location: str, content: bytes) -> None:
 
 
 _TASKS = {"images": "unconditional-image-generation", "vectors": "tabular-density-estimation"}
-"""What hubs call the task of a model, by the noun of its events."""
+"""Task name that model hubs give to a model, by kind of data."""
 
 
 def _card(model: str, version: ModelVersion, state: ModelState, licence: str, has_samples: bool, given: int) -> str:
@@ -211,7 +212,7 @@ def _card(model: str, version: ModelVersion, state: ModelState, licence: str, ha
         "---",
         f"license: {licence}",
         "library_name: tarflow-scale",
-        *([f"pipeline_tag: {_TASKS[noun]}"] if noun == "images" else []),  # the only one that hubs list
+        *([f"pipeline_tag: {_TASKS[noun]}"] if noun == "images" else []),  # the only task that hubs list
         "tags: [normalizing-flow, tarflow-scale]",
         *_index(model, version, _TASKS[noun], list(newest.values())),
         "---",

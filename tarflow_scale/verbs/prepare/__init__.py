@@ -1,1 +1,1 @@
-"""Verb ``prepare``: images to WebDataset shards."""
+"""Verb ``prepare``: pack images into WebDataset shards."""

@@ -1,13 +1,13 @@
-"""Verb ``prepare``: images to WebDataset shards.
+"""Verb ``prepare``: pack images into WebDataset shards.
 
-Open the source, split it (as it says, or by class), pack each split in a random order into tars with an index beside
-each, and publish the manifests last, when all splits are packed. The same source and configuration give the same
-bytes, with any number of workers. A packing that was killed continues when it is run again; bad input leaves nothing.
+Open the source, use its splits or hold out a random share of each class, pack each split in random order into tars,
+write an index beside each tar, and publish the manifests when all splits are packed. The same source and configuration
+give the same bytes with any number of workers. A killed run continues when you repeat it. Bad input leaves no files.
 
-Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes ``<shards.path>/train`` and ``/test``:
-tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` or ``dropped.jsonl`` if images were left out. It refuses
-sources that do not fit together, folders that hold other files or another data set, and a folder to which another
-packing writes. To inspect a packed set: ``--check``, ``--stats``, ``--npz``.
+Reads ``source.path`` (a folder, file or URL; nothing for ``digits``). Writes one folder per split, such as
+``<shards.path>/train``, with tars, ``*.index.npz``, ``manifest.json``, and ``skipped.jsonl`` or ``dropped.jsonl`` if
+images were left out. It is an error if the source cannot be used, if a folder holds other files or another data set, or
+if another process is writing to it. To inspect a packed set: ``--check``, ``--stats``, ``--npz``.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     """Pack the splits of the source, unless they are packed already.
 
     Raises:
-        DataError: the source is unsuitable, or the target holds another data set or other files.
+        DataError: the source cannot be used, or the target holds another data set or other files.
         StorageError: another ``prepare`` writes to the target.
     """
     try:
@@ -59,7 +59,7 @@ def check(path: str) -> None:
 
 
 def statistics(path: str) -> None:
-    """``--stats``: what is in a packed data set."""
+    """``--stats``: print a summary of a packed data set."""
     print("\n".join(inspection.statistics(path)))
 
 
@@ -95,10 +95,10 @@ def _prepare(config: SourceConfig, split: SplitConfig, shards: PackedShardsConfi
 
 
 def _missing(path: str, splits: Iterable[str], recipe: str) -> list[str]:
-    """Splits that are not packed.
+    """Names of the splits that are not packed yet.
 
     Raises:
-        DataError: a folder holds another data set, or files that are not ours.
+        DataError: a folder holds another data set, or files that ``prepare`` did not write.
     """
     missing: list[str] = []
     for name in splits:
@@ -138,7 +138,7 @@ def _packing(
 
 
 def _pack(packings: list[packing.Packing], recipe: str, max_bad_fraction: float, num_workers: int) -> None:
-    """Pack all splits, then publish all; bad input leaves nothing."""
+    """Pack all splits, then publish them; on bad input remove all files."""
     for split in packings:
         packing.claim(split.path)
     try:
@@ -161,7 +161,7 @@ def _pack(packings: list[packing.Packing], recipe: str, max_bad_fraction: float,
 
 
 def _check_skipped(notes: list[packing.PackNote], max_bad_fraction: float) -> None:
-    """Refuse a packing that left out many images: the configuration does not suit them."""
+    """Raise an error if too many images were left out, because then the configuration does not fit the images."""
     skipped = [image for note in notes for image in note.skipped]
     total = len(skipped) + sum(note.record.samples for note in notes if note.record is not None)
     if len(skipped) > max_bad_fraction * total:

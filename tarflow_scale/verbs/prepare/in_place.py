@@ -1,4 +1,4 @@
-"""Make a data set of the tars of another program in place: write an index beside each tar, and the manifest last."""
+"""Use tars of another program as a data set without copying: write an index beside each tar, then the manifest."""
 
 from tarflow_scale import storage
 from tarflow_scale.config.prepare import PackedShardsConfig, SourceConfig

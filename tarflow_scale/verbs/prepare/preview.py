@@ -1,4 +1,4 @@
-"""What ``prepare`` prints before it packs: splits, classes, warnings, and how many shards there will be."""
+"""The overview that ``prepare`` prints before it packs: splits, classes, warnings, and number of shards."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from tarflow_scale.shards.sources.splits import PACKED
 __all__ = ["print_ignored", "print_preview"]
 
 _CLASSES_SHOWN = 12
-"""Of a data set with more classes, the first five and the last two are shown."""
+"""If there are more classes than this, only the first five and the last two are shown."""
 
 
 def print_preview(
@@ -51,7 +51,7 @@ def print_ignored(ignored: Mapping[str, int]) -> None:
 
 
 def _classes(source: ImageSource) -> str:
-    """``cat 120, dog 80``: the first and last classes with their numbers of images."""
+    """The first and last classes with their numbers of images, for example ``cat 120, dog 80``."""
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     shown = [f"{name} {count:,}" for name, count in zip(source.class_names, counts.tolist(), strict=True)]
     return ", ".join(shown if len(shown) <= _CLASSES_SHOWN else [*shown[:5], "..", *shown[-2:]])

@@ -13,7 +13,7 @@ _IF_CHANGED = {
     "source": ("label_column", "label_table", "label_names", "image_member", "condition_columns"),
     "split": ("by_name", "train", "validation", "test", "ignore"),
 }
-"""Settings that count only if they differ from their defaults, so that a new setting does not change old digests."""
+"""Settings that enter the digest only if they differ from their defaults, so that older data sets keep their digest."""
 
 
 def recipe_digest(source: ImageSource, config: SourceConfig, split: SplitConfig, shards: PackedShardsConfig) -> str:

@@ -1,14 +1,14 @@
-"""Verb ``score``: how anomalous every image of a data set is, by a registered version.
+"""Verb ``score``: use a registered version to compute how anomalous each image of a data set is.
 
-Workers turn ranges of images into bits/dim and store them as parts, so a job that was killed continues where it
-stopped. Held-out normal images define what is typical, and for each score the threshold that only a given share of them
-exceeds. The table of all images is written last. With a second set that is known to be anomalous, the verb also reports
-how well each score separates the two sets.
+Workers compute bits/dim of ranges of images and store them as parts, so a killed job continues where it stopped.
+Held-out normal images (``calibration``) define the typical bits/dim and one threshold per score. At most the share
+``scoring.false_alarm_rate`` of these images exceeds each threshold. With ``anomalies``, a set that is known to be
+anomalous, the verb also reports how well each score separates ``data`` from ``anomalies``.
 
 Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
-into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row an image; ``summary.json``; ``maps.png`` if asked for;
-and ``parts/`` while it works. Refuses models trained on noisy images, which have no likelihood, and sets of other
-shapes.
+into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row per image; ``summary.json``; ``maps.png`` if configured;
+and ``parts/`` while it works. It is an error if a model was trained on noisy images, because it has no likelihood, or
+if the images of a set do not have the shape of the model.
 """
 
 import csv
@@ -41,6 +41,7 @@ from tarflow_scale.pool import Pool
 from tarflow_scale.records import ModelVersion, canonical_json
 from tarflow_scale.registry import Registry
 from tarflow_scale.runtime import console, provenance
+from tarflow_scale.shards.events import event_of
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.manifest import Manifest
 from tarflow_scale.shards.reader import ShardSet
@@ -55,11 +56,11 @@ Versions = list[tuple[VersionConfig, ModelVersion]]
 Row = dict[str, Any]
 _PARTS, _MAPS = "parts", "maps.png"
 _PARTS_EDITION = 2
-"""Part of the digest that names the folder of parts; a change of their content changes it."""
+"""Format version of the parts; the digest that names their folder includes it."""
 _SHOWN = 10
-"""Images of ``data`` that are printed at the end."""
+"""Number of images of ``data`` that are listed at the end."""
 _MAP_COLUMNS, _MAP_PIXELS = 4, 96
-"""Pairs of pictures in a row, and the least side of each."""
+"""Number of picture pairs per row; maximum side, in pixels, to which a picture is enlarged."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
     """Score all sets, and write the table and ``summary.json``.
 
     Raises:
-        RegistryError: no such version.
-        DataError: a data set has other images than the model.
-        ConfigError: a model without bits/dim, or a format that is not installed.
+        RegistryError: the version does not exist.
+        DataError: images of a data set do not have the shape or bit depth of the model.
+        ConfigError: a model has no bits/dim or cannot draw maps, or a package for the format is not installed.
     """
     scoring, cluster = config.scoring, config.cluster
     if scoring.format == "parquet":
@@ -140,13 +141,12 @@ def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manife
             f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
             f"noise); score with a model trained with uniform noise"
         )
-    size, channels = version.trained_on.image_size_pixels, version.trained_on.num_channels
-    shape, bit_depth = (channels, size, size), version.pixels.bit_depth
+    event = event_of(version.trained_on, version.pixels.bit_depth)
     for manifest in manifests:
-        if (manifest.event.shape, manifest.bit_depth) != (shape, bit_depth):
+        if manifest.event != event:
             raise DataError(
-                f"{section.model}@{version.version} scores {shape} images of {bit_depth} bits (got "
-                f"{manifest.event.shape} of {manifest.bit_depth} in {manifest.name}/{manifest.split}); pack alike"
+                f"{section.model}@{version.version} scores {event} (got {manifest.event} in {manifest.name}/"
+                f"{manifest.split}); pack images of the model's size and bit depth"
             )
 
 
@@ -163,7 +163,7 @@ def _flow_for_maps(section: VersionConfig, version: ModelVersion) -> Flow:
 def _image_sets(
     scoring: ScoringConfig, cluster: ClusterConfig, versions: Versions, manifests: dict[str, tuple[str, Manifest]]
 ) -> dict[str, _ImageSet]:
-    """The sets with their parts, in folders whose names are digests of all that decides the numbers."""
+    """The sets with their parts. The folder of parts is named by a digest of everything that affects the scores."""
     decisive: dict[str, Any] = {
         "weights": [version.weights_digest for _, version in versions],
         "settings": scoring.model_dump(mode="json", include={"num_draws", "seed", "labels", "batch_size"}),
@@ -190,7 +190,7 @@ def _packages() -> dict[str, str]:
 
 
 def _make(scoring: ScoringConfig, cluster: ClusterConfig, versions: Versions, sets: dict[str, _ImageSet]) -> None:
-    """Make the parts that are missing, once where two sets are the same."""
+    """Make the missing parts. If two sets are the same, their parts are made once."""
     parts = {part.location: ScoringUnit(part, images.path) for images in sets.values() for part in images.parts}
     units = list(parts.values())
     arguments = {
@@ -212,11 +212,11 @@ def _scores(parts: list[Part], typical: float, has_background: bool) -> Scores:
     return scores_of(joined["bits_0"], joined["compressed"], typical, joined.get("bits_1"))
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- files and printed tables ------------------------------------------------------------------------------------------
 
 
 def _rows(sets: dict[str, tuple[list[Part], Scores]], thresholds: dict[str, float]) -> Iterator[list[Row]]:
-    """Rows of the table, a part at a time."""
+    """Yield the rows of the table, one part at a time."""
     for name, (parts, scores) in sets.items():
         for part in parts:
             about = part.read("labels", "origins")
@@ -295,10 +295,10 @@ def _write_summary(
 
 
 def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArray[np.float64]) -> None:
-    """The least likely images, each beside a copy with its surprise laid over it."""
+    """Draw the least likely images, each beside a copy overlaid with its surprise per pixel, into ``maps.png``."""
     chosen = np.argsort(-likelihood, kind="stable")[: scoring.maps]
     shards = ShardSet(data)
-    order = np.argsort(chosen)  # read in the order of the shards, shown in that of surprise
+    order = np.argsort(chosen)  # images are read in the order of shards, shown by surprise
     protocol = scoring_protocol(shards.manifest.bit_depth, scoring)
     maps: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
     for low in range(0, len(chosen), scoring.batch_size):

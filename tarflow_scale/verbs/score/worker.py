@@ -1,6 +1,6 @@
-"""The worker of ``score``: a range of images becomes bits/dim under one or two flows and under lossless codecs.
+"""The worker of ``score``: compute bits/dim of a range of images under one or two flows and lossless codecs.
 
-A part is written completely or not at all, and holds the same numbers whichever worker makes it.
+A part is written completely or not at all. Every worker that makes a part gets the same numbers.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class ScoringUnit(PartUnit):
 
 
 def scoring_protocol(bit_depth: int, settings: ScoringConfig) -> BitsPerDimProtocol:
-    """How images are dequantized for scoring."""
+    """The protocol for scoring, which says how images are dequantized."""
     return BitsPerDimProtocol(
         name="score",
         metric="bits_per_dim",
@@ -50,8 +50,8 @@ class Rater:
     Args:
         versions: ``(registry, model, version)`` of the flow, and of the background model if there is one.
         settings: the section ``scoring``.
-        codec_names: the lossless codecs that every worker must have.
-        threads: torch threads.
+        codec_names: names of the lossless codecs that every worker must have.
+        threads: number of torch threads.
         gpu: whether this worker was given a GPU.
     """
 
@@ -76,7 +76,7 @@ class Rater:
 
     @torch.no_grad()
     def run(self, unit: ScoringUnit) -> None:
-        """Make the part.
+        """Make the part of a unit.
 
         Raises:
             NumericsError: a likelihood is not finite.
@@ -111,6 +111,6 @@ class Rater:
         unit.part.write(arrays | {"origins": np.array(origins)})
 
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
-        """Log density without labels, in fp64: with labels dropped, or summed over all labels."""
+        """Log density in fp64 without true labels: the flow gets no label, or densities are averaged over labels."""
         drop = flow.num_classes is None or self._settings.labels == "dropped"
         return (flow.log_prob_of_images(x, None) if drop else marginal_log_prob(flow, x)).double()

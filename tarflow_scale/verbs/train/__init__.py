@@ -1,1 +1,1 @@
-"""Verb ``train``: shards to a registered model version."""
+"""Verb ``train``: train a flow on shards and register it."""

@@ -1,17 +1,18 @@
-"""Verb ``train``: shards to a registered model version.
+"""Verb ``train``: train a flow on shards and register it.
 
-Open the data, build the flow, put it under DeepSpeed, train from the latest checkpoint to the configured number of
-images, export the averaged weights and register them. The same command continues a run that stopped. Start it on
-several ranks with torchrun; see ``launch/``.
+Open the data, build the flow, start DeepSpeed, train from the latest checkpoint to the configured number of images,
+export the averaged weights and register them. The same command continues a run that stopped. To use several ranks,
+start it with torchrun; see ``launch/``.
 
 Reads ``<data.path>`` (and ``data.mix``). Writes the run folder ``logging.path``: ``config.yaml`` (if a run continues
-with other settings, the earlier ones become ``config-until-IMAGES.yaml``), ``environment.json``, ``status.json``,
+with other settings, the old file becomes ``config-until-IMAGES.yaml``), ``environment.json``, ``status.json``,
 ``log.jsonl``, ``curve.png`` (the loss), ``checkpoints/``, ``previews/``, ``quarantine-*.jsonl`` of corrupt samples, and
 at the end ``model/``, which is also registered as ``registry.model``.
 
-It is an error if the folder belongs to another run or to one that is still running, and if counts do not divide. A run
-that receives a stop signal saves a checkpoint and ends with exit code 75. A run that is killed loses the steps after
-its latest complete checkpoint; on the same number of ranks it repeats them to the same weights.
+It is an error if the folder belongs to another run, if its run is still active, or if the global batch cannot be split
+among ranks and micro batches. A run that receives a stop signal saves a checkpoint and ends with exit code 75. A killed
+run loses the steps after its latest complete checkpoint; on the same number of ranks, repeating them gives the same
+weights.
 """
 
 from collections.abc import Generator, Mapping
@@ -54,10 +55,10 @@ __all__ = ["run"]
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
-    """Train, export, register.
+    """Train the flow, export it and register it.
 
     Raises:
-        UserError: the data set, the counts or the run folder do not fit the configuration.
+        UserError: the data set, the batch sizes or the run folder do not fit the configuration.
         Interrupted: the run was asked to stop and can continue.
     """
     data, logging, recipe = config.data, config.logging, config.recipe
@@ -175,7 +176,7 @@ def _next_steps(logging: LoggingConfig, images_seen: int, total_images: int) -> 
 def _recorded(
     logging: LoggingConfig, resolved: dict[str, Any], progress: Progress, total_images: int
 ) -> Generator[run_log.Log]:
-    """Write the records of the run folder on rank 0: settings, log, status."""
+    """On rank 0, write settings, log and status into the run folder; yields the function that writes to the log."""
     if not distributed.is_main():
         yield lambda record: None
         return
@@ -209,7 +210,7 @@ def _recorded(
 
 
 def _loader(mix: Mix, data: DataConfig, seed: int, path: str, device: torch.device) -> Loader:
-    """Reads this rank's slots of every global batch."""
+    """A loader that reads this rank's share of every global batch."""
     rank, share = distributed.rank(), mix.num_slots // distributed.world_size()
     return Loader(
         mix=mix,
@@ -222,7 +223,7 @@ def _loader(mix: Mix, data: DataConfig, seed: int, path: str, device: torch.devi
 
 
 def _initialize(flow: Flow, reader: Loader, training: TrainingConfig, conditional: bool) -> None:
-    """Data-dependent initialization on a micro batch of every rank, before DeepSpeed divides the weights.
+    """Initialize the flow from a micro batch of every rank, before DeepSpeed partitions the weights.
 
     A resumed run repeats it; the checkpoint then overwrites the result.
     """

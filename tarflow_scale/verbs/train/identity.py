@@ -1,6 +1,6 @@
 """The identity of a run: the settings that must not change when it continues.
 
-Ranks, ZeRO stage, logging and length may change; `batch_statistics` has the one exception.
+The number of ranks, ZeRO stage, logging and length of training may change; for one exception see `batch_statistics`.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ __all__ = ["batch_statistics", "identity_of"]
 
 
 def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
-    """The identity, which every checkpoint holds.
+    """The identity of a run, which every checkpoint stores.
 
-    A key that older checkpoints lack is left out while it is at its default, so that their runs can continue.
+    A setting that older checkpoints lack is left out if it has its default value, so that their runs can continue.
     """
     training, optimizer = recipe.training, recipe.optimizer
     constant = training.model_dump(mode="json", include={"global_batch_size", "seed", "noise", "label_drop"})
@@ -38,10 +38,10 @@ def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
 
 
 def batch_statistics(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]:
-    """The images over which batch normalization takes its statistics; empty for other models.
+    """How a batch is divided for the statistics of batch normalization; empty for models without it.
 
-    A pass takes a micro batch of every rank. If that is the whole batch, its division among ranks has no effect;
-    otherwise the division decides which images share statistics.
+    A forward pass takes one micro batch of every rank. If together they are the whole batch, the division among ranks
+    has no effect; otherwise it determines which images share statistics.
     """
     if not model.capabilities.batch_statistics:
         return {}

@@ -25,8 +25,8 @@ class Inputs:
 
     Args:
         mix: the training data.
-        manifest: their manifest, with the size of the images that the model sees.
-        pixels: how stored pixels become floats.
+        manifest: manifest of the training data, with the image size that the model sees.
+        pixels: how stored pixels are converted to floats.
         validation: held-out data, or None.
         autoencoder: files of the autoencoder of the latents; empty for images and vectors.
     """
@@ -48,7 +48,7 @@ def open_inputs(
     """Open the data sets.
 
     Raises:
-        DataError: a data set cannot be read, or validation has other images than training.
+        DataError: a data set cannot be read, or validation and training images differ in kind.
         ConfigError: the settings do not fit the kind of data.
     """
     mix = open_mix(data, training.global_batch_size, training.seed)
@@ -95,10 +95,10 @@ def _autoencoder_files(autoencoder: VersionConfig | None, manifest: Manifest) ->
 def _check_event(
     manifest: Manifest, model: ModelConfig, training: TrainingConfig, augmentation: AugmentationConfig
 ) -> None:
-    """Check that noise, augmentation and conditions suit the events.
+    """Check that noise, augmentation and conditions fit the kind of data.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: one of them does not fit.
     """
     noise, event = training.noise.kind, manifest.event
     if noise not in event.noises:

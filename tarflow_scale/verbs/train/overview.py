@@ -17,19 +17,19 @@ __all__ = ["print_overview"]
 
 _GIB = 1024**3
 _REMOTE_READ_BYTES = 1_000_000
-"""Smaller reads from a store cost more processor time than decoding (evals/results/loader-cpu.json)."""
+"""Reading fewer bytes at once from a store costs more CPU time than decoding (evals/results/loader-cpu.json)."""
 
 
 def print_overview(
     recipe: Recipe, inputs: Inputs, size: ModelSize, shuffle_block: int, begins: str, output: str
 ) -> None:
-    """Print the table.
+    """Print the overview as a table.
 
     Args:
         recipe: model, optimizer, training and parallelism.
         inputs: the data sets.
         size: number of parameters.
-        shuffle_block: samples of a block, ``data.shuffle_block``.
+        shuffle_block: number of samples per block, ``data.shuffle_block``.
         begins: text that says where training begins.
         output: text that says where results go.
     """
@@ -74,7 +74,7 @@ def _data_row(part: MixPart, manifest: Manifest) -> str:
 
 
 def _read_size(shuffle_block: int, mix: Mix) -> str:
-    """Bytes of a range read, and advice if that is too few for a store with a high latency."""
+    """Text that states the size of each read, with advice if it is too small for a store with high latency."""
     block = shuffle_block * mix.bytes_per_sample
     text = f"{block / 1e6:.3g} MB, a block of {shuffle_block} samples"
     if block >= _REMOTE_READ_BYTES or not any(storage.is_remote(part.shards.path) for part in mix.parts):

@@ -1,4 +1,4 @@
-"""Previews of a run: samples of the averaged weights, or the density of a flow of two numbers."""
+"""Previews of a run: samples drawn with the averaged weights, or the density of a flow of 2-d vectors."""
 
 import warnings
 
@@ -27,10 +27,10 @@ _ZOOM = 4
 
 
 def preview_of(inputs: Inputs, model: ModelConfig, folder: str, guidance: float, device: torch.device) -> Preview:
-    """A function that writes ``<folder>/previews/images-<images seen>.png``.
+    """Return a function that writes ``<folder>/previews/images-<images seen>.png``.
 
-    It builds its own copy of the flow from the averaged weights. Each column of samples shows one class. If sampling
-    fails it warns, because that is no reason to stop a run whose loss is finite.
+    The function builds a copy of the flow with the averaged weights. With up to 40 classes, each column of samples
+    shows one class. If sampling fails, the function only warns, so that the run continues.
     """
     manifest = inputs.manifest
 
@@ -63,7 +63,7 @@ def _samples(flow: Flow, manifest: Manifest, guidance: float) -> bytes:
 
 
 def _density(flow: Flow) -> bytes | None:
-    """A picture of the density; None if the flow does not have two dimensions, or has conditions."""
+    """A picture of the density; None if the flow does not have two dimensions or is conditioned on numbers."""
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         return None
     try:

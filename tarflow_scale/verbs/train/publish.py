@@ -1,4 +1,4 @@
-"""The end of a run: an average of the weights is exported to the run folder and registered."""
+"""The end of a run: export averaged weights to the run folder and register them."""
 
 from collections.abc import Container
 from contextlib import suppress
@@ -24,12 +24,12 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class Publication:
-    """Where a run publishes its model, and what it says about it.
+    """Where a run publishes its model, and the metadata of the model.
 
     Args:
         folder: the run folder.
         registry: the registry and the name of the model.
-        data: the first data set, with the size of the images that the model sees.
+        data: the first data set, with the image size that the model sees.
         num_parameters: number of parameters of the flow.
         first_half_life: half-life of the first average, in images; this average is exported to ``model/``, the others
             to ``model-ema-<half-life>/``.
@@ -46,7 +46,7 @@ class Publication:
     autoencoder: dict[str, bytes]
 
     def publish(self, flow: Flow, weights: dict[str, Tensor], half_life: int, images_seen: int) -> None:
-        """Export and register one average."""
+        """Export and register one average of the weights."""
         files, configuration = flow_files(flow, weights) | self.autoencoder, canonical_json(self.configuration)
         exported = "model" if half_life == self.first_half_life else f"model-ema-{half_life}"
         for name, content in files.items():

@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "all in one class with folders below": (
         [*spread("train/x/", "ab"), *spread("test/x/", "ab"), "test/x/0.png"],
-        r"in one class folder, x, though there are folders below it",
+        r"in one class folder, x, but it has subfolders that may be the classes",
     ),
     "images and masks in folders": (spread("", ("images", "masks")), r"got images, masks .*split\.ignore"),
     "images and masks of one name": (
