@@ -47,7 +47,7 @@ class Manifest(Record):
     """Digest of the configuration, or of the indexed tars. A data set with an equal digest is not packed again."""
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
     vectors: VectorFacts | None = None
-    """Lengths of vectors and conditions; None for other events. A vector of length D counts as one pixel of D channels."""
+    """Lengths of vectors and conditions; None for others. A vector of length D counts as a pixel of D channels."""
     latents: LatentFacts | None = None
     """The latents of an autoencoder; None for other events."""
     reading: Reading | None = None

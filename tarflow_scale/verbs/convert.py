@@ -38,7 +38,7 @@ def run(config: ConvertConfig, dry_run: bool) -> None:
     """Convert the weights, write the flow, and register it if a registry is set.
 
     Raises:
-        DataError: the file is not a TarFlow, the folder does not hold an autoencoder, or the output folder holds another
+        DataError: the file is not a TarFlow, the folder is not an autoencoder, or the output folder holds another
             model.
         ConfigError: the model does not fit its data set.
     """
