@@ -133,10 +133,7 @@ class Registry:
         """
         when = self.state().collected.get(version.version)
         if when is not None:
-            raise RegistryError(
-                f"{self.model}@{version.version} was retired and its files were deleted on {when}; choose another "
-                f"version"
-            )
+            raise RegistryError(f"{self.model}@{version.version} was retired and its files were deleted on {when}")
         return {name: self.read(name, record) for name, record in version.files.items()}
 
     def read(self, name: str, record: FileRecord) -> bytes:
@@ -265,9 +262,7 @@ class Registry:
         """
         before = self.state()
         if alias not in before.aliases:
-            raise RegistryError(
-                f"{self.model} has no alias {alias!r} (its aliases: {known(before.aliases)}); check the name"
-            )
+            raise RegistryError(f"{self.model} has no alias {alias!r} (it has {known(before.aliases)}); check the name")
         current = before.aliases[alias]
 
         def decide(state: ModelState) -> dict[str, Any]:
@@ -292,8 +287,7 @@ class Registry:
             held = [alias for alias, number in state.aliases.items() if number == version]
             if held:
                 raise RegistryError(
-                    f"{self.model}@{version} must have no alias when it is retired (got {', '.join(held)}); move the "
-                    f"alias to another version first"
+                    f"{self.model}@{version} must have no alias to be retired (got {', '.join(held)}); move the alias"
                 )
             return {"version": version}
 
@@ -347,16 +341,13 @@ class Registry:
         """
         resolve(state, version, self.model)
         if version in state.retired:
-            raise RegistryError(
-                f"{self.model}@{version} was retired on {state.retired[version]}; choose another version"
-            )
+            raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; use another version")
 
     def _check_unmoved(self, state: ModelState, alias: str, expected: int | None) -> None:
         version = state.aliases.get(alias)
         if version != expected:
             raise RegistryError(
-                f"another process moved alias {alias!r} of {self.model} (got version {version}, expected {expected}); "
-                f"try again"
+                f"another process moved alias {alias!r} of {self.model} (got {version}, not {expected}); try again"
             )
 
     def _refreshed(self) -> ModelState:

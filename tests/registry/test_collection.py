@@ -110,9 +110,7 @@ def test_a_retired_version_is_out_of_use(aged: Registry) -> None:
     ):
         with pytest.raises(RegistryError, match="m@2 was retired on"):
             change()
-    with pytest.raises(
-        RegistryError, match=r"m@1 must have no alias when it is retired \(got champion\); move the alias"
-    ):
+    with pytest.raises(RegistryError, match=r"m@1 must have no alias to be retired \(got champion\); move the alias"):
         aged.retire(1, "")
 
 

@@ -92,7 +92,7 @@ def test_no_model_and_no_registry(tmp_path: Path) -> None:
 def test_an_alias_that_moved_meanwhile_stays(tmp_path: Path) -> None:
     registry = registry_with(tmp_path, 2)
     registry.promote("champion", 1, None, {}, "")
-    with pytest.raises(RegistryError, match=r"another process moved .* \(got version 1, expected None\)"):
+    with pytest.raises(RegistryError, match=r"another process moved .* \(got 1, not None\)"):
         registry.promote("champion", 2, None, {}, "")
     assert registry.resolve("champion").version == 1
 
