@@ -64,7 +64,7 @@ def look_at(address: str) -> ClusterFacts | None:
     except (RayError, RuntimeError, AttributeError) as error:  # AttributeError: the server is not Ray's
         raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start a cluster") from error
     if not nodes:
-        raise UserError(f"the cluster at {address} must have a live node (got none); start it again")
+        raise UserError(f"the cluster at {address} must have a live node (got none); start the cluster again")
     return ClusterFacts(
         ray_version=str(versions["ray_version"]),
         python_version=str(versions["python_version"]),

@@ -170,8 +170,8 @@ def _without_number(candidate: Contender) -> str:
         return "the version has no report; run 'tarflow-scale evaluate' first"
     names = ", ".join(sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()}))
     return (
-        f"reports only by other protocols, or by an earlier edition of this protocol ({names}); run 'tarflow-scale "
-        f"evaluate' with this protocol"
+        f"the version has reports only by other protocols, or by an earlier edition of this protocol ({names}); run "
+        f"'tarflow-scale evaluate' with this protocol"
     )
 
 
@@ -214,7 +214,7 @@ def _against(
     gain, error, how = lead(protocol, candidate, value, other, best)
     comparison = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
     if error is None:
-        return reason(f"{comparison}, but without standard errors; evaluate both again", False)
+        return reason(f"{comparison}, but without standard errors; evaluate both versions again", False)
     limit = gain - NormalDist().inv_cdf(requirement.confidence) * error
     return reason(f"{comparison}: better by {gain:.4f} ± {error:.4f}, compared {how}", limit > requirement.margin)
 

@@ -367,7 +367,7 @@ class Registry:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": error.args, "msg": "missing"}
             raise RegistryError(
                 f"the log of {self.model} in {self.path} holds an event that cannot be read "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); use the version of this package that wrote it"
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); use the version of tarflow-scale that wrote it"
             ) from error
         except RegistryError:
             self._state = ModelState()

@@ -156,7 +156,7 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
     if reference == "latest":
         usable = [number for number in state.versions if number not in state.retired]
         if not usable:
-            raise RegistryError(f"model {model!r} has no version yet; train one")
+            raise RegistryError(f"model {model!r} has no version yet; train a version first")
         return state.versions[max(usable)]
     if isinstance(reference, str) and not reference.isdecimal():
         if reference not in state.aliases:

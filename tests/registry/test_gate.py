@@ -155,7 +155,7 @@ def test_no_report_and_a_report_by_another_protocol() -> None:
     assert found == "the version has no report; run 'tarflow-scale evaluate' first"
     holds, found = outcome(gate(maximum=2.0), contender("m@2", 1.0, protocol=EARLIER))
     assert not holds
-    only = "reports only by other protocols, or by an earlier edition of this protocol (bits); "
+    only = "the version has reports only by other protocols, or by an earlier edition of this protocol (bits); "
     assert found == f"{only}run 'tarflow-scale evaluate' with this protocol"
 
 
@@ -171,7 +171,7 @@ def test_a_gate_can_pin_the_images() -> None:
     assert outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0))[0]
     holds, found = outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0, identity="training images"))
     assert not holds
-    assert found.startswith("reports only by other protocols, or by an earlier edition")
+    assert found.startswith("the version has reports only by other protocols, or by an earlier edition")
 
 
 def test_a_requirement_must_ask_for_something() -> None:

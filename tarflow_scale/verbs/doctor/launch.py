@@ -113,5 +113,7 @@ def _taken(port: int) -> str:
 def _counts() -> Finding | None:
     rank, ranks = distributed.rank(), distributed.world_size()
     if not 0 <= rank < ranks:
-        return failed("launch", f"RANK={rank} of WORLD_SIZE={ranks}", "number ranks from 0 to WORLD_SIZE - 1")
+        return failed(
+            "launch", f"RANK={rank} is not a rank of WORLD_SIZE={ranks}", "number ranks from 0 to WORLD_SIZE - 1"
+        )
     return None
