@@ -619,7 +619,7 @@ def test_ranks_that_no_agent_started_do_not_lose_the_store_of_rank_0() -> None:
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http is not a port"),
         (
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-            "RANK=2 of WORLD_SIZE=2",
+            "RANK=2 is not a rank of WORLD_SIZE=2",
         ),
     ],
 )
