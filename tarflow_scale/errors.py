@@ -99,4 +99,4 @@ def install_extra(extra: str) -> str:
 
 def needs_package(setting: str, package: str, extra: str) -> str:
     """The error message if ``setting``, such as ``format=parquet``, needs a package that is not installed."""
-    return f"{setting} needs {package} (got none installed); run: {install_extra(extra)}"
+    return f"{setting} needs the package {package} (it is not installed); run: {install_extra(extra)}"

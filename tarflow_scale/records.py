@@ -85,7 +85,8 @@ class Record(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
             raise failure(
-                f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); it is damaged or of another version"
+                f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); the file is damaged, or another "
+                f"version of tarflow-scale wrote it"
             ) from error
 
 

@@ -121,7 +121,8 @@ def damaged_manifest(w: World) -> tuple[list[str], str]:
     data = w.data_copy()
     (data / "train/manifest.json").write_text("{}")
     return w.train(data), (
-        f"{data}/train/manifest.json is not a Manifest (name: Field required); it is damaged or of another version"
+        f"{data}/train/manifest.json is not a Manifest (name: Field required); the file is damaged, or another version "
+        f"of tarflow-scale wrote it"
     )
 
 
@@ -253,29 +254,30 @@ def mnist_that_is_missing(w: World) -> tuple[list[str], str]:
 
 def no_registry(w: World) -> tuple[list[str], str]:
     return ["models", "list", f"registry.path={w.tmp}/absent"], (
-        f"no registry at {w.tmp}/absent; finish a run of training, or check the path"
+        f"no registry at {w.tmp}/absent; finish a training run first, or check the path"
     )
 
 
 def no_model(w: World) -> tuple[list[str], str]:
     return ["models", "show", f"registry.path={w.trained.registry}", "registry.model=large"], (
-        f"no model 'large' in the registry {w.trained.registry} (there are small); check registry.model"
+        f"no model 'large' in the registry {w.trained.registry} (its models: small); check registry.model"
     )
 
 
 def no_version(w: World) -> tuple[list[str], str]:
-    return w.evaluate("registry.version=9"), "no version 9 of small (there are 1); check the number"
+    return w.evaluate("registry.version=9"), "small has no version 9 (its versions: 1); check the number"
 
 
 def no_alias(w: World) -> tuple[list[str], str]:
     return w.generate("registry.version=champion"), (
-        "no alias 'champion' of small (there is none); promote a version first, or name one, such as latest"
+        "small has no alias 'champion' (its aliases: none); promote a version first, or use another reference, such as "
+        "latest"
     )
 
 
 def no_report(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}"), (
-        "small@1 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion stays"
+        "small@1 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion was not moved"
     )
 
 
@@ -320,7 +322,8 @@ def generation_among_other_files(w: World) -> tuple[list[str], str]:
 
 def crop_larger_than_the_images(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "data.augmentation.crop_pixels=9"), (
-        "data.augmentation.crop_pixels must not exceed the images (got 9 and 8); lower it or leave it out"
+        "data.augmentation.crop_pixels must not exceed the image size (got 9 and 8); lower or remove "
+        "data.augmentation.crop_pixels"
     )
 
 

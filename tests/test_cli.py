@@ -113,7 +113,7 @@ def test_the_configuration_may_come_after_overrides(capsys: pytest.CaptureFixtur
     assert cli.main(["models", "list", "registry.path=nowhere", file]) == 2
     assert "no registry at nowhere" in capsys.readouterr().err
     assert cli.main(["models", "list", file, "registry.path"]) == 2
-    assert f"a verb reads one file (got {file} and registry.path); an override is" in capsys.readouterr().err
+    assert f"a verb must get one configuration file (got {file} and registry.path); keep" in capsys.readouterr().err
 
 
 def test_a_working_folder_that_was_removed_is_told(
@@ -247,5 +247,5 @@ def test_ctrl_c_during_an_import_ends_in_one_line(imported: str, tmp_path: Path)
     )
     assert (result.returncode, result.stderr) == (
         130,
-        "tarflow-scale: interrupted; run the same command again to go on\n",
+        "tarflow-scale: interrupted; run the same command again to continue\n",
     )

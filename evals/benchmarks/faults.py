@@ -178,7 +178,7 @@ def full_disk_during_a_save(world: World, folder: Path) -> None:
     try:
         run = disk / "run"
         output = finish(start(world.config(run), 0), 2)
-        if "No space left on device" not in output or "the previous one stays" not in output:
+        if "No space left on device" not in output or "the previous one is kept" not in output:
             raise Failed(f"another failure:\n{output}")
         if [one for one in (run / "checkpoints").iterdir() if not (one / "manifest.json").exists()]:
             raise Failed("a half-written checkpoint is left")

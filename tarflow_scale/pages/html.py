@@ -121,7 +121,10 @@ def _boards(page: Page) -> list[dict[str, Any]]:
             | {"requirement": readable(reason.requirement), "found": readable(reason.found)}
             for reason in (word.decision.reasons if word else ())
         ]
-        protocol = {"protocol id": ranking.protocol_id or "not bound here", "unit": ranking.unit}
+        protocol = {
+            "protocol id": ranking.protocol_id or "unknown, because no version was evaluated",
+            "unit": ranking.unit,
+        }
         protocol |= ranking.protocol.model_dump(mode="json")
         gate = word.decision.gate if word else ""
         board = {"ranking": ranking, "protocol": protocol, "gate": gate, "reasons": reasons, "pictures": pictures}

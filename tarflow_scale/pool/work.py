@@ -261,7 +261,8 @@ def _refusal(error: Exception, address: str | None) -> UserError:
             f"set cluster.executor=local"
         )
     return UserError(
-        f"the Ray cluster at {address} must accept this process (got: {got}); use its versions of Ray and Python"
+        f"the Ray cluster at {address} must accept this process (got: {got}); use the same versions of Ray "
+        f"and Python as the cluster"
     )
 
 

@@ -41,7 +41,10 @@ def garbage(path: str, grace_seconds: float) -> Garbage:
         RegistryError: there is no registry, a log is damaged, or the grace period is too short for running writers.
     """
     if grace_seconds < 2 * FRESH_SECONDS:
-        raise RegistryError(f"the grace period must be at least {2 * FRESH_SECONDS / 3600:g} hours; raise it")
+        raise RegistryError(
+            f"the grace period must be at least {2 * FRESH_SECONDS / 3600:g} hours (got {grace_seconds / 3600:g}); "
+            f"raise command.grace_days"
+        )
     result, needed = Garbage(), set[str]()
     now = time.time()
     for model in Registry.models(path):
@@ -70,7 +73,9 @@ def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> 
 
         def decide(state: ModelState, versions: list[int] = versions) -> dict[str, list[int]]:
             if not set(versions) <= set(state.retired):
-                raise RegistryError("a version that was to be collected is not retired; run collect again")
+                raise RegistryError(
+                    "the files of a version can be deleted only while it is retired; run 'models collect' again"
+                )
             return {"versions": versions}
 
         Registry(path, model).append("collect", reason, decide)
@@ -90,10 +95,10 @@ def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]
         yield "configuration", record.configuration
     for report in state.reports.get(version, []):
         if report.grid is not None:
-            yield "samples of a report", report.grid
+            yield "the sample grid of a report", report.grid
         for name, metric in report.metrics.items():
             if metric.per_image is not None:
-                yield f"{name} of each image", metric.per_image
+                yield f"the file of {name} per image", metric.per_image
 
 
 def _is_older(location: str, seconds: float) -> bool:

@@ -87,7 +87,7 @@ def exit_code(code: int) -> int:
         return code
     print(
         f"tarflow-scale: error: standard output must be writable (got: {error.strerror}); the work is done, but its "
-        f"output is lost: free space or redirect it",
+        f"output is lost: free disk space, or redirect the output to a file",
         file=sys.stderr,
     )
     return 2

@@ -111,7 +111,7 @@ def save(
         if is_main():
             with contextlib.suppress(StorageError):
                 storage.remove_tree(folder)
-        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images; the previous one stays")
+        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images; the previous one is kept")
     if is_main():
         prune(path, config)
     barrier()
@@ -284,7 +284,7 @@ def _content(folder: str, file: str, record: FileRecord) -> bytes:
     """The bytes of a file, checked against the manifest."""
     location = storage.join(folder, file)
     if not storage.exists(location):
-        raise DataError(f"{location} is missing, though the manifest names it; delete the checkpoint")
+        raise DataError(f"{location} is missing, although its manifest lists it; delete the checkpoint")
     content = storage.read_bytes(location)
     if storage.digest(content) != record.sha256:
         raise DataError(f"{location} does not match its manifest (sha256 differs); delete the checkpoint")

@@ -52,7 +52,7 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
     elif schedule.kind == "wsd":
         advice = "no checkpoint is old enough to continue without the jump"
     else:
-        advice = "schedule.kind=wsd is for runs that are extended"
+        advice = "for runs that will be extended, use schedule.kind=wsd"
     return f"{line}; a higher rate makes the model worse at first ({advice})"
 
 

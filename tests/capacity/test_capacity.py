@@ -395,7 +395,7 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
         (["--gpus", "many", "--gpu", "h100"], "plan.gpus: Input should be a valid integer"),
         ([*PLAN, "--mfu", "40"], "plan.mfu: Input should be less than or equal to 1 (got '40')"),
         (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size PIXELS"),
-        ([*PLAN, "--image-size", "64"], "model.class_conditional needs --classes beside --image-size (got None)"),
+        ([*PLAN, "--image-size", "64"], "model.class_conditional=true needs --classes with --image-size (got None)"),
         ([*PLAN, "--image-size", "65", "--classes", "9"], "must be multiples of model.patch_size"),
         (
             ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],

@@ -65,8 +65,8 @@ def test_every_recipe_has_a_plan(
     assert cli.main(["train", str(recipe), *paths, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert f"= {config.training.micro_batch_size} x {ranks} ranks x 1 accumulated" in plan
-    assert "GiB a rank" in plan
-    assert "TFLOP an image" in plan
+    assert "GiB per rank" in plan
+    assert "TFLOP per image" in plan
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

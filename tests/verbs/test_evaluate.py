@@ -354,7 +354,7 @@ def test_latest_is_resolved_once_and_promoted_with_its_report(
     assert sorted(state.reports) == [1]
     gate = gate_file(tmp_path / "gate.yaml", protocols[0], 9.0)
     assert cli.main(promote_arguments(own, gate)) == 0
-    assert "latest is small@1, the newest with the numbers" in capsys.readouterr().out
+    assert "latest is small@1, the newest with all numbers" in capsys.readouterr().out
     assert registry.state().aliases["champion"] == 1
 
 
@@ -497,10 +497,10 @@ def test_an_override_is_recorded_for_ever(
     strict = gate_file(tmp_path / "strict.yaml", PROTOCOLS[0], 0.5)
     more = ["gate.alias=urgent", "--override", "the demo is tomorrow"]
     assert cli.main(promote_arguments(own, strict, *more, "--dry-run")) == 0
-    assert "would become urgent, overridden" in capsys.readouterr().out
+    assert "would become urgent, although the gate refuses it" in capsys.readouterr().out
     assert cli.main(promote_arguments(own, strict, *more)) == 0
     assert (
-        "the gate refused; moved anyway, for this reason, which is stored: the demo is tomorrow"
+        "the gate refused; the alias was moved anyway, for this reason, which is stored: the demo is tomorrow"
         in capsys.readouterr().out
     )
     registry = Registry(str(own.registry), "small")
@@ -525,7 +525,7 @@ def test_a_champion_is_beaten_image_by_image(
     paired = ["gate.alias=paired"]
     assert cli.main(promote_arguments(own, gate, *paired, "registry.version=1")) == 0
     assert cli.main(promote_arguments(own, gate, *paired, f"registry.version={copy.version}")) == 2
-    assert "better by 0.0000 ± 0.0000 image by image" in capsys.readouterr().out
+    assert "better by 0.0000 ± 0.0000, compared image by image" in capsys.readouterr().out
     bits = local.metrics["bits_per_dim"]
     arrays = load_arrays(registry.read("bits", bits.per_image))
     arrays["bits_per_dim"] = arrays["bits_per_dim"] - 0.001  # far below the standard error of the mean

@@ -91,7 +91,7 @@ def test_prepare_and_generate_without_hard_links(
 def test_running_it_again_does_nothing(trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {file: file.stat().st_mtime_ns for file in generated.rglob("*")}
     assert cli.main(arguments(trained, generated)) == 0
-    assert "nothing to do, all 150 images are there" in capsys.readouterr().out
+    assert "nothing to do, all 150 images exist" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in generated.rglob("*")} == times
 
 
@@ -148,7 +148,7 @@ def test_other_bytes_for_the_same_plan_are_refused_and_what_is_there_stays(
     monkeypatch.setattr(Sampler, "draw", lambda self, indices, attempt=0: -original(self, indices, attempt))
     for _ in range(2):
         assert cli.main(arguments(trained, generated)) == 2
-        assert "generated-00001.tar came out with other bytes than before" in capsys.readouterr().err
+        assert "generated-00001.tar must have the same bytes as in the first run" in capsys.readouterr().err
         assert content(generated) == {name: data for name, data in before.items() if name != lost}
     monkeypatch.undo()
     assert cli.main(arguments(trained, generated)) == 0
@@ -311,7 +311,7 @@ def test_too_many_bad_images_end_the_generation(
     assert cli.main(arguments(trained, tmp_path / "out")) == 2
     said = capsys.readouterr().err
     assert "not finite, 0 saturated; sampling.guard.most_redrawn_share=0.01 allows 3 of 150)" in said
-    assert "; lower sampling.temperature in another shards.path" in said  # there is no guidance
+    assert "; lower sampling.temperature and choose another shards.path" in said  # there is no guidance
     assert not (tmp_path / "out/manifest.json").exists()
     for _ in range(4):  # nor does it pass by being run again
         assert cli.main(arguments(trained, tmp_path / "out")) == 2

@@ -314,7 +314,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused(tmp_path: Path, capsys
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out"]
     with exclusive(tmp_path / "out"):
         assert cli.main([*arguments, "shards.codec=webp"]) == 2
-    assert f"{tmp_path}/out takes one writer at a time (in use by process " in capsys.readouterr().err
+    assert f"{tmp_path}/out must have one writer at a time (in use by process " in capsys.readouterr().err
     assert cli.main(arguments) == 0
 
 
@@ -329,7 +329,7 @@ def test_the_lock_is_where_the_shards_are(
     path = "~/out" if spelling == "~" else f"file://{tmp_path}/out"
     with exclusive(tmp_path / "out"):
         assert cli.main([*arguments, f"shards.path={path}"]) == 2
-    assert "takes one writer at a time" in capsys.readouterr().err
+    assert "must have one writer at a time" in capsys.readouterr().err
     assert cli.main([*arguments, f"shards.path={path}"]) == 0
     assert ShardSet(f"{tmp_path}/out/train").manifest.num_images
     assert list((tmp_path / "work").iterdir()) == []

@@ -90,9 +90,9 @@ class ShardMaker:
             earlier = read_record(self._path, unit)
             if earlier != shard.record:
                 raise PlanError(
-                    f"{unit.tar_name} came out with other bytes than before (sha256 {shard.record.sha256[:12]}, not "
-                    f"{earlier.sha256[:12]}); use the package versions and device of the first run, or another "
-                    f"shards.path"
+                    f"{unit.tar_name} must have the same bytes as in the first run (got sha256 "
+                    f"{shard.record.sha256[:12]}, not {earlier.sha256[:12]}); use the package versions and the device "
+                    f"of the first run, or choose another shards.path"
                 )
         shard.write(self._path)
         if not is_done(self._path, unit):

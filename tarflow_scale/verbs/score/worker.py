@@ -66,8 +66,8 @@ class Rater:
         torch.set_num_threads(threads)
         if tuple(sorted(codecs())) != codec_names:
             raise ConfigError(
-                f"all workers need the lossless codecs {', '.join(codec_names)} (one has "
-                f"{', '.join(sorted(codecs()))}); install the same Pillow everywhere"
+                f"all workers must have the lossless codecs {', '.join(codec_names)} (got a worker with "
+                f"{', '.join(sorted(codecs()))}); install the same version of Pillow on all machines"
             )
         self._device = worker_device(gpu)
         self._flows = [load_version(*version).to(self._device) for version in versions]

@@ -69,18 +69,18 @@ def _check_event(
     noise, event = training.noise.kind, manifest.event
     if noise not in event.noises:
         right = " or ".join(event.noises)
-        raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); set it")
+        raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); change training.noise.kind")
     if augmentation != AugmentationConfig() and not isinstance(event, ImageEvent):
-        raise ConfigError(f"data.augmentation is for images (got {event.noun}); leave it out")
+        raise ConfigError(f"data.augmentation needs images (got {event.noun}); remove data.augmentation")
     if event.num_conditions is None or not model.class_conditional:
         return
     if manifest.num_classes:
         raise ConfigError(
-            f"a flow is conditioned on labels or on numbers (got {manifest.num_classes} classes and "
-            f"{event.num_conditions} numbers in {manifest.name}); pack without either"
+            f"a flow must be conditioned on labels or on numbers, not on both (got {manifest.num_classes} classes and "
+            f"{event.num_conditions} numbers in {manifest.name}); pack the data set without labels or without numbers"
         )
     if training.label_drop > 0:
         raise ConfigError(
-            f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "
-            f"{training.label_drop:g}); set it to 0"
+            f"training.label_drop must be 0 for a flow that is conditioned on numbers, because numbers cannot be "
+            f"dropped (got {training.label_drop:g}); set training.label_drop=0"
         )
