@@ -210,7 +210,8 @@ def levels_that_do_not_divide(w: World) -> tuple[list[str], str]:
 
 def logit_of_gaussian_noise(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "model.logit_alpha=0.01", "training.noise={kind: gaussian, std: 0.1}"), (
-        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove either"
+        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove "
+        "model.logit_alpha, or set the noise to uniform"
     )
 
 
@@ -334,8 +335,8 @@ def set_of_a_mix_without_a_slot(w: World) -> tuple[list[str], str]:
 
 def in_place_elsewhere(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=webdataset", "source.path=a", "source.in_place=true", f"shards.path={w.out}"], (
-        f"shards.path must be source.path where source.in_place is set (got {w.out} and a); tars that are indexed in "
-        f"place do not move"
+        f"shards.path must equal source.path if source.in_place is true, because the tars stay where they are (got "
+        f"{w.out} and a); set both to the same path"
     )
 
 
@@ -348,7 +349,7 @@ def null_character(w: World) -> tuple[list[str], str]:
 
 def override_without_a_reason(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
-        "gate: override must be a reason (got none); say why, it is recorded"
+        "gate: override must be a reason (got an empty text); write why the version is promoted, which is stored"
     )
 
 

@@ -184,7 +184,9 @@ class InceptionScoreProtocol(_SampledProtocol):
                 f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor}); set it"
             )
         if self.num_images < self.num_splits:
-            raise ValueError(f"num_images must not be below num_splits (got {self.num_images}); raise it")
+            raise ValueError(
+                f"num_images must be at least num_splits (got {self.num_images} and {self.num_splits}); raise it"
+            )
         return self
 
 
@@ -206,7 +208,7 @@ class ManifoldProtocol(_ReferenceSubset):
         fewest = min(self.num_images, self.num_reference_images)
         if self.neighbours >= fewest:
             raise ValueError(
-                f"neighbours must be below the number of images (got {self.neighbours} of {fewest}); lower it"
+                f"neighbours must be below the number of images (got {self.neighbours}, and {fewest} images); lower it"
             )
         return self
 

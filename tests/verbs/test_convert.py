@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
     output = f"output.path={tmp_path}/flow"
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     cases = [
-        (convert(world, output, *registry), "registry and data.path go together (got registry without data)"),
+        (convert(world, output, *registry), "registry and data.path must be set together (got registry without data)"),
         (
             convert(world, output, *registry, f"data.path={digits}/train"),
             "digits must have the model's shape (3, 8, 8) and 3 classes (got (1, 8, 8) and 10)",
