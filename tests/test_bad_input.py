@@ -241,8 +241,8 @@ def weights_that_are_not_finite(w: World) -> tuple[list[str], str]:
     count = next(flow.parameters())[0].numel()
     name = next(name for name, _ in flow.named_parameters())
     return w.generate(f"registry.path={w.tmp}/registry"), (
-        f"small@1 does not hold a flow (weights must be finite (got {count} values of {name} that are not)); export "
-        f"or register it again"
+        f"small@1 does not contain a valid flow (weights must be finite (got {count} values of {name} that are not)); "
+        f"export or register the flow again"
     )
 
 

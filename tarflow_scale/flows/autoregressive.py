@@ -59,7 +59,7 @@ class Autoregressive(Flow):
         if min(config.hidden_widths) < needed:  # with fewer units the network would not read some inputs
             raise ValueError(
                 f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, one unit for each "
-                f"input (got {list(config.hidden_widths)}); widen them"
+                f"input (got {list(config.hidden_widths)}); raise them"
             )
         try:
             with torch.device("cpu"):

@@ -223,7 +223,7 @@ def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
         return decoder
     name = type(flow).__name__
     if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
-        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one decoder); leave it out")
+        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has a single decoder); remove it")
     if settings.guidance.blocks != "all":
         raise ConfigError(f"sampling.guidance.blocks=first is for TarFlow (got {name}); use all")
     return None
@@ -239,7 +239,7 @@ def _checked(calibration: Calibration | None, flow: Flow, settings: SamplingConf
         raise PlanError("the calibration was measured on other weights; run generate with --calibrate again")
     if not measured_with(calibration, settings):
         raise PlanError(
-            "the calibration was measured with other guidance, precision or tolerance; run generate with "
+            "the calibration was measured with a different guidance, precision or tolerance; run generate with "
             "--calibrate again"
         )
     return calibration

@@ -252,5 +252,7 @@ def test_log_determinants_of_values_are_a_division_of_the_same_solve() -> None:
 def test_an_estimated_trace_divides_no_surprise() -> None:
     made = flow((1, 4, 4), exact_trace_dims=15)
     assert not made.divides_surprise
-    with pytest.raises(ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise exact_trace_dims"):
+    with pytest.raises(
+        ValueError, match=r"model.exact_trace_dims=15 dimensions \(got 16\); raise flow.exact_trace_dims"
+    ):
         made.nats_of_values(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
