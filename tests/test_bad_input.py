@@ -166,7 +166,7 @@ def other_files_in_the_way(w: World) -> tuple[list[str], str]:
 
 def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "gate.alias='3'"), (
-        "gate: alias must be a name other than latest (got 3); for example champion"
+        "gate: alias must be a name, not a number or latest (got 3); for example, use champion"
     )
 
 

@@ -228,11 +228,11 @@ class ParallelismConfig(Section):
     def _stage_allows(self) -> "ParallelismConfig":
         stage = self.zero_stage
         if self.offload == "optimizer" and stage == 0:
-            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage")
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise zero_stage")
         if self.offload == "all" and stage != 3:
-            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use optimizer, or stage 3")
+            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use offload=optimizer or zero_stage=3")
         if self.zero_plus_plus.enabled and stage != 3:
-            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise the stage or remove it")
+            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise zero_stage or remove the section")
         if self.compile and self.activations == "rebuild":
             raise ValueError("compile needs activations=keep or checkpoint (got rebuild); use checkpoint")
         return self

@@ -54,7 +54,9 @@ class Autoregressive(Flow):
     def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, config: MAFConfig | IAFConfig) -> None:
         super().__init__(event_shape, num_classes, config.logit_alpha)
         if self.num_dims < 2:
-            raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
+            raise ValueError(
+                f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims}); use another model"
+            )
         needed = self.num_dims - 1 + bool(num_classes)
         if min(config.hidden_widths) < needed:  # with fewer units the network would not read some inputs
             raise ValueError(

@@ -181,7 +181,9 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     sampler = Sampler(flow, seed, exact)
     decoder, device = sampler.decoder, next(flow.parameters()).device
     if decoder is None:
-        raise ConfigError(f"only a TarFlow can be calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
+        raise ConfigError(
+            f"only a TarFlow can be calibrated (got {type(flow).__name__}); use sampling.decoder.kind=exact"
+        )
     indices = range(sampler.batch_size)
     z = (settings.temperature * latents(seed, indices, flow.num_dims)).to(device)
     y = balanced_labels(indices, flow.num_classes).to(device) if flow.num_classes else None

@@ -109,15 +109,15 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ),
         (
             "parallelism={zero_stage: 0, offload: optimizer}",
-            "parallelism: offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage",
+            "parallelism: offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise zero_stage",
         ),
         (
             "parallelism={zero_stage: 2, offload: all}",
-            "parallelism: offload=all needs zero_stage 3 (got 2); use optimizer, or stage 3",
+            "parallelism: offload=all needs zero_stage 3 (got 2); use offload=optimizer or zero_stage=3",
         ),
         (
             "parallelism={zero_stage: 2, zero_plus_plus: {quantized_weights: true}}",
-            "parallelism: zero_plus_plus needs zero_stage 3 (got 2); raise the stage or remove it",
+            "parallelism: zero_plus_plus needs zero_stage 3 (got 2); raise zero_stage or remove the section",
         ),
         (
             "parallelism={compile: true, activations: rebuild}",

@@ -194,7 +194,7 @@ def test_numbers_that_no_sampling_can_have_are_refused() -> None:
         with pytest.raises(ValueError, match=r"^temperature must be a finite number >= 0 \(got .*\); use 1 to sample"):
             flow.sample(1, temperature=temperature)
     for size in (0, -3):
-        with pytest.raises(ValueError, match=rf"^batch_size must be an integer >= 1 \(got {size}\)"):
+        with pytest.raises(ValueError, match=rf"^batch_size must be an integer >= 1, or None \(got {size}\)"):
             flow.sample(1, batch_size=size)
     with pytest.raises(ValueError, match=r"^the number of samples must be an integer >= 0 \(got -1\)"):
         flow.sample(-1)

@@ -180,7 +180,7 @@ def test_the_batch_follows_from_the_memory(flow: Flow, monkeypatch: pytest.Monke
     assert Sampler(flow, 0, SamplingConfig(batch_size=None)).batch_size == 90
     assert Sampler(flow, 0, SamplingConfig(batch_size=None, guidance=Guidance(scale=1))).batch_size == 45
     assert Sampler(flow, 0, SamplingConfig(batch_size=7)).batch_size == 7
-    with pytest.raises(ConfigError, match=r"does not fit in memory \(got 128, .*\); use 90, or null for the largest"):
+    with pytest.raises(ConfigError, match=r"does not fit in memory \(got 128, .*\); use 90, or null for the maximum"):
         Sampler(flow, 0, SamplingConfig())
     monkeypatch.setattr("tarflow_scale.sampling.batch_size.free_bytes", lambda device: rows)
     with pytest.raises(ConfigError, match=r"does not fit .*; use another device"):
