@@ -184,7 +184,7 @@ def test_channels_last_and_single_images_are_told_what_to_do() -> None:
 
 
 def test_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^images must be a tensor \(got a NumPy array of float32\); use torch.as_tensor"):
+    with pytest.raises(ValueError, match=r"^images must be a tensor \(got a NumPy array of float32\); use torch"):
         check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.zeros(()), None, None)
 
 
