@@ -167,7 +167,7 @@ def other_files_in_the_way(w: World) -> tuple[list[str], str]:
 
 def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "gate.alias='3'"), (
-        "gate: alias must be a name other than latest (got 3); for example champion"
+        "gate: alias must be a name, not a number or latest (got 3); for example, use champion"
     )
 
 
@@ -211,7 +211,8 @@ def levels_that_do_not_divide(w: World) -> tuple[list[str], str]:
 
 def logit_of_gaussian_noise(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "model.logit_alpha=0.01", "training.noise={kind: gaussian, std: 0.1}"), (
-        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove either"
+        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove "
+        "model.logit_alpha, or set the noise to uniform"
     )
 
 
@@ -241,8 +242,8 @@ def weights_that_are_not_finite(w: World) -> tuple[list[str], str]:
     count = next(flow.parameters())[0].numel()
     name = next(name for name, _ in flow.named_parameters())
     return w.generate(f"registry.path={w.tmp}/registry"), (
-        f"small@1 does not hold a flow (weights must be finite (got {count} values of {name} that are not)); export "
-        f"or register it again"
+        f"small@1 does not contain a valid flow (weights must be finite (got {count} values of {name} that are not)); "
+        f"export or register the flow again"
     )
 
 
@@ -337,8 +338,8 @@ def set_of_a_mix_without_a_slot(w: World) -> tuple[list[str], str]:
 
 def in_place_elsewhere(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=webdataset", "source.path=a", "source.in_place=true", f"shards.path={w.out}"], (
-        f"shards.path must be source.path where source.in_place is set (got {w.out} and a); tars that are indexed in "
-        f"place do not move"
+        f"shards.path must equal source.path if source.in_place is true, because the tars stay where they are (got "
+        f"{w.out} and a); set both to the same path"
     )
 
 
@@ -351,7 +352,7 @@ def null_character(w: World) -> tuple[list[str], str]:
 
 def override_without_a_reason(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
-        "gate: override must be a reason (got none); say why, it is recorded"
+        "gate: override must be a reason (got an empty text); write why the version is promoted, which is stored"
     )
 
 

@@ -42,7 +42,7 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
     flow = tarflow_scale.load("small@1", registry=trained.registry)
     assert flow.class_names == tuple("0123456789")
     assert torch.equal(flow.sample(2, y=["3", "7"], seed=0), flow.sample(2, torch.tensor([3, 7]), seed=0))
-    with pytest.raises(ValueError, match=r"labels must be classes \(got seven; there are 0, 1, "):
+    with pytest.raises(ValueError, match=r"labels must be class names or numbers \(got seven\); the names are 0, 1, "):
         flow.sample(2, y="seven")
     save_flow(flow, str(tmp_path))
     assert tarflow_scale.load(tmp_path).class_names == flow.class_names

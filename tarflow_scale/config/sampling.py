@@ -37,7 +37,9 @@ class Guidance(Section):
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
         if self.scale == 0 and self != Guidance.model_construct():
-            raise ValueError("the other keys of guidance have no effect at scale=0; set a scale")
+            raise ValueError(
+                "the other keys of guidance have no effect at scale=0 (got scale=0); set scale, or remove these keys"
+            )
         return self
 
 

@@ -212,7 +212,7 @@ class Continuous(Flow):
         if not self.divides_surprise:
             raise ValueError(
                 f"surprise needs an exact trace, which is limited to model.exact_trace_dims={self.exact_trace_dims} "
-                f"dimensions (got {self.num_dims}); raise exact_trace_dims"
+                f"dimensions (got {self.num_dims}); raise flow.exact_trace_dims"
             )
 
         def rates(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
@@ -311,7 +311,7 @@ class _Field:
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:
-            raise self._flow.stuck(f"steps below 1e-7 at time {time:.6f}")
+            raise self._flow.stuck(f"steps smaller than 1e-7 at time {time:.6f}")
         return self._rates(t, state[0])
 
 
@@ -331,8 +331,8 @@ class _FiniteGradients(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # with create_graph=True; the results of the adjoint solve have no derivatives
             raise ValueError(
-                "second derivatives of a continuous flow need the solver's own operations (got model.gradients="
-                "adjoint); set flow.gradients = 'direct'"
+                "second derivatives of a continuous flow must be taken through the operations of the solver (got "
+                "gradients=adjoint, which cannot be differentiated again); set flow.gradients = 'direct'"
             )
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             return (None, *gradients, *[None] * len(ctx.parameters))
@@ -345,8 +345,8 @@ def _check_solvable(h: Tensor) -> None:
         raise ValueError(f"the solver of a continuous flow needs fp32 or fp64 (got {h.dtype}); use flow.float()")
     if is_transformed():
         raise ValueError(
-            "the solver of a continuous flow reads values, which vmap and torch.func hide (got a call inside one of "
-            "them); pass the whole batch, and use torch.autograd for derivatives"
+            "a continuous flow must not be called inside vmap or torch.func, which hide the values that the solver "
+            "reads (got a call inside one of them); pass the whole batch, and use torch.autograd for derivatives"
         )
 
 

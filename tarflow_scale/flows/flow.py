@@ -161,7 +161,7 @@ class Flow(Bijection):
         """
         check_draws(num, temperature, batch_size, seed, generator)
         if seed is not None and generator is not None:
-            raise ValueError("latents come from a seed or from a generator (got both); leave one out")
+            raise ValueError("seed and generator must not be passed together (got both); pass one of them")
         reference = next(self.parameters())
         labels = self._checked_labels(y, num, reference.device)
         if isinstance(guidance, Real):
@@ -193,8 +193,8 @@ class Flow(Bijection):
         """
         check_stored(x, self.event_shape)
         if self.pixels is None or self.pixels.noise == "none":
-            unknown = "does not know its pixel format; train or load it through the pipeline"
-            raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else unknown}")
+            unknown = "has no pixel format; train it with tarflow-scale, or load it with tarflow_scale.load"
+            raise ValueError(f"this flow {'models vectors, which have no pixels' if self.pixels else unknown}")
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
@@ -207,7 +207,7 @@ class Flow(Bijection):
 
         levels = self.stored(x).permute(0, 2, 3, 1).cpu().numpy()
         if levels.shape[3] not in (1, 3):
-            raise ValueError(f"pictures have 1 or 3 channels (got {levels.shape[3]}); use the tensor")
+            raise ValueError(f"pictures must have 1 or 3 channels (got {levels.shape[3]}); use flow.stored(x)")
         return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
@@ -241,8 +241,8 @@ class _OneDerivative(torch.autograd.Function):
         del ctx
         if torch.is_grad_enabled():  # with create_graph=True
             raise ValueError(
-                "second derivatives of log_prob need images that require gradients (got none, and create_graph=True); "
-                "call x.requires_grad_() first, also for derivatives by parameters"
+                "second derivatives of log_prob need x.requires_grad=True (got False, and create_graph=True); call "
+                "x.requires_grad_() before log_prob, also for derivatives with respect to parameters"
             )
         return gradients[0]
 

@@ -215,8 +215,8 @@ class RealNVP(MultiScaleFlow):
         factor = 2 ** (config.levels - 1)
         if rows % factor or columns % factor or rows * columns == factor**2:
             raise ValueError(
-                f"image height and width must be multiples of 2^(model.levels - 1), and not both equal to it (got "
-                f"{rows}x{columns} and {factor}); choose fewer levels"
+                f"image height and width must be multiples of 2^(model.levels - 1), and at least one must exceed it "
+                f"(got {rows}x{columns} and {factor}); choose fewer levels"
             )
         norm = ActNorm if config.normalization == "actnorm" else BatchNorm
 

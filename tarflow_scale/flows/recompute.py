@@ -88,7 +88,7 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, None, Tensor]:
         if torch.is_grad_enabled():  # with create_graph=True; gradients of the leaves below have no graph
-            raise ValueError("second derivatives need activations that are kept (got rebuild); set activations to keep")
+            raise ValueError("second derivatives need activations=keep (got rebuild); set flow.activations = 'keep'")
         gradient, log_det_gradient = gradients
         (h,) = ctx.saved_tensors
         h = h.detach()

@@ -84,7 +84,9 @@ class VectorRealNVP(Flow):
         if self.num_dims < 2:
             raise ValueError(f"RealNVP needs at least 2 dimensions (got {self.num_dims}); use another model")
         if config.normalization != "actnorm":
-            raise ValueError(f"model.normalization of vectors must be actnorm (got {config.normalization}); set it")
+            raise ValueError(
+                f"model.normalization must be actnorm for vectors (got {config.normalization}); use actnorm"
+            )
         self.log_scale_bound = config.log_scale_bound
         sizes = (self.num_dims - self.num_dims // 2, self.num_dims // 2)
         network = (config.width, config.residual_blocks, num_classes)

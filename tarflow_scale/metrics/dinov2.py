@@ -55,7 +55,10 @@ class DINOv2Extractor(FeatureExtractorBase):
             state["pos_embed"] = _resampled(state["pos_embed"])
             self.model.load_state_dict(state)
         except Exception as error:
-            raise DataError(f"{feature_extractor_weights_path} holds no weights of {name} ({error})") from error
+            raise DataError(
+                f"{feature_extractor_weights_path} does not contain the weights of {name} ({error}); download the file "
+                f"again"
+            ) from error
         self.requires_grad_(False)
         self.eval()
 

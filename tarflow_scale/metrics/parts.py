@@ -98,7 +98,9 @@ def read_arrays(location: str, *names: str) -> Arrays:
         DataError: the file is missing or damaged.
     """
     if not storage.exists(location):
-        raise DataError(f"{location} does not exist, perhaps another evaluation removed it; run the same command again")
+        raise DataError(
+            f"{location} does not exist (another evaluation may have removed it); run the same command again"
+        )
     try:
         with np.load(io.BytesIO(storage.read_bytes(location)), allow_pickle=False) as archive:
             return {name: archive[name] for name in names or archive.files}

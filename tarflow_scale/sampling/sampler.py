@@ -181,7 +181,9 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     sampler = Sampler(flow, seed, exact)
     decoder, device = sampler.decoder, next(flow.parameters()).device
     if decoder is None:
-        raise ConfigError(f"only a TarFlow can be calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
+        raise ConfigError(
+            f"only a TarFlow can be calibrated (got {type(flow).__name__}); use sampling.decoder.kind=exact"
+        )
     indices = range(sampler.batch_size)
     z = (settings.temperature * latents(seed, indices, flow.num_dims)).to(device)
     y = balanced_labels(indices, flow.num_classes).to(device) if flow.num_classes else None
@@ -223,7 +225,7 @@ def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
         return decoder
     name = type(flow).__name__
     if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
-        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one decoder); leave it out")
+        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has a single decoder); remove it")
     if settings.guidance.blocks != "all":
         raise ConfigError(f"sampling.guidance.blocks=first is for TarFlow (got {name}); use all")
     return None
@@ -239,7 +241,7 @@ def _checked(calibration: Calibration | None, flow: Flow, settings: SamplingConf
         raise PlanError("the calibration was measured on other weights; run generate with --calibrate again")
     if not measured_with(calibration, settings):
         raise PlanError(
-            "the calibration was measured with other guidance, precision or tolerance; run generate with "
+            "the calibration was measured with a different guidance, precision or tolerance; run generate with "
             "--calibrate again"
         )
     return calibration

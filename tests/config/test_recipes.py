@@ -132,8 +132,8 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
         ]
         assert cli.main(arguments) == 0
         plan = capsys.readouterr().out
-        assert f"{time} to 4,000,000 images" in plan
-        (operations,) = re.findall(r"([\d.e+]+) FLOP the run", plan)
+        assert f"{time} for 4,000,000 images" in plan
+        (operations,) = re.findall(r"([\d.e+]+) FLOP in total", plan)
         assert f"{float(operations):.1e}".replace("+", "") in said
     assert "not measured" in said
 

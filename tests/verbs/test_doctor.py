@@ -427,7 +427,7 @@ FAULTS = [
     Fault(read_only_store, "store", "(Read-only file system)", "check the path, permissions and space"),
     Fault(store_without_winners, "store", "not support create-if-absent (8 writers", "use a store that supports it"),
     Fault(store_that_hangs, "store", "no answer within 4 s", "find out what hangs"),
-    Fault(corrupt_weights, "weights", "weights.pth is not the extractor of fid (sha256", "replace it"),
+    Fault(corrupt_weights, "weights", "weights.pth does not match the extractor of fid (sha256", "replace it"),
     Fault(no_cluster, "cluster", "no Ray cluster answers at 127.0.0.1", "start one (ray start --head)"),
     Fault(wrong_token, "cluster", "got the token of RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH to a file"),
     Fault(no_token, "cluster", "got no token, because RAY_AUTH_MODE is not token", "set RAY_AUTH_MODE=token"),

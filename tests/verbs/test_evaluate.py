@@ -385,7 +385,7 @@ def test_other_images_under_a_bound_protocol_are_refused(
     assert cli.main(swapped) == 2
     assert "protocol plain is bound to the reference digits/train with manifest" in capsys.readouterr().err
     assert cli.main([*swapped, "--reference"]) == 2
-    assert "protocol plain is bound to other images than those of digits/test" in capsys.readouterr().err
+    assert "protocol plain is bound to images that differ from digits/test" in capsys.readouterr().err
 
 
 def test_the_same_images_packed_again_are_bound_again(
@@ -430,7 +430,7 @@ def test_a_protocol_that_changed_under_its_name_is_refused(
         ({"metric": "inception_score"}, "needs extractor=inception-v3-compat (got pixels)"),
         ({"metric": "frechet", "layer": "spatial"}, "layer=spatial needs extractor=inception-v3-compat"),
         ({"metric": "frechet", "rounding": "truncate"}, "rounding=truncate is for bit_depth=8 (got 4)"),
-        ({"metric": "frechet", "extractor": "clip"}, "no extractor 'clip'"),
+        ({"metric": "frechet", "extractor": "clip"}, "unknown extractor 'clip'"),
         ({"metric": "frechet", "extractor": "inception-v3-compat"}, "set metrics.extractor_weights"),
     ],
 )

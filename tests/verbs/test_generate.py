@@ -319,7 +319,7 @@ def test_too_many_bad_images_end_the_generation(
     monkeypatch.undo()
     spoil(monkeypatch, {3}, 9)
     assert cli.main(arguments(trained, tmp_path / "never")) == 2
-    assert "image 3 was not finite at 4 attempts" in capsys.readouterr().err
+    assert "image 3 was not finite after 4 attempts" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert "decoding on cpu" in capsys.readouterr().out
     other = ["sampling.decoder.tolerance=0.5", *adaptive]
     assert cli.main(arguments(trained, tmp_path / "other", *other)) == 2
-    assert "measured with other guidance, precision or tolerance" in capsys.readouterr().err
+    assert "measured with a different guidance, precision or tolerance" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(dry: str) -> None:
