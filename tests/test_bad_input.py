@@ -103,8 +103,8 @@ def folder_above_the_splits(w: World) -> tuple[list[str], str]:
 
 def no_data_set(w: World) -> tuple[list[str], str]:
     return w.train(w.tmp / "absent"), (
-        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if it "
-        f"was interrupted"
+        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if "
+        f"it was interrupted"
     )
 
 

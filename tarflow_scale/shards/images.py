@@ -167,7 +167,9 @@ def decode_image(
         elif (decoded.shape[0], shape[0]) == (1, 3):
             decoded = decoded.repeat(3, axis=0)
         else:
-            raise DataError(f"{origin} must have {shape[0]} channels (got {decoded.shape[0]}); pack the data set again")
+            raise DataError(
+                f"{origin} has a wrong number of channels (got {decoded.shape[0]}, not {shape[0]}); pack the data set again"
+            )
     return decoded
 
 

@@ -187,7 +187,10 @@ GOOD = encode_png(np.zeros((1, 4, 4), np.uint8))
         ({"png": b"no image", "cls": b"0"}, r"is unusable: its .png cannot be decoded"),
         ({"png": GOOD[:40], "cls": b"0"}, r"is unusable: its .png cannot be decoded"),
         ({"png": encode_png(np.zeros((1, 4, 5), np.uint8)), "cls": b"0"}, r"its .png must have 4x4 pixels \(got 4x5\)"),
-        ({"png": encode_png(np.zeros((3, 4, 4), np.uint8)), "cls": b"0"}, r"its .png must have 1 channels \(got 3\)"),
+        (
+            {"png": encode_png(np.zeros((3, 4, 4), np.uint8)), "cls": b"0"},
+            r"its .png has a wrong number of channels \(got 3, not 1\)",
+        ),
         ({"npy": encode_image(np.zeros((1, 5, 4), np.uint8), "raw"), "cls": b"0"}, r"\(got uint8 \(1, 5, 4\)\)"),
         ({"png": GOOD}, r"must have a label from 0 to 1 in .cls \(got b''\)"),
         ({"png": GOOD, "cls": b"2"}, r"must have a label from 0 to 1 in .cls \(got b'2'\)"),

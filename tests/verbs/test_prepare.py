@@ -87,8 +87,8 @@ def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: 
         capsys.readouterr()
         assert pack(tmp_path, "split.seed=1", *dry) == 2
         assert capsys.readouterr().err == (
-            f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path, or delete that "
-            f"data set\n"
+            f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path, or delete "
+            f"that data set\n"
         )
 
 

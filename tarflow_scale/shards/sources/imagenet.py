@@ -48,7 +48,7 @@ class DownsampledImageNetSource(ImageSource):
             )
         missing = sorted(set(range(1, _batch_number(train[-1]) + 1)) - set(map(_batch_number, train)))
         if missing:
-            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing (in all, {len(missing)} missing)"]
+            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing (missing files: {len(missing)})"]
         if not test:
             self.lines = [*self.lines, "no val_data.npz: a share (split.test_fraction) of each class is held out"]
         with console.ProgressBar(len(train) + len(test), "unpack", unit="files") as bar:

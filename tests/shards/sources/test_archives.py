@@ -260,7 +260,7 @@ def test_downsampled_imagenet(tmp_path: Path, save: Callable[..., None]) -> None
     assert (source.official == 2).sum() == 3
     assert all(np.array_equal(source.image(i).reshape(-1), rows[i]) for i in range(12))
     assert source.origin(6) == "train_data_batch_10.npz/0"
-    assert source.lines == ["warning: train_data_batch_3.npz is missing (in all, 7 missing)"]
+    assert source.lines == ["warning: train_data_batch_3.npz is missing (missing files: 7)"]
     (tmp_path / "val_data.npz").rename(tmp_path / "val_data_1.npz")
     with pytest.raises(DataError, match=r"must be train_data_batch_\*\.npz or val_data\.npz \(got val_data_1\.npz\)"):
         opened("imagenet_npz", tmp_path)
