@@ -168,7 +168,8 @@ def decode_image(
             decoded = decoded.repeat(3, axis=0)
         else:
             raise DataError(
-                f"{origin} has a wrong number of channels (got {decoded.shape[0]}, not {shape[0]}); pack the data set again"
+                f"{origin} has a wrong number of channels (got {decoded.shape[0]}, not {shape[0]}); pack the "
+                f"data set again"
             )
     return decoded
 
