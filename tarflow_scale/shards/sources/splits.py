@@ -126,8 +126,8 @@ def refuse_split_column(column: str, values: Iterable[object], table: str) -> No
     roles = {role_of(value) for value in different if isinstance(value, str)}
     if ("train" in roles and roles & {"test", "validation"}) or (column.lower() in _FLAGS and len(different) > 1):
         raise DataError(
-            f"splits must be files, folders or patterns of names (got the column {column} in {table}); divide the images "
-            f"by this column, or set split.by_name=false to ignore it"
+            f"splits must be files, folders or patterns of names (got the column {column} in {table}); divide the "
+            f"images by this column, or set split.by_name=false to ignore it"
         )
 
 
