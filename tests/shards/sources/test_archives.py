@@ -73,7 +73,7 @@ def test_zips_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         "no.zip is not a zip": tmp_path / "no.zip",
         "there is no .*absent.zip": tmp_path / "absent.zip",
         "no images in .*empty.zip": write_zip(tmp_path / "empty.zip", {"a.txt": b""}),
-        r"must label every image \(got none for b.png\)": write_zip(
+        r"must label every image \(got no label for b.png\)": write_zip(
             tmp_path / "half.zip", good | {"dataset.json": b'{"labels": [["a.png", 0]]}'}
         ),
         r"must hold labels as \[\[name, label\]": write_zip(
@@ -269,7 +269,7 @@ def test_downsampled_imagenet(tmp_path: Path, save: Callable[..., None]) -> None
     assert source.description == "downsampled ImageNet 8x8"
     assert source.lines[-1].startswith("no val_data.npz: a share (split.test_fraction) of each class is held out")
     (tmp_path / "train_data_batch_2.npz").write_bytes(b"no npz")
-    with pytest.raises(DataError, match="train_data_batch_2.npz must hold data and labels"):
+    with pytest.raises(DataError, match="train_data_batch_2.npz must hold the arrays data and labels"):
         opened("imagenet_npz", tmp_path)
 
 
@@ -334,7 +334,7 @@ def test_parquet_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ):
             opened("parquet", folder)
     parquet.write_table(arrow.table({"text": ["a"]}), tmp_path / "text.parquet")
-    with pytest.raises(DataError, match=r"must have a column of images.*\(got text\)"):
+    with pytest.raises(DataError, match=r"must have a column of images.*\(got the columns text\)"):
         opened("parquet", tmp_path / "text.parquet")
     parquet.write_table(arrow.table({"image": [{"bytes": None, "path": "a.png"}]}), tmp_path / "path.parquet")
     with pytest.raises(DataError, match=r"row 0 of .*path.parquet must hold image bytes \(got NoneType\)"):
@@ -378,7 +378,7 @@ def test_a_test_table_without_labels_gives_way_to_validation(tmp_path: Path) -> 
 def test_tables_that_belong_to_no_split_are_refused_beside_splits(tmp_path: Path) -> None:
     for name in ("train-0", "test-0", "more"):
         write_rows(tmp_path / f"{name}.parquet", [0, 1, 0, 1])
-    with pytest.raises(DataError, match=r"got test-0.parquet beside more.parquet.*split\.ignore"):
+    with pytest.raises(DataError, match=r"got test-0.parquet in a split and more.parquet in none.*split\.ignore"):
         opened("parquet", tmp_path)
     config = SourceConfig(kind="parquet", path=str(tmp_path))
     source = open_source(config, SplitConfig(test=("more*",), ignore=("test-*",)))
@@ -465,5 +465,5 @@ def test_columns_of_images_and_labels_can_be_named(tmp_path: Path) -> None:
     source = opened("parquet", tmp_path / "x.parquet", image_member="mask", label_column="species")
     assert source.class_names == ("a", "b")
     assert np.array_equal(source.image(1), decode_image(some[0], "x"))
-    with pytest.raises(DataError, match=r"source\.label_column must be a column \(got genus"):
+    with pytest.raises(DataError, match=r"source\.label_column must be a column of .*\(got genus"):
         opened("parquet", tmp_path / "x.parquet", image_member="mask", label_column="genus")

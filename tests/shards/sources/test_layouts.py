@@ -346,7 +346,7 @@ def test_texts_about_images_are_no_classes(text: str) -> None:
     """Captions in ``metadata.csv`` of Hugging Face data sets are an example."""
     layout = laid_out(["0.png", "1.png"], {"metadata.csv": f"file_name,text\n0.png,{text}\n1.png,a dog\n"})
     assert layout.class_names == ()
-    assert any(line.startswith("not used: metadata.csv, which has no column label") for line in layout.lines)
+    assert any(line.startswith("not used: metadata.csv, which has no column named label") for line in layout.lines)
     breeds = "id,breed\n0,pug\n1,pug\n2,corgi\n3,corgi\n"
     assert laid_out([f"{i}.png" for i in range(4)], {"labels.csv": breeds}).class_names == ("corgi", "pug")
 
@@ -449,7 +449,7 @@ def test_a_table_names_classes_of_text_and_gives_their_order(tmp_path: Path) -> 
     layout = laid_out(spread("", ("n01", "n02")), source={"label_names": str(tmp_path / "synsets.txt")})
     assert layout.class_names == ("goldfish bowl", "tench")
     assert layout.labels.tolist() == [1, 1, 0, 0]
-    with pytest.raises(DataError, match=r"must name every label \(got none for 'n03'"):
+    with pytest.raises(DataError, match=r"must name every label \(got no name for 'n03'"):
         laid_out(spread("", ("n01", "n03")), source={"label_names": str(tmp_path / "synsets.txt")})
 
 

@@ -448,7 +448,7 @@ def test_a_compressed_tar_is_refused_with_the_command_that_helps(tmp_path: Path,
         with pytest.raises(DataError, match=rf"must not be compressed.*{name}\); run gunzip on it"):
             opened(path)
     (tmp_path / "in" / name).rename(tmp_path / "in/a.tar.zst")
-    with pytest.raises(DataError, match="zstd -d it"):
+    with pytest.raises(DataError, match="run zstd -d on it"):
         opened(tmp_path / "in")
 
 
