@@ -97,14 +97,14 @@ def not_a_number(w: World) -> tuple[list[str], str]:
 def folder_above_the_splits(w: World) -> tuple[list[str], str]:
     data = w.trained.data
     return [*w.train(data), f"data.path={data}"], (
-        f"{data} is not a data set (no manifest.json); name {data}/train or {data}/test"
+        f"{data} is not a data set (no manifest.json); use {data}/train or {data}/test instead"
     )
 
 
 def no_data_set(w: World) -> tuple[list[str], str]:
     return w.train(w.tmp / "absent"), (
-        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
-        f"interrupted"
+        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if "
+        f"it was interrupted"
     )
 
 
@@ -112,8 +112,8 @@ def half_written_data_set(w: World) -> tuple[list[str], str]:
     data = w.data_copy()
     (data / "train/manifest.json").unlink()
     return w.train(data), (
-        f"{data}/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
-        f"interrupted"
+        f"{data}/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if it "
+        f"was interrupted"
     )
 
 
@@ -131,7 +131,9 @@ def truncated_shard(w: World) -> tuple[list[str], str]:
     tar = data / "train/train-00000.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes()[:-1])
-    return w.train(data), (f"{tar} does not match its manifest (got {size - 1} bytes, not {size}); pack the data again")
+    return w.train(data), (
+        f"{tar} does not match its manifest (got {size - 1} bytes, not {size}); pack the data set again"
+    )
 
 
 def changed_shard(w: World) -> tuple[list[str], str]:
@@ -145,15 +147,15 @@ def changed_shard(w: World) -> tuple[list[str], str]:
 
 def empty_folder(w: World) -> tuple[list[str], str]:
     return w.folder_source(), (
-        f"no images in {w.tmp}/images (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or "
-        f"without); check source.path"
+        f"no images in {w.tmp}/images or its subfolders (looked for files that end in {', '.join(FILE_EXTENSIONS)}); "
+        f"check source.path"
     )
 
 
 def unreadable_image(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=b"no image"), (
-        f"{w.tmp}/images/class/b.png cannot be decoded (no image format); replace or remove the image, "
-        f"or leave out all that cannot be used, with source.bad_images=skip"
+        f"{w.tmp}/images/class/b.png cannot be decoded (unknown image format); replace or remove the image, "
+        f"or set source.bad_images=skip to leave out all unusable images"
     )
 
 
@@ -173,9 +175,9 @@ def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
 
 def several_sizes(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=np.zeros((1, 9, 9), np.uint8)), (
-        f"all images must have one shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
-        f"source.resize=center_crop and source.size_pixels, or leave out all that cannot be used, with "
-        f"source.bad_images=skip"
+        f"all images must have the same shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
+        f"source.resize=center_crop and source.size_pixels, or set source.bad_images=skip to "
+        f"leave out all unusable images"
     )
 
 
@@ -193,7 +195,8 @@ def batch_that_does_not_divide(w: World) -> tuple[list[str], str]:
 
 def batch_larger_than_the_data(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "training.global_batch_size=4096"), (
-        "the global batch must not exceed the data set (got 4096 and 1438 samples); lower training.global_batch_size"
+        "the global batch must not take more samples from a data set than it has (got 4096, and the data set has "
+        "1438); lower training.global_batch_size"
     )
 
 
@@ -331,8 +334,8 @@ def crop_larger_than_the_images(w: World) -> tuple[list[str], str]:
 def set_of_a_mix_without_a_slot(w: World) -> tuple[list[str], str]:
     mix = json.dumps([{"path": f"{w.trained.data}/test", "weight": 1e-6}])
     return w.train(w.trained.data, f"data.mix={mix}"), (
-        f"every data set of a mix needs a slot of the global batch (got weight 1e-06 of 1 at batch 32 for "
-        f"{w.trained.data}/test); raise training.global_batch_size"
+        f"every data set of a mix must have a sample in the global batch (got none for {w.trained.data}/test, with "
+        f"weight 1e-06 of 1 and training.global_batch_size=32); raise training.global_batch_size"
     )
 
 
@@ -368,13 +371,14 @@ def mixed_channels(w: World) -> tuple[list[str], str]:
     some = {f"i{number:03d}_png": np.zeros((3 if number == 1 else 1, 4, 4), np.uint8) for number in range(131)}
     return w.folder_source(**some), (
         f"images must be all grey or all coloured (got a colour image, {w.tmp}/images/class/i001.png, among grey "
-        f"ones); convert them, or leave out all that cannot be used, with source.bad_images=skip"
+        f"ones); convert them, or set source.bad_images=skip to leave out all unusable images"
     )
 
 
 def check_of_no_data_set(w: World) -> tuple[list[str], str]:
     return ["prepare", "--check", str(w.tmp)], (
-        f"{w.tmp} is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was interrupted"
+        f"{w.tmp} is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if it was "
+        f"interrupted"
     )
 
 

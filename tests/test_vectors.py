@@ -197,7 +197,7 @@ def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.C
     assert cli.main(["generate", *registry, f"shards.path={tmp_path}/x", "sampling.num_images=10"]) == 2
     assert "flow that is not conditioned on numbers" in capsys.readouterr().err
     assert cli.main(["prepare", "--npz", f"{trained}/given/test", f"{tmp_path}/x.npz"]) == 2
-    assert "--npz is for images" in capsys.readouterr().err
+    assert "--npz works only for images" in capsys.readouterr().err
     wrong = [
         *evaluate_arguments(trained, "given", "given"),
         "metrics.protocols=[evals/protocols/digits-bits-per-dim.yaml]",

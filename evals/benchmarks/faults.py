@@ -243,7 +243,7 @@ def shard_that_disappears(world: World, folder: Path) -> None:
     for shard in shards:
         shard.rename(f"{shard}.away")
     output = finish(process, 2)
-    if "a shard went missing during the run, tried 6 times" not in output:
+    if "a shard could not be read during the run, in 6 attempts" not in output:
         raise Failed(f"another failure:\n{output}")
     for shard in shards:
         Path(f"{shard}.away").rename(shard)

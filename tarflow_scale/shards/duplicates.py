@@ -288,11 +288,11 @@ def described(
     """
     title = "copies and near copies"
     if size_pixels < MIN_SIZE_PIXELS:
-        title = f"copies (near copies are not searched below {MIN_SIZE_PIXELS} pixels, where hashes do not help)"
+        title = f"copies (the search for near copies needs images of at least {MIN_SIZE_PIXELS} pixels)"
     elif not copies.are_told_apart:
         title = (
-            f"copies (near copies are not listed: there are more than {_MAX_PAIRS_PER_IMAGE} pairs per image, as among "
-            f"drawings or frames of films)"
+            f"copies (near copies are not listed, because there are more than {_MAX_PAIRS_PER_IMAGE} pairs per image; "
+            f"this is usual for drawings and for frames of films)"
         )
     lines: list[str] = []
     for (own, other), pairs in copies_between(copies, split, origin).items():
@@ -300,6 +300,6 @@ def described(
         target = "an earlier image" if own == other else f"an image in {names[other]}"
         shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in pairs[:_SHOWN])
         more = "; ..." if len(pairs) > _SHOWN else ""
-        counts = f"{len(pairs):,} of {num:,} images are like {target} ({equal:,} equal)"
+        counts = f"{len(pairs):,} of {num:,} images are like {target} ({equal:,} with equal pixels)"
         lines.append(f"{names[own]}: {counts}: {shown}{more}")
     return [f"{title}: {'none' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines)]

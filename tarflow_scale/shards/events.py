@@ -209,7 +209,7 @@ def _read(members: Mapping[str, bytes], extension: str, length: int) -> NDArray[
     except NPY_FAULTS as error:
         raise DataError(f"its .{extension} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(array, np.ndarray) or array.dtype != _FLOAT or array.shape != (length,):
-        raise DataError(f"its .{extension} must be float32 ({length},) (got {array.dtype} {array.shape})")
+        raise DataError(f"its .{extension} must be {length} float32 numbers (got {array.dtype} {array.shape})")
     if not np.isfinite(array).all():
-        raise DataError(f"its .{extension} must be finite")
+        raise DataError(f"its .{extension} must contain only finite numbers")
     return array

@@ -186,7 +186,9 @@ class Loader:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
             reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"a loader process died ({reason}); is memory short? lower data.num_workers") from error
+            raise DataError(
+                f"a loader process died ({reason}), perhaps because memory ran out; lower data.num_workers"
+            ) from error
         if isinstance(part, UserError):
             raise part
         return part

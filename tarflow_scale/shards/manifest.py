@@ -109,7 +109,9 @@ def read_manifest(path: str) -> Manifest:
         parts = [storage.join(path, split) for split in ("train", "test")]
         packed = [part for part in parts if storage.exists(storage.join(part, MANIFEST_NAME))]
         cure = (
-            f"name {' or '.join(packed)}" if packed else "run 'tarflow-scale prepare', or again if it was interrupted"
+            f"use {' or '.join(packed)} instead"
+            if packed
+            else "run 'tarflow-scale prepare', or run it again if it was interrupted"
         )
         raise DataError(f"{path} is not a data set (no {MANIFEST_NAME}); {cure}")
     return Manifest.from_json(storage.read_bytes(location), location, DataError)

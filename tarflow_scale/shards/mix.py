@@ -90,8 +90,9 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
     for number, (shards, slots) in enumerate(zip(sets, share_slots(weights, global_batch_size), strict=True)):
         if slots == 0:
             raise DataError(
-                f"every data set of a mix needs a slot of the global batch (got weight {weights[number]:g} of "
-                f"{weights.sum():g} at batch {global_batch_size} for {shards.path}); raise training.global_batch_size"
+                f"every data set of a mix must have a sample in the global batch (got none for {shards.path}, with "
+                f"weight {weights[number]:g} of {weights.sum():g} and training.global_batch_size={global_batch_size}); "
+                f"raise training.global_batch_size"
             )
         spec = OrderSpec(
             samples_per_shard=tuple(shard.samples for shard in shards.manifest.shards),
@@ -115,9 +116,10 @@ def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
 
 
 def _check_alike(first: ShardSet, other: ShardSet) -> None:
-    for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
+    for name, rule in (("event", "kind of samples"), ("class_names", "class_names")):
         wanted, got = getattr(first.manifest, name), getattr(other.manifest, name)
         if wanted != got:
             raise DataError(
-                f"all data sets of a mix need {rule} (got {got} in {other.path}, not {wanted}); pack them alike"
+                f"all data sets of a mix must have the same {rule} (got {wanted} in {first.path} and {got} in "
+                f"{other.path}); pack them with the same settings"
             )

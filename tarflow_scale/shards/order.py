@@ -65,8 +65,8 @@ class OrderSpec:
     def __post_init__(self) -> None:
         if self.num_slots > self.num_samples:
             raise DataError(
-                f"the global batch must not exceed the data set (got {self.num_slots} and {self.num_samples} samples); "
-                f"lower training.global_batch_size"
+                f"the global batch must not take more samples from a data set than it has (got {self.num_slots}, and "
+                f"the data set has {self.num_samples}); lower training.global_batch_size"
             )
 
     @property

@@ -39,8 +39,8 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
         yield from pool.map(_apply, inputs)
     except BrokenProcessPool as error:
         raise UserError(  # not DataError, after which `prepare` would delete the shards that are packed
-            f"a worker process died ({error}); is there enough memory? lower shards.num_workers, and run it again to "
-            f"continue"
+            f"a worker process died ({error}), perhaps because memory ran out; lower shards.num_workers, and run the "
+            f"command again to continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -248,7 +248,7 @@ def test_single_files_and_an_npz_too(
         (f"shards.folder={files}", f"shards.folder={files} holds another data set"),
         (f"shards.npz={npz}", f"shards.npz={npz} holds another data set"),
         (f"shards.npz={other}/mine.txt", f"shards.npz={other}/mine.txt holds another data set"),
-        (f"shards.npz={other}", f"shards.npz={other} is a folder"),
+        (f"shards.npz={other}", f"shards.npz must be a file (got the folder {other})"),
         (f"shards.folder={npz}", "samples.npz"),
         (f"shards.folder={tmp_path}/new/", "must not be shards.path"),
     ):
