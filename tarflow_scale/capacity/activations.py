@@ -112,7 +112,10 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Footprint of units and the maps between them. If activations are not kept, only the largest unit counts."""
+    """Memory of a chain of units and of the tensors passed between them.
+
+    If activations are not kept, only the largest unit counts, besides those tensors.
+    """
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

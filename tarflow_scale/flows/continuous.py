@@ -331,8 +331,8 @@ class _FiniteGradients(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # with create_graph=True; the results of the adjoint solve have no derivatives
             raise ValueError(
-                "second derivatives of a continuous flow must be taken through the operations of the solver (got "
-                "gradients=adjoint, which cannot be differentiated again); set flow.gradients = 'direct'"
+                "gradients=adjoint cannot be differentiated again (got a second derivative of a continuous flow); set "
+                "flow.gradients = 'direct'"
             )
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             return (None, *gradients, *[None] * len(ctx.parameters))

@@ -204,7 +204,10 @@ class TarFlowDecoder:
         guidance: Guidance | None,
         schedule: Schedule,
     ) -> tuple[Tensor, BlockCost]:
-        """Invert block ``number`` (in decoding order) for ``z (B, T, D)`` in image order; also return the cost."""
+        """Invert one block for ``z (B, T, D)``, whose tokens are in image order.
+
+        ``number`` counts the blocks in decoding order. Returns the inverse and its cost.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 

@@ -230,7 +230,7 @@ def roles_of_files(
 
 
 def _role_of_path(path: str) -> Role | None:
-    """The split that the file name means, or else the split that the nearest folder above it means, if any."""
+    """The split named by the file name, else by the nearest parent folder that names a split; None if there is none."""
     for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
         role = role_of(part)
         if role == "several":
