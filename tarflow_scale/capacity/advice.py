@@ -15,7 +15,7 @@ __all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_mic
 USABLE = 0.95
 """Fraction of a card's memory that a plan may use; the rest is left for fragmentation of the allocator."""
 _ALIKE = 0.05
-"""Step times within this fraction count as equal, because the estimates leave out hooks and kernel launches."""
+"""Step times up to this fraction above the fastest count as equal: the estimates omit hooks and kernel launches."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 

@@ -4,9 +4,9 @@ Read the tensors without running code, infer all sizes, rename the tensors, and 
 ``config.json``. The file does not say which noise was used in training, so the configuration must state it. To register
 a version, the manifest of its training data is also needed, because evaluations check their data against it.
 
-Reads ``weights.path`` and, to register, the manifest at ``data.path``. Writes the folder ``output.path`` and an event.
-It is an error if the file would run code, is not a TarFlow or has non-finite values, or if the folder contains another
-flow. Running the same command again changes nothing.
+Reads ``weights.path`` and, to register, the manifest at ``data.path``. Writes the folder ``output.path`` and, to
+register, a version in the registry. It is an error if the file would run code, is not a TarFlow or has non-finite
+values, or if the folder contains another flow. Running the same command again changes nothing.
 """
 
 from tarflow_scale import storage

@@ -30,7 +30,7 @@ _GB = 1e9
 
 
 def run(config: PlanConfig, dry_run: bool) -> None:
-    """Print the plan, and draw its curve if ``plan.curve`` names a file.
+    """Print the plan. If ``plan.curve`` is set, draw the scaling curve into this file.
 
     Raises:
         ConfigError: settings contradict each other, or the batch does not divide among the GPUs.

@@ -99,7 +99,8 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
     Args:
         key: key of the configuration.
         path: value of the key.
-        folder: `trial_folder` of the path. It is removed at the end; if the check is killed, the caller must remove it.
+        folder: folder for test files, from `trial_folder`. The check removes it at the end; if the check is killed, the
+            caller must remove it.
     """
     try:
         written, read = _speeds(folder)

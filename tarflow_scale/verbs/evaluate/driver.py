@@ -135,7 +135,7 @@ def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
 
 
 def bind(config: EvaluateConfig, dry_run: bool) -> None:
-    """Compute the references of the protocols and bind the protocols to them; needs no model.
+    """Compute the references of the protocols, and bind the protocols to them. No model is needed.
 
     Raises:
         UserError: reference and protocols do not fit together, or the protocols are bound to other images.

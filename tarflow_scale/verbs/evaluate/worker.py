@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Compute bits/dim or nats of each sample, named after the metric, and ``hashes`` of the samples."""
+        """Compute bits/dim or nats of each sample, and its hash. The keys are the name of the metric and ``hashes``."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)

@@ -171,7 +171,7 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Move the alias ``command.alias`` to a version. A gate must not guard the alias.
+    """Move the alias ``command.alias`` to a version. An alias that a gate guards cannot be moved in this way.
 
     Raises:
         ConfigError: ``command.alias`` is missing or not allowed.
@@ -280,7 +280,7 @@ def _numbers(reports: list[MetricsReport]) -> str:
 
 
 def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
-    """The newest value of each metric as text, by name and id of its protocol."""
+    """The newest value of each metric as text. The key is the name and id of the protocol."""
     return {
         f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
         + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")

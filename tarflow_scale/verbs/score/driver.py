@@ -181,7 +181,7 @@ def _image_sets(
 
 
 def _packages() -> dict[str, str]:
-    """Versions of the packages that affect the scores, including those with codecs and ODE solvers."""
+    """Versions of the packages that affect the scores, including the packages of codecs and ODE solvers."""
     packages = provenance.package_versions()
     for name in ("pillow", "zuko", "torchdiffeq"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -295,7 +295,7 @@ def _write_summary(
 
 
 def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArray[np.float64]) -> None:
-    """Draw the least likely images, each beside a copy overlaid with its surprise per pixel, into ``maps.png``."""
+    """Write ``maps.png``: the least likely images, each beside a copy overlaid with its surprise per pixel."""
     chosen = np.argsort(-likelihood, kind="stable")[: scoring.maps]
     shards = ShardSet(data)
     order = np.argsort(chosen)  # images are read in the order of shards, shown by surprise
