@@ -185,7 +185,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _in_source(path: str) -> str:
-    """Path of a file or folder of the repository, for messages."""
+    """Where to find a file or folder of the repository: in the checkout, or else in the source code."""
     return str(_TOP / path) if (_TOP / path).exists() else f"{path} in {_SOURCE}"
 
 
@@ -331,7 +331,7 @@ def _first_key(sections: list[type[BaseModel]]) -> str:
 
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
-    """A problem as one line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
+    """Put a problem on one line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     keys, sections = _walked(kind, problem["loc"])
     path = ".".join(keys)
     match problem["type"]:

@@ -177,7 +177,7 @@ class InceptionScoreProtocol(_SampledProtocol):
     metric: Literal["inception_score"]
     num_splits: int = Field(default=10, ge=1)
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Seed of the order of images before they are split; equal seeds give the same order as torch-fidelity."""
+    """Seed of the shuffling of images before they are split; equal seeds give the same order as torch-fidelity."""
 
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":

@@ -20,7 +20,7 @@ _SIDE, _GRID = 320, 160
 _MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
 _SAMPLES = 2000
 _MIDDLE = (0.5, 99.5)
-"""A panel shows the range between these percentiles of the samples, plus a margin of a tenth on each side."""
+"""A panel shows the range between these percentiles of the samples, plus a tenth of this range on each side."""
 _AT_ONCE = 4096
 _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 

@@ -191,7 +191,7 @@ def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def _tail_shape(weights: Float[Tensor, " S"]) -> float:
-    """Shape k of the tail of importance weights: fitted to the largest weights minus the next smaller weight."""
+    """Shape k of the tail of the weights, fitted to the excess of the largest weights over the next smaller weight."""
     num = len(weights)
     tail = min(math.ceil(_SMOOTHED_SHARE * num), math.ceil(3 * math.sqrt(num)))
     ordered = torch.sort(weights / weights.max()).values

@@ -9,7 +9,7 @@ all ``v`` from ``u``; the inverse computes one dimension of ``u`` after the othe
 
 * MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. A density takes one pass, a sample D passes.
 * IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. A sample takes one pass, the density of given data D
-  passes. So it suits variational posteriors, which only need densities of samples that they have drawn.
+  passes. IAF suits variational inference, which needs densities only of samples that the flow has drawn.
 
 Every dimension of the data corresponds to one dimension of the noise, so each dimension has a log-determinant: the sum
 of its ``a`` over all transformations.

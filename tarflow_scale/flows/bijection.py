@@ -4,8 +4,8 @@ Shapes: B batch, D = prod(event_shape) dimensions, K classes. Units: nats per sa
 live on [-1, 1]. A learned prior is part of the map: ``z`` and ``log_det`` include it, so one temperature and one
 bits/dim formula hold for all flows.
 
-A model implements `Bijection.encode` and `Bijection.decode`. This module contains the code around them that all models
-share; `tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but not values.
+A model implements `Bijection.encode` and `Bijection.decode`. This module adds the code that all models share, and
+`tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but not values.
 """
 
 import math
@@ -64,8 +64,8 @@ class Bijection(nn.Module, ABC):
         self.config: ModelConfig | None = None
         """The configuration that the flow was built from; it is saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """If set, `sample` calls ``decoder(advance)`` and uses the function that this returns instead of `decode`; the
-        callback ``advance`` updates the progress bar. `tarflow_scale.load` sets it to a fast decoder."""
+        """If set, `sample` decodes with the function that ``decoder(advance)`` returns, not with `decode`. The callback
+        ``advance`` updates the progress bar. `tarflow_scale.load` sets ``decoder`` to a fast decoder."""
         self.pixels: PixelFormat | None = None
         """Bit depth and noise of the training images; needed to convert samples to pixels. None if unknown."""
         self.dequantizer: Dequantizer | None = None

@@ -70,7 +70,7 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """Convert the argument ``y`` of a user into a `Condition` for ``num`` samples.
+    """Convert the argument ``y`` that a user passes into a `Condition` for ``num`` samples.
 
     Integers become int64, because torch reads an index of type uint8 as a mask, and rejects int8 and int16.
 

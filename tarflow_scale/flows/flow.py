@@ -69,7 +69,7 @@ class Flow(Bijection):
         Without a `dequantizer` the result equals `log_prob`. A dequantizer maps ``x`` to x' inside the same bins, and
         the result is log p(x') - log q(u' | image). For n-bit data, the mean of the result over noise, minus
         D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. The logarithm of the mean density
-        over several draws of noise, minus the same constant, is another; see `tarflow_scale.flows.likelihood`.
+        over several draws of noise, minus the same constant, is another bound; see `tarflow_scale.flows.likelihood`.
 
         Raises:
             ValueError: see `log_prob`; or the flow has a dequantizer, but the bit depth of pixels is unknown.

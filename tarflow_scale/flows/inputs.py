@@ -166,7 +166,7 @@ def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool
 
 
 def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
-    """The error message for integer images, which are stored pixels; users can run the code in it unchanged."""
+    """The error message for integer images, which are stored pixels. Users can run the suggested code as it is."""
     is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
     images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
     images += ".cpu().numpy()" * is_tensor

@@ -136,7 +136,7 @@ def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
 
 
 def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    """Number of layers of each block. A gap raises ValueError, so that no tensor name can create a million layers."""
+    """Number of layers of each block. A gap in numbering raises ValueError, so no name can imply a million layers."""
     layers: dict[int, set[int]] = {}
     for name in tensors:
         match = re.match(r"blocks\.(\d{1,9})\.attn_blocks\.(\d{1,9})\.", name)

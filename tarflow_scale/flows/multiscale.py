@@ -84,7 +84,7 @@ class Level(nn.Module):
         num_classes: number of classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.
-        prior_sees_rest: whether a convolution predicts the prior from the half that goes on; otherwise it is constant.
+        prior_sees_rest: whether a convolution predicts the prior from the half that goes on. If not, it is constant.
     """
 
     def __init__(
