@@ -20,7 +20,7 @@ def without_copies(
 
     Args:
         source: the source; all of its images are decoded.
-        splits: image numbers of each split, by name.
+        splits: for each split, by name, the numbers of its images.
         skip_bad: whether to skip unusable images; otherwise, they raise an error.
         num_workers: number of processes that compute fingerprints; it does not change the result.
 
@@ -50,8 +50,8 @@ def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing
     """Print which images of packed splits are copies or near copies of others.
 
     Args:
-        packings: packings of the splits of one source.
-        notes: notes of each packing, with fingerprints.
+        packings: one packing per split, all from the same source.
+        notes: the notes of each packing, in the same order; they must contain fingerprints.
     """
     source = packings[0].source
     fingerprints = np.zeros((len(source), 2), dtype=np.uint64)

@@ -56,7 +56,7 @@ _BLOCKS, _EQUAL_BLOCKS = 9, 3
 _MAX_PAIRS_PER_IMAGE = 2
 _SIDE = 32
 _FLAT = 2.0
-"""Thumbnails with a lower standard deviation (on the scale 0 to 255) are compared by mean difference of pixels."""
+"""Thumbnails with a lower standard deviation (on the scale 0 to 255) are compared by the mean difference of pixels."""
 _CACHED = 1 << 16
 _SHOWN = 3
 
@@ -191,7 +191,7 @@ class _Places:
     Args:
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
-        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
+        rank: returns the sort key of an image by its number; the image with the smaller key counts as the earlier one.
     """
 
     def __init__(self, copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int) -> None:
@@ -232,10 +232,10 @@ def copies_between(
     Args:
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
-        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
+        rank: returns the sort key of an image by its number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Lists of copies, sorted by ``rank``. A key is the pair (split of the copy, split of the other image).
+        Lists of copies, sorted by ``rank``. The keys are pairs (split of the copy, split of the other image).
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -283,7 +283,7 @@ def described(
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
         names: names of the splits.
-        origin: returns the name of the image with a given number at its source.
+        origin: returns the name of an image at its source, by the number of the image.
         size_pixels: side of the images in pixels.
     """
     title = "copies and near copies"

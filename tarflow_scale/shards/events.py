@@ -41,7 +41,7 @@ class EventType(ABC):
     shape: tuple[int, ...]
     """Shape of an event; a batch of B events is ``(B, *shape)``."""
     size: str
-    """The shape in words."""
+    """The shape as text: ``3x32x32`` or ``2 numbers``."""
     carried_shape: tuple[int, int, int]
     """Shape of the uint8 array that holds an event in a loader."""
     level: float
@@ -69,7 +69,7 @@ class EventType(ABC):
 
     @abstractmethod
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "C H W"]:
-        """Decode the members of a sample to the array that loaders carry.
+        """Decode the members of a sample to the array that loaders carry: an image, or the bytes of a vector.
 
         Args:
             members: content of the members, by extension.

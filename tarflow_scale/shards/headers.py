@@ -73,7 +73,7 @@ class Member(NamedTuple):
 
 
 class HashedStream:
-    """A forward-only stream that adds every byte that is read to a SHA-256.
+    """Reads a stream forwards only, and computes the SHA-256 of all bytes that were read.
 
     Args:
         stream: the stream, at its first byte.

@@ -44,7 +44,7 @@ IMAGE_EXTENSIONS = (
 )
 """Extensions of members that are read as images; if a sample has more than one, the first in this order is read."""
 FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension != "npy")
-"""Extensions of image files in folders; without ``npy``, because an array in a folder need not be an image."""
+"""Extensions of image files in folders. ``npy`` is left out, because an array in a folder need not be an image."""
 
 
 class Reading(Record):
@@ -218,10 +218,10 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """Read from the header and the tags of an image which shape ``(C, H, W)`` `decode_image` would return.
+    """The shape ``(C, H, W)`` that `decode_image` would return for an image, read from its header and tags.
 
     Raises:
-        DataError: the content is not an image.
+        DataError: the content is not an image, or its size, bit depth or number of frames is refused.
     """
     if content.startswith(b"\x93NUMPY"):
         channels, height, width = _decode_array(content, origin, None).shape

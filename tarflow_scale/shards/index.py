@@ -1,6 +1,6 @@
 """The index beside each tar: the offset of every sample, and a checksum of its bytes.
 
-With the index, a reader can read one sample or consecutive samples as one range, and detects a flipped bit without
+With the index, a reader can read one sample or consecutive samples as one range, and can detect a flipped bit without
 reading the whole shard.
 """
 

@@ -70,7 +70,7 @@ def statistics(path: str) -> list[str]:
     standard deviation and range of each number instead, and there is no contact sheet.
 
     Raises:
-        DataError: the path is not a data set, or an image of the contact sheet is corrupt.
+        DataError: the path is not a data set; or a label, a vector, or an image of the contact sheet is corrupt.
     """
     shards = ShardSet(path)
     manifest = shards.manifest
@@ -137,7 +137,7 @@ def _copies(splits: list[ShardSet]) -> list[str]:
 
 
 def _columns(shards: ShardSet) -> list[tuple[str, str]]:
-    """Table rows with the mean, standard deviation and range of each value and condition value of vectors."""
+    """Table rows for vectors: the mean, standard deviation and range of each value and of each condition value."""
     batches = list(shards.batches(0, shards.manifest.num_images, _RUN))
     numbers = {
         "value": [batch.events for batch in batches],

@@ -1,4 +1,4 @@
-"""Mix data sets. Each fills slots of the global batch in proportion to its weight; its samples have their own order."""
+"""Mix data sets. Weights determine how many slots of the global batch each fills. Each has its own order of samples."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +25,8 @@ class MixPart:
     Args:
         shards: the data set.
         spec: order of its samples; ``spec.num_slots`` is the number of slots that the data set fills.
-        first_slot: number of its first slot in the global batch.
-        first_sample: number of its first sample among the samples of all data sets.
+        first_slot: index of its first slot in the global batch.
+        first_sample: index of its first sample among the samples of all data sets.
         weight: weight of the data set in the configuration.
     """
 
@@ -60,7 +60,7 @@ class Mix:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Largest mean number of stored bytes per sample among all shards."""
+        """Mean number of stored bytes per sample in the shard where this mean is largest, rounded up."""
         return max(-(-shard.bytes // shard.samples) for part in self.parts for shard in part.shards.manifest.shards)
 
     def part_of(self, slot: int) -> tuple[MixPart, int]:
@@ -107,7 +107,7 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
 
 
 def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
-    """Divide slots in proportion to weights, by largest remainders; of equal remainders, the earlier one wins."""
+    """Divide slots in proportion to weights, by the largest remainder method; ties go to the earlier weight."""
     exact = weights / weights.sum() * num_slots
     slots = np.floor(exact).astype(int)
     order = np.argsort(-(exact - slots), kind="stable")

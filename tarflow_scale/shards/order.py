@@ -48,11 +48,11 @@ __all__ = ["Line", "OrderSpec", "SlotWalk", "steps_per_epoch"]
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """The quantities that determine the order.
+    """The quantities that determine the order of samples.
 
     Args:
         samples_per_shard: number of samples of each shard, in the order of the manifest.
-        num_slots: G, the global batch size.
+        num_slots: G, the global batch size; in a mix of data sets, the number of its slots that this data set fills.
         shuffle_block: number of samples in a block.
         seed: seed of all permutations.
     """

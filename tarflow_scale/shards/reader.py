@@ -189,7 +189,7 @@ class ShardSet:
                 yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """Decode a sample to the uint8 array ``(C, H, W)`` that loaders carry, and its label (-1 if there is none).
+        """Decode a sample to a uint8 array ``(C, H, W)`` (see `EventType.decode`) and a label (-1 if there is none).
 
         Raises:
             CorruptSample: the sample is damaged, or does not match the manifest.
@@ -234,7 +234,7 @@ class ShardSet:
         )
 
     def origin_of(self, stored: StoredSample) -> str:
-        """The name of the image at its source, as `prepare` recorded it; the key if there is no such record.
+        """The name of the image at its source, as recorded by `prepare`; the key if no name is recorded.
 
         Raises:
             DataError: the sample is corrupt.

@@ -22,8 +22,8 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
     """Apply a function to inputs; yields results, or raises errors, in the order of the inputs.
 
     Args:
-        function: a function of a module, a `functools.partial`, or a method of an object that can be pickled. Each
-            worker receives it once.
+        function: a module-level function, a `functools.partial`, or a method; it must be picklable. Each worker process
+            receives it once.
         inputs: the inputs.
         num_workers: number of processes. With one worker or one input, the calling process does the work.
 

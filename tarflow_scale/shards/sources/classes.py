@@ -206,7 +206,7 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """Warnings about class names that differ only by case or Unicode form, and classes missing in one or all splits.
+    """Warnings: class names that differ only by case or Unicode form, and classes without images in one or all splits.
 
     Args:
         class_names: names of the classes, in the order of their labels.

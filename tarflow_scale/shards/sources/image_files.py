@@ -62,7 +62,7 @@ class _FileSource(EncodedSource):
 
     @abstractmethod
     def _names_in(self, folder: str) -> Iterable[str]:
-        """Names of the files and folders (also empty ones) directly in a folder."""
+        """Names of the files and folders (including empty ones) directly in a folder."""
 
 
 class FolderSource(_FileSource):

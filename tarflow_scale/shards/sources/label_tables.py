@@ -105,7 +105,7 @@ class LabelTables:
         return labels
 
     def _labels_by(self, name: str, paths: Sequence[str]) -> list[Label] | None:
-        """Labels of the images in a table; None if the table does not label them."""
+        """The labels that a table gives to the images; None if the table does not label them."""
         table = self._table(name)
         folder = name.rpartition("/")[0]
         below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
@@ -165,7 +165,7 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Labels by image name; None if the table is not used because it has no column of labels."""
+        """Labels by image name; None if the table is not used, for example because it has no column of labels."""
         if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
@@ -206,7 +206,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if missing."""
+    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; else None."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):

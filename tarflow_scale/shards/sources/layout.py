@@ -86,7 +86,7 @@ def lay_out(
     Args:
         files: paths of all files below the source, sorted.
         read: reads the file at a path.
-        names_in: lists the names of the files and folders (also empty ones) in a folder.
+        names_in: lists the names of the files and folders (including empty ones) in a folder.
         config: the label table, its column of labels, and the table of class names.
         split: the patterns, and whether splits are also recognized by name.
         where: path of the source, for messages.
@@ -146,7 +146,7 @@ def lay_out(
 
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
-    """The images that ``split.ignore`` does not match, with the splits that the other patterns give them."""
+    """The images that ``split.ignore`` does not match, with the splits that the other patterns assign to them."""
     patterns = splits.Patterns(split)
     images: list[_Image] = []
     for name in names:
@@ -200,7 +200,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The split of each sibling folder by name, or an empty dict if they are not splits; and a list of warnings."""
+    """The split that each sibling folder names (an empty dict if they are not splits), and a list of warnings."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]
@@ -272,7 +272,7 @@ def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
 
 
 def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
-    """Drop folders that contain all images of a split but are no class, such as ``train/train/cat``, ``val/images``."""
+    """Drop folders that hold all images of a split but are not classes, as in ``train/train/cat`` or ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
@@ -320,7 +320,7 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse a folder name that occurs in two class folders, or is itself a class: classes may be a level lower."""
+    """Refuse a subfolder name that occurs in two class folders or is also a class: classes may be one level lower."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)

@@ -1,7 +1,7 @@
 """Parquet tables with image bytes, the format of Hugging Face data sets.
 
 One column contains the images, as ``struct<bytes, path>`` or as binary. Another column contains the labels: numbers or
-text, plain or dictionary-encoded. The metadata of the schema may have class names. Parquet compresses rows in groups,
+text, plain or dictionary-encoded. The metadata of the schema may give class names. Parquet compresses rows in groups,
 so single rows cannot be read. Therefore, the images of the splits that are packed are first copied to a temporary file.
 This file is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
 """

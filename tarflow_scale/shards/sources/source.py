@@ -30,9 +30,9 @@ def reading_of(config: SourceConfig) -> Reading:
 class ImageSource(ABC):
     """Labelled images with random access: each image is read by its number.
 
-    A source knows its size, classes and format before it reads an image. Therefore, `prepare` can split and order the
-    images before it packs them. A source can be pickled, so that worker processes can read from it. Subclasses set the
-    attributes in their constructor.
+    An open source knows the number, the classes and the format of its images. Therefore, `prepare` can split and order
+    the images before it packs them. A source can be pickled, so that worker processes can read from it. Subclasses set
+    the attributes in their constructor.
     """
 
     name: str

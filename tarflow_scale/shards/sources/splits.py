@@ -3,7 +3,7 @@
 1. Patterns of the configuration have priority: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
 2. Without a matching pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
    ``seg_test``, ``imagenet-val-000003.tar``. `_WORDS` has the words and their meanings.
-3. If no name means a split, the source has no splits, and ``split.test_fraction`` of each class is held out.
+3. If no name means a split, the source has no splits; the share ``split.test_fraction`` of each class is held out.
 4. A source where some names mean a split and others do not is refused: the configuration must assign them.
 5. `tarflow_scale.shards.sources.split_choice` decides which of the splits are packed.
 """

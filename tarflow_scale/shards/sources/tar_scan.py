@@ -50,7 +50,7 @@ class ScannedTar:
         ignored: number of members that belong to no sample, by kind.
         num_without: number of samples without an image.
         without: description of the first sample without an image; empty if there is none.
-        linked: name of the first sample that has a link as image or label; empty if there is none.
+        linked: name of the first sample where the image or the label is a link; empty if there is none.
         sha256: SHA-256 of the tar.
     """
 
