@@ -69,9 +69,9 @@ class _Subsets:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """A task that sums the kernel over pairs of an image in one block and another image.
+    """A task that sums the kernel over pairs of images; the first image of each pair is in block ``number``.
 
-    It returns the sum within the block, the sums with each later block, and the sum with all reference images.
+    It returns one sum per block, for this block and each later one, and the sum over pairs with a reference image.
     """
 
     samples: FeatureSet

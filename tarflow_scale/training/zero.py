@@ -31,7 +31,7 @@ def deepspeed_config(
         optimizer: the section ``optimizer``.
         training: the section ``training``.
         parallelism: the section ``parallelism``.
-        num_parameters: number of parameters of the flow; no bucket is larger, because buckets are allocated in full.
+        num_parameters: number of parameters of the flow, which limits buckets, because they are allocated in full.
         ranks: world size.
 
     Raises:
