@@ -97,7 +97,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic with each block left out, minus a constant: the kernel term of pairs of reference images."""
+    """The statistic with each block left out. A constant is omitted: the term for pairs of reference images."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

@@ -34,7 +34,7 @@ _LIMIT = 1e4
 _RECHECK = 2
 """Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16
-"""Upper bound of the activations per token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
+"""Upper bound of the activation values per token, divided by C: queries, keys, values, two of width 4 C, copies."""
 
 Progress = Callable[[int], object]
 """A function that is called with the number of tokens that have just become final. The sum is T - 1 for each block."""
