@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system cannot create a file only if it does not exist yet, so two writers could both succeed."""
+    """The file system does not support create-if-absent, so two writers could both create the same file."""
 
 
 class Interrupted(UserError):
@@ -75,7 +75,7 @@ class RegistryError(UserError):
 
 
 class AlreadyReported(RegistryError):
-    """The version already has a report with the same protocols, which another process has stored."""
+    """Another process has already stored values of the same protocols for this version."""
 
 
 class PlanError(UserError):

@@ -189,7 +189,7 @@ class MetricsReport(Record):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same metrics of a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics for a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]

@@ -42,7 +42,7 @@ class _Weights:
     """A published weights file."""
 
     file: str
-    """Name of the file, also in the torch hub cache."""
+    """Name of the file; the torch hub cache uses the same name."""
     source: str
     """Address of the download, for error messages."""
     prefix: str = ""
@@ -100,8 +100,8 @@ def layer_of(protocol: SampledProtocol) -> str:
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
     """SHA-256 of the weights file of an extractor, checked against the digest that the protocol requires.
 
-    An extractor without a weights file has a text instead: ``none`` for ``pixels``; for an extractor from an entry
-    point, the name and version of its package.
+    If the extractor has no weights file, returns ``none`` for ``pixels``, and the name and version of the package for
+    an extractor from an entry point.
 
     Args:
         protocol: gives the name of the extractor, and optionally the required digest of its weights.

@@ -35,7 +35,7 @@ class Binding(Record):
 
 
 class References:
-    """The stored bindings and moments of protocols.
+    """The cache that stores, for each protocol, its binding to reference images and their moments.
 
     Args:
         path: folder or URL of the cache.

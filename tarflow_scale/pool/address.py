@@ -75,7 +75,7 @@ def _answers(host: str, port: str) -> bool:
 
 
 def _own_address() -> str:
-    """This machine's address as Ray determines it: the source address of the route to the internet. Sends nothing."""
+    """This machine's address as Ray determines it: the source address of the route to the internet. Sends no packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))

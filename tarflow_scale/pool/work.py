@@ -38,8 +38,8 @@ class Unit(Protocol):
 T = TypeVar("T")
 U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, and for at
-least 10 s."""
+"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, or for
+10 s if that is longer."""
 _POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Size of the object store of a cluster that the pool starts. It can be small, because workers return records and

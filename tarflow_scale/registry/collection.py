@@ -5,8 +5,9 @@ no event names comes from an upload that was not completed; it is deleted when i
 models of a registry share its blobs, so all logs are read.
 
 A ``collect`` event is written before the blobs of a version are deleted; if the collector is killed, the next one
-deletes the rest. A writer that reuses an old blob writes the blob again before and after its event (`Store.keep`),
-which resets the age of the blob. The collector checks this age just before it deletes the blob.
+deletes the rest. A writer that reuses an old blob writes the blob again before its event (`Store.keep`), which resets
+the age of the blob. The collector checks this age just before it deletes the blob. After its event, `Registry.register`
+calls `Store.keep` again, in case the blob was deleted before the event was written.
 """
 
 import time

@@ -79,7 +79,7 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """Per-image values with mean ``metric``; empty if they were not stored."""
+        """The per-image values that were averaged to ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 

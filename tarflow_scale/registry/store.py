@@ -141,7 +141,7 @@ class Store:
         """Set the modes of all existing files and folders.
 
         Raises:
-            RegistryError: other users own some of the files, and must run the same command.
+            RegistryError: other users own some of the files; each of them must run the same command.
         """
         not_owned: list[Path] = []
         for path in sorted(storage.local(self.path).rglob("*")):

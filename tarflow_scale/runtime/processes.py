@@ -52,7 +52,7 @@ def stop_signals_held() -> Generator[None]:
 
     Child processes inherit the blocked signals. A worker process needs this until it ignores the signals itself. The
     resource tracker of `multiprocessing` needs it because SIGUSR1 would kill the tracker, and the parent would then
-    print a traceback at its end.
+    print a traceback when it exits.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:

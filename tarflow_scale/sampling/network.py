@@ -132,7 +132,7 @@ class BlockNetwork:
         return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
-        """Position embedding plus condition of every token, ``(B, T, C)`` in reading order."""
+        """Sum of the position and condition embeddings of every token, ``(B, T, C)`` in reading order."""
         block = self.block
         return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
 

@@ -31,14 +31,14 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
 """Number of images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Number of parts into which a batch is divided for denoising, because denoising stores all activations."""
+"""A batch is denoised in this many parts, one after the other, because denoising stores all activations."""
 
 
 class Sampler:
     """Draws images from a flow.
 
     Args:
-        flow: a flow in evaluation mode; its ``pixels`` define how floats become levels.
+        flow: a flow in evaluation mode; its ``pixels`` define how floats are converted to pixels.
         seed: seed of the latents.
         settings: the section ``sampling``.
         calibration: chunk sizes of the blocks; required by ``decoder.kind=adaptive``.
@@ -126,7 +126,7 @@ class Sampler:
             yield x
 
     def images(self, indices: range) -> Tensor:
-        """Draw stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU, quantized according to the training noise.
+        """Draw stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU; the rounding inverts the training noise.
 
         Raises:
             ValueError: the flow has no pixel format.
@@ -136,7 +136,7 @@ class Sampler:
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents and re-encoded images, for a few images of the latest batch.
+        """Largest difference between latents and the encodings of their images, for a few images of the latest batch.
 
         It is None with guidance, before the first batch, or if the difference is not finite. It is below 1e-3 for an
         exact flow in fp32, and larger if the inverse of the model contracts strongly.

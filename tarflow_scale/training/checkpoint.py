@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. For each
 parameter it contains the fp32 master weight, the optimizer's moments and all moving averages; it also contains all
-buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes a file per gigabyte that it keeps.
+buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes its tensors to files of about 1 GiB.
 ``manifest.json`` (size and SHA-256 of every file, and the training state) is written last; a folder without it is not a
 checkpoint. Nothing is pickled.
 
@@ -205,7 +205,7 @@ def prune(path: str, config: CheckpointConfig) -> None:
 
 
 class _Files:
-    """Writes this rank's files. After a failure it drops further tensors, so that the rank can keep gathering."""
+    """Writes this rank's files. After a failure it drops all tensors, but the rank can still take part in gathers."""
 
     def __init__(self, folder: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}

@@ -25,7 +25,7 @@ STOP_SECONDS = 60.0
 
 
 def follow_launcher() -> None:
-    """Send this rank SIGTERM when its launcher dies, so that it saves a checkpoint and stops."""
+    """Let the kernel send this rank SIGTERM when its launcher dies; the rank then saves a checkpoint and stops."""
     if "RANK" in os.environ:
         die_with_parent(signal.SIGTERM)
 
