@@ -185,7 +185,7 @@ def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "1000"]
     recipe = str(TOP / "configs/train/imagenet64-conditional.yaml")
     assert cli.main(["plan", recipe, *flags, "training.micro_batch_size=4"]) == 0
-    assert "256 = 4 x 64 GPUs x 1 accumulated" in capsys.readouterr().out
+    assert "256 images = 4 x 64 GPUs x 1 (accumulation)" in capsys.readouterr().out
     for late in ("micro_batch_size", "--micro=4"):
         with pytest.raises(SystemExit):
             cli.main(["plan", recipe, *flags, late])

@@ -75,8 +75,8 @@ def _recipe(answer: Answer) -> str:
          f"on {nodes} machine{'s' * (nodes > 1)}"),
         ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
          f"{parallelism.activations}, offload {parallelism.offload}"),
-        ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} images x {scenario.gpus} GPUs x "
-         f"{training.global_batch_size // each} accumulation steps"),
+        ("batch", f"{training.global_batch_size:,} images = {training.micro_batch_size} x {scenario.gpus} GPUs x "
+         f"{training.global_batch_size // each} (accumulation)"),
         ("length", f"{steps:,} steps, {steps * training.global_batch_size:,} images, "
          f"{flops / 1e12:.3g} TFLOP per image, {flops * steps * training.global_batch_size:.2g} FLOP in total"),
     ]  # fmt: skip

@@ -343,8 +343,8 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
         return
     shown = masks[0] if masks else next(stem for stem, count in stems.items() if count > 1)
     raise DataError(
-        f"an image must be one file (got two files for most images of {where}, such as {shown}; one of the two may be a "
-        f"mask); exclude the files that are not images, for example with "
+        f"an image must be one file (got two files for most images of {where}, such as {shown}; one may be a mask); "
+        f"exclude the files that are not images, for example with "
         f'split.ignore=["*{"_mask.png" if masks else ".png"}"]'
     )
 
