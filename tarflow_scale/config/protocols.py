@@ -161,8 +161,8 @@ class KernelProtocol(_ReferenceSubset):
         fewest = min(self.num_images, self.num_reference_images)
         if self.subset_size > fewest:
             raise ValueError(
-                f"subset_size must not exceed num_images and num_reference_images (got {self.subset_size} and "
-                f"{fewest}); lower subset_size"
+                f"subset_size must not exceed the smaller of num_images and num_reference_images, {fewest} (got "
+                f"{self.subset_size}); lower subset_size"
             )
         return self
 

@@ -103,9 +103,10 @@ class Flow(Bijection):
         """The surprise of each value, in the shape of ``x``: its contribution to ``-log_prob`` in nats.
 
         The contribution is the negative log density of the value's latent under a standard normal, minus the value's
-        log-determinant. The contributions add up to ``-log_prob`` exactly. Their division among values depends on the
-        model, which must map each value to one latent. A `MultiScaleFlow` is an exception: it mixes the values of each
-        square of pixels, which get equal shares. With ``dequantize``, the sum is ``-log_prob_of_images``.
+        log-determinant. The contributions add up to ``-log_prob`` exactly; how the total is divided among the values
+        depends on the model. The model must map each value to one latent. `MultiScaleFlow` does not, but is supported:
+        it mixes the values of a square of pixels, so these values get equal shares. With ``dequantize``, the sum is
+        ``-log_prob_of_images``.
 
         Raises:
             ValueError: see `log_prob`; or this model does not map each value to one latent.

@@ -66,9 +66,9 @@ class References:
         binding = Binding.from_json(storage.read_bytes(location), location, DataError)
         if binding.protocol_digest != protocol.digest:
             raise ConfigError(
-                f"protocol {protocol.name} has changed since it was bound to {binding.data} (digest "
-                f"{protocol.digest[:12]}, not {binding.protocol_digest[:12]}); give the changed protocol another name, "
-                f"or use another reference.cache"
+                f"protocol {protocol.name} has changed since it was first used with {binding.data} (digest now "
+                f"{protocol.digest[:12]}, then {binding.protocol_digest[:12]}); give the changed protocol another "
+                f"name, or use another reference.cache"
             )
         if binding.extractor != extractor:
             raise DataError(

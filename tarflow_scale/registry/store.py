@@ -167,8 +167,9 @@ class Store:
             winners = self._winners(num_keys)
         if winners > num_keys:
             raise RegistryError(
-                f"{self.path} does not support create-if-absent ({_WRITERS} writers created {num_keys} names {winners} "
-                f"times); use a store that supports it, or set command.single_writer=true if only one process writes"
+                f"{self.path} does not support create-if-absent ({_WRITERS} writers competed for {num_keys} names, and "
+                f"{winners} creations succeeded); use a store that supports it, or set command.single_writer=true if "
+                f"only one process writes"
             )
         return f"{_WRITERS} writers, {num_keys} names, {winners} winners"
 

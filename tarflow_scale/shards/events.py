@@ -43,7 +43,7 @@ class EventType(ABC):
     size: str
     """The shape as text: ``3x32x32`` or ``2 numbers``."""
     carried_shape: tuple[int, int, int]
-    """Shape of the uint8 array that holds an event in a loader."""
+    """Shape of the uint8 array in which a loader delivers one image or vector."""
     level: float
     """Distance between adjacent stored values on the scale of the model; infinite for vectors, which have no levels."""
     num_conditions: int | None = None

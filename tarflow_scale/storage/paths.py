@@ -103,10 +103,10 @@ def _retry_options(location: str) -> dict[str, Any]:
 
 @contextmanager
 def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
-    """Convert an error of the operating system or of a store to a one-line `StorageError` that names the location.
+    """Convert an `OSError` or an error of a remote store to a one-line `StorageError` that names the location.
 
-    Clients of stores raise exceptions of many libraries (botocore, aiohttp, google). So for a remote location every
-    exception is converted, unless ``of_store`` is false.
+    Store clients raise exception types of many libraries (botocore, aiohttp, google), so for a remote location every
+    exception is converted. With ``of_store=False``, only an `OSError` is.
     """
     try:
         yield

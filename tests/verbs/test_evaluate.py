@@ -415,7 +415,7 @@ def test_a_protocol_that_changed_under_its_name_is_refused(
     changed = every_measure(tmp_path, rounding="nearest")[:1]
     folder = protocols[0].parent
     assert cli.main(evaluate_all(own, folder, changed, "cluster.executor=local")) == 2
-    assert "protocol plain has changed since it was bound to digits/train" in capsys.readouterr().err
+    assert "protocol plain has changed since it was first used with digits/train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_a_protocol_that_changed_under_its_name_is_refused(
             {"metric": "kernel", "num_reference_images": 5000, "subset_size": 50},
             "needs 5000 reference images (got 1438",
         ),
-        ({"metric": "kernel", "num_reference_images": 400}, "subset_size must not exceed num_images"),
+        ({"metric": "kernel", "num_reference_images": 400}, "subset_size must not exceed the smaller of num_images"),
         ({"metric": "precision", "num_reference_images": 3}, "neighbours must be below the number of images"),
         ({"metric": "inception_score"}, "needs extractor=inception-v3-compat (got pixels)"),
         ({"metric": "frechet", "layer": "spatial"}, "layer=spatial needs extractor=inception-v3-compat"),

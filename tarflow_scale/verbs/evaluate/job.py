@@ -110,7 +110,7 @@ class Evaluation:
         )
 
     def _weights(self, registry: Registry, version: ModelVersion, sampling: SamplingConfig) -> list[Any]:
-        """Everything that determines the samples of a version, except the seed: digest of the weights, and settings."""
+        """The digest of the weights and the settings: all that determines the samples, besides the seed."""
         plan = calibration_for(registry, version.version, sampling, self._gpu)
         return [version.weights_digest, sampling.model_dump(mode="json"), plan and plan.model_dump(mode="json")]
 

@@ -131,7 +131,7 @@ def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
         raise NumericsError(
             f"{quality.redrawn} of {quality.images} images were drawn again ({quality.not_finite} not finite, "
             f"{quality.saturated} saturated; sampling.guard.most_redrawn_share={guard.most_redrawn_share:g} allows "
-            f"{allowed:.0f} of {total}); lower {lower} and choose another shards.path, train longer, set "
+            f"{allowed:.0f} of {total}); lower {lower} (with a new shards.path), train longer, set "
             f"model.log_scale_bound, or raise sampling.guard.most_redrawn_share"
         )
 

@@ -148,7 +148,7 @@ def read_quality(path: str, unit: ShardUnit) -> Quality:
 
 
 def is_done(path: str, unit: ShardUnit) -> bool:
-    """Whether record, tar and index exist, and tar and index have the recorded digests."""
+    """Whether the record, the tar and the index exist, and the digests of the tar and the index match the record."""
     tar, index = storage.join(path, unit.tar_name), storage.join(path, index_name(unit.tar_name))
     if not all(map(storage.exists, (_location(path, _RECORDS, unit), tar, index))):
         return False
