@@ -22,13 +22,13 @@ fi
 file=$1
 shift
 if ! lines=$(grep -Ev '^[[:space:]]*(#|$)' "$file"); then
-    echo "the hostfile must name machines, a line each: node0 slots=8 (got $file)" >&2
+    echo "the hostfile must have a line such as 'node0 slots=8' for each machine (got no such line in $file); add it" >&2
     exit 2
 fi
 mapfile -t hosts < <(awk '{ print $1 }' <<<"$lines")
 slots=$(sed -n 's/.*slots=\([0-9][0-9]*\).*/\1/p' <<<"$lines" | sort -u)
 if [ "$(wc -w <<<"$slots")" != 1 ] || [ "$(grep -c 'slots=' <<<"$lines")" != "${#hosts[@]}" ]; then
-    echo "all machines of a hostfile must have slots=N, the same N (got ${slots//$'\n'/, } in $file)" >&2
+    echo "all lines of a hostfile must have slots=N with the same N (got ${slots//$'\n'/, } in $file); correct them" >&2
     exit 2
 fi
 read -ra ssh <<<"${SSH:-ssh}"

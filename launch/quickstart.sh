@@ -30,7 +30,7 @@ stage label_agreement python evals/benchmarks/label_agreement.py --data "$out/da
     --output "$out/label_agreement.json"
 printf '\n'
 python evals/benchmarks/demo_summary.py "$out" "$@"
-echo "next: your own images, in nine commands of README.md"
+echo "next: train on your own images with the nine commands in README.md"
 if [ "${1-}" = --record ]; then
     python evals/benchmarks/champion_report.py "$out/registry" digits --output evals/results/champion-digits.json
     tarflow-scale models show configs/models/digits.yaml | sed '/^$/,$d' >evals/results/models-show.txt # not who and where

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when ``load`` is used; make its waiting threads sleep after a short spin, as the CLI does."""
+    """Import torch only when ``load`` is used. As in the CLI, torch's waiting threads sleep after a short spin."""
     if name == "load":
         if "torch" not in sys.modules:  # torch reads these settings from the environment when it is loaded
             from tarflow_scale.runtime import cores

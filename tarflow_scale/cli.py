@@ -104,7 +104,10 @@ def _run(verb: Verb, arguments: argparse.Namespace) -> int:
         for flag, values in given:
             if flag.function and flag.values:
                 if arguments.config:
-                    raise ConfigError(f"--{flag.name} takes no configuration (got {arguments.config[0]}); remove it")
+                    raise ConfigError(
+                        f"--{flag.name} must be used without a configuration (got {arguments.config[0]}); remove the "
+                        f"configuration"
+                    )
                 getattr(_module(verb), function)(*values)
                 return 0
         path, overrides = _split_arguments(arguments.config)
@@ -144,7 +147,8 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     if len(files) > 1:
         got = " and ".join(files)
         raise ConfigError(
-            f"a verb reads one file (got {got}); an override is section.key=value, such as training.seed=1"
+            f"a verb must get one configuration file (got {got}); keep one of them, and write overrides as "
+            f"section.key=value, such as training.seed=1"
         )
     return Path(files[0]) if files else None, [word for word in arguments if word not in files]
 
@@ -153,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tarflow-scale",
         description="Train, evaluate, promote and sample image normalizing flows at scale.",
-        epilog="Every verb reads one YAML file and section.key=value overrides; 'VERB --help' is its manual.",
+        epilog="Every verb reads one YAML file and section.key=value overrides; 'VERB --help' prints its manual.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -177,14 +181,14 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_manual(verb),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="file, then overrides")
+        added.add_argument("config", nargs="*", metavar="CONFIG.yaml section.key=value", help="one file, and overrides")
         exclusive = added.add_mutually_exclusive_group() if any(flag.function for flag in verb.flags) else added
         for flag in verb.flags:
             values: dict[str, Any] = {"nargs": len(flag.values), "metavar": flag.values}
             kind: dict[str, Any] = values if flag.values else {"action": "store_true"}
             place = exclusive if flag.function else added
             place.add_argument(f"--{flag.name}", help=_plain(flag.help), dest=_attribute(flag), **kind)
-        added.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+        added.add_argument("--dry-run", action="store_true", help="print what would be done, without doing it")
         added.set_defaults(verb=name)
     return parser
 

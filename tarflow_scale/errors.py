@@ -51,7 +51,7 @@ class StorageError(UserError):
 
 
 class NotExclusive(StorageError):
-    """The file system cannot create a file only if it does not exist yet, so two writers could both succeed."""
+    """The file system does not support create-if-absent, so two writers could both create the same file."""
 
 
 class Interrupted(UserError):
@@ -75,7 +75,7 @@ class RegistryError(UserError):
 
 
 class AlreadyReported(RegistryError):
-    """The version already has a report with the same protocols, which another process has stored."""
+    """Another process has already stored values of the same protocols for this version."""
 
 
 class PlanError(UserError):
@@ -99,4 +99,4 @@ def install_extra(extra: str) -> str:
 
 def needs_package(setting: str, package: str, extra: str) -> str:
     """The error message if ``setting``, such as ``format=parquet``, needs a package that is not installed."""
-    return f"{setting} needs {package} (got none installed); run: {install_extra(extra)}"
+    return f"{setting} needs the package {package} (it is not installed); run: {install_extra(extra)}"

@@ -51,10 +51,14 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
     model, separator, reference = name.partition("@")
     if registry is not None:
         if not separator or not reference:
-            raise RegistryError(f"a version is model@version (got {name!r}); for example digits@champion")
+            raise RegistryError(
+                f"a version must be given as model@version (got {name!r}); write, for example, digits@champion"
+            )
         return _fast(load_version(os.fspath(registry), model, reference))
     if model and reference and "/" not in name and not storage.list_names(name):
-        raise RegistryError(f"a version needs its registry (got {name!r} alone); load({name!r}, registry=PATH)")
+        raise RegistryError(
+            f"a version must be loaded from a registry (got {name!r} without one); call load({name!r}, registry=PATH)"
+        )
     flow = load_flow(name)
     files = {file: storage.join(name, file) for file in AUTOENCODER_FILES if flow.latents is not None}
     attach_renderer(flow, {file: storage.read_bytes(location) for file, location in files.items()}, name)
@@ -85,7 +89,10 @@ def _exported_names(location: str) -> tuple[str, ...]:
     try:
         return () if content is None else tuple(map(str, json.loads(content)["version"]["data"]["class_names"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{location} is not what export wrote ({type(error).__name__}); export it again") from error
+        raise DataError(
+            f"{location} must be a file that 'models export' wrote (got {type(error).__name__} when reading it); "
+            f"export the version again"
+        ) from error
 
 
 def _fast(flow: Flow) -> Flow:
@@ -102,7 +109,9 @@ def worker_device(gpu: bool) -> torch.device:
         ConfigError: the worker needs a GPU and the machine has none.
     """
     if gpu and not torch.cuda.is_available():
-        raise ConfigError("cluster.gpus_per_worker needs a CUDA device (got none on this machine); set it to 0")
+        raise ConfigError(
+            "cluster.gpus_per_worker needs a CUDA device (got none on this machine); set cluster.gpus_per_worker=0"
+        )
     return torch.device("cuda" if gpu else "cpu")
 
 

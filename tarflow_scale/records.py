@@ -86,7 +86,8 @@ class Record(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "content"
             raise failure(
-                f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); it is damaged or of another version"
+                f"{origin} is not a {cls.__name__} ({where}: {first['msg']}); the file is damaged, or another "
+                f"version of tarflow-scale wrote it"
             ) from error
 
 
@@ -226,7 +227,7 @@ class MetricsReport(Record):
     weights_digest: str
     metrics: dict[str, MetricValue]
     baselines: dict[str, float]
-    """The same metrics of a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
+    """The same metrics for a fitted Gaussian or real images: ``gaussian_bits_per_dim``, ``real_frechet_pixels``, ..."""
     sampling: SamplingConfig
     seconds: float
     packages: dict[str, str]

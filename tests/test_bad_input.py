@@ -97,14 +97,14 @@ def not_a_number(w: World) -> tuple[list[str], str]:
 def folder_above_the_splits(w: World) -> tuple[list[str], str]:
     data = w.trained.data
     return [*w.train(data), f"data.path={data}"], (
-        f"{data} is not a data set (no manifest.json); name {data}/train or {data}/test"
+        f"{data} is not a data set (no manifest.json); use {data}/train or {data}/test instead"
     )
 
 
 def no_data_set(w: World) -> tuple[list[str], str]:
     return w.train(w.tmp / "absent"), (
-        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
-        f"interrupted"
+        f"{w.tmp}/absent/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if "
+        f"it was interrupted"
     )
 
 
@@ -112,8 +112,8 @@ def half_written_data_set(w: World) -> tuple[list[str], str]:
     data = w.data_copy()
     (data / "train/manifest.json").unlink()
     return w.train(data), (
-        f"{data}/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was "
-        f"interrupted"
+        f"{data}/train is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if it "
+        f"was interrupted"
     )
 
 
@@ -121,7 +121,8 @@ def damaged_manifest(w: World) -> tuple[list[str], str]:
     data = w.data_copy()
     (data / "train/manifest.json").write_text("{}")
     return w.train(data), (
-        f"{data}/train/manifest.json is not a Manifest (name: Field required); it is damaged or of another version"
+        f"{data}/train/manifest.json is not a Manifest (name: Field required); the file is damaged, or another version "
+        f"of tarflow-scale wrote it"
     )
 
 
@@ -130,7 +131,9 @@ def truncated_shard(w: World) -> tuple[list[str], str]:
     tar = data / "train/train-00000.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes()[:-1])
-    return w.train(data), (f"{tar} does not match its manifest (got {size - 1} bytes, not {size}); pack the data again")
+    return w.train(data), (
+        f"{tar} does not match its manifest (got {size - 1} bytes, not {size}); pack the data set again"
+    )
 
 
 def changed_shard(w: World) -> tuple[list[str], str]:
@@ -144,15 +147,15 @@ def changed_shard(w: World) -> tuple[list[str], str]:
 
 def empty_folder(w: World) -> tuple[list[str], str]:
     return w.folder_source(), (
-        f"no images in {w.tmp}/images (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or "
-        f"without); check source.path"
+        f"no images in {w.tmp}/images or its subfolders (looked for files that end in {', '.join(FILE_EXTENSIONS)}); "
+        f"check source.path"
     )
 
 
 def unreadable_image(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=b"no image"), (
-        f"{w.tmp}/images/class/b.png cannot be decoded (no image format); replace or remove the image, "
-        f"or leave out all that cannot be used, with source.bad_images=skip"
+        f"{w.tmp}/images/class/b.png cannot be decoded (unknown image format); replace or remove the image, "
+        f"or set source.bad_images=skip to leave out all unusable images"
     )
 
 
@@ -166,15 +169,15 @@ def other_files_in_the_way(w: World) -> tuple[list[str], str]:
 
 def alias_that_is_a_number(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "gate.alias='3'"), (
-        "gate: alias must be a name other than latest (got 3); for example champion"
+        "gate: alias must be a name, not a number or latest (got 3); for example, use champion"
     )
 
 
 def several_sizes(w: World) -> tuple[list[str], str]:
     return w.folder_source(a_png=np.zeros((1, 8, 8), np.uint8), b_png=np.zeros((1, 9, 9), np.uint8)), (
-        f"all images must have one shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
-        f"source.resize=center_crop and source.size_pixels, or leave out all that cannot be used, with "
-        f"source.bad_images=skip"
+        f"all images must have the same shape (got (1, 9, 9) for {w.tmp}/images/class/b.png, not (1, 8, 8)); set "
+        f"source.resize=center_crop and source.size_pixels, or set source.bad_images=skip to "
+        f"leave out all unusable images"
     )
 
 
@@ -192,7 +195,8 @@ def batch_that_does_not_divide(w: World) -> tuple[list[str], str]:
 
 def batch_larger_than_the_data(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "training.global_batch_size=4096"), (
-        "the global batch must not exceed the data set (got 4096 and 1438 samples); lower training.global_batch_size"
+        "the global batch must not take more samples from a data set than it has (got 4096, and the data set has "
+        "1438); lower training.global_batch_size"
     )
 
 
@@ -210,7 +214,8 @@ def levels_that_do_not_divide(w: World) -> tuple[list[str], str]:
 
 def logit_of_gaussian_noise(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "model.logit_alpha=0.01", "training.noise={kind: gaussian, std: 0.1}"), (
-        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove either"
+        "model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got gaussian); remove "
+        "model.logit_alpha, or set the noise to uniform"
     )
 
 
@@ -240,8 +245,8 @@ def weights_that_are_not_finite(w: World) -> tuple[list[str], str]:
     count = next(flow.parameters())[0].numel()
     name = next(name for name, _ in flow.named_parameters())
     return w.generate(f"registry.path={w.tmp}/registry"), (
-        f"small@1 does not hold a flow (weights must be finite (got {count} values of {name} that are not)); export "
-        f"or register it again"
+        f"small@1 does not contain a valid flow (weights must be finite (got {count} values of {name} that are not)); "
+        f"export or register the flow again"
     )
 
 
@@ -253,29 +258,30 @@ def mnist_that_is_missing(w: World) -> tuple[list[str], str]:
 
 def no_registry(w: World) -> tuple[list[str], str]:
     return ["models", "list", f"registry.path={w.tmp}/absent"], (
-        f"no registry at {w.tmp}/absent; finish a run of training, or check the path"
+        f"no registry at {w.tmp}/absent; finish a training run first, or check the path"
     )
 
 
 def no_model(w: World) -> tuple[list[str], str]:
     return ["models", "show", f"registry.path={w.trained.registry}", "registry.model=large"], (
-        f"no model 'large' in the registry {w.trained.registry} (there are small); check registry.model"
+        f"no model 'large' in the registry {w.trained.registry} (its models: small); check registry.model"
     )
 
 
 def no_version(w: World) -> tuple[list[str], str]:
-    return w.evaluate("registry.version=9"), "no version 9 of small (there are 1); check the number"
+    return w.evaluate("registry.version=9"), "small has no version 9 (its versions: 1); check the number"
 
 
 def no_alias(w: World) -> tuple[list[str], str]:
     return w.generate("registry.version=champion"), (
-        "no alias 'champion' of small (there is none); promote a version first, or name one, such as latest"
+        "small has no alias 'champion' (its aliases: none); promote a version first, or use another reference, such as "
+        "latest"
     )
 
 
 def no_report(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}"), (
-        "small@1 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion stays"
+        "small@1 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion was not moved"
     )
 
 
@@ -320,22 +326,23 @@ def generation_among_other_files(w: World) -> tuple[list[str], str]:
 
 def crop_larger_than_the_images(w: World) -> tuple[list[str], str]:
     return w.train(w.trained.data, "data.augmentation.crop_pixels=9"), (
-        "data.augmentation.crop_pixels must not exceed the images (got 9 and 8); lower it or leave it out"
+        "data.augmentation.crop_pixels must not exceed the image size (got 9 and 8); lower or remove "
+        "data.augmentation.crop_pixels"
     )
 
 
 def set_of_a_mix_without_a_slot(w: World) -> tuple[list[str], str]:
     mix = json.dumps([{"path": f"{w.trained.data}/test", "weight": 1e-6}])
     return w.train(w.trained.data, f"data.mix={mix}"), (
-        f"every data set of a mix needs a slot of the global batch (got weight 1e-06 of 1 at batch 32 for "
-        f"{w.trained.data}/test); raise training.global_batch_size"
+        f"every data set of a mix must have a sample in the global batch (got none for {w.trained.data}/test, with "
+        f"weight 1e-06 of 1 and training.global_batch_size=32); raise training.global_batch_size"
     )
 
 
 def in_place_elsewhere(w: World) -> tuple[list[str], str]:
     return ["prepare", "source.kind=webdataset", "source.path=a", "source.in_place=true", f"shards.path={w.out}"], (
-        f"shards.path must be source.path where source.in_place is set (got {w.out} and a); tars that are indexed in "
-        f"place do not move"
+        f"shards.path must equal source.path if source.in_place is true, because the tars stay where they are (got "
+        f"{w.out} and a); set both to the same path"
     )
 
 
@@ -348,7 +355,7 @@ def null_character(w: World) -> tuple[list[str], str]:
 
 def override_without_a_reason(w: World) -> tuple[list[str], str]:
     return w.registry("promote", f"gate.path={w.gate()}", "--override", " "), (
-        "gate: override must be a reason (got none); say why, it is recorded"
+        "gate: override must be a reason (got an empty text); write why the version is promoted, which is stored"
     )
 
 
@@ -364,13 +371,14 @@ def mixed_channels(w: World) -> tuple[list[str], str]:
     some = {f"i{number:03d}_png": np.zeros((3 if number == 1 else 1, 4, 4), np.uint8) for number in range(131)}
     return w.folder_source(**some), (
         f"images must be all grey or all coloured (got a colour image, {w.tmp}/images/class/i001.png, among grey "
-        f"ones); convert them, or leave out all that cannot be used, with source.bad_images=skip"
+        f"ones); convert them, or set source.bad_images=skip to leave out all unusable images"
     )
 
 
 def check_of_no_data_set(w: World) -> tuple[list[str], str]:
     return ["prepare", "--check", str(w.tmp)], (
-        f"{w.tmp} is not a data set (no manifest.json); run 'tarflow-scale prepare', or again if it was interrupted"
+        f"{w.tmp} is not a data set (no manifest.json); run 'tarflow-scale prepare', or run it again if it was "
+        f"interrupted"
     )
 
 

@@ -114,7 +114,7 @@ def test_the_configuration_may_come_after_overrides(capsys: pytest.CaptureFixtur
     assert cli.main(["models", "list", "registry.path=nowhere", file]) == 2
     assert "no registry at nowhere" in capsys.readouterr().err
     assert cli.main(["models", "list", file, "registry.path"]) == 2
-    assert f"a verb reads one file (got {file} and registry.path); an override is" in capsys.readouterr().err
+    assert f"a verb must get one configuration file (got {file} and registry.path); keep" in capsys.readouterr().err
 
 
 def test_a_working_folder_that_was_removed_is_told(
@@ -156,7 +156,7 @@ def test_a_relative_path_from_another_working_folder_is_told(
 def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path: Path) -> None:
     """The package alone, as a wheel has it, run from an empty folder."""
     shutil.copytree(TOP / "tarflow_scale", tmp_path / "site/tarflow_scale")
-    source = "the source of tarflow-scale"
+    source = "the source code of tarflow-scale"
 
     def run(*arguments: str) -> str:
         result = subprocess.run(
@@ -169,16 +169,16 @@ def test_an_installed_wheel_says_where_the_files_of_the_repository_are(tmp_path:
         )
         return result.stdout + result.stderr
 
-    without = f"an installed package comes without configs/: take them from {source}"
+    without = f"an installed package does not contain configs/; copy configs/ from {source}"
     assert without in run("train", "configs/train/digits.yaml")
     assert without in run("promote", "--help")
-    assert f"was given, such as configs/promote/digits.yaml in {source}; registry: required" in run("promote")
+    assert f"was given; pass one, such as configs/promote/digits.yaml in {source}; registry: required" in run("promote")
     manual = run("train", "--help")
-    assert f"comes without configs/ and launch/: take them from {source}" in manual
+    assert f"does not contain configs/ and launch/; copy configs/ and launch/ from {source}" in manual
     here = subprocess.run(
         [sys.executable, "-m", "tarflow_scale", "promote"], capture_output=True, text=True, check=False, cwd=TOP
     )
-    assert f"was given, such as {TOP}/configs/promote/digits.yaml; registry: required" in here.stderr
+    assert f"was given; pass one, such as {TOP}/configs/promote/digits.yaml; registry: required" in here.stderr
 
 
 def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +186,7 @@ def test_overrides_may_follow_flags(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "1000"]
     recipe = str(TOP / "configs/train/imagenet64-conditional.yaml")
     assert cli.main(["plan", recipe, *flags, "training.micro_batch_size=4"]) == 0
-    assert "256 = 4 x 64 GPUs x 1 accumulated" in capsys.readouterr().out
+    assert "256 images = 4 x 64 GPUs x 1 (accumulation)" in capsys.readouterr().out
     for late in ("micro_batch_size", "--micro=4"):
         with pytest.raises(SystemExit):
             cli.main(["plan", recipe, *flags, late])
@@ -216,7 +216,7 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
         [sys.executable, "-m", "tarflow_scale", "promote", "a=b"], capture_output=True, text=True, check=False, cwd=TOP
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("tarflow-scale: error: no configuration file was given, such as ")
+    assert result.stderr.startswith("tarflow-scale: error: no configuration file was given; pass one, such as ")
     assert (
         "; registry: required section is missing; set its keys in the YAML or as registry.path=VALUE" in result.stderr
     )
@@ -248,5 +248,5 @@ def test_ctrl_c_during_an_import_ends_in_one_line(imported: str, tmp_path: Path)
     )
     assert (result.returncode, result.stderr) == (
         130,
-        "tarflow-scale: interrupted; run the same command again to go on\n",
+        "tarflow-scale: interrupted; run the same command again to continue\n",
     )

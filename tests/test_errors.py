@@ -39,7 +39,7 @@ def test_a_missing_package_is_told_with_a_command_that_works_from_a_checkout(
     with pytest.raises(UserError) as caught:
         use()
     assert str(caught.value) == (
-        f"{what} needs {package} (got none installed); run: pip install -e '{TOP.resolve()}[{extra}]'"
+        f"{what} needs the package {package} (it is not installed); run: pip install -e '{TOP.resolve()}[{extra}]'"
     )
     extras = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith(package) for requirement in extras[extra])

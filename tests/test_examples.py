@@ -70,7 +70,7 @@ def test_anomaly(trained: Trained, own: Path, tmp_path: Path) -> None:
     limits = {score: threshold(values, 0.1) for score, values in halves[0].items()}
     expected = [f"{(halves[1][score] > limit).mean():.1%}" for score, limit in limits.items()]
     table = {line[:20].strip(): line[20:].split() for line in said.splitlines()}
-    assert table["flagged, of"] == list(limits)
+    assert table["flagged images of"] == list(limits)
     assert table["normal"] == expected
     assert float(table["shuffled pixels"][0].rstrip("%")) > 50
     assert table[str(own)[-20:]] != []
@@ -91,7 +91,7 @@ def test_without_the_demo_there_is_one_line(name: str, tmp_path: Path) -> None:
     result = command(module="example", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("no registry at runs/demo/registry; ")
-    assert result.stderr.endswith("; 'make demo' makes what this example takes by default\n")
+    assert result.stderr.endswith("; 'make demo' creates the default inputs of this example\n")
     assert result.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"example.py", "__pycache__"}
 

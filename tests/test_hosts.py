@@ -153,9 +153,15 @@ def test_a_hostfile_trains_on_its_hosts_stops_and_goes_on(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "the hostfile must name machines, a line each: node0 slots=8 (got {})"),
-        ("a slots=2\nb slots=3\n", "all machines of a hostfile must have slots=N, the same N (got 2, 3 in {})"),
-        ("a slots=2\nb\n", "all machines of a hostfile must have slots=N, the same N (got 2 in {})"),
+        (
+            "",
+            "the hostfile must have a line such as 'node0 slots=8' for each machine (got no such line in {}); add it",
+        ),
+        (
+            "a slots=2\nb slots=3\n",
+            "all lines of a hostfile must have slots=N with the same N (got 2, 3 in {}); correct them",
+        ),
+        ("a slots=2\nb\n", "all lines of a hostfile must have slots=N with the same N (got 2 in {}); correct them"),
     ],
 )
 def test_a_hostfile_that_cannot_be_used_is_one_line(tmp_path: Path, content: str, message: str) -> None:
@@ -221,9 +227,8 @@ def test_two_hosts_evaluate_and_generate_like_one_and_know_their_token(
     assert refused.returncode == 2, output
     assert output.count("\n") < 12  # the plan, and one line
     assert output.endswith(
-        f"\ntarflow-scale: error: the cluster at {address} must be shown its own token (got a wrong one or none: that "
-        f"of RAY_AUTH_TOKEN); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the "
-        f"cluster\n"
+        f"\ntarflow-scale: error: the cluster at {address} accepts only its own token (got the token of "
+        f"RAY_AUTH_TOKEN); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster\n"
     )
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").glob("*.tar"))
 

@@ -22,7 +22,7 @@ def test_load_from_a_registry_and_from_a_folder(trained: Trained) -> None:
 
 
 def test_what_is_not_there(trained: Trained, tmp_path: object) -> None:
-    with pytest.raises(UserError, match="a version is model@version"):
+    with pytest.raises(UserError, match="a version must be given as model@version"):
         tarflow_scale.load("small", registry=str(trained.registry))
     with pytest.raises(UserError, match="is not a saved flow"):
         tarflow_scale.load(str(tmp_path))
@@ -34,7 +34,7 @@ def test_paths_are_taken_as_strings_are(trained: Trained) -> None:
 
 
 def test_a_version_without_a_registry_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\(got 'digits@1' alone\); load\('digits@1', registry=PATH\)$"):
+    with pytest.raises(UserError, match=r"\(got 'digits@1' without one\); call load\('digits@1', registry=PATH\)$"):
         tarflow_scale.load("digits@1")
 
 
@@ -42,7 +42,7 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
     flow = tarflow_scale.load("small@1", registry=trained.registry)
     assert flow.class_names == tuple("0123456789")
     assert torch.equal(flow.sample(2, y=["3", "7"], seed=0), flow.sample(2, torch.tensor([3, 7]), seed=0))
-    with pytest.raises(ValueError, match=r"labels must be classes \(got seven; there are 0, 1, "):
+    with pytest.raises(ValueError, match=r"labels must be class names or numbers \(got seven\); the names are 0, 1, "):
         flow.sample(2, y="seven")
     save_flow(flow, str(tmp_path))
     assert tarflow_scale.load(tmp_path).class_names == flow.class_names
@@ -50,7 +50,7 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
     flow.class_names = ()
     save_flow(flow, tmp_path)
     (tmp_path / "version.json").write_text("[]")
-    with pytest.raises(UserError, match=r"version.json is not what export wrote \(TypeError\); export it again$"):
+    with pytest.raises(UserError, match=r"version.json must be a file that 'models export' wrote \(got TypeError"):
         tarflow_scale.load(tmp_path)
     (tmp_path / "version.json").unlink()
     by_path = tarflow_scale.load(tmp_path)

@@ -60,5 +60,5 @@ def test_from_images_to_samples_in_a_bucket(tmp_path: Path, monkeypatch: pytest.
         assert samples.manifest.num_images == 120
         assert next(samples.batches(0, 120, 120)).labels.tolist() == [i % 10 for i in range(120)]
         again = command(*verbs[5], cwd=TOP)
-        assert "nothing to do, all 120 images are there" in again.stdout
+        assert "nothing to do, all 120 images exist" in again.stdout
     s3fs.S3FileSystem.clear_instance_cache()

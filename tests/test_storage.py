@@ -157,7 +157,7 @@ def test_a_missing_file_is_one_clear_line(root: str) -> None:
 
 @pytest.mark.parametrize("part", ["../up", "/root", "a/../../b", "nul\0"])
 def test_a_name_cannot_leave_its_folder(part: str) -> None:
-    with pytest.raises(StorageError, match="may not leave its folder"):
+    with pytest.raises(StorageError, match="must not lead out of its folder"):
         storage.join("folder", part)
 
 
@@ -170,7 +170,9 @@ def test_a_home_folder_that_is_not_known_makes_no_stray_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    with pytest.raises(StorageError, match=f"^{home}.* must begin with a home folder .got none of user {user}"):
+    with pytest.raises(
+        StorageError, match=f"^{home}.* must begin with a home folder .got no home folder for user {user}"
+    ):
         storage.write_bytes(f"{home}/file", b"content")
     assert not [*tmp_path.iterdir()]
 

@@ -179,7 +179,7 @@ def test_ranks_workers_and_a_stop_change_nothing(trained: Path, tmp_path: Path) 
     [
         (["training.noise={kind: uniform}"], "training.noise.kind must be none for vectors"),
         (["training.label_drop=0.1"], "cannot be dropped"),
-        (["data.augmentation.flip=true"], "for images"),
+        (["data.augmentation.flip=true"], "needs images"),
         (["model={kind: glow, levels: 1, steps_per_level: 1}"], "is for images"),
         (["data.path=BOTH"], "on labels or on numbers"),
     ],
@@ -195,9 +195,9 @@ def test_training_settings_of_images_are_refused(
 def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = [f"registry.path={trained}/registry", "registry.model=given"]
     assert cli.main(["generate", *registry, f"shards.path={tmp_path}/x", "sampling.num_images=10"]) == 2
-    assert "no numbers to condition on" in capsys.readouterr().err
+    assert "flow that is not conditioned on numbers" in capsys.readouterr().err
     assert cli.main(["prepare", "--npz", f"{trained}/given/test", f"{tmp_path}/x.npz"]) == 2
-    assert "--npz is for images" in capsys.readouterr().err
+    assert "--npz works only for images" in capsys.readouterr().err
     wrong = [
         *evaluate_arguments(trained, "given", "given"),
         "metrics.protocols=[evals/protocols/digits-bits-per-dim.yaml]",
@@ -210,9 +210,9 @@ def test_verbs_for_images_say_so(trained: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "dropped.yaml").write_text("name: dropped\nmetric: nats\nlabels: none\n")
     dropped = f"metrics.protocols=[{tmp_path}/dropped.yaml]"
     assert cli.main([*evaluate_arguments(trained, "given", "given"), dropped]) == 2
-    assert "cannot do without" in capsys.readouterr().err
+    assert "must give labels to a flow" in capsys.readouterr().err
     labelled = ["generate", f"registry.path={trained}/registry", "registry.model=labelled", f"shards.path={tmp_path}/x"]
     assert cli.main([*labelled, "sampling.num_images=10", "sampling.guard.saturated_share=0.5"]) == 2
-    assert "are for images" in capsys.readouterr().err
+    assert "need a model of images" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "scores").exists()

@@ -34,13 +34,13 @@ parser.add_argument("--model", default="digits@champion", help="MODEL@VERSION or
 parser.add_argument("--data", default="runs/demo/data/test", help="a packed split that the model was not trained on")
 parser.add_argument("--images", help="folder of your own images to score")
 parser.add_argument("--rate", type=float, default=0.05, help="share of normal images that may be flagged")
-parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the picture")
+parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder for the picture")
 arguments = parser.parse_args([] if "ipykernel" in sys.modules else None)
 try:
     flow = load(arguments.model, registry=arguments.registry)
     held_out = ShardSet(arguments.data)
 except UserError as error:  # one line and exit code 2, as on the command line
-    print(f"{error}; 'make demo' makes what this example takes by default", file=sys.stderr)
+    print(f"{error}; 'make demo' creates the default inputs of this example", file=sys.stderr)
     raise SystemExit(2) from None
 arguments.output.mkdir(parents=True, exist_ok=True)
 bit_depth = flow.pixels.bit_depth if flow.pixels else 8
@@ -72,7 +72,7 @@ def scored(levels: NDArray[np.uint8], typical: float | None = None) -> dict[str,
 calibration = scored(images[:half])
 typical = float(calibration["likelihood"].mean())
 limits = {score: threshold(values, arguments.rate) for score, values in calibration.items()}
-print("flagged, of".ljust(20), *(score.rjust(12) for score in limits))
+print("flagged images of".ljust(20), *(score.rjust(12) for score in limits))
 scores = {name: scored(levels, typical) for name, levels in sets.items()}
 for name, values in scores.items():
     print(name[-20:].ljust(20), *(f"{(values[score] > limit).mean():12.1%}" for score, limit in limits.items()))

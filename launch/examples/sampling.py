@@ -27,16 +27,16 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--registry", default="runs/demo/registry", help="folder or URL")
 parser.add_argument("--model", default="digits@champion", help="MODEL@VERSION (number, alias or 'latest')")
 parser.add_argument("--data", default="runs/demo/data/test", help="a packed split of real images, for interpolation")
-parser.add_argument("--images", help="folder of your own images; default: those of --data")
+parser.add_argument("--images", help="folder of your own images; default: the images of --data")
 parser.add_argument("--guidance", type=float, default=1.0)
-parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder of the pictures")
+parser.add_argument("--output", type=Path, default=Path("runs/examples"), help="folder for the pictures")
 arguments = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 
 def save(x: torch.Tensor, columns: int, name: str) -> None:
     """Write a picture of samples ``(B, C, H, W)``, enlarged five times."""
     (arguments.output / name).write_bytes(contact_sheet(flow.stored(x).numpy(), columns, zoom=5))
-    print(f"{arguments.output / name}: {len(x)} images, {columns} in a row")
+    print(f"{arguments.output / name}: {len(x)} images, {columns} per row")
 
 
 # %% The model and real images
@@ -44,7 +44,7 @@ try:
     flow = load(arguments.model, registry=arguments.registry)
     test = ShardSet(arguments.data)
 except UserError as error:  # one line and exit code 2, as on the command line
-    print(f"{error}; 'make demo' makes what this example takes by default", file=sys.stderr)
+    print(f"{error}; 'make demo' creates the default inputs of this example", file=sys.stderr)
     raise SystemExit(2) from None
 arguments.output.mkdir(parents=True, exist_ok=True)
 if flow.num_classes is None or not flow.capabilities.guidance:

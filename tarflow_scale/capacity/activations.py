@@ -16,9 +16,10 @@ PyTorch saves:
 * MAF on D dimensions saves one tensor per hidden layer, 4.3 D numbers outside the network, and a masked copy of every
   weight. IAF saves the same in each of D + 1 passes.
 
-A unit is a layer, step or coupling. If activations are checkpointed or rebuilt, only the feature maps between units are
-saved, plus all activations of the unit through which the backward pass is running. `Footprint.working` also counts the
-gradients inside that unit, about 1.5 times its largest feature map.
+A unit is a layer, step or coupling. If activations are checkpointed, only the feature maps between units are saved; if
+they are rebuilt, only one in `ANCHOR_EVERY` of these maps. In both cases all activations of the unit through which the
+backward pass is running are in memory too. `Footprint.working` also counts the gradients inside that unit, about 1.5
+times its largest feature map.
 """
 
 import math
@@ -43,8 +44,9 @@ __all__ = ["Footprint", "activation_footprint"]
 
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
-"""Bytes per channel and pixel that ActNorm, 1x1 convolution and coupling save, by kind of coupling and bytes per number
-inside the network. They save feature maps before and after the convolution, the network's input, shift and scale."""
+"""Bytes per channel and pixel that a step of Glow keeps for the backward pass, besides those inside its network: the
+feature maps before and after the convolution, the network's input, shift and scale. The key is the kind of coupling and
+the number of bytes per number inside the network."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def _of_flow(
 
 
 def _units(units: list[float], maps: float, activations: Activations, in_flight: float) -> Footprint:
-    """Footprint of units and the maps between them. If activations are not kept, only the largest unit counts."""
+    """Memory of a chain of units and of the tensors passed between them.
+
+    If activations are not kept, only the largest unit counts, besides those tensors.
+    """
     if activations == "keep":
         return Footprint(sum(units) + maps, in_flight)
     return Footprint(maps, max(units) + in_flight)

@@ -15,7 +15,7 @@ __all__ = ["USABLE", "Scenario", "StagePlan", "advice", "by_stage", "largest_mic
 USABLE = 0.95
 """Fraction of a card's memory that a plan may use; the rest is left for fragmentation of the allocator."""
 _ALIKE = 0.05
-"""Step times within this fraction count as equal, because the estimates leave out hooks and kernel launches."""
+"""Step times up to this fraction above the fastest count as equal: the estimates omit hooks and kernel launches."""
 _MOST_IMAGES = 1 << 20
 _GB = 1e9
 
@@ -113,18 +113,24 @@ def advice(scenario: Scenario, stages: list[StagePlan]) -> list[str]:
         fast = [plan for plan in fitting if plan.step.seconds <= (1 + _ALIKE) * fastest]
         configured = next((plan for plan in stages if plan.stage == own), None)
         if configured in fast:
-            return [f"stage {own}, as configured, fits and is about as fast as any"]
+            return [f"stage {own}, as configured, fits and is about as fast as any other stage that fits"]
         best = fast[0]
         slower = "does not fit"
         if configured is not None and configured.fits:
-            slower = f"takes {configured.step.seconds / best.step.seconds - 1:.0%} more time a step"
-        gigabytes = f"{best.memory.total / _GB:.1f} GB a GPU"
+            slower = f"takes {configured.step.seconds / best.step.seconds - 1:.0%} more time per step"
+        gigabytes = f"{best.memory.total / _GB:.1f} GB per GPU"
         return [f"parallelism.zero_stage={best.stage} ({gigabytes}); stage {own}, as configured, {slower}"]
-    changes = [f"{text} ({memory.total / _GB:.1f} GB a GPU)" for text, memory in _that_would_fit(scenario)]
+    changes = [f"{text} ({memory.total / _GB:.1f} GB per GPU)" for text, memory in _that_would_fit(scenario)]
     if not changes:
         cards = f"{scenario.gpus} x {scenario.cluster.card.name}"
-        return [f"no stage fits {cards}, nor does any change that this command knows; use more GPUs, or larger ones"]
-    return ["no stage fits as configured; one of these does:", *(f"  {change}" for change in changes)]
+        return [
+            f"no stage fits in the memory of {cards}, even with the changes that this command tries; use more GPUs, or "
+            f"GPUs with more memory"
+        ]
+    return [
+        "no stage fits as configured; each of these changes makes the recipe fit:",
+        *(f"  {change}" for change in changes),
+    ]
 
 
 def _that_would_fit(scenario: Scenario) -> Iterator[tuple[str, Memory]]:

@@ -40,16 +40,16 @@ class Card:
 
 
 CARDS = (
-    Card("h200", "H200", 141 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H200: 400 Gb/s a GPU"),
-    Card("h100-pcie", "H100 PCIe", 80 * _GB, 756e12, 51e12, 64 * _GB, 25 * _GB, "200 Gb/s a GPU"),
-    Card("h100", "H100", 80 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H100: 400 Gb/s a GPU"),
-    Card("b200", "B200", 180 * _GB, 2250e12, 75e12, 900 * _GB, 50 * _GB, "DGX B200: 400 Gb/s a GPU"),
-    Card("a100", "A100", 80 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s a GPU"),
+    Card("h200", "H200", 141 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H200: 400 Gb/s per GPU"),
+    Card("h100-pcie", "H100 PCIe", 80 * _GB, 756e12, 51e12, 64 * _GB, 25 * _GB, "200 Gb/s per GPU"),
+    Card("h100", "H100", 80 * _GB, 989.5e12, 67e12, 450 * _GB, 50 * _GB, "DGX H100: 400 Gb/s per GPU"),
+    Card("b200", "B200", 180 * _GB, 2250e12, 75e12, 900 * _GB, 50 * _GB, "DGX B200: 400 Gb/s per GPU"),
+    Card("a100", "A100", 80 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s per GPU"),
     Card("a100-40gb", "A100-SXM4-40GB", 40 * _GB, 312e12, 19.5e12, 300 * _GB, 25 * _GB, "DGX A100: 200 Gb/s"),
-    Card("l40s", "L40S", 48 * _GB, 362e12, 91.6e12, 32 * _GB, 12.5 * _GB, "100 Gb/s a GPU"),
-    Card("a10", "A10", 24 * _GB, 125e12, 31.2e12, 32 * _GB, 6.25 * _GB, "50 Gb/s a GPU"),
+    Card("l40s", "L40S", 48 * _GB, 362e12, 91.6e12, 32 * _GB, 12.5 * _GB, "100 Gb/s per GPU"),
+    Card("a10", "A10", 24 * _GB, 125e12, 31.2e12, 32 * _GB, 6.25 * _GB, "50 Gb/s per GPU"),
     Card("v100", "V100", 32 * _GB, 125e12, 15.7e12, 150 * _GB, 6.25 * _GB, "DGX-1: 4 x 100 Gb/s for 8 GPUs"),
-    Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s a GPU"),
+    Card("rtx-4090", "RTX 4090", 24 * _GB, 165.2e12, 82.6e12, 32 * _GB, 3.125 * _GB, "25 Gb/s per GPU"),
 )
 """Sources: NVIDIA's data sheets of the H200 and H100 Tensor Core GPU, HGX and DGX B200, A100, L40S, A10 and V100, and
 the white paper of the Ada architecture. NVIDIA sells no machine with L40S, A10, H100 PCIe or RTX 4090, so their network

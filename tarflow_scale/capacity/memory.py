@@ -1,8 +1,8 @@
 """Estimate the peak memory of a rank, part by part, from the configuration.
 
 The following memory stays allocated, in bytes per parameter, with N ranks and E moving averages. Masters are the copies
-of weights that the optimizer updates. Sources: Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 3, for fp32
-weights, and the behaviour of DeepSpeed 0.19.8.
+of weights that the optimizer updates. The numbers follow the behaviour of DeepSpeed 0.19.8 and, with fp32 weights,
+section 3 of Rajbhandari et al., "ZeRO", arXiv 1910.02054.
 
     stage 0     weights 4, moments 8, averages 4 E / N
     stage 1, 2  weights 4, masters 4 / N, moments 8 / N, averages 4 E / N

@@ -48,7 +48,7 @@ __all__ = [
 
 DEFAULT_MFU = 0.4
 RECOMPUTING = 3 / 4
-"""Factor of the utilisation if activations are recomputed, because only 3 of 4 passes count."""
+"""If activations are recomputed, the utilisation is multiplied by this, because only 3 of 4 passes count."""
 LINK_EFFICIENCY = 0.8
 """Fraction of a link's nominal speed that traffic reaches; an assumption."""
 LATENCY_SECONDS = 10e-6

@@ -75,10 +75,10 @@ def _recipe(answer: Answer) -> str:
          f"on {nodes} machine{'s' * (nodes > 1)}"),
         ("as configured", f"ZeRO stage {parallelism.zero_stage}, {parallelism.precision}, activations "
          f"{parallelism.activations}, offload {parallelism.offload}"),
-        ("batch", f"{training.global_batch_size:,} = {training.micro_batch_size} x {scenario.gpus} GPUs x "
-         f"{training.global_batch_size // each} accumulated"),
+        ("batch", f"{training.global_batch_size:,} images = {training.micro_batch_size} x {scenario.gpus} GPUs x "
+         f"{training.global_batch_size // each} (accumulation)"),
         ("length", f"{steps:,} steps, {steps * training.global_batch_size:,} images, "
-         f"{flops / 1e12:.3g} TFLOP an image, {flops * steps * training.global_batch_size:.2g} FLOP the run"),
+         f"{flops / 1e12:.3g} TFLOP per image, {flops * steps * training.global_batch_size:.2g} FLOP in total"),
     ]  # fmt: skip
     return console.table(rows, ("plan", ""))
 
@@ -99,7 +99,7 @@ def _memory(answer: Answer) -> str:
         )
         for plan in answer.stages
     ]
-    header = ("stage", *names, "GB a GPU", "used", "fits", "peak in", "host GB a machine", "largest micro batch")
+    header = ("stage", *names, "GB per GPU", "used", "fits", "peak in", "host GB per machine", "largest micro batch")
     lines = (f"advice: {line}" for line in advice(scenario, answer.stages))
     return "\n".join([console.table(rows, header), "* as configured", *lines])
 
@@ -133,15 +133,17 @@ def _speed(answer: Answer) -> str:
     alone = step_of(scenario.work(scenario.recipe), scenario.cluster, scenario.mfu, 1, training.micro_batch_size)
     rows = [
         ("GPU utilisation (MFU)", f"{scenario.mfu:.0%} ({given})"),
-        ("a step", f"{step.seconds:.3g} s: passes {step.compute_seconds:.3g} s, waiting {step.waiting_seconds:.2g} s"),
-        ("images a second", f"{_figure(step.images_per_second)}, "
-         f"{_figure(step.images_per_second / scenario.gpus)} a GPU"),
-        ("scaling efficiency", f"{efficiency(step, scenario.gpus, alone):.1%} of the speed of one GPU, per GPU"),
-        ("time", f"{_time(hours)} to {training.total_images:,} images; {_time(hours * scenario.gpus)} of one GPU"),
+        ("step time", f"{step.seconds:.3g} s: computation {step.compute_seconds:.3g} s, waiting for traffic "
+         f"{step.waiting_seconds:.2g} s"),
+        ("images per second", f"{_figure(step.images_per_second)}, "
+         f"{_figure(step.images_per_second / scenario.gpus)} per GPU"),
+        ("scaling efficiency", f"the speed per GPU is {efficiency(step, scenario.gpus, alone):.1%} of the speed of a "
+         f"single GPU"),
+        ("time", f"{_time(hours)} for {training.total_images:,} images; GPU time {_time(hours * scenario.gpus)}"),
     ]  # fmt: skip
     if answer.price is not None:
-        rows.append(("cost", f"${_short(hours * scenario.gpus * answer.price)} at ${answer.price:g} a GPU and hour"))
-    return console.table(rows, ("speed, global batch fixed", ""))
+        rows.append(("cost", f"${_short(hours * scenario.gpus * answer.price)} at ${answer.price:g} per GPU hour"))
+    return console.table(rows, ("speed with the configured batch", ""))
 
 
 def _traffic(answer: Answer) -> str:
@@ -158,9 +160,10 @@ def _traffic(answer: Answer) -> str:
         )
         for plan in answer.stages
     ]
-    header = ("stage", "GB summed", "GB gathered", "ms traffic", "ms hidden", "ms waiting", "ms a step")
+    header = ("stage", "GB summed", "GB gathered", "ms traffic", "ms hidden", "ms waiting", "ms per step")
     over = (
-        f"over {scenario.cluster.link(scenario.gpus) / _GB:.0f} GB/s; each GPU sends, and receives, this much in a step"
+        f"GB: each GPU sends, and also receives, this much per step, over "
+        f"{scenario.cluster.link(scenario.gpus) / _GB:.0f} GB/s; hidden: traffic that overlaps with computation"
     )
     return f"{console.table(rows, header)}\n{over}"
 
@@ -169,13 +172,13 @@ def _data(answer: Answer) -> str:
     scenario, sizes = answer.scenario, answer.sizes
     rate = scenario.step(scenario.recipe).images_per_second * min(1.0, scenario.cluster.gpus_per_node / scenario.gpus)
     packed = sizes.packed_bytes or float(sizes.decoded_bytes)
-    bound = "" if sizes.packed_bytes else " at most, as if nothing were compressed"
+    bound = "" if sizes.packed_bytes else " at most (the size without compression)"
     codecs = [sizes.codec] if sizes.codec in DECODED_BYTES_PER_SECOND else list(DECODED_BYTES_PER_SECOND)
     cores = [f"{rate * sizes.decoded_bytes / DECODED_BYTES_PER_SECOND[codec]:.2g} ({codec})" for codec in codecs]
     rows = [
-        ("images a second", f"{_figure(rate)} a machine"),
-        ("from the store", f"{rate * packed / _MB:,.3g} MB/s a machine{bound}"),
-        ("decoding cores", f"{' or '.join(cores)} a machine"),
+        ("images per second", f"{_figure(rate)} per machine"),
+        ("from the store", f"{rate * packed / _MB:,.3g} MB/s per machine{bound}"),
+        ("decoding cores", f"{' or '.join(cores)} per machine"),
     ]
     return console.table(rows, ("data", ""))
 
@@ -195,11 +198,11 @@ def _scaling(answer: Answer) -> str:
         weak = (_figure(point.weak.images_per_second), f"{efficiency(point.weak, point.gpus, alone):.0%}")
         rows.append((str(point.gpus), f"{point.weak.images:,}", *weak, *strong))
     at_batch = f"strong: images/s at {training.global_batch_size:,}"
-    header = ("GPUs", "weak: batch", "images/s", "each", at_batch, "each", "hours")
+    header = ("GPUs", "weak: batch", "images/s", "efficiency", at_batch, "efficiency", "hours")
     return (
         f"{console.table(rows, header)}\n"
         f"weak: every GPU takes a micro batch of {training.micro_batch_size}, so the global batch grows; "
-        f"strong: the GPUs share the recipe's global batch (-: it does not divide)"
+        f"strong: the GPUs share the recipe's global batch (-: not a multiple of the number of GPUs)"
     )
 
 
@@ -208,22 +211,25 @@ def _assumptions(answer: Answer) -> str:
     parallelism = scenario.recipe.parallelism
     inside, between = cluster.card.link_bytes_per_second / _GB, cluster.network_bytes_per_second / _GB
     lines = [
-        f"MFU {scenario.mfu:.0%} of {cluster.card.name}'s {parallelism.precision} peak, at every micro batch; "
+        f"MFU: {scenario.mfu:.0%} of the {parallelism.precision} peak of {cluster.card.name}, for any micro batch; "
         f"published for bf16 transformers on H100: 35 to 46 % (the default is {default_mfu(parallelism):.0%})",
-        f"links: {inside:g} GB/s inside a machine, {between:g} GB/s a GPU between machines (maker's own: "
-        f"{cluster.card.network}), of which traffic reaches {LINK_EFFICIENCY:.0%}; {LATENCY_SECONDS * 1e6:g} us a hop",
-        "traffic overlaps with the passes where DeepSpeed allows it, at stages 1 to 3; no time is counted for loading, "
-        "checkpoints, validation, previews and the optimizer's update, which matters where a GPU has few images",
-        f"memory: {1 - USABLE:.0%} of a card stays free; 1.5 GB for CUDA and NCCL; compiled layers may keep less",
-        "memory and bytes sent were checked on CPU ranks (evals/results/capacity-cpu.json), not on a GPU",
+        f"links: {inside:g} GB/s inside a machine, {between:g} GB/s per GPU between machines (default: "
+        f"{cluster.card.network}); traffic reaches {LINK_EFFICIENCY:.0%} of these speeds; latency "
+        f"{LATENCY_SECONDS * 1e6:g} us per hop",
+        "traffic overlaps with computation if DeepSpeed allows it, at stages 1 to 3; no time is counted for loading, "
+        "checkpoints, validation, previews and the optimizer's update; the update matters if a GPU has few images",
+        f"memory: {1 - USABLE:.0%} of a GPU's memory stays free, and CUDA and NCCL take 1.5 GB; compiled layers may "
+        f"need less than predicted",
+        "the predictions of memory and traffic were checked on CPU ranks (evals/results/capacity-cpu.json), not on a "
+        "GPU",
     ]
     if scenario.recipe.model.kind != "tarflow":
         lines.append(
-            "the MFU of this kind of flow is not known; on a CPU Glow reached 0.6 of TarFlow's (the same file): "
-            "give --mfu"
+            "the MFU of this kind of flow is not known; on a CPU, Glow reached 0.6 times the MFU of TarFlow (same "
+            "file); pass --mfu with a measured value if you have one"
         )
     if parallelism.precision == "fp32":
-        lines.append("fp32 peak is without tensor cores; convolutions run in TF32 by default, which is faster")
+        lines.append("the fp32 peak does not include tensor cores; by default, convolutions use TF32, which is faster")
     if parallelism.offload != "none":
         lines.append("the time that offloading takes is not counted")
     if parallelism.zero_plus_plus.enabled:

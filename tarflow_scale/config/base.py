@@ -40,7 +40,7 @@ _MOST_SHOWN = 300
 _TOP = Path(__file__).parents[2]
 """Top folder of the checkout, if the package is not installed as a wheel."""
 _REPOSITORY = ("configs", "evals", "launch")
-_SOURCE = "the source of tarflow-scale"
+_SOURCE = "the source code of tarflow-scale"
 _NO_SECTION = re.compile(r"(^|; )\w+: required section is missing")
 _OF_MODEL = re.compile(r"\bmodel\.\w+: unknown key")
 
@@ -94,10 +94,12 @@ def load_config(kind: type[R], path: Path | str | None, overrides: list[str], ex
         return validated(kind, raw)
     except ConfigError as error:
         if any(override.startswith("model.kind=") for override in overrides) and _OF_MODEL.search(str(error)):
-            cure = "to change the kind, replace the whole section, 'model={kind: glow, levels: 3}'"
+            cure = "to change the kind, replace the whole section, as in 'model={kind: glow, levels: 3}'"
             raise ConfigError(f"{error}; {cure}") from error
         if path is None and _NO_SECTION.search(str(error)):
-            raise ConfigError(f"no configuration file was given, such as {_in_source(example)}; {error}") from error
+            raise ConfigError(
+                f"no configuration file was given; pass one, such as {_in_source(example)}; {error}"
+            ) from error
         raise
 
 
@@ -143,7 +145,7 @@ def absent_here(text: str) -> str:
     if not named or (_TOP / "configs").is_dir():
         return ""
     folders = " and ".join(f"{folder}/" for folder in named)
-    return f"an installed package comes without {folders}: take them from {_SOURCE}"
+    return f"an installed package does not contain {folders}; copy {folders} from {_SOURCE}"
 
 
 def working_folder() -> str:
@@ -183,7 +185,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _in_source(path: str) -> str:
-    """Path of a file or folder of the repository, for messages."""
+    """Where to find a file or folder of the repository: in the checkout, or else in the source code."""
     return str(_TOP / path) if (_TOP / path).exists() else f"{path} in {_SOURCE}"
 
 
@@ -201,7 +203,9 @@ def _read_yaml(path: Path, noun: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML ({reason}); correct it") from error
     if not isinstance(raw, dict):
         examples = _in_source("configs")
-        raise ConfigError(f"{path} must hold sections (got {type(raw).__name__}); see {examples} for examples")
+        raise ConfigError(
+            f"{path} must contain sections with keys (got {type(raw).__name__}); see {examples} for examples"
+        )
     return cast(dict[str, Any], raw)
 
 
@@ -214,7 +218,7 @@ def _parsed(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deep") from error
+        raise yaml.YAMLError("it is nested too deeply") from error
     except ValueError as error:
         raise yaml.YAMLError(str(error)) from error
 
@@ -233,14 +237,18 @@ def _check(raw: dict[str, Any]) -> None:
         if isinstance(value, str) and _PASSWORD.match(value):
             raise ConfigError(
                 f"{path}: a URL must not hold a password, which would be stored with the run (got one for "
-                f"{value.rpartition('@')[2]}); set it in the environment variables or the file of the store's client"
+                f"{value.rpartition('@')[2]}); set the password in the environment variables or the credentials file "
+                f"of the store's client"
             )
         if isinstance(value, str) and "\0" in value:
             raise ConfigError(f"{path}: a value must not hold a null character (got {_shown(value)}); remove it")
         if not isinstance(value, dict | list | tuple):
             return 1
         if id(value) in ancestors:
-            raise ConfigError(f"{path}: a value must not refer to itself (got a YAML anchor inside its own); remove it")
+            raise ConfigError(
+                f"{path}: a value must not refer to itself (got an alias inside the value of its own YAML anchor); "
+                f"remove the alias"
+            )
         if id(value) not in known:
             ancestors.add(id(value))
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
@@ -248,8 +256,8 @@ def _check(raw: dict[str, Any]) -> None:
             ancestors.remove(id(value))
         if known[id(value)] > _MOST_VALUES:
             raise ConfigError(
-                f"{path}: a configuration must not hold more than {_MOST_VALUES:,} values (got more, through YAML "
-                f"references); write the values out"
+                f"{path}: a configuration must not hold more than {_MOST_VALUES:,} values (got more, because of YAML "
+                f"references); write the values without references"
             )
         return known[id(value)]
 
@@ -265,11 +273,13 @@ def _merge(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"an override is section.key=value (got {override!r}); for example training.seed=1")
+        raise ConfigError(
+            f"an override must have the form section.key=value (got {override!r}); for example training.seed=1"
+        )
     try:
         value = _parsed(text)
     except yaml.YAMLError as error:
-        cure = "quote it" if text.isprintable() else "quote it, and where letters are shown as codes set LC_ALL=C.UTF-8"
+        cure = "quote it" if text.isprintable() else "quote it, and set LC_ALL=C.UTF-8 if letters are shown as codes"
         raise ConfigError(f"{path}: the value is not valid YAML (got {_shown(text)}); {cure}") from error
     node = raw
     for key in keys[:-1]:
@@ -321,7 +331,7 @@ def _first_key(sections: list[type[BaseModel]]) -> str:
 
 
 def _one_line(problem: Any, kind: type[BaseModel], in_python: bool = False) -> str:
-    """A problem as one line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
+    """Put a problem on one line, such as ``model.patch_size: Input should be greater than or equal to 1 (got 0)``."""
     keys, sections = _walked(kind, problem["loc"])
     path = ".".join(keys)
     match problem["type"]:

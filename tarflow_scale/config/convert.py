@@ -67,8 +67,8 @@ class ConvertConfig(Root):
         elif (self.registry is None) != (self.data is None):
             given, missing = ("registry", "data") if self.data is None else ("data", "registry")
             raise ValueError(
-                f"registry and data.path go together (got {given} without {missing}); a version names the data set it "
-                f"was trained on"
+                f"registry and data.path must be set together (got {given} without {missing}); set both, because a "
+                f"version records the data set that it was trained on"
             )
         return self
 

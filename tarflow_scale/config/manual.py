@@ -37,7 +37,7 @@ def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseMode
     is_union = bool(rest_of_union)
     shared = [name for name in first.model_fields if is_union and all(_same(name, first, s) for s in rest_of_union)]
     indent = "  " if "." in path else ""
-    kinds = "One of the kinds below; `kind` is required. First the keys that all kinds have."
+    kinds = "One of the kinds below; `kind` is required. The keys that all kinds have come first."
     lines = [f"{indent}{path}:  {kinds}"] if is_union else []
     for name in shared:
         lines += _describe(f"{path}.{name}", first.model_fields[name], required)

@@ -74,7 +74,7 @@ class ModelsConfig(Root):
 
 
 _COMMANDS = {
-    "init": ("commands", "init", "make a registry, after a test of its store with concurrent writers",
+    "init": ("commands", "init", "create a registry, after a test of its store with concurrent writers",
         "registry.path=s3://bucket/registry"),
     "list": ("commands", "list_models", "list all versions of all models of a registry", ""),
     "show": ("commands", "show", "show where a version came from, its numbers and its history", "registry.version=2"),

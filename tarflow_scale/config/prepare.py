@@ -88,7 +88,9 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _complete(self) -> "SourceConfig":
         if self.kind != "digits" and not self.path:
-            raise ValueError(f"source.path is required for kind={self.kind} (got None); name the file or folder")
+            raise ValueError(
+                f"source.path is required for kind={self.kind} (got None); set it to the path of the file or folder"
+            )
         for name, kinds in _KINDS_OF_SETTINGS.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
                 raise ValueError(f"source.{name} needs kind={' or '.join(kinds)} (got {self.kind}); remove it")
@@ -96,7 +98,10 @@ class SourceConfig(Section):
             raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
         if self.in_place and (shaped or self.transparency == "refuse"):
-            raise ValueError("source.in_place leaves images as they are (got settings that change them); remove them")
+            raise ValueError(
+                "source.in_place cannot be combined with settings that change or refuse images (got at least one of "
+                "size_pixels, bit_depth, bad_images and transparency); remove these settings"
+            )
         return self
 
 
@@ -146,11 +151,14 @@ class SplitConfig(Section):
     def _one_way(self) -> "SplitConfig":
         if self.kind == "stratified" and (self.train or self.validation or self.test):
             raise ValueError(
-                "split.train, split.validation and split.test make an official split (got kind=stratified); remove "
-                "them, or leave images out with split.ignore"
+                "split.train, split.validation and split.test define an official split, which cannot be combined with "
+                "split.kind=stratified (got both); remove split.kind, or exclude images with split.ignore instead"
             )
         if (self.validation or self.test) and not self.train and not self.by_name:
-            raise ValueError("split.train is required beside split.test where split.by_name is false; name it")
+            raise ValueError(
+                "split.train is required if split.test or split.validation is set and split.by_name is false (got "
+                "none); set split.train to the patterns of the training images"
+            )
         return self
 
 
@@ -165,11 +173,11 @@ class PrepareConfig(Root):
     def _in_place_stays(self) -> Self:
         if self.source.in_place and self.shards.path != self.source.path:
             raise ValueError(
-                f"shards.path must be source.path where source.in_place is set (got {self.shards.path} and "
-                f"{self.source.path}); tars that are indexed in place do not move"
+                f"shards.path must equal source.path if source.in_place is true, because the tars stay where they are "
+                f"(got {self.shards.path} and {self.source.path}); set both to the same path"
             )
         if self.source.in_place and self.split != SplitConfig():
-            raise ValueError("split has no effect where source.in_place is set; remove it")
+            raise ValueError("split has no effect if source.in_place is true (got both); remove the section split")
         if self.source.kind not in LAYOUT_KINDS and any(self.split.patterns.values()):
             raise ValueError(
                 f"split patterns need source.kind={' or '.join(LAYOUT_KINDS)} (got {self.source.kind}); remove them"
@@ -183,11 +191,11 @@ VERB = Verb(
     "pack images into WebDataset shards",
     "tarflow-scale prepare configs/prepare/digits.yaml shards.path=data/digits",
     flags=(
-        Flag("check", "verify every byte of a packed data set instead", ("DIR",), function="check"),
-        Flag("stats", "print what is in a packed data set instead", ("DIR",), function="statistics"),
+        Flag("check", "instead, verify every byte of a packed data set", ("DIR",), function="check"),
+        Flag("stats", "instead, print what is in a packed data set", ("DIR",), function="statistics"),
         Flag(
             "npz",
-            "write a packed data set as the npz that ADM's evaluator takes instead",
+            "instead, write a packed data set as the npz file that ADM's evaluator reads",
             ("DIR", "FILE"),
             function="export",
         ),

@@ -38,9 +38,13 @@ class GateRef(Section):
     @model_validator(mode="after")
     def _says_what_it_must(self) -> "GateRef":
         if self.alias == "latest" or self.alias.isdigit():
-            raise ValueError(f"alias must be a name other than latest (got {self.alias}); for example champion")
+            raise ValueError(
+                f"alias must be a name, not a number or latest (got {self.alias}); for example, use champion"
+            )
         if self.override is not None and not self.override.strip():
-            raise ValueError("override must be a reason (got none); say why, it is recorded")
+            raise ValueError(
+                "override must be a reason (got an empty text); write why the version is promoted, which is stored"
+            )
         return self
 
 
@@ -59,7 +63,7 @@ VERB = Verb(
     flags=(
         Flag(
             "override",
-            "promote even if the gate refuses; decision and reason are stored",
+            "promote even if the gate refuses; the decision and the reason are stored",
             ("REASON",),
             "gate.override",
         ),

@@ -117,7 +117,7 @@ class _SampledProtocol(_Protocol):
     @model_validator(mode="after")
     def _truncates_bytes(self) -> "_SampledProtocol":
         if self.rounding == "truncate" and self.bit_depth != 8:
-            raise ValueError(f"rounding=truncate is for bit_depth=8 (got {self.bit_depth}); use nearest")
+            raise ValueError(f"rounding=truncate is for bit_depth=8 (got {self.bit_depth}); use rounding=nearest")
         return self
 
 
@@ -135,7 +135,9 @@ class FrechetProtocol(_SampledProtocol):
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
         if self.layer == "spatial" and self.extractor != "inception-v3-compat":
-            raise ValueError(f"layer=spatial needs extractor=inception-v3-compat (got {self.extractor}); use pool")
+            raise ValueError(
+                f"layer=spatial needs extractor=inception-v3-compat (got {self.extractor}); use layer=pool"
+            )
         return self
 
 
@@ -159,8 +161,8 @@ class KernelProtocol(_ReferenceSubset):
         fewest = min(self.num_images, self.num_reference_images)
         if self.subset_size > fewest:
             raise ValueError(
-                f"subset_size must not exceed num_images and num_reference_images (got {self.subset_size} and "
-                f"{fewest}); lower it"
+                f"subset_size must not exceed the smaller of num_images and num_reference_images, {fewest} (got "
+                f"{self.subset_size}); lower subset_size"
             )
         return self
 
@@ -175,16 +177,18 @@ class InceptionScoreProtocol(_SampledProtocol):
     metric: Literal["inception_score"]
     num_splits: int = Field(default=10, ge=1)
     shuffle_seed: int = Field(default=2020, ge=0, lt=2**32)
-    """Seed of the order of images before they are split; equal seeds give the same order as torch-fidelity."""
+    """Seed of the shuffling of images before they are split; equal seeds give the same order as torch-fidelity."""
 
     @model_validator(mode="after")
     def _fits(self) -> "InceptionScoreProtocol":
         if self.extractor != "inception-v3-compat":
             raise ValueError(
-                f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor}); set it"
+                f"metric=inception_score needs extractor=inception-v3-compat (got {self.extractor}); set extractor"
             )
         if self.num_images < self.num_splits:
-            raise ValueError(f"num_images must not be below num_splits (got {self.num_images}); raise it")
+            raise ValueError(
+                f"num_images must be at least num_splits (got {self.num_images} and {self.num_splits}); raise it"
+            )
         return self
 
 
@@ -206,7 +210,7 @@ class ManifoldProtocol(_ReferenceSubset):
         fewest = min(self.num_images, self.num_reference_images)
         if self.neighbours >= fewest:
             raise ValueError(
-                f"neighbours must be below the number of images (got {self.neighbours} of {fewest}); lower it"
+                f"neighbours must be below the number of images (got {self.neighbours}, and {fewest} images); lower it"
             )
         return self
 

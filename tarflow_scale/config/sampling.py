@@ -26,7 +26,7 @@ class Guidance(Section):
     annealed: bool = False
     """TarFlow: increase the strength linearly over the T tokens of a block, from scale / (T - 1) to scale."""
     attention_temperature: float = Field(default=1.0, gt=0)
-    """TarFlow: divisor of the attention logits in the weak prediction. A model without classes needs a value other
+    """TarFlow: divisor of the attention logits in the prediction of a_weak. A model without classes needs a value other
     than 1, because at 1 its two predictions are equal."""
     what: Literal["both", "log_scale", "mean"] = "both"
     """The predicted parameters to which guidance applies."""
@@ -37,7 +37,9 @@ class Guidance(Section):
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Guidance":
         if self.scale == 0 and self != Guidance.model_construct():
-            raise ValueError("the other keys of guidance have no effect at scale=0; set a scale")
+            raise ValueError(
+                "the other keys of guidance have no effect at scale=0 (got scale=0); set scale, or remove these keys"
+            )
         return self
 
 
@@ -77,5 +79,5 @@ class GuardConfig(Section):
     attempts: int = Field(default=3, ge=0)
     """Maximum number of times that an image is drawn again; if it is still rejected, the generation fails."""
     most_redrawn_share: float = Field(default=0.01, ge=0, le=1)
-    """Maximum share of images that were drawn again. With more, the generation fails, because the model is probably
+    """Maximum share of images that may be drawn again. With more, the generation fails, because the model is probably
     bad. Three redrawn images are always allowed, unless the share is 0."""

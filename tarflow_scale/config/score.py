@@ -21,8 +21,8 @@ class ScoringConfig(Section):
     format: Literal["csv", "parquet"] = "csv"
     """Format of the table; ``parquet`` needs the extra ``parquet``."""
     false_alarm_rate: float = Field(default=0.05, gt=0, lt=1)
-    """Determines the threshold: this share of the held-out normal images has a score above it. Images with scores above
-    the threshold are flagged."""
+    """Determines the threshold: at most this share of the held-out normal images has a higher score. Images with
+    scores above the threshold are flagged."""
     num_draws: int = Field(default=1, ge=1)
     """Number of dequantization draws per image; the score uses the log of their mean density."""
     seed: int = Field(default=0, ge=0)

@@ -53,14 +53,15 @@ class OptimizerConfig(Section):
     def _muon_has_a_rate(self) -> "OptimizerConfig":
         if (self.kind == "muon") != (self.muon_peak_lr is not None):
             raise ValueError(
-                f"muon_peak_lr goes with kind=muon (got kind={self.kind} and {self.muon_peak_lr}); set both or neither"
+                f"muon_peak_lr and kind=muon must be set together (got kind={self.kind} and {self.muon_peak_lr}); set "
+                f"both or neither"
             )
         if (
             self.kind == "muon"
             and self.gradient_clip_norm != OptimizerConfig.model_fields["gradient_clip_norm"].default
         ):
             raise ValueError(
-                f"gradient_clip_norm has no effect on kind=muon (got {self.gradient_clip_norm}); leave it out"
+                f"gradient_clip_norm has no effect on kind=muon (got {self.gradient_clip_norm}); remove it"
             )
         return self
 
@@ -88,7 +89,8 @@ class ScheduleConfig(Section):
     def _decay_fits_kind(self) -> "ScheduleConfig":
         if (self.kind == "wsd") != (self.decay_images is not None):
             raise ValueError(
-                f"decay_images goes with kind=wsd (got kind={self.kind} and {self.decay_images}); set both or neither"
+                f"decay_images and kind=wsd must be set together (got kind={self.kind} and {self.decay_images}); set "
+                f"both or neither"
             )
         return self
 
@@ -226,13 +228,13 @@ class ParallelismConfig(Section):
     def _stage_allows(self) -> "ParallelismConfig":
         stage = self.zero_stage
         if self.offload == "optimizer" and stage == 0:
-            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage")
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise zero_stage")
         if self.offload == "all" and stage != 3:
-            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use optimizer, or stage 3")
+            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use offload=optimizer or zero_stage=3")
         if self.zero_plus_plus.enabled and stage != 3:
-            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise the stage or remove it")
+            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise zero_stage or remove the section")
         if self.compile and self.activations == "rebuild":
-            raise ValueError("compile does not go with activations=rebuild (got both); use checkpoint")
+            raise ValueError("compile needs activations=keep or checkpoint (got rebuild); use checkpoint")
         return self
 
 
@@ -317,7 +319,8 @@ class TrainConfig(Root):
         guidance = self.logging.preview_guidance
         if guidance > 0 and not self.model.class_conditional:
             raise ValueError(
-                f"logging.preview_guidance needs model.class_conditional (got {guidance} and false); set it to 0"
+                f"logging.preview_guidance needs model.class_conditional=true (got {guidance} and false); set "
+                f"preview_guidance to 0"
             )
         if guidance > 0 and not self.model.capabilities.guidance:
             raise ValueError(
@@ -358,12 +361,12 @@ def _check_recipe(
     if model.logit_alpha is not None and training.noise.kind != "uniform":
         raise ValueError(
             f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
-            f"{training.noise.kind}); remove either"
+            f"{training.noise.kind}); remove model.logit_alpha, or set the noise to uniform"
         )
     if model.dequantization is not None and training.noise.kind != "uniform":
         raise ValueError(
             f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
-            f"{training.noise.kind}); remove either"
+            f"{training.noise.kind}); remove model.dequantization, or set the noise to uniform"
         )
     if parallelism.activations not in capabilities.activations:
         raise ValueError(
@@ -372,12 +375,13 @@ def _check_recipe(
         )
     if parallelism.zero_stage == 3 and not capabilities.divided_weights:
         raise ValueError(
-            f"parallelism.zero_stage=3 divides weights that this model needs whole (got model.kind={kind}); use 2"
+            f"parallelism.zero_stage=3, which divides weights, is not supported for model.kind={kind} (got both); use 2"
         )
     muon = optimizer.kind == "muon"
     if not capabilities.separate_networks and (parallelism.compile or muon):
         raise ValueError(
-            f"parallelism.compile and optimizer.kind=muon are not for model.kind={kind} (got either); leave them out"
+            f"parallelism.compile and optimizer.kind=muon are not supported for model.kind={kind} (got at least one "
+            f"of them); remove them"
         )
     if muon and parallelism.zero_stage not in (1, 2):
         raise ValueError(

@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 SCORES = {
-    "likelihood": "bits/dim; may be lower for simple images of another kind than for normal images",
-    "complexity": "bits/dim minus those of the best lossless codec",
-    "typicality": "distance of bits/dim from their mean over held-out normal images",
-    "likelihood_ratio": "bits/dim minus those of the background model",
+    "likelihood": "bits/dim; simple images of another kind may have lower values than normal images",
+    "complexity": "bits/dim minus the bits/dim of the best lossless codec",
+    "typicality": "distance of bits/dim from the mean bits/dim of held-out normal images",
+    "likelihood_ratio": "bits/dim minus the bits/dim of the background model",
 }
 """Description of each score."""
 

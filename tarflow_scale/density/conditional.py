@@ -32,7 +32,10 @@ def log_prob_of_labels(flow: Flow, x: Tensor) -> Float[Tensor, "B K"]:
         ValueError: the flow has no classes, or the images do not fit it.
     """
     if flow.num_classes is None:
-        raise ValueError("this flow has no classes (num_classes=None); train one with model.class_conditional")
+        raise ValueError(
+            "probabilities of labels need a flow with classes (got num_classes=None); train one with "
+            "model.class_conditional=true"
+        )
     labels = range(flow.num_classes)
     return torch.stack([flow.log_prob_of_images(x, x.new_full((len(x),), y, dtype=torch.int64)) for y in labels], dim=1)
 

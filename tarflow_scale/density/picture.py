@@ -20,7 +20,7 @@ _SIDE, _GRID = 320, 160
 _MARGIN_LEFT, _MARGIN_BOTTOM, _GAP = 44, 26, 16
 _SAMPLES = 2000
 _MIDDLE = (0.5, 99.5)
-"""A panel shows the range between these percentiles of the samples, plus a margin of a tenth on each side."""
+"""A panel shows the range between these percentiles of the samples, plus a tenth of this range on each side."""
 _AT_ONCE = 4096
 _INK, _PAPER = (22, 60, 112), (255, 255, 255)
 
@@ -43,15 +43,15 @@ def density_picture(flow: Flow, seed: int = 0) -> bytes:
     if flow.event_shape != (2,) or flow.num_conditions is not None:
         given = f" given {flow.num_conditions} numbers" if flow.num_conditions else ""
         raise ValueError(
-            f"a density picture needs vectors of two numbers, unconditional or with classes "
-            f"(got events {flow.event_shape}{given})"
+            f"a density picture needs a flow of vectors of two numbers, unconditional or with classes "
+            f"(got event shape {flow.event_shape}{given}); use another flow"
         )
     reference = next(flow.parameters())
     labels = torch.arange(_SAMPLES, device=reference.device) % flow.num_classes if flow.num_classes else None
     drawn = flow.inverse(latents(seed, range(_SAMPLES), 2).to(reference), labels).cpu().double().numpy()
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
     if not len(drawn):
-        raise ValueError("a picture of a density needs samples that are finite (got none); check the training")
+        raise ValueError("a density picture needs finite samples (got none); check the training of the flow")
     low, high = np.percentile(drawn, _MIDDLE, axis=0)
     room = 0.1 * np.maximum(high - low, 1e-6)
     low, high = low - room, high + room

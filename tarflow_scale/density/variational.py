@@ -109,9 +109,11 @@ class Posterior:
         log_weights = (self._log_joint(x) - log_q).double()
         wrong = torch.isnan(log_weights) | (log_weights == math.inf)
         if bool(wrong.any()):
-            raise NumericsError(f"{int(wrong.sum())} of {num} importance weights are not numbers; check log_joint")
+            raise NumericsError(f"{int(wrong.sum())} of {num} importance weights are NaN or infinite; check log_joint")
         if not bool(torch.isfinite(log_weights).any()):
-            raise NumericsError(f"log_joint is minus infinity for all of {num} draws; check it, or fit for longer")
+            raise NumericsError(
+                f"log_joint is minus infinity for all {num} draws; check log_joint, or fit with more steps"
+            )
         return x, log_weights
 
 
@@ -157,8 +159,8 @@ def fit_posterior(
             log_p = log_joint(x)
             if log_p.shape != log_q.shape:
                 raise ValueError(
-                    f"log_joint must give one number for each sample ({tuple(log_q.shape)}, got {tuple(log_p.shape)}); "
-                    f"sum over everything but the first dimension"
+                    f"log_joint must return one number per sample, in shape {tuple(log_q.shape)} (got shape "
+                    f"{tuple(log_p.shape)}); sum over all dimensions except the first"
                 )
             loss = (log_q - log_p).mean()
             optimizer.zero_grad()
@@ -170,8 +172,8 @@ def fit_posterior(
                 skipped += 1
                 if skipped > _MOST_SKIPPED:
                     raise NumericsError(
-                        f"the bound or its gradient was not finite in {skipped} steps in a row (step {step}); check "
-                        f"log_joint where the flow begins, or lower peak_lr"
+                        f"the bound or its gradient was not finite in {skipped} consecutive steps (the last was step "
+                        f"{step}); check log_joint for samples of the initial flow, or lower peak_lr"
                     )
                 continue
             skipped = 0
@@ -189,7 +191,7 @@ def _draw(flow: Any, num: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def _tail_shape(weights: Float[Tensor, " S"]) -> float:
-    """Shape k of the tail of importance weights: fitted to the largest weights minus the next smaller weight."""
+    """Shape k of the tail of the weights, fitted to the excess of the largest weights over the next smaller weight."""
     num = len(weights)
     tail = min(math.ceil(_SMOOTHED_SHARE * num), math.ceil(3 * math.sqrt(num)))
     ordered = torch.sort(weights / weights.max()).values

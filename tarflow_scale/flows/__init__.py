@@ -3,7 +3,7 @@
 `build` makes a flow from the section ``model`` of a configuration. `save_flow` and `load_flow` write and read it as
 ``model.safetensors`` and ``config.json``; loading executes no code from these files. The module of each model documents
 its paper, equations, shapes and differences from public code. Images that do not fit a flow raise a ValueError that
-names the expected shape; a folder without a flow raises a DataError.
+names the expected shape; `load_flow` raises a DataError if a folder contains no flow.
 """
 
 from tarflow_scale.config.sampling import Guidance

@@ -9,7 +9,7 @@ all ``v`` from ``u``; the inverse computes one dimension of ``u`` after the othe
 
 * MAF (Papamakarios et al., arXiv 1705.07057): ``u`` is the data. A density takes one pass, a sample D passes.
 * IAF (Kingma et al., arXiv 1606.04934): ``v`` is the data. A sample takes one pass, the density of given data D
-  passes. So it suits variational posteriors, which only need densities of samples that they have drawn.
+  passes. IAF suits variational inference, which needs densities only of samples that the flow has drawn.
 
 Every dimension of the data corresponds to one dimension of the noise, so each dimension has a log-determinant: the sum
 of its ``a`` over all transformations.
@@ -54,12 +54,14 @@ class Autoregressive(Flow):
     def __init__(self, event_shape: tuple[int, ...], num_classes: int | None, config: MAFConfig | IAFConfig) -> None:
         super().__init__(event_shape, num_classes, config.logit_alpha)
         if self.num_dims < 2:
-            raise ValueError(f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims})")
+            raise ValueError(
+                f"an autoregressive flow needs at least 2 dimensions (got {self.num_dims}); use another model"
+            )
         needed = self.num_dims - 1 + bool(num_classes)
         if min(config.hidden_widths) < needed:  # with fewer units the network would not read some inputs
             raise ValueError(
                 f"model.hidden_widths must be at least {needed} for {self.num_dims} dimensions, one unit for each "
-                f"input (got {list(config.hidden_widths)}); widen them"
+                f"input (got {list(config.hidden_widths)}); raise them"
             )
         try:
             with torch.device("cpu"):

@@ -4,8 +4,8 @@ Shapes: B batch, D = prod(event_shape) dimensions, K classes. Units: nats per sa
 live on [-1, 1]. A learned prior is part of the map: ``z`` and ``log_det`` include it, so one temperature and one
 bits/dim formula hold for all flows.
 
-A model implements `Bijection.encode` and `Bijection.decode`. This module contains the code around them that all models
-share; `tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but not values.
+A model implements `Bijection.encode` and `Bijection.decode`. This module adds the code that all models share, and
+`tarflow_scale.flows.flow` adds the methods for users. ``forward`` and ``inverse`` check shapes but not values.
 """
 
 import math
@@ -74,8 +74,8 @@ class Bijection(nn.Module, ABC):
         self.config: ModelConfig | None = None
         """The configuration that the flow was built from; it is saved with the weights."""
         self.decoder: Callable[[Callable[[float], object]], Decode] | None = None
-        """If set, `sample` calls ``decoder(advance)`` and uses the function that this returns instead of `decode`; the
-        callback ``advance`` updates the progress bar. `tarflow_scale.load` sets it to a fast decoder."""
+        """If set, `sample` decodes with the function that ``decoder(advance)`` returns, not with `decode`. The callback
+        ``advance`` updates the progress bar. `tarflow_scale.load` sets ``decoder`` to a fast decoder."""
         self.pixels: PixelFormat | None = None
         """Bit depth and noise of the training images; needed to convert samples to pixels. None if unknown."""
         self.dequantizer: Dequantizer | None = None
@@ -127,8 +127,8 @@ class Bijection(nn.Module, ABC):
     def _bit_depth(self) -> int:
         if self.pixels is None:
             raise ValueError(
-                "dequantization needs the bit depth of the images (got a flow without a pixel format); train or load "
-                "the flow through the pipeline"
+                "dequantization needs the bit depth of the images (got a flow without a pixel format); train it "
+                "with tarflow-scale, or load it with tarflow_scale.load"
             )
         return self.pixels.bit_depth
 
@@ -149,7 +149,7 @@ class Bijection(nn.Module, ABC):
         if tuple(getattr(z, "shape", ()))[1:] != (self.num_dims,):
             got = tuple(z.shape) if hasattr(z, "shape") else type(z).__name__
             raise ValueError(
-                f"latents must have shape (batch, {self.num_dims}) (got {got}); pass one number per value of an event"
+                f"latents must have shape (batch, {self.num_dims}) (got {got}); pass one number per dimension of x"
             )
         labels = self._labels(y, len(z), z.device)
         check_count(labels, len(z), self.num_conditions)
@@ -217,7 +217,10 @@ class Bijection(nn.Module, ABC):
             ValueError: this model does not map each value to one latent.
         """
         del h, y
-        raise ValueError(f"{type(self).__name__} mixes values, so they have no latents of their own; use another model")
+        raise ValueError(
+            f"nats of values need a model that maps each value to one latent (got {type(self).__name__}); use another "
+            f"model"
+        )
 
     def check_shape(self, x: Tensor) -> None:
         """Raise ValueError if ``x`` does not have the shape of this flow's events."""
@@ -238,13 +241,15 @@ class Bijection(nn.Module, ABC):
         if guidance is None or guidance.scale == 0:
             return False
         if not self.capabilities.guidance:
-            raise ValueError(f"{type(self).__name__} has no guidance (got scale={guidance.scale}); set it to 0")
+            raise ValueError(
+                f"{type(self).__name__} does not support guidance (got scale={guidance.scale}); set the scale to 0"
+            )
         if guidance.attention_temperature == 1.0:
             if self.num_classes is None:
                 raise ValueError(
-                    f"guidance of a flow without classes needs attention_temperature other than 1 (got "
-                    f"scale={guidance.scale}); set it, or the scale to 0"
+                    f"guidance of a flow without classes needs an attention_temperature other than 1 (got 1 and "
+                    f"scale={guidance.scale}); set attention_temperature, or set the scale to 0"
                 )
             if y is None:
-                raise ValueError(f"guidance needs labels (got y=None and scale={guidance.scale}); pass them")
+                raise ValueError(f"guidance needs labels (got y=None and scale={guidance.scale}); pass labels as y")
         return True

@@ -58,20 +58,20 @@ def build(
             raise ConfigError(f"{noun} must be an integer >= 1, or None (got {number!r}); correct it")
     if num_classes and num_conditions:
         raise ConfigError(
-            f"a flow is conditioned on labels or on numbers (got {num_classes} classes and {num_conditions} numbers); "
-            f"give either"
+            f"a flow can be conditioned on labels or on numbers, not on both (got num_classes={num_classes} and "
+            f"num_conditions={num_conditions}); pass only one of them"
         )
     rows = num_classes or num_conditions
     if config.class_conditional and not rows:
         raise ConfigError(
             "model.class_conditional needs a data set with classes, or vectors with condition values (got neither); "
-            "set it to false"
+            "set class_conditional to false"
         )
     image = event_shape if len(event_shape) == 3 else None
     if image is None and not config.capabilities.vectors:
-        raise ConfigError(f"model.kind={config.kind} is for images (got events of shape {event_shape}); use maf")
+        raise ConfigError(f"model.kind={config.kind} is for images (got vectors of shape {event_shape}); use maf")
     if image is None and config.dequantization is not None:
-        raise ConfigError(f"model.dequantization is for images (got events of shape {event_shape}); leave it out")
+        raise ConfigError(f"model.dequantization is for images (got vectors of shape {event_shape}); remove it")
     classes = rows if config.class_conditional else None  # number of rows of the tables that conditions select
     kind = "vector_realnvp" if image is None and config.kind == "realnvp" else config.kind
     try:
@@ -93,7 +93,9 @@ def _checked_shape(event_shape: Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         shape = ()
     if len(shape) not in (1, 3) or min(shape) < 1:
-        raise ConfigError(f"events have shape (channels, height, width) or (values,) (got {event_shape}); correct it")
+        raise ConfigError(
+            f"event_shape must be (channels, height, width) or (dimensions,) (got {event_shape}); correct it"
+        )
     return shape
 
 

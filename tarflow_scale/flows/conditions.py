@@ -59,15 +59,18 @@ def class_number(name: str, class_names: Sequence[str]) -> int:
     if name in class_names:
         return class_names.index(name)
     if not class_names:
-        raise ValueError(f"must be numbers if the names of classes are not known (got {name}); a registry stores them")
+        raise ValueError(
+            f"must be numbers if the names of classes are not known (got {name}); pass numbers, or load the flow from "
+            f"a registry, which stores the names"
+        )
     alike = difflib.get_close_matches(name, class_names, 1, _ALIKE)
     meant = f", did you mean {alike[0]}?" if alike else ""
     there = ", ".join(class_names[:_SHOWN_CLASSES]) + (", .." if len(class_names) > _SHOWN_CLASSES else "")
-    raise ValueError(f"must be classes (got {name}{meant}; there are {there}); correct it")
+    raise ValueError(f"must be class names or numbers (got {name}{meant}); the names are {there}")
 
 
 def as_condition(y: GivenCondition, num: int, class_names: Sequence[str], device: torch.device) -> Condition:
-    """Convert the argument ``y`` of a user into a `Condition` for ``num`` samples.
+    """Convert the argument ``y`` that a user passes into a `Condition` for ``num`` samples.
 
     Integers become int64, because torch reads an index of type uint8 as a mask, and rejects int8 and int16.
 
@@ -117,9 +120,9 @@ def check_count(y: Condition, batch_size: int, num_conditions: int | None) -> No
     if num_conditions is not None:
         if y is None or tuple(y.shape) != (batch_size, num_conditions):
             got = None if y is None else tuple(y.shape)
-            raise ValueError(f"conditions must have shape ({batch_size}, {num_conditions}) (got {got}); pass y")
+            raise ValueError(f"conditions must have shape ({batch_size}, {num_conditions}) (got {got}); pass them as y")
     elif y is not None and y.shape != (batch_size,):
-        raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one per sample")
+        raise ValueError(f"labels must have shape ({batch_size},) (got {tuple(y.shape)}); pass one label per sample")
 
 
 def check_condition(y: Condition, batch_size: int, num_classes: int | None, num_conditions: int | None) -> None:

@@ -28,7 +28,7 @@ interval; by default torchdiffeq would step past the end and interpolate back, w
 Accuracy at a tolerance of 1e-5, compared with 1e-12, in 4 to 64 dimensions: a solve takes seven evaluations. Errors are
 below 1e-5 nats in log densities, 2e-6 in inverses and, relative to the largest gradient, 3e-6 in gradients; fp32 adds
 5e-5 nats. Errors grow with the weights. If the weights are doubled, a solve takes 25 evaluations, and errors are 1e-3
-of 64 nats in log densities and 3e-4 in inverses.
+nats in log densities of 64 nats and 3e-4 in inverses.
 
 Every layer of the dynamics is scaled and shifted by functions of time (FFJORD's "concatsquash"), the last layer starts
 at zero, and the label's embedding is added to the output of the first layer.
@@ -59,7 +59,7 @@ _ADAPTIVE = ("dopri5", "bosh3")
 _TANGENTS = {"cpu": 2**19, "cuda": 2**26}
 """Maximum size of a hidden layer in a batch of Jacobian products, so that its values fit in CPU cache or GPU memory."""
 _STALLED = 24
-"""A solver is stuck if it makes this many evaluations in a row at about the same t; a step takes at most 7."""
+"""A solver is stuck if it makes this many evaluations in a row at about the same t; one step takes at most 7."""
 
 
 class Dynamics(nn.Module):
@@ -105,7 +105,7 @@ class Dynamics(nn.Module):
         return velocity, self._diagonal(weights, slopes)
 
     def _through(self, t: Tensor, h: Tensor, y: Condition, hidden: list[Tensor]) -> Tensor:
-        """The velocity dh/dt; appends the input of every nonlinearity to ``hidden``."""
+        """Return the velocity dh/dt, and append the input of every nonlinearity to ``hidden``."""
         time = t.reshape(1, 1).to(h.dtype)
         for number, (layer, gate, shift) in enumerate(zip(self.layers, self.gates, self.shifts, strict=True)):
             if number:
@@ -117,10 +117,10 @@ class Dynamics(nn.Module):
         return h
 
     def _diagonal(self, weights: list[Tensor], slopes: list[Tensor]) -> Float[Tensor, "B ..."]:
-        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1; the slopes S differ between samples.
+        """The diagonal of W_L S_(L-1) W_(L-1) .. S_1 W_1, with the slopes S of the nonlinearities.
 
-        The weights are the same for all samples. So the products of the probes with the first layer (forward) and the
-        last layer (backward) are computed only once.
+        Slopes differ between samples, but weights do not. So the products of the probes with the first layer (forward)
+        and the last layer (backward) are computed only once for all samples.
         """
         probes = self._probes(slopes[0])
         columns, rows = self._linear(probes, weights[0]), self._transposed(probes, weights[-1])
@@ -212,7 +212,7 @@ class Continuous(Flow):
         if not self.divides_surprise:
             raise ValueError(
                 f"surprise needs an exact trace, which is limited to model.exact_trace_dims={self.exact_trace_dims} "
-                f"dimensions (got {self.num_dims}); raise exact_trace_dims"
+                f"dimensions (got {self.num_dims}); raise flow.exact_trace_dims"
             )
 
         def rates(t: Tensor, at: Tensor) -> tuple[Tensor, ...]:
@@ -288,7 +288,7 @@ class Continuous(Flow):
 
 
 class _Field:
-    """The right-hand side of the equation for one solve: time derivatives of all states, the first of which is ``h``.
+    """The right-hand side of the equation for one solve: the time derivatives of ``h`` and of any other states.
 
     Evaluations are counted here and not in the flow, because threads may share a flow.
     """
@@ -311,7 +311,7 @@ class _Field:
         self._stalled = self._stalled + 1 if abs(time - self._latest_time) < 1e-7 else 0
         self._latest_time = time
         if self._stalled >= _STALLED:
-            raise self._flow.stuck(f"steps below 1e-7 at time {time:.6f}")
+            raise self._flow.stuck(f"steps smaller than 1e-7 at time {time:.6f}")
         return self._rates(t, state[0])
 
 
@@ -331,8 +331,8 @@ class _FiniteGradients(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # with create_graph=True; the results of the adjoint solve have no derivatives
             raise ValueError(
-                "second derivatives of a continuous flow need the solver's own operations (got model.gradients="
-                "adjoint); set flow.gradients = 'direct'"
+                "gradients=adjoint cannot be differentiated again (got a second derivative of a continuous flow); set "
+                "flow.gradients = 'direct'"
             )
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             return (None, *gradients, *[None] * len(ctx.parameters))
@@ -345,8 +345,8 @@ def _check_solvable(h: Tensor) -> None:
         raise ValueError(f"the solver of a continuous flow needs fp32 or fp64 (got {h.dtype}); use flow.float()")
     if is_transformed():
         raise ValueError(
-            "the solver of a continuous flow reads values, which vmap and torch.func hide (got a call inside one of "
-            "them); pass the whole batch, and use torch.autograd for derivatives"
+            "a continuous flow must not be called inside vmap or torch.func, which hide the values that the solver "
+            "reads (got a call inside one of them); pass the whole batch, and use torch.autograd for derivatives"
         )
 
 

@@ -35,7 +35,7 @@ __all__ = [
 
 _STD_FLOOR = 1e-6
 _ZERO_CONV_GAIN = 3.0
-"""Published factor on the log-scale of the last convolution; it acts like a higher learning rate."""
+"""Factor on the log-scale of a `ZeroConv`, as published; it acts like a higher learning rate."""
 _SIGMOID_SHIFT = 2.0
 """A zero-initialised affine coupling scales by sigmoid(2) = 0.88, as published."""
 
@@ -63,7 +63,7 @@ class Layer(nn.Module, ABC):
         return self._invert(x) if inverse else self._map(x)
 
     def map_places(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B H W"]]:
-        """Map ``x`` to ``y`` and the log-determinant of each pixel; by default all pixels get equal shares."""
+        """Map ``x`` to ``y`` and the log-determinant of each pixel; by default it is shared equally among pixels."""
         y, log_det = self(x)
         return y, (log_det / (x.shape[2] * x.shape[3]))[:, None, None].expand(len(x), *x.shape[2:])
 
@@ -258,8 +258,8 @@ class Coupling(Layer):
     """A coupling layer: a network reads the first half of the channels, and shifts and scales the second half.
 
     ``affine``: ``y = (x + shift) sigmoid(c tanh(raw / c) + 2)``; ``additive``: ``y = x + shift``. If C is odd, the
-    second half is the larger. The published form has no bound c, so its scale can be arbitrarily small; the inverse
-    divides by it, and some samples overflow.
+    second half is the larger. The published form has no bound c. Its scale can be arbitrarily small, and the
+    inverse divides by it, so some samples overflow.
 
     Args:
         channels: number of channels C, at least 2.

@@ -5,9 +5,9 @@ drawn from q(u' | levels) instead, Jensen's inequality bounds the log probabilit
 
     log p(x') - log q(u' | levels),        x' = 2 (level + u') / 2^n - 1
 
-on [-1, 1], up to the constant D (n - 1) ln 2, see `tarflow_scale.flows.likelihood`. Training maximises this bound over
-p and q (Flow++, Ho et al., arXiv 1902.00275, section 3.1). q is a second flow, which maps the uniform noise u of the
-pipeline,
+minus the constant D (n - 1) ln 2, because p is a density on [-1, 1]; see `tarflow_scale.flows.likelihood`. Training
+maximises this bound over p and q (Flow++, Ho et al., arXiv 1902.00275, section 3.1). q is a second flow, which maps the
+uniform noise u of the pipeline,
 
     u' = sigmoid(f(logit(u); levels)),        log q(u' | levels) = -log|du' / du|
 
@@ -69,9 +69,9 @@ class Dequantizer(nn.Module):
 
 
 class _Coupling(nn.Module):
-    """A coupling ``v exp(c tanh(raw / c)) + shift`` of every second pixel; a network reads the others and the levels.
+    """A coupling that maps every second pixel to ``v exp(c tanh(raw / c)) + shift``.
 
-    The last layer of the network starts at zero, so that a new coupling is the identity.
+    Its network reads the other pixels and the levels. The last layer starts at zero, so a new coupling is the identity.
     """
 
     def __init__(self, channels: int, parity: int, width: int) -> None:
@@ -86,7 +86,7 @@ class _Coupling(nn.Module):
     def forward(
         self, v: Float[Tensor, "B C H W"], seen: Float[Tensor, "B C H W"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
-        """Return the new ``v`` and the log-scale of every value, 0 if kept; ``seen`` are levels, scaled to [-1, 1]."""
+        """Return the new ``v`` and every value's log-scale (0 for kept values); ``seen``: levels, scaled to [-1, 1]."""
         kept = self._kept(v)
         # Noise near the edge of a bin has a very large logit, so the network reads tanh(v / 2) = 2 u - 1 instead.
         h = F.silu(self.conv_in(torch.cat([kept * torch.tanh(v / 2), seen], dim=1)))

@@ -69,7 +69,7 @@ class Flow(Bijection):
         Without a `dequantizer` the result equals `log_prob`. A dequantizer maps ``x`` to x' inside the same bins, and
         the result is log p(x') - log q(u' | image). For n-bit data, the mean of the result over noise, minus
         D (n - 1) ln 2, is a lower bound of the log probability of the discrete image. The logarithm of the mean density
-        over several draws of noise, minus the same constant, is another; see `tarflow_scale.flows.likelihood`.
+        over several draws of noise, minus the same constant, is another bound; see `tarflow_scale.flows.likelihood`.
 
         Raises:
             ValueError: see `log_prob`; or the flow has a dequantizer, but the bit depth of pixels is unknown.
@@ -104,9 +104,10 @@ class Flow(Bijection):
         """The surprise of each value, in the shape of ``x``: its contribution to ``-log_prob`` in nats.
 
         The contribution is the negative log density of the value's latent under a standard normal, minus the value's
-        log-determinant. The contributions add up to ``-log_prob`` exactly. Their division among values depends on the
-        model, which must map each value to one latent. A `MultiScaleFlow` is an exception: it mixes the values of each
-        square of pixels, which get equal shares. With ``dequantize``, the sum is ``-log_prob_of_images``.
+        log-determinant. The contributions add up to ``-log_prob`` exactly; how the total is divided among the values
+        depends on the model. The model must map each value to one latent. `MultiScaleFlow` does not, but is supported:
+        it mixes the values of a square of pixels, so these values get equal shares. With ``dequantize``, the sum is
+        ``-log_prob_of_images``.
 
         Raises:
             ValueError: see `log_prob`; or this model does not map each value to one latent.
@@ -173,7 +174,7 @@ class Flow(Bijection):
         """
         check_draws(num, temperature, batch_size, seed, generator)
         if seed is not None and generator is not None:
-            raise ValueError("latents come from a seed or from a generator (got both); leave one out")
+            raise ValueError("seed and generator must not be passed together (got both); pass one of them")
         reference = next(self.parameters())
         labels = self._checked_labels(y, num, reference.device)
         if isinstance(guidance, Real):
@@ -207,8 +208,8 @@ class Flow(Bijection):
         if self.latents is not None and self.renderer is None:
             raise ValueError("this flow is of latents and has no autoencoder; load it with tarflow_scale.load")
         if self.pixels is None or self.pixels.noise == "none":
-            unknown = "does not know its pixel format; train or load it through the pipeline"
-            raise ValueError(f"this flow {'is of vectors and has no pixels' if self.pixels else unknown}")
+            unknown = "has no pixel format; train it with tarflow-scale, or load it with tarflow_scale.load"
+            raise ValueError(f"this flow {'models vectors, which have no pixels' if self.pixels else unknown}")
         return quantize(x, self.pixels.bit_depth, rounding_of(self.pixels))
 
     def pictures(self, x: Float[Tensor, "B C H W"]) -> "list[Image]":
@@ -221,7 +222,7 @@ class Flow(Bijection):
 
         levels = self.stored(x).permute(0, 2, 3, 1).cpu().numpy()
         if levels.shape[3] not in (1, 3):
-            raise ValueError(f"pictures have 1 or 3 channels (got {levels.shape[3]}); use the tensor")
+            raise ValueError(f"pictures must have 1 or 3 channels (got {levels.shape[3]}); use flow.stored(x)")
         return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in levels]
 
     def denoised(self, x: Tensor, y: Condition, noise_std: float, strength: float = 1.0) -> Tensor:
@@ -255,8 +256,8 @@ class _OneDerivative(torch.autograd.Function):
         del ctx
         if torch.is_grad_enabled():  # with create_graph=True
             raise ValueError(
-                "second derivatives of log_prob need images that require gradients (got none, and create_graph=True); "
-                "call x.requires_grad_() first, also for derivatives by parameters"
+                "second derivatives of log_prob need x.requires_grad=True (got False, and create_graph=True); call "
+                "x.requires_grad_() before log_prob, also for derivatives with respect to parameters"
             )
         return gradients[0]
 

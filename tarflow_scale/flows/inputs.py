@@ -28,7 +28,7 @@ _OUTSIDE, _MOST_OUTSIDE_SHARE = 1.5, 0.05
 """Images that were standardised to mean 0 and deviation 1 have a tenth of their values beyond +-1.5."""
 _DARKEST, _SMALLEST_RANGE = 0.1, 0.5
 """The smallest value of a batch on [0, 1] is near 0 and its range is large. A batch on [-1, 1] is seldom like that."""
-_ADVICE = "x / 127.5 - 1 of 8-bit pixels; tarflow_scale.density.image_tensor also adds the noise"
+_ADVICE = "use x / 127.5 - 1 for 8-bit pixels x, or tarflow_scale.density.image_tensor, which also adds the noise"
 
 
 def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False) -> None:
@@ -42,11 +42,11 @@ def check_shape(x: object, event_shape: tuple[int, ...], of_array: bool = False)
     shape = tuple(_checked_tensor(x, event_shape).shape)
     if shape[1:] == event_shape:
         return
-    cure = "use data of the shape this flow was built for"
+    cure = "pass data of this shape"
     if _channels_last(shape, event_shape):
-        cure = f"channels come first: x.{'transpose' if of_array else 'permute'}(0, 3, 1, 2)"
+        cure = f"put the channels first with x.{'transpose' if of_array else 'permute'}(0, 3, 1, 2)"
     elif shape == event_shape:
-        cure = "one sample is a batch of one: x[None]"
+        cure = "pass a single sample as x[None]"
     raise ValueError(
         f"{_noun(event_shape)} must have shape (batch, {', '.join(map(str, event_shape))}) (got {shape}); {cure}"
     )
@@ -76,7 +76,7 @@ def check_values(
     if not x.is_floating_point():
         if len(event_shape) == 3:
             raise ValueError(_stored_refused(x, x.dtype, event_shape))
-        raise ValueError(f"{noun} must be floats (got {x.dtype}); convert them, x.float()")
+        raise ValueError(f"{noun} must be floats (got {x.dtype}); use x.float()")
     check_shape(x, event_shape)
     if x.device != like.device:
         cure = f"use x.to({str(like.device)!r})"
@@ -96,15 +96,15 @@ def check_values(
     if logit_alpha is not None and max(-low, high) >= 1 / (1 - 2 * logit_alpha):
         raise ValueError(
             f"{noun} of a flow with model.logit_alpha={logit_alpha:g} must lie inside +-{1 / (1 - 2 * logit_alpha):.6g}"
-            f", where its density is not 0 (got {low:g} to {high:g}); scale them: {_ADVICE}"
+            f", where its density is not 0 (got {low:g} to {high:g}); {_ADVICE}"
         )
     if is_image and far > _MOST_FAR_SHARE:
-        raise ValueError(f"{noun} must be on [-1, 1] (got {low:g} to {high:g}); scale them: {_ADVICE}")
+        raise ValueError(f"{noun} must be on [-1, 1] (got {low:g} to {high:g}); {_ADVICE}")
     if is_image and 0 <= low < _DARKEST and high <= 1 and high - low > _SMALLEST_RANGE:
         _warn(f"these images seem to be on [0, 1] (got {low:g} to {high:g})", "if they are, use 2 * x - 1")
     if is_image and outside > _MOST_OUTSIDE_SHARE:
         finding = f"{outside:.0%} of the values of these images are beyond +-{_OUTSIDE:g} (got {low:g} to {high:g})"
-        _warn(finding, "if they were standardised, undo it")
+        _warn(finding, "if the images were standardised, reverse the standardisation")
 
 
 def check_draws(
@@ -114,9 +114,11 @@ def check_draws(
     if not _is_whole(num, 0):
         raise ValueError(f"the number of samples must be an integer >= 0 (got {num!r}); correct it")
     if not (isinstance(temperature, Real | Tensor) and 0 <= float(temperature) < math.inf):
-        raise ValueError(f"temperature must be a finite number from 0 (got {temperature!r}); 1 is the model's own")
+        raise ValueError(f"temperature must be a finite number >= 0 (got {temperature!r}); use 1 to sample the model")
     if batch_size is not None and not _is_whole(batch_size, 1):
-        raise ValueError(f"batch_size must be an integer >= 1 (got {batch_size!r}); None decodes all together")
+        raise ValueError(
+            f"batch_size must be an integer >= 1, or None (got {batch_size!r}); None decodes all samples together"
+        )
     if seed is not None and not _is_whole(seed, 0, 2**64):
         raise ValueError(f"seed must be an integer in 0..2^64-1 (got {seed!r}); choose another")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -128,9 +130,11 @@ def check_stored(x: object, event_shape: tuple[int, ...]) -> None:
     check_shape(x, event_shape)
     x = _checked_tensor(x, event_shape)
     if not x.is_floating_point():
-        raise ValueError(f"pixels are made of floats on [-1, 1] (got {x.dtype}); {_ADVICE} makes them")
+        raise ValueError(
+            f"images to convert to pixels must be floats on [-1, 1] (got {x.dtype}); pass samples of the flow"
+        )
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("pixels are made of finite values (got some that are not); check the model")
+        raise ValueError("images to convert to pixels must be finite (got values that are not finite); check the model")
 
 
 def _is_whole(value: object, low: int, beyond: float | int = math.inf) -> bool:
@@ -147,12 +151,12 @@ def _checked_tensor(x: object, event_shape: tuple[int, ...]) -> Tensor:
         first = "x.transpose(0, 3, 1, 2)" if _channels_last(x.shape, event_shape) else "x"
         raise ValueError(
             f"{_noun(event_shape)} must be a tensor (got a NumPy array of {x.dtype}); "
-            f"torch.as_tensor({first}, dtype=torch.float32) makes one"
+            f"use torch.as_tensor({first}, dtype=torch.float32)"
         )
     if not isinstance(x, Tensor):
         kind = f"{type(x).__module__}.{type(x).__name__}"
         raise ValueError(
-            f"{_noun(event_shape)} must be a tensor (got {kind}); torch.as_tensor(x) of an array makes one"
+            f"{_noun(event_shape)} must be a tensor (got {kind}); convert an array with torch.as_tensor(x)"
         )
     return x
 
@@ -162,19 +166,19 @@ def _channels_last(shape: tuple[int, ...], event_shape: tuple[int, ...]) -> bool
 
 
 def _stored_refused(x: Tensor | NDArray[Any], kind: object, event_shape: tuple[int, ...]) -> str:
-    """The error message for integer images, which are stored pixels; users can run the code in it unchanged."""
+    """The error message for integer images, which are stored pixels. Users can run the suggested code as it is."""
     is_tensor, channels_last = isinstance(x, Tensor), _channels_last(tuple(x.shape), event_shape)
     images = "x" + f".{'permute' if is_tensor else 'transpose'}(0, 3, 1, 2)" * channels_last
     images += ".cpu().numpy()" * is_tensor
     images += "" if "uint8" in str(kind) else ".astype('uint8')"
     return (
-        f"images must be floats on [-1, 1] (got {kind}); of stored pixels, 0 to 255, "
-        f"tarflow_scale.density.image_bits_per_dim(flow, {images}) gives bits/dim, and image_tensor the floats"
+        f"images must be floats on [-1, 1] (got {kind}); for pixels from 0 to 255, use "
+        f"tarflow_scale.density.image_bits_per_dim(flow, {images}) to get bits/dim, or image_tensor to get floats"
     )
 
 
 def _warn(finding: str, cure: str) -> None:
-    warnings.warn(f"{finding}, and this flow is for [-1, 1]; {cure}", stacklevel=6)  # the line that called log_prob
+    warnings.warn(f"{finding}, but this flow expects [-1, 1]; {cure}", stacklevel=6)  # the line that called log_prob
 
 
 def _noun(event_shape: tuple[int, ...]) -> str:

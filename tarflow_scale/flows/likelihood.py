@@ -138,7 +138,10 @@ def combine_draws(log_probs: Float[Tensor, "K B"], estimate: Literal["mean", "im
         ValueError: there are no draws, or the estimate is unknown.
     """
     if len(log_probs) == 0 or estimate not in ("mean", "importance"):
-        raise ValueError(f"draws are combined by mean or importance, one at least (got {len(log_probs)}, {estimate!r})")
+        raise ValueError(
+            f"estimate must be mean or importance, with at least 1 draw (got {estimate!r} and {len(log_probs)} draws); "
+            f"correct it"
+        )
     if estimate == "mean":
         return log_probs.mean(dim=0)
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))

@@ -13,7 +13,7 @@ __all__ = ["from_logits", "logit_log_dets", "to_logits"]
 def to_logits(x: Float[Tensor, "B ..."], alpha: float) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
     """``logit(alpha + (1 - 2 alpha) (x + 1) / 2)`` and its log-determinant (Dinh et al., arXiv 1605.08803, sec. 4.1).
 
-    It spreads out values near -1 and 1, where nearly all pixels of images like MNIST's are. Values beyond
+    It spreads out values near -1 and 1, where nearly all pixels of MNIST and similar images lie. Values beyond
     +-1 / (1 - 2 alpha), which Gaussian noise can produce, give NaN.
     """
     p = alpha + (1 - 2 * alpha) * (x + 1) / 2

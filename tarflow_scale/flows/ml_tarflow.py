@@ -55,7 +55,7 @@ def load_ml_tarflow(path: str, num_channels: int | None = None) -> Flow:
         DataError: the file does not exist, is not a state dict of a TarFlow, or would run code.
     """
     if not storage.exists(path):
-        raise DataError(f"there is no {path}; check the path of the weights")
+        raise DataError(f"the file {path} does not exist; check the path of the weights")
     with storage.local_copy(path) as copy:
         return flow_from_ml_tarflow(read_plain_weights(copy, path), path, num_channels)
 
@@ -69,8 +69,8 @@ def flow_from_ml_tarflow(state: Any, origin: str, num_channels: int | None = Non
     named = isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())
     if not named or not state:
         raise DataError(
-            f"{origin} must hold a dictionary of tensors by name (got {type(state).__name__}); give the model's file, "
-            f"not the optimizer's"
+            f"{origin} must hold a dictionary of tensors by name (got {type(state).__name__}); pass the file of the "
+            f"model, not the file of the optimizer"
         )
     tensors: dict[str, Tensor] = state
     try:
@@ -82,7 +82,7 @@ def flow_from_ml_tarflow(state: Any, origin: str, num_channels: int | None = Non
     except (ValueError, ConfigError, RuntimeError, KeyError) as error:
         reason = f"no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise DataError(
-            f"{origin} is not an ml-tarflow model ({reason}); give a file that its train.py saved"
+            f"{origin} is not an ml-tarflow model ({reason}); pass a file that train.py of ml-tarflow saved"
         ) from error
     return flow.eval()
 
@@ -130,11 +130,13 @@ def _patch(features: int, num_channels: int | None) -> tuple[int, int]:
         patch = math.isqrt(features // channels)
         if patch and channels * patch * patch == features:
             return channels, patch
-    raise ValueError(f"{features} features of a token must be a square patch of {num_channels or '1 or 3'} channels")
+    raise ValueError(
+        f"a token must be a square patch with {num_channels or '1 or 3'} channels, got {features} features"
+    )
 
 
 def _depths(tensors: dict[str, Tensor]) -> tuple[int, ...]:
-    """Number of layers of each block. A gap raises ValueError, so that no tensor name can create a million layers."""
+    """Number of layers of each block. A gap in numbering raises ValueError, so no name can imply a million layers."""
     layers: dict[int, set[int]] = {}
     for name in tensors:
         match = re.match(r"blocks\.(\d{1,9})\.attn_blocks\.(\d{1,9})\.", name)

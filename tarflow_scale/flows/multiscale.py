@@ -84,7 +84,7 @@ class Level(nn.Module):
         num_classes: number of classes, or None.
         before: steps before the squeeze.
         squeezes: whether there is a squeeze.
-        prior_sees_rest: whether a convolution predicts the prior from the half that goes on; otherwise it is constant.
+        prior_sees_rest: whether a convolution predicts the prior from the half that goes on. If not, it is constant.
     """
 
     def __init__(
@@ -209,14 +209,15 @@ class MultiScaleFlow(Flow):
             return False
         if self.num_classes is None or y is None:
             raise ValueError(
-                f"guidance of {type(self).__name__} needs classes and labels (got scale={guidance.scale}); set it to 0"
+                f"guidance of {type(self).__name__} needs classes and labels (got scale={guidance.scale}); set the "
+                f"scale to 0"
             )
         if guidance.blocks != "all":
             raise ValueError(f"guidance.blocks=first is for TarFlow (got {type(self).__name__}); use all")
         if guidance.annealed or guidance.attention_temperature != 1:
             raise ValueError(
                 f"annealed and attention_temperature have no effect on {type(self).__name__} (got "
-                f"{guidance.annealed} and {guidance.attention_temperature}); leave them out"
+                f"{guidance.annealed} and {guidance.attention_temperature}); remove them"
             )
         return True
 

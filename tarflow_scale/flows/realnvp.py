@@ -7,7 +7,7 @@ channels go on to the next level. The last level has four couplings with checker
 
     y = m x + (1 - m) (x exp(s) + t),        log|det| = sum (1 - m) s,        s, t = network(m x)
 
-A normalisation follows each coupling (section 3.7). The published one is ``batch``. In training it updates its running
+A normalisation follows each coupling (section 3.7). The published kind is ``batch``. In training it updates its running
 statistics with the statistics of the batch over all ranks, and then normalises by them; gradients flow through the
 batch statistics. So in training, results depend on the division of a batch into micro batches, and a run cannot
 continue with another division. In evaluation the running statistics are fixed, and each image is mapped independently.
@@ -215,8 +215,8 @@ class RealNVP(MultiScaleFlow):
         factor = 2 ** (config.levels - 1)
         if rows % factor or columns % factor or rows * columns == factor**2:
             raise ValueError(
-                f"image height and width must be multiples of 2^(model.levels - 1), and not both equal to it (got "
-                f"{rows}x{columns} and {factor}); choose fewer levels"
+                f"image height and width must be multiples of 2^(model.levels - 1), and at least one must exceed it "
+                f"(got {rows}x{columns} and {factor}); choose fewer levels"
             )
         norm = ActNorm if config.normalization == "actnorm" else BatchNorm
 

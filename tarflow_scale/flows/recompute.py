@@ -74,7 +74,7 @@ class _Rebuilt(torch.autograd.Function):
     """A sequence of layers whose backward pass needs only their output.
 
     The inner backward passes are re-entrant. They add gradients to the parameters directly, where DDP and ZeRO have
-    their hooks. Returned gradients would be lost for a gathered ZeRO-3 parameter.
+    their hooks. If `backward` returned them instead, those of a gathered ZeRO-3 parameter would be lost.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, None, Tensor]:
         if torch.is_grad_enabled():  # with create_graph=True; gradients of the leaves below have no graph
-            raise ValueError("second derivatives need activations that are kept (got rebuild); set activations to keep")
+            raise ValueError("second derivatives need activations=keep (got rebuild); set flow.activations = 'keep'")
         gradient, log_det_gradient = gradients
         (h,) = ctx.saved_tensors
         h = h.detach()
@@ -106,7 +106,7 @@ class _Rebuilt(torch.autograd.Function):
 def _backward_runs(layers: Sequence[Layer]) -> Iterator[tuple[Layer, ...]]:
     """Yield runs of layers, last run first. A run is one coupling, or all layers between two couplings.
 
-    A run is in forward order. Layers between couplings are cheap, so one inner backward pass for all saves calls.
+    Layers in a run are in forward order. Layers between couplings are cheap, so they share one inner backward pass.
     """
     for is_coupling, run in itertools.groupby(reversed(layers), key=lambda layer: isinstance(layer, Coupling)):
         if is_coupling:
@@ -127,6 +127,6 @@ def rebuild_run(layers: Sequence[Layer], h: Tensor) -> tuple[Leaves, Tensor, Ten
 
 
 def _autocast_now(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """A function that makes contexts with the present autocast state, which CUDA's backward thread does not inherit."""
+    """Return a function that makes contexts with the present autocast state; CUDA's backward thread lacks it."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)

@@ -260,5 +260,5 @@ class TarFlow(Flow):
         """See `Flow.is_guided`; a volume-preserving model has no log-scales to guide."""
         guided = super().is_guided(y, guidance)
         if guided and guidance is not None and guidance.what == "log_scale" and self.log_std is not None:
-            raise ValueError("a volume-preserving flow has no log-scales to guide (got what=log_scale); use mean")
+            raise ValueError("a volume-preserving flow has no log-scales to guide (got what=log_scale); use what=mean")
         return guided

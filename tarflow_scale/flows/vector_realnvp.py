@@ -1,7 +1,7 @@
 """RealNVP for vectors: affine couplings that alternate between even and odd dimensions.
 
 Dinh et al., "Density estimation using Real NVP", arXiv 1605.08803, section 3.4, with a mask of every second dimension.
-A coupling keeps a, one half of the dimensions, and changes b, the other half,
+A coupling keeps one half of the dimensions (a) and changes the other half (b),
 
     b' = b exp(s) + t,        s, t = network(a),        log|det| = sum s
 
@@ -84,7 +84,9 @@ class VectorRealNVP(Flow):
         if self.num_dims < 2:
             raise ValueError(f"RealNVP needs at least 2 dimensions (got {self.num_dims}); use another model")
         if config.normalization != "actnorm":
-            raise ValueError(f"model.normalization of vectors must be actnorm (got {config.normalization}); set it")
+            raise ValueError(
+                f"model.normalization must be actnorm for vectors (got {config.normalization}); use actnorm"
+            )
         self.log_scale_bound = config.log_scale_bound
         sizes = (self.num_dims - self.num_dims // 2, self.num_dims // 2)
         network = (config.width, config.residual_blocks, num_classes)
@@ -113,7 +115,7 @@ class VectorRealNVP(Flow):
         return z.flatten(1), log_dets.flatten(1).sum(dim=1)
 
     def encode_values(self, h: Tensor, y: Condition) -> tuple[Tensor, Tensor]:
-        """See `Flow.encode_values`; each dimension gets an affine map, which depends on other dimensions."""
+        """See `Flow.encode_values`; the scale and shift of a dimension depend on other dimensions."""
         with torch.autocast(h.device.type, enabled=False):
             halves = halves_of((h.flatten(1) + self.bias) * self.log_scale.exp())
             log_dets = halves_of(self.log_scale.expand(len(h), -1))

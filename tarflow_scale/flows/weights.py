@@ -77,7 +77,9 @@ def flow_from_files(files: dict[str, bytes], origin: str) -> Flow:
         check_finite(flow)
     except (KeyError, ValueError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{origin} does not hold a flow ({reason}); export or register it again") from error
+        raise DataError(
+            f"{origin} does not contain a valid flow ({reason}); export or register the flow again"
+        ) from error
     return flow.eval()
 
 
@@ -109,7 +111,7 @@ def read_plain_weights(path: str | os.PathLike[str], origin: str) -> Any:
     except Exception as error:  # a damaged or hostile file can raise any exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{origin} cannot be read as plain weights ({reason}); give a file that holds tensors and no code"
+            f"{origin} cannot be read as plain weights ({reason}); pass a file that contains only tensors"
         ) from error
 
 
@@ -128,5 +130,5 @@ def load_flow(path: str | os.PathLike[str]) -> Flow:
     path, names = os.fspath(path), (CONFIG_NAME, WEIGHTS_NAME)
     for name in names:
         if not storage.exists(storage.join(path, name)):
-            raise DataError(f"{path} is not a saved flow (no {name}); give the folder that save_flow wrote")
+            raise DataError(f"{path} is not a saved flow ({name} is missing); pass the folder that save_flow wrote")
     return flow_from_files({name: storage.read_bytes(storage.join(path, name)) for name in names}, path)

@@ -44,7 +44,7 @@ class PixelGaussian:
         return standard_normal_log_prob(whitened.T) + log_det
 
     def sample_levels(self, num: int, seed: int) -> Tensor:
-        """Samples ``(num, D)`` float64, rounded down to levels and clipped to the range of levels."""
+        """Pixel levels of ``num`` samples, ``(num, D)`` float64, rounded down and clipped to the range of levels."""
         z = np.stack([generator(Purpose.BASELINE, seed, i).standard_normal(len(self._mean)) for i in range(num)])
         return (torch.from_numpy(z) @ self._factor.T + self._mean).floor().clamp(0, self._top)
 

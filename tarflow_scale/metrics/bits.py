@@ -16,7 +16,7 @@ __all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "sampl
 
 _BATCH = 256
 _LEAST_EIGENVALUE = 1e-7
-"""Smallest accepted eigenvalue of a correlation matrix; below it, columns are linearly dependent in float32."""
+"""Smallest accepted eigenvalue of a correlation matrix; below it, float32 columns count as linearly dependent."""
 
 
 def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """DINOv2 ViT-L/14 as in published FD-DINOv2: PIL's bicubic resize to 224, ImageNet normalization, class token.
 
-Features equal the features of dgm-eval (Stein et al., arXiv 2306.04675) and the exact mode of edm2. torch-fidelity's
+Features are the same as in dgm-eval (Stein et al., arXiv 2306.04675) and in the exact mode of edm2. torch-fidelity's
 DINOv2 resizes as TensorFlow does, and cannot read a local file. The transformer comes from timm (extra ``dinov2``). The
 position embedding is resampled from the trained grid of 37 x 37 to 16 x 16 as in the published code, not as in timm.
 """
@@ -55,7 +55,10 @@ class DINOv2Extractor(FeatureExtractorBase):
             state["pos_embed"] = _resampled(state["pos_embed"])
             self.model.load_state_dict(state)
         except Exception as error:
-            raise DataError(f"{feature_extractor_weights_path} holds no weights of {name} ({error})") from error
+            raise DataError(
+                f"{feature_extractor_weights_path} does not contain the weights of {name} ({error}); download the file "
+                f"again"
+            ) from error
         self.requires_grad_(False)
         self.eval()
 
@@ -84,7 +87,7 @@ class DINOv2Extractor(FeatureExtractorBase):
 
 
 def _resampled(position: Tensor) -> Tensor:
-    """Resample the position embedding ``(1, 1 + 37 x 37, C)``, class token first, to ``(1, 1 + 16 x 16, C)``."""
+    """Resample the position embedding ``(1, 1 + 37 x 37, C)`` to ``(1, 1 + 16 x 16, C)``; the class token is first."""
     token, grid = position[:, :1], position[:, 1:]
     side = math.isqrt(grid.shape[1])
     scale = (_GRID + _INTERPOLATION_OFFSET) / side

@@ -42,7 +42,7 @@ class _Weights:
     """A published weights file."""
 
     file: str
-    """Name of the file, also in the torch hub cache."""
+    """Name of the file; the torch hub cache uses the same name."""
     source: str
     """Address of the download, for error messages."""
     prefix: str = ""
@@ -100,8 +100,8 @@ def layer_of(protocol: SampledProtocol) -> str:
 def weights_digest(protocol: SampledProtocol, weights: Mapping[str, str]) -> str:
     """SHA-256 of the weights file of an extractor, checked against the digest that the protocol requires.
 
-    An extractor without a weights file has a text instead: ``none`` for ``pixels``; for an extractor from an entry
-    point, the name and version of its package.
+    If the extractor has no weights file, returns ``none`` for ``pixels``, and the name and version of the package for
+    an extractor from an entry point.
 
     Args:
         protocol: gives the name of the extractor, and optionally the required digest of its weights.
@@ -124,7 +124,7 @@ def _checked_digest(name: str, weights: Mapping[str, str], required: str, user: 
     expected = required or (_WEIGHTS[name].prefix if name in _WEIGHTS else "")
     if not digest.startswith(expected):
         place = _weights_path(name, weights) or name
-        raise DataError(f"{place} is not the extractor of {user} (sha256 {digest}, not {expected}); replace it")
+        raise DataError(f"{place} does not match the extractor of {user} (sha256 {digest}, not {expected}); replace it")
     return digest
 
 
@@ -138,7 +138,9 @@ def _digest(name: str, weights: Mapping[str, str]) -> str:
     if not path.is_file():
         published = _WEIGHTS.get(name)
         get = f"download {published.file} from {published.source} and " if published else ""
-        raise DataError(f"no weights of {name} at {path}; {get}set metrics.extractor_weights.{name} to the file")
+        raise DataError(
+            f"weights of {name} are missing at {path}; {get}set metrics.extractor_weights.{name} to the file"
+        )
     return storage.digest(path)
 
 
@@ -222,7 +224,9 @@ def _entry_point(name: str) -> metadata.EntryPoint:
     points = {point.name: point for point in metadata.entry_points(group=_GROUP)}
     if name not in points:
         offered = sorted({"pixels", *_WEIGHTS, *points})
-        raise ConfigError(f"no extractor {name!r} (there are {', '.join(offered)}); install the package that has it")
+        raise ConfigError(
+            f"unknown extractor {name!r} (known: {', '.join(offered)}); install the package that provides it"
+        )
     return points[name]
 
 

@@ -82,7 +82,7 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Merge the moments of all parts in order. An iterator can load one part at a time, which saves memory."""
+    """Merge the moments of all parts in order. To save memory, pass an iterator that loads one part at a time."""
     return functools.reduce(Moments.merge, parts)
 
 
@@ -144,7 +144,7 @@ def frechet(samples: FeatureSet, layer: str, reference: str, infinity: bool) -> 
 
 @dataclass(frozen=True)
 class _GroupMoments:
-    """A task that computes the moments of the features of a range of images."""
+    """A task that computes the moments of features for the images ``[start, stop)``."""
 
     samples: FeatureSet
     layer: str

@@ -38,7 +38,7 @@ def _score(sums: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class _Sums:
-    """A task that computes the sums of `_score` over the images ``[start, stop)`` in each split."""
+    """A task that computes the sums for `_score`, over the images ``[start, stop)``, separately for each split."""
 
     samples: FeatureSet
     num_splits: int
@@ -56,7 +56,7 @@ class _Sums:
 
 
 def _splits(num: int, num_splits: int, seed: int) -> NDArray[np.int64]:
-    """Number of the split that each image belongs to."""
+    """Index of the split to which each image belongs, ``(num,)``."""
     order = np.random.RandomState(seed).permutation(num)
     splits = np.empty(num, dtype=np.int64)
     for split in range(num_splits):

@@ -20,7 +20,7 @@ def blocks(num: int) -> list[tuple[int, int]]:
 
 
 def standard_error(without: Sequence[float]) -> float:
-    """Standard error of a measure; ``without`` has one value of the measure for each block left out."""
+    """Standard error of a measure; ``without[i]`` is its value when block i is left out."""
     count = len(without)
     mean = math.fsum(without) / count
     return math.sqrt((count - 1) / count * math.fsum((value - mean) ** 2 for value in without))

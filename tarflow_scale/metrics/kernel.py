@@ -69,9 +69,9 @@ class _Subsets:
 
 @dataclass(frozen=True)
 class _KernelSums:
-    """A task that sums the kernel over pairs of an image in one block and another image.
+    """A task that sums the kernel over pairs of images; the first image of each pair is in block ``number``.
 
-    It returns the sum within the block, the sums with each later block, and the sum with all reference images.
+    It returns one sum per block, for this block and each later one, and the sum over pairs with a reference image.
     """
 
     samples: FeatureSet
@@ -97,7 +97,7 @@ def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _without_each(cut: list[tuple[int, int]], num_reference: int, sums: list[tuple[list[float], float]]) -> list[float]:
-    """The statistic with each block left out, minus a constant: the kernel term of pairs of reference images."""
+    """The statistic with each block left out. A constant is omitted: the term for pairs of reference images."""
     count = len(cut)
     inside = np.zeros((count, count))
     for number, (row, _) in enumerate(sums):

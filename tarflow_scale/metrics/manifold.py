@@ -76,7 +76,7 @@ class _Radii:
         write_arrays(location, {"radii": torch.stack(radii).numpy()})
 
     def _kth(self, nearest: Tensor) -> Tensor:
-        """The k-th smallest distance of each row over all blocks."""
+        """The k-th smallest distance for each feature, given its k smallest distances in each block."""
         return nearest.permute(1, 0, 2).flatten(1).kthvalue(self.neighbours, dim=1).values
 
 

@@ -98,7 +98,9 @@ def read_arrays(location: str, *names: str) -> Arrays:
         DataError: the file is missing or damaged.
     """
     if not storage.exists(location):
-        raise DataError(f"{location} does not exist, perhaps another evaluation removed it; run the same command again")
+        raise DataError(
+            f"{location} does not exist (another evaluation may have removed it); run the same command again"
+        )
     try:
         with np.load(io.BytesIO(storage.read_bytes(location)), allow_pickle=False) as archive:
             return {name: archive[name] for name in names or archive.files}
@@ -114,7 +116,7 @@ def _rows(location: str, layer: str) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Images:
-    """The images that an extractor reads, and the conversion of their values to levels.
+    """The images that an extractor reads, and the settings that convert their values to pixel levels.
 
     kind: ``sample`` for images generated from latents of ``seed``; ``reference`` for images of the reference data set:
     all of them in order if ``seed`` is None, otherwise a random subset of ``num`` images.
@@ -129,7 +131,7 @@ class Images:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of some images by one extractor, which several protocols may share.
+    """Features that one extractor computes from some images; several protocols may share them.
 
     extractor_digest: see `tarflow_scale.metrics.features.weights_digest`. layers: layers of the extractor, such as
     ``pool``. folder: folder of the parts. reduced: whether parts hold moments of features instead of features.

@@ -35,7 +35,7 @@ class Binding(Record):
 
 
 class References:
-    """The stored bindings and moments of protocols.
+    """The cache that stores, for each protocol, its binding to reference images and their moments.
 
     Args:
         path: folder or URL of the cache.
@@ -66,20 +66,20 @@ class References:
         binding = Binding.from_json(storage.read_bytes(location), location, DataError)
         if binding.protocol_digest != protocol.digest:
             raise ConfigError(
-                f"protocol {protocol.name} has changed since it was bound to {binding.data} (digest "
-                f"{protocol.digest[:12]}, not {binding.protocol_digest[:12]}); give the new edition another name, or "
-                f"use another reference.cache"
+                f"protocol {protocol.name} has changed since it was first used with {binding.data} (digest now "
+                f"{protocol.digest[:12]}, then {binding.protocol_digest[:12]}); give the changed protocol another "
+                f"name, or use another reference.cache"
             )
         if binding.extractor != extractor:
             raise DataError(
                 f"protocol {protocol.name} is bound to another extractor ({binding.extractor[:12]}, not "
-                f"{extractor[:12]}); use that one, or another reference.cache"
+                f"{extractor[:12]}); use the first of these extractors, or another reference.cache"
             )
         if binding.manifest_digest != manifest.digest and not again:
             raise DataError(
                 f"protocol {protocol.name} is bound to the reference {binding.data} with manifest "
                 f"{binding.manifest_digest[:12]} (got {_name(manifest)}, {manifest.digest[:12]}); if these are the "
-                f"same images packed again, run 'evaluate --reference', else use another protocol name"
+                f"same images packed again, run 'evaluate --reference', otherwise use another protocol name"
             )
         return binding
 
@@ -100,7 +100,7 @@ class References:
         before = self.find(protocol, extractor, manifest, again=True)
         if before is not None and before.images_digest != images_digest:
             raise DataError(
-                f"protocol {protocol.name} is bound to other images than those of {_name(manifest)}; use another "
+                f"protocol {protocol.name} is bound to images that differ from {_name(manifest)}; use another "
                 f"protocol name, or another reference.cache"
             )
         content = None if moments is None else packed(moments.to_arrays(layer))

@@ -21,7 +21,7 @@ class PartIdentity:
 
     device: kind of device, number of threads and version of torch. weights: digest of the model, and sampling settings;
     None if nothing is sampled. test, reference: digests of the manifests. folder: a function that returns the folder of
-    parts for a key; the key contains everything that determines them.
+    parts for a key; the key contains everything that determines the parts.
     """
 
     device: Any
@@ -98,7 +98,7 @@ def requirements_of(
 
 
 def _pass_of(features: FeatureSet) -> Any:
-    """A key that is equal for feature sets from the same pass over images; it ignores the number of samples."""
+    """A key that is equal for feature sets from the same pass over images, even with different numbers of samples."""
     images = features.images
     return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
 

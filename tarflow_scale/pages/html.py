@@ -1,7 +1,7 @@
 """Answers, rankings, pictures, curves and history as one HTML file that makes no requests.
 
-Styles, script and pictures are inside the file. The page begins with the answers. Tables can be sorted and details
-folded by keyboard. The page follows the light or dark setting of the browser, and shows every number on a phone without
+Styles, script and pictures are inside the file. The page begins with the answers. Keyboard users can sort tables and
+fold details. The page follows the light or dark setting of the browser, and shows every number on a phone without
 scrolling sideways. Only sorting needs the script. The markup is in ``page.html.jinja``, which escapes every value; the
 security policy of the page allows only its own script.
 """
@@ -121,7 +121,10 @@ def _boards(page: Page) -> list[dict[str, Any]]:
             | {"requirement": readable(reason.requirement), "found": readable(reason.found)}
             for reason in (word.decision.reasons if word else ())
         ]
-        protocol = {"protocol id": ranking.protocol_id or "not bound here", "unit": ranking.unit}
+        protocol = {
+            "protocol id": ranking.protocol_id or "unknown, because no version was evaluated",
+            "unit": ranking.unit,
+        }
         protocol |= ranking.protocol.model_dump(mode="json")
         gate = word.decision.gate if word else ""
         board = {"ranking": ranking, "protocol": protocol, "gate": gate, "reasons": reasons, "pictures": pictures}

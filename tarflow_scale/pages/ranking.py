@@ -75,7 +75,7 @@ class Ranking:
 
     @property
     def decimals(self) -> int:
-        """Number of decimals of all numbers on the board; the best number gets four digits."""
+        """Number of decimals of all numbers on the board; the best number gets four significant digits."""
         first = next(iter([*self.ours, *self.rows]), None)
         return 3 if first is None else decimals_of(first.value)
 

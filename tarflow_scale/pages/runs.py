@@ -148,7 +148,7 @@ def curves_of(runs: Sequence[Run], unit: str) -> dict[str, Series]:
 
 
 class CurveFile:
-    """Draws ``curve.png`` in a run folder, and a copy beside the previews, at most once a minute and at the end.
+    """Draws ``curve.png`` in a run folder, and a copy beside the previews, at most once per minute and at the end.
 
     Args:
         path: the run folder; records that are already in its log are drawn too.

@@ -75,7 +75,7 @@ def _answers(host: str, port: str) -> bool:
 
 
 def _own_address() -> str:
-    """This machine's address as Ray determines it: the source address of the route to the internet. Sends nothing."""
+    """This machine's address as Ray determines it: the source address of the route to the internet. Sends no packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("8.8.8.8", 80))
@@ -122,8 +122,8 @@ def is_own_address(host: str) -> bool:
 def token_in_words() -> str:
     """Description of the token that this process would send."""
     if os.environ.get("RAY_AUTH_MODE") != "token":
-        return "none, as RAY_AUTH_MODE is not token"
+        return "no token, because RAY_AUTH_MODE is not token"
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         if os.environ.get(name):
-            return f"that of {name}"
-    return "that of ~/.ray/auth_token"
+            return f"the token of {name}"
+    return "the token of ~/.ray/auth_token"

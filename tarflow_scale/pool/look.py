@@ -58,13 +58,13 @@ def look_at(address: str) -> ClusterFacts | None:
         nodes = [node for node in client.get_all_node_info(timeout=CONNECT_SECONDS).values() if _is_alive(node)]
     except AuthenticationError as error:
         raise ConfigError(
-            f"the cluster at {address} must be shown its own token (got a wrong one or none: {token_in_words()}); set "
-            f"RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster"
+            f"the cluster at {address} accepts only its own token (got {token_in_words()}); set RAY_AUTH_MODE=token, "
+            f"and RAY_AUTH_TOKEN_PATH to a file with the token of the cluster"
         ) from error
     except (RayError, RuntimeError, AttributeError) as error:  # AttributeError: the server is not Ray's
-        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start one") from error
+        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); start a cluster") from error
     if not nodes:
-        raise UserError(f"the cluster at {address} must have a live node (got none); start it again")
+        raise UserError(f"the cluster at {address} must have a live node (got none); start the cluster again")
     return ClusterFacts(
         ray_version=str(versions["ray_version"]),
         python_version=str(versions["python_version"]),

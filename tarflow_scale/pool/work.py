@@ -38,8 +38,8 @@ class Unit(Protocol):
 T = TypeVar("T")
 U = TypeVar("U", bound=Unit)
 _PATIENCE, _LEAST_PATIENCE_SECONDS = 3.0, 10.0
-"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, and for at
-least 10 s."""
+"""An idle worker repeats an unfinished unit if no unit has finished for 3 times the longest run time so far, or for
+10 s if that is longer."""
 _POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 256 * 1024**2
 """Size of the object store of a cluster that the pool starts. It can be small, because workers return records and
@@ -261,7 +261,8 @@ def _refusal(error: Exception, address: str | None) -> UserError:
             f"set cluster.executor=local"
         )
     return UserError(
-        f"the Ray cluster at {address} must accept this process (got: {got}); use its versions of Ray and Python"
+        f"the Ray cluster at {address} must accept this process (got: {got}); use the same versions of Ray "
+        f"and Python as the cluster"
     )
 
 

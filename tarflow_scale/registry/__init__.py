@@ -5,8 +5,8 @@ event before it. ``blobs/sha256/<digest>`` are the files. Writers compete for th
 wins; readers need no lock. A missing, damaged or modified event or blob raises an error that names it.
 
 `Registry` reads and changes one model. `log` reads its events, and `state` computes the state of the model from them.
-`store` keeps the blobs, and tests whether the folder or bucket can create a file only if it is absent. `gate` decides
-on promotions, and `collection` deletes blobs that no version needs.
+`store` keeps the blobs, and tests whether the folder or bucket supports create-if-absent. `gate` decides on promotions,
+and `collection` deletes blobs that no version needs.
 """
 
 from tarflow_scale.registry import collection

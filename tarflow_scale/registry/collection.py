@@ -5,8 +5,9 @@ no event names comes from an upload that was not completed; it is deleted when i
 models of a registry share its blobs, so all logs are read.
 
 A ``collect`` event is written before the blobs of a version are deleted; if the collector is killed, the next one
-deletes the rest. A writer that reuses an old blob writes the blob again before and after its event (`Store.keep`),
-which resets the age of the blob. The collector checks this age just before it deletes the blob.
+deletes the rest. A writer that reuses an old blob writes the blob again before its event (`Store.keep`), which resets
+the age of the blob. The collector checks this age just before it deletes the blob. After its event, `Registry.register`
+calls `Store.keep` again, in case the blob was deleted before the event was written.
 """
 
 import time
@@ -41,7 +42,10 @@ def garbage(path: str, grace_seconds: float) -> Garbage:
         RegistryError: there is no registry, a log is damaged, or the grace period is too short for running writers.
     """
     if grace_seconds < 2 * FRESH_SECONDS:
-        raise RegistryError(f"the grace period must be at least {2 * FRESH_SECONDS / 3600:g} hours; raise it")
+        raise RegistryError(
+            f"the grace period must be at least {2 * FRESH_SECONDS / 3600:g} hours (got {grace_seconds / 3600:g}); "
+            f"raise command.grace_days"
+        )
     result, needed = Garbage(), set[str]()
     now = time.time()
     for model in Registry.models(path):
@@ -70,7 +74,9 @@ def collect(path: str, unneeded: Garbage, grace_seconds: float, reason: str) -> 
 
         def decide(state: ModelState, versions: list[int] = versions) -> dict[str, list[int]]:
             if not set(versions) <= set(state.retired):
-                raise RegistryError("a version that was to be collected is not retired; run collect again")
+                raise RegistryError(
+                    "the files of a version can be deleted only while it is retired; run 'models collect' again"
+                )
             return {"versions": versions}
 
         Registry(path, model).append("collect", reason, decide)
@@ -90,10 +96,10 @@ def named_by(state: ModelState, version: int) -> Iterator[tuple[str, FileRecord]
         yield "configuration", record.configuration
     for report in state.reports.get(version, []):
         if report.grid is not None:
-            yield "samples of a report", report.grid
+            yield "the sample grid of a report", report.grid
         for name, metric in report.metrics.items():
             if metric.per_image is not None:
-                yield f"{name} of each image", metric.per_image
+                yield f"the file of {name} per image", metric.per_image
 
 
 def _is_older(location: str, seconds: float) -> bool:

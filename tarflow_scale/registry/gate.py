@@ -79,7 +79,7 @@ class Contender:
         return values[-1] if values else None
 
     def of_images(self, metric: MetricValue) -> Sequence[tuple[bytes, float]]:
-        """Per-image values with mean ``metric``; empty if they were not stored."""
+        """The per-image values that were averaged to ``metric``; empty if they were not stored."""
         return () if metric.per_image is None else self.per_image.get(metric.per_image.sha256, ())
 
 
@@ -100,7 +100,7 @@ def read_contender(registry: Registry, state: ModelState, version: int) -> Conte
     for digest, record in stored.items():
         from safetensors.numpy import load as load_arrays  # imported here, because most versions do not need NumPy
 
-        arrays = load_arrays(registry.read("numbers of each image", record))
+        arrays = load_arrays(registry.read("the file of values per image", record))
         costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
         pairs = zip(arrays["image_sha256"], costs, strict=True)
         per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
@@ -167,9 +167,12 @@ def _in_words(data: DataSetFacts | None) -> str:
 
 def _without_number(candidate: Contender) -> str:
     if not candidate.reports:
-        return "no report at all; run 'tarflow-scale evaluate' first"
+        return "the version has no report; run 'tarflow-scale evaluate' first"
     names = ", ".join(sorted({metric.protocol for report in candidate.reports for metric in report.metrics.values()}))
-    return f"only reports by {names}, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
+    return (
+        f"the version has reports only by other protocols, or by an earlier edition of this protocol ({names}); run "
+        f"'tarflow-scale evaluate' with this protocol"
+    )
 
 
 def _bounds(requirement: Requirement, protocol: Protocol, value: MetricValue) -> list[Reason]:
@@ -204,16 +207,16 @@ def _against(
     if other is None:
         return reason("there is no champion yet", True)
     if other.name == candidate.name:
-        return reason("it is the champion", True)
+        return reason("the version is already the champion", True)
     best = other.value(protocol, value.protocol_id)
     if best is None:
         return reason(f"{other.name} has no number with the same protocol id; evaluate it on the same reference", False)
     gain, error, how = lead(protocol, candidate, value, other, best)
     comparison = f"{value.value:.4f} against {best.value:.4f} of {other.name}"
     if error is None:
-        return reason(f"{comparison}, but without standard errors; evaluate both again", False)
+        return reason(f"{comparison}, but without standard errors; evaluate both versions again", False)
     limit = gain - NormalDist().inv_cdf(requirement.confidence) * error
-    return reason(f"{comparison}: better by {gain:.4f} ± {error:.4f} {how}", limit > requirement.margin)
+    return reason(f"{comparison}: better by {gain:.4f} ± {error:.4f}, compared {how}", limit > requirement.margin)
 
 
 def lead(

@@ -1,4 +1,4 @@
-"""A lease: a lock that expires, on any store that can create a file only if it is absent.
+"""A lease is a lock that expires. It works on any store that supports create-if-absent.
 
 The process that creates ``<path>/<n>.json`` is holder n. It renews the file regularly; after the file has expired,
 another process may become holder n + 1. Expiry compares the clocks of machines, so two processes may hold a lease at

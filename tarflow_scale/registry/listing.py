@@ -27,5 +27,5 @@ def readable_models(path: str) -> dict[str, ModelState]:
     if not states:
         raise failures[0]
     for error in failures:
-        warnings.warn(f"a model is left out: {error}", stacklevel=2)
+        warnings.warn(f"skipping a model that cannot be read: {error}", stacklevel=2)
     return states

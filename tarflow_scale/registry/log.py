@@ -102,7 +102,9 @@ class EventLog:
             if not event.is_intact(content):
                 raise RegistryError(f"{location} is damaged (its checksum differs); restore the log from a backup")
             if event.number != number or event.previous != previous:
-                raise RegistryError(f"{location} breaks the chain of the log; restore the log from a backup")
+                raise RegistryError(
+                    f"{location} does not follow the previous event of the log; restore the log from a backup"
+                )
             previous = storage.digest(content)
             yield event, previous
 

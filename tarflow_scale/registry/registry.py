@@ -54,7 +54,7 @@ class Registry:
 
     def __init__(self, path: str, model: str) -> None:
         self.path = path
-        self.model = _checked(model, "a model")
+        self.model = _checked(model, "the name of a model")
         self.store = Store(path)
         """The part of the registry that all models share."""
         self.log = EventLog(storage.join(path, model, "_log"))
@@ -72,7 +72,7 @@ class Registry:
         """
         names = [name for name in storage.list_names(path) if _NAME.fullmatch(name) and _has_log(path, name)]
         if not names:
-            raise RegistryError(f"no registry at {path}; finish a run of training, or check the path")
+            raise RegistryError(f"no registry at {path}; finish a training run first, or check the path")
         return names
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Registry:
         except RegistryError as error:  # the registry has no model at all
             return error
         return RegistryError(
-            f"no model {self.model!r} in the registry {self.path} (there are {models}); check registry.model"
+            f"no model {self.model!r} in the registry {self.path} (its models: {models}); check registry.model"
         )
 
     def replayed(self) -> ModelState:
@@ -133,7 +133,7 @@ class Registry:
         """
         when = self.state().collected.get(version.version)
         if when is not None:
-            raise RegistryError(f"{self.model}@{version.version} was retired and its files deleted on {when}")
+            raise RegistryError(f"{self.model}@{version.version} was retired and its files were deleted on {when}")
         return {name: self.read(name, record) for name, record in version.files.items()}
 
     def read(self, name: str, record: FileRecord) -> bytes:
@@ -198,11 +198,12 @@ class Registry:
             version = resolve(state, report.version, self.model)
             if once and state.has_numbers(version.version, {m.protocol_digest for m in report.metrics.values()}):
                 raise AlreadyReported(
-                    f"{self.model}@{version.version} was evaluated by another process; nothing was added"
+                    f"{self.model}@{version.version} was evaluated by another process; no report was added"
                 )
             if version.weights_digest != report.weights_digest:
                 raise RegistryError(
-                    f"the report is about other weights than those of {self.model}@{report.version}; evaluate again"
+                    f"the report must be about the weights of {self.model}@{report.version} (got other weights); "
+                    f"evaluate the version again"
                 )
             return {"report": report.model_dump(mode="json")}
 
@@ -261,7 +262,7 @@ class Registry:
         """
         before = self.state()
         if alias not in before.aliases:
-            raise RegistryError(f"no alias {alias!r} of {self.model} (got {known(before.aliases)}); check the name")
+            raise RegistryError(f"{self.model} has no alias {alias!r} (it has {known(before.aliases)}); check the name")
         current = before.aliases[alias]
 
         def decide(state: ModelState) -> dict[str, Any]:
@@ -285,7 +286,9 @@ class Registry:
             self.check_usable(state, version)
             held = [alias for alias, number in state.aliases.items() if number == version]
             if held:
-                raise RegistryError(f"{self.model}@{version} is {', '.join(held)}; move the alias first")
+                raise RegistryError(
+                    f"{self.model}@{version} must have no alias to be retired (got {', '.join(held)}); move the alias"
+                )
             return {"version": version}
 
         self.append("retire", reason, decide)
@@ -323,8 +326,8 @@ class Registry:
             self.check_usable(state, version)
             if kind == "alias" and alias in state.guarded:
                 raise RegistryError(
-                    f"alias {alias!r} of {self.model} is guarded by gate {state.guarded[alias] or 'of promote'}; use "
-                    f"the verb promote"
+                    f"alias {alias!r} of {self.model} is guarded by gate {state.guarded[alias] or '(unnamed)'}; move "
+                    f"it with the verb promote"
                 )
             return {"alias": alias, "version": version, "expected": expected, **more}
 
@@ -338,13 +341,13 @@ class Registry:
         """
         resolve(state, version, self.model)
         if version in state.retired:
-            raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; choose another")
+            raise RegistryError(f"{self.model}@{version} was retired on {state.retired[version]}; use another version")
 
     def _check_unmoved(self, state: ModelState, alias: str, expected: int | None) -> None:
         version = state.aliases.get(alias)
         if version != expected:
             raise RegistryError(
-                f"alias {alias!r} of {self.model} moved meanwhile (got {version}, not {expected}); try again"
+                f"another process moved alias {alias!r} of {self.model} (got {version}, not {expected}); try again"
             )
 
     def _refreshed(self) -> ModelState:
@@ -364,7 +367,7 @@ class Registry:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": error.args, "msg": "missing"}
             raise RegistryError(
                 f"the log of {self.model} in {self.path} holds an event that cannot be read "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); use the version of this package that wrote it"
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); use the version of tarflow-scale that wrote it"
             ) from error
         except RegistryError:
             self._state = ModelState()
@@ -393,5 +396,5 @@ def _has_log(path: str, name: str) -> bool:
 
 def _checked(name: str, noun: str) -> str:
     if not _NAME.fullmatch(name):
-        raise RegistryError(f"{noun} must be named by letters, digits, dots, dashes and underscores (got {name!r})")
+        raise RegistryError(f"{noun} must consist of letters, digits, dots, dashes and underscores (got {name!r})")
     return name

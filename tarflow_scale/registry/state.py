@@ -156,18 +156,20 @@ def resolve(state: ModelState, reference: int | str, model: str) -> ModelVersion
     if reference == "latest":
         usable = [number for number in state.versions if number not in state.retired]
         if not usable:
-            raise RegistryError(f"model {model!r} has no version yet; train one")
+            raise RegistryError(f"model {model!r} has no version yet; train a version first")
         return state.versions[max(usable)]
     if isinstance(reference, str) and not reference.isdecimal():
         if reference not in state.aliases:
             raise RegistryError(
-                f"no alias {reference!r} of {model} (there is {known(state.aliases)}); promote a version first, "
-                f"or name one, such as latest"
+                f"{model} has no alias {reference!r} (its aliases: {known(state.aliases)}); promote a version first, "
+                f"or use another reference, such as latest"
             )
         return state.versions[state.aliases[reference]]
     number = int(reference)
     if number not in state.versions:
-        raise RegistryError(f"no version {number} of {model} (there are {known(state.versions)}); check the number")
+        raise RegistryError(
+            f"{model} has no version {number} (its versions: {known(state.versions)}); check the number"
+        )
     return state.versions[number]
 
 

@@ -75,8 +75,8 @@ class Store:
                 marker = Marker.from_json(content, location)
                 if marker.format > _FORMAT:
                     raise RegistryError(
-                        f"{self.path} is a registry of format {marker.format} (this package knows {_FORMAT}); upgrade "
-                        f"tarflow-scale"
+                        f"{self.path} has registry format {marker.format} (this version of tarflow-scale reads format "
+                        f"{_FORMAT}); upgrade tarflow-scale"
                     )
                 self._marker = marker
         return self._marker
@@ -111,7 +111,8 @@ class Store:
         """Create the folder with shared modes, and check that its file system keeps the modes."""
         if storage.is_remote(self.path):
             raise RegistryError(
-                f"command.shared sets modes of local files (got it for {self.path}); set who may write in the store"
+                f"command.shared must be used with a local folder (got {self.path}); set the permissions in the object "
+                f"store"
             )
         root = storage.local(self.path)
         with storage.explained(self.path, "write"):
@@ -121,18 +122,18 @@ class Store:
             except PermissionError as error:
                 raise RegistryError(
                     f"{self.path} must be writable by its group and have the set-group-ID bit (got "
-                    f"{storage.described(root)}); let its owner run this command, or chmod g+rwxs"
+                    f"{storage.described(root)}); let its owner run this command or chmod g+rwxs"
                 ) from error
             mode = root.stat().st_mode
             if mode & bits != bits:
                 raise RegistryError(
                     f"{self.path} must be on a file system that keeps modes (got {storage.described(root)} after "
-                    f"chmod); leave out command.shared and set the modes when it is mounted"
+                    f"chmod); remove command.shared, and set the modes in the mount options"
                 )
             if not mode & stat.S_ISGID:
                 warnings.warn(
                     f"{self.path} does not keep the set-group-ID bit ({storage.described(root)} after chmod g+s); "
-                    f"files that others write may have their own group",
+                    f"files of other users may belong to their own groups",
                     stacklevel=3,
                 )
 
@@ -140,7 +141,7 @@ class Store:
         """Set the modes of all existing files and folders.
 
         Raises:
-            RegistryError: other users own some of the files, and must run the same command.
+            RegistryError: other users own some of the files; each of them must run the same command.
         """
         not_owned: list[Path] = []
         for path in sorted(storage.local(self.path).rglob("*")):
@@ -152,7 +153,7 @@ class Store:
                 continue  # a temporary file that its writer removed meanwhile
         if not_owned:
             raise RegistryError(
-                f"{len(not_owned)} files and folders of {self.path} must be shared by their owners (first: "
+                f"{len(not_owned)} files and folders of {self.path} can be shared only by their owners (first: "
                 f"{not_owned[0]} is {storage.described(not_owned[0])}); let each owner run the same command"
             )
 
@@ -166,8 +167,9 @@ class Store:
             winners = self._winners(num_keys)
         if winners > num_keys:
             raise RegistryError(
-                f"{self.path} has no create-if-absent ({_WRITERS} writers created {num_keys} names {winners} times); "
-                f"use a store that has it, or set command.single_writer=true if only one process writes"
+                f"{self.path} does not support create-if-absent ({_WRITERS} writers competed for {num_keys} names, and "
+                f"{winners} creations succeeded); use a store that supports it, or set command.single_writer=true if "
+                f"only one process writes"
             )
         return f"{_WRITERS} writers, {num_keys} names, {winners} winners"
 
@@ -256,9 +258,9 @@ class Store:
         location = self.blob(record.sha256)
         content = storage.read_if_there(location)
         if content is None:
-            raise RegistryError(f"{name} is missing from the registry ({location}); restore the blob")
+            raise RegistryError(f"{name} is missing from the registry ({location}); restore this file from a backup")
         if storage.digest(content) != record.sha256:
-            raise RegistryError(f"{name} does not match its digest ({location}); restore the blob")
+            raise RegistryError(f"{name} does not match its digest ({location}); restore this file from a backup")
         return content
 
     def problems(self, needed: dict[str, str], seen: Callable[[str], None]) -> list[str]:

@@ -89,7 +89,7 @@ class ProgressBar:
         now = time.monotonic()
         since, before = self._rated or (now, self._done)
         rate = (self._done - before) / (now - since) if now - since >= _LEAST_RATED_SECONDS else 0.0
-        speed = f", {rate:,.{0 if rate >= 10 else 2}f} a second" if rate > 0 else ""
+        speed = f", {rate:,.{0 if rate >= 10 else 2}f} per second" if rate > 0 else ""
         left = f", {_clock((self._total - self._done) / rate)} left" if rate > 0 and self._done < self._total else ""
         line = (
             f"{self._description}: {self._done:,} of {self._total:,} {self._unit} "

@@ -132,7 +132,7 @@ def check_equal(module: "Module") -> None:
     all_digests = gather(digests)
     differing = sorted(name for name in digests if any(ranks.get(name) != digests[name] for ranks in all_digests))
     if differing or any(ranks.keys() != digests.keys() for ranks in all_digests):
-        raise RuntimeError(f"ranks start from different tensors: {', '.join(differing) or 'other names'}")
+        raise RuntimeError(f"ranks start from different tensors: {', '.join(differing) or 'different names'}")
 
 
 def gather(value: T) -> list[T]:

@@ -11,7 +11,7 @@ from types import FrameType
 
 __all__ = ["INTERRUPTED", "INTERRUPTED_CODE", "end_process", "raise_exceptions"]
 
-INTERRUPTED = "tarflow-scale: interrupted; run the same command again to go on"
+INTERRUPTED = "tarflow-scale: interrupted; run the same command again to continue"
 INTERRUPTED_CODE = 130
 
 

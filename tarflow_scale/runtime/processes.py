@@ -52,7 +52,7 @@ def stop_signals_held() -> Generator[None]:
 
     Child processes inherit the blocked signals. A worker process needs this until it ignores the signals itself. The
     resource tracker of `multiprocessing` needs it because SIGUSR1 would kill the tracker, and the parent would then
-    print a traceback at its end.
+    print a traceback when it exits.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -125,7 +125,7 @@ def _end_with_offspring(child: BaseProcess) -> None:
 
 def _end_in_words(exit_code: int | None, output: bytes) -> str:
     lines = output.decode(errors="replace").strip().splitlines()
-    how = f"ended by {signal.Signals(-exit_code).name}" if exit_code and exit_code < 0 else f"ended with {exit_code}"
+    how = f"ended by {signal.Signals(-exit_code).name}" if exit_code and exit_code < 0 else f"exit code {exit_code}"
     return how + (f": {lines[-1].strip()}" if lines else "")
 
 
@@ -168,8 +168,8 @@ def _locked(lock: Path, wait_seconds: float) -> IO[bytes]:
             file.close()
             if time.monotonic() - started > wait_seconds:
                 raise StorageError(
-                    f"{lock.parent} takes one writer at a time (in use by {holder}); wait for it, stop it, or choose "
-                    f"another folder"
+                    f"{lock.parent} must have one writer at a time (in use by {holder}); wait for that process, stop "
+                    f"it, or choose another folder"
                 ) from None
             if not reported:
                 print(f"waiting for {holder} to release {lock.parent}", file=sys.stderr, flush=True)
@@ -177,7 +177,9 @@ def _locked(lock: Path, wait_seconds: float) -> IO[bytes]:
             time.sleep(_POLL_SECONDS)
             continue
         except OSError as error:  # some network file systems have no locks
-            warnings.warn(f"no lock on {lock.parent} ({error.strerror}); start only one writer", stacklevel=4)
+            warnings.warn(
+                f"cannot lock {lock.parent} ({error.strerror}); let only one process write there", stacklevel=4
+            )
             return file
         if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             return file

@@ -78,7 +78,10 @@ def _stream(number: int, before: TextIO | None) -> TextIO:
 
 
 def exit_code(code: int) -> int:
-    """Flush standard output and return the exit code; ``code`` is the exit code of the work if no output was lost."""
+    """Flush standard output and return ``code``, or 2 if ``code`` is 0 and output was lost.
+
+    Output that was lost because the reader exited does not count.
+    """
     stream = sys.stdout
     stream.flush()
     buffer = getattr(stream, "buffer", None)
@@ -87,7 +90,7 @@ def exit_code(code: int) -> int:
         return code
     print(
         f"tarflow-scale: error: standard output must be writable (got: {error.strerror}); the work is done, but its "
-        f"output is lost: free space or redirect it",
+        f"output is lost: free disk space, or redirect the output to a file",
         file=sys.stderr,
     )
     return 2

@@ -40,9 +40,9 @@ def fitting_batch(asked: int | None, bytes_per_image: int, device: torch.device)
     fits = int(_SHARE * free_bytes(device)) // bytes_per_image
     if fits < (asked or 1):
         free, needed = free_bytes(device) / _GIB, (asked or 1) * bytes_per_image / _GIB
-        cure = f"use {fits}, or null for the largest" if fits else "use another device, or decoder.precision=bf16"
+        cure = f"use {fits}, or null for the maximum" if fits else "use another device, or decoder.precision=bf16"
         raise ConfigError(
-            f"sampling.batch_size does not fit in memory (got {asked or 1}, which needs {needed:.3g} GiB of {free:.3g} "
-            f"GiB free); {cure}"
+            f"sampling.batch_size does not fit in memory (got {asked or 1}, which needs {needed:.3g} GiB, and "
+            f"{free:.3g} GiB are free); {cure}"
         )
     return asked or min(fits, _MOST)

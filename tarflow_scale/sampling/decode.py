@@ -34,10 +34,10 @@ _LIMIT = 1e4
 _RECHECK = 2
 """Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16
-"""Upper bound of the activations per token, in multiples of C: queries, keys, values, the 4 C layer twice, copies."""
+"""Upper bound of the activation values per token, divided by C: queries, keys, values, two of width 4 C, copies."""
 
 Progress = Callable[[int], object]
-"""A function that is called with the number of tokens that have just become final; they add up to T - 1 per block."""
+"""A function that is called with the number of tokens that have just become final. The sum is T - 1 for each block."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,10 @@ class TarFlowDecoder:
         guidance: Guidance | None,
         schedule: Schedule,
     ) -> tuple[Tensor, BlockCost]:
-        """Invert block ``number`` (in decoding order) for ``z (B, T, D)`` in image order; also return the cost."""
+        """Invert one block for ``z (B, T, D)``, whose tokens are in image order.
+
+        ``number`` counts the blocks in decoding order. Returns the inverse and its cost.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._decode(number, self.networks()[number], z, y, guidance, schedule, None)
 
@@ -274,7 +277,7 @@ class _Predictor:
         return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
 
     def _guided(self, lanes: Tensor, part: slice, acts: bool) -> Tensor:
-        """Return a + scale (a - a_weak); the second half of the rows is the weak prediction."""
+        """Return a + scale (a - a_weak). The rows of ``lanes`` are a, followed by a_weak; if not ``acts``, return a."""
         strong, weak = lanes.chunk(2)
         return strong + self._strengths[part] * (strong - weak) if acts else strong
 

@@ -79,7 +79,7 @@ def guarded(sampler: Sampler, indices: range, guard: GuardConfig, level: float) 
             if attempt == guard.attempts:
                 fault = "not finite" if not bool(finite[bad[0]]) else "saturated"
                 raise NumericsError(
-                    f"image {part[bad[0]]} was {fault} at {attempt + 1} attempts; check the model, or lower "
+                    f"image {part[bad[0]]} was {fault} after {attempt + 1} attempts; check the model, or lower "
                     f"sampling.guidance.scale and sampling.temperature"
                 )
             x = x.clone()

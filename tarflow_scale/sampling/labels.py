@@ -65,7 +65,9 @@ def check_labels(rule: Labels, num_classes: int | None) -> None:
     if rule == "balanced":
         return
     if num_classes is None:
-        raise ConfigError(f"sampling.labels needs a flow with classes (got {rule} for one without); leave it out")
+        raise ConfigError(
+            f"sampling.labels needs a flow with classes (got {rule} and a flow without classes); remove it"
+        )
     wrong = [label for label in rule if not 0 <= label < num_classes]
     if wrong or not rule:
         raise ConfigError(f"sampling.labels must be in 0..{num_classes - 1} (got {wrong or 'none'}); correct them")

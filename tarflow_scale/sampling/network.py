@@ -132,20 +132,21 @@ class BlockNetwork:
         return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
-        """Position embedding plus condition of every token, ``(B, T, C)`` in reading order."""
+        """Sum of the position and condition embeddings of every token, ``(B, T, C)`` in reading order."""
         block = self.block
         return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
 
     def parameters(
         self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Predict log-scale (None if volume is preserved) and mean ``(R, c, D)`` of the token after each of ``tokens``.
+        """For each token, predict the log-scale and the mean of the next token, both ``(R, c, D)`` in fp32 or wider.
 
-        Both results are in fp32 or wider.
+        The log-scale is None if the block preserves volume. R is B, or 2 B with guidance, whose two predictions use the
+        same tokens.
 
         Args:
-            tokens: ``(B, c, D)``, at reading positions from ``start``; both predictions of guidance use them.
-            offsets: ``(R, c, C)``, `offsets` at these positions.
+            tokens: ``(B, c, D)``, the tokens at positions ``start``, ``start + 1``, ... in reading order.
+            offsets: ``(R, c, C)``, the result of the method `offsets` for these positions.
             cache: see `new_cache`; positions before ``start`` are read, the positions of ``tokens`` are written.
             start: position of the first token.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.

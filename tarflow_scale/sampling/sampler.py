@@ -31,14 +31,14 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _ENCODED_BACK = 4
 """Number of images of a batch that are encoded again to measure the error of decoding."""
 _DENOISED_AT_ONCE = 4
-"""Number of parts into which a batch is divided for denoising, because denoising stores all activations."""
+"""A batch is denoised in this many parts, one after the other, because denoising stores all activations."""
 
 
 class Sampler:
     """Draws images from a flow.
 
     Args:
-        flow: a flow in evaluation mode; its ``pixels`` define how floats become levels.
+        flow: a flow in evaluation mode; its ``pixels`` define how floats are converted to pixels.
         seed: seed of the latents.
         settings: the section ``sampling``.
         calibration: chunk sizes of the blocks; required by ``decoder.kind=adaptive``.
@@ -126,7 +126,7 @@ class Sampler:
             yield x
 
     def images(self, indices: range) -> Tensor:
-        """Draw stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU, quantized according to the training noise.
+        """Draw stored pixels ``(len(indices), C, H, W)`` uint8 on the CPU; the rounding inverts the training noise.
 
         Raises:
             ValueError: the flow has no pixel format.
@@ -136,7 +136,7 @@ class Sampler:
 
     @torch.no_grad()
     def round_trip_error(self) -> float | None:
-        """Largest difference between latents and re-encoded images, for a few images of the latest batch.
+        """Largest difference between latents and the encodings of their images, for a few images of the latest batch.
 
         It is None with guidance, before the first batch, or if the difference is not finite. It is below 1e-3 for an
         exact flow in fp32, and larger if the inverse of the model contracts strongly.
@@ -181,7 +181,9 @@ def calibrate(flow: Flow, seed: int, settings: SamplingConfig) -> Calibration:
     sampler = Sampler(flow, seed, exact)
     decoder, device = sampler.decoder, next(flow.parameters()).device
     if decoder is None:
-        raise ConfigError(f"only a TarFlow can be calibrated (got {type(flow).__name__}); leave decoder.kind at exact")
+        raise ConfigError(
+            f"only a TarFlow can be calibrated (got {type(flow).__name__}); use sampling.decoder.kind=exact"
+        )
     indices = range(sampler.batch_size)
     z = (settings.temperature * latents(seed, indices, flow.num_dims)).to(device)
     y = balanced_labels(indices, flow.num_classes).to(device) if flow.num_classes else None
@@ -223,7 +225,7 @@ def _decoder(flow: Flow, settings: SamplingConfig) -> TarFlowDecoder | None:
         return decoder
     name = type(flow).__name__
     if settings.decoder.kind != "exact" or settings.decoder.precision != "fp32":
-        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has one decoder); leave it out")
+        raise ConfigError(f"sampling.decoder is for TarFlow (got {name}, which has a single decoder); remove it")
     if settings.guidance.blocks != "all":
         raise ConfigError(f"sampling.guidance.blocks=first is for TarFlow (got {name}); use all")
     return None
@@ -239,7 +241,7 @@ def _checked(calibration: Calibration | None, flow: Flow, settings: SamplingConf
         raise PlanError("the calibration was measured on other weights; run generate with --calibrate again")
     if not measured_with(calibration, settings):
         raise PlanError(
-            "the calibration was measured with other guidance, precision or tolerance; run generate with "
+            "the calibration was measured with a different guidance, precision or tolerance; run generate with "
             "--calibrate again"
         )
     return calibration

@@ -20,7 +20,7 @@ def without_copies(
 
     Args:
         source: the source; all of its images are decoded.
-        splits: image numbers of each split, by name.
+        splits: for each split, by name, the numbers of its images.
         skip_bad: whether to skip unusable images; otherwise, they raise an error.
         num_workers: number of processes that compute fingerprints; it does not change the result.
 
@@ -28,7 +28,7 @@ def without_copies(
         DataError: the samples are not images, an image is unusable, or no training image is left.
     """
     if not isinstance(source.event, ImageEvent):
-        raise DataError(f"split.near_duplicates=drop is for images (got {source.event.noun}); remove it")
+        raise DataError(f"split.near_duplicates=drop works only for images (got {source.event.noun}); remove it")
     fingerprints = packing.read_fingerprints(source, skip_bad, num_workers)
     copies = duplicates.find_copies(fingerprints, source.image)
     split = _split_of(source, splits)
@@ -38,10 +38,10 @@ def without_copies(
     first = next(iter(splits))
     if not len(kept[first]):
         raise DataError(
-            f"no training image is left (got {len(dropped):,}, all of them near copies of held-out images); "
-            f"set split.near_duplicates=report to keep them"
+            f"split.near_duplicates=drop must leave a training image (got {len(dropped):,} images, and all are copies "
+            f"or near copies of held-out images); set split.near_duplicates=report to keep them"
         )
-    print(f"{first}: {len(dropped):,} of {len(splits[first]):,} images are dropped, because they are like others")
+    print(f"{first}: {len(dropped):,} of {len(splits[first]):,} images are dropped as copies or near copies")
     _print(source, copies, split, list(splits))
     return kept, dropped
 
@@ -50,8 +50,8 @@ def report(packings: Sequence[packing.Packing], notes: Sequence[Sequence[packing
     """Print which images of packed splits are copies or near copies of others.
 
     Args:
-        packings: packings of the splits of one source.
-        notes: notes of each packing, with fingerprints.
+        packings: one packing per split, all from the same source.
+        notes: the notes of each packing, in the same order; they must contain fingerprints.
     """
     source = packings[0].source
     fingerprints = np.zeros((len(source), 2), dtype=np.uint64)

@@ -56,7 +56,7 @@ _BLOCKS, _EQUAL_BLOCKS = 9, 3
 _MAX_PAIRS_PER_IMAGE = 2
 _SIDE = 32
 _FLAT = 2.0
-"""Thumbnails with a lower standard deviation (on the scale 0 to 255) are compared by mean difference of pixels."""
+"""Thumbnails with a lower standard deviation (on the scale 0 to 255) are compared by the mean difference of pixels."""
 _CACHED = 1 << 16
 _SHOWN = 3
 
@@ -191,7 +191,7 @@ class _Places:
     Args:
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
-        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
+        rank: returns the sort key of an image by its number; the image with the smaller key counts as the earlier one.
     """
 
     def __init__(self, copies: Copies, split: NDArray[np.int64], rank: Callable[[int], Any] = int) -> None:
@@ -232,10 +232,10 @@ def copies_between(
     Args:
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
-        rank: sort key of an image number; the image with the smaller key counts as the earlier one.
+        rank: returns the sort key of an image by its number; the image with the smaller key counts as the earlier one.
 
     Returns:
-        Lists of copies, sorted by ``rank``. A key is the pair (split of the copy, split of the other image).
+        Lists of copies, sorted by ``rank``. The keys are pairs (split of the copy, split of the other image).
     """
     places = _Places(copies, split, rank)
     between: defaultdict[tuple[int, int], list[Copy]] = defaultdict(list)
@@ -283,16 +283,16 @@ def described(
         copies: see `find_copies`.
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
         names: names of the splits.
-        origin: returns the name of the image with a given number at its source.
+        origin: returns the name of an image at its source, by the number of the image.
         size_pixels: side of the images in pixels.
     """
     title = "copies and near copies"
     if size_pixels < MIN_SIZE_PIXELS:
-        title = f"copies (near copies are not searched below {MIN_SIZE_PIXELS} pixels, where hashes do not help)"
+        title = f"copies (the search for near copies needs images of at least {MIN_SIZE_PIXELS} pixels)"
     elif not copies.are_told_apart:
         title = (
-            f"copies (near copies are not listed: there are more than {_MAX_PAIRS_PER_IMAGE} pairs per image, as among "
-            f"drawings or frames of films)"
+            f"copies (near copies are not listed, because there are more than {_MAX_PAIRS_PER_IMAGE} pairs per image; "
+            f"this is usual for drawings and for frames of films)"
         )
     lines: list[str] = []
     for (own, other), pairs in copies_between(copies, split, origin).items():
@@ -300,6 +300,6 @@ def described(
         target = "an earlier image" if own == other else f"an image in {names[other]}"
         shown = "; ".join(f"{origin(copy.image)} like {origin(copy.like)}" for copy in pairs[:_SHOWN])
         more = "; ..." if len(pairs) > _SHOWN else ""
-        counts = f"{len(pairs):,} of {num:,} images are like {target} ({equal:,} equal)"
+        counts = f"{len(pairs):,} of {num:,} images are like {target} ({equal:,} with equal pixels)"
         lines.append(f"{names[own]}: {counts}: {shown}{more}")
     return [f"{title}: {'none' if not lines else ''}".rstrip(), *(f"  {line}" for line in lines)]

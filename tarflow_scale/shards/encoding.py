@@ -81,8 +81,8 @@ class _Processes:
         except (OSError, EOFError) as error:
             self._gave_up = process is None or not process.has_encoded  # a new process would not start either
             warnings.warn(
-                f"a process that encodes images died ({type(error).__name__}; is there enough memory?); "
-                + ("images are encoded in the generating process" if self._gave_up else "a new one starts"),
+                f"a process that encodes images died ({type(error).__name__}), perhaps because memory ran out; "
+                + ("this process now encodes the images" if self._gave_up else "a new process is started"),
                 stacklevel=2,
             )
             if process is not None:

@@ -47,9 +47,9 @@ class EventType(ABC):
     shape: tuple[int, ...]
     """Shape of an event; a batch of B events is ``(B, *shape)``."""
     size: str
-    """The shape in words."""
+    """The shape as text: ``3x32x32`` or ``2 numbers``."""
     carried_shape: tuple[int, int, int]
-    """Shape of the uint8 array that holds an event in a loader."""
+    """Shape of the uint8 array in which a loader delivers one image or vector."""
     level: float
     """Distance between adjacent stored values on the scale of the model; infinite for vectors and latents, which have
     no levels."""
@@ -83,7 +83,7 @@ class EventType(ABC):
 
     @abstractmethod
     def decode(self, members: Mapping[str, bytes], reading: Reading | None) -> UInt8[np.ndarray, "C H W"]:
-        """Decode the members of a sample to the array that loaders carry.
+        """Decode the members of a sample to the array that loaders carry: an image, or the bytes of a vector.
 
         Args:
             members: content of the members, by extension.
@@ -332,5 +332,5 @@ def _read(members: Mapping[str, bytes], extension: str, shape: tuple[int, ...], 
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
         raise DataError(f"its .{extension} must be {dtype} {shape} (got {array.dtype} {array.shape})")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"its .{extension} must be finite")
+        raise DataError(f"its .{extension} must contain only finite numbers")
     return array

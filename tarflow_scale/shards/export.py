@@ -27,7 +27,9 @@ def check_folder(location: str, digest: str | None) -> None:
     if begun is None and any(not name.endswith(storage.PARTIAL) for name in storage.list_names(location)):
         raise DataError(f"shards.folder={location} holds other files; choose another shards.folder")
     if begun is not None and (digest is None or begun != digest.encode()):
-        raise DataError(f"shards.folder={location} holds another data set; choose another shards.folder or delete it")
+        raise DataError(
+            f"shards.folder={location} holds another data set; choose another shards.folder, or delete that data set"
+        )
 
 
 def write_folder(path: str, location: str) -> int:

@@ -73,7 +73,7 @@ class Member(NamedTuple):
 
 
 class HashedStream:
-    """A forward-only stream that adds every byte that is read to a SHA-256.
+    """Reads a stream forwards only, and computes the SHA-256 of all bytes that were read.
 
     Args:
         stream: the stream, at its first byte.
@@ -98,7 +98,7 @@ class HashedStream:
             ValueError: the position is before the current position.
         """
         if position < self._position:
-            raise ValueError("a header points back to bytes that were read")
+            raise ValueError("a header points back to bytes that were already read")
         while self._position < position and self.read(min(position - self._position, _SKIP_BYTES)):
             pass
         return self._position
@@ -253,5 +253,5 @@ def check_member(member: tarfile.TarInfo) -> None:
             differs from the number of stored bytes.
     """
     if member.size < 0 or member.issparse():
-        kind = "sparse" if member.issparse() else "of negative size"
-        raise tarfile.ReadError(f"{member.name!r:.80} is {kind}")
+        fault = "is sparse" if member.issparse() else "has a negative size"
+        raise tarfile.ReadError(f"{member.name!r:.80} {fault}")

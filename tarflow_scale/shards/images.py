@@ -44,7 +44,7 @@ IMAGE_EXTENSIONS = (
 )
 """Extensions of members that are read as images; if a sample has more than one, the first in this order is read."""
 FILE_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension != "npy")
-"""Extensions of image files in folders; without ``npy``, because an array in a folder need not be an image."""
+"""Extensions of image files in folders. ``npy`` is left out, because an array in a folder need not be an image."""
 
 
 class Reading(Record):
@@ -151,7 +151,9 @@ def decode_image(
         image = _opened(content, origin, reading)
         _, height, width = _shape_of(image, reading)
         if shape is not None and (height, width) != shape[1:]:
-            raise DataError(f"{origin} has {height}x{width} pixels (not {shape[1]}x{shape[2]}); pack again")
+            raise DataError(
+                f"{origin} must have {shape[1]}x{shape[2]} pixels (got {height}x{width}); pack the data set again"
+            )
         mode, kind = "L" if image.mode in _GREY else "RGB", image.format
         if reading is not None:
             image = _read(image, reading, mode, origin)
@@ -165,7 +167,10 @@ def decode_image(
         elif (decoded.shape[0], shape[0]) == (1, 3):
             decoded = decoded.repeat(3, axis=0)
         else:
-            raise DataError(f"{origin} has {decoded.shape[0]} channels (not {shape[0]}); pack again")
+            raise DataError(
+                f"{origin} has a wrong number of channels (got {decoded.shape[0]}, not {shape[0]}); pack the "
+                f"data set again"
+            )
     return decoded
 
 
@@ -178,7 +183,8 @@ def _read(image: Image.Image, reading: Reading, mode: str, origin: str) -> Image
         if opacity.getextrema() != (255, 255):
             if reading.transparency == "refuse":
                 raise DataError(
-                    f"{origin} is transparent (got source.transparency=refuse); set source.transparency=white or black"
+                    f"{origin} has transparent pixels (got source.transparency=refuse); set source.transparency=white "
+                    f"or black"
                 )
             ground = Image.new(mode, alpha.size, reading.transparency)
             ground.paste(alpha.convert(mode), mask=opacity)
@@ -204,15 +210,18 @@ def _decode_array(content: bytes, origin: str, shape: tuple[int, int, int] | Non
         raise _undecodable(origin, error) from error
     is_image = image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] in (1, 3)
     if not is_image or image.shape != (shape or image.shape):
-        raise DataError(f"{origin} is {image.dtype} {image.shape} (not uint8 {shape or '(1 or 3, H, W)'}); pack again")
+        raise DataError(
+            f"{origin} must be a uint8 array {shape or '(1 or 3, H, W)'} (got {image.dtype} {image.shape}); pack the "
+            f"data set again"
+        )
     return image
 
 
 def image_size(content: bytes, origin: str, reading: Reading | None = None) -> tuple[int, int, int]:
-    """Read from the header and the tags of an image which shape ``(C, H, W)`` `decode_image` would return.
+    """The shape ``(C, H, W)`` that `decode_image` would return for an image, read from its header and tags.
 
     Raises:
-        DataError: the content is not an image.
+        DataError: the content is not an image, or its size, bit depth or number of frames is refused.
     """
     if content.startswith(b"\x93NUMPY"):
         channels, height, width = _decode_array(content, origin, None).shape
@@ -265,7 +274,7 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
 
 def _undecodable(origin: str, error: Exception) -> DataError:
     # Pillow's message has the address of the buffer, which differs in every run.
-    reason = "no image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
     return DataError(f"{origin} cannot be decoded ({reason or type(error).__name__}); replace or remove the image")
 
 
@@ -281,7 +290,10 @@ def resize_center_crop(
     scale = size / min(height, width)
     new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
     if new_height * new_width > _MAX_PIXELS:
-        raise DataError(f"an image must not be so narrow (got {height}x{width} pixels for {size}x{size}); remove it")
+        raise DataError(
+            f"an image must not exceed {_MAX_PIXELS:,} pixels when its short side is resized to {size} (got "
+            f"{height}x{width}, resized {new_height}x{new_width}); remove it"
+        )
     resized = np.asarray(to_pillow(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
     top, left = (new_height - size) // 2, (new_width - size) // 2
     cropped = resized[top : top + size, left : left + size]

@@ -1,6 +1,6 @@
 """The index beside each tar: the offset of every sample, and a checksum of its bytes.
 
-With the index, a reader can read one sample or consecutive samples as one range, and detects a flipped bit without
+With the index, a reader can read one sample or consecutive samples as one range, and can detect a flipped bit without
 reading the whole shard.
 """
 
@@ -80,7 +80,7 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
         ) from error
     algorithm = str(arrays.get("algorithm", "none"))
     if algorithm != _ALGORITHM:
-        raise DataError(f"{location} must have checksums of {_ALGORITHM} (got {algorithm}); pack the data set again")
+        raise DataError(f"{location} must use the checksum {_ALGORITHM!r} (got {algorithm!r}); pack the data set again")
     for name, kind, length in (("offsets", "int64", samples + 1), ("checksums", "uint64", samples)):
         array = arrays.get(name, np.zeros(0))
         if array.dtype != kind or array.shape != (length,):
@@ -91,7 +91,7 @@ def read_index(location: str, samples: int, sha256: str, num_bytes: int) -> Shar
     index = ShardIndex(arrays["offsets"], arrays["checksums"])
     if int(index.offsets[0]) < 0 or int(index.offsets[-1]) > num_bytes or (np.diff(index.offsets) <= 0).any():
         raise DataError(
-            f"offsets of {location} must rise within the {num_bytes:,} bytes of its shard (got "
+            f"offsets of {location} must increase within the {num_bytes:,} bytes of its shard (got "
             f"{int(index.offsets[0])} to {int(index.offsets[-1])}); pack the data set again"
         )
     return index

@@ -54,7 +54,9 @@ def check(path: str) -> int:
                 bar.update(len(run))
     double = [key for key, times in keys.items() if times > 1]
     if double:
-        faults.append(f"keys of a data set must differ (got {double[0]} {keys[double[0]]} times); pack it again")
+        faults.append(
+            f"keys of samples must be unique (got {double[0]} {keys[double[0]]} times); pack the data set again"
+        )
     if faults:
         raise DataError(f"{path} has {len(faults)} faults, the first: {faults[0]}")
     return shards.manifest.num_images
@@ -68,7 +70,7 @@ def statistics(path: str) -> list[str]:
     lines give the mean, standard deviation and range of each number or channel instead, and there is no contact sheet.
 
     Raises:
-        DataError: the path is not a data set, or an image of the contact sheet is corrupt.
+        DataError: the path is not a data set; or a label, a vector, or an image of the contact sheet is corrupt.
     """
     shards = ShardSet(path)
     manifest = shards.manifest
@@ -81,8 +83,8 @@ def statistics(path: str) -> list[str]:
     rows = [
         ("data set", f"{manifest.name}/{manifest.split}"),
         ("samples", f"{manifest.num_images:,} {manifest.event}, {manifest.codec}"),
-        ("shards", f"{len(manifest.shards):,} of at most {max(s.samples for s in manifest.shards):,} samples"),
-        ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} a sample"),
+        ("shards", f"{len(manifest.shards):,}, with at most {max(s.samples for s in manifest.shards):,} samples each"),
+        ("bytes", f"{stored_bytes:,}, {stored_bytes / manifest.num_images:,.0f} per sample"),
         ("source", manifest.source),
         ("classes", _class_row(labels, manifest.class_names)),
     ]
@@ -135,16 +137,19 @@ def _copies(splits: list[ShardSet]) -> list[str]:
 
 
 def _columns(shards: ShardSet) -> list[tuple[str, str]]:
-    """Table rows with mean, standard deviation and range of each value of vectors, or of each channel of latents."""
+    """Mean, standard deviation and range of each value and condition value of vectors, or each channel of latents."""
     batches = list(shards.batches(0, shards.manifest.num_images, _RUN))
     numbers = {
         "value" if shards.manifest.latents is None else "channel": [
             np.moveaxis(batch.events, 1, -1).reshape(-1, batch.events.shape[1]) for batch in batches
         ],
-        "given": [batch.conditions for batch in batches if batch.conditions is not None],
+        "condition": [batch.conditions for batch in batches if batch.conditions is not None],
     }
     return [
-        (f"{name} {i}", f"{column.mean():.4g} +- {column.std():.4g}, from {column.min():.4g} to {column.max():.4g}")
+        (
+            f"{name} {i}",
+            f"mean {column.mean():.4g}, std {column.std():.4g}, from {column.min():.4g} to {column.max():.4g}",
+        )
         for name, parts in numbers.items()
         if parts
         for i, column in enumerate(np.concatenate(parts).astype(np.float64).T)
@@ -159,5 +164,5 @@ def _class_row(labels: Counter[int], names: tuple[str, ...]) -> str:
         return ", ".join(f"{label} {name} ({counts[label]:,})" for label, name in enumerate(names))
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
     if counts[few] == counts[many]:
-        return f"{len(names):,} of {counts[few]:,} samples each"
-    return f"{len(names):,}, from {counts[few]:,} samples ({names[few]}) to {counts[many]:,} ({names[many]})"
+        return f"{len(names):,}, with {counts[few]:,} samples each"
+    return f"{len(names):,}, with {counts[few]:,} ({names[few]}) to {counts[many]:,} ({names[many]}) samples each"

@@ -89,8 +89,8 @@ class Loader:
     def batches(self, images_seen: int) -> Generator[Batch]:
         """Yield batches endlessly, starting with the global batch that follows the first ``images_seen`` images.
 
-        Each batch has ``len(slots)`` samples; images are NHWC in memory. Resuming reads at most one block per slot
-        a second time. Close the generator to stop its workers.
+        Each batch has ``len(slots)`` samples; the memory order of its images is NHWC. After a restart, at most one
+        block per slot is read a second time. Close the generator to stop its workers.
 
         Raises:
             DataError: too many consecutive samples are corrupt, a shard cannot be read, or a worker died.
@@ -184,7 +184,9 @@ class Loader:
             if isinstance(error, RuntimeError) and "worker" not in str(error):
                 raise
             reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"a loader process died ({reason}); is memory short? lower data.num_workers") from error
+            raise DataError(
+                f"a loader process died ({reason}), perhaps because memory ran out; lower data.num_workers"
+            ) from error
         if isinstance(part, UserError):
             raise part
         return part
@@ -265,7 +267,7 @@ class _SlotStream:
                 yield self._part, stored[place], block.epoch
 
     def _read_ahead(self, held: int) -> None:
-        """Queue at least one block, and more while the queued samples plus ``held`` are at most two full blocks."""
+        """Queue at least one block, and more if ``held`` plus all queued samples stay within two full blocks."""
         held += sum(block.num_samples for block, _ in self._ahead)
         while not self._ahead or held + self._due.num_samples <= 2 * self._part.spec.shuffle_block:
             read = partial(self._read, self._due)

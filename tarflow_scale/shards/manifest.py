@@ -12,7 +12,7 @@ __all__ = ["AS_FOUND", "MANIFEST_NAME", "Manifest", "ShardRecord", "index_name",
 
 MANIFEST_NAME = "manifest.json"
 AS_FOUND = "as found"
-"""Codec in the manifest if the tars were written by another program and indexed in place."""
+"""Value of `Manifest.codec` for tars that another program wrote and that were indexed in place."""
 
 
 class ShardRecord(FileRecord):
@@ -78,7 +78,7 @@ class Manifest(Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which has the digests of all files. So it identifies every byte of the data set."""
+        """SHA-256 of the manifest. The manifest has the digests of all files, so this identifies the whole data set."""
         return storage.digest(self.to_json())
 
     def facts(self) -> DataSetFacts:
@@ -112,7 +112,9 @@ def read_manifest(path: str) -> Manifest:
         parts = [storage.join(path, split) for split in ("train", "test")]
         packed = [part for part in parts if storage.exists(storage.join(part, MANIFEST_NAME))]
         cure = (
-            f"name {' or '.join(packed)}" if packed else "run 'tarflow-scale prepare', or again if it was interrupted"
+            f"use {' or '.join(packed)} instead"
+            if packed
+            else "run 'tarflow-scale prepare', or run it again if it was interrupted"
         )
         raise DataError(f"{path} is not a data set (no {MANIFEST_NAME}); {cure}")
     return Manifest.from_json(storage.read_bytes(location), location, DataError)

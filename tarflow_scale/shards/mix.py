@@ -1,4 +1,4 @@
-"""Mix data sets. Each fills slots of the global batch in proportion to its weight; its samples have their own order."""
+"""Mix data sets. Weights determine how many slots of the global batch each fills. Each has its own order of samples."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +25,8 @@ class MixPart:
     Args:
         shards: the data set.
         spec: order of its samples; ``spec.num_slots`` is the number of slots that the data set fills.
-        first_slot: number of its first slot in the global batch.
-        first_sample: number of its first sample among the samples of all data sets.
+        first_slot: index of its first slot in the global batch.
+        first_sample: index of its first sample among the samples of all data sets.
         weight: weight of the data set in the configuration.
     """
 
@@ -60,7 +60,7 @@ class Mix:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Largest mean number of stored bytes per sample among all shards."""
+        """Mean number of stored bytes per sample in the shard where this mean is largest, rounded up."""
         return max(-(-shard.bytes // shard.samples) for part in self.parts for shard in part.shards.manifest.shards)
 
     def part_of(self, slot: int) -> tuple[MixPart, int]:
@@ -90,8 +90,9 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
     for number, (shards, slots) in enumerate(zip(sets, share_slots(weights, global_batch_size), strict=True)):
         if slots == 0:
             raise DataError(
-                f"every data set of a mix needs a slot of the global batch (got weight {weights[number]:g} of "
-                f"{weights.sum():g} at batch {global_batch_size} for {shards.path}); raise training.global_batch_size"
+                f"every data set of a mix must have a sample in the global batch (got none for {shards.path}, with "
+                f"weight {weights[number]:g} of {weights.sum():g} and training.global_batch_size={global_batch_size}); "
+                f"raise training.global_batch_size"
             )
         spec = OrderSpec(
             samples_per_shard=tuple(shard.samples for shard in shards.manifest.shards),
@@ -106,7 +107,7 @@ def open_mix(config: DataConfig, global_batch_size: int, seed: int) -> Mix:
 
 
 def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
-    """Divide slots in proportion to weights, by largest remainders; of equal remainders, the earlier one wins."""
+    """Divide slots in proportion to weights, by the largest remainder method; ties go to the earlier weight."""
     exact = weights / weights.sum() * num_slots
     slots = np.floor(exact).astype(int)
     order = np.argsort(-(exact - slots), kind="stable")
@@ -115,9 +116,10 @@ def share_slots(weights: NDArray[np.float64], num_slots: int) -> list[int]:
 
 
 def _check_alike(first: ShardSet, other: ShardSet) -> None:
-    for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
+    for name, rule in (("event", "kind of samples"), ("class_names", "class_names")):
         wanted, got = getattr(first.manifest, name), getattr(other.manifest, name)
         if wanted != got:
             raise DataError(
-                f"all data sets of a mix need {rule} (got {got} in {other.path}, not {wanted}); pack them alike"
+                f"all data sets of a mix must have the same {rule} (got {wanted} in {first.path} and {got} in "
+                f"{other.path}); pack them with the same settings"
             )

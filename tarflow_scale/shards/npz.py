@@ -29,7 +29,7 @@ def check_npz(location: str, digest: str | None) -> None:
         DataError: the location is a folder, or a file that was not made from this data set.
     """
     if storage.is_folder(location):
-        raise DataError(f"shards.npz={location} is a folder; name a file")
+        raise DataError(f"shards.npz must be a file (got the folder {location}); add a file name")
     if not storage.exists(location):
         return
     try:
@@ -38,7 +38,7 @@ def check_npz(location: str, digest: str | None) -> None:
     except zipfile.BadZipFile:
         known = ""
     if known != digest:
-        raise DataError(f"shards.npz={location} holds another data set; choose another shards.npz or delete it")
+        raise DataError(f"shards.npz={location} holds another data set; choose another shards.npz, or delete that file")
 
 
 def write_npz(path: str, location: str) -> int:

@@ -48,11 +48,11 @@ __all__ = ["Line", "OrderSpec", "SlotWalk", "steps_per_epoch"]
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """The quantities that determine the order.
+    """The quantities that determine the order of samples.
 
     Args:
         samples_per_shard: number of samples of each shard, in the order of the manifest.
-        num_slots: G, the global batch size.
+        num_slots: G, the global batch size; in a mix of data sets, the number of its slots that this data set fills.
         shuffle_block: number of samples in a block.
         seed: seed of all permutations.
     """
@@ -65,8 +65,8 @@ class OrderSpec:
     def __post_init__(self) -> None:
         if self.num_slots > self.num_samples:
             raise DataError(
-                f"the global batch must not exceed the data set (got {self.num_slots} and {self.num_samples} samples); "
-                f"lower training.global_batch_size"
+                f"the global batch must not take more samples from a data set than it has (got {self.num_slots}, and "
+                f"the data set has {self.num_samples}); lower training.global_batch_size"
             )
 
     @property

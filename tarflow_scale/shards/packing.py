@@ -81,7 +81,7 @@ class Packing:
         samples_per_shard: number of images per shard.
         codec, quality: how images are encoded.
         skip_bad: leave out images that cannot be used, instead of failing.
-        digest: digest of everything that the bytes of the shards depend on.
+        digest: digest of all inputs that determine the bytes of the shards.
         fingerprints: store fingerprints in the notes, to find near copies after packing.
         dropped: images that are left out as copies or near copies; None if near copies are kept.
     """

@@ -36,7 +36,7 @@ class Quarantine:
 
     Args:
         path: local file with a line of JSON, ``{"shard", "sample", "key", "reason"}``, for each corrupt sample; more
-            than one process may append to it. None keeps no list.
+            than one process may append to it. If None, no list is kept.
     """
 
     def __init__(self, path: str | None) -> None:

@@ -133,7 +133,7 @@ class StoredSample(NamedTuple):
         try:
             return members_of(self.content)
         except (tarfile.TarError, ValueError, KeyError) as error:
-            raise CorruptSample(self, f"is no run of tar members ({' '.join(str(error).split())})") from error
+            raise CorruptSample(self, f"is not a sequence of tar members ({' '.join(str(error).split())})") from error
 
 
 class ShardSet:
@@ -194,7 +194,7 @@ class ShardSet:
                 yield from self.read_run(shard, start, min(start + _RUN, record.samples))
 
     def decode(self, stored: StoredSample) -> tuple[NDArray[np.uint8], int]:
-        """Decode a sample to the uint8 array ``(C, H, W)`` that loaders carry, and its label (-1 if there is none).
+        """Decode a sample to a uint8 array ``(C, H, W)`` (see `EventType.decode`) and a label (-1 if there is none).
 
         Raises:
             CorruptSample: the sample is damaged, or does not match the manifest.
@@ -240,7 +240,7 @@ class ShardSet:
         )
 
     def origin_of(self, stored: StoredSample) -> str:
-        """The name of the image at its source, as `prepare` recorded it; the key if there is no such record.
+        """The name of the image at its source, as recorded by `prepare`; the key if no name is recorded.
 
         Raises:
             DataError: the sample is corrupt.
@@ -270,7 +270,9 @@ class ShardSet:
             return -1
         text = members.get("cls", b"").strip()
         if not text.isdigit() or (label := int(text)) >= self._num_classes:
-            raise CorruptSample(stored, f"has no label below {self._num_classes} (got {text[:20]!r} as .cls)")
+            raise CorruptSample(
+                stored, f"must have a label from 0 to {self._num_classes - 1} in .cls (got {text[:20]!r})"
+            )
         return label
 
     def _index(self, shard: int) -> ShardIndex:
@@ -292,7 +294,8 @@ class ShardSet:
         location, size = storage.join(self.path, record.file), sizes[record.file]
         if size != record.bytes:
             raise DataError(
-                f"{location} does not match its manifest (got {size} bytes, not {record.bytes}); pack the data again"
+                f"{location} does not match its manifest (got {size} bytes, not {record.bytes}); pack the data set "
+                f"again"
             )
         if full:
             self.verify_shard(record)
@@ -320,7 +323,7 @@ def _patiently(read: Callable[[], T]) -> T:
     try:
         return storage.retrying(read, _RETRIES + 1, FIRST_WAIT_SECONDS)
     except StorageError as error:
-        raise DataError(f"a shard went missing during the run, tried {_RETRIES + 1} times: {error}") from error
+        raise DataError(f"a shard could not be read during the run, in {_RETRIES + 1} attempts: {error}") from error
 
 
 def members_of(content: bytes | memoryview) -> dict[str, bytes]:
@@ -336,13 +339,13 @@ def members_of(content: bytes | memoryview) -> dict[str, bytes]:
     position = 0
     while position < len(content):
         if len(content) - position < _TAR_BLOCK:
-            raise ValueError("it ends in a header")
+            raise ValueError("it ends inside a header")
         name, octal, kind = _header(content, position)
         if kind not in _REGULAR:
             return _members_with_extended_headers(content)
         size = int(octal.rstrip(b"\0 ") or b"0", 8)
         if size < 0:
-            raise ValueError("a member of negative size")  # it would be read again and again
+            raise ValueError("a member has a negative size")  # it would be read again and again
         start = position + _TAR_BLOCK
         members.setdefault(_extension(name.partition(b"\0")[0].decode()), bytes(content[start : start + size]))
         position = start + -(-size // _TAR_BLOCK) * _TAR_BLOCK

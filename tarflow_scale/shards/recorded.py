@@ -43,7 +43,7 @@ class RecordedShards:
         return storage.read_if_there(self._location(self.notes, tar_name))
 
     def is_done(self, tar_name: str) -> bool:
-        """Whether record, tar and index exist, and tar and index have the digests of the record."""
+        """Whether record, tar and index exist, and the digests of tar and index match the record."""
         tar, index = storage.join(self.path, tar_name), storage.join(self.path, index_name(tar_name))
         if not all(map(storage.exists, (self._location(_RECORDS, tar_name), tar, index))):
             return False
@@ -63,9 +63,9 @@ class RecordedShards:
             earlier = self.record(record.file)
             if earlier != record:
                 raise PlanError(
-                    f"{record.file} came out with other bytes than before (sha256 {record.sha256[:12]}, not "
-                    f"{earlier.sha256[:12]}); use the package versions and device of the first run, or another "
-                    f"shards.path"
+                    f"{record.file} must have the same bytes as in the first run (got sha256 {record.sha256[:12]}, not "
+                    f"{earlier.sha256[:12]}); use the package versions and the device of the first run, or choose "
+                    f"another shards.path"
                 )
         shard.write(self.path)
         if not self.is_done(record.file):

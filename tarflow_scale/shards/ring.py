@@ -16,7 +16,7 @@ __all__ = ["SharedRing"]
 
 
 class SharedRing:
-    """Arrays of uint8 in shared memory, initially zero. A ring that is pickled and sent to a child shares its memory.
+    """Arrays of uint8 in shared memory, initially zero. A child process that receives the ring uses the same memory.
 
     Args:
         shape: shape of the attribute ``arrays``, which stacks all arrays.

@@ -22,8 +22,8 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
     """Apply a function to inputs; yields results, or raises errors, in the order of the inputs.
 
     Args:
-        function: a function of a module, a `functools.partial`, or a method of an object that can be pickled. Each
-            worker receives it once.
+        function: a module-level function, a `functools.partial`, or a method; it must be picklable. Each worker process
+            receives it once.
         inputs: the inputs.
         num_workers: number of processes. With one worker or one input, the calling process does the work.
 
@@ -39,8 +39,8 @@ def in_workers(function: Callable[[T], R], inputs: Sequence[T], num_workers: int
         yield from pool.map(_apply, inputs)
     except BrokenProcessPool as error:
         raise UserError(  # not DataError, after which `prepare` would delete the shards that are packed
-            f"a worker process died ({error}); is there enough memory? lower shards.num_workers, and run it again to "
-            f"continue"
+            f"a worker process died ({error}), perhaps because memory ran out; lower shards.num_workers, and run the "
+            f"command again to continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -22,14 +22,14 @@ from tarflow_scale.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, 
 __all__ = ["PackedShard", "Sample", "publish_manifest"]
 
 _MODIFIED_SECONDS = 0
-"""Time stamp of every member; a constant, so that equal samples give equal bytes. A float would need pax headers."""
+"""Time stamp of every member: constant, so that equal samples give equal bytes; an int, which needs no pax header."""
 _MODE, _OWNER = 0o444, "bigdata"
 """Permissions of every member, and the name of its user and group; the same as in webdataset."""
 
 _NAME = slice(0, 100)
 _SIZE = slice(124, 136)
 _SUM = slice(148, 156)
-"""Fields of a tar header (POSIX ustar): the name, the size (octal) and the checksum (octal)."""
+"""Byte ranges of the name, the size (octal) and the checksum (octal) in a tar header (POSIX ustar)."""
 _LARGE_BYTES = 8**11
 """Smallest size of a member that does not fit into a plain header."""
 
@@ -52,7 +52,7 @@ class Sample:
 
 
 def _tarred(sample: Sample, codec: Codec, quality: int) -> bytes:
-    """The part of a tar with the members of a sample, sorted by extension."""
+    """Encode a sample as the bytes of its tar members (headers, contents and padding), sorted by extension."""
     image, key = sample.image, sample.key
     encoded = {CODECS[codec]: encode_image(image, codec, quality)} if isinstance(image, np.ndarray) else image
     members = {**encoded, "json": json.dumps(sample.metadata, sort_keys=True).encode()}

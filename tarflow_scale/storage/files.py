@@ -258,8 +258,8 @@ def _name(staged: Path, target: Path) -> None:
         if error.errno not in _UNSUPPORTED:
             raise
         raise NotExclusive(
-            f"{target.parent} must be on a file system with hard links or RENAME_NOREPLACE, so that one of several "
-            f"writers wins (got neither: {error.strerror}); use another file system"
+            f"{target.parent} must be on a file system with hard links or RENAME_NOREPLACE, so that only one writer "
+            f"can create a file (got neither: {error.strerror}); use another file system"
         ) from error
 
 

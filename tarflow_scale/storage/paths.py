@@ -30,7 +30,9 @@ def join(location: str, *parts: str) -> str:
     """
     for part in parts:
         if part.startswith("/") or ".." in part.split("/") or "\0" in part:
-            raise StorageError(f"a name may not leave its folder (got {part!r}); use a plain relative name")
+            raise StorageError(
+                f"a name must not lead out of its folder (got {part!r}); use a relative name without '..'"
+            )
     return "/".join([location.rstrip("/") or "/", *parts])
 
 
@@ -55,7 +57,9 @@ def local_name(location: str) -> str:
     name = os.path.expanduser(location.removeprefix("file://"))  # noqa: PTH111
     if name.startswith("~"):
         user = name[1:].partition("/")[0] or os.getuid()
-        raise StorageError(f"{location} must begin with a home folder (got none of user {user}); write the whole path")
+        raise StorageError(
+            f"{location} must begin with a home folder (got no home folder for user {user}); write the full path"
+        )
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
@@ -71,10 +75,12 @@ def filesystem(location: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(location, **_retry_options(location))
     except ValueError as error:
-        raise StorageError(f"no file system for {location} ({error}); use a path, or a URL of fsspec") from error
+        raise StorageError(
+            f"no file system for {location} ({error}); use a path, or a URL that fsspec supports"
+        ) from error
     except ImportError as error:
         raise StorageError(
-            f"no file system for {location} ({error}); install that package, for S3 by {install_extra('s3')}"
+            f"no file system for {location} ({error}); install that package (for S3, run: {install_extra('s3')})"
         ) from error
 
 
@@ -97,10 +103,10 @@ def _retry_options(location: str) -> dict[str, Any]:
 
 @contextmanager
 def explained(location: str, verb: str, of_store: bool = True) -> Generator[None]:
-    """Convert an error of the operating system or of a store to a one-line `StorageError` that names the location.
+    """Convert an `OSError` or an error of a remote store to a one-line `StorageError` that names the location.
 
-    Clients of stores raise exceptions of many libraries (botocore, aiohttp, google). So for a remote location every
-    exception is converted, unless ``of_store`` is false.
+    Store clients raise exception types of many libraries (botocore, aiohttp, google), so for a remote location every
+    exception is converted. With ``of_store=False``, only an `OSError` is.
     """
     try:
         yield

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``images-000000064000/`` of safetensors files, written by all ranks in parallel. For each
 parameter it contains the fp32 master weight, the optimizer's moments and all moving averages; it also contains all
-buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes a file per gigabyte that it keeps.
+buffers. All ranks gather parameter i, rank i mod N keeps it, and each rank writes its tensors to files of about 1 GiB.
 ``manifest.json`` (size and SHA-256 of every file, and the training state) is written last; a folder without it is not a
 checkpoint. Nothing is pickled.
 
@@ -111,7 +111,7 @@ def save(
         if is_main():
             with contextlib.suppress(StorageError):
                 storage.remove_tree(folder)
-        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images; the previous one stays")
+        raise StorageError(f"{failure}; no checkpoint was made at {state.images_seen} images; the previous one is kept")
     if is_main():
         prune(path, config)
     barrier()
@@ -205,7 +205,7 @@ def prune(path: str, config: CheckpointConfig) -> None:
 
 
 class _Files:
-    """Writes this rank's files. After a failure it drops further tensors, so that the rank can keep gathering."""
+    """Writes this rank's files. After a failure it drops all tensors, but the rank can still take part in gathers."""
 
     def __init__(self, folder: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}
@@ -284,7 +284,7 @@ def _content(folder: str, file: str, record: FileRecord) -> bytes:
     """The bytes of a file, checked against the manifest."""
     location = storage.join(folder, file)
     if not storage.exists(location):
-        raise DataError(f"{location} is missing, though the manifest names it; delete the checkpoint")
+        raise DataError(f"{location} is missing, although its manifest lists it; delete the checkpoint")
     content = storage.read_bytes(location)
     if storage.digest(content) != record.sha256:
         raise DataError(f"{location} does not match its manifest (sha256 differs); delete the checkpoint")

@@ -28,7 +28,7 @@ def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
         return manifest
     if crop_pixels > manifest.image_size_pixels:
         raise DataError(
-            f"data.augmentation.crop_pixels must not exceed the images (got {crop_pixels} and "
-            f"{manifest.image_size_pixels}); lower it or leave it out"
+            f"data.augmentation.crop_pixels must not exceed the image size (got {crop_pixels} and "
+            f"{manifest.image_size_pixels}); lower or remove data.augmentation.crop_pixels"
         )
     return manifest.model_copy(update={"image_size_pixels": crop_pixels})

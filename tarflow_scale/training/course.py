@@ -68,19 +68,21 @@ class Course:
         _, state = latest
         if changed := changes(state.run, self.run):
             raise UserError(
-                f"the run folder {self.folder} holds another run ({changed}); choose another logging.path or delete it"
+                f"the run folder {self.folder} holds another run ({changed}); choose another logging.path or delete "
+                f"the folder"
             )
         if state.images_seen > self.total_images:
             raise UserError(
-                f"training.total_images must not lie before the checkpoint (got {self.total_images} and "
-                f"{state.images_seen}); raise it or choose another logging.path"
+                f"training.total_images must be at least the number of images that the checkpoint has seen "
+                f"(got {self.total_images} and {state.images_seen}); raise training.total_images or choose another "
+                f"logging.path"
             )
         return latest
 
     def begins(self, latest: tuple[str, TrainState] | None) -> str:
         """A text for the user that says where the run begins, given the result of `latest`."""
         if latest is None:
-            return "at the first image, the run folder has no checkpoint"
+            return "at the first image, because the run folder has no checkpoint"
         folder, state = latest
         done = "; nothing to train" if state.images_seen == self.total_images else ""
         return f"after {state.images_seen:,} images, from {folder}{done}"

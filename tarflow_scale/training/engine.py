@@ -70,7 +70,7 @@ class StepResult:
 
 
 class _NatsPerImage(nn.Module):
-    """DeepSpeed wraps this module. It returns negative log-likelihoods ``(B,)``, or bounds if noise is learned."""
+    """DeepSpeed wraps this module. Returns negative log-likelihoods ``(B,)``; upper bounds if noise is learned."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Engine:
         return full
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Overwrite this rank's part of a master weight, given the complete weight; see `set_working_copy`."""
+        """Overwrite this rank's part of a master weight, given the complete weight. Also call `set_working_copy`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         parameter, value = self._parameters[name], value.to(self.device)
@@ -335,7 +335,7 @@ class Engine:
 
     @contextmanager
     def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:
-        """In the ``with`` block, `full_weight` and `set_master` access ``tensors``, laid out like the masters."""
+        """In the ``with`` block, `full_weight` and `set_master` use ``tensors`` in place of `masters` (same layout)."""
 
         def swap() -> None:
             for master, tensor in zip(self.masters(), tensors, strict=True):

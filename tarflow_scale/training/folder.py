@@ -25,7 +25,7 @@ STOP_SECONDS = 60.0
 
 
 def follow_launcher() -> None:
-    """Send this rank SIGTERM when its launcher dies, so that it saves a checkpoint and stops."""
+    """Let the kernel send this rank SIGTERM when its launcher dies; the rank then saves a checkpoint and stops."""
     if "RANK" in os.environ:
         die_with_parent(signal.SIGTERM)
 
@@ -45,7 +45,7 @@ def check_shared(path: str, device: torch.device) -> None:
         storage.remove(storage.join(path, name))
     if num_unseen:
         raise UserError(
-            f"logging.path must be one folder for all ranks (got {num_unseen} that do not see {path} of rank 0); "
+            f"logging.path must be one folder for all ranks (got {num_unseen} ranks that do not see {path} of rank 0); "
             f"put it on storage that all nodes share"
         )
 
@@ -75,7 +75,7 @@ def describe_run(path: str, resolved: dict[str, Any], images_seen: int) -> None:
         if changed := changes(yaml.safe_load(before), resolved):
             kept = folder / f"config-until-{images_seen:012d}.yaml"
             storage.write_bytes(str(kept), before)
-            print(f"continuing with other settings: {changed} (the earlier ones: {kept})")
+            print(f"continuing with other settings: {changed} (the earlier settings are in {kept})")
     storage.write_bytes(str(current), yaml.safe_dump(resolved, sort_keys=False).encode())
     environment = {
         "config_digest": storage.digest(canonical_json(resolved)),

@@ -118,7 +118,8 @@ class Loop:
                     uploads.wait()
                     raise Interrupted(
                         f"stopped by {stopping} after {now:,} of {self.course.total_images:,} images; a checkpoint is "
-                        f"saved, and the same command continues; the model is registered when the run is finished"
+                        f"saved, and the same command continues the run; the model is registered when the run is "
+                        f"finished"
                     )
         uploads.wait()
 
@@ -157,8 +158,8 @@ class Loop:
             if progress.skipped_in_a_row > self.training.max_skipped_steps:
                 raise UserError(
                     f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row, the last at "
-                    f"{progress.images_seen} images (allowed: {self.training.max_skipped_steps}); lower "
-                    f"optimizer.peak_lr, or resume from an older checkpoint"
+                    f"{progress.images_seen} images (training.max_skipped_steps={self.training.max_skipped_steps}); "
+                    f"lower optimizer.peak_lr, or resume from an older checkpoint"
                 )
         else:
             progress.take(loss / distributed.world_size())
@@ -169,7 +170,8 @@ class Loop:
         progress.skipped_steps += 1
         if distributed.is_main():
             warnings.warn(
-                f"the loss jumped to {loss:.4f} nats/dim at {progress.images_seen} images ({self.training.spike.rule})",
+                f"the loss jumped to {loss:.4f} nats/dim at {progress.images_seen} images "
+                f"(training.spike.rule={self.training.spike.rule})",
                 stacklevel=2,
             )
         if self.training.spike.rule != "roll_back":
@@ -177,8 +179,8 @@ class Loop:
         progress.roll_backs += 1
         if progress.roll_backs > self.training.spike.max_roll_backs:
             raise UserError(
-                f"the loss jumped more often than it may (got {progress.roll_backs}, training.spike.max_roll_backs="
-                f"{self.training.spike.max_roll_backs}); lower optimizer.peak_lr"
+                f"the run must not roll back more often than training.spike.max_roll_backs (got {progress.roll_backs} "
+                f"jumps of the loss, and {self.training.spike.max_roll_backs} allowed); lower optimizer.peak_lr"
             )
         latest = distributed.from_main(lambda: checkpoint.find_latest(*self.course.checkpoint_paths))
         if latest is not None:  # without a checkpoint the step is only skipped
@@ -306,7 +308,7 @@ class _StopSignal:
 
     def _receive(self, number: int, _: object) -> None:
         if not self._received and distributed.is_main():
-            again = "; Ctrl-C again ends the run without one" if number == signal.SIGINT else ""
+            again = "; Ctrl-C again ends the run without a checkpoint" if number == signal.SIGINT else ""
             text = f"\n{signal.Signals(number).name}: the run stops after this step and saves a checkpoint{again}\n"
             with suppress(OSError):  # not through the stream, because the signal may interrupt a write to it
                 os.write(2, text.encode())

@@ -109,7 +109,7 @@ def progress_line(
         f"learning rate {learning_rate:.2g}",
         f"gradient norm {gradient_norm:.3g}" if math.isfinite(gradient_norm) else "gradient not finite",
         f"waiting for data {waiting or 0.0:.0%}",
-        f"{memory_bytes / _GIB:.2f} GiB a rank",
+        f"{memory_bytes / _GIB:.2f} GiB per rank",
         *([f"{progress.skipped_steps} steps skipped"] if progress.skipped_steps else []),
     ]
     return ", ".join([*brief, *details]), ", ".join(brief)

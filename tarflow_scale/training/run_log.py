@@ -64,7 +64,7 @@ def check_log_packages(tensorboard: bool, wandb_project: str | None) -> None:
         (wandb_project is not None, "wandb", "logging.wandb_project"),
     ):
         if wanted and util.find_spec(package) is None:
-            raise ConfigError(f"{key} needs the package {package} (got none installed); pip install {package}")
+            raise ConfigError(f"{key} needs the package {package} (it is not installed); run: pip install {package}")
 
 
 @contextmanager
@@ -127,10 +127,15 @@ def _wandb_id(folder: Path) -> str:
             identity, is_copy = str(before["id"]), path != before["path"] and inode != before["inode"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{kept} must name a run of Weights & Biases (got {type(error).__name__}); remove it to start another"
+                f"{kept} must name a run of Weights & Biases (got {type(error).__name__} when reading it); delete the "
+                f"file to start a new run there"
             ) from error
         if is_copy:
-            print(f"{folder} is a copy of {before['path']}: a new run of Weights & Biases", file=sys.stderr, flush=True)
+            print(
+                f"{folder} is a copy of {before['path']}, so it gets a new run of Weights & Biases",
+                file=sys.stderr,
+                flush=True,
+            )
             identity = uuid.uuid4().hex
     else:
         identity = uuid.uuid4().hex

@@ -40,8 +40,8 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
         before: rate of the next step when the checkpoint was saved.
         now: rate of the next step under the current schedule.
         schedule: the current schedule.
-        newer: text that names all checkpoints newer than the last one at which both rates agree; None if the rates
-            agree at no checkpoint.
+        newer: text that names the checkpoints to delete: all that are newer than the last one at which both rates
+            agree. None if the rates agree at no checkpoint.
     """
     rates = f"the learning rate at {images_seen:,} images was {before:.3g}, now {now:.3g}"
     line = f"continuing with another schedule: {rates}"
@@ -52,7 +52,7 @@ def rate_change(images_seen: int, before: float, now: float, schedule: ScheduleC
     elif schedule.kind == "wsd":
         advice = "no checkpoint is old enough to continue without the jump"
     else:
-        advice = "schedule.kind=wsd is for runs that are extended"
+        advice = "for runs that will be extended, use schedule.kind=wsd"
     return f"{line}; a higher rate makes the model worse at first ({advice})"
 
 

@@ -31,7 +31,7 @@ class LossHistory:
             self._losses.append(loss)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss exceeds the mean of the last losses by more than the limit; False if there are too few."""
+        """Whether a loss exceeds the mean of the last losses by more than the limit; False if too few are known."""
         if self._config.rule == "off" or len(self._losses) < self._config.window_steps:
             return False
         return loss > sum(self._losses) / len(self._losses) + self._config.above_nats_per_dim

@@ -80,7 +80,10 @@ class Uploader:
         started = time.monotonic()
         while not sizes.items() <= self._listed(target).items():
             if time.monotonic() - started > _FILES_SECONDS:
-                raise StorageError(f"{target} has not all files after {_FILES_SECONDS:g} s; did a rank's upload fail?")
+                raise StorageError(
+                    f"{target} must have the files of all ranks within {_FILES_SECONDS:g} s (got only some of them); "
+                    f"look for failed uploads in the output of the other ranks"
+                )
             time.sleep(_FIRST_WAIT_SECONDS / 2)
 
     @staticmethod

@@ -63,12 +63,12 @@ class Validation:
                 (manifest ``like``, path ``data_path``).
         """
         shards = ShardSet(config.path, config.verify)
-        for name, rule in (("event", "samples of one kind"), ("class_names", "one class_names")):
+        for name, rule in (("event", "samples of the same kind"), ("class_names", "the same class_names")):
             wanted, got = getattr(like, name), getattr(shards.manifest, name)
             if wanted != got:
                 raise DataError(
                     f"validation.path and data.path must have {rule} (got {got} in {config.path}, and {wanted} in "
-                    f"{data_path}); name a held-out split of the same data set as validation.path"
+                    f"{data_path}); set validation.path to a held-out split of the same data set"
                 )
         available = shards.manifest.num_images
         num_images = min(available, config.num_images or available)

@@ -15,7 +15,7 @@ _SENT_IN_BF16 = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """DeepSpeed communicates the parameters of these modules, but not of subclasses, in bf16 (0.19.8,
 ``runtime/torch_autocast.py``)."""
 _PERSISTENT_ELEMENTS = 100_000
-"""Stage 3 partitions only parameters with more elements than this; in small models the limit is 1 % of all elements."""
+"""Stage 3 partitions only parameters with more elements than this, or than 1 % of all elements if that is less."""
 
 
 def deepspeed_config(
@@ -31,7 +31,7 @@ def deepspeed_config(
         optimizer: the section ``optimizer``.
         training: the section ``training``.
         parallelism: the section ``parallelism``.
-        num_parameters: number of parameters of the flow; no bucket is larger, because buckets are allocated in full.
+        num_parameters: number of parameters of the flow, which limits the bucket size: buckets are allocated in full.
         ranks: world size.
 
     Raises:

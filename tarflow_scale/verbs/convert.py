@@ -9,8 +9,8 @@ An autoencoder is a folder of diffusers, or the two files of taef2. It becomes `
 ``autoencoder.json``, which the verb ``encode`` reads from the registry.
 
 Reads ``weights.path`` and, to register, the manifest at ``data.path``; or ``autoencoder.path``. Writes the folder
-``output.path`` and an event. It is an error if a file would run code, is not such a model or has non-finite values, or
-if the folder contains another model. Running the same command again changes nothing.
+``output.path`` and, to register, a version in the registry. It is an error if a file would run code, is not such a
+model or has non-finite values, or if the folder contains another model. Running the same command again changes nothing.
 """
 
 from torch import nn
@@ -105,12 +105,13 @@ def _trained_on(flow: Flow, manifest: Manifest) -> DataSetFacts:
         classes = flow.num_classes or "any number of"
         raise ConfigError(
             f"{manifest.name} must have the model's shape {flow.event_shape} and {classes} classes (got "
-            f"{manifest.event.shape} and {manifest.num_classes}); name the set the model was trained on"
+            f"{manifest.event.shape} and {manifest.num_classes}); set data.path to the data set that the "
+            f"model was trained on"
         )
     if manifest.bit_depth != _BIT_DEPTH:
         raise ConfigError(
-            f"public models are of {_BIT_DEPTH}-bit images (got {manifest.bit_depth} bits in {manifest.name}); pack "
-            f"the data set without source.bit_depth"
+            f"public models need {_BIT_DEPTH}-bit images (got {manifest.bit_depth}-bit images in {manifest.name}); "
+            f"pack the data set without source.bit_depth"
         )
     return manifest.facts()
 

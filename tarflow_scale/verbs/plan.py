@@ -30,7 +30,7 @@ _GB = 1e9
 
 
 def run(config: PlanConfig, dry_run: bool) -> None:
-    """Print the plan, and draw its curve if ``plan.curve`` names a file.
+    """Print the plan. If ``plan.curve`` is set, draw the scaling curve into this file.
 
     Raises:
         ConfigError: settings contradict each other, or the batch does not divide among the GPUs.
@@ -59,8 +59,8 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
     if asked.image_size is not None:
         if model.class_conditional and not asked.classes:
             raise ConfigError(
-                f"model.class_conditional needs --classes beside --image-size (got {asked.classes}); add it, or "
-                f"model.class_conditional=false"
+                f"model.class_conditional=true needs --classes with --image-size (got {asked.classes}); add --classes "
+                f"NUMBER, or set model.class_conditional=false"
             )
         side = min(crop or asked.image_size, asked.image_size)
         shape = (asked.channels, side, side)
@@ -70,8 +70,8 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
         return Sizes(shape, model_size(flow), stored, None, None, "the flags")
     if not storage.exists(storage.join(data.path, MANIFEST_NAME)):
         raise ConfigError(
-            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size "
-            f"PIXELS --classes NUMBER (0 for none), and --channels unless 3"
+            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS, --classes "
+            f"NUMBER (0 for none), and --channels NUMBER if it is not 3"
         )
     manifest = read_manifest(data.path)
     seen = seen_by_model(manifest, crop)
@@ -86,8 +86,8 @@ def _drawn(answer: Answer) -> bytes:
     scenario, alone = answer.scenario, answer.points[0].weak
     weak = [(float(point.gpus), point.weak) for point in answer.points]
     strong = [(float(point.gpus), point.strong) for point in answer.points if point.strong is not None]
-    grown = "weak: a micro batch each"
-    fixed = f"strong: global batch {scenario.recipe.training.global_batch_size:,}"
+    grown = "weak scaling: one micro batch per GPU"
+    fixed = f"strong scaling: global batch {scenario.recipe.training.global_batch_size:,}"
     rates = {
         "ideal": [(gpus, gpus * alone.images_per_second) for gpus, _ in weak],
         grown: [(gpus, step.images_per_second) for gpus, step in weak],
@@ -99,13 +99,13 @@ def _drawn(answer: Answer) -> bytes:
         fixed: [(gpus, efficiency(step, round(gpus), alone)) for gpus, step in strong],
     }
     panels = [
-        Panel("images a second", rates, "GPUs", logarithmic=True),
-        Panel("images a second per GPU, relative to one GPU", shares, "GPUs", logarithmic=False),
+        Panel("images per second", rates, "GPUs", logarithmic=True),
+        Panel("images per second per GPU, relative to one GPU", shares, "GPUs", logarithmic=False),
     ]
     cluster, parallelism = scenario.cluster, scenario.recipe.parallelism
     heading = (
         f"{scenario.recipe.model.kind}, {scenario.size.parameters / 1e6:,.0f} M parameters, ZeRO stage "
-        f"{parallelism.zero_stage}, {parallelism.precision}; {cluster.card.name}, {cluster.gpus_per_node} a machine, "
-        f"{cluster.network_bytes_per_second / _GB:g} GB/s a GPU between; MFU {scenario.mfu:.0%} assumed"
+        f"{parallelism.zero_stage}, {parallelism.precision}; {cluster.card.name}, {cluster.gpus_per_node} per machine, "
+        f"network {cluster.network_bytes_per_second / _GB:g} GB/s per GPU; assumed MFU {scenario.mfu:.0%}"
     )
     return panels_png(panels, heading)

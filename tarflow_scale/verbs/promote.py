@@ -49,12 +49,15 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         failed = sum(not reason.holds for reason in decision.reasons)
         raise PromotionRefused(
             f"{model}@{version} does not pass gate {gate.name} (got NO for {failed} of {len(rows)} requirements, see "
-            f"the table); {alias} stays"
+            f"the table); {alias} was not moved"
         )
     if holder == version:
         print(f"{model}@{version} is {alias} already")
     elif dry_run:
-        print(f"dry run: {model}@{version} would become {alias}" + ("" if decision.promoted else ", overridden"))
+        print(
+            f"dry run: {model}@{version} would become {alias}"
+            + ("" if decision.promoted else ", although the gate refuses it")
+        )
     else:
         recorded = decision.model_dump(mode="json")
         if not decision.promoted:
@@ -62,7 +65,7 @@ def run(config: PromoteConfig, dry_run: bool) -> None:
         registry.promote(alias, version, holder, recorded, config.gate.reason or override or "")
         print(f"{model}@{version} is now {alias}" + (f" (was {model}@{holder})" if holder else ""))
         if not decision.promoted:
-            print(f"the gate refused; moved anyway, for this reason, which is stored: {override}")
+            print(f"the gate refused; the alias was moved anyway, for this reason, which is stored: {override}")
 
 
 def _chosen(
@@ -91,7 +94,7 @@ def _chosen(
             line = f"latest is {contender.name}"
             if skipped:
                 newer = ", ".join(f"{registry.model}@{number}" for number in skipped)
-                line += f", the newest with the numbers that gate {gate.name} requires; newer without them: {newer}"
+                line += f", the newest with all numbers that gate {gate.name} requires; newer without all: {newer}"
             print(line)
             return version
         skipped.append(version)
@@ -106,7 +109,7 @@ def _rival(
     if not any(requirement.must_beat_champion for requirement in gate.requirements):
         raise ConfigError(
             f"gate.against needs a requirement with must_beat_champion (got none in gate {gate.name}); add one to "
-            f"{reference.path} or leave gate.against out"
+            f"{reference.path} or remove gate.against"
         )
     against = reference.against or ""
     model, _, name = against.partition("@")
@@ -119,5 +122,7 @@ def _rival(
     except RegistryError as error:
         raise RegistryError(f"cannot compare the version with gate.against={against}: {error}") from error
     if rival.name == candidate.name:
-        raise ConfigError(f"gate.against must be another version than the promoted one (got {against}); name another")
+        raise ConfigError(
+            f"gate.against must not be the version that is promoted (got {against}); choose another version"
+        )
     return rival

@@ -49,7 +49,7 @@ def run(config: ReportConfig, dry_run: bool) -> None:
     page = Page(report.title, answers, rankings, words, entries, _grids(rankings), runs, pictures)
     storage.write_bytes(storage.join(report.path, "leaderboard.md"), text.encode())
     storage.write_bytes(storage.join(report.path, "index.html"), html_page(page).encode())
-    print(f"{text}\nlook at {report.path}/index.html")
+    print(f"{text}\nopen {report.path}/index.html in a browser")
 
 
 def _each_once(paths: Sequence[str]) -> list[str]:
@@ -83,8 +83,8 @@ def _ranking(path: str, entries: list[Entry]) -> Ranking:
         models = ", ".join(sorted({entry.model for entry in entries})) or "no model"
         wanted = board.protocol + (f" with protocol_id {board.protocol_id}" if board.protocol_id else "")
         warnings.warn(
-            f"leaderboard {board.name} has no row of ours: no version of {models} was evaluated by {wanted}; evaluate "
-            f"one, or check report.registries and report.leaderboards",
+            f"leaderboard {board.name} has no row from report.registries: no version of {models} was evaluated by "
+            f"{wanted}; evaluate a version, or check report.registries and report.leaderboards",
             stacklevel=2,
         )
     return ranking

@@ -278,11 +278,11 @@ def test_the_stage_is_advised_that_fits_and_is_fast() -> None:
     stages = by_stage(planned)
     assert [plan.stage for plan in stages] == [0, 1, 2, 3]
     assert [plan.fits for plan in stages] == [plan.memory.total <= USABLE * 80e9 for plan in stages]
-    assert advice(planned, stages) == ["stage 2, as configured, fits and is about as fast as any"]
+    assert advice(planned, stages) == ["stage 2, as configured, fits and is about as fast as any other stage that fits"]
     spread = scenario("imagenet64-conditional", 64, (3, 64, 64), 1000, "training.micro_batch_size=4")
     (line,) = advice(spread, by_stage(spread))
     assert line.startswith("parallelism.zero_stage=3 (")  # it alone hides all of its traffic
-    assert line.endswith("% more time a step")
+    assert line.endswith("% more time per step")
     tight = scenario("deep-shallow-1024", 8, (3, 1024, 1024), 10, "parallelism.zero_stage=0")
     small = dataclasses.replace(tight, cluster=Cluster(card_named("v100"), 8, 12.5e9))
     (line,) = advice(small, by_stage(small))
@@ -381,8 +381,8 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
     assert cli.main(["plan", *recipe, "--gpus", "2", "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
     assert f"1x8x8 ({digits}/train)" in text
-    assert "(png) a machine" in text
-    assert "at most, as if nothing were compressed" not in text
+    assert "(png) per machine" in text
+    assert "at most (the size without compression)" not in text
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
         (["--gpus", "many", "--gpu", "h100"], "plan.gpus: Input should be a valid integer"),
         ([*PLAN, "--mfu", "40"], "plan.mfu: Input should be less than or equal to 1 (got '40')"),
         (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size PIXELS"),
-        ([*PLAN, "--image-size", "64"], "model.class_conditional needs --classes beside --image-size (got None)"),
+        ([*PLAN, "--image-size", "64"], "model.class_conditional=true needs --classes with --image-size (got None)"),
         ([*PLAN, "--image-size", "65", "--classes", "9"], "must be multiples of model.patch_size"),
         (
             ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],

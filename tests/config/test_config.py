@@ -85,15 +85,15 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ),
         (
             "optimizer.kind=muon",
-            "optimizer: muon_peak_lr goes with kind=muon (got kind=muon and None); set both or neither",
+            "optimizer: muon_peak_lr and kind=muon must be set together (got kind=muon and None); set both or neither",
         ),
         (
             "optimizer={kind: muon, muon_peak_lr: 0.02, gradient_clip_norm: 0.5}",
-            "optimizer: gradient_clip_norm has no effect on kind=muon (got 0.5); leave it out",
+            "optimizer: gradient_clip_norm has no effect on kind=muon (got 0.5); remove it",
         ),
         (
             "schedule.kind=wsd",
-            "schedule: decay_images goes with kind=wsd (got kind=wsd and None); set both or neither",
+            "schedule: decay_images and kind=wsd must be set together (got kind=wsd and None); set both or neither",
         ),
         (
             "schedule={kind: wsd, warmup_images: 500, decay_images: 500}",
@@ -111,19 +111,19 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ),
         (
             "parallelism={zero_stage: 0, offload: optimizer}",
-            "parallelism: offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise the stage",
+            "parallelism: offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise zero_stage",
         ),
         (
             "parallelism={zero_stage: 2, offload: all}",
-            "parallelism: offload=all needs zero_stage 3 (got 2); use optimizer, or stage 3",
+            "parallelism: offload=all needs zero_stage 3 (got 2); use offload=optimizer or zero_stage=3",
         ),
         (
             "parallelism={zero_stage: 2, zero_plus_plus: {quantized_weights: true}}",
-            "parallelism: zero_plus_plus needs zero_stage 3 (got 2); raise the stage or remove it",
+            "parallelism: zero_plus_plus needs zero_stage 3 (got 2); raise zero_stage or remove the section",
         ),
         (
             "parallelism={compile: true, activations: rebuild}",
-            "parallelism: compile does not go with activations=rebuild (got both); use checkpoint",
+            "parallelism: compile needs activations=keep or checkpoint (got rebuild); use checkpoint",
         ),
         ("optimizer.peak_lr=0", "optimizer.peak_lr: Input should be greater than 0 (got 0)"),
         ("optimizer.peak_lr=.nan", "optimizer.peak_lr: Input should be a finite number (got nan)"),
@@ -173,8 +173,8 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
             "optimizer.peak_lr.x=5",
             "optimizer.peak_lr.x: peak_lr is a value, not a section (got 0.0025); check the path of the key",
         ),
-        ("nonsense", "an override is section.key=value (got 'nonsense'); for example training.seed=1"),
-        (".a=1", "an override is section.key=value (got '.a=1'); for example training.seed=1"),
+        ("nonsense", "an override must have the form section.key=value (got 'nonsense'); for example training.seed=1"),
+        (".a=1", "an override must have the form section.key=value (got '.a=1'); for example training.seed=1"),
         ("data.path=[", "data.path: the value is not valid YAML (got '['); quote it"),
         ("optimizer.betas=0.9", "optimizer.betas: must be a list (got 0.9); write optimizer.betas=[0.9]"),
         (
@@ -191,7 +191,7 @@ def test_a_mistake_is_one_line_with_the_path_of_its_key(base: Path, override: st
 
 def test_another_kind_of_model_needs_a_section_of_its_own(base: Path) -> None:
     with pytest.raises(
-        ConfigError, match="to change the kind, replace the whole section, 'model={kind: glow, levels: 3}'$"
+        ConfigError, match="to change the kind, replace the whole section, as in 'model={kind: glow, levels: 3}'$"
     ):
         load_config(TrainConfig, base, ["model.kind=glow"])
 
@@ -212,7 +212,9 @@ def test_a_mistake_in_a_file_that_is_named_names_the_key_and_the_file(tmp_path: 
 
 
 def test_no_configuration_at_all_says_where_there_are_some() -> None:
-    with pytest.raises(ConfigError, match="^no configuration file was given, such as .*/configs; data: required sec"):
+    with pytest.raises(
+        ConfigError, match="^no configuration file was given; pass one, such as .*/configs; data: required sec"
+    ):
         load_config(TrainConfig, None, [])
 
 
@@ -229,12 +231,12 @@ def test_no_configuration_at_all_says_where_there_are_some() -> None:
         ),
         (
             ["model={kind: continuous}", "parallelism.zero_stage=3"],
-            "parallelism.zero_stage=3 divides weights that this model needs whole (got model.kind=continuous); use 2",
+            "parallelism.zero_stage=3, which divides weights, is not supported for model.kind=continuous (got both); use 2",
         ),
         (
             ["model.dequantization={}", "training.noise={kind: gaussian, std: 0.1}"],
             "model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got gaussian); "
-            "remove either",
+            "remove model.dequantization, or set the noise to uniform",
         ),
         (
             ["model={kind: nice, dequantization: {couplings: 0}}", "training.seed=1"],
@@ -242,7 +244,8 @@ def test_no_configuration_at_all_says_where_there_are_some() -> None:
         ),
         (
             ["model={kind: maf}", "parallelism.compile=true"],
-            "parallelism.compile and optimizer.kind=muon are not for model.kind=maf (got either); leave them out",
+            "parallelism.compile and optimizer.kind=muon are not supported for model.kind=maf (got at least one of "
+            "them); remove them",
         ),
         (
             ["model={kind: continuous, solver: rk4, num_steps: 501}", "training.seed=1"],
@@ -277,7 +280,7 @@ def test_overrides_win_and_defaults_fill_in(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("a: [", "is not valid YAML"), ("- 1", "must hold sections"), ("", "must")]
+    ("content", "message"), [("a: [", "is not valid YAML"), ("- 1", "must contain sections"), ("", "must")]
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "x.yaml"
@@ -299,7 +302,7 @@ BOMB = "a: &a [0]\n" + "".join(
         (BOMB + "data: *l", r"f: a configuration must not hold more than 100,000 values"),
         (BOMB + "data: !!pairs [path: *l]", "must not hold more than 100,000 values"),
         ("data: &a [*a]", r"data.0: a value must not refer to itself"),
-        ("data: " + "[" * 1_000, r"not valid YAML \(it is nested too deep\)"),
+        ("data: " + "[" * 1_000, r"not valid YAML \(it is nested too deeply\)"),
         ("training: {seed: " + "9" * 6000 + "}", r"not valid YAML \(Exceeds the limit"),
         ("data: {path: 's3://KEY:SECRET@bucket/x'}", r"data.path: a URL must not hold a password.*for bucket/x\)"),
         ("data: {mix: [{path: 'https://u:SECRET@host'}]}", "data.mix.0.path: a URL must not hold a password"),

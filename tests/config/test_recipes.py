@@ -65,8 +65,8 @@ def test_every_recipe_has_a_plan(
     assert cli.main(["train", str(recipe), *paths, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert f"= {config.training.micro_batch_size} x {ranks} ranks x 1 accumulated" in plan
-    assert "GiB a rank" in plan
-    assert "TFLOP an image" in plan
+    assert "GiB per rank" in plan
+    assert "TFLOP per image" in plan
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -119,8 +119,8 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
     stand_in(tmp_path / "test", "mine-64")
     paths = [f"data.path={tmp_path}/train", f"validation.path={tmp_path}/test"]
     said = header("folder-gpu")
-    for card, pattern in (("h100", r"([\d.]+) hours of an H100"), ("rtx-4090", r"([\d.]+) of an RTX 4090")):
-        (hours,) = re.findall(pattern, said)
+    for card, name in (("h100", "an H100"), ("rtx-4090", "an RTX 4090")):
+        (time,) = re.findall(rf"([\d.]+ (?:minutes|hours)) of {name}", said)
         arguments = [
             "plan",
             str(TOP / "configs/train/folder-gpu.yaml"),
@@ -132,8 +132,8 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
         ]
         assert cli.main(arguments) == 0
         plan = capsys.readouterr().out
-        assert f"{hours} hours = " in plan
-        (operations,) = re.findall(r"([\d.e+]+) FLOP the run", plan)
+        assert f"{time} for 4,000,000 images" in plan
+        (operations,) = re.findall(r"([\d.e+]+) FLOP in total", plan)
         assert f"{float(operations):.1e}".replace("+", "") in said
     assert "not measured" in said
 

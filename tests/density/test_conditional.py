@@ -47,7 +47,7 @@ def test_bayes_rule_by_hand(name: str) -> None:
 
 def test_a_flow_without_classes_has_none_to_tell() -> None:
     made = flow("glow_lu_affine")
-    with pytest.raises(ValueError, match="this flow has no classes"):
+    with pytest.raises(ValueError, match="probabilities of labels need a flow with classes"):
         classify(made, images(1, made))
 
 

@@ -34,7 +34,9 @@ def test_bits_per_dim_are_those_of_evaluate_and_nats_add_up_to_them(trained: Tra
 
 def test_no_draws_and_seeds_that_are_none_are_refused(trained: Trained) -> None:
     flow, images = load("small@1", registry=str(trained.registry)), np.zeros((2, 1, 8, 8), np.uint8)
-    with pytest.raises(ValueError, match=r"^draws are combined by mean or importance, .*\(got 0, 'mean'\)$"):
+    with pytest.raises(
+        ValueError, match=r"^estimate must be mean or importance, .*\(got 'mean' and 0 draws\); correct it$"
+    ):
         combine_draws(torch.zeros(0, 2), "mean")
     for use in (image_bits_per_dim, image_nats):
         with pytest.raises(ValueError, match=r"^num_draws must be at least 1 \(got 0\)"):

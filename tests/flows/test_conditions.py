@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_said() -> None:
         flow.log_prob(x, torch.full((4, 2), torch.nan))
     with pytest.raises(ValueError, match="finite floats"):
         flow.log_prob(x, torch.zeros(4, 2, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="on labels or on numbers"):
+    with pytest.raises(ConfigError, match="on labels or on numbers, not on both"):
         build(MAFConfig(), (3,), 2, 2)
     with pytest.raises(ConfigError, match="with classes"):
         build(MAFConfig(), (3,))
@@ -113,10 +113,13 @@ def test_labels_that_are_no_classes_are_one_line() -> None:
         flow.sample(2, y="roses")
     flow.class_names = ("daisies", "roses", "tulips")
     with pytest.raises(
-        ValueError, match=r"^labels must be classes \(got rose, did you mean roses\?; there are daisies"
+        ValueError,
+        match=r"^labels must be class names or numbers \(got rose, did you mean roses\?\); the names are daisies",
     ):
         flow.sample(2, y="rose")
-    with pytest.raises(ValueError, match=r"^labels must be classes \(got cars; there are daisies, roses, tulips\)"):
+    with pytest.raises(
+        ValueError, match=r"^labels must be class names or numbers \(got cars\); the names are daisies, roses, tulips$"
+    ):
         flow.log_prob(torch.zeros(2, 1, 4, 4), ["roses", "cars"])
     with pytest.raises(ValueError, match=r"labels must have shape \(3,\) \(got \(2,\)\)"):
         flow.sample(3, y=["roses", "tulips"])

@@ -204,7 +204,7 @@ def test_the_surprise_of_values_adds_up_to_the_bound(case: FlowCase) -> None:
 
 
 def test_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match=r"dequantization is for images \(got events of shape \(3,\)\); leave it out"):
+    with pytest.raises(ConfigError, match=r"dequantization is for images \(got vectors of shape \(3,\)\); remove it"):
         build(MAFConfig(dequantization=LEARNED, class_conditional=False), (3,))
     flow = build(NICEConfig(dequantization=LEARNED, class_conditional=False), (1, 2, 2))
     x = noisy(4, shape=(1, 2, 2), dtype=torch.float32)

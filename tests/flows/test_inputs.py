@@ -45,7 +45,7 @@ def images() -> Tensor:
 def test_images_on_0_to_255_are_refused(images: Tensor) -> None:
     for flow in (flow_of(), flow_of(logit_alpha=0.05)):
         for density in (flow.log_prob, flow.log_prob_of_images, flow.nats_of_values):
-            with pytest.raises(ValueError, match=r"^images .* \(got 0 to 255\); scale them: x / 127.5 - 1 .*$"):
+            with pytest.raises(ValueError, match=r"^images .* \(got 0 to 255\); use x / 127.5 - 1 .*$"):
                 density(images.float())
     dark = torch.zeros(1, *SHAPE)
     dark[..., :2] = 200.0  # most of a digit is black
@@ -64,7 +64,7 @@ def test_standardised_images_are_warned_about(images: Tensor) -> None:
     natural = images.float() / 255
     digits = torch.where(images > 230, 1.0, 0.0)
     for x in ((natural - 0.45) / 0.225, (digits - 0.1307) / 0.3081):
-        with pytest.warns(UserWarning, match=r"% of the values of these images are beyond \+-1.5 .* undo it"):
+        with pytest.warns(UserWarning, match=r"% of the values of these images are beyond \+-1.5 .* reverse the"):
             flow_of().log_prob(x)
 
 
@@ -115,7 +115,7 @@ for x in kinds:
     except ValueError as error:
         advice = str(error).partition("; ")[2]
         start = "tarflow_scale.density" if "bits/dim" in advice else "torch."
-        found = eval(advice[advice.index(start) : advice.rindex(" gives" if "bits/dim" in advice else " makes")])
+        found = eval(advice[advice.index(start) :].partition(" to get bits/dim")[0])
         print(bool((found == expected).all()) if "bits/dim" in advice else tuple(flow.log_prob(found).shape))
 try:
     image_bits_per_dim(flow, last.numpy())
@@ -127,7 +127,8 @@ except ValueError as error:
     assert found.stdout.splitlines() == [
         *["True"] * 6,
         "(4,)",
-        "images must have shape (batch, 3, 8, 8) (got (4, 8, 8, 3)); channels come first: x.transpose(0, 3, 1, 2)",
+        "images must have shape (batch, 3, 8, 8) (got (4, 8, 8, 3)); put the channels first with "
+        "x.transpose(0, 3, 1, 2)",
     ], found.stderr
 
 
@@ -138,10 +139,12 @@ def test_another_device_is_refused() -> None:
 
 def test_pixels_are_made_of_finite_floats_on_a_scale(images: Tensor) -> None:
     """Without the check, bytes would become white pixels, and NaN black ones."""
-    with pytest.raises(ValueError, match=r"^pixels are made of floats on \[-1, 1\] \(got torch.uint8\)"):
+    with pytest.raises(
+        ValueError, match=r"^images to convert to pixels must be floats on \[-1, 1\] \(got torch.uint8\)"
+    ):
         check_stored(images, SHAPE)
     flow = flow_of()
-    with pytest.raises(ValueError, match="finite values"):
+    with pytest.raises(ValueError, match="pixels must be finite"):
         flow.pictures(torch.full((2, *SHAPE), float("nan")))
     with pytest.raises(ValueError, match=r"x\[None\]"):
         check_stored(torch.zeros(SHAPE), SHAPE)
@@ -160,7 +163,9 @@ def test_shapes_and_counts_that_no_flow_has(kind: type[ModelConfig]) -> None:
     flow.check_shape(torch.zeros(2, *SHAPE))
     shapes: list[list[int]] = [[8, 8], [], [0, 8, 8], [-3, 8, 8]]
     for shape in shapes:
-        with pytest.raises(ConfigError, match=r"^events have shape \(channels, height, width\) or \(values,\) \(got"):
+        with pytest.raises(
+            ConfigError, match=r"^event_shape must be \(channels, height, width\) or \(dimensions,\) \(got"
+        ):
             build(config, shape, 2)
     with pytest.raises(ConfigError, match=r"^num_classes must be an integer >= 1, or None \(got -1\)"):
         build(config, SHAPE, -1)
@@ -179,17 +184,17 @@ def test_channels_last_and_single_images_are_told_what_to_do() -> None:
 
 
 def test_arrays_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^images must be a tensor \(got a NumPy array of float32\); torch.as_tensor"):
+    with pytest.raises(ValueError, match=r"^images must be a tensor \(got a NumPy array of float32\); use torch"):
         check_values(np.zeros((2, *SHAPE), np.float32), SHAPE, torch.zeros(()), None, None)
 
 
 def test_numbers_that_no_sampling_can_have_are_refused() -> None:
     flow = flow_of()
     for temperature in (-0.5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"^temperature must be a finite number from 0 \(got .*\); 1 is the model"):
+        with pytest.raises(ValueError, match=r"^temperature must be a finite number >= 0 \(got .*\); use 1 to sample"):
             flow.sample(1, temperature=temperature)
     for size in (0, -3):
-        with pytest.raises(ValueError, match=rf"^batch_size must be an integer >= 1 \(got {size}\)"):
+        with pytest.raises(ValueError, match=rf"^batch_size must be an integer >= 1, or None \(got {size}\)"):
             flow.sample(1, batch_size=size)
     with pytest.raises(ValueError, match=r"^the number of samples must be an integer >= 0 \(got -1\)"):
         flow.sample(-1)
@@ -259,19 +264,19 @@ for seen in (
     (tmp_path / "used.py").write_text(code)
     found = command(module="used", cwd=tmp_path)
     assert found.stdout.splitlines() == [
-        "images must be a tensor (got a NumPy array of float64); torch.as_tensor(x, dtype=torch.float32) makes one",
-        "images must be a tensor (got builtins.list); torch.as_tensor(x) of an array makes one",
+        "images must be a tensor (got a NumPy array of float64); use torch.as_tensor(x, dtype=torch.float32)",
+        "images must be a tensor (got builtins.list); convert an array with torch.as_tensor(x)",
         "the number of samples must be an integer >= 0 (got 2.5); correct it",
         "seed must be an integer in 0..2^64-1 (got 1.5); choose another",
-        "batch_size must be an integer >= 1 (got True); None decodes all together",
-        "temperature must be a finite number from 0 (got '1'); 1 is the model's own",
+        "batch_size must be an integer >= 1, or None (got True); None decodes all samples together",
+        "temperature must be a finite number >= 0 (got '1'); use 1 to sample the model",
         "generator must be a torch.Generator (got 3); pass a number as seed",
         "guidance must be a tarflow_scale.flows.Guidance or a number (got {'scale': 1})",
         "labels must be a tensor, one class by number or name, or a list of classes (got b'ab'); correct them",
-        "latents must have shape (batch, 16) (got (16,)); pass one number per value of an event",
-        "draws are combined by mean or importance, one at least (got 1, 'Mean')",
+        "latents must have shape (batch, 16) (got (16,)); pass one number per dimension of x",
+        "estimate must be mean or importance, with at least 1 draw (got 'Mean' and 1 draws); correct it",
         "path must be arc or line, and num at least 2 (got 'Line' and 3); correct it",
-        "events have shape (channels, height, width) or (values,) (got (1, 4.0, 4)); correct it",
+        "event_shape must be (channels, height, width) or (dimensions,) (got (1, 4.0, 4)); correct it",
         "labels must be a tensor, one class by number or name, or a list of classes (got 1.5); correct them",
         "labels must be a tensor, one class by number or name, or a list of classes (got {1}); correct them",
         "True",

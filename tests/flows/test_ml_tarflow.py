@@ -105,7 +105,7 @@ def test_every_size_is_inferred(stored: Fixture) -> None:
 def test_channels_can_be_given(stored: Fixture) -> None:
     state = as_state_dict(stored, "conditional")  # 12 features: 3 channels of 2x2, or 12 of 1x1
     assert flow_from_ml_tarflow(state, "it", num_channels=12).event_shape == (12, 4, 4)
-    with pytest.raises(DataError, match="12 features of a token must be a square patch of 5 channels"):
+    with pytest.raises(DataError, match="a token must be a square patch with 5 channels, got 12 features"):
         flow_from_ml_tarflow(state, "it", num_channels=5)
 
 
@@ -145,7 +145,7 @@ def broken(stored: Fixture, **changes: object) -> dict[str, object]:
     [
         (lambda s: {"weights": Malicious()}, r"a.pth cannot be read as plain weights \(Weights only load failed"),
         (lambda s: [torch.ones(2)], r"must hold a dictionary of tensors by name \(got list\)"),
-        (lambda s: {"optimizer": {}, "lr_schedule": {"counter": torch.zeros(1)}}, r"not the optimizer's"),
+        (lambda s: {"optimizer": {}, "lr_schedule": {"counter": torch.zeros(1)}}, r"not the file of the optimizer"),
         (lambda s: {"a": torch.ones(2)}, r"is not an ml-tarflow model \(no var\)"),
         (lambda s: broken(s, blocks__0__pos_embed=None), r"\(no blocks.0.pos_embed\)"),
         (lambda s: broken(s, blocks__1__attn_blocks__0__mlp__norm__weight=None), r"Missing key.*mlp_norm.weight"),
@@ -194,7 +194,7 @@ def test_what_is_no_tarflow_is_refused(
 
 def test_damaged_files_are_refused(stored: Fixture, tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    with pytest.raises(DataError, match="there is no .*a.pth; check the path of the weights"):
+    with pytest.raises(DataError, match="the file .*a.pth does not exist; check the path of the weights"):
         load_ml_tarflow(str(path))
     torch.save(as_state_dict(stored, "conditional"), path)
     load_ml_tarflow(str(path))

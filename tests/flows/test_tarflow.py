@@ -175,7 +175,9 @@ def test_guided_decoding_follows_the_published_rule(num_classes: int | None, gui
 
 def test_guidance_without_an_effect_is_refused() -> None:
     z = torch.zeros(1, randomised().num_dims, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"without classes needs attention_temperature other than 1 \(got scale=1"):
+    with pytest.raises(
+        ValueError, match=r"without classes needs an attention_temperature other than 1 \(got 1 and scale=1"
+    ):
         randomised(None).inverse(z, None, Guidance(scale=1))
     with pytest.raises(ValueError, match=r"guidance needs labels \(got y=None and scale=1"):
         randomised().inverse(z, None, Guidance(scale=1))

@@ -43,25 +43,25 @@ def test_a_saved_flow_comes_back_bit_for_bit(flow: Flow, tmp_path: Path, place: 
 
 
 def test_damage_is_named(flow: Flow, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not a saved flow \(no config.json\)"):
+    with pytest.raises(DataError, match=r"is not a saved flow \(config.json is missing\)"):
         load_flow(str(tmp_path))
     save_flow(flow, str(tmp_path))
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:100])
-    with pytest.raises(DataError, match="does not hold a flow"):
+    with pytest.raises(DataError, match="does not contain a valid flow"):
         load_flow(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(weights)
     facts = json.loads((tmp_path / "config.json").read_text())
     facts["model"]["width"] = 32
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(DataError, match="does not hold a flow"):
+    with pytest.raises(DataError, match="does not contain a valid flow"):
         load_flow(str(tmp_path))
 
 
 def test_a_pickle_is_not_a_flow(flow: Flow, tmp_path: Path) -> None:
     save_flow(flow, str(tmp_path))
     torch.save(flow.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match="does not hold a flow"):
+    with pytest.raises(DataError, match="does not contain a valid flow"):
         load_flow(str(tmp_path))
 
 

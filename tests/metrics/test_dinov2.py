@@ -73,11 +73,13 @@ def test_weights_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("timm")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     protocol = FrechetProtocol(name="x", metric="frechet", extractor=NAME, num_images=2, bit_depth=8)
-    with pytest.raises(DataError, match=rf"no weights of {NAME} at .*; download dinov2_vitl14_pretrain.pth from https"):
+    with pytest.raises(
+        DataError, match=rf"weights of {NAME} are missing at .*; download dinov2_vitl14_pretrain.pth from https"
+    ):
         weights_digest(protocol, {})
     monkeypatch.setattr(DINOv2Extractor, "model_name", "vit_small_patch14_dinov2")
     for content in (b"none", weights(tmp_path / "whole.pth").read_bytes()[:5000]):
         path = tmp_path / "weights.pth"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"weights.pth holds no weights of {NAME} \("):
+        with pytest.raises(DataError, match=rf"weights.pth does not contain the weights of {NAME} \("):
             open_extractor(wanted(storage.digest(path)), {NAME: str(path)}, torch.device("cpu"))

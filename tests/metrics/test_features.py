@@ -39,13 +39,15 @@ def test_pixels_are_levels(bits: int) -> None:
 def test_inception_needs_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     inception = protocol(extractor=INCEPTION, bit_depth=8)
-    with pytest.raises(DataError, match=f"no weights of {INCEPTION} at .*set metrics.extractor_weights.{INCEPTION} to"):
+    with pytest.raises(
+        DataError, match=f"weights of {INCEPTION} are missing at .*set metrics.extractor_weights.{INCEPTION} to"
+    ):
         weights_digest(inception, {})
     wrong = tmp_path / "weights.pth"
     wrong.write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"is not the extractor of x \(sha256 .*, not 6726825d\)"):
+    with pytest.raises(DataError, match=r"does not match the extractor of x \(sha256 .*, not 6726825d\)"):
         weights_digest(inception, {INCEPTION: str(wrong)})
-    with pytest.raises(DataError, match=rf"is not the extractor of {INCEPTION} \(sha256 .*, not 6726825d\)"):
+    with pytest.raises(DataError, match=rf"does not match the extractor of {INCEPTION} \(sha256 .*, not 6726825d\)"):
         published_digest(INCEPTION, {INCEPTION: str(wrong)})
     with pytest.raises(DataError, match="differ between machines"):
         open_extractor(wanted(INCEPTION, "0" * 64), {INCEPTION: str(wrong)}, CPU)
@@ -127,6 +129,6 @@ def test_an_entry_point_offers_an_extractor(monkeypatch: pytest.MonkeyPatch) -> 
     found = open_extractor(wanted("mean-colour", digest), {}, CPU)(images)["pool"]
     assert torch.equal(found, images.float().mean(dim=(2, 3)))
     with pytest.raises(
-        ConfigError, match=r"no extractor 'other' \(there are dinov2-vitl14, inception-v3-compat, mean-colour, pixels"
+        ConfigError, match=r"unknown extractor 'other' \(known: dinov2-vitl14, inception-v3-compat, mean-colour, pixels"
     ):
         weights_digest(protocol(extractor="other"), {})

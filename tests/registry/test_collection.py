@@ -49,7 +49,7 @@ def test_retired_and_dropped_files_go_and_all_others_stay(aged: Registry) -> Non
     again = Registry(aged.path, "m")
     for version in (1, 3):
         assert set(again.read_files(again.resolve(version))) == {"model.safetensors", "config.json"}
-    with pytest.raises(RegistryError, match="m@2 was retired and its files deleted on"):
+    with pytest.raises(RegistryError, match="m@2 was retired and its files were deleted on"):
         again.read_files(again.resolve(2))
     after = collection.garbage(aged.path, 7 * DAY)
     assert (after.versions, after.blobs) == ({}, {})
@@ -110,7 +110,7 @@ def test_a_retired_version_is_out_of_use(aged: Registry) -> None:
     ):
         with pytest.raises(RegistryError, match="m@2 was retired on"):
             change()
-    with pytest.raises(RegistryError, match="m@1 is champion; move the alias first"):
+    with pytest.raises(RegistryError, match=r"m@1 must have no alias to be retired \(got champion\); move the alias"):
         aged.retire(1, "")
 
 

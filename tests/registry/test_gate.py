@@ -68,11 +68,11 @@ def test_the_newest_report_counts() -> None:
 def test_the_champion_must_be_beaten_by_the_margin_and_more_than_chance() -> None:
     beat = gate(must_beat_champion=True, margin=0.05)
     assert outcome(beat, contender("m@2", 1.9)) == (True, "there is no champion yet")
-    assert outcome(beat, contender("m@2", 1.9), contender("m@2", 1.9)) == (True, "it is the champion")
+    assert outcome(beat, contender("m@2", 1.9), contender("m@2", 1.9)) == (True, "the version is already the champion")
     holds, found = outcome(beat, contender("m@2", 1.9), contender("m@1", 2.0))
     assert (holds, found) == (
         True,
-        "1.9000 against 2.0000 of m@1: better by 0.1000 ± 0.0141 as independent numbers",
+        "1.9000 against 2.0000 of m@1: better by 0.1000 ± 0.0141, compared as independent numbers",
     )
     assert not outcome(beat, contender("m@2", 1.96), contender("m@1", 2.0))[0]
     # 0.1 - 0.05 is 2 standard errors of the difference, hypot(0.015, 0.02)
@@ -152,10 +152,11 @@ def test_numbers_of_other_protocol_ids_are_never_compared() -> None:
 def test_no_report_and_a_report_by_another_protocol() -> None:
     holds, found = outcome(gate(maximum=2.0), contender("m@2"))
     assert not holds
-    assert found == "no report at all; run 'tarflow-scale evaluate' first"
+    assert found == "the version has no report; run 'tarflow-scale evaluate' first"
     holds, found = outcome(gate(maximum=2.0), contender("m@2", 1.0, protocol=EARLIER))
     assert not holds
-    assert found == "only reports by bits, perhaps an earlier edition; run 'tarflow-scale evaluate' with this protocol"
+    only = "the version has reports only by other protocols, or by an earlier edition of this protocol (bits); "
+    assert found == f"{only}run 'tarflow-scale evaluate' with this protocol"
 
 
 def test_a_number_with_the_same_id_is_found_behind_a_newer_one() -> None:
@@ -170,7 +171,7 @@ def test_a_gate_can_pin_the_images() -> None:
     assert outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0))[0]
     holds, found = outcome(gate(maximum=2.0, protocol_id="id"), contender("m@2", 1.0, identity="training images"))
     assert not holds
-    assert found.startswith("only reports by bits, perhaps an earlier edition")
+    assert found.startswith("the version has reports only by other protocols, or by an earlier edition")
 
 
 def test_a_requirement_must_ask_for_something() -> None:

@@ -54,7 +54,10 @@ def test_init_refuses_a_file_system_that_has_no_exclusive_create(tmp_path: Path,
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert f"{path}/.probe-" in line
-    assert "must be on a file system with hard links or RENAME_NOREPLACE, so that one of several writers wins" in line
+    assert (
+        "must be on a file system with hard links or RENAME_NOREPLACE, so that only one writer can create a file"
+        in line
+    )
     assert line.endswith("use another file system, or set command.single_writer=true if only one process writes")
     assert list(path.iterdir()) == []
 

@@ -35,7 +35,7 @@ def test_rclones_s3_has_no_create_if_absent(tmp_path: Path, monkeypatch: pytest.
     with s3_server.serving(tmp_path) as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(RegistryError, match="has no create-if-absent"):
+        with pytest.raises(RegistryError, match="does not support create-if-absent"):
             Registry("s3://bucket/registry", "m").register({"w": b"1"}, FACTS, "")
         assert Store("s3://bucket/registry").init(single_writer=True).single_writer
         registry = Registry("s3://bucket/registry", "m")

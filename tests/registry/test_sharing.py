@@ -83,7 +83,7 @@ def test_a_folder_of_somebody_else_must_be_ready_to_be_shared(team: Path) -> Non
     assert run_as(ALICE, "models", "init", f"registry.path={team}", "command.shared=group") == (
         2,
         f"tarflow-scale: error: {team} must be writable by its group and have the set-group-ID bit (got "
-        f"drwxrwx--- of root:{TEAM}); let its owner run this command, or chmod g+rwxs\n",
+        f"drwxrwx--- of root:{TEAM}); let its owner run this command or chmod g+rwxs\n",
     )
     assert list(team.iterdir()) == []
     team.chmod(0o2770)
@@ -109,7 +109,7 @@ def test_a_registry_can_be_shared_later_and_each_owner_adds_modes(team: Path) ->
 
     code, said = run_as(ALICE, "models", "init", here, "command.shared=group")
     assert code == 2
-    assert "must be shared by their owners (first: " in said
+    assert "can be shared only by their owners (first: " in said
     assert f"of {BOB}:{TEAM}); let each owner run the same command" in said
     assert run_as(BOB, "models", "init", here, "command.shared=group")[0] == 0
     assert run_as(ALICE, "models", "verify", here)[0] == 0
@@ -143,8 +143,8 @@ def test_one_unreadable_model_does_not_hide_the_others(team: Path) -> None:
     code, said = run_as(BOB, "models", "list", here)
     assert code == 0
     assert [line.split()[0] for line in said.splitlines() if "@1 " in line] == ["a@1", "c@1"]
-    (line,) = [line for line in said.splitlines() if "left out" in line]
-    assert line.startswith(f"tarflow-scale: warning: a model is left out: cannot read {path}/b/")
+    (line,) = [line for line in said.splitlines() if "skipping" in line]
+    assert line.startswith(f"tarflow-scale: warning: skipping a model that cannot be read: cannot read {path}/b/")
     assert f"(Permission denied: {path}/b is drwx------ of root:root)" in line
     assert run_as(BOB, "models", "show", here, "registry.model=a")[0] == 0
     assert run_as(BOB, "models", "list", here, "registry.model=b")[0] == 2
@@ -180,7 +180,7 @@ def test_a_damaged_model_does_not_hide_the_others(tmp_path: Path) -> None:
     for model in ("a", "b"):
         register(tmp_path, model, 0)
     (tmp_path / "a/_log/000000000001.json").write_text("{")
-    with pytest.warns(UserWarning, match="a model is left out: .*a/_log/000000000001.json"):
+    with pytest.warns(UserWarning, match="skipping a model that cannot be read: .*a/_log/000000000001.json"):
         assert list(readable_models(str(tmp_path))) == ["b"]
     with pytest.raises(RegistryError, match="000000000001.json"):
         collection.garbage(str(tmp_path), 7 * 86400)
@@ -225,7 +225,7 @@ def test_reading_a_registry_without_a_marker_makes_none(tmp_path: Path) -> None:
 def test_a_mode_is_for_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     where = f"registry.path=memory://{tmp_path.name}"
     assert cli.main(["models", "init", where, "command.shared=group"]) == 2
-    assert "command.shared sets modes of local files (got it for memory://" in capsys.readouterr().err
+    assert "command.shared must be used with a local folder (got memory://" in capsys.readouterr().err
 
 
 def test_a_file_system_that_keeps_no_modes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

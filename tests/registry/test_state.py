@@ -116,7 +116,9 @@ def test_a_long_log(tmp_path: Path) -> None:
 def test_a_version_of_the_future_is_one_line(tmp_path: Path) -> None:
     registry_with(tmp_path, 1)
     (tmp_path / "registry.json").write_text('{"format": 2}')
-    with pytest.raises(RegistryError, match=r"is a registry of format 2 \(this package knows 1\); upgrade"):
+    with pytest.raises(
+        RegistryError, match=r"has registry format 2 \(this version of tarflow-scale reads format 1\); upgrade"
+    ):
         Registry(str(tmp_path), "m").register({"model.safetensors": b"x"}, FACTS, "")
 
 

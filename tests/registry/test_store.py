@@ -30,7 +30,7 @@ def test_a_store_without_create_if_absent_is_refused_or_has_one_writer(
 
     monkeypatch.setattr(storage, "create", overwrites)
     with pytest.raises(
-        RegistryError, match=r"has no create-if-absent \(8 writers created 100 names 800 times\); use a"
+        RegistryError, match=r"does not support create-if-absent \(8 writers created 100 names 800 times\); use a"
     ):
         Store(str(tmp_path)).init()
     assert list(tmp_path.iterdir()) == []
@@ -61,11 +61,11 @@ def test_an_old_blob_that_is_named_again_is_young(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "a/b", "/etc", "", ".hidden", "x" * 101, "a\0"])
 def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RegistryError, match="must be named by letters"):
+    with pytest.raises(RegistryError, match="the name of a model must consist of letters"):
         Registry(str(tmp_path), name)
     registry = Registry(str(tmp_path), "m")
     registry.register({"w": b"1"}, FACTS, "")
-    with pytest.raises(RegistryError, match="an alias must be named by letters"):
+    with pytest.raises(RegistryError, match="an alias must consist of letters"):
         registry.set_alias(name, 1, None, "")
 
 

@@ -75,13 +75,15 @@ def test_a_run_folder_keeps_its_id_where_it_is_moved_or_restored_and_a_copy_gets
     for _ in range(2):
         open_run(tmp_path / "copy")
     assert told[-1]["id"] == told[-2]["id"] != told[0]["id"]
-    assert capsys.readouterr().err.startswith(f"{tmp_path}/copy is a copy of {tmp_path}/moved: a new run of ")
+    assert capsys.readouterr().err.startswith(
+        f"{tmp_path}/copy is a copy of {tmp_path}/moved, so it gets a new run of "
+    )
 
 
 def test_a_damaged_id_of_weights_and_biases_is_refused(tmp_path: Path, told: list[dict[str, Any]]) -> None:
     open_run(tmp_path / "run")
     (tmp_path / "run/wandb-id.json").write_text('{"id": ')
-    with pytest.raises(ConfigError, match="wandb-id.json must name a run of Weights & Biases .*; remove it"):
+    with pytest.raises(ConfigError, match="wandb-id.json must name a run of Weights & Biases .*; delete the file"):
         open_run(tmp_path / "run")
     assert len(told) == 1
 
@@ -133,8 +135,8 @@ def test_progress_in_a_log_file_is_a_line_a_minute_and_more_at_first(
 ) -> None:
     work(clock, 3600)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 10 of 18,000 images (0%), 5.00 a second, 2 s passed, 59 min 58 s left; loss 1"
-    assert lines[-1].startswith("train: 18,000 of 18,000 images (100%), 5.00 a second, 1 h 00 min passed; loss 3599")
+    assert lines[0] == "train: 10 of 18,000 images (0%), 5.00 per second, 2 s passed, 59 min 58 s left; loss 1"
+    assert lines[-1].startswith("train: 18,000 of 18,000 images (100%), 5.00 per second, 1 h 00 min passed; loss 3599")
     counts = [int(re.findall(r"[\d,]+", line)[0].replace(",", "")) for line in lines]
     gaps = [(after - before) / 5 for before, after in pairwise(counts)]
     assert gaps[:4] == [4, 8, 16, 32]
@@ -149,8 +151,8 @@ def test_the_start_of_workers_is_no_part_of_the_speed(clock: list[float], capsys
             bar.update(200)
     assert capsys.readouterr().err.splitlines() == [
         "evaluate: 400 of 1,000 images (40%), 50 s passed",
-        "evaluate: 800 of 1,000 images (80%), 80 a second, 55 s passed, 2 s left",
-        "evaluate: 1,000 of 1,000 images (100%), 20 a second, 1 min 05 s passed",
+        "evaluate: 800 of 1,000 images (80%), 80 per second, 55 s passed, 2 s left",
+        "evaluate: 1,000 of 1,000 images (100%), 20 per second, 1 min 05 s passed",
     ]
 
 
@@ -170,7 +172,7 @@ def test_a_terminal_has_a_bar_and_the_same_lines_above_it(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     work(clock, 100)
     shown = capsys.readouterr().err
-    assert "train: 10 of 500 images (2%), 5.00 a second, 2 s passed, 1 min 38 s left; loss 1\n" in shown
+    assert "train: 10 of 500 images (2%), 5.00 per second, 2 s passed, 1 min 38 s left; loss 1\n" in shown
     assert "train: 100%|" in shown
     with console.ProgressBar(100, "verify", unit="files") as bar:  # nothing to tell, so the bar is all
         clock[0] += 100.0

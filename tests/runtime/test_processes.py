@@ -31,7 +31,7 @@ def holder(folder: Path) -> "subprocess.Popen[str]":
 
 def test_a_folder_has_one_writer_and_a_kill_frees_it(tmp_path: Path) -> None:
     process = holder(tmp_path)
-    with pytest.raises(StorageError, match=rf"takes one writer at a time \(in use by process {process.pid} on "):
+    with pytest.raises(StorageError, match=rf"must have one writer at a time \(in use by process {process.pid} on "):
         exclusive(tmp_path).__enter__()
     process.kill()
     process.wait()
@@ -151,7 +151,7 @@ def test_an_answer_that_does_not_come_is_given_up_with_all_that_was_started() ->
         "TimeoutError no answer within 1 s",
         "answer",
         "ChildProcessError ended by SIGABRT: last words",
-        "ChildProcessError ended with 3",
+        "ChildProcessError exit code 3",
     ], result.stderr
     environments = []
     for process in Path("/proc").glob("[0-9]*/environ"):

@@ -56,9 +56,9 @@ def test_bad_images_are_drawn_again_and_the_others_stay(flow) -> None:
 
 
 def test_an_image_that_stays_bad_ends_the_work(flow) -> None:
-    with pytest.raises(NumericsError, match="image 6 was not finite at 3 attempts; check the model"):
+    with pytest.raises(NumericsError, match="image 6 was not finite after 3 attempts; check the model"):
         drawn(flow, {6: (9, float("nan"))}, attempts=2)
-    with pytest.raises(NumericsError, match="image 3 was saturated at 1 attempts"):
+    with pytest.raises(NumericsError, match="image 3 was saturated after 1 attempts"):
         drawn(flow, {3: (1, 2.0)}, attempts=0, saturated_share=0.1)
 
 

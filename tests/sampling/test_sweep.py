@@ -51,7 +51,9 @@ def test_labels_by_name_and_settings_that_cannot_be(flow: Flow) -> None:
         assert torch.equal(
             sweep(flow, 3, 4, labels=one)[0][1], Sampler(flow, 3, settings, labels=(1,)).images(range(4))
         )
-    with pytest.raises(ConfigError, match=r"sampling.labels must be classes \(got rose, did you mean roses\?"):
+    with pytest.raises(
+        ConfigError, match=r"sampling.labels must be class names or numbers \(got rose, did you mean roses\?"
+    ):
         sweep(flow, 3, 4, labels=["rose"])
     with pytest.raises(ConfigError, match=r"sampling.labels must be in 0..2 \(got \[3\]\)"):
         sweep(flow, 3, 4, labels=[3])

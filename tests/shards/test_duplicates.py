@@ -88,8 +88,8 @@ def test_hashes_that_tell_nothing_apart_are_not_reported() -> None:
     assert not copies.are_told_apart
     lines = duplicates.described(copies, np.zeros(399, np.int64), ["train"], str, 64)
     assert lines == [
-        "copies (near copies are not listed: there are more than 2 pairs per image, as among drawings or frames of "
-        "films): none"
+        "copies (near copies are not listed, because there are more than 2 pairs per image; this is usual for drawings "
+        "and for frames of films): none"
     ]
 
 
@@ -123,8 +123,8 @@ def test_copies_are_counted_within_and_across_splits() -> None:
     lines = duplicates.described(COPIES, split, ["train", "test"], "image {}".format, 64)
     assert lines[0] == "copies and near copies:"
     assert (
-        "  test: 3 of 5 images are like an image in train (1 equal): image 3 like image 1; image 4 like image 0; "
-        in lines[2]
+        "  test: 3 of 5 images are like an image in train (1 with equal pixels): image 3 like image 1; "
+        "image 4 like image 0; " in lines[2]
     )
 
 
@@ -144,10 +144,12 @@ def test_near_copies_are_reported_by_prepare_and_by_stats(tmp_path: Path, capsys
     arguments = [*write_photographs(tmp_path / "images"), f"shards.path={tmp_path}/out"]
     assert cli.main([*arguments, "shards.num_workers=2"]) == 0
     across = (
-        "  test: 3 of 10 images are like an image in train (1 equal): test/a/100.png like train/a/000.png; "
+        "  test: 3 of 10 images are like an image in train (1 with equal pixels): test/a/100.png like train/a/000.png; "
         "test/a/101.png like train/a/001.png; test/a/102.png like train/a/002.png"
     )
-    within = "  train: 1 of 40 images are like an earlier image (0 equal): train/a/039.png like train/a/005.png"
+    within = (
+        "  train: 1 of 40 images are like an earlier image (0 with equal pixels): train/a/039.png like train/a/005.png"
+    )
     out = capsys.readouterr().out
     assert f"copies and near copies:\n{within}\n{across}\n" in out
     for split in ("train", "test"):
@@ -175,7 +177,7 @@ def test_near_copies_of_held_out_images_are_dropped_from_training(
     for workers in (1, 2):
         more = [f"shards.path={tmp_path}/{workers}", f"shards.num_workers={workers}"]
         assert cli.main([*arguments, *more]) == 0
-        assert "train: 4 of 40 images are dropped, because they are like others" in capsys.readouterr().out
+        assert "train: 4 of 40 images are dropped as copies or near copies" in capsys.readouterr().out
     first, second = (
         {
             file.relative_to(tmp_path / name): file.read_bytes()
@@ -205,7 +207,10 @@ def test_nothing_but_copies_is_no_data_set(tmp_path: Path, capsys: pytest.Captur
         (tmp_path / "images" / split / "a/1.png").write_bytes(encode_png(pixels(picture(0))))
     arguments = ["source.kind=folder", f"source.path={tmp_path}/images", f"shards.path={tmp_path}/out"]
     assert cli.main(["prepare", *arguments, "split.near_duplicates=drop"]) == 2
-    assert "no training image is left (got 1, all of them near copies of held-out images)" in capsys.readouterr().err
+    assert (
+        "must leave a training image (got 1 images, and all are copies or near copies of held-out images)"
+        in capsys.readouterr().err
+    )
     assert not any(file.is_file() for file in (tmp_path / "out").rglob("*"))
 
 
@@ -214,7 +219,7 @@ def test_near_copies_of_tiny_images_are_not_looked_for_and_that_is_said(
 ) -> None:
     assert cli.main(["prepare", "--stats", f"{digits}/test"]) == 0
     out = capsys.readouterr().out
-    assert "copies (near copies are not searched below 32 pixels, where hashes do not help): none" in out
+    assert "copies (the search for near copies needs images of at least 32 pixels): none" in out
 
 
 def test_equal_images_are_found_at_any_size() -> None:

@@ -77,7 +77,7 @@ def test_what_makes_the_batches_fails_as_it_does() -> None:
 
 def test_where_no_process_starts_images_are_encoded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.warns(UserWarning, match="in the generating process") as warned:
+    with pytest.warns(UserWarning, match="this process now encodes the images") as warned:
         files = list(Encoder(1, "png", 95).encoded(iter(BATCHES)))
     assert len(warned) == 1  # it is not tried again
     assert files == [encode_image(image, "png") for images in BATCHES for image in images]

@@ -122,7 +122,9 @@ def test_every_kind_of_transparency_is_seen(kind: str) -> None:
     assert set(white[:, 0, 0].tolist()) == {255}
     assert set(black[:, 0, 0].tolist()) == {0}
     assert white.shape == image_size(content, "x", Reading())
-    with pytest.raises(DataError, match=r"some/file.png is transparent \(got source.transparency=refuse\); set"):
+    with pytest.raises(
+        DataError, match=r"some/file.png has transparent pixels \(got source.transparency=refuse\); set"
+    ):
         decode_image(content, "some/file.png", reading=Reading(transparency="refuse"))
 
 
@@ -249,7 +251,7 @@ def test_an_image_bomb_is_refused_by_its_header(width: int, height: int) -> None
 
 
 def test_a_thread_is_not_resized() -> None:
-    with pytest.raises(DataError, match=r"must not be so narrow \(got 1x1000000 pixels for 64x64\)"):
+    with pytest.raises(DataError, match=r"when its short side is resized to 64 \(got 1x1000000, resized"):
         resize_center_crop(np.zeros((3, 1, 1_000_000), np.uint8), 64)
 
 
@@ -259,7 +261,7 @@ def test_the_same_fault_has_the_same_words() -> None:
         with pytest.raises(DataError) as caught:
             decode_image(b"not an image", "x")
         words.add(str(caught.value))
-    assert words == {"x cannot be decoded (no image format); replace or remove the image"}
+    assert words == {"x cannot be decoded (unknown image format); replace or remove the image"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (7, 9), (32, 32)])

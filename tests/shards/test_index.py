@@ -25,16 +25,16 @@ def without_checksums(arrays: Arrays) -> Arrays:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda a: a | {"offsets": a["offsets"] + 10**12}, "must rise within the .* bytes of its shard"),
-        (lambda a: a | {"offsets": a["offsets"] - 512}, r"must rise within .*got -512 to"),
-        (lambda a: a | {"offsets": a["offsets"][::-1].copy()}, "must rise within"),
-        (lambda a: a | {"offsets": np.zeros_like(a["offsets"])}, "must rise within"),
+        (lambda a: a | {"offsets": a["offsets"] + 10**12}, "must increase within the .* bytes of its shard"),
+        (lambda a: a | {"offsets": a["offsets"] - 512}, r"must increase within .*got -512 to"),
+        (lambda a: a | {"offsets": a["offsets"][::-1].copy()}, "must increase within"),
+        (lambda a: a | {"offsets": np.zeros_like(a["offsets"])}, "must increase within"),
         (lambda a: a | {"offsets": a["offsets"].astype(float)}, "offsets of .* must be int64 .201,., .*got float64"),
         (lambda a: a | {"offsets": a["offsets"][:, None]}, "offsets of .* must be int64 .201,., .*got int64 .201, 1."),
         (lambda a: a | {"checksums": a["checksums"].astype(str)}, "checksums of .* must be uint64 .200,."),
         (lambda a: a | {"offsets": a["offsets"].astype(object)}, "is not an index .Object arrays cannot be loaded"),
         (without_checksums, "checksums of .* must be uint64 .200,."),
-        (lambda a: a | {"algorithm": np.array("md5")}, "must have checksums of crc32 of halves .got md5."),
+        (lambda a: a | {"algorithm": np.array("md5")}, "must use the checksum 'crc32 of halves' .got 'md5'."),
         (
             lambda a: a | {name: a[name][:-1] for name in ("offsets", "checksums")},
             "because the manifest says 200 samples .got int64 .200,",

@@ -101,7 +101,7 @@ def test_neighbours_are_well_mixed() -> None:
 
 
 def test_a_batch_larger_than_the_data_set_is_refused() -> None:
-    with pytest.raises(DataError, match=r"must not exceed the data set \(got 11 and 10 samples\)"):
+    with pytest.raises(DataError, match=r"than it has \(got 11, and the data set has 10\)"):
         OrderSpec(samples_per_shard=(10,), num_slots=11, shuffle_block=1, seed=0)
 
 

@@ -43,7 +43,7 @@ def test_a_store_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         config = DataConfig(path="s3://bucket/numbers", shuffle_block=5)
         batches = Loader(open_mix(config, 8, 0), range(8), config, 0).batches(0)
         next(batches)
-    with pytest.raises(DataError, match="a shard went missing during the run, tried 6 times: cannot read s3://"):
+    with pytest.raises(DataError, match="a shard could not be read during the run, in 6 attempts: cannot read s3://"):
         list(islice(batches, 20))
     batches.close()
     s3fs.S3FileSystem.clear_instance_cache()

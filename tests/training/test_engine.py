@@ -353,7 +353,7 @@ def test_a_run_folder_on_each_node_is_refused_by_all_ranks(ranks: Ranks, tmp_pat
     (tmp_path / "run").mkdir()
     found = ranks(2, "shared", tmp_path / "run")
     for refused in found["refused"]:
-        assert refused.startswith("logging.path must be one folder for all ranks (got 1 that do not see")
+        assert refused.startswith("logging.path must be one folder for all ranks (got 1 ranks that do not see")
     assert found["left"] == []
 
 

@@ -16,7 +16,7 @@ def test_the_line_has_loss_rate_gradient_waiting_and_memory_from_the_first_step_
     progress.take(-1.0)
     full, brief = progress_line(progress, UNIFORM, 1.25e-3, 0.4567, SPEED, 3 * 2**29)
     assert brief == f"{bits_per_dim(-1.0, UNIFORM):.3f} bits/dim"
-    assert full == f"{brief}, learning rate 0.0013, gradient norm 0.457, waiting for data 12%, 1.50 GiB a rank"
+    assert full == f"{brief}, learning rate 0.0013, gradient norm 0.457, waiting for data 12%, 1.50 GiB per rank"
 
 
 def test_what_is_not_usual_is_said() -> None:

@@ -48,6 +48,6 @@ def test_where_no_first_rank_listens_is_one_line() -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    message = rf"^rank 0 must answer at 127.0.0.1:{port} \(got no answer within 1 s, for rank 3\); start it, and let"
+    message = rf"^rank 0 must answer at 127.0.0.1:{port} \(rank 3 got no answer within 1 s\); start rank 0, and"
     with pytest.raises(UserError, match=message):
         meet(3, "127.0.0.1", port, False, 1.0)

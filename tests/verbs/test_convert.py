@@ -67,13 +67,16 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
     output = f"output.path={tmp_path}/flow"
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     cases = [
-        (convert(world, output, *registry), "registry and data.path go together (got registry without data)"),
+        (convert(world, output, *registry), "registry and data.path must be set together (got registry without data)"),
         (
             convert(world, output, *registry, f"data.path={digits}/train"),
             "digits must have the model's shape (3, 8, 8) and 3 classes (got (1, 8, 8) and 10)",
         ),
-        (convert(world, output, "weights.num_channels=5"), "12 features of a token must be a square patch"),
-        (convert(world, output, f"weights.path={tmp_path}/absent.pth"), "there is no"),
+        (
+            convert(world, output, "weights.num_channels=5"),
+            "a token must be a square patch with 5 channels, got 12 features",
+        ),
+        (convert(world, output, f"weights.path={tmp_path}/absent.pth"), "does not exist"),
         (convert(world, output, f"weights.path={tmp_path}/bad.pth"), "cannot be read as plain weights"),
         (["convert", f"weights.path={world}/model_0.05.pth", output], "weights.noise: required section is missing"),
     ]

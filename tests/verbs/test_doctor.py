@@ -405,15 +405,15 @@ class Fault:
 FAULTS = [
     Fault(old_package, "packages", "einops 0.1.0 is not >=", "pip install 'einops>="),
     Fault(old_torchvision, "torch", "does not work with torch", "pip install --force-reinstall", "torchvision"),
-    Fault(torch_that_crashes, "torch", "the check crashed, ended by SIGABRT", "reinstalling it"),
+    Fault(torch_that_crashes, "torch", "the check crashed (ended by SIGABRT", "reinstall the software"),
     Fault(no_compiler, "compiler", "no gcc and no g++ on the PATH", "install them"),
     Fault(unparsable_compiler, "compiler", "CC='gcc is not a command (No closing quotation)", "correct its quotes"),
     Fault(absent_compiler, "compiler", "CXX=no-such-compiler -O2 is not a command on the PATH", "unset it"),
     Fault(many_threads, "threads", "OMP_NUM_THREADS=4096 on", "set it to"),
-    Fault(no_interface, "launch", "NCCL_SOCKET_IFNAME=ib77 is not a network interface", "name one of lo"),
-    Fault(no_master, "launch", "MASTER_ADDR=256.0.0.1 has no address", "give the address of rank 0's host"),
+    Fault(no_interface, "launch", "NCCL_SOCKET_IFNAME=ib77 is not a network interface", "set it to one of lo"),
+    Fault(no_master, "launch", "MASTER_ADDR=256.0.0.1 has no address", "set it to the address of rank 0's host"),
     Fault(taken_port, "launch", "rank 0 cannot listen at MASTER_PORT=", "choose another"),
-    Fault(missing_rank, "ranks", "rank 1 of 2 did not answer within 2 s", "see that its host runs"),
+    Fault(missing_rank, "ranks", "rank 1 of 2 did not answer within 2 s", "check that its host runs"),
     Fault(small_shared_memory, "memory", "/dev/shm has 64 MiB free of 64 MiB", "--shm-size"),
     Fault(few_files, "limits", "a process may have 200 files open", "ulimit -n"),
     Fault(home_of_nobody, "home", "cannot write /proc/nonexistent/.cache/torch_extensions", "set HOME"),
@@ -425,14 +425,14 @@ FAULTS = [
     Fault(no_data, "data", "is not a data set (no manifest.json)", "run 'tarflow-scale prepare'"),
     Fault(short_shard, "data", "has 100 bytes, and its manifest says", "restore the shard"),
     Fault(read_only_store, "store", "(Read-only file system)", "check the path, permissions and space"),
-    Fault(store_without_winners, "store", "s3://bucket has no create-if-absent (8 writers", "use a store that has it"),
+    Fault(store_without_winners, "store", "not support create-if-absent (8 writers", "use a store that supports it"),
     Fault(store_that_hangs, "store", "no answer within 4 s", "find out what hangs"),
-    Fault(corrupt_weights, "weights", "weights.pth is not the extractor of fid (sha256", "replace it"),
+    Fault(corrupt_weights, "weights", "weights.pth does not match the extractor of fid (sha256", "replace it"),
     Fault(no_cluster, "cluster", "no Ray cluster answers at 127.0.0.1", "start one (ray start --head)"),
-    Fault(wrong_token, "cluster", "a wrong one or none: that of RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH to a file"),
-    Fault(no_token, "cluster", "a wrong one or none: none, as RAY_AUTH_MODE is not token", "set RAY_AUTH_MODE=token"),
-    Fault(small_cluster, "cluster", "has 2 CPUs for 5 workers of 1", "lower cluster.num_workers"),
-    Fault(other_ray, "cluster", "runs Ray 2.", "install the same on both"),
+    Fault(wrong_token, "cluster", "got the token of RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH to a file"),
+    Fault(no_token, "cluster", "got no token, because RAY_AUTH_MODE is not token", "set RAY_AUTH_MODE=token"),
+    Fault(small_cluster, "cluster", "has 2 CPUs, and each of 5 workers needs 1", "lower cluster.num_workers"),
+    Fault(other_ray, "cluster", "runs Ray 2.", "install the same versions on both"),
 ]  # fmt: skip
 MOUNTS = (temporary_of_another_user, small_shared_memory, full_disk, full_disk_of_checkpoints, read_only_store)
 RAY = (wrong_token, no_token, small_cluster, other_ray)
@@ -471,7 +471,7 @@ def test_a_fault_is_found_alone_and_with_what_to_do(fault: Fault, machine: Machi
     assert fault.words in finding["found"]
     assert fault.advice in finding["advice"]
     assert report.code == 1
-    said = "tarflow-scale: error: this machine must be fit for the work (got failed checks: "
+    said = "tarflow-scale: error: all checks must pass (got failed checks: "
     assert report.stderr.startswith(said)
     assert report.stderr.count("\n") == 1
 
@@ -516,7 +516,7 @@ def test_a_compiler_may_have_arguments(machine: Machine) -> None:
     ("sections", "status", "words"),
     [
         ({"shards.path": "{tmp}/store/shards", "sampling.num_images": "8"}, "ok", "1 model can be read"),
-        ({}, "warning", "1 model can be read, and not written"),
+        ({}, "warning", "1 model can be read but not written"),
         ({"metrics.extractor_weights": "{{}}"}, "failed", "Read-only file system"),
     ],
     ids=["generate", "alone", "evaluate"],
@@ -619,7 +619,7 @@ def test_ranks_that_no_agent_started_do_not_lose_the_store_of_rank_0() -> None:
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http is not a port"),
         (
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-            "RANK=2 of WORLD_SIZE=2",
+            "RANK=2 is not a rank of WORLD_SIZE=2",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_card_has_samples_and_class_names_though_no_report_has_a_grid(
     assert "samples.png" not in (tmp_path / "without/README.md").read_text()
     assert "drawing" not in capsys.readouterr().out
     assert exported(own, tmp_path / "with") == 0
-    assert "no report has samples, drawing 40 (seed 0) for the model card" in capsys.readouterr().out
+    assert "no report has samples, so 40 are drawn for the model card (seed 0)" in capsys.readouterr().out
     width, height = Image.open(tmp_path / "with/samples.png").size
     assert width == 4 * (10 * 9 + 1)
     assert height > 4 * (4 * 9 + 1)  # the names of the classes are above
@@ -94,10 +94,10 @@ def test_a_card_has_samples_and_class_names_though_no_report_has_a_grid(
         ("flipped", "model.safetensors does not match its digest"),
         ("pickle", "model.safetensors is a pickle, which is never read"),
         ("torch zip", "model.safetensors is a pickle, which is never read"),
-        ("header", r"has a header of \d+ bytes \(file: \d+\); it is damaged or hostile"),
+        ("header", r"has an impossible header of \d+ bytes \(the file has \d+ bytes\); the file is damaged"),
         ("no json", "is not a safetensors file"),
         ("nested", "is not a safetensors file"),
-        ("traversal", "must name model.safetensors and config.json"),
+        ("traversal", "must list model.safetensors and config.json"),
         ("configuration", "training.json does not match its digest"),
         ("fields", "is not a _ExportedVersion"),
     ],

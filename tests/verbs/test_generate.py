@@ -91,7 +91,7 @@ def test_prepare_and_generate_without_hard_links(
 def test_running_it_again_does_nothing(trained: Trained, generated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = {file: file.stat().st_mtime_ns for file in generated.rglob("*")}
     assert cli.main(arguments(trained, generated)) == 0
-    assert "nothing to do, all 150 images are there" in capsys.readouterr().out
+    assert "nothing to do, all 150 images exist" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in generated.rglob("*")} == times
 
 
@@ -148,7 +148,7 @@ def test_other_bytes_for_the_same_plan_are_refused_and_what_is_there_stays(
     monkeypatch.setattr(Sampler, "draw", lambda self, indices, attempt=0: -original(self, indices, attempt))
     for _ in range(2):
         assert cli.main(arguments(trained, generated)) == 2
-        assert "generated-00001.tar came out with other bytes than before" in capsys.readouterr().err
+        assert "generated-00001.tar must have the same bytes as in the first run" in capsys.readouterr().err
         assert content(generated) == {name: data for name, data in before.items() if name != lost}
     monkeypatch.undo()
     assert cli.main(arguments(trained, generated)) == 0
@@ -248,7 +248,7 @@ def test_single_files_and_an_npz_too(
         (f"shards.folder={files}", f"shards.folder={files} holds another data set"),
         (f"shards.npz={npz}", f"shards.npz={npz} holds another data set"),
         (f"shards.npz={other}/mine.txt", f"shards.npz={other}/mine.txt holds another data set"),
-        (f"shards.npz={other}", f"shards.npz={other} is a folder"),
+        (f"shards.npz={other}", f"shards.npz must be a file (got the folder {other})"),
         (f"shards.folder={npz}", "samples.npz"),
         (f"shards.folder={tmp_path}/new/", "must not be shards.path"),
     ):
@@ -311,7 +311,7 @@ def test_too_many_bad_images_end_the_generation(
     assert cli.main(arguments(trained, tmp_path / "out")) == 2
     said = capsys.readouterr().err
     assert "not finite, 0 saturated; sampling.guard.most_redrawn_share=0.01 allows 3 of 150)" in said
-    assert "; lower sampling.temperature in another shards.path" in said  # there is no guidance
+    assert "; lower sampling.temperature and choose another shards.path" in said  # there is no guidance
     assert not (tmp_path / "out/manifest.json").exists()
     for _ in range(4):  # nor does it pass by being run again
         assert cli.main(arguments(trained, tmp_path / "out")) == 2
@@ -319,7 +319,7 @@ def test_too_many_bad_images_end_the_generation(
     monkeypatch.undo()
     spoil(monkeypatch, {3}, 9)
     assert cli.main(arguments(trained, tmp_path / "never")) == 2
-    assert "image 3 was not finite at 4 attempts" in capsys.readouterr().err
+    assert "image 3 was not finite after 4 attempts" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def test_calibrating_stores_a_plan_that_generating_follows(
     assert "decoding on cpu" in capsys.readouterr().out
     other = ["sampling.decoder.tolerance=0.5", *adaptive]
     assert cli.main(arguments(trained, tmp_path / "other", *other)) == 2
-    assert "measured with other guidance, precision or tolerance" in capsys.readouterr().err
+    assert "measured with a different guidance, precision or tolerance" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(dry: str) -> None:

@@ -37,7 +37,7 @@ def test_alias_is_for_what_no_gate_guards(registry: Registry, capsys: pytest.Cap
     assert "m@2 is stable already" in capsys.readouterr().out
     registry.promote("champion", 1, None, {"gate": "digits"}, "")
     assert models(registry, "alias", "registry.version=3", "command.alias=champion") == 2
-    assert "is guarded by gate digits; use the verb promote" in capsys.readouterr().err
+    assert "is guarded by gate digits; move it with the verb promote" in capsys.readouterr().err
     assert models(registry, "alias", "registry.version=3", "command.alias=latest") == 2
     assert models(registry, "alias", "registry.version=3") == 2
     assert registry.state().aliases == {"champion": 1, "stable": 2}
@@ -77,7 +77,7 @@ def test_diff_shows_what_differs(registry: Registry, capsys: pytest.CaptureFixtu
     assert "training.seed" not in shown
     assert shown.splitlines()[-1].split() == ["p", "(i)", "-", "1.0000"]
     assert models(registry, "diff", "registry.version=5") == 2  # there is no champion to compare with
-    assert "no alias 'champion' of m" in capsys.readouterr().err
+    assert "m has no alias 'champion'" in capsys.readouterr().err
 
 
 def test_verify_names_everything_that_is_wrong(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,8 @@ def test_another_data_set_in_the_same_folder_is_refused(tmp_path: Path, capsys: 
         capsys.readouterr()
         assert pack(tmp_path, "split.seed=1", *dry) == 2
         assert capsys.readouterr().err == (
-            f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path or delete it\n"
+            f"tarflow-scale: error: {tmp_path}/train holds another data set; choose another shards.path, or delete "
+            f"that data set\n"
         )
 
 
@@ -282,7 +283,7 @@ def test_many_unusable_images_are_an_error(tmp_path: Path, capsys: pytest.Captur
     for number in range(0, 40, 4):
         (tmp_path / f"images/a/{number:03d}.png").write_bytes(b"no image")
     assert cli.main(arguments) == 2
-    assert "10 of 40 images cannot be used (allowed: source.max_bad_fraction=0.1), for one: " in capsys.readouterr().err
+    assert "(got 10 of 40, allowed: source.max_bad_fraction=0.1); the first reason is: " in capsys.readouterr().err
     assert not contents(tmp_path / "out")
     assert cli.main([*arguments, "source.max_bad_fraction=0.25"]) == 0
 
@@ -314,7 +315,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused(tmp_path: Path, capsys
     arguments = [*write_classes(tmp_path), f"shards.path={tmp_path}/out"]
     with exclusive(tmp_path / "out"):
         assert cli.main([*arguments, "shards.codec=webp"]) == 2
-    assert f"{tmp_path}/out takes one writer at a time (in use by process " in capsys.readouterr().err
+    assert f"{tmp_path}/out must have one writer at a time (in use by process " in capsys.readouterr().err
     assert cli.main(arguments) == 0
 
 
@@ -329,7 +330,7 @@ def test_the_lock_is_where_the_shards_are(
     path = "~/out" if spelling == "~" else f"file://{tmp_path}/out"
     with exclusive(tmp_path / "out"):
         assert cli.main([*arguments, f"shards.path={path}"]) == 2
-    assert "takes one writer at a time" in capsys.readouterr().err
+    assert "must have one writer at a time" in capsys.readouterr().err
     assert cli.main([*arguments, f"shards.path={path}"]) == 0
     assert ShardSet(f"{tmp_path}/out/train").manifest.num_images
     assert list((tmp_path / "work").iterdir()) == []
@@ -381,14 +382,16 @@ def test_a_source_that_was_written_again_is_not_mixed_with_what_is_packed(tmp_pa
 def test_nothing_left_for_training_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*write_classes(tmp_path, num=2), f"shards.path={tmp_path}/out", "split.test_fraction=0.9"]
     assert cli.main(arguments) == 2
-    assert "no image is left for training (got 2 and split.test_fraction=0.9); lower it" in capsys.readouterr().err
+    said = "no image is left for training (got 2 images and split.test_fraction=0.9); lower split.test_fraction"
+    assert said in capsys.readouterr().err
 
 
 def test_a_test_split_that_is_empty_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "in", "a/0.png", "a/1.png", "b/0.png")
     assert prepare_folder(tmp_path / "in", tmp_path / "out") == 0
     assert (
-        "warning: no test split: split.test_fraction=0.2 of a class is less than one image" in capsys.readouterr().out
+        "warning: no test split: split.test_fraction=0.2 of each class is less than one image"
+        in capsys.readouterr().out
     )
     assert prepare_folder(tmp_path / "in", tmp_path / "other", "split.test_fraction=0") == 0
     assert "no test split" not in capsys.readouterr().out
@@ -459,7 +462,7 @@ def test_check_finds_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cli.main([*arguments, f"shards.path={tmp_path}/out"]) == 0
     path = tmp_path / "out/train"
     assert cli.main(["prepare", "--check", str(path)]) == 0
-    assert f"{path}: all 32 samples are what was packed" in capsys.readouterr().out
+    assert f"{path}: all 32 samples are intact" in capsys.readouterr().out
     for file in [*sorted(path.glob("*.tar"))[:2], *sorted(path.glob("*.npz"))[:2]]:
         whole = file.read_bytes()
         damaged = bytearray(whole)
@@ -483,7 +486,7 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, capsys: pytest.C
     for name in ("notes.txt", "a/scan.PSD", "b/scan.psd", ".DS_Store"):
         (tmp_path / "images" / name).write_bytes(b"no image")
     assert cli.main([*arguments, f"shards.path={tmp_path}/out", "--dry-run"]) == 0
-    assert "passed over: 2 *.psd, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
+    assert "files that are not packed: 2 *.psd, 1 *.txt, 1 .DS_Store" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -518,11 +521,11 @@ def test_the_plan_says_which_folder_is_which_split_and_what_the_classes_are(
     assert prepare_folder(tmp_path / "in", tmp_path / "out", "--dry-run") == 0
     said = capsys.readouterr().out
     for line in (
-        "Training: train (train split, 6 images)",
-        "valid: test (validation split, 2 images)",
-        "left out: test (test split, 1 image) has no labels; pack it as a separate source to use it",
+        "Training: packed as train (train split, 6 images)",
+        "valid: packed as test (validation split, 2 images)",
+        "left out: test (test split, 1 image), which has no labels; pack it as a separate source to use it",
         "classes: Dog 1, cat 4, dog 3",
-        "warning: classes 'Dog' and 'dog' differ only by case or Unicode form; rename one if they are the same",
+        "warning: classes 'Dog' and 'dog' differ only by case or Unicode form; rename one if they are the same class",
         "warning: 1 of 3 classes are in train and not in test: dog",
         "warning: 1 of 3 classes are in test and not in train: Dog",
     ):
@@ -556,7 +559,7 @@ def test_of_many_classes_the_plan_shows_the_first_and_last(tmp_path: Path, capsy
     assert prepare_folder(tmp_path / "in", tmp_path / "out", "split.test_fraction=0") == 0
     capsys.readouterr()
     assert cli.main(["prepare", "--stats", f"{tmp_path}/out/train"]) == 0
-    assert "20 of 2 samples each\n" in capsys.readouterr().out
+    assert "20, with 2 samples each\n" in capsys.readouterr().out
 
 
 def test_three_splits_are_packed_where_patterns_name_them(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_latest_is_the_newest_version_with_the_numbers_of_the_gate(
     registry = world.register("glow")
     assert world.promote("glow") == 0
     assert (
-        "latest is glow@2, the newest with the numbers that gate g requires; newer without them: glow@4, glow@3\n"
+        "latest is glow@2, the newest with all numbers that gate g requires; newer without all: glow@4, glow@3\n"
         in capsys.readouterr().out
     )
     assert champion(registry) == 2
@@ -109,9 +109,12 @@ def test_latest_without_any_numbers_is_refused_by_the_gate(world: World, capsys:
     assert world.promote("glow") == 2
     captured = capsys.readouterr()
     assert "latest is glow@2\n" in captured.out
-    assert "glow@2 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion stays" in captured.err
+    assert (
+        "glow@2 does not pass gate g (got NO for 1 of 1 requirements, see the table); champion was not moved"
+        in captured.err
+    )
     assert "a number by protocol bits" in captured.out
-    assert captured.out.count("no report at all; run 'tarflow-scale evaluate' first") == 1
+    assert captured.out.count("the version has no report; run 'tarflow-scale evaluate' first") == 1
     assert "no report" not in captured.err  # the reasons are in the table alone
 
 
@@ -135,7 +138,7 @@ def test_latest_skips_retired_versions_and_never_goes_back_behind_the_holder(
     assert world.promote("glow") == 2
     captured = capsys.readouterr()
     assert "glow@2 does not pass gate g" in captured.err
-    assert "only reports by bits, perhaps an earlier edition; run 'tarflow-scale evaluate' with" in captured.out
+    assert "or by an earlier edition of this protocol (bits); run 'tarflow-scale evaluate' with" in captured.out
     assert champion(registry) == 2
 
 
@@ -153,7 +156,9 @@ def test_a_glow_and_a_realnvp_compete(world: World, capsys: pytest.CaptureFixtur
     assert world.promote("realnvp", against, "registry.version=1") == 2
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert "realnvp@1 does not pass gate g (got NO for 1 of 3 requirements, see the table); champion stays" in line
+    assert (
+        "realnvp@1 does not pass gate g (got NO for 1 of 3 requirements, see the table); champion was not moved" in line
+    )
     assert re.search(r"^NO +bits below glow@1's, with 95% confidence +2\.", captured.out, re.MULTILINE)
     assert champion(realnvp) is None
     assert world.promote("realnvp", against, "--dry-run") == 0
@@ -209,7 +214,9 @@ def test_models_of_other_data_are_not_compared(
     realnvp = world.register("realnvp", 2.0)
     assert world.promote("realnvp", "gate.against=glow@1") == 2
     captured = capsys.readouterr()
-    assert "does not pass gate g (got NO for 1 of 2 requirements, see the table); champion stays" in captured.err
+    assert (
+        "does not pass gate g (got NO for 1 of 2 requirements, see the table); champion was not moved" in captured.err
+    )
     assert re.search(rf"^NO +trained on the data set of glow@1 +{re.escape(words)}$", captured.out, re.MULTILINE)
     assert "glow@1's" not in captured.out  # no number of the two is compared
     assert champion(realnvp) is None
@@ -230,10 +237,10 @@ def test_a_rival_that_cannot_be_compared_with_is_one_line(world: World, capsys: 
     assert "glow@1 has no number with the same protocol id; evaluate it on the same reference" in captured.out
     assert "does not pass gate g" in captured.err
     assert refusal(world, "glow@champion", capsys) == (
-        "cannot compare the version with gate.against=glow@champion: no alias 'champion' of glow (there is none); "
-        "promote a version first, or name one, such as latest"
+        "cannot compare the version with gate.against=glow@champion: glow has no alias 'champion' (its aliases: none); "
+        "promote a version first, or use another reference, such as latest"
     )
-    assert "no version 7 of glow (there are 1)" in refusal(world, "glow@7", capsys)
+    assert "glow has no version 7 (its versions: 1)" in refusal(world, "glow@7", capsys)
     glow.retire(1, "broken")
     assert "cannot compare the version with gate.against=glow@1: glow@1 was retired on" in refusal(
         world, "glow@1", capsys
@@ -241,7 +248,7 @@ def test_a_rival_that_cannot_be_compared_with_is_one_line(world: World, capsys: 
     assert "model 'glow' has no version" in refusal(world, "glow@latest", capsys)
     assert "no model 'nice' in the registry" in refusal(world, "nice@1", capsys)
     assert refusal(world, "realnvp@1", capsys) == (
-        "gate.against must be another version than the promoted one (got realnvp@1); name another"
+        "gate.against must not be the version that is promoted (got realnvp@1); choose another version"
     )
     event = Path(glow.log.location(1))
     event.write_bytes(event.read_bytes().replace(b'"parameters":3', b'"parameters":4'))
@@ -259,7 +266,7 @@ def test_a_rival_whose_numbers_are_damaged_is_one_line(world: World, capsys: pyt
     content = blob.read_bytes()
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     line = refusal(world, "glow@1", capsys)
-    assert line.startswith("cannot compare the version with gate.against=glow@1: numbers of each image of glow")
+    assert line.startswith("cannot compare the version with gate.against=glow@1: the file of values per image of glow")
 
 
 def test_a_gate_in_which_no_rival_can_be_beaten_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

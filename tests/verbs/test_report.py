@@ -355,7 +355,9 @@ def test_a_leaderboard_without_rows_says_so(trained: Trained, tmp_path: Path) ->
     path = tmp_path / "board.yaml"
     path.write_text(f"{{name: empty, title: Empty, protocol: {protocol}}}")
     arguments = [f"report.leaderboards=[{path}]", f"report.registries=[{trained.registry}]", "report.title=x"]
-    with pytest.warns(UserWarning, match="leaderboard empty has no row of ours: no version of small was evaluated by"):
+    with pytest.warns(
+        UserWarning, match="leaderboard empty has no row from report.registries: no version of small was evaluated by"
+    ):
         assert cli.main(["report", *arguments, f"report.path={tmp_path}/out"]) == 0
 
 

@@ -195,7 +195,7 @@ def test_ray_and_parquet_hold_the_same_numbers(
     more = [*on_ray, "cluster.num_workers=2", "scoring.format=parquet"]
     result = command(*arguments(trained, tmp_path / "out", shuffled, *more))
     assert result.returncode == 0, result.stderr
-    assert "may be lower for simple images of another kind" in result.stdout
+    assert "simple images of another kind may have lower values" in result.stdout
     found = parquet.read_table(tmp_path / "out/scores.parquet").to_pylist()
     assert [{key: str(value) for key, value in row.items()} for row in found] == rows_of(scored)
 
@@ -210,7 +210,7 @@ def test_maps_and_the_last_lines_show_the_least_likely_images(
     said = capsys.readouterr().out
     assert "score by small@1, higher is more anomalous" in said
     rows = rows_of(tmp_path / "out")
-    found = said.partition("the most anomalous of data  class  likelihood\n")[2].splitlines()[1:11]
+    found = said.partition("most anomalous images of data  class  likelihood\n")[2].splitlines()[1:11]
     assert [line.split() for line in found] == [
         [row["origin"], row["label"], f"{float(row['likelihood']):.4f}"]
         for row in sorted(rows, key=lambda row: -float(row["likelihood"]))[:10]
@@ -231,7 +231,7 @@ def test_maps_of_a_model_that_divides_nothing_are_refused_before_any_work(
     assert cli.main(arguments(trained, tmp_path / "out", None, "scoring.maps=5")) == 2
     assert capsys.readouterr().err == (
         "tarflow-scale: error: scoring.maps needs a model that divides surprise among pixels, which a continuous flow "
-        "does up to model.exact_trace_dims (got TarFlow of 64 dimensions); set it to 0\n"
+        "does only up to model.exact_trace_dims dimensions (got TarFlow of 64); set scoring.maps=0\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -102,7 +102,7 @@ def test_a_first_run_can_be_watched(digits: Path, tmp_path: Path) -> None:
     for line in lines:
         assert re.search(
             r"; \d\.\d{3} bits/dim, learning rate [\de.-]+, gradient norm [\d.]+, waiting for data \d+%, "
-            r"\d\.\d\d GiB a rank$",
+            r"\d\.\d\d GiB per rank$",
             line,
         )
     curves = [tmp_path / "run/curve.png", tmp_path / "run/previews/curve.png"]
@@ -237,7 +237,7 @@ def test_a_run_folder_of_another_run_is_refused(trained: Trained) -> None:
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
         f"tarflow-scale: error: the run folder {trained.run} holds another run (training.seed was 0, is 1); "
-        f"choose another logging.path or delete it"
+        f"choose another logging.path or delete the folder"
     )
     assert {name: (trained.run / name).read_bytes() for name in records} == records
 
@@ -259,7 +259,7 @@ def test_statistics_of_batches_make_the_division_of_a_batch_part_of_a_run(digits
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
         f"tarflow-scale: error: the run folder {tmp_path}/batch holds another run (training.micro_batch_size x ranks "
-        f"was 32, is [16, 1]); choose another logging.path or delete it"
+        f"was 32, is [16, 1]); choose another logging.path or delete the folder"
     )
     assert trained_by(16, 2, 96).returncode == 0  # a whole batch again, so its statistics are the same
 
@@ -284,7 +284,10 @@ def test_a_total_before_the_checkpoint_is_refused(trained: Trained) -> None:
     for more in ([], ["--dry-run"]):
         result = command(*arguments, *more)
         assert result.returncode == 2
-        assert "training.total_images must not lie before the checkpoint (got 640 and 1280)" in result.stderr
+        assert (
+            "training.total_images must be at least the number of images that the checkpoint has seen (got 640 and "
+            "1280)" in result.stderr
+        )
         assert "initializing" not in result.stdout
         assert "operations" not in result.stdout
 
@@ -304,8 +307,8 @@ def test_dry_run_prints_the_arithmetic_and_starts_nothing(
     assert "32 = 16 x 1 ranks x 2 accumulated" in plan
     assert "40 steps = 1,280 images" in plan
     assert "parameters" in plan
-    assert "GiB a rank" in plan
-    assert "at the first image, the run folder has no checkpoint" in plan
+    assert "GiB per rank" in plan
+    assert "at the first image, because the run folder has no checkpoint" in plan
     assert list(tmp_path.iterdir()) == []
 
 
@@ -320,9 +323,9 @@ def test_validation_on_other_images_names_both_data_sets(
     more = [f"validation={{path: {other}, every_images: 64}}", "--dry-run"]
     assert cli.main([*train_arguments(digits, tmp_path / "run", tmp_path / "registry"), *more]) == 2
     assert capsys.readouterr().err == (
-        f"tarflow-scale: error: validation.path and data.path must have samples of one kind (got 1x8x8 images, "
-        f"3 bit in {other}, and 1x8x8 images, 4 bit in {digits}/train); name a held-out split of the same data set as "
-        f"validation.path\n"
+        f"tarflow-scale: error: validation.path and data.path must have samples of the same kind (got 1x8x8 images, "
+        f"3 bit in {other}, and 1x8x8 images, 4 bit in {digits}/train); set validation.path to a held-out split of the "
+        f"same data set\n"
     )
 
 
@@ -333,7 +336,9 @@ def test_dry_run_says_which_block_suits_a_store(
     store.put(str(digits), "/dry-run", recursive=True)
     arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "data.path=memory://dry-run/train")
     assert cli.main([*arguments, "--dry-run"]) == 0
-    small = re.search(r"reads .*; small for a store, raise data.shuffle_block to (\d+)", capsys.readouterr().out)
+    small = re.search(
+        r"reads .*; too small for fast reads from a store: raise data.shuffle_block to (\d+)", capsys.readouterr().out
+    )
     assert small is not None
     assert cli.main([*arguments, f"data.shuffle_block={small[1]}", "--dry-run"]) == 0
     store.rm("/dry-run", recursive=True)
@@ -469,7 +474,7 @@ def test_a_time_limit_saves_and_the_run_goes_on(trained: Trained, tmp_path: Path
     again = command(*arguments)
     assert again.returncode == 0
     earlier = tmp_path / "run/config-until-000000000032.yaml"
-    said = f"continuing with other settings: training.max_seconds was 0.001, is none (the earlier ones: {earlier})"
+    said = f"other settings: training.max_seconds was 0.001, is none (the earlier settings are in {earlier})"
     assert said in again.stdout
     assert "max_seconds: 0.001" in earlier.read_text()
     assert curve(tmp_path / "run") == curve(trained.run)
@@ -483,7 +488,9 @@ def test_a_run_folder_takes_one_run_at_a_time(
     arguments = train_arguments(trained.data, tmp_path / "run", tmp_path / "registry")
     with exclusive(tmp_path / "run"):
         assert cli.main(arguments) == 2
-    assert f"{tmp_path}/run takes one writer at a time (in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert (
+        f"{tmp_path}/run must have one writer at a time (in use by process {os.getpid()} on " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -550,7 +557,7 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     assert report.metrics["bits_per_dim"].value == pytest.approx(expected, abs=1e-4)
 
     worker._check_fits(flow, protocol)
-    with pytest.raises(ConfigError, match=r"noise that was learned on 8-bit data \(got 4\)"):
+    with pytest.raises(ConfigError, match=r"learned its dequantization on 8-bit data \(got 4-bit data\)"):
         worker._check_fits(flow, protocol.model_copy(update={"bit_depth": 8}))
 
     more = [f"calibration.path={trained.data}/train", f"scoring.path={tmp_path}/scores", "scoring.maps=4"]
@@ -578,7 +585,10 @@ def test_jumps_of_the_loss(trained: Trained, tmp_path: Path, rule: str) -> None:
         few = [*whole, f"logging.path={tmp_path}/few", "training.spike.max_roll_backs=1"]
         result = command(*few)
         assert result.returncode == 2
-        assert "the loss jumped more often than it may (got 2, training.spike.max_roll_backs=1)" in result.stderr
+        assert (
+            "must not roll back more often than training.spike.max_roll_backs (got 2 jumps of the loss, and 1 allowed)"
+            in result.stderr
+        )
 
 
 def test_tensorboard_and_weights_and_biases(trained: Trained, tmp_path: Path) -> None:
@@ -616,7 +626,7 @@ def test_tensorboard_and_weights_and_biases(trained: Trained, tmp_path: Path) ->
 def test_what_is_logged_to_must_be_installed(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = train_arguments(digits, tmp_path / "run", tmp_path / "registry", "logging.wandb_project=flows")
     assert cli.main(arguments) == 2
-    message = "logging.wandb_project needs the package wandb (got none installed); pip install wandb"
+    message = "logging.wandb_project needs the package wandb (it is not installed); run: pip install wandb"
     assert message in capsys.readouterr().err
 
 
@@ -661,7 +671,7 @@ def test_a_run_that_is_extended_tells_the_rate_before_and_after(trained: Trained
     # cosine to 1% of 5e-3 at 640 images; of 1280 images, 640 are half way: 0.01 + 0.99 / 2 of it
     assert told == (
         "continuing with another schedule: the learning rate at 640 images was 5e-05, now 0.00252; a higher rate makes "
-        "the model worse at first (schedule.kind=wsd is for runs that are extended)"
+        "the model worse at first (for runs that will be extended, use schedule.kind=wsd)"
     )
     result = command(*arguments, "training.total_images=1600", "optimizer.peak_lr=1e-5")
     assert result.returncode == 0, result.stderr

@@ -105,8 +105,8 @@ def _read_files(path: str) -> dict[str, bytes]:
                 total += member.size
                 if total > _MAX_ARCHIVE_BYTES:
                     raise DataError(
-                        f"{path} must hold the files of CIFAR only (got {total:,} bytes up to {member.name!r:.80}); "
-                        f"download it again"
+                        f"{path} must hold only the files of CIFAR, at most {_MAX_ARCHIVE_BYTES:,} bytes (got "
+                        f"{total:,} bytes up to the member {member.name!r:.80}); download it again"
                     )
                 file = tar.extractfile(member) if member.isreg() else None
                 if file is not None:
@@ -122,8 +122,8 @@ def _batch(files: dict[str, bytes], name: str, form: _Format) -> ImagesAndLabels
     data, labels = (_binary if form.label_bytes else _pickled)(files[name], name, form)
     if data.ndim != 2 or data.shape[1] != _NUM_VALUES or labels.shape != (len(data),) or labels.dtype.kind != "i":
         raise DataError(
-            f"{name} must hold one label for each image of {_NUM_VALUES} values (got {labels.shape} and "
-            f"{data.shape}); download it again"
+            f"{name} must hold images of {_NUM_VALUES} values and one label for each image (got images {data.shape} "
+            f"and labels {labels.shape}); download it again"
         )
     return data.reshape(-1, 3, _SIDE, _SIDE), labels.astype(np.int64)
 
@@ -150,7 +150,7 @@ def _binary(content: bytes, name: str, form: _Format) -> tuple[NDArray[np.uint8]
     labels = rows[:, form.label_bytes - 1].astype(np.int64)
     if labels.max() >= form.num_classes:
         raise DataError(
-            f"labels of {name} must lie in 0..{form.num_classes - 1} (got {labels.max()}); download it again"
+            f"labels of {name} must be from 0 to {form.num_classes - 1} (got {labels.max()}); download it again"
         )
     return rows[:, form.label_bytes :], labels
 
@@ -210,7 +210,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return _ALLOWED[module, name]
 
 

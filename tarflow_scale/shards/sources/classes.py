@@ -52,14 +52,14 @@ def as_label(value: Any, origin: str) -> int | str | None:
             label = int(label)
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise DataError(
-            f"a label must be one whole number or text (got {str(value)[:40]!r} for {origin}); correct it, or name "
-            f"the place of the label with source.label_column"
+            f"a label must be one whole number or text (got {str(value)[:40]!r} for {origin}); correct it, or set "
+            f"source.label_column to the column or member that holds the label"
         )
     if label == -1:
         return None
     if not 0 <= label <= _MAX_LABEL if isinstance(label, int) else re.fullmatch(r"-?\d+", label):
         raise DataError(
-            f"a label must be a whole number up to {_MAX_LABEL} (got {label!s:.40} for {origin}); correct it"
+            f"a label must be a whole number from 0 to {_MAX_LABEL} (got {label!s:.40} for {origin}); correct it"
         )
     return label
 
@@ -104,8 +104,8 @@ def classes_of_labels(
     missing = next((label for label in present if label not in names), None)
     if missing is not None:
         raise DataError(
-            f"source.label_names must name every label (got none for {missing!r} of {origin}; it names "
-            f"{', '.join(map(repr, list(names)[:3]))} ..); complete it"
+            f"source.label_names must name every label (got no name for {missing!r} of {origin}, but names for "
+            f"{', '.join(map(repr, list(names)[:3]))} ..); add the missing names"
         )
     keys = [key for key in names if isinstance(key, int)]
     if len(keys) == len(names):
@@ -124,8 +124,8 @@ def refuse_mixture(labels: Sequence[int | str | None], origin: str) -> None:
     number = next((label for label in labels if isinstance(label, int)), None)
     if text is not None and number is not None:
         raise DataError(
-            f"labels must be all numbers or all text (got {number} and {text!r} in {origin}); correct them, or name "
-            f"the place of the label with source.label_column"
+            f"labels must be all numbers or all text (got {number} and {text!r} in {origin}); correct them, or set "
+            f"source.label_column to the column or member that holds the label"
         )
 
 
@@ -152,7 +152,9 @@ def read_label_names(path: str | None) -> dict[int | str, str] | None:
         elif isinstance(names, dict):
             pairs = [(as_label(key, path), str(value)) for key, value in names.items()]
         else:
-            raise DataError(f"{path} must hold a list or mapping of names (got {type(names).__name__}); correct it")
+            raise DataError(
+                f"{path} must hold a JSON list or mapping of names (got {type(names).__name__}); correct it"
+            )
     else:
         rows = rows_of(content, path)
         if rows and len(rows[0]) > 1 and rows[0][0].lower() in _KEY_COLUMNS:
@@ -163,7 +165,9 @@ def read_label_names(path: str | None) -> dict[int | str, str] | None:
             pairs = [(as_label(row[0], path), " ".join(row[1:])) for row in rows]
     table = {label: name for label, name in pairs if label is not None}
     if not table or len(table) < len(pairs):
-        raise DataError(f"{path} must name every label once (got {len(pairs)} rows, {len(table)} labels); correct it")
+        raise DataError(
+            f"{path} must name every label once (got {len(pairs)} rows for {len(table)} labels); correct it"
+        )
     return table
 
 
@@ -190,7 +194,7 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{origin} must be UTF-8 text (got a bad byte at {error.start}); save it as UTF-8") from error
+        raise DataError(f"{origin} must be UTF-8 text (got a wrong byte at {error.start}); save it as UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip()]
     for separator in ("\t", ",", ";", "|"):
         if lines and all(separator in line for line in lines):
@@ -202,7 +206,7 @@ def rows_of(content: bytes, origin: str) -> list[list[str]]:
 def class_warnings(
     class_names: Sequence[str], labels: NDArray[np.int64], official: NDArray[np.int8] | None, packed: Sequence[str]
 ) -> list[str]:
-    """Warnings about class names that differ only by case or Unicode form, and classes missing in one or all splits.
+    """Warnings: class names that differ only by case or Unicode form, and classes without images in one or all splits.
 
     Args:
         class_names: names of the classes, in the order of their labels.
@@ -218,7 +222,7 @@ def class_warnings(
         if len(names) > 1:
             lines.append(
                 f"warning: classes {' and '.join(names)} differ only by case or Unicode form; rename one if they are "
-                f"the same"
+                f"the same class"
             )
 
     def listed(missing: set[int]) -> str:

@@ -62,7 +62,7 @@ class _FileSource(EncodedSource):
 
     @abstractmethod
     def _names_in(self, folder: str) -> Iterable[str]:
-        """Names of the files and folders (also empty ones) directly in a folder."""
+        """Names of the files and folders (including empty ones) directly in a folder."""
 
 
 class FolderSource(_FileSource):
@@ -146,7 +146,10 @@ class ZipSource(_FileSource):
             names = [info.filename.replace("\\", "/").removeprefix("./").lstrip("/") for info in infos]
             double, times = Counter(names).most_common(1)[0] if names else ("", 0)
             if times > 1:
-                raise DataError(f"names in a zip must differ (got {double} {times} times in {self._path}); remove one")
+                raise DataError(
+                    f"a zip must hold each file name once (got {double} {times} times in {self._path}); remove the "
+                    f"repeated files"
+                )
             self._zip.NameToInfo = dict(zip(names, infos, strict=True))
         return self._zip
 

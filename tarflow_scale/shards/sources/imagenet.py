@@ -44,13 +44,13 @@ class DownsampledImageNetSource(ImageSource):
         unknown = next((name for name in names if name.endswith(".npz") and name not in (*train, *test)), None)
         if unknown is not None:
             raise DataError(
-                f"files of {path} must be train_data_batch_*.npz and val_data.npz (got {unknown}); rename it"
+                f".npz files in {path} must be train_data_batch_*.npz or val_data.npz (got {unknown}); rename it"
             )
         missing = sorted(set(range(1, _batch_number(train[-1]) + 1)) - set(map(_batch_number, train)))
         if missing:
-            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing ({len(missing)} in all)"]
+            self.lines = [f"warning: train_data_batch_{missing[0]}.npz is missing (missing files: {len(missing)})"]
         if not test:
-            self.lines = [*self.lines, "no val_data.npz: split.test_fraction of each class is held out of train"]
+            self.lines = [*self.lines, "no val_data.npz: a share (split.test_fraction) of each class is held out"]
         with console.ProgressBar(len(train) + len(test), "unpack", unit="files") as bar:
             self._files: list[_Mapped] = []
             for name in [*train, *test]:
@@ -60,7 +60,10 @@ class DownsampledImageNetSource(ImageSource):
         widths = {file.shape[1] for file in self._files}
         side = math.isqrt(min(widths) // 3)
         if len(widths) != 1 or 3 * side * side != min(widths):
-            raise DataError(f"data of {path} must be (n, 3 S S) in every file (got widths {sorted(widths)})")
+            raise DataError(
+                f"all files in {path} must hold data (n, 3 S S) of the same S (got rows of {sorted(widths)} values); "
+                f"download them again"
+            )
         self._side = side
         self.name = f"imagenet{side}"
         self.description = f"downsampled ImageNet {side}x{side}"
@@ -108,12 +111,12 @@ class _Mapped:
             self.digest = content.hexdigest()
             self.shape = self.rows().shape
         except NPY_FAULTS as error:
-            raise DataError(f"{location} must hold data and labels (got: {error}); download it again") from error
+            raise DataError(f"{location} must hold the arrays data and labels ({error}); download it again") from error
         self.labels = self.labels.reshape(-1)
         if self.rows().dtype != np.uint8 or len(self.shape) != 2 or len(self.labels) != self.shape[0]:
             raise DataError(
                 f"{location} must hold data (n, 3 S S) uint8 and n labels (got {self.rows().dtype} {self.shape} and "
-                f"{len(self.labels)}); download it again"
+                f"{len(self.labels)} labels); download it again"
             )
 
     def rows(self) -> NDArray[np.uint8]:

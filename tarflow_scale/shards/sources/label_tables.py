@@ -86,7 +86,7 @@ class LabelTables:
         if len(by_table) > 1:
             first, second, *_ = by_table
             raise DataError(
-                f"only one table must label the images (got {first} and {second} in {self._where}); name it with "
+                f"only one table may label the images (got {first} and {second} in {self._where}); choose it with "
                 f"source.label_table"
             )
         if not by_table:
@@ -94,7 +94,9 @@ class LabelTables:
         ((name, labels),) = by_table.items()
         unlabelled = labels.count(None)
         if 0 < unlabelled < len(labels):
-            raise DataError(f"{name} of {self._where} must label every image (got -1 for {unlabelled}); complete it")
+            raise DataError(
+                f"{name} of {self._where} must label every image (got the label -1 for {unlabelled} images); correct it"
+            )
         refuse_mixture(labels, f"{name} of {self._where}")
         if not unlabelled:
             self.used = True
@@ -103,7 +105,7 @@ class LabelTables:
         return labels
 
     def _labels_by(self, name: str, paths: Sequence[str]) -> list[Label] | None:
-        """Labels of the images in a table; None if the table does not label them."""
+        """The labels that a table gives to the images; None if the table does not label them."""
         table = self._table(name)
         folder = name.rpartition("/")[0]
         below = [path for path in paths if not folder or path.startswith(f"{folder}/")]
@@ -115,26 +117,27 @@ class LabelTables:
             return None
         if len(below) < len(paths):
             raise DataError(
-                f"{name} must be above all images of {self._where} (got {len(below)} of {len(paths)}); move it up"
+                f"{name} must be in a folder that contains all images of {self._where} (got {len(below)} of "
+                f"{len(paths)} images in its folder); move it to a higher folder"
             )
         keys = {path: key for path in paths if (key := _key_of(path, folder, table)) is not None}
         if not keys:
             if f"labels: {name}" not in self.lines:
-                self._say(f"not used: {name}, which names no image here")
+                self._say(f"not used: {name}, which does not name any image of the source")
             return None
         self._matched = True
         missing = [path for path in paths if path not in keys]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(
-                f"{name} of {self._where} must label every image (got none for {missing[0]}{more}); complete it, or "
-                f"leave them out with split.ignore"
+                f"{name} of {self._where} must label every image (got no label for {missing[0]}{more}); add the "
+                f"labels, or exclude these images with split.ignore"
             )
         double, times = Counter(keys.values()).most_common(1)[0]
         if times > 1:
             raise DataError(
-                f"each name in {name} of {self._where} must mean one image (got {double}, a file in {times} folders); "
-                f"name images by their paths"
+                f"each name in {name} of {self._where} must match one image (got {double}, which matches {times}); "
+                f"write paths of images in the table"
             )
         return [table[keys[path]] for path in paths]
 
@@ -145,7 +148,7 @@ class LabelTables:
             DataError: no image of the source is in these tables.
         """
         if self._pattern is not None and not self._matched:
-            raise DataError(f"{self._names[0]} must name images of {self._where} (got none of them); correct it")
+            raise DataError(f"{self._names[0]} must name images of {self._where} (got no such name); correct it")
 
     def _say(self, line: str) -> None:
         if line not in self.lines:
@@ -162,7 +165,7 @@ class LabelTables:
         return self._tables[name]
 
     def _of_rows(self, rows: list[list[str]], name: str, origin: str) -> dict[str, Label] | None:
-        """Labels by image name; None if the table is not used because it has no column of labels."""
+        """Labels by image name; None if the table is not used, for example because it has no column of labels."""
         if len(rows[0]) > 2 and all(row[0] == str(number) for number, row in enumerate(rows)):  # an index from pandas
             rows = [row[1:] for row in rows]
         wanted = self._config.label_column
@@ -180,14 +183,22 @@ class LabelTables:
         if image is not None and label is not None and image != label:
             rows = rows[1:]
         elif wanted is not None:
-            raise DataError(f"{origin} must have columns of images and {wanted} (got {columns}); correct it")
+            raise DataError(
+                f"{origin} must have a column of image names and the column {wanted} (got {columns}); correct the "
+                f"header or source.label_column"
+            )
         elif image is not None and self._pattern is not None:
-            raise DataError(f"{origin} must have a column {usual} (got {columns}); name it with source.label_column")
+            raise DataError(
+                f"{origin} must have a column named {usual} (got {columns}); set source.label_column to the column of "
+                f"labels"
+            )
         elif image is not None:
-            self._say(f"not used: {name}, which has no column {usual}; name one of {columns} with source.label_column")
+            self._say(
+                f"not used: {name}, which has no column named {usual}; set source.label_column to one of {columns}"
+            )
             return None
         elif min(map(len, rows)) < 2:
-            self._say(f"not used: {name}, which has rows with one column")
+            self._say(f"not used: {name}, which has rows with only one column")
             return None
         else:
             image, label = 0, 1
@@ -195,7 +206,7 @@ class LabelTables:
 
 
 def _of_dataset_json(content: bytes, origin: str) -> dict[str, Label] | None:
-    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; None if missing."""
+    """Labels by path, from ``{"labels": [[path, label], ..]}`` or ``{"labels": {path: label}}``; else None."""
     root = parse_json(content, origin)
     labels = root.get("labels") if isinstance(root, dict) else root
     if labels is None and isinstance(root, dict):
@@ -221,7 +232,7 @@ def _unique(pairs: list[tuple[str, object]], origin: str) -> dict[str, Label]:
     for path, value in pairs:
         label = as_label(value, f"{path} in {origin}")
         if table.setdefault(path.replace("\\", "/").removeprefix("./"), label) != label:
-            raise DataError(f"{origin} must give an image one label (got two for {path}); correct it")
+            raise DataError(f"{origin} must give each image one label (got two labels for {path}); correct it")
     return table
 
 

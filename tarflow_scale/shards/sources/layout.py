@@ -86,7 +86,7 @@ def lay_out(
     Args:
         files: paths of all files below the source, sorted.
         read: reads the file at a path.
-        names_in: lists the names of the files and folders (also empty ones) in a folder.
+        names_in: lists the names of the files and folders (including empty ones) in a folder.
         config: the label table, its column of labels, and the table of class names.
         split: the patterns, and whether splits are also recognized by name.
         where: path of the source, for messages.
@@ -97,8 +97,8 @@ def lay_out(
     names, ignored = sort_files(files, _EXTENSIONS)
     if not names:
         raise DataError(
-            f"no images in {where} (looked for {', '.join(FILE_EXTENSIONS)}, in class folders or without); check "
-            f"source.path"
+            f"no images in {where} or its subfolders (looked for files that end in {', '.join(FILE_EXTENSIONS)}); "
+            f"check source.path"
         )
     images = _decide(names, split, where)
     num_ignored = len(names) - len(images)
@@ -129,7 +129,7 @@ def lay_out(
     if not class_names:
         lines.append("no classes: no class folders and no label table")
     elif len(class_names) == 1:
-        lines.append(f"warning: one class, {class_names[0]}; set source.path to its folder if it is not a class")
+        lines.append(f"warning: only one class, {class_names[0]}; if it is not a class, set source.path to its folder")
     if class_names and not tables.used:
         ignored_folders = splits.Patterns(SplitConfig(ignore=split.ignore))
         lines += [*_deeper_folders(kept), *_empty_folders(kept, set(files), names_in, ignored_folders)]
@@ -146,7 +146,7 @@ def lay_out(
 
 
 def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
-    """The images that ``split.ignore`` does not match, with the splits that the other patterns give them."""
+    """The images that ``split.ignore`` does not match, with the splits that the other patterns assign to them."""
     patterns = splits.Patterns(split)
     images: list[_Image] = []
     for name in names:
@@ -161,7 +161,7 @@ def _decide(names: list[str], split: SplitConfig, where: str) -> list[_Image]:
             images.append(_Image(name, decision[0], parts))
     patterns.check(where)
     if not images:
-        raise DataError(f"split.ignore must leave images (got none of {len(names)} in {where}); narrow it")
+        raise DataError(f"split.ignore must not match all images (got all {len(names)} of {where}); narrow it")
     return images
 
 
@@ -200,7 +200,7 @@ def _recognize(images: list[_Image], where: str) -> list[str]:
 
 
 def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role], list[str]]:
-    """The split of each sibling folder by name, or an empty dict if they are not splits; and a list of warnings."""
+    """The split that each sibling folder names (an empty dict if they are not splits), and a list of warnings."""
     roles = {name: splits.role_of(name) for name in folders}
     meant = {name: role for name, role in roles.items() if role is not None}
     exact = [name for name in meant if splits.looks_split(name)]
@@ -216,7 +216,7 @@ def _level_roles(folders: list[str], where: str) -> tuple[dict[str, splits.Role]
         return meant, []
     raise DataError(
         f"folders must all be splits, or all be classes (got {splits.named(folders, 6)} in {where}, where "
-        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); assign them with "
+        f"{' and '.join(exact[:2] or list(meant)[:2] or pair or ())} may be splits); assign the folders with "
         f"split.train, split.test and split.ignore, or set split.by_name=false if they are classes"
     )
 
@@ -227,8 +227,8 @@ def _refuse_splits_among_classes(images: list[_Image], where: str) -> None:
         if folder is not None:
             raise DataError(
                 f"a folder with the name of a split must be a split (got {folder} in {image.path} of {where}, beside "
-                f"or below folders that are not splits); assign them with split.train, split.test and "
-                f"split.ignore, or set split.by_name=false if it is a class"
+                f"or below folders that are not splits); assign the folders with split.train, split.test and "
+                f"split.ignore, or set split.by_name=false if {folder} is a class"
             )
 
 
@@ -245,10 +245,10 @@ def _roles_by_file_name(images: list[_Image], where: str) -> list[str]:
     shown = ", ".join(f"{count} {role}" for role, count in sorted(times.items()))
     if 2 * times.total() > len(roles):
         raise DataError(
-            f"file names must all mean a split, or none (got {shown} of {len(roles)} in {where}); say which is which "
-            f"with split.train, split.test and split.ignore, or set split.by_name=false"
+            f"either all file names or none must mean a split (got {shown} of {len(roles)} in {where}); assign the "
+            f"files with split.train, split.test and split.ignore, or set split.by_name=false"
         )
-    return [f"warning: some file names may mean a split; they are not used ({shown} of {len(roles)})"]
+    return [f"warning: some file names may mean a split ({shown} of {len(roles)}); these names are ignored"]
 
 
 def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
@@ -262,8 +262,8 @@ def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
     undecided = next((image for image in images if image.role is None), None)
     if undecided is not None:
         raise DataError(
-            f"images must all belong to a split, or none (got {undecided.path} beside the splits of {where}); name it "
-            f"with split.train, split.validation, split.test or split.ignore"
+            f"either all images or none must belong to a split (got {undecided.path}, outside the splits of {where}); "
+            f"assign it with split.train, split.validation, split.test or split.ignore"
         )
     for role, group in groups.items():
         dropped = {i.path.removesuffix("/".join(i.parts)).rstrip("/") or i.path for i in images if i.role == role}
@@ -272,7 +272,7 @@ def _groups(images: list[_Image], where: str) -> dict[splits.Role, Group]:
 
 
 def _skip_folders_of_splits(images: list[_Image]) -> list[str]:
-    """Drop folders that contain all images of a split but are no class, such as ``train/train/cat``, ``val/images``."""
+    """Drop folders that hold all images of a split but are not classes, as in ``train/train/cat`` or ``val/images``."""
     dropped: set[str] = set()
     for role in {image.role for image in images}:
         members = [image for image in images if image.role == role]
@@ -304,14 +304,14 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
         )
     if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
         raise DataError(
-            f"class folders must hold classes (got {', '.join(sorted(classes))} in {where}, which are parts of the "
-            f"same samples); leave out all but the images with split.ignore"
+            f"each class folder must be a class (got {', '.join(sorted(classes))} in {where}, which seem to hold parts "
+            f"of the same samples); exclude all of them except the images with split.ignore"
         )
     below = {"/".join(image.parts[:2]) for image in images if len(image.parts) > 2}
     if len(classes) == 1 and len(below) > 1:
         raise DataError(
             f"all images of {where} are in one class folder, {classes.pop()}, but it has subfolders that may "
-            f"be the classes ({', '.join(sorted(below)[:3])}); set source.path to the folder of the class folders"
+            f"be the classes ({', '.join(sorted(below)[:3])}); set source.path to the folder that contains the classes"
         )
     if split.by_name:
         _refuse_splits_among_classes(images, where)
@@ -320,17 +320,17 @@ def _classes_of(images: list[_Image], split: SplitConfig, where: str) -> list[st
 
 
 def _refuse_classes_below(images: list[_Image], where: str) -> None:
-    """Refuse a folder name that occurs in two class folders, or is itself a class: classes may be a level lower."""
+    """Refuse a subfolder name that occurs in two class folders or is also a class: classes may be one level lower."""
     above = {image.parts[0]: "" for image in images}
     for image in images:
         below = next((part for part in image.parts[1:-1] if part.lower() not in _CONTAINERS), None)
         if below not in (None, image.parts[0]) and above.setdefault(below, image.parts[0]) != image.parts[0]:
-            other = f"in {above[below]}" if above[below] else "itself"
+            other = f"in {above[below]}" if above[below] else "as a class"
             raise DataError(
-                f"class folders must not contain folders of the same name (got {below} {other} and in "
-                f"{image.parts[0]} of {where}, which may be splits or domains above the classes); name splits with "
+                f"class folders must not share the names of their subfolders (got {below} {other} and in "
+                f"{image.parts[0]} of {where}, so the class folders may be splits or domains); assign splits with "
                 f"split.train and split.test, set source.path to one domain, or set split.by_name=false if they are "
-                f"the classes"
+                f"classes"
             )
 
 
@@ -343,8 +343,8 @@ def _refuse_twins(images: list[_Image], where: str) -> None:
         return
     shown = masks[0] if masks else next(stem for stem, count in stems.items() if count > 1)
     raise DataError(
-        f"an image must be one file (got two files of one name for most images of {where}, such as {shown}: perhaps "
-        f"masks); leave out the others with split.ignore, such as "
+        f"an image must be one file (got two files for most images of {where}, such as {shown}; one may be a mask); "
+        f"exclude the files that are not images, for example with "
         f'split.ignore=["*{"_mask.png" if masks else ".png"}"]'
     )
 
@@ -356,7 +356,7 @@ def _numbered(
     missing = [path for path, label in labels.items() if label is None]
     if 0 < len(missing) < len(labels):
         raise DataError(
-            f"all images must have labels, or none (got none for {missing[0]} of {where}); label or remove it"
+            f"either all images or none must have labels (got none for {missing[0]} of {where}); label or remove it"
         )
     values = list(labels.values())
     if any(isinstance(label, str) for label in values):
@@ -373,7 +373,7 @@ def _deeper_folders(images: list[_Image]) -> list[str]:
     if not deeper:
         return []
     number = splits.counted(len(deeper), "folder")
-    return [f"folders below the class folders are not classes ({number}, such as {deeper[0]})"]
+    return [f"folders below the class folders are not used as classes ({number}, such as {deeper[0]})"]
 
 
 def _empty_folders(

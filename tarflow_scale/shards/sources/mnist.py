@@ -49,12 +49,12 @@ class MnistSource(ArraySource):
         else:
             names, unused = storage.list_names(path), list[str]()
             arrays = {key: _read_idx(path, name, names) for key, name in _IDX_NAMES.items()}
-        self.lines = (f"left out: arrays {', '.join(unused)}, which are of neither split",) if unused else ()
+        self.lines = (f"left out: arrays {', '.join(unused)}, which belong to neither split",) if unused else ()
         for split in ("train", "test"):
             _check(arrays[split, "x"], arrays[split, "y"], f"{split} of {path}")
         if arrays["train", "x"].shape[1:] != arrays["test", "x"].shape[1:]:
             raise DataError(
-                f"both splits must have images of one size (got {arrays['train', 'x'].shape[1:]} and "
+                f"both splits must have images of the same size (got {arrays['train', 'x'].shape[1:]} and "
                 f"{arrays['test', 'x'].shape[1:]} in {path}); check the files"
             )
         name = path.rstrip("/").rpartition("/")[2].removesuffix(".npz")
@@ -136,6 +136,6 @@ def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], origin: str) ->
     integers = np.issubdtype(labels.dtype, np.integer)
     if not integers or labels.shape != (len(images),) or len(labels) == 0 or int(labels.min()) < 0:
         raise DataError(
-            f"each of {len(images)} images must have one label, a whole number from 0 (got {labels.shape} "
-            f"{labels.dtype} in {origin}); check the labels"
+            f"each of {len(images)} images must have one label, a whole number of at least 0 (got labels "
+            f"{labels.shape} {labels.dtype} in {origin}); check the labels"
         )

@@ -1,7 +1,7 @@
 """Parquet tables with image bytes, the format of Hugging Face data sets.
 
 One column contains the images, as ``struct<bytes, path>`` or as binary. Another column contains the labels: numbers or
-text, plain or dictionary-encoded. The metadata of the schema may have class names. Parquet compresses rows in groups,
+text, plain or dictionary-encoded. The metadata of the schema may give class names. Parquet compresses rows in groups,
 so single rows cannot be read. Therefore, the images of the splits that are packed are first copied to a temporary file.
 This file is in ``TMPDIR``, is as large as the images, and is deleted when the process ends.
 """
@@ -101,7 +101,7 @@ def _tables(path: str) -> tuple[dict[str, str], Counter[str]]:
         return {storage.base_name(path): path}, Counter()
     names, ignored = sort_files([file.name for file in storage.walk(path)], (".parquet",))
     if not names:
-        raise DataError(f"no .parquet in {path}; check source.path")
+        raise DataError(f"no .parquet file in {path}; check source.path")
     return {name: storage.join(path, name) for name in names}, ignored
 
 
@@ -122,7 +122,7 @@ def _read_table(name: str, location: str, role: splits.Role | None, config: Sour
     if label_column is not None:
         line = f"labels: column {label_column}{line}"
     else:
-        line = f"no labels{line}{'; name the column of labels with source.label_column' if unused else ''}"
+        line = f"no labels{line}{'; set source.label_column to the column of labels' if unused else ''}"
     first = f"row {labels.index(None)} of {location}" if None in labels else ""
     file = SourceFile(name, role, len(labels), len(labels) - labels.count(None), first)
     return _Table(location, file, image_column, labels, _class_names(table, label_column), line)
@@ -141,8 +141,8 @@ def _labels_of(tables: Sequence[_Table], config: SourceConfig, path: str) -> tup
             f"{splits.named(table.class_names, 3) or 'none'} in {table.file.name}" for table in (tables[0], different)
         ]
         raise DataError(
-            f"tables must name the same classes in one order (got {', '.join(shown)}); pack them as separate sources, "
-            f"or convert one"
+            f"tables must name the same classes in the same order (got {', '.join(shown)}); pack them as separate "
+            f"sources, or convert one of them"
         )
     labels = [label for table in tables for label in table.labels]
     if names and config.label_names is None and all(isinstance(label, int) for label in labels):
@@ -179,18 +179,22 @@ def _columns(table: Any, config: SourceConfig, location: str) -> tuple[str, str 
     names = table.schema_arrow.names
     for setting, column in (("image_member", config.image_member), ("label_column", config.label_column)):
         if column is not None and column not in names:
-            raise DataError(f"source.{setting} must be a column (got {column}; {location} has {', '.join(names)})")
+            raise DataError(
+                f"source.{setting} must be a column of {location} (got {column}, and the columns are "
+                f"{', '.join(names)}); correct it"
+            )
     images = [name for name in names if _holds_images(table, name)]
     usual = [name for name in _IMAGE_COLUMNS if name in images]
     if config.image_member is None and len(images) > 1:
         raise DataError(
-            f"one column must hold the images (got {', '.join(images)} in {location}); name it with source.image_member"
+            f"only one column may hold images (got {', '.join(images)} in {location}); choose it with "
+            f"source.image_member"
         )
     image = config.image_member or next(iter(usual or images), None)
     if image is None:
         raise DataError(
-            f"{location} must have a column of images, struct<bytes, path> or binary (got {', '.join(names)}); name it "
-            f"with source.image_member"
+            f"{location} must have a column of images, struct<bytes, path> or binary (got the columns "
+            f"{', '.join(names)}); set source.image_member to the column of images"
         )
     by_lower = {name.lower(): name for name in names}
     labels = [by_lower[name] for name in _LABEL_COLUMNS if name in by_lower]

@@ -30,9 +30,9 @@ def reading_of(config: SourceConfig) -> Reading:
 class ImageSource(ABC):
     """Labelled images with random access: each image is read by its number.
 
-    A source knows its size, classes and format before it reads an image. Therefore, `prepare` can split and order the
-    images before it packs them. A source can be pickled, so that worker processes can read from it. Subclasses set the
-    attributes in their constructor.
+    An open source knows the number, the classes and the format of its images. Therefore, `prepare` can split and order
+    the images before it packs them. A source can be pickled, so that worker processes can read from it. Subclasses set
+    the attributes in their constructor.
     """
 
     name: str
@@ -102,7 +102,7 @@ class ImageSource(ABC):
         if bit_depth > self.bit_depth:
             raise DataError(
                 f"source.bit_depth must not exceed the bit depth of the source (got {bit_depth} for "
-                f"{self.bit_depth}-bit {self.name}); lower it or leave it out"
+                f"{self.bit_depth}-bit {self.name}); lower or remove it"
             )
         if bit_depth < self.bit_depth:
             self.description = f"{self.description}; {bit_depth} of {self.bit_depth} bits kept"
@@ -119,8 +119,8 @@ class ImageSource(ABC):
         lowest, highest = int(self.labels.min()), int(self.labels.max())
         if lowest < 0 or (self.class_names and highest >= len(self.class_names)):
             raise DataError(
-                f"labels of {self.name} must be numbers of its classes, 0..{len(self.class_names) - 1} "
-                f"(got {lowest if lowest < 0 else highest}); correct its class map"
+                f"labels of {self.name} must be class numbers from 0 to {len(self.class_names) - 1} "
+                f"(got {lowest if lowest < 0 else highest}); correct the labels or the list of classes"
             )
 
 
@@ -195,7 +195,7 @@ class EncodedSource(ImageSource):
         size = self._config.size_pixels or height
         if self._config.resize == "refuse" and (height, width) != (size, size):
             raise BadImage(
-                f"images must be squares of one size (got {height}x{width} for {self.place(number)}, not "
+                f"images must be squares of the same size (got {height}x{width} for {self.place(number)}, not "
                 f"{size}x{size}); set source.resize=center_crop and source.size_pixels"
             )
         return size
@@ -221,7 +221,7 @@ class EncodedSource(ImageSource):
             )
         if image.shape != shape:
             raise BadImage(
-                f"all images must have one shape (got {image.shape} for {place}, not {shape}); "
+                f"all images must have the same shape (got {image.shape} for {place}, not {shape}); "
                 f"set source.resize=center_crop and source.size_pixels"
             )
         return image

@@ -106,8 +106,8 @@ def settle_files(files: Sequence[SourceFile], split: SplitConfig) -> Settled:
         if 0 < group.num_labelled < group.num_images:
             first = next(file.unlabelled for file in files if file.role == role and file.unlabelled)
             raise DataError(
-                f"all samples must have labels, or none (got none for {first}); label or remove it, or leave its file "
-                f"out with split.ignore"
+                f"either all samples or none must have a label (got no label for {first}); label or remove it, or "
+                f"exclude its file with split.ignore"
             )
     return settle({role: group for role, group in groups.items() if role is not None}, split)
 
@@ -127,8 +127,8 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     missing = next((role for role in wanted if role not in groups), None)
     if missing is not None:
         raise DataError(
-            f"split.{missing} must match images that are not left out (got none: split.ignore also matches them, or "
-            f"the files that it matches have no images); correct it"
+            f"split.{missing} must match images (got none, because split.ignore matches the same files, or the files "
+            f"have no images); correct the patterns"
         )
     if len(groups) == 1:
         role, group = next(iter(groups.items()))
@@ -136,7 +136,7 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
         return Settled({role: "train"}, official=False, lines=(line,), words=f"{role} split alone")
     if "train" not in groups:
         raise DataError(
-            f"a source with splits must have one for training (got {_listed(groups)}); name it with split.train"
+            f"a source with splits must have a training split (got {_listed(groups)}); assign it with split.train"
         )
     train = groups["train"]
     labelled = train.num_labelled > 0
@@ -151,8 +151,9 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     if wrong is not None:
         have, want = ("no labels", "labels") if labelled else ("labels", "no labels")
         raise DataError(
-            f"split.{wrong} must fit the training images (got {have} in {groups[wrong].words}, {want} in "
-            f"{train.words}); remove the pattern, or pack it as a separate source"
+            f"the images of split.{wrong} must have labels if and only if the training images do (got {have} in "
+            f"{groups[wrong].words}, {want} in {train.words}); remove split.{wrong}, or pack its images as a separate "
+            f"source"
         )
     chosen: dict[Role, str] = {role: role for role in wanted}
     if not chosen:
@@ -161,14 +162,17 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
     unfit = next((role for role in held_out if role in groups), None)
     if not labelled and not chosen and unfit is not None:
         raise DataError(
-            f"training images must have labels if held-out images have labels (got none in {train.words}, "
-            f"labels in {groups[unfit].words}); label them, or leave out the held-out images with split.ignore"
+            f"training images must have labels if held-out images have labels (got no labels in {train.words}, "
+            f"labels in {groups[unfit].words}); add labels, or exclude the held-out images with split.ignore"
         )
     packed: dict[Role, str] = {"train": "train", **chosen}
-    lines = [f"{groups[role].words}: {name} ({role} split, {_images(groups[role])})" for role, name in packed.items()]
+    lines = [
+        f"{groups[role].words}: packed as {name} ({role} split, {_images(groups[role])})"
+        for role, name in packed.items()
+    ]
     lines += [_left_out(role, group, labelled) for role, group in groups.items() if role not in packed]
     if not chosen:
-        lines.append("no held-out split with labels: split.test_fraction of each class is held out of train")
+        lines.append("no held-out split with labels: a share (split.test_fraction) of each class is held out of train")
         return Settled(packed, official=False, lines=tuple(lines), words="training split alone")
     words = ", ".join(role if name == role else f"{role} as {name}" for role, name in packed.items())
     left_out = [f"{role} left out" for role in groups if role not in packed]
@@ -178,12 +182,12 @@ def settle(groups: dict[Role, Group], split: SplitConfig) -> Settled:
 
 def _left_out(role: Role, group: Group, labelled: bool) -> str:
     if labelled and not group.num_labelled:
-        why = "has no labels; pack it as a separate source to use it"
+        why = "which has no labels; pack it as a separate source to use it"
     elif role in PACKED:
-        why = f"is not packed; name it with split.{role} to pack it"
+        why = f"which is not chosen; name it with split.{role} to pack it"
     else:
-        why = "is neither for training nor held out; name it with split.train or split.test to pack it"
-    return f"left out: {group.words} ({role} split, {_images(group)}) {why}"
+        why = "which is neither a training nor a held-out split; name it with split.train or split.test to pack it"
+    return f"left out: {group.words} ({role} split, {_images(group)}), {why}"
 
 
 def _images(group: Group) -> str:

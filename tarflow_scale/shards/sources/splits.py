@@ -3,7 +3,7 @@
 1. Patterns of the configuration have priority: ``split.train``, ``split.validation``, ``split.test``, ``split.ignore``.
 2. Without a matching pattern the name decides, unless ``split.by_name`` is false: ``train``, ``Training``, ``val2017``,
    ``seg_test``, ``imagenet-val-000003.tar``. `_WORDS` has the words and their meanings.
-3. If no name means a split, the source has no splits, and ``split.test_fraction`` of each class is held out.
+3. If no name means a split, the source has no splits; the share ``split.test_fraction`` of each class is held out.
 4. A source where some names mean a split and others do not is refused: the configuration must assign them.
 5. `tarflow_scale.shards.sources.split_choice` decides which of the splits are packed.
 """
@@ -104,8 +104,8 @@ def unread_lists(files: Iterable[str]) -> list[str]:
     if "several" not in roles.values() and not {"train"} < set(roles.values()):
         return []
     return [
-        f"warning: files that may define splits are not read ({named(list(roles), 4)}); divide the images as they say, "
-        f"or name the splits with split.train and split.test"
+        f"warning: files that may define splits are not read ({named(list(roles), 4)}); move the images of each split "
+        f"to a folder, or assign them with split.train and split.test"
     ]
 
 
@@ -126,8 +126,8 @@ def refuse_split_column(column: str, values: Iterable[object], table: str) -> No
     roles = {role_of(value) for value in different if isinstance(value, str)}
     if ("train" in roles and roles & {"test", "validation"}) or (column.lower() in _FLAGS and len(different) > 1):
         raise DataError(
-            f"splits must be files or folders, or patterns of their names (got the column {column} of {table}); divide "
-            f"the images by it, or set split.by_name=false to pool them"
+            f"splits must be files, folders or patterns of names (got the column {column} in {table}); divide the "
+            f"images by this column, or set split.by_name=false to ignore it"
         )
 
 
@@ -163,7 +163,9 @@ class Patterns:
             return "ignore", decisions["ignore"]
         if len(decisions) > 1:
             both = " and ".join(sorted(decisions))
-            raise DataError(f"patterns of split must not overlap (got {both} for {path}); narrow one of them")
+            raise DataError(
+                f"patterns of two splits must not match the same path (got {both} for {path}); narrow one pattern"
+            )
         return next(iter(decisions.items()), None)
 
     def check(self, where: str) -> None:
@@ -208,7 +210,7 @@ def roles_of_files(
     ignored = [name for name, role in roles.items() if role == "ignore"]
     roles = {name: role for name, role in roles.items() if role != "ignore"}
     if not roles:
-        raise DataError(f"split.ignore must leave {kind} (got none of {len(names)} in {where}); narrow it")
+        raise DataError(f"split.ignore must not match all {kind} (got all {len(names)} of {where}); narrow it")
     if not any(role in PACKED for role in roles.values()):
         pair = paired(names) if split.by_name else None
         if pair is not None:
@@ -221,20 +223,20 @@ def roles_of_files(
     if unknown is not None:
         known = next(name for name, role in roles.items() if role is not None)
         raise DataError(
-            f"{kind} must all belong to a split, or none (got {known} beside {unknown}); assign them with "
-            f"split.train, split.test and split.ignore, or set split.by_name=false"
+            f"either all {kind} or none must belong to a split (got {known} in a split and {unknown} in none); assign "
+            f"the {kind} with split.train, split.test and split.ignore, or set split.by_name=false"
         )
     return roles, ignored
 
 
 def _role_of_path(path: str) -> Role | None:
-    """The split that the file name means, or else the split that the nearest folder above it means, if any."""
+    """The split named by the file name, else by the nearest parent folder that names a split; None if there is none."""
     for part in reversed(re.sub(r"\.[^/]*$", "", path).split("/")):
         role = role_of(part)
         if role == "several":
             raise DataError(
-                f"a name must mean one split (got {part} in {path}); assign it with split.train, split.test or "
-                f"split.ignore, or set split.by_name=false"
+                f"a name must not mean more than one split (got {part} in {path}); assign it with split.train, "
+                f"split.test or split.ignore, or set split.by_name=false"
             )
         if role is not None:
             return role

@@ -31,7 +31,8 @@ class Spool:
             self._file.flush()
         except OSError as error:
             raise DataError(
-                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR"
+                f"no room for a temporary copy of the images in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR "
+                f"to a folder with enough space"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def tars_of_folder(path: str) -> FoundTars:
     names = [name for name in tars.names if "/" not in name]
     below = [name for name in tars.names if "/" in name]
     if not names:
-        raise DataError(f"no .tar in {path} itself (got {below[0]} below it); index each folder on its own")
-    return FoundTars(path, names, tars.ignored + Counter({"tar in a folder below": len(below)}))
+        raise DataError(f"no .tar directly in {path} (got {below[0]} in a subfolder); index each folder separately")
+    return FoundTars(path, names, tars.ignored + Counter({"tar in a subfolder": len(below)}))
 
 
 def refuse_compressed(name: str, first: bytes = b"") -> None:
@@ -87,7 +87,7 @@ def refuse_compressed(name: str, first: bytes = b"") -> None:
     command = command or next((tool for magic, tool in _MAGIC.items() if first.startswith(magic)), None)
     if command is not None:
         raise DataError(
-            f"a tar must not be compressed, because its samples are read in any order (got {name}); {command} it"
+            f"a tar must not be compressed, because its samples are read in any order (got {name}); run {command} on it"
         )
 
 
@@ -98,7 +98,7 @@ def _of_folder(path: str) -> FoundTars:
             refuse_compressed(name)
     names, ignored = sort_files(files, (".tar",))
     if not names:
-        raise DataError(f"no .tar in {path}; check source.path")
+        raise DataError(f"no .tar file in {path}; check source.path")
     # Data sets that `prepare` packed below this folder are left out, unless there are no other tars.
     packed = {name.rpartition("/")[0] for name in files if name.endswith(f"/{MANIFEST_NAME}")}
     unpacked = [name for name in names if name.rpartition("/")[0] not in packed]
@@ -114,7 +114,7 @@ def _of_names(paths: list[str]) -> FoundTars:
         refuse_compressed(path)
     double, times = Counter(paths).most_common(1)[0]
     if times > 1:
-        raise DataError(f"source.path must name every tar once (got {double} {times} times); correct the pattern")
+        raise DataError(f"source.path must name every tar only once (got {double} {times} times); correct the pattern")
     folders = [path.rpartition("/")[0] for path in paths]
     root = folders[0] if len(set(folders)) == 1 else _common(folders)
     below = len(root) + 1 if root else 0
@@ -133,7 +133,7 @@ def _common(folders: list[str]) -> str:
         same += 1
     root = "/".join(parts[0][:same])
     if "://" in folders[0] and not root.partition("://")[2]:
-        raise DataError(f"tars must be in one store (got {folders[0]} and {folders[-1]}); copy them to one")
+        raise DataError(f"all tars must be in one store (got {folders[0]} and {folders[-1]}); copy them to one store")
     return root
 
 

@@ -28,7 +28,7 @@ __all__ = ["index_tars"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 """Shard names that a manifest accepts."""
-_AGAIN = "leave out source.in_place to pack them again"
+_AGAIN = "set source.in_place=false and another shards.path to pack the images again"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
     """
     path, reading = config.path or "", reading_of(config)
     if storage.exists(path) and not storage.is_folder(path):
-        raise DataError(f"source.in_place needs a folder of tars (got {path}); give the folder")
+        raise DataError(f"source.in_place needs a folder of tars (got {path}); set source.path to the folder")
     source = tars_of_folder(path)
     _check_names(source.names, path)
     index = partial(_index_tar, root=path, rules=Rules.of(config), reading=reading)
@@ -69,7 +69,7 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
     sizes = {shape[1:] for shape in shapes}
     if len(sizes) > 1 or any(height != width for height, width in sizes):
         got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
-        raise DataError(f"images must be squares of one size (got {got}); {_AGAIN}")
+        raise DataError(f"images must be squares of the same size (got {got}); {_AGAIN}")
     indexes = [tar.index for tar in tars]
     manifest = Manifest(
         name=storage.base_name(path),
@@ -93,21 +93,23 @@ def _check_names(names: Sequence[str], path: str) -> None:
     if len(roles) > 1:
         splits = " and ".join(f"{role or 'no split'} in {name}" for role, name in roles.items())
         raise DataError(
-            f"a data set in place has one split (got {splits} of {path}); move each split to its own folder, or "
-            f"{_AGAIN}"
+            f"tars that are indexed in place must belong to one split (got {splits} of {path}); move each split to its "
+            f"own folder, or {_AGAIN}"
         )
     for name in names:
         if not _FILE_NAME.fullmatch(name):
-            raise DataError(f"a shard needs a plain name of letters, digits and ._- (got {name!r}); rename it")
+            raise DataError(f"the name of a shard must consist of letters, digits and ._- (got {name!r}); rename it")
 
 
 def _index_tar(name: str, root: str, rules: Rules, reading: Reading) -> _IndexedTar:
     location = storage.join(root, name)
     scanned = scan_tar(name, root, rules)
     if scanned.linked:
-        raise DataError(f"links cannot be read in place (got one in the sample {scanned.linked} of {root}); {_AGAIN}")
+        raise DataError(
+            f"links cannot be read in place (got a link in the sample {scanned.linked} of {root}); {_AGAIN}"
+        )
     if scanned.num_without or not len(scanned):
-        raise DataError(f"every sample must have an image ({scanned.without}); remove it, or {_AGAIN}")
+        raise DataError(f"every sample must have an image ({scanned.without}); remove the sample, or {_AGAIN}")
     # Bytes between two samples, such as the header of a folder, belong to the earlier sample: samples are contiguous.
     offsets = [*scanned.places[:, 0].tolist(), int(scanned.places[-1, 1])]
     sums: list[int] = []
@@ -144,14 +146,16 @@ def _check_as_read(content: bytes, image: bytes, label: int | str | None, place:
     extension = image_extension(members)
     if extension is None or members[extension] != image:
         raise DataError(
-            f"the image of a sample in place must be the member that training reads (got {', '.join(sorted(members))} "
-            f"for {place}, of which it reads {extension or 'none'}); {_AGAIN}"
+            f"the image of a sample must be the member that training reads in place (got the members "
+            f"{', '.join(sorted(members))} for {place}, of which training reads {extension or 'none'}); {_AGAIN}"
         )
     if label is None:
         return
     if "cls" not in members:
         holder = "the .json" if "json" in members else "another member"
-        raise DataError(f"labels must be in .cls (got one in {holder} of {place}); {_AGAIN}")
+        raise DataError(f"labels that are read in place must be in .cls (got one in {holder} of {place}); {_AGAIN}")
     text = members["cls"].strip()
     if not text.isdigit() or int(text) != label:
-        raise DataError(f"labels in place must be whole numbers in .cls (got {text[:20]!r} for {place}); {_AGAIN}")
+        raise DataError(
+            f"labels that are read in place must be whole numbers (got {text[:20]!r} in .cls of {place}); {_AGAIN}"
+        )

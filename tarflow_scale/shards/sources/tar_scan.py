@@ -50,7 +50,7 @@ class ScannedTar:
         ignored: number of members that belong to no sample, by kind.
         num_without: number of samples without an image.
         without: description of the first sample without an image; empty if there is none.
-        linked: name of the first sample that has a link as image or label; empty if there is none.
+        linked: name of the first sample where the image or the label is a link; empty if there is none.
         sha256: SHA-256 of the tar.
     """
 
@@ -117,8 +117,8 @@ def _check_end(location: str, end: int, size: int) -> None:
     rest = storage.read_range(location, end, min(size, end + _END_BYTES))
     if len(rest) < 2 * _BLOCK or rest.strip(b"\0"):
         raise DataError(
-            f"{location} is not a whole tar (no end after byte {end:,} of {size:,}: it was cut off, or a header is "
-            f"damaged); replace or remove it"
+            f"{location} is not a whole tar (no end mark after byte {end:,} of {size:,}: it was cut off, or a header "
+            f"is damaged); replace or remove it"
         )
 
 
@@ -184,21 +184,23 @@ class _Scan:
             self._finish()
             if key in self._seen:
                 raise DataError(
-                    f"keys of a tar must differ (got {key} twice in {self._location}; a key ends at the first dot of a "
-                    f"name); sort its members by key"
+                    f"members with the same key must follow each other in a tar (got other keys between members of "
+                    f"{key} in {self._location}; a key ends at the first dot of a name); sort the members by key"
                 )
             self._seen.add(key)
             self._run = _KeyRun(key, member.start)
         run = self._run
         if extension in run.extensions:
-            raise DataError(f"names in a tar must differ (got {member.name} twice in {self._location}); remove one")
+            raise DataError(
+                f"a tar must hold each member name once (got {member.name} twice in {self._location}); remove one"
+            )
         run.extensions.add(extension)
         run.stop = member.stop
         self._extensions[extension] += 1
         is_link = member.kind != "file"
         target = _target(member, self._by_name) if is_link else member
         if target is None:
-            self._ignored["link to nothing in its tar"] += 1
+            self._ignored["link without a target in its tar"] += 1
             return
         if is_link:
             run.links.append(extension)

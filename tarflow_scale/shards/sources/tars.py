@@ -79,7 +79,7 @@ class TarSource(EncodedSource):
         start, size = self._images[number].tolist()
         content = storage.read_range(storage.join(self._root, self._tar_of(number)), start, start + size)
         if len(content) < size:
-            raise BadImage(f"{self.place(number)} ends early ({len(content)} of {size} bytes); replace the tar")
+            raise BadImage(f"{self.place(number)} ends early (got {len(content)} of {size} bytes); replace the tar")
         return content
 
     def origin(self, number: int) -> str:
@@ -189,7 +189,7 @@ def _unlabelled(tars: Sequence[ScannedTar], class_names: tuple[str, ...]) -> lis
     candidates = [name for name in extensions if name != "cls" and name.rpartition(".")[2] not in IMAGE_EXTENSIONS]
     if candidates:
         shown = ", ".join(candidates[:10])
-        return [f"no labels (other members: {shown}); name the member of the label with source.label_column"]
+        return [f"no labels (other members: {shown}); set source.label_column to the member that holds the label"]
     folders = {name for tar in tars for name in _folders(tar) if not splits.looks_split(name.rpartition("/")[2])}
     if len(folders) < 2:
         return ["no labels (the tars hold only images)"]

@@ -44,8 +44,8 @@ class VectorSource(ImageSource):
         if suffix == ".npz":
             if label_column or condition_columns:
                 raise DataError(
-                    f"source.label_column and condition_columns are for CSV (got {path}); in an .npz, name the "
-                    f"arrays labels and conditions"
+                    f"source.label_column and condition_columns work only for CSV files (got {path}); in an .npz file, "
+                    f"name the arrays labels and conditions"
                 )
             values, conditions, labels, names, official = _from_npz(content, path)
         elif suffix == ".csv":
@@ -58,7 +58,10 @@ class VectorSource(ImageSource):
             self._numbers = np.ascontiguousarray(np.concatenate([values, conditions], axis=1), "<f4")
         if not np.isfinite(self._numbers).all():
             row = int(np.flatnonzero(~np.isfinite(self._numbers).all(axis=1))[0])
-            raise DataError(f"numbers of {path} must be finite in float32 (not so in sample {row}); correct or drop it")
+            raise DataError(
+                f"numbers of {path} must be finite in float32 (got infinity or NaN in sample {row}); correct or remove "
+                f"the sample"
+            )
         self.name = PurePosixPath(path).stem
         self.description = f"vectors from {PurePosixPath(path).name}"
         self.class_names, self.labels, self.official = names, labels, official
@@ -85,12 +88,18 @@ def _from_npz(content: bytes, path: str) -> tuple[*_Table, NDArray[np.int8] | No
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); write it with numpy.savez") from error
     known = {f"{name}{end}" for name in ("x", "labels", "conditions") for end in ("", "_test")}
     if "x" not in arrays or not arrays.keys() <= known:
-        raise DataError(f"{path} must hold x, and may hold {', '.join(sorted(known - {'x'}))} (got {sorted(arrays)})")
+        raise DataError(
+            f"{path} must hold the array x, and may hold {', '.join(sorted(known - {'x'}))} (got {sorted(arrays)}); "
+            f"rename or remove the arrays"
+        )
     parts = [_part(arrays, "", path), *([_part(arrays, "_test", path)] if "x_test" in arrays else [])]
     if len({(x.shape[1], c.shape[1], y is None) for x, c, y in parts}) > 1 or any(
         name.endswith("_test") and "x_test" not in arrays for name in arrays
     ):
-        raise DataError(f"{path} must have the same columns in x and x_test (got {sorted(arrays)}); correct it")
+        raise DataError(
+            f"{path} must have the same arrays and columns with and without the suffix _test (got {sorted(arrays)}); "
+            f"correct it"
+        )
     x, conditions = np.concatenate([x for x, _, _ in parts]), np.concatenate([c for _, c, _ in parts])
     label_arrays = [y for _, _, y in parts if y is not None]
     labels = np.concatenate(label_arrays) if label_arrays else np.zeros(len(x), np.int64)
@@ -106,12 +115,13 @@ def _part(
     for name, array in (("x", x), ("conditions", conditions)):
         if array is None or array.ndim != 2 or len(array) != len(x) or array.dtype.kind not in "fiu":
             got = "nothing" if array is None else f"{array.dtype} {array.shape}"
-            raise DataError(f"{name}{end} of {path} must be numbers (N, columns) (got {got}); reshape it")
+            raise DataError(f"{name}{end} of {path} must be an array of numbers (N, columns) (got {got}); reshape it")
     if x.shape[1] == 0:
-        raise DataError(f"x{end} of {path} must have a column (got none); reshape it")
+        raise DataError(f"x{end} of {path} must have at least one column (got none); reshape it")
     if labels is not None and (labels.shape != (len(x),) or labels.dtype.kind not in "iu" or (labels < 0).any()):
         raise DataError(
-            f"labels{end} of {path} must be whole numbers ({len(x)},) from 0 (got {labels.dtype} {labels.shape})"
+            f"labels{end} of {path} must be {len(x)} whole numbers of at least 0 (got {labels.dtype} {labels.shape}); "
+            f"correct them"
         )
     assert conditions is not None
     return x, conditions, None if labels is None else labels.astype(np.int64)
@@ -121,7 +131,7 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     try:
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig")), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV in UTF-8 ({error}); convert it") from error
+        raise DataError(f"{path} is not a CSV file in UTF-8 ({error}); convert it") from error
     rows = [row for row in rows if row]
     if len(rows) < 2:
         raise DataError(f"{path} must have a header and a row for each sample (got {len(rows)} rows); add them")
@@ -130,7 +140,9 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     special = [*([label_column] if label_column else []), *condition_columns]
     unknown = sorted(set(special) - set(header))
     if unknown or len(set(header)) < len(header) or len(set(special)) < len(special):
-        raise DataError(f"{path} must have each column once (got {header}, asked for {special}); correct the names")
+        raise DataError(
+            f"{path} must have each column once (got {header}, and the settings name {special}); correct the names"
+        )
     values = [number for number, name in enumerate(header) if name not in special]
     if not values:
         raise DataError(f"{path} must have a column of values (got only labels and conditions: {header}); add one")
@@ -140,11 +152,14 @@ def _from_csv(content: bytes, path: str, label_column: str | None, condition_col
     if label_column:
         texts = [row[header.index(label_column)].strip() for row in rows[1:]]
         if "" in texts:
-            raise DataError(f"labels of {path} must be given (got none in line {texts.index('') + 2}); fill or drop it")
+            raise DataError(
+                f"every row of {path} must have a label (got none in line {texts.index('') + 2}); add the label or "
+                f"remove the row"
+            )
         label_of_row = [as_label(text, f"line {line} of {path}") for line, text in enumerate(texts, start=2)]
         if None in label_of_row:
             line = label_of_row.index(None) + 2
-            raise DataError(f"labels of {path} must not be -1 (got -1 in line {line}); drop the row")
+            raise DataError(f"labels of {path} must not be -1 (got -1 in line {line}); remove the row")
         names, labels = classes_of_labels(label_of_row, None, path)
     return numbers[:, values], numbers[:, [header.index(name) for name in condition_columns]], labels, names
 
@@ -174,7 +189,7 @@ def _numbers(row: list[str], line: int, header: list[str], label_column: str | N
             numbers.append(0.0 if name == label_column else float(text))
         except ValueError:
             raise DataError(
-                f"columns of {path} must be numbers (got {text[:40]!r} in line {line}, column {name}); if it is the "
-                f"label, set source.label_column"
+                f"columns of {path} must be numbers (got {text[:40]!r} in line {line}, column {name}); if this is the "
+                f"column of labels, set source.label_column={name}"
             ) from None
     return numbers

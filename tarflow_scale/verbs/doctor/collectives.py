@@ -74,11 +74,11 @@ def meet(rank: int, host: str, port: int, hosted_here: bool, timeout_seconds: fl
     except (dist.DistError, RuntimeError) as error:
         if hosted_here:
             raise UserError(
-                f"rank {rank} cannot listen at port {port} ({_first_line(error)}); choose another"
+                f"rank {rank} cannot listen at port {port} ({_first_line(error)}); choose another port"
             ) from error
         raise UserError(
-            f"rank 0 must answer at {host}:{port} (got no answer within {timeout_seconds:g} s, for rank {rank}); start "
-            f"it, and let the port through between the hosts"
+            f"rank 0 must answer at {host}:{port} (rank {rank} got no answer within {timeout_seconds:g} s); start rank "
+            f"0, and open the port between the hosts"
         ) from error
 
 
@@ -168,7 +168,8 @@ def on_this_machine(num_ranks: int, timeout_seconds: float) -> RollCall:
             process.kill()
             process.join()
     raise UserError(
-        f"rank 0 of {num_ranks} on this machine must answer (got {outcome}); check torch {torch.__version__}"
+        f"rank 0 of {num_ranks} on this machine must answer (got {outcome}); check the installation of "
+        f"torch {torch.__version__}"
     )
 
 

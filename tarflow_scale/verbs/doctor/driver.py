@@ -94,7 +94,7 @@ def run(config: DoctorConfig, dry_run: bool) -> None:
     # Only the first rank of a machine raises the error, because a launcher ends all ranks when one has failed.
     if failures and distributed.local_rank() == 0:
         raise Unfit(
-            f"this machine must be fit for the work (got failed checks: {', '.join(failures)}); follow their advice"
+            f"all checks must pass (got failed checks: {', '.join(failures)}); follow the advice in their lines"
         )
 
 
@@ -178,10 +178,10 @@ def _answers(check: _Check) -> list[Finding]:
         return [failed(check.name, f"no answer within {check.timeout_seconds:g} s", advice)]
     except ChildProcessError as error:
         _undo(check)
-        advice = "repair what the message names, usually by reinstalling it"
-        return [failed(check.name, f"the check crashed, {error}", advice)]
+        advice = "reinstall the software that the message names"
+        return [failed(check.name, f"the check crashed ({error})", advice)]
     except OSError as error:  # an error of this process
-        advice = "set TMPDIR to a folder that can be written and has room"
+        advice = "set TMPDIR to a writable folder with free space"
         return [failed(check.name, f"cannot write temporary files ({error.strerror})", advice)]
 
 
@@ -205,4 +205,4 @@ def _caught(check: _Check, folder: str) -> list[Finding]:
         return [from_message(check.name, str(error))]
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
-        return [failed(check.name, words, "repair what the message names; if nothing is broken, report a bug")]
+        return [failed(check.name, words, "correct the cause that the message names; if you find none, report a bug")]

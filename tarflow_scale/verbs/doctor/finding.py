@@ -14,7 +14,8 @@ class Finding:
 
     Args:
         name: name of the check.
-        status: ``failed`` if jobs would stop; ``warning`` if they would be slow, or might fail later.
+        status: ``failed`` if jobs would stop; ``warning`` if they would be slow, or might fail later; ``skipped`` if
+            the check was not run; otherwise ``ok``.
         found: description of the outcome.
         advice: what the user can do; empty if nothing is needed.
     """

@@ -34,7 +34,7 @@ def packages() -> list[Finding]:
         asked = [Requirement(line) for line in metadata.requires(_OURS) or []]
         python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
     except metadata.PackageNotFoundError:
-        return [skipped("packages", f"{_OURS} is not installed, so its bounds are not known")]
+        return [skipped("packages", f"{_OURS} is not installed, so the versions that it needs are not known")]
     wrong: list[str] = []
     cures: list[str] = []
     if not python.contains(platform.python_version()):
@@ -49,7 +49,9 @@ def packages() -> list[Finding]:
     if wrong:
         return [failed("packages", ", ".join(wrong), f"pip install {' '.join(cures)}")]
     shown = ", ".join(f"{name} {installed_version(name)}" for name in _SHOWN)
-    return [ok("packages", f"Python {platform.python_version()}; {len(needed)} packages within bounds ({shown})")]
+    return [
+        ok("packages", f"Python {platform.python_version()}; {len(needed)} packages have allowed versions ({shown})")
+    ]
 
 
 def torch_and_devices(parallelism: ParallelismConfig, cluster: ClusterConfig | None) -> list[Finding]:
@@ -62,7 +64,7 @@ def _torchvision() -> Finding:
     """Check one operator of torchvision. If torchvision was built for another version of torch, all operators fail."""
     import torch
 
-    advice = f"pip install --force-reinstall torchvision, as built for torch {torch.__version__}"
+    advice = f"pip install --force-reinstall torchvision in the version for torch {torch.__version__}"
     try:
         from torchvision.ops import nms
 
@@ -84,14 +86,16 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
             return failed(
                 "devices",
                 f"torch for CUDA {torch.version.cuda} sees no GPU, although there is a driver ({driver})",
-                "install a driver for that CUDA, or a torch for that driver; in a container, start it with GPUs",
+                "install a driver for this version of CUDA, or torch for this driver; start a container with GPUs",
             )
         if gpus_wanted:
             return failed("devices", f"no GPU for {gpus_wanted} workers", "set cluster.gpus_per_worker to 0")
         return ok("devices", "no GPU, CPU only")
     count, ranks = torch.cuda.device_count(), distributed.local_world_size()
     if max(ranks, gpus_wanted) > count:
-        return failed("devices", f"{count} GPUs for {ranks} ranks and {gpus_wanted} workers", "start fewer")
+        return failed(
+            "devices", f"{count} GPUs for {ranks} ranks and {gpus_wanted} workers", "start fewer ranks or workers"
+        )
     busy: list[str] = []
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
@@ -99,7 +103,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
             busy.append(f"GPU {index} has {free / _GIB:.0f} of {total / _GIB:.0f} GiB free")
         ones = torch.ones(64, 64, device=f"cuda:{index}")
         if (ones @ ones).sum().item() != 64.0**3:
-            return failed("devices", f"GPU {index} computes a wrong product", "take it out of service")
+            return failed("devices", f"GPU {index} computes a wrong product", "do not use this GPU")
     first = torch.cuda.get_device_properties(0)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not bf16:
@@ -109,7 +113,7 @@ def _devices(precision: str, gpus_wanted: int) -> Finding:
         f"{torch.version.cuda}"
     )
     if busy:
-        return warning("devices", f"{devices}; {', '.join(busy)}", "see with nvidia-smi which processes use them")
+        return warning("devices", f"{devices}; {', '.join(busy)}", "list the processes that use them with nvidia-smi")
     return ok("devices", devices)
 
 
@@ -134,7 +138,7 @@ def compiler() -> list[Finding]:
     if error := _compile(command, "#include <vector>\n"):
         return [failed("compiler", f"{shlex.join(command)} does not compile ({error})", advice)]
     if error := _compile(command, "#include <Python.h>\n"):
-        return [warning("compiler", f"no Python.h ({error})", "torch.compile needs it: install python3-dev")]
+        return [warning("compiler", f"no Python.h ({error})", "torch.compile needs Python.h: install python3-dev")]
     version = subprocess.run(
         [*command, "-dumpfullversion"], capture_output=True, text=True, errors="replace", check=False
     ).stdout

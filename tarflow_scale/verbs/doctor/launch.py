@@ -24,7 +24,7 @@ def environment() -> list[Finding]:
         if finding := look():
             return [finding]
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
-        problem = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so if a rank dies, the others wait forever"
+        problem = "TORCH_NCCL_ASYNC_ERROR_HANDLING=0, so if a rank dies, the other ranks wait forever"
         return [warning("launch", problem, "unset it")]
     for name, meaning in _SLOW.items():
         if os.environ.get(name) == "1":
@@ -32,7 +32,10 @@ def environment() -> list[Finding]:
     own = ("NCCL_", "GLOO_", "MASTER_")
     names = sorted(name for name in os.environ if name.startswith(own) or name in ("RANK", "WORLD_SIZE"))
     return [
-        ok("launch", ", ".join(f"{name}={os.environ[name]}" for name in names) or "no variable of NCCL, gloo or ranks")
+        ok(
+            "launch",
+            ", ".join(f"{name}={os.environ[name]}" for name in names) or "no variables for NCCL, gloo or ranks are set",
+        )
     ]
 
 
@@ -48,7 +51,7 @@ def _interfaces() -> Finding | None:
         asked = os.environ.get(variable, "")
         if not asked:
             continue
-        advice = f"name one of {', '.join(there)}, or unset it"
+        advice = f"set it to one of {', '.join(there)}, or unset it"
         matching = [name for name in there if name in asked.split(",")] if exact else _matching(asked, there)
         if not matching or (exact and len(matching) < len(asked.split(","))):
             return failed("launch", f"{variable}={asked} is not a network interface of this machine", advice)
@@ -70,7 +73,7 @@ def _rendezvous() -> Finding | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if "RANK" in os.environ and not (host and port):
         missing = " and ".join(name for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)) if not value)
-        advice = "set it on every rank, or start them by launch/torchrun.sh"
+        advice = f"set {missing} on every rank, or start the ranks with launch/torchrun.sh"
         if absent := absent_here(advice):
             advice = f"{advice}; {absent}"
         return failed("launch", f"RANK is set and {missing} is not", advice)
@@ -78,17 +81,19 @@ def _rendezvous() -> Finding | None:
         try:
             socket.getaddrinfo(host, None)
         except OSError as error:
-            advice = "give the address of rank 0's host, or make the name known to DNS or /etc/hosts"
+            advice = "set it to the address of rank 0's host, or add the name to DNS or /etc/hosts"
             return failed("launch", f"MASTER_ADDR={host} has no address ({error.strerror})", advice)
     if not port:
         return None
     if not (port.isdigit() and 0 < int(port) < 2**16):
-        return failed("launch", f"MASTER_PORT={port} is not a port", "give a number from 1024 to 65535")
+        return failed("launch", f"MASTER_PORT={port} is not a port", "set it to a number from 1024 to 65535")
     if distributed.rank() != 0 or distributed.agent_serves_store():
         return None
     if reason := _taken(int(port)):
         return failed(
-            "launch", f"rank 0 cannot listen at MASTER_PORT={port} ({reason})", "choose another, on every rank"
+            "launch",
+            f"rank 0 cannot listen at MASTER_PORT={port} ({reason})",
+            "choose another port, the same on every rank",
         )
     return None
 
@@ -108,5 +113,7 @@ def _taken(port: int) -> str:
 def _counts() -> Finding | None:
     rank, ranks = distributed.rank(), distributed.world_size()
     if not 0 <= rank < ranks:
-        return failed("launch", f"RANK={rank} of WORLD_SIZE={ranks}", "number ranks from 0 to WORLD_SIZE - 1")
+        return failed(
+            "launch", f"RANK={rank} is not a rank of WORLD_SIZE={ranks}", "number ranks from 0 to WORLD_SIZE - 1"
+        )
     return None

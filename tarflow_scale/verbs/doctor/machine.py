@@ -44,7 +44,7 @@ def threads(asked: int) -> list[Finding]:
     used = num_threads(asked, ranks)
     source = f"training.threads={asked}" if asked else f"OMP_NUM_THREADS={given}" if given else "an equal share"
     if used > cores:
-        return [failed("threads", f"{source} on {cores} cores, so that threads wait for each other", advice)]
+        return [failed("threads", f"{source} on {cores} cores, which makes threads wait for each other", advice)]
     if used > share:
         return [warning("threads", f"{source} for each of {ranks} ranks on {cores} cores", advice)]
     each = f"each of {ranks} ranks" if ranks > 1 else "training"
@@ -56,10 +56,10 @@ def shared_memory() -> list[Finding]:
     if not _SHARED.is_dir():
         return [failed("memory", f"there is no {_SHARED}", "mount a tmpfs there")]
     usage = shutil.disk_usage(_SHARED)
-    advice = "start the container with --shm-size=8g (Kubernetes: an emptyDir of medium Memory mounted there)"
+    advice = "start the container with --shm-size=8g (in Kubernetes, mount an emptyDir of medium Memory there)"
     space = f"{_SHARED} has {_in_words(usage.free)} free of {_in_words(usage.total)}"
     if usage.free < OBJECT_STORE_BYTES:
-        return [failed("memory", f"{space}, of which Ray's objects need {_in_words(OBJECT_STORE_BYTES)}", advice)]
+        return [failed("memory", f"{space}, and Ray needs {_in_words(OBJECT_STORE_BYTES)} for its objects", advice)]
     if usage.total < _ROOMY_SHARED_BYTES:
         return [warning("memory", space, advice)]
     return [ok("memory", space)]

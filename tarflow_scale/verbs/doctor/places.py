@@ -40,10 +40,10 @@ def disk(
     """Compare the free space at the run folder with the size of checkpoints, or with 1 GiB if no run is configured."""
     place = nearest(storage.local(logging.path if logging else "."))
     free = shutil.disk_usage(place).free
-    needed, reason = _LEAST_BYTES, "at least"
+    needed, reason = _LEAST_BYTES, "or more"
     if data is not None and model is not None and training is not None and checkpoint is not None:
         needed, reason = _checkpoint_bytes(data, model, training, checkpoint)
-    space = f"{_in_gib(free)} free at {place}, needed {_in_gib(needed)} {reason}"
+    space = f"{_in_gib(free)} free at {place}, and a run needs {_in_gib(needed)} {reason}"
     if free < needed:
         return [failed("disk", space, "free space, choose another logging.path, or keep fewer checkpoints")]
     return [ok("disk", space)]
@@ -58,7 +58,7 @@ def _checkpoint_bytes(
     try:
         manifest = read_manifest(data.path)
     except UserError:
-        return _LEAST_BYTES, "at least (the size of a checkpoint is known once data.path is a data set)"
+        return _LEAST_BYTES, "or more (the size of a checkpoint is known once data.path is a data set)"
     import torch
 
     from tarflow_scale.training.construction import flow_of, seen_by_model
@@ -99,7 +99,8 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
     Args:
         key: key of the configuration.
         path: value of the key.
-        folder: `trial_folder` of the path. It is removed at the end; if the check is killed, the caller must remove it.
+        folder: folder for test files, from `trial_folder`. The check removes it at the end; if the check is killed, the
+            caller must remove it.
     """
     try:
         written, read = _speeds(folder)
@@ -122,7 +123,13 @@ def store(key: str, path: str, folder: str) -> list[Finding]:
         return [winners]
     speed = f"{key}={path}: writes {written / _MB:.0f} MB/s, reads {read / _MB:.0f} MB/s, safe for concurrent writers"
     if abs(skew) > _SKEW_SECONDS:
-        return [warning("store", f"{speed}; its clock is {skew:+.0f} s from ours", "set both by NTP")]
+        return [
+            warning(
+                "store",
+                f"{speed}; its clock is {skew:+.0f} s from the clock of this machine",
+                "synchronize both with NTP",
+            )
+        ]
     return [ok("store", speed)]
 
 
@@ -147,8 +154,8 @@ def writable_registry(path: str, look: Callable[[], list[Finding]]) -> list[Find
         except UserError:
             raise error from None
         reason = from_message("store", str(error)).found
-        advice = "generate, score and models list need no more; for other verbs get permission to write there"
-        return [warning("store", f"{readable}, and not written ({reason})", advice)]
+        advice = "generate, score and models list only read; for other verbs, get permission to write there"
+        return [warning("store", f"{readable} but not written ({reason})", advice)]
 
 
 def _speeds(folder: str) -> tuple[float, float]:
@@ -166,7 +173,9 @@ def _speeds(folder: str) -> tuple[float, float]:
     back = storage.read_bytes(location)
     reading = time.perf_counter() - started
     if back != content:
-        raise StorageError(f"{location} must read as it was written (got {len(back)} other bytes); use another store")
+        raise StorageError(
+            f"{location} must contain what was written to it (got {len(back)} different bytes); use another store"
+        )
     return size / writing, size / reading
 
 

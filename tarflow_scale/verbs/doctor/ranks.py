@@ -32,10 +32,12 @@ def collectives(config: RanksConfig) -> list[Finding]:
     try:
         seen = call_roll(store, rank, world_size, device, backend, socket.gethostname(), seconds)
     except dist.DistError as error:  # errors of collectives are in `seen`
-        raise UserError("rank 0 must stay until all have answered (got its store closed); see its output") from error
+        raise UserError(
+            "rank 0 must run until all ranks have answered (its store was closed early); see the output of rank 0"
+        ) from error
     reporter = min(seen.hosts)
     if rank != reporter:
-        return [skipped("ranks", f"rank {reporter} reports")]
+        return [skipped("ranks", f"rank {reporter} reports the result")]
     return [_judged(seen, world_size, backend, seconds)]
 
 
@@ -44,11 +46,11 @@ def _judged(seen: RollCall, world_size: int, backend: str, seconds: float) -> Fi
     if seen.missing:
         answered = ", ".join(_named(rank, seen) for rank in sorted(seen.hosts)[:_SHOWN])
         missing = f"{_list(seen.missing)} of {world_size} did not answer within {seconds:g} s (answered: {answered})"
-        return failed("ranks", missing, "see that its host runs and reaches MASTER_ADDR:MASTER_PORT, or wait longer "
-                      "with ranks.timeout_seconds")  # fmt: skip
+        return failed("ranks", missing, "check that its host runs and reaches MASTER_ADDR:MASTER_PORT, or raise "
+                      "ranks.timeout_seconds")  # fmt: skip
     if seen.silent:
         dead = ", ".join(_named(rank, seen) for rank in seen.silent[:_SHOWN])
-        return failed("ranks", f"{dead} of {world_size} answered and then died", "see its log")
+        return failed("ranks", f"{dead} of {world_size} answered and then died", "see the log of that rank")
     advice = "open all ports between the hosts, and name the interface that connects them in NCCL_SOCKET_IFNAME or " \
              "GLOO_SOCKET_IFNAME"  # fmt: skip
     if seen.failures:
@@ -58,8 +60,10 @@ def _judged(seen: RollCall, world_size: int, backend: str, seconds: float) -> Fi
         stuck = ", ".join(_named(rank, seen) for rank in seen.stuck[:_SHOWN])
         return failed("ranks", f"the {backend} all-reduce did not end within {seconds:g} s on {stuck}", advice)
     where = f"{len(hosts)} hosts" if len(hosts) > 1 else hosts[0]
-    speed = f"{seen.num_bytes / _MIB:.0f} MiB at {seen.bytes_per_second / _GB:.2f} GB/s" if world_size > 1 else "alone"
-    return ok("ranks", f"{world_size} {backend} rank{'s' if world_size > 1 else ''} on {where}: all-reduce of {speed}")
+    speed = (
+        f"of {seen.num_bytes / _MIB:.0f} MiB at {seen.bytes_per_second / _GB:.2f} GB/s" if world_size > 1 else "works"
+    )
+    return ok("ranks", f"{world_size} {backend} rank{'s' if world_size > 1 else ''} on {where}: all-reduce {speed}")
 
 
 def _named(rank: int, seen: RollCall) -> str:

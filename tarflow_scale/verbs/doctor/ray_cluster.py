@@ -21,7 +21,13 @@ def reach(config: ClusterConfig | None) -> list[Finding]:
     there = f"Ray {state.ray_version} on Python {state.python_version}"
     here = f"Ray {metadata.version('ray')} on Python {platform.python_version()}"
     if there != here:
-        return [failed("cluster", f"{config.address} runs {there}, and here is {here}", "install the same on both")]
+        return [
+            failed(
+                "cluster",
+                f"{config.address} runs {there}, and this machine has {here}",
+                "install the same versions on both",
+            )
+        ]
     if not state.here:
         advice = f"join it with 'ray start --address={config.address}', or use ray://HOST:10001"
         return [failed("cluster", f"this machine is not a node of {config.address}", advice)]
@@ -31,7 +37,7 @@ def reach(config: ClusterConfig | None) -> list[Finding]:
         ("GPU", config.gpus_per_worker, state.num_gpus),
     ):
         if workers * each > got:
-            problem = f"{config.address} has {got:g} {name}s for {workers} workers of {each}"
+            problem = f"{config.address} has {got:g} {name}s, and each of {workers} workers needs {each}"
             return [failed("cluster", problem, f"lower cluster.num_workers or cluster.{name.lower()}s_per_worker")]
     nodes = f"{state.num_nodes} node{'s' if state.num_nodes > 1 else ''}"
     return [ok("cluster", f"{config.address}: {there}, {nodes}, {state.num_cpus:g} CPUs, {state.num_gpus:g} GPUs")]

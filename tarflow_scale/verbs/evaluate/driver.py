@@ -72,7 +72,7 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
     with Pool(**config.cluster.model_dump()) as pool:
         job.make(pool, units)
         if not all(isinstance(protocol, LikelihoodProtocol) for protocol in job.protocols.values()):
-            print("comparing with the references; standard errors do it again for each of 50 blocks", flush=True)
+            print("comparing with the references; standard errors repeat this for each of 50 blocks", flush=True)
         bindings = job.bind()
         measured = job.measure(pool, bindings)
     values = {path: _value(job, path, measured, bindings) for path in job.protocols}
@@ -107,7 +107,7 @@ def watch(config: EvaluateConfig, dry_run: bool) -> None:
     protocols = {load_protocol(path).digest for path in config.metrics.protocols}
     leases = storage.join(config.reference.cache, "leases", storage.digest(canonical_json(sorted(protocols)))[:16])
     skipped: set[int] = set()
-    print(f"watching {config.registry.path} for versions of {model}; interrupt to end", flush=True)
+    print(f"watching {config.registry.path} for versions of {model}; press Ctrl-C to stop", flush=True)
     while True:
         for version in _unscored(registry, protocols) - skipped:
             section = config.registry.model_copy(update={"version": version})
@@ -135,7 +135,7 @@ def _unscored(registry: Registry, protocols: set[str]) -> set[int]:
 
 
 def bind(config: EvaluateConfig, dry_run: bool) -> None:
-    """Compute the references of the protocols and bind the protocols to them; needs no model.
+    """Compute the references of the protocols, and bind the protocols to them. No model is needed.
 
     Raises:
         UserError: reference and protocols do not fit together, or the protocols are bound to other images.
@@ -158,14 +158,15 @@ def _check(version: ModelVersion, job: Evaluation) -> None:
         got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth).shown
         if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
             raise DataError(
-                f"the model is of events of shape {expected.shape} (got {got} in "
-                f"{manifest.name}/{manifest.split}); evaluate on data like those of training"
+                f"the data must have the shape and the conditions of the training data, {expected.shape} (got {got} in "
+                f"{manifest.name}/{manifest.split}); evaluate on data of the same kind as the training data"
             )
     names = version.trained_on.class_names
     if names and job.data.class_names != names:
         raise DataError(
-            f"the model knows {len(names)} classes by name (got {len(job.data.class_names)} others "
-            f"in {job.data.name}/{job.data.split}); evaluate on data with the same classes"
+            f"the data must have the {len(names)} class names of the model (got "
+            f"{len(job.data.class_names)} different class names in {job.data.name}/{job.data.split}); evaluate on data "
+            f"with the same classes"
         )
     for protocol in job.protocols.values():
         if isinstance(protocol, BitsPerDimProtocol) and version.pixels.noise != "uniform":
@@ -254,7 +255,7 @@ def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, refe
 
 
 def _print_plan(title: str, job: Evaluation, units: list[EvaluationUnit], cluster: ClusterConfig) -> None:
-    print(f"{title}: {len(units)} parts on {cluster.num_workers} x {cluster.executor}")
+    print(f"{title}: {len(units)} parts, {cluster.num_workers} workers, cluster.executor={cluster.executor}")
     rows = [(protocol.name, protocol.metric, str(job.num_images(path))) for path, protocol in job.protocols.items()]
     print(console.table(rows, ("protocol", "metric", "images")))
 
@@ -268,4 +269,4 @@ def _print_report(report: MetricsReport) -> None:
         for kind in ("gaussian", "real"):
             if f"{kind}_{name}" in report.baselines:
                 rows.append((f"{kind} {name}", f"{report.baselines[f'{kind}_{name}']:.4f}", "", metric.unit, ""))
-    print(console.table(rows, ("what", "value", "standard error", "unit", "protocol id")))
+    print(console.table(rows, ("result", "value", "standard error", "unit", "protocol id")))

@@ -110,7 +110,7 @@ class Evaluation:
         )
 
     def _weights(self, registry: Registry, version: ModelVersion, sampling: SamplingConfig) -> list[Any]:
-        """The weights and settings that determine the samples of a version, except the seed."""
+        """The digest of the weights and the settings: all that determines the samples, besides the seed."""
         plan = calibration_for(registry, version.version, sampling, self._gpu)
         return [version.weights_digest, sampling.model_dump(mode="json"), plan and plan.model_dump(mode="json")]
 
@@ -199,7 +199,7 @@ def _check_protocols(job: Evaluation) -> None:
     """Raise an error, before any work, if protocols do not fit each other or the data."""
     names = [protocol.name for protocol in job.protocols.values()]
     if len(set(names)) < len(names):
-        raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); drop one")
+        raise ConfigError(f"protocols of one evaluation must have different names (got {', '.join(names)}); remove one")
     for manifest in (job.data, job.reference):
         for protocol in job.protocols.values():
             if protocol.events != manifest.event.kind:
@@ -213,5 +213,5 @@ def _check_protocols(job: Evaluation) -> None:
             if protocol.num_reference_images > num_images:
                 raise ConfigError(
                     f"protocol {protocol.name} needs {protocol.num_reference_images} reference images (got "
-                    f"{num_images} in {job.reference.name}/{job.reference.split}); use the data set that it is for"
+                    f"{num_images} in {job.reference.name}/{job.reference.split}); use the data set of the protocol"
                 )

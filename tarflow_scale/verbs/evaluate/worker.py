@@ -91,7 +91,7 @@ class Scorer:
 
     @torch.no_grad()
     def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Compute bits/dim or nats of each sample, named after the metric, and ``hashes`` of the samples."""
+        """Compute bits/dim or nats of each sample, and its hash. The keys are the name of the metric and ``hashes``."""
         costs: list[np.ndarray] = []
         hashes: list[str] = []
         _check_fits(self._flow, protocol)
@@ -178,11 +178,11 @@ def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
     if isinstance(protocol, NatsProtocol):
         if protocol.labels == "none" and flow.num_conditions is not None:
             raise ConfigError(
-                f"protocol {protocol.name} drops labels, which a flow that is conditioned on numbers cannot do "
-                f"without (got {flow.num_conditions} numbers); use labels: given"
+                f"protocol {protocol.name} must give labels to a flow that is conditioned on numbers (got labels: "
+                f"none, and a flow that takes {flow.num_conditions} numbers); use labels: given"
             )
     elif flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
         raise ConfigError(
-            f"protocol {protocol.name} needs noise that was learned on {protocol.bit_depth}-bit data (got "
-            f"{flow.pixels.bit_depth}); use a model without model.dequantization, or another protocol"
+            f"protocol {protocol.name} needs a model that learned its dequantization on {protocol.bit_depth}-bit data "
+            f"(got {flow.pixels.bit_depth}-bit data); use a model without model.dequantization, or another protocol"
         )

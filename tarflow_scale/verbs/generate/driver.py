@@ -79,7 +79,7 @@ def run(config: GenerateConfig, dry_run: bool) -> None:
     _check_plan(shards, plan)  # another driver may have created its plan first
     last = (MANIFEST_NAME, _GRID) if _has_grid(plan) else (MANIFEST_NAME,)
     if not missing and all(storage.exists(storage.join(path, name)) for name in last):
-        print(f"{path}: nothing to do, all {plan.num_images} images are there")
+        print(f"{path}: nothing to do, all {plan.num_images} images exist")
         _write_copies(shards)
         return
     quality, errors = _make(config.registry.path, plan, path, units, missing, config.cluster)
@@ -131,8 +131,8 @@ def _check_redrawn(quality: Quality, plan: GenerationPlan) -> None:
         raise NumericsError(
             f"{quality.redrawn} of {quality.images} images were drawn again ({quality.not_finite} not finite, "
             f"{quality.saturated} saturated; sampling.guard.most_redrawn_share={guard.most_redrawn_share:g} allows "
-            f"{allowed:.0f} of {total}); lower {lower} in another shards.path, train longer or with "
-            f"model.log_scale_bound, or allow more"
+            f"{allowed:.0f} of {total}); lower {lower} (with a new shards.path), train longer, set "
+            f"model.log_scale_bound, or raise sampling.guard.most_redrawn_share"
         )
 
 
@@ -142,7 +142,7 @@ def _check_copies(shards: GeneratedShardsConfig) -> None:
     digest = read_manifest(shards.path).digest if is_made else None
     if shards.folder is not None:
         if shards.folder.rstrip("/") == shards.path.rstrip("/"):
-            raise ConfigError(f"shards.folder must not be shards.path (got {shards.folder}); choose another")
+            raise ConfigError(f"shards.folder must not be shards.path (got {shards.folder}); choose another folder")
         check_folder(shards.folder, digest)
     if shards.npz is not None:
         check_npz(shards.npz, digest)
@@ -179,14 +179,14 @@ def calibrate(config: GenerateConfig, dry_run: bool) -> None:
         (str(number), "token by token" if block.chunk == 1 else f"{block.chunk} tokens at once", f"{mean:.1f}")
         for number, (block, mean) in enumerate(zip(plan.blocks, plan.iterations, strict=True), start=1)
     ]
-    print(console.table(rows, ("block, as decoded", "how", "iterations")))
+    print(console.table(rows, ("block, in decoding order", "decoding", "iterations")))
     where = f"{config.registry.model}@{version.version} on {plan.device}, batch {plan.batch_size}"
     exact = f"{plan.batch_size / plan.exact_seconds:.3g} images/s"
     if all(block.chunk == 1 for block in plan.blocks):
         print(f"{where}: exact decoding is the fastest, {exact}")
         return
     print(
-        f"{where}: {plan.batch_size / plan.adaptive_seconds:.3g} images/s, exact {exact}; "
+        f"{where}: {plan.batch_size / plan.adaptive_seconds:.3g} images/s, exact decoding {exact}; "
         f"largest error {plan.max_error:.2g}, {plan.pixels_within_one_level:.4%} of pixels within one level"
     )
 
@@ -205,22 +205,25 @@ def resolved_plan(
     settings = _settings(sampling)
     if flow.num_conditions is not None:
         raise ConfigError(
-            f"generate has no numbers to condition on (got a flow that takes {flow.num_conditions}); in Python, "
-            f"flow.sample(n, y) takes them"
+            f"generate needs a flow that is not conditioned on numbers (got a flow that takes {flow.num_conditions}); "
+            f"in Python, call flow.sample(n, y) with the numbers"
         )
     of_images = (shards.folder, shards.npz, sampling.guard.saturated_share)
     event = event_of(version.trained_on, version.pixels.bit_depth).shown
     if not isinstance(event, ImageEvent) and any(setting is not None for setting in of_images):
         raise ConfigError(
-            f"shards.folder, shards.npz and sampling.guard.saturated_share are for images (got a model of "
-            f"{event.noun}); leave them out"
+            f"shards.folder, shards.npz and sampling.guard.saturated_share need a model of images (got a model of "
+            f"{event.noun}); remove these keys"
         )
     decoding = calibration_for(versions, version.version, settings, cluster.gpus_per_worker > 0)
     rule = numbered(sampling.labels, version.trained_on.class_names)
     sampler = Sampler(flow, sampling.seed, settings, decoding, rule)  # refuses settings that do not fit the model
     if settings.batch_size is None:
         if cluster.gpus_per_worker:
-            raise ConfigError("sampling.batch_size decides the last bits of images, so generate needs a number on GPUs")
+            raise ConfigError(
+                "sampling.batch_size must be a number on GPUs, because it changes the last bits of images (got none); "
+                "set sampling.batch_size"
+            )
         frozen = storage.read_if_there(storage.join(shards.path, _PLAN))  # its batch size fitted when it was made
         earlier = None if frozen is None else GenerationPlan.from_json(frozen, _PLAN).sampling.batch_size
         fitting = earlier or max(1, sampler.batch_size // cluster.num_workers)
@@ -328,7 +331,7 @@ def _print_plan(plan: GenerationPlan, num_units: int, num_missing: int, shards: 
 def _labels_in_words(plan: GenerationPlan) -> str:
     match plan.labels:
         case "balanced" | "none":
-            return f"{plan.labels} labels"
+            return f"{'no' if plan.labels == 'none' else plan.labels} labels"
         case dict():
             return "labels drawn by weight, " + ", ".join(f"{label}: {w:g}" for label, w in plan.labels.items())
         case _:
@@ -358,6 +361,6 @@ def _print_result(plan: GenerationPlan, path: str, num_units: int, quality: Qual
     print(
         f"{quality.redrawn} images drawn again ({quality.not_finite} not finite, {quality.saturated} saturated); "
         f"{clipped:.2%} of all values were clipped by more than a level"
-        + ("; that is much: lower sampling.temperature, or train longer" if clipped > _MUCH_CLIPPED else "")
+        + ("; that is a large share: lower sampling.temperature, or train longer" if clipped > _MUCH_CLIPPED else "")
     )
     print(f"{path}: {plan.num_images} images in {num_units} shard{'s' * (num_units > 1)}; look at {path}/{_GRID}")

@@ -69,7 +69,7 @@ class ShardMaker:
         """Make a shard: store its record, write index and tar, and read both back.
 
         Returns:
-            Counts of bad images, and `Sampler.round_trip_error`. The error is also None if another driver had already
+            Counts of bad images, and the value of `Sampler.round_trip_error`, or None if another driver had already
             made the shard.
 
         Raises:

@@ -86,7 +86,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
             rows.append((metric.protocol, f"{number_text}, protocol {metric.protocol_id[:12]}"))
     for plan in state.calibrations.get(number, []):
         gain = plan.exact_seconds / plan.adaptive_seconds
-        speed = f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, {gain:.3g} times exact"
+        speed = f"{plan.batch_size / plan.adaptive_seconds:.3g} images/s, {gain:.3g} times the speed of exact decoding"
         rows.append((f"decoding on {plan.device}", f"{speed} at batch {plan.batch_size}, error {plan.max_error:.1e}"))
     print(console.table(rows, ("what", "value")))
     history = [
@@ -95,7 +95,7 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
         if event.version == number
     ]
     print()
-    print(console.table(history, ("event", "time", "what", "who", "why")))
+    print(console.table(history, ("event", "time", "kind", "who", "why")))
 
 
 def diff(config: ModelsConfig, dry_run: bool) -> None:
@@ -143,7 +143,9 @@ def verify(config: ModelsConfig, dry_run: bool) -> None:
     for problem in problems:
         print(console.printable(problem))
     if problems:
-        raise RegistryError(f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them")
+        raise RegistryError(
+            f"{path} has {len(problems)} damaged or missing parts (first: {problems[0]}); restore them from a backup"
+        )
     print(f"{path}: {events} events of {len(models)} models and {len(needed)} files match their digests")
 
 
@@ -169,7 +171,7 @@ def init(config: ModelsConfig, dry_run: bool) -> None:
 
 
 def alias(config: ModelsConfig, dry_run: bool) -> None:
-    """Move the alias ``command.alias`` to a version. A gate must not guard the alias.
+    """Move the alias ``command.alias`` to a version. An alias that a gate guards cannot be moved in this way.
 
     Raises:
         ConfigError: ``command.alias`` is missing or not allowed.
@@ -177,7 +179,9 @@ def alias(config: ModelsConfig, dry_run: bool) -> None:
     """
     name = config.command.alias
     if name is None or name == "latest" or name.isdigit():
-        raise ConfigError(f"command.alias must be a name other than latest (got {name}); for example stable")
+        raise ConfigError(
+            f"command.alias must be a name, not a number or latest (got {name}); set, for example, command.alias=stable"
+        )
     registry = _registry(config.registry)
     state = registry.state()
     version, holder = resolve(state, config.registry.version, registry.model).version, state.aliases.get(name)
@@ -230,10 +234,12 @@ def rollback(config: ModelsConfig, dry_run: bool) -> None:
     """
     name, registry = config.registry.version, _registry(config.registry)
     if not isinstance(name, str) or name == "latest":
-        raise RegistryError(f"rollback needs an alias (got registry.version={name}); for example champion")
+        raise RegistryError(
+            f"rollback needs an alias (got registry.version={name}); set, for example, registry.version=champion"
+        )
     if dry_run:
         holders = registry.state().holders.get(name, [])
-        print(f"dry run: {name} of {registry.model} has been {', '.join(map(str, holders)) or 'nothing'}")
+        print(f"dry run: {name} of {registry.model} has been at versions {', '.join(map(str, holders)) or 'none'}")
         return
     before, after = registry.rollback(name, config.command.reason or "rolled back by hand")
     print(f"{name} of {registry.model} is {registry.model}@{after} again (was {registry.model}@{before})")
@@ -249,11 +255,11 @@ def collect(config: ModelsConfig, dry_run: bool) -> None:
     garbage = collection.garbage(path, grace)
     rows = [(f"{model}@{number}", "retired") for model, numbers in garbage.versions.items() for number in numbers]
     rows += [(digest[:12], f"{num_bytes / _MIB:.1f} MiB") for digest, num_bytes in garbage.blobs.items()]
-    print(console.table(rows, ("what", "")) if rows else f"{path}: nothing to collect")
+    print(console.table(rows, ("version or file", "state or size")) if rows else f"{path}: nothing to collect")
     if not rows:
         return
     if dry_run or not config.command.delete:
-        print("nothing was removed; set command.delete=true")
+        print("nothing was deleted; to delete these files, set command.delete=true")
         return
     freed = collection.collect(path, garbage, grace, config.command.reason or "collected")
     print(f"{path}: freed {freed / _MIB:.1f} MiB")
@@ -274,7 +280,7 @@ def _numbers(reports: list[MetricsReport]) -> str:
 
 
 def _by_protocol(reports: list[MetricsReport]) -> dict[str, str]:
-    """The newest value of each metric as text, by name and id of its protocol."""
+    """The newest value of each metric as text. The key is the name and id of the protocol."""
     return {
         f"{metric.protocol} ({metric.protocol_id[:12]})": f"{metric.value:.4f}"
         + (f" +- {metric.standard_error:.4f}" if metric.standard_error is not None else "")

@@ -65,7 +65,9 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
     state = registry.state()
     version = resolve(state, config.registry.version, model)
     if storage.list_names(path):
-        raise DataError(f"{path} holds files already; choose another command.path")
+        raise DataError(
+            f"command.path must be a new or empty folder (got files in {path}); choose another command.path"
+        )
     reports = state.reports.get(version.version, [])
     if dry_run:
         print(f"dry run: would write {model}@{version.version} with {len(reports)} reports to {path}")
@@ -108,7 +110,7 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
     attach_renderer(flow, files, path)
     print(f"{path}: {exported.model}@{version.version}, {type(flow).__name__} of {version.parameters:,} parameters")
     if dry_run:
-        print(f"dry run: it would become a version of {model}")
+        print(f"dry run: would import {path} as a version of {model}")
         return
     configuration = None
     if version.configuration is not None:
@@ -124,7 +126,10 @@ def import_version(config: ModelsConfig, dry_run: bool) -> None:
         own = _portable(report).model_copy(update={"model": model, "version": registered.version})
         if own not in present:
             registry.attach_report(own, origin)
-    print(f"{path} is {model}@{registered.version} in {config.registry.path}, with {len(exported.reports)} reports")
+    print(
+        f"imported {path} as {model}@{registered.version} in {config.registry.path}, with {len(exported.reports)} "
+        f"reports"
+    )
 
 
 def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | None:
@@ -132,7 +137,7 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
     names = version.trained_on.class_names
     columns = len(names) if 1 < len(names) <= _MOST_COLUMNS else _COLUMNS
     num = max(1, _MOST_SAMPLES // columns) * columns
-    print(f"no report has samples, drawing {num} (seed 0) for the model card; command.samples=false leaves them out")
+    print(f"no report has samples, so {num} are drawn for the model card (seed 0); command.samples=false skips this")
     flow = flow_from_files(files, "the version").to(own_device()).eval()
     attach_renderer(flow, files, "the version")
     try:
@@ -147,7 +152,7 @@ def _drawn_samples(files: dict[str, bytes], version: ModelVersion) -> bytes | No
 def _path_and_model(browsed: BrowseConfig, command: CommandConfig) -> tuple[str, str]:
     """Path of the exported version (folder or URL), and name of the model, from the configuration."""
     if command.path is None:
-        raise ConfigError("command.path must say where the exported version is (got none); set it")
+        raise ConfigError("command.path must be the folder or URL of the exported version (got none); set command.path")
     if browsed.model is None:
         raise ConfigError("export and import need the name of a model (got none); set registry.model")
     return command.path, browsed.model
@@ -163,8 +168,8 @@ def _files(path: str, version: ModelVersion) -> dict[str, bytes]:
     """Read the files of the flow, and check them against the exported record."""
     if set(version.files) - set(AUTOENCODER_FILES) != {WEIGHTS_NAME, CONFIG_NAME}:
         raise DataError(
-            f"{path}/{_VERSION} must name {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export it "
-            f"again"
+            f"{path}/{_VERSION} must list {WEIGHTS_NAME} and {CONFIG_NAME} (got {', '.join(version.files)}); export "
+            f"the version again"
         )
     files: dict[str, bytes] = {}
     for name, record in version.files.items():
@@ -182,13 +187,16 @@ def _check_safetensors(location: str, content: bytes) -> None:
         raise DataError(f"{location} is a pickle, which is never read; convert it to safetensors with the verb convert")
     length = int.from_bytes(content[:8], "little")
     if length > min(_MOST_HEADER_BYTES, max(0, len(content) - 8)):
-        raise DataError(f"{location} has a header of {length} bytes (file: {len(content)}); it is damaged or hostile")
+        raise DataError(
+            f"{location} has an impossible header of {length} bytes (the file has {len(content)} bytes); the file is "
+            f"damaged or malicious: get it again from its source"
+        )
     try:
         header = json.loads(content[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{location} is not a safetensors file ({error}); export it again") from error
+        raise DataError(f"{location} is not a safetensors file ({error}); export the version again") from error
     if not isinstance(header, dict):
-        raise DataError(f"{location} is not a safetensors file (its header is not an object); export it again")
+        raise DataError(f"{location} is not a safetensors file (its header is not an object); export the version again")
 
 
 # -- the model card ----------------------------------------------------------------------------------------------------

@@ -50,12 +50,12 @@ def run(config: PrepareConfig, dry_run: bool) -> None:
     except BadImage as error:
         if config.source.bad_images == "skip":
             raise
-        raise BadImage(f"{error}, or leave out all that cannot be used, with source.bad_images=skip") from error
+        raise BadImage(f"{error}, or set source.bad_images=skip to leave out all unusable images") from error
 
 
 def check(path: str) -> None:
     """``--check``: verify every byte of a packed data set."""
-    print(f"{path}: all {inspection.check(path)} samples are what was packed")
+    print(f"{path}: all {inspection.check(path)} samples are intact")
 
 
 def statistics(path: str) -> None:
@@ -67,7 +67,7 @@ def export(path: str, location: str) -> None:
     """``--npz``: write a packed data set as the ``.npz`` file that ADM's evaluator reads."""
     event = read_manifest(path).event
     if not isinstance(event, ImageEvent):
-        raise DataError(f"--npz is for images (got {event} in {path}); read the tars")
+        raise DataError(f"--npz works only for images (got {event} in {path}); read the tars instead")
     print(f"{location}: {write_npz(path, location)} images of {path}")
 
 
@@ -80,7 +80,7 @@ def _prepare(config: SourceConfig, split: SplitConfig, shards: PackedShardsConfi
     if dry_run:
         return
     if not missing:
-        print(f"{shards.path}: nothing to do, this data set is packed")
+        print(f"{shards.path}: nothing to do, this data set is already packed")
         return
     with nullcontext() if storage.is_remote(shards.path) else exclusive(storage.local(shards.path)):
         missing = _missing(shards.path, splits, recipe)
@@ -107,7 +107,7 @@ def _missing(path: str, splits: Iterable[str], recipe: str) -> list[str]:
             packing.refuse_foreign(target)
             missing.append(name)
         elif read_manifest(target).recipe != recipe:
-            raise DataError(f"{target} holds another data set; choose another shards.path or delete it")
+            raise DataError(f"{target} holds another data set; choose another shards.path, or delete that data set")
     return missing
 
 
@@ -166,8 +166,8 @@ def _check_skipped(notes: list[packing.PackNote], max_bad_fraction: float) -> No
     total = len(skipped) + sum(note.record.samples for note in notes if note.record is not None)
     if len(skipped) > max_bad_fraction * total:
         raise DataError(
-            f"{len(skipped)} of {total} images cannot be used (allowed: source.max_bad_fraction="
-            f"{max_bad_fraction:g}), for one: {skipped[0].reason}"
+            f"too many images cannot be used (got {len(skipped)} of {total}, allowed: source.max_bad_fraction="
+            f"{max_bad_fraction:g}); the first reason is: {skipped[0].reason}"
         )
 
 
@@ -176,7 +176,8 @@ def _manifest(split: packing.Packing, notes: list[packing.PackNote], recipe: str
     records = tuple(note.record for note in notes if note.record is not None)
     if not records:
         raise DataError(
-            f"no image of {source.name} could be used (of {len(split.order)} in {split.split}); see the source"
+            f"no image of {source.name} could be used (got {len(split.order)} images in {split.split}); check "
+            f"source.path"
         )
     codec = source.event.codec(split.codec)
     return Manifest(

@@ -20,10 +20,10 @@ def index_in_place(config: SourceConfig, shards: PackedShardsConfig, dry_run: bo
     path = shards.path
     if storage.exists(storage.join(path, MANIFEST_NAME)):
         _check_same_tars(path)
-        print(f"{path}: nothing to do, this is a data set")
+        print(f"{path}: nothing to do, this is already a data set")
         return
     manifest, indexes, ignored = index_tars(config, shards.num_workers)
-    print(f"{path}: {manifest.num_images} images {manifest.event.shape} in {len(manifest.shards)} tars")
+    print(f"{path}: {manifest.num_images} images of {manifest.event.size} in {len(manifest.shards)} tars")
     print_ignored(ignored)
     if dry_run:
         return
@@ -39,6 +39,6 @@ def _check_same_tars(path: str) -> None:
     changed = sorted(name for name in known.keys() | present if known.get(name) != present.get(name))
     if changed:
         raise DataError(
-            f"the tars of {path} must be those that its manifest names (got {changed[0]}, which is new, missing or "
-            f"changed); delete {MANIFEST_NAME} to index them again"
+            f"the tars in {path} must match its manifest (got {changed[0]}, which is new, missing or changed); delete "
+            f"{MANIFEST_NAME} to index the tars again"
         )

@@ -32,7 +32,7 @@ def print_preview(
     if official is None and split.test_fraction:
         share = f"split.test_fraction={split.test_fraction:g}"
         if len(splits) == 1:
-            print(f"warning: no test split: {share} of a class is less than one image")
+            print(f"warning: no test split: {share} of each class is less than one image")
         else:
             of = "each class" if source.class_names else "the images"
             print(f"{split.test_fraction * 100:g}% of {of} is held out at random: {share}")
@@ -40,14 +40,14 @@ def print_preview(
         (name, str(len(members)), str(-(-len(members) // shards.samples_per_shard)), str(source.event))
         for name, members in splits.items()
     ]
-    print(console.table(rows, ("split", "samples", "shards", "a sample")))
+    print(console.table(rows, ("split", "samples", "shards", "kind of sample")))
 
 
 def print_ignored(ignored: Mapping[str, int]) -> None:
     """Print how many files of the source are not read, by kind."""
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
-        print(f"not images that are read, and passed over: {kinds}")
+        print(f"files that are not packed: {kinds}")
 
 
 def _classes(source: ImageSource) -> str:

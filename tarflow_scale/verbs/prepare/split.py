@@ -19,7 +19,7 @@ def split_images(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[
         DataError: ``split.kind`` is ``official`` but the source has no split, or no image is left for training.
     """
     if config.kind == "official" and source.official is None:
-        raise DataError(f"{source.name} has no official split (got split.kind=official); use stratified")
+        raise DataError(f"{source.name} has no official split (got split.kind=official); set split.kind=stratified")
     codes = source.official
     if config.kind == "stratified" or codes is None:
         in_test = stratified(source.labels, config.test_fraction, config.seed)
@@ -27,8 +27,8 @@ def split_images(source: ImageSource, config: SplitConfig) -> dict[str, NDArray[
     splits = {name: np.flatnonzero(codes == code) for code, name in enumerate(PACKED)}
     if not len(splits["train"]):
         raise DataError(
-            f"no image is left for training (got {len(codes)} and split.test_fraction={config.test_fraction:g}); "
-            f"lower it"
+            f"no image is left for training (got {len(codes)} images and split.test_fraction="
+            f"{config.test_fraction:g}); lower split.test_fraction"
         )
     return {name: members for name, members in splits.items() if len(members)}
 

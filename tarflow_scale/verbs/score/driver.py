@@ -98,7 +98,7 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
         _check(section, version, [manifest for _, manifest in manifests.values()])
     if manifests["calibration"][1].digest == versions[0][1].trained_on.digest:
         warnings.warn(
-            "calibration is what the model was trained on, where likelihoods are too high; use held-out images",
+            "the calibration images are the training data, where likelihoods are too high; use held-out images",
             stacklevel=2,
         )
     sets = _image_sets(scoring, cluster, versions, manifests)
@@ -154,8 +154,8 @@ def _flow_for_maps(section: VersionConfig, version: ModelVersion) -> Flow:
     flow = load_version(section.path, section.model, version.version)
     if not flow.divides_surprise:
         raise ConfigError(
-            f"scoring.maps needs a model that divides surprise among pixels, which a continuous flow does up to "
-            f"model.exact_trace_dims (got {type(flow).__name__} of {flow.num_dims} dimensions); set it to 0"
+            f"scoring.maps needs a model that divides surprise among pixels, which a continuous flow does only up to "
+            f"model.exact_trace_dims dimensions (got {type(flow).__name__} of {flow.num_dims}); set scoring.maps=0"
         )
     return flow
 
@@ -181,7 +181,7 @@ def _image_sets(
 
 
 def _packages() -> dict[str, str]:
-    """Versions of the packages that affect the scores, including those with codecs and ODE solvers."""
+    """Versions of the packages that affect the scores, including the packages of codecs and ODE solvers."""
     packages = provenance.package_versions()
     for name in ("pillow", "zuko", "torchdiffeq"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -295,7 +295,7 @@ def _write_summary(
 
 
 def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArray[np.float64]) -> None:
-    """Draw the least likely images, each beside a copy overlaid with its surprise per pixel, into ``maps.png``."""
+    """Write ``maps.png``: the least likely images, each beside a copy overlaid with its surprise per pixel."""
     chosen = np.argsort(-likelihood, kind="stable")[: scoring.maps]
     shards = ShardSet(data)
     order = np.argsort(chosen)  # images are read in the order of shards, shown by surprise
@@ -328,7 +328,7 @@ def _print_scores(
         by_score = separations.get(score)
         measures = (by_score.auroc, by_score.aupr, by_score.false_positive_rate_95) if by_score else ()
         rows.append((score, f"{limit:.4f}", *shares, *(f"{value:.3f}" for value in measures)))
-    sets = tuple(f"flagged of {name}" for name in flagged["likelihood"])
+    sets = tuple(f"flagged in {name}" for name in flagged["likelihood"])
     measured = ("AUROC", "AUPR", "false alarms at 95 %") if separations else ()
     header = (f"score by {model}, higher is more anomalous", "threshold", *sets, *measured)
     print(console.table(rows, header))
@@ -344,4 +344,4 @@ def _print_least_likely(images: _ImageSet, likelihood: NDArray[np.float64]) -> N
         about = part.read("labels", "origins")
         label, origin = int(about["labels"][sample - part.start]), str(about["origins"][sample - part.start])
         rows.append((origin, names[label] if 0 <= label < len(names) else "", f"{likelihood[sample]:.4f}"))
-    print(console.table(rows, ("the most anomalous of data", "class", "likelihood")))
+    print(console.table(rows, ("most anomalous images of data", "class", "likelihood")))

@@ -26,7 +26,7 @@ __all__ = ["Rater", "ScoringUnit", "scoring_protocol"]
 
 @dataclass(frozen=True)
 class ScoringUnit(PartUnit):
-    """A part of the data set at ``path`` to score."""
+    """A part to make: bits/dim of a range of images from the data set at ``path``."""
 
     path: str
 
@@ -66,8 +66,8 @@ class Rater:
         torch.set_num_threads(threads)
         if tuple(sorted(codecs())) != codec_names:
             raise ConfigError(
-                f"all workers need the lossless codecs {', '.join(codec_names)} (one has "
-                f"{', '.join(sorted(codecs()))}); install the same Pillow everywhere"
+                f"all workers must have the lossless codecs {', '.join(codec_names)} (got a worker with "
+                f"{', '.join(sorted(codecs()))}); install the same version of Pillow on all machines"
             )
         self._device = worker_device(gpu)
         self._flows = [load_version(*version).to(self._device) for version in versions]
@@ -111,6 +111,6 @@ class Rater:
         unit.part.write(arrays | {"origins": np.array(origins)})
 
     def _log_prob(self, flow: Flow, x: Tensor) -> Tensor:
-        """Log density in fp64 without true labels: the flow gets no label, or densities are averaged over labels."""
+        """Log density in fp64. It uses no true labels: the flow gets none, or densities are averaged over labels."""
         drop = flow.num_classes is None or self._settings.labels == "dropped"
         return (flow.log_prob_of_images(x, None) if drop else marginal_log_prob(flow, x)).double()

@@ -164,11 +164,11 @@ def _say(text: str) -> None:
 def _next_steps(logging: LoggingConfig, images_seen: int, total_images: int) -> str:
     path, seen = logging.path, f"{images_seen:,} images"
     if images_seen >= total_images:
-        return f"nothing to train, {path} has seen all {seen}"
+        return f"nothing to train: the run in {path} has seen all {seen}"
     begins = f"continuing after {seen}" if images_seen else "training begins"
     return (
         f"{begins}: up to {total_images:,}; figures every {logging.every_images:,} images in {path}/log.jsonl, "
-        f"{path}/{CURVE_NAME} shows the loss; Ctrl-C saves and stops"
+        f"{path}/{CURVE_NAME} shows the loss; Ctrl-C saves a checkpoint and stops"
     )
 
 

@@ -103,23 +103,25 @@ def _check_event(
     noise, event = training.noise.kind, manifest.event
     if noise not in event.noises:
         right = " or ".join(event.noises)
-        raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); set it")
+        raise ConfigError(f"training.noise.kind must be {right} for {event} (got {noise}); change training.noise.kind")
     if not isinstance(event, ImageEvent) and augmentation.crop_pixels is not None:
-        raise ConfigError(f"data.augmentation.crop_pixels is for images (got {event.noun}); leave it out")
+        raise ConfigError(
+            f"data.augmentation.crop_pixels needs images (got {event.noun}); remove data.augmentation.crop_pixels"
+        )
     if augmentation.flip and not event.can_flip:
         raise ConfigError(
-            f"data.augmentation.flip is for images, and for latents that encode made with encoding.mirrored (got "
-            f"{event}); leave it out"
+            f"data.augmentation.flip needs images, or latents that encode wrote with encoding.mirrored=true (got "
+            f"{event}); remove data.augmentation.flip"
         )
     if event.num_conditions is None or not model.class_conditional:
         return
     if manifest.num_classes:
         raise ConfigError(
-            f"a flow is conditioned on labels or on numbers (got {manifest.num_classes} classes and "
-            f"{event.num_conditions} numbers in {manifest.name}); pack without either"
+            f"a flow must be conditioned on labels or on numbers, not on both (got {manifest.num_classes} classes and "
+            f"{event.num_conditions} numbers in {manifest.name}); pack the data set without labels or without numbers"
         )
     if training.label_drop > 0:
         raise ConfigError(
-            f"training.label_drop must be 0 where vectors are given with numbers, which cannot be dropped (got "
-            f"{training.label_drop:g}); set it to 0"
+            f"training.label_drop must be 0 for a flow that is conditioned on numbers, because numbers cannot be "
+            f"dropped (got {training.label_drop:g}); set training.label_drop=0"
         )

@@ -48,14 +48,14 @@ def print_overview(
         ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images"),
         ("begins", begins),
         ("operations", _operations(recipe.model, manifest, steps * training.global_batch_size)),
-        ("state", f"{state / _GIB:.3f} GiB a rank (weights, gradients, moments, averages, buckets){host}"),
-        ("activations", f"about {memory.activations / _GIB:.3f} GiB a rank ({parallelism.activations})"),
+        ("state", f"{state / _GIB:.3f} GiB per rank (weights, gradients, moments, averages, buckets){host}"),
+        ("activations", f"about {memory.activations / _GIB:.3f} GiB per rank ({parallelism.activations})"),
         (
             "memory",
-            f"about {memory.total / _GIB:.3f} GiB a rank at its peak ({memory.phase}), besides Python and "
-            f"PyTorch (1 GiB on a CPU); the verb plan says more",
+            f"about {memory.total / _GIB:.3f} GiB per rank at its peak ({memory.phase}), besides Python and "
+            f"PyTorch (1 GiB on a CPU); the verb plan shows details",
         ),
-        ("loader", f"at most {loader / _GIB:.4f} GiB a rank (slots x 2 blocks x bytes per sample)"),
+        ("loader", f"at most {loader / _GIB:.4f} GiB per rank (slots x 2 blocks x bytes per sample)"),
         ("reads", _read_size(shuffle_block, mix)),
         ("output", output),
     ]
@@ -64,12 +64,12 @@ def print_overview(
 
 def _operations(model: ModelConfig, manifest: Manifest, images: int) -> str:
     flops = training_flops(model, manifest.event.shape)
-    return f"{flops / 1e12:.3g} TFLOP an image, {flops * images:.2g} FLOP the run"
+    return f"{flops / 1e12:.3g} TFLOP per image, {flops * images:.2g} FLOP for the run"
 
 
 def _data_row(part: MixPart, manifest: Manifest) -> str:
     own = part.shards.manifest
-    share = f"{part.spec.num_slots} of every batch, {steps_per_epoch(part.spec):,} steps an epoch"
+    share = f"{part.spec.num_slots} samples of every batch, {steps_per_epoch(part.spec):,} steps per epoch"
     return f"{own.name}/{own.split}: {own.num_images} {manifest.event}, {share}"
 
 
@@ -80,7 +80,7 @@ def _read_size(shuffle_block: int, mix: Mix) -> str:
     if block >= _REMOTE_READ_BYTES or not any(storage.is_remote(part.shards.path) for part in mix.parts):
         return text
     enough = -(-2 * _REMOTE_READ_BYTES // mix.bytes_per_sample)
-    return f"{text}; small for a store, raise data.shuffle_block to {enough}"
+    return f"{text}; too small for fast reads from a store: raise data.shuffle_block to {enough}"
 
 
 def _batch_arithmetic(training: TrainingConfig, ranks: int) -> str:

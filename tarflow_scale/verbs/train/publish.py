@@ -78,7 +78,7 @@ class Publication:
             return
         memory = provenance.peak_memory_bytes(next(flow.parameters()).device.type) / _GIB
         print(
-            f"registered {name} in {self.registry.path} (peak {memory:.2f} GiB a rank); samples are in "
-            f"{self.folder}/previews; next: tarflow-scale evaluate, with a file such as "
+            f"registered {name} in {self.registry.path} (peak {memory:.2f} GiB per rank); samples are in "
+            f"{self.folder}/previews; next: run tarflow-scale evaluate with a file such as "
             f"configs/evaluate/folder.yaml"
         )

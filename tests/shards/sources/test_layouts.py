@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "held-out splits alone": (
         spread("val/", "ab") + spread("test/", "ab"),
-        r"must have one for training .*split\.train",
+        r"must have a training split .*split\.train",
     ),
     "a split among the classes of another": (
         spread("train/", ("a", "test")) + spread("val/", ("a", "b")),
@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "images and masks in folders": (spread("", ("images", "masks")), r"got images, masks .*split\.ignore"),
     "images and masks of one name": (
         [f"cat/{i}.{end}" for i in range(4) for end in ("jpg", "png")],
-        r"two files of one name .*split\.ignore",
+        r"two files for most images .*split\.ignore",
     ),
     "masks with a suffix": (
         [f"benign/{i}{end}.png" for i in range(4) for end in ("", "_mask")],
@@ -190,15 +190,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "splits below folds": (
         [f"fold{fold}/{split}/{c}/0.png" for fold in (1, 2) for split in ("train", "test") for c in "ab"],
-        r"must not contain folders of the same name .*split\.by_name=false",
+        r"must not share the names of their subfolders .*split\.by_name=false",
     ),
     "a split in an unusual word beside the classes": (
         [*spread("", ("cat", "dog")), *spread("holdout/", ("cat", "dog"))],
-        r"got cat itself and in holdout of x.*split\.test",
+        r"got cat as a class and in holdout of x.*split\.test",
     ),
     "domains with a folder of images": (
         [f"{domain}/images/{c}/0.png" for domain in ("amazon", "webcam") for c in "ab"],
-        r"must not contain folders of the same name .*amazon.*webcam",
+        r"must not share the names of their subfolders .*amazon.*webcam",
     ),
     "splits within one word": (
         spread("mytrain/", "ab") + spread("mytest/", "ab"),
@@ -285,9 +285,9 @@ def test_patterns_go_before_names_and_reach_files() -> None:
     ("split", "message"),
     [
         ({"train": ["alphas"], "test": ["beta"]}, r"split\.train must match something .*'alphas'"),
-        ({"train": ["alpha"]}, r"got beta/a/0\.png beside the splits"),
-        ({"train": ["alpha"], "test": ["alpha", "beta"]}, r"must not overlap .*alpha"),
-        ({"ignore": ["*"]}, r"split\.ignore must leave images"),
+        ({"train": ["alpha"]}, r"got beta/a/0\.png, outside the splits"),
+        ({"train": ["alpha"], "test": ["alpha", "beta"]}, r"must not match the same path .*alpha"),
+        ({"ignore": ["*"]}, r"split\.ignore must not match all images"),
     ],
 )
 def test_patterns_that_do_not_fit_are_named(split: dict[str, Any], message: str) -> None:
@@ -298,8 +298,8 @@ def test_patterns_that_do_not_fit_are_named(split: dict[str, Any], message: str)
 def test_what_is_left_out_is_said() -> None:
     names = [*spread("train/", "ab"), *spread("val/", "ab"), "test/0.png", "test/1.png", *spread("extra/", "ab")]
     lines = "\n".join(laid_out(names).lines)
-    assert "val: test (validation split, 4 images)" in lines
-    assert "left out: test (test split, 2 images) has no labels" in lines
+    assert "val: packed as test (validation split, 4 images)" in lines
+    assert "left out: test (test split, 2 images), which has no labels" in lines
     assert "left out: extra (other split, 4 images)" in lines
 
 
@@ -346,7 +346,7 @@ def test_texts_about_images_are_no_classes(text: str) -> None:
     """Captions in ``metadata.csv`` of Hugging Face data sets are an example."""
     layout = laid_out(["0.png", "1.png"], {"metadata.csv": f"file_name,text\n0.png,{text}\n1.png,a dog\n"})
     assert layout.class_names == ()
-    assert any(line.startswith("not used: metadata.csv, which has no column label") for line in layout.lines)
+    assert any(line.startswith("not used: metadata.csv, which has no column named label") for line in layout.lines)
     breeds = "id,breed\n0,pug\n1,pug\n2,corgi\n3,corgi\n"
     assert laid_out([f"{i}.png" for i in range(4)], {"labels.csv": breeds}).class_names == ("corgi", "pug")
 
@@ -356,7 +356,7 @@ def test_texts_about_images_are_no_classes(text: str) -> None:
 )
 def test_a_column_of_splits_is_no_pool(column: str, train: object, test: object) -> None:
     table = f"filename,label,{column}\n0.png,cat,{train}\n1.png,dog,{train}\n2.png,cat,{test}\n"
-    with pytest.raises(DataError, match=rf"got the column {column} of labels\.csv of x\).*split\.by_name=false"):
+    with pytest.raises(DataError, match=rf"got the column {column} in labels\.csv of x\).*split\.by_name=false"):
         laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table})
     assert laid_out(["0.png", "1.png", "2.png"], {"labels.csv": table}, by_name=False).class_names == ("cat", "dog")
 
@@ -376,7 +376,7 @@ def test_a_table_and_its_column_can_be_named() -> None:
     table = "picture_id,species,image\n9,cat,0.png\n9,dog,1.png\n"
     layout = laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "species"})
     assert layout.class_names == ("cat", "dog")
-    with pytest.raises(DataError, match=r"must have columns of images and genus"):
+    with pytest.raises(DataError, match=r"must have a column of image names and the column genus"):
         laid_out(["0.png", "1.png"], {"about.csv": table}, {"label_table": "about.csv", "label_column": "genus"})
     with pytest.raises(DataError, match=r"label_table must be a file below x \(got other\.csv\)"):
         laid_out(["0.png"], {"about.csv": table}, {"label_table": "other.csv"})
@@ -385,20 +385,23 @@ def test_a_table_and_its_column_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"labels.csv": "0.png,cat\n1.png,dog\n"}, r"labels\.csv of x must label every image \(got none for 2\.png"),
+        (
+            {"labels.csv": "0.png,cat\n1.png,dog\n"},
+            r"labels\.csv of x must label every image \(got no label for 2\.png",
+        ),
         (
             {"labels.csv": "0.png,a\n0.png,b\n1.png,a\n2.png,a\n"},
-            r"must give an image one label \(got two for 0\.png\)",
+            r"must give each image one label \(got two labels for 0\.png\)",
         ),
         ({"labels.csv": "0.png,0\n1.png,dog\n2.png,1\n"}, r"all numbers or all text"),
-        ({"labels.csv": "0.png,0\n1.png,-1\n2.png,1\n"}, r"must label every image \(got -1 for 1\)"),
+        ({"labels.csv": "0.png,0\n1.png,-1\n2.png,1\n"}, r"must label every image \(got the label -1 for 1 images\)"),
         ({"dataset.json": json.dumps({"labels": [["0.png", [0.5, 1.0]]]})}, r"one whole number or text .*0\.png"),
         (
             {
                 "labels.csv": "0.png,a\n1.png,a\n2.png,a\n",
                 "dataset.json": '{"labels": [["0.png",0],["1.png",0],["2.png",0]]}',
             },
-            r"only one table must label the images",
+            r"only one table may label the images",
         ),
         ({"labels.csv": b"\xff\xfe0\x00"}, r"must be UTF-8"),
     ],
@@ -411,7 +414,7 @@ def test_tables_that_do_not_cover_the_images_are_refused(tables: Tables, message
 def test_a_list_of_class_names_is_not_taken_for_labels() -> None:
     layout = laid_out(["0.png", "1.png"], {"labels.txt": "cat animal\ndog animal\n"})
     assert layout.class_names == ()
-    assert "not used: labels.txt, which names no image here" in layout.lines
+    assert "not used: labels.txt, which does not name any image of the source" in layout.lines
 
 
 def test_dataset_json_goes_before_folders_with_a_byte_order_mark_or_below_a_folder() -> None:
@@ -446,7 +449,7 @@ def test_a_table_names_classes_of_text_and_gives_their_order(tmp_path: Path) -> 
     layout = laid_out(spread("", ("n01", "n02")), source={"label_names": str(tmp_path / "synsets.txt")})
     assert layout.class_names == ("goldfish bowl", "tench")
     assert layout.labels.tolist() == [1, 1, 0, 0]
-    with pytest.raises(DataError, match=r"must name every label \(got none for 'n03'"):
+    with pytest.raises(DataError, match=r"must name every label \(got no name for 'n03'"):
         laid_out(spread("", ("n01", "n03")), source={"label_names": str(tmp_path / "synsets.txt")})
 
 
@@ -485,7 +488,7 @@ def test_names_of_a_zip_are_those_of_a_folder(tmp_path: Path) -> None:
             assert source.official is not None
             assert np.bincount(source.official).tolist() == [3, 0, 3]
             assert source.image(5).shape == (3, 4, 4)
-    with pytest.raises(DataError, match=r"names in a zip must differ \(got train/a/0\.png 2 times"):
+    with pytest.raises(DataError, match=r"a zip must hold each file name once \(got train/a/0\.png 2 times"):
         open_source(SourceConfig(kind="zip", path=str(path)))
 
 

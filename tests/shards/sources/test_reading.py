@@ -111,7 +111,7 @@ def test_transparency_is_laid_over_what_the_setting_says(
     code = cli.main(["prepare", *arguments, f"shards.path={tmp_path}/out", f"source.transparency={setting}"])
     if setting == "refuse":
         assert code == 2
-        assert "through.png is transparent (got source.transparency=refuse)" in capsys.readouterr().err
+        assert "through.png has transparent pixels (got source.transparency=refuse)" in capsys.readouterr().err
         return
     assert code == 0
     assert f"transparency over {setting}" in capsys.readouterr().out

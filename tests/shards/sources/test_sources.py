@@ -48,7 +48,7 @@ def test_several_sizes_need_a_rule(tmp_path: Path) -> None:
     write(tmp_path / "a/2.png", (3, 8, 12))
     source = open_source(folder(tmp_path))
     with pytest.raises(
-        DataError, match=r"one shape \(got \(3, 8, 12\) for .*2.png, not \(3, 8, 8\)\); set source.resize"
+        DataError, match=r"the same shape \(got \(3, 8, 12\) for .*2.png, not \(3, 8, 8\)\); set source.resize"
     ):
         source.image(1)
     source = open_source(folder(tmp_path, resize="center_crop", size_pixels=6))

@@ -134,7 +134,10 @@ def test_tars_in_place_that_cannot_be_used_are_refused(tmp_path: Path, capsys: p
     Image.fromarray(np.zeros((6, 6), np.uint16)).save(wide, "PNG")
     good = encode_png(images(1)[0])
     cases = {
-        "labels must be in .cls (got one in the .json of": [("0.png", good), ("0.json", b'{"label": 1}')],
+        "labels that are read in place must be in .cls (got one in the .json of": [
+            ("0.png", good),
+            ("0.json", b'{"label": 1}'),
+        ],
         "has more than 8 bits per channel": [("0.png", wide.getvalue()), ("0.cls", b"1")],
         "a label must be a whole number": [("0.png", good), ("0.cls", b"100000000000000000000")],
     }
@@ -149,7 +152,7 @@ def test_tars_in_place_that_cannot_be_used_are_refused(tmp_path: Path, capsys: p
     (folder / "a.tar").rename(folder / "my data.tar")
     tar_of(folder / "my data.tar", [("0.png", good)])
     assert cli.main([*arguments, "source.in_place=true"]) == 2
-    assert "a shard needs a plain name" in capsys.readouterr().err
+    assert "the name of a shard must consist of letters, digits and ._-" in capsys.readouterr().err
 
 
 def test_tars_in_place_may_use_the_same_keys_but_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +165,7 @@ def test_tars_in_place_may_use_the_same_keys_but_not_change(tmp_path: Path, caps
     tar_of(tmp_path / "c.tar", [("0.png", encode_png(images(1)[0]))])
     capsys.readouterr()
     assert cli.main([*arguments, "source.in_place=true"]) == 2
-    assert "must be those that its manifest names (got c.tar, which is new" in capsys.readouterr().err
+    assert "must match its manifest (got c.tar, which is new" in capsys.readouterr().err
 
 
 def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -176,11 +179,11 @@ def test_foreign_tars_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "cut/a.tar").write_bytes(whole[:2048])
     (tmp_path / "none").mkdir()
     cases = {
-        "double": "keys of a tar must differ .got 1 twice",
-        "half": "all samples must have labels, or none .got none for .*2",
+        "double": "got other keys between members of 1 in",
+        "half": "either all samples or none must have a label .got no label for .*2",
         "text": r"has no image \(members: txt\)",
         "cut": "is not a whole tar",
-        "none": "no .tar in",
+        "none": "no .tar file in",
     }
     for name, message in cases.items():
         with pytest.raises(DataError, match=message):
@@ -343,7 +346,7 @@ def test_tars_whose_names_hide_a_split_are_refused(tmp_path: Path) -> None:
 def test_tars_of_which_some_names_mean_a_split_are_refused(tmp_path: Path) -> None:
     shard(tmp_path / "train-0.tar", 0)
     shard(tmp_path / "part-0.tar", 2)
-    with pytest.raises(DataError, match=r"tars must all belong to a split, or none .*part-0.tar"):
+    with pytest.raises(DataError, match=r"either all tars or none must belong to a split .*part-0.tar"):
         opened(tmp_path)
     assert opened(tmp_path, {"by_name": False}).official is None
     source = opened(tmp_path, {"ignore": ["part-*"]})
@@ -360,13 +363,17 @@ def test_a_test_split_without_labels_is_left_out_and_reported(tmp_path: Path, la
     source = opened(tmp_path)
     assert [source.origin(i).partition("-")[0] for i in range(4)] == ["train", "train", "val", "val"]
     assert len(source) == 4
-    assert any(line.startswith("left out: test-0.tar (test split, 2 images) has no labels") for line in source.lines)
+    assert any(
+        line.startswith("left out: test-0.tar (test split, 2 images), which has no labels") for line in source.lines
+    )
 
 
 def test_a_split_with_labels_for_some_samples_is_refused(tmp_path: Path) -> None:
     shard(tmp_path / "train-0.tar", 0)
     shard(tmp_path / "val-0.tar", 2, labels=["1", ""])
-    with pytest.raises(DataError, match=r"all samples must have labels, or none \(got none for val-0.tar:003\)"):
+    with pytest.raises(
+        DataError, match=r"either all samples or none must have a label \(got no label for val-0.tar:003\)"
+    ):
         opened(tmp_path)
 
 
@@ -414,7 +421,7 @@ def test_tars_of_a_store_are_a_folder_a_tar_or_a_pattern(tmp_path: Path) -> None
 def test_a_pattern_that_is_ignored_altogether_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "train-0.tar", 0)
     shard(tmp_path / "val-0.tar", 2)
-    with pytest.raises(DataError, match=r"split.test must match images that are not left out"):
+    with pytest.raises(DataError, match=r"split.test must match images .got none, because split.ignore matches"):
         opened(tmp_path, {"test": ["val-*"], "ignore": ["val-0*"]})
 
 
@@ -425,7 +432,7 @@ def test_paths_that_mean_no_tars_are_named(tmp_path: Path) -> None:
         "a/x-*.tar": "matches nothing",
         "absent": "there is no .*absent; check source.path",
         "a/{s-00": "source.path must be a folder, a tar or a pattern",
-        "a/s-{00,00}.tar": "must name every tar once",
+        "a/s-{00,00}.tar": "must name every tar only once",
     }
     for pattern, message in cases.items():
         with pytest.raises(DataError, match=message):
@@ -438,10 +445,10 @@ def test_a_compressed_tar_is_refused_with_the_command_that_helps(tmp_path: Path,
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
     for path in (tmp_path / "in", tmp_path / "in" / name):
-        with pytest.raises(DataError, match=rf"must not be compressed.*{name}\); gunzip it"):
+        with pytest.raises(DataError, match=rf"must not be compressed.*{name}\); run gunzip on it"):
             opened(path)
     (tmp_path / "in" / name).rename(tmp_path / "in/a.tar.zst")
-    with pytest.raises(DataError, match="zstd -d it"):
+    with pytest.raises(DataError, match="run zstd -d on it"):
         opened(tmp_path / "in")
 
 
@@ -584,7 +591,7 @@ def test_samples_without_an_image_are_counted_and_reported(tmp_path: Path) -> No
 
 def test_a_name_that_a_tar_has_twice_is_refused(tmp_path: Path) -> None:
     tar_of(tmp_path / "a.tar", [("0.png", PNGS[0]), ("0.png", PNGS[1])])
-    with pytest.raises(DataError, match=r"names in a tar must differ \(got 0.png twice"):
+    with pytest.raises(DataError, match=r"a tar must hold each member name once \(got 0.png twice"):
         opened(tmp_path)
 
 
@@ -624,13 +631,13 @@ def test_links_in_a_tar_are_followed_or_counted(tmp_path: Path) -> None:
     assert source.labels.tolist() == [5, 5, 6, 7, 8]
     wanted = [0, 0, 0, 4, 4]
     assert all(np.array_equal(source.image(i), SOME[n]) for i, n in enumerate(wanted))
-    assert dict(source.ignored) == {"link to nothing in its tar": 2}
+    assert dict(source.ignored) == {"link without a target in its tar": 2}
 
 
 def test_links_of_samples_in_place_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_links(tmp_path / "a.tar")
     check_refused(tmp_path, in_place=True)
-    assert "links cannot be read in place (got one in the sample a.tar:d/1" in capsys.readouterr().err
+    assert "links cannot be read in place (got a link in the sample a.tar:d/1" in capsys.readouterr().err
 
 
 # --- in place
@@ -646,8 +653,11 @@ def test_tars_in_place_of_several_splits_are_refused(tmp_path: Path, capsys: pyt
     shard(tmp_path / "imagenet-val-0.tar", 2)
     check_refused(tmp_path, in_place=True)
     error = capsys.readouterr().err
-    assert "a data set in place has one split (got validation in imagenet-val-0.tar and train in" in error
-    assert "move each split to its own folder, or leave out source.in_place" in error
+    assert (
+        "tars that are indexed in place must belong to one split (got validation in imagenet-val-0.tar and train in"
+        in error
+    )
+    assert "move each split to its own folder, or set source.in_place=false" in error
     (tmp_path / "imagenet-val-0.tar").rename(tmp_path / "imagenet-train-1.tar")
     assert in_place(tmp_path) == 0
 
@@ -681,7 +691,7 @@ def test_training_never_reads_a_mask_of_tars_in_place(tmp_path: Path, capsys: py
         check_refused(tmp_path / name, in_place=True)
         assert "choose one with source.image_member=png" in capsys.readouterr().err
         assert in_place(tmp_path / name, f"source.image_member={second}") == 2
-        assert "must be the member that training reads (got" in capsys.readouterr().err
+        assert "must be the member that training reads in place (got the members" in capsys.readouterr().err
         assert in_place(tmp_path / name, "source.image_member=png") == 0
         assert np.array_equal(ShardSet(str(tmp_path / name)).take(np.arange(2)).events, SOME[:2])
 
@@ -690,10 +700,16 @@ def test_tars_in_place_with_labels_that_training_cannot_read_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = {
-        "labels in place must be whole numbers in .cls (got b'cat'": [("0.png", PNGS[0]), ("0.cls", b"cat")],
-        "labels must be in .cls (got one in another member": [("0.png", PNGS[0]), ("0.target.cls", b"1")],
+        "labels that are read in place must be whole numbers (got b'cat' in .cls": [
+            ("0.png", PNGS[0]),
+            ("0.cls", b"cat"),
+        ],
+        "labels that are read in place must be in .cls (got one in another member": [
+            ("0.png", PNGS[0]),
+            ("0.target.cls", b"1"),
+        ],
         "every sample must have an image (a.tar:1 has no image": [("0.png", PNGS[0]), ("1.cls", b"1")],
-        "(got input.png for ": [("0.input.png", PNGS[0])],
+        "(got the members input.png for ": [("0.input.png", PNGS[0])],
     }
     for number, (message, members) in enumerate(cases.items()):
         tar_of(tmp_path / str(number) / "a.tar", members)
@@ -707,10 +723,10 @@ def test_in_place_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "source.in_place needs a folder of tars" in capsys.readouterr().err
     shard(tmp_path / "in/train/a.tar", 0)
     assert in_place(tmp_path / "in") == 2
-    assert "itself (got train/a.tar below it); index each folder on its own" in capsys.readouterr().err
+    assert "(got train/a.tar in a subfolder); index each folder separately" in capsys.readouterr().err
     shard(tmp_path / "in/b.tar", 2)
     assert in_place(tmp_path / "in") == 0
-    assert "passed over: 1 tar in a folder below" in capsys.readouterr().out
+    assert "files that are not packed: 1 tar in a subfolder" in capsys.readouterr().out
 
 
 # --- many

@@ -46,16 +46,16 @@ def test_names_of_classes_and_an_official_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({"y": np.zeros(3)}, "must hold x"),
-        ({"x": np.zeros(3)}, r"numbers \(N, columns\)"),
-        ({"x": np.zeros((3, 0))}, "must have a column"),
+        ({"y": np.zeros(3)}, "must hold the array x"),
+        ({"x": np.zeros(3)}, r"an array of numbers \(N, columns\)"),
+        ({"x": np.zeros((3, 0))}, "must have at least one column"),
         ({"x": np.full((3, 2), np.inf)}, "in sample 0"),
         ({"x": np.full((3, 2), 1e300)}, "in sample 0"),
-        ({"x": np.zeros((3, 2)), "labels": np.zeros(2, int)}, r"whole numbers \(3,\)"),
-        ({"x": np.zeros((3, 2)), "labels": np.full(3, -1)}, "from 0"),
+        ({"x": np.zeros((3, 2)), "labels": np.zeros(2, int)}, "3 whole numbers of"),
+        ({"x": np.zeros((3, 2)), "labels": np.full(3, -1)}, "at least 0"),
         ({"x": np.zeros((3, 2)), "conditions": np.zeros(3)}, "conditions of"),
-        ({"x": np.zeros((3, 2)), "x_test": np.zeros((3, 1))}, "same columns"),
-        ({"x": np.zeros((3, 2)), "labels_test": np.zeros(3, int)}, "same columns"),
+        ({"x": np.zeros((3, 2)), "x_test": np.zeros((3, 1))}, "same arrays and columns"),
+        ({"x": np.zeros((3, 2)), "labels_test": np.zeros(3, int)}, "same arrays and columns"),
         ({"x": np.array([[{}]], dtype=object)}, "cannot be read"),
         ({"x": np.zeros((0, 2))}, "no images|check source.path"),
     ],
@@ -101,5 +101,5 @@ def test_other_files_and_settings_of_the_other_format(tmp_path: Path) -> None:
         VectorSource(str(tmp_path / "a.txt"))
     with pytest.raises(DataError, match="cannot be read"):
         VectorSource(str(tmp_path / "a.npz"))
-    with pytest.raises(DataError, match="are for CSV"):
+    with pytest.raises(DataError, match="work only for CSV files"):
         VectorSource(str(tmp_path / "a.npz"), "kind")
