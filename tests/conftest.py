@@ -26,8 +26,12 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+PUBLIC_CODE = ("ml-tarflow", "ml-starflow")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ml-tarflow", metavar="PATH", help="a checkout of apple/ml-tarflow, for the tests 'reference'")
+    for name in PUBLIC_CODE:
+        parser.addoption(f"--{name}", metavar="PATH", help=f"a checkout of apple/{name}, for the tests 'reference'")
 
 
 CLUSTERS = {
@@ -61,18 +65,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU cases run where there is one, comparisons with the public code where there is a checkout."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
-    no_checkout = pytest.mark.skip(reason="needs --ml-tarflow PATH; the stored fixture is compared without it")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "reference" in item.keywords and not config.getoption("--ml-tarflow"):
-            item.add_marker(no_checkout)
+        for name in PUBLIC_CODE:
+            wanted = "reference" in item.keywords and name.replace("-", "_") in item.fixturenames  # type: ignore[attr-defined]
+            if wanted and not config.getoption(f"--{name}"):
+                reason = f"needs --{name} PATH; the stored fixture is compared without it"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def ml_tarflow(request: pytest.FixtureRequest) -> Path:
     """The checkout of apple/ml-tarflow."""
     return Path(str(request.config.getoption("--ml-tarflow")))
+
+
+@pytest.fixture(scope="session")
+def ml_starflow(request: pytest.FixtureRequest) -> Path:
+    """The checkout of apple/ml-starflow."""
+    return Path(str(request.config.getoption("--ml-starflow")))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from tarflow_scale.errors import ConfigError
 
@@ -60,9 +60,20 @@ class _OneLine(type(BaseModel)):
 class Section(BaseModel, metaclass=_OneLine):
     """Base class of every section: frozen, validates defaults, refuses unknown keys, NaN and infinity."""
 
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are written only if they differ from their defaults, so that configurations that were written before
+    these fields existed keep their digests."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        omitted = {name for name in self.OMITTED_AT_DEFAULT if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in written.items() if name not in omitted}
 
 
 class Root(Section):

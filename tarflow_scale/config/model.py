@@ -4,9 +4,9 @@ The defaults of all flows are here. Code outside the module of a flow should tes
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Section
 
@@ -65,6 +65,7 @@ class DequantizationConfig(Section):
 
 class _FlowConfig(Section):
     CAPABILITIES: ClassVar[Capabilities] = Capabilities()
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"dequantization"})
 
     class_conditional: bool = True
     """Whether the flow is conditioned on labels, or for vectors on their condition values."""
@@ -81,17 +82,12 @@ class _FlowConfig(Section):
         """Capabilities of the flow with this configuration."""
         return self.CAPABILITIES
 
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``dequantization`` if it is None, so that configurations without it keep their digests."""
-        written: dict[str, Any] = handler(self)
-        if self.dequantization is None:
-            written.pop("dequantization", None)
-        return written
-
 
 class TarFlowConfig(_FlowConfig):
-    """TarFlow (arXiv 2412.06329); see `tarflow_scale.flows.tarflow`."""
+    """TarFlow (arXiv 2412.06329), with the options of STARFlow (arXiv 2506.06276) from ``output_bound`` on.
+
+    See `tarflow_scale.flows.tarflow`.
+    """
 
     CAPABILITIES: ClassVar[Capabilities] = Capabilities(vectors=False)
     kind: Literal["tarflow"] = "tarflow"
@@ -113,18 +109,85 @@ class TarFlowConfig(_FlowConfig):
     log_scale_bound: float | None = Field(default=None, gt=0)
     """Bound c of the log-scales in a block: a log-scale a becomes c tanh(a / c), which prevents overflow at high
     resolution. None sets no bound."""
+    output_bound: float | None = Field(default=None, gt=0)
+    """Bound c of all outputs of a block, log-scales and means, as in ``log_scale_bound``."""
+    scale: Literal["exp", "softplus"] = "exp"
+    """Scale of a token as a function of the output a: exp(a), or softplus(a + log(e - 1)), which grows linearly."""
+    start_token: bool = False
+    """Put a learned token before the first one, so that a block also transforms its first token."""
+    first_order: Literal["forward", "backward"] = "forward"
+    """Order in which the first block reads the tokens; the order alternates from block to block."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """``learned``: a table with a row for each token. ``rotary``: queries and keys are rotated by the row and column of
+    a token, so that the flow can also sample images of other sizes."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalization before attention and MLP: LayerNorm or RMSNorm."""
+    final_norm: bool = False
+    """Whether an RMSNorm precedes the output layer of a block."""
+    qk_norm: bool = False
+    """Whether an RMSNorm is applied to each query and key."""
+    mlp: Literal["gelu", "gated"] = "gelu"
+    """``gelu``: two layers with a GELU. ``gated``: the hidden values are gelu(gate) * value, with the tanh GELU."""
+    queries_per_key: int = Field(default=1, ge=1)
+    """Number of query heads that share a key head and a value head (grouped-query attention, arXiv 2305.13245). The
+    cache that decoding reads is smaller by this factor."""
+    deep_width: int | None = Field(default=None, ge=1)
+    """Width of the last block, the one next to the noise; None for ``width``."""
+    conditioning: Literal["added", "prefix"] = "added"
+    """How a block receives its condition. ``added``: its embedding is added to every token. ``prefix``: its embedding
+    is a token before all others, and dropped labels have an embedding of their own."""
+    conditioned_blocks: Literal["all", "last"] = "all"
+    """Blocks that receive the condition. ``last``: only the block next to the noise; guidance then acts there only."""
+
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = _FlowConfig.OMITTED_AT_DEFAULT | {
+        "output_bound", "scale", "start_token", "first_order", "positions", "norm", "final_norm", "qk_norm", "mlp",
+        "queries_per_key", "deep_width", "conditioning", "conditioned_blocks",
+    }  # fmt: skip
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """Width of each block, in the order from data to noise."""
+        return (self.width,) * (len(self.layers_per_block) - 1) + (self.deep_width or self.width,)
 
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
-        if self.width % self.head_width:
+        for name, width in (("width", self.width), ("deep_width", self.deep_width or self.width)):
+            if width % self.head_width:
+                raise ValueError(
+                    f"{name} must be a multiple of head_width (got {width} and {self.head_width}); change either"
+                )
+            if width // self.head_width % self.queries_per_key:
+                raise ValueError(
+                    f"the number of heads, {name} / head_width, must be a multiple of queries_per_key (got "
+                    f"{width // self.head_width} and {self.queries_per_key}); change either"
+                )
+        if self.variant == "volume_preserving" and (self.log_scale_bound is not None or self.scale != "exp"):
+            got = self.scale if self.log_scale_bound is None else self.log_scale_bound
+            name = "scale" if self.log_scale_bound is None else "log_scale_bound"
+            raise ValueError(f"{name} has no effect on variant=volume_preserving (got {got}); remove it")
+        if self.log_scale_bound is not None and self.output_bound is not None:
             raise ValueError(
-                f"width must be a multiple of head_width (got {self.width} and {self.head_width}); change either"
+                f"output_bound also bounds log-scales, so log_scale_bound must not be set with it (got "
+                f"{self.output_bound} and {self.log_scale_bound}); remove log_scale_bound"
             )
-        if self.log_scale_bound is not None and self.variant == "volume_preserving":
+        if self.positions == "rotary" and self.head_width % 4:
             raise ValueError(
-                f"log_scale_bound has no effect on variant=volume_preserving (got {self.log_scale_bound}); remove it"
+                f"positions=rotary needs a head_width that is a multiple of 4 (got {self.head_width}); change either"
+            )
+        if self.conditioning == "prefix" and self.positions == "rotary" and self.head_width < 24:
+            raise ValueError(
+                f"conditioning=prefix with positions=rotary needs a head_width of at least 24, because 16 of its "
+                f"features stand for the prefix (got {self.head_width}); raise head_width"
+            )
+        unused = [name for name in ("conditioning", "conditioned_blocks") if self._differs(name)]
+        if unused and not self.class_conditional:
+            raise ValueError(
+                f"{unused[0]} has no effect on class_conditional=false (got {getattr(self, unused[0])}); remove it"
             )
         return self
+
+    def _differs(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class GlowConfig(_FlowConfig):

@@ -1,6 +1,6 @@
 """The section ``sampling``: how a flow is sampled."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,10 +16,12 @@ NamedLabels = Literal["balanced"] | tuple[int | str, ...] | dict[int | str, floa
 
 
 class Guidance(Section):
-    """Guidance of sampling: each predicted value a becomes a + scale (a - a_weak), where a_weak ignores the label.
+    """Guidance of sampling: the parameters of each token move away from those that ignore the label.
 
-    It applies to log-scales and means (arXiv 2412.06329, section 3.4).
+    See arXiv 2412.06329, section 3.4, and for ``rule=gaussian`` arXiv 2506.06276.
     """
+
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"rule"})
 
     scale: float = Field(default=0.0, ge=0)
     """Strength of the guidance; 0 samples the distribution of the model."""
@@ -30,6 +32,10 @@ class Guidance(Section):
     than 1, because at 1 its two predictions are equal."""
     what: Literal["both", "log_scale", "mean"] = "both"
     """The predicted parameters to which guidance applies."""
+    rule: Literal["linear", "gaussian"] = "linear"
+    """``linear``: each log-scale and mean a becomes a + scale (a - a_weak), where a_weak ignores the label.
+    ``gaussian``, for TarFlow: the density p of a token becomes proportional to p^(1 + scale) / p_weak^scale, a Gaussian
+    again, where the ratio of the deviations of p and p_weak is limited to 1."""
     blocks: Literal["all", "first"] = "all"
     """TarFlow: the blocks with guidance. ``first``: only the block that is decoded first, as in STARFlow (arXiv
     2506.06276); this halves the cost of the other blocks."""
@@ -40,6 +46,8 @@ class Guidance(Section):
             raise ValueError(
                 "the other keys of guidance have no effect at scale=0 (got scale=0); set scale, or remove these keys"
             )
+        if self.rule == "gaussian" and self.what != "both":
+            raise ValueError(f"rule=gaussian changes log-scales and means together (got what={self.what}); remove what")
         return self
 
 

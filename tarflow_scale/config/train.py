@@ -3,7 +3,7 @@
 Progress is counted in images, so that it does not depend on the batch size and the number of ranks.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -300,6 +300,7 @@ class Recipe(Section):
 class TrainConfig(Root):
     """Train on shards, write checkpoints, a log and sample grids, and register the model as a version."""
 
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"autoencoder"})
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -11,7 +11,10 @@ the last block it divides each feature of each token by a learned deviation:
 
     z = u exp(-log_std),    log|det| = -sum log_std
 
-Blocks may have different depths, such as one deep block and several shallow ones in STARFlow (arXiv 2506.06276).
+Options give the flow of STARFlow (Gu et al., arXiv 2506.06276): blocks of different depths, the last of them deep and
+perhaps wider; a learned start token before the first one, so that a block transforms its first token too; rotary
+positions; the scale softplus(a + log(e - 1)) in place of exp(a), and bounded outputs; other norms and MLPs; grouped
+queries; the condition as a token before all others, perhaps in the last block only; and the closed form of guidance.
 
 Differences from the public code (apple/ml-tarflow): log_det is a sum in nats, not a mean per dimension. The
 volume-preserving loss is the likelihood, and log_std is learned by gradient; the public code estimates the scale by a
@@ -22,24 +25,32 @@ c tanh(a / c), as in STARFlow at high resolution. Layers may have dropout, for s
 
 These parts are as published: the order of tokens and features (channel, row, column), the shift of outputs by one token
 with an unchanged first token, the mean class embedding for dropped labels, and the rules of guidance.
-`tarflow_scale.flows.ml_tarflow` reads the public weights.
+`tarflow_scale.flows.ml_tarflow` reads the public weights. The features of a patch are in the same order with the options
+of STARFlow, whose public code (apple/ml-starflow) has the order (row, column, channel).
 
 Shapes: B batch, T tokens, D features per token, C width, K classes.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflow_scale.config.model import TarFlowConfig
 from tarflow_scale.config.sampling import Guidance
-from tarflow_scale.flows.attention import KeyValueCache, TransformerLayer
+from tarflow_scale.flows.attention import KeyValueCache, RMSNorm, TransformerLayer
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
 from tarflow_scale.flows.recompute import checkpoint
+from tarflow_scale.flows.rotary import rotation
 
-__all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
+__all__ = ["TarFlow", "TarFlowBlock", "guided", "patchify", "unpatchify"]
+
+_UNIT_SOFTPLUS = math.log(math.e - 1)
+"""softplus of this is 1."""
 
 
 def patchify(x: Float[Tensor, "B c H W"], patch_size: int) -> Float[Tensor, "B T D"]:
@@ -57,36 +68,55 @@ class TarFlowBlock(nn.Module):
     """One autoregressive block: a transformer that predicts the log-scale and mean of the next token.
 
     Args:
-        num_tokens: number of tokens T.
+        grid: number of rows and columns of tokens; T is their product.
         features: number of features D of a token.
         num_layers: number of transformer layers.
         num_classes: number of classes K, or None.
         flip: whether the block reads the tokens back to front.
         config: the section ``model``.
+        width: number of channels C; None for ``config.width``.
     """
 
     def __init__(
         self,
-        num_tokens: int,
+        grid: tuple[int, int],
         features: int,
         num_layers: int,
         num_classes: int | None,
         flip: bool,
         config: TarFlowConfig,
+        width: int | None = None,
     ) -> None:
         super().__init__()
-        self.flip = flip
-        self.head_width, self.variant = config.head_width, config.variant
-        self.log_scale_bound, width = config.log_scale_bound, config.width
+        width, self.grid, self.flip, self.config = width or config.width, grid, flip, config
+        self.side = math.sqrt(math.prod(grid))
+        """Square root of the number of tokens of a training image; see `tarflow_scale.flows.rotary`."""
         self.proj_in = nn.Linear(features, width)
-        self.position = nn.Parameter(torch.randn(num_tokens, width) * 1e-2)
-        self.class_embedding = None if num_classes is None else nn.Parameter(torch.randn(num_classes, width) * 1e-2)
-        self.layers = nn.ModuleList(
-            TransformerLayer(width, config.head_width, config.dropout) for _ in range(num_layers)
-        )
+        rotary, prefix = config.positions == "rotary", config.conditioning == "prefix"
+        self.position = None if rotary else nn.Parameter(torch.randn(math.prod(grid), width) * 1e-2)
+        rows = None if num_classes is None else num_classes + prefix
+        self.class_embedding = None if rows is None else nn.Parameter(torch.randn(rows, width) * 1e-2)
+        self.layers = nn.ModuleList(TransformerLayer(config, width) for _ in range(num_layers))
+        self.final_norm = RMSNorm(width) if config.final_norm else None
         self.proj_out = nn.Linear(width, 2 * features if config.variant == "affine" else features)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        self.start_token = nn.Parameter(torch.randn(features)) if config.start_token else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T."""
+        return math.prod(self.grid)
+
+    @property
+    def width(self) -> int:
+        """Number of channels C."""
+        return self.proj_in.out_features
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether the condition is a token before all others."""
+        return self.class_embedding is not None and self.config.conditioning == "prefix"
 
     def forward(
         self, x: Float[Tensor, "B T D"], y: Condition, recompute: bool = False, twice: bool = False
@@ -103,14 +133,26 @@ class TarFlowBlock(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"] | None]:
         """Like `forward`, but return the log-scale of every value, or None if the block preserves volume."""
         x = self.order(x)
-        h = self.proj_in(x) + self.order(self.position[None]) + self.condition(y)
-        for layer in self.layers:
-            h = checkpoint(layer, h, twice) if recompute else layer(h, twice)
-        log_scale, mean = self._shifted_parameters(h, x)
+        log_scale, mean = self._predicted(x, y, recompute, twice)
         with torch.autocast(x.device.type, enabled=False):
             if log_scale is None:
                 return self.order(x - mean), None
             return self.order((x - mean) * torch.exp(-log_scale)), self.order(log_scale)
+
+    def _predicted(self, x: Tensor, y: Condition, recompute: bool, twice: bool) -> tuple[Tensor | None, Tensor]:
+        """Log-scales and means of all tokens, each computed from the tokens before it."""
+        read = x if self.start_token is None else self.after_start(x)[:, :-1]
+        h = self.proj_in(read)
+        h = h + (0.0 if self.position is None else self.order(self.position[None])) + self.condition(y)
+        prefix, turn = self.prefix(y, len(x)), self.turn(h)
+        if prefix is not None:
+            h = torch.cat([prefix.to(h), h], dim=1)
+        for layer in self.layers:
+            h = checkpoint(layer, h, turn, twice) if recompute else layer(h, turn, twice)
+        out = self.output(h if prefix is None else h[:, 1:]).to(x)
+        if self.start_token is None:  # the outputs of a token belong to the next one; the first token has none
+            out = torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1)
+        return self.parameters_of(out)
 
     def inverse(
         self, z: Float[Tensor, "B T D"], y: Condition, guidance: Guidance | None = None
@@ -119,68 +161,141 @@ class TarFlowBlock(nn.Module):
 
         The second prediction that guidance needs is computed in the same batch.
         """
-        batch, num_tokens, _ = z.shape
-        z = self.order(z)
-        position, condition = self.order(self.position[None]), self.condition(y).expand(batch, -1, -1)
-        lanes, sharpness, like = 1, None, self.proj_in.weight
+        batch, z = len(z), self.order(z)
+        guidance = guidance if self.follows(guidance) else None
+        like = self.proj_in.weight
+        offsets, prefix = self.offsets(y).expand(batch, -1, -1), self.prefix(y, batch)
+        lanes, sharpness = 1, None
         if guidance is not None:
             lanes = 2
-            condition = torch.cat([condition, self.condition(None).expand(batch, -1, -1)])
+            offsets = torch.cat([offsets, self.offsets(None).expand(batch, -1, -1)])
+            prefix = None if prefix is None else torch.cat([prefix, self.prefix(None, batch)])  # type: ignore[list-item]
             if guidance.attention_temperature != 1:
                 sharpness = like.new_ones(2 * batch, 1, 1, 1)
                 sharpness[batch:] /= guidance.attention_temperature
-        heads = self.position.shape[1] // self.head_width
-        cache = KeyValueCache(len(self.layers), lanes * batch, heads, num_tokens, self.head_width, like)
-        tokens = [z[:, :1]]
-        for t in range(num_tokens - 1):
-            token = tokens[-1].repeat(lanes, 1, 1).to(like)
-            log_scale, mean = self._step(token, position[:, t : t + 1] + condition, cache, sharpness)
+        layer = self.layers[0]
+        assert isinstance(layer, TransformerLayer)
+        size = self.num_tokens + self.has_prefix
+        cache = KeyValueCache(len(self.layers), lanes * batch, layer.num_key_heads, size, layer.head_width, like)
+        turn = self.turn(like)
+        if prefix is not None:
+            self._step(prefix.to(like), cache, sharpness, turn)
+        noise = z if self.start_token is None else self.after_start(z)  # the noise of the start token is not used
+        tokens, steps = [noise[:, :1]], noise.shape[1] - 1
+        for t in range(steps):
+            h = self.proj_in(tokens[-1].repeat(lanes, 1, 1).to(like)) + offsets[:, t : t + 1]
+            log_scale, mean = self.parameters_of(self._step(h, cache, sharpness, turn))
             if guidance is not None:
-                scale = guidance.scale * ((t + 1) / (num_tokens - 1) if guidance.annealed else 1.0)
-                mean = _guided(mean, scale if guidance.what != "log_scale" else 0.0)
-                log_scale = _guided(log_scale, scale if guidance.what != "mean" else 0.0)
-            tokens.append(z[:, t + 1 : t + 2] * torch.exp(log_scale.to(z)) + mean.to(z))
-        return self.order(torch.cat(tokens, dim=1))
+                strength = guidance.scale * ((t + 1) / steps if guidance.annealed else 1.0)
+                log_scale, mean = guided(log_scale, mean, strength, guidance)
+            scale = 1.0 if log_scale is None else torch.exp(log_scale.to(z))
+            tokens.append(noise[:, t + 1 : t + 2] * scale + mean.to(z))
+        return self.order(torch.cat(tokens if self.start_token is None else tokens[1:], dim=1))
 
-    def _step(
-        self, token: Tensor, offset: Tensor, cache: KeyValueCache, sharpness: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-scale and mean ``(B, 1, D)`` of the token that follows ``token``."""
-        h = self.proj_in(token) + offset
+    def _step(self, h: Tensor, cache: KeyValueCache, sharpness: Tensor | None, turn: Tensor | None) -> Tensor:
+        """Output ``(B, 1, D or 2 D)`` of the block for the next token ``h (B, 1, C)``, which joins the cache."""
+        if turn is not None:
+            turn = turn[:, cache.length : cache.length + 1]
         for index, layer in enumerate(self.layers):
-            h = layer.step(h, cache, index, sharpness)  # pyright: ignore[reportCallIssue]
+            h = layer.step(h, cache, index, sharpness, turn)  # pyright: ignore[reportCallIssue]
         cache.length += 1
-        log_scale, mean = self.parameters_of(self.proj_out(h))
-        return (torch.zeros_like(mean) if log_scale is None else log_scale), mean
+        return self.output(h)
 
-    def _shifted_parameters(self, h: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Log-scales and means of all tokens, each computed from the tokens before it; zeros for the first token."""
-        out = self.proj_out(h).to(like)
-        return self.parameters_of(torch.cat([torch.zeros_like(out[:, :1]), out[:, :-1]], dim=1))
+    def output(self, h: Float[Tensor, "B t C"]) -> Float[Tensor, "B t E"]:
+        """The output layer, after the final norm if there is one; E is D or 2 D."""
+        return self.proj_out(h if self.final_norm is None else self.final_norm(h))
 
     def parameters_of(self, out: Tensor) -> tuple[Tensor | None, Tensor]:
         """Split an output, in the published order, into log-scale (None if the block preserves volume) and mean."""
-        if self.variant == "volume_preserving":
+        bound = self.config.output_bound
+        if bound is not None:
+            out = bound * torch.tanh(out / bound)
+        if self.config.variant == "volume_preserving":
             return None, out
         log_scale, mean = out.chunk(2, dim=-1)
-        if self.log_scale_bound is not None:
-            log_scale = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
-        return log_scale, mean
+        bound = self.config.log_scale_bound
+        if bound is not None:
+            log_scale = bound * torch.tanh(log_scale / bound)
+        return _log_softplus(log_scale + _UNIT_SOFTPLUS) if self.config.scale == "softplus" else log_scale, mean
 
     def order(self, tokens: Tensor) -> Tensor:
         """Put tokens ``(B, T, ...)`` into the order that this block reads; a second call restores the old order."""
         return tokens.flip(dims=(1,)) if self.flip else tokens
 
+    def after_start(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B S D"]:
+        """The start token, then all tokens: S = T + 1."""
+        assert self.start_token is not None
+        return torch.cat([self.start_token.to(tokens).expand(len(tokens), 1, -1), tokens], dim=1)
+
     def condition(self, y: Condition) -> Tensor:
-        """Class embedding ``(B or 1, 1, C)``; the mean over classes for a dropped label."""
-        if self.class_embedding is None:
-            return self.position.new_zeros(1, 1, self.position.shape[1])
+        """Class embedding ``(B or 1, 1, C)`` to add to all tokens; the mean over classes for a dropped label."""
+        if self.class_embedding is None or self.has_prefix:
+            return self.proj_in.weight.new_zeros(1, 1, self.width)
         return embed(self.class_embedding, y)[:, None]
 
+    def offsets(self, y: Condition) -> Tensor:
+        """Sum of the position and condition embeddings ``(B or 1, T, C)``, in reading order."""
+        condition = self.condition(y)
+        if self.position is None:
+            return condition.expand(-1, self.num_tokens, -1)
+        return self.order(self.position[None]) + condition
 
-def _guided(lanes: Tensor, scale: float) -> Tensor:
-    strong, weak = lanes.chunk(2)
-    return strong + scale * (strong - weak)
+    def prefix(self, y: Condition, batch: int) -> Float[Tensor, "B 1 C"] | None:
+        """The token of the condition, if it is one; the last row of the table is for dropped labels."""
+        if not self.has_prefix:
+            return None
+        table = self.class_embedding
+        assert table is not None
+        if y is None:
+            return table[-1].expand(batch, 1, -1)
+        if y.ndim == 2:
+            return embed(table[:-1], y)[:, None]
+        return table[torch.where(y < 0, len(table) - 1, y)][:, None]
+
+    def turn(self, like: Tensor) -> Tensor | None:
+        """`rotation` of the prefix and the places of the grid; None for learned positions.
+
+        The k-th token that is read has the k-th place, also if the block reads the tokens back to front.
+        """
+        if self.position is not None:
+            return None
+        axis = self.config.conditioning == "prefix"
+        turn = rotation(*self.grid, self.config.head_width, axis, self.side, like)
+        return turn if self.has_prefix or not axis else turn[:, 1:]
+
+    def follows(self, guidance: Guidance | None) -> bool:
+        """Whether guidance affects this block; without a condition, only an attention temperature does."""
+        return guidance is not None and (self.class_embedding is not None or guidance.attention_temperature != 1)
+
+
+def guided(
+    log_scale: Tensor | None, mean: Tensor, strength: float | Tensor, guidance: Guidance
+) -> tuple[Tensor | None, Tensor]:
+    """Apply guidance to predictions ``(2 B, t, D)``: those with the condition, followed by those without it.
+
+    Returns ``(B, t, D)``. ``strength`` is w, a number or a tensor that broadcasts to the result. The linear rule is
+    a + w (a - a_weak). The Gaussian rule is the product of densities p^(1 + w) / p_weak^w: with s = min(sigma /
+    sigma_weak, 1)^2 and d = 1 + w - w s, the mean is ((1 + w) mean - w s mean_weak) / d and sigma is sigma / sqrt(d).
+    """
+    mean, weak_mean = mean.chunk(2)
+    log_scale, weak_log_scale = (None, None) if log_scale is None else log_scale.chunk(2)
+    if guidance.rule == "linear":
+        if guidance.what != "log_scale":
+            mean = mean + strength * (mean - weak_mean)
+        if guidance.what != "mean" and log_scale is not None and weak_log_scale is not None:
+            log_scale = log_scale + strength * (log_scale - weak_log_scale)
+        return log_scale, mean
+    if log_scale is None or weak_log_scale is None:  # both have the deviations of the latent
+        return None, mean + strength * (mean - weak_mean)
+    ratio = torch.exp(2 * (log_scale - weak_log_scale).clamp(max=0))
+    divisor = 1 + strength - strength * ratio
+    mean = ((1 + strength) * mean - strength * ratio * weak_mean) / divisor
+    return log_scale - 0.5 * torch.log(divisor), mean
+
+
+def _log_softplus(a: Tensor) -> Tensor:
+    """log(softplus(a)); for very negative values softplus(a) is exp(a)."""
+    return torch.where(a < -30, a, torch.log(F.softplus(a.clamp(min=-30))))
 
 
 class TarFlow(Flow):
@@ -205,13 +320,39 @@ class TarFlow(Flow):
                 f"image height and width must be multiples of model.patch_size "
                 f"(got {height}x{width} and {patch_size}); choose another patch size"
             )
-        self.patch_size = patch_size
-        tokens, features = (height // patch_size) * (width // patch_size), channels * patch_size**2
-        self.log_std = nn.Parameter(torch.zeros(tokens, features)) if config.variant == "volume_preserving" else None
-        self.blocks = nn.ModuleList(
-            TarFlowBlock(tokens, features, num_layers, num_classes, index % 2 == 1, config)
-            for index, num_layers in enumerate(config.layers_per_block)
-        )
+        self.config, self.patch_size = config, patch_size
+        grid, features = (height // patch_size, width // patch_size), channels * patch_size**2
+        volume = config.variant == "volume_preserving"
+        self.log_std = nn.Parameter(torch.zeros(math.prod(grid), features)) if volume else None
+        self.blocks = nn.ModuleList()
+        for index, (num_layers, block_width) in enumerate(
+            zip(config.layers_per_block, config.block_widths, strict=True)
+        ):
+            conditioned = config.conditioned_blocks == "all" or index == len(config.layers_per_block) - 1
+            flip = (index % 2 == 1) == (config.first_order == "forward")
+            classes = num_classes if conditioned else None
+            self.blocks.append(TarFlowBlock(grid, features, num_layers, classes, flip, config, block_width))
+
+    def resized(self, height: int, width: int) -> "TarFlow":
+        """The flow for images of another height and width, in pixels; it shares the weights of this one.
+
+        Raises:
+            ValueError: the flow has weights for each token, or the size is not a multiple of the patch size.
+        """
+        if self.log_std is not None or any(block.position is not None for block in self.blocks):
+            raise ValueError(
+                "images of another size need model.positions=rotary and variant=affine (got a weight for each token); "
+                "train a model with rotary positions"
+            )
+        assert isinstance(self.config, TarFlowConfig)
+        with torch.device("meta"):
+            flow = TarFlow((self.event_shape[0], height, width), self.num_classes, self.config)
+        flow.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        for block, own in zip(flow.blocks, self.blocks, strict=True):
+            block.side = own.side
+        flow.num_conditions, flow.pixels, flow.class_names = self.num_conditions, self.pixels, self.class_names
+        flow.latents, flow.renderer, flow.decoder = self.latents, self.renderer, None
+        return flow.train(self.training)
 
     def encode(self, h: Float[Tensor, "B c H W"], y: Condition) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
         """Map data to noise: ``z (B, T D)`` in the order of tokens, and ``log_det (B,)`` in nats."""

@@ -27,9 +27,9 @@ _SMALLEST = 8
 _REPEATS = 2
 
 
-def candidates(num_tokens: int) -> list[int]:
-    """Chunk sizes to try for T tokens: T - 1, then half of the previous size, down to 8."""
-    chunks = [num_tokens - 1] if num_tokens > 2 else []
+def candidates(steps: int) -> list[int]:
+    """Chunk sizes to try for a number of decoded tokens: all, then half of the previous size, down to 8."""
+    chunks = [steps] if steps > 1 else []
     while chunks and chunks[-1] // 2 >= _SMALLEST:
         chunks.append(chunks[-1] // 2)
     return chunks
@@ -67,7 +67,7 @@ def measure_blocks(
 
         (exact, _), fastest = timed(partial(run, Schedule()), z.device)
         best = BlockDecoding(chunk=1, planned=1)
-        for chunk in candidates(decoder.num_tokens):
+        for chunk in candidates(decoder.steps_per_block):
             _, cost = run(Schedule(chunk, 1, tolerance))
             planned = sorted(cost.iterations)[len(cost.iterations) // 2]
             (decoded, _), seconds = timed(partial(run, Schedule(chunk, planned, tolerance)), z.device)

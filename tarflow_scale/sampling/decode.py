@@ -13,6 +13,7 @@ every `_BUCKET` positions. Scale and mean are applied in fp32 (fp64 for an fp64 
 Shapes: B batch, R rows (B, or 2 B with guidance), T tokens, D features, C width, N heads, H head width, L layers.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.flow import Decode, Flow
-from tarflow_scale.flows.tarflow import TarFlow, unpatchify
+from tarflow_scale.flows.tarflow import TarFlow, TarFlowBlock, guided, unpatchify
 from tarflow_scale.sampling.network import BlockNetwork
 
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
@@ -104,12 +105,21 @@ class TarFlowDecoder:
     @property
     def num_tokens(self) -> int:
         """Number of tokens T."""
-        return self._flow.blocks[0].position.shape[0]  # type: ignore[union-attr,index,return-value]
+        return self._blocks[0].num_tokens
+
+    @property
+    def steps_per_block(self) -> int:
+        """Number of tokens of a block that are decoded: T - 1, or T with a start token."""
+        return self.num_tokens - (self._blocks[0].start_token is None)
 
     @property
     def num_steps(self) -> int:
         """Total number of tokens that a call reports to ``progress``."""
-        return len(self._flow.blocks) * (self.num_tokens - 1)
+        return len(self._blocks) * self.steps_per_block
+
+    @property
+    def _blocks(self) -> list[TarFlowBlock]:
+        return list(self._flow.blocks)  # type: ignore[arg-type]
 
     def networks(self) -> list[BlockNetwork]:
         """The blocks in the order of decoding, with the current weights of the flow.
@@ -127,7 +137,7 @@ class TarFlowDecoder:
             checksums = [network.checksums() for network in self._networks] if on_cpu else []
             if (pointers, checksums) != (self._pointers, self._checksums):
                 self._cache = None
-                self._networks = [BlockNetwork(block, self.dtype) for block in reversed(self._flow.blocks)]  # type: ignore[arg-type]
+                self._networks = [BlockNetwork(block, self.dtype) for block in reversed(self._blocks)]
                 self._checksums = [network.checksums() for network in self._networks] if on_cpu else []
                 self._pointers = pointers
             return self._networks
@@ -138,20 +148,26 @@ class TarFlowDecoder:
 
     def bytes_per_row(self, chunk: int = 1) -> int:
         """Bytes of memory per row: the row's part of the cache, and the activations of a chunk."""
-        width = self._flow.blocks[0].position.shape[1]  # type: ignore[union-attr,index]
-        cache = self._num_layers * 2 * width * self.num_tokens * self.networks()[0].cache_dtype.itemsize  # type: ignore[operator]
-        return cache + _ACTIVATIONS * width * min(chunk, self.num_tokens) * self.dtype.itemsize  # type: ignore[operator,return-value]
+        width, count = max(block.width for block in self._blocks), min(chunk, self.num_tokens)
+        return self._cache_size(1) * self.networks()[0].cache_dtype.itemsize + (
+            _ACTIVATIONS * width * count * self.dtype.itemsize
+        )
 
     def cache(self, rows: int) -> Tensor:
-        """Buffer ``(L, 2, R, N, T, H)`` for keys and values of one block; all blocks and later calls reuse it."""
-        if self._cache is None or self._cache.shape[2] != rows:
+        """Buffer for the keys and values of any block, which all blocks and later calls reuse; see `_cache_of`."""
+        size = self._cache_size(rows)
+        if self._cache is None or len(self._cache) != size:
             self._cache = None  # free the old one first
-            self._cache = (self._networks or self.networks())[0].new_cache(self._num_layers, rows)
+            network = (self._networks or self.networks())[0]
+            self._cache = torch.zeros(size, dtype=network.cache_dtype, device=self._device)
         return self._cache
 
-    @property
-    def _num_layers(self) -> int:
-        return max(len(block.layers) for block in self._flow.blocks)  # type: ignore[arg-type]
+    def _cache_size(self, rows: int) -> int:
+        return max(math.prod(network.cache_shape(rows)) for network in self._networks or self.networks())
+
+    def _cache_of(self, network: BlockNetwork, rows: int) -> Tensor:
+        shape = network.cache_shape(rows)
+        return self.cache(rows)[: math.prod(shape)].view(shape)
 
     def __call__(
         self,
@@ -221,22 +237,29 @@ class TarFlowDecoder:
         schedule: Schedule,
         progress: Progress | None,
     ) -> tuple[Tensor, BlockCost]:
-        if number and guidance is not None and guidance.blocks == "first":
+        block = network.block
+        if not block.follows(guidance) or (number and guidance is not None and guidance.blocks == "first"):
             guidance = None
-        batch, num_tokens, _ = z.shape
-        z = network.block.order(z).contiguous()
-        offsets, sharpness = network.offsets(y, batch), None
+        batch, z = len(z), block.order(z).contiguous()
+        offsets, prefix, sharpness = network.offsets(y, batch), block.prefix(y, batch), None
         if guidance is not None:
             offsets = torch.cat([offsets, network.offsets(None, batch)])
+            prefix = None if prefix is None else torch.cat([prefix, block.prefix(None, batch)])  # type: ignore[list-item]
             if guidance.attention_temperature != 1:
                 sharpness = offsets.new_ones(2 * batch, 1, 1, 1)
                 sharpness[batch:] /= guidance.attention_temperature
-        predict = _Predictor(network, offsets, self.cache(len(offsets)), sharpness, guidance)
+        cache = self._cache_of(network, len(offsets))
+        if prefix is not None:
+            network.read_prefix(prefix, cache, sharpness)
+        if block.start_token is not None:
+            z = block.after_start(z)
+        steps = z.shape[1] - 1
+        predict = _Predictor(network, offsets[:, :steps], cache, sharpness, guidance)
         x = z.clone()
         iterations: list[int] = []
         moves: list[Tensor] = []
-        for start in range(0, num_tokens - 1, schedule.chunk):
-            stop = min(start + schedule.chunk, num_tokens - 1)
+        for start in range(0, steps, schedule.chunk):
+            stop = min(start + schedule.chunk, steps)
             if stop - start == 1:
                 x[:, stop] = predict(x, z, start, stop)[:, 0]
                 count = 1
@@ -247,7 +270,8 @@ class TarFlowDecoder:
             if progress is not None:
                 progress(stop - start)
         last_move = float(torch.stack(moves).max()) if moves else 0.0
-        return network.block.order(x), BlockCost(schedule.chunk, tuple(iterations), last_move)
+        x = x if block.start_token is None else x[:, 1:]
+        return block.order(x), BlockCost(schedule.chunk, tuple(iterations), last_move)
 
 
 class _Predictor:
@@ -258,10 +282,9 @@ class _Predictor:
     ) -> None:
         self._network, self._offsets, self._cache = network, offsets, cache
         self._sharpness, self._guidance = sharpness, guidance
-        num_tokens = offsets.shape[1]
         if guidance is not None:
-            exact = torch.float64 if offsets.dtype == torch.float64 else torch.float32
-            ramp = torch.arange(1, num_tokens, device=offsets.device, dtype=exact)[:, None] / (num_tokens - 1)
+            steps, exact = offsets.shape[1], torch.float64 if offsets.dtype == torch.float64 else torch.float32
+            ramp = torch.arange(1, steps + 1, device=offsets.device, dtype=exact)[:, None] / steps
             self._strengths = guidance.scale * (ramp if guidance.annealed else torch.ones_like(ramp))
 
     def __call__(self, x: Tensor, z: Tensor, start: int, stop: int) -> Tensor:
@@ -270,16 +293,9 @@ class _Predictor:
             x[:, part], self._offsets[:, part], self._cache, start, self._sharpness
         )
         if self._guidance is not None:
-            mean = self._guided(mean, part, self._guidance.what != "log_scale")
-            if log_scale is not None:
-                log_scale = self._guided(log_scale, part, self._guidance.what != "mean")
+            log_scale, mean = guided(log_scale, mean, self._strengths[part], self._guidance)
         latents = z[:, start + 1 : stop + 1]
         return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
-
-    def _guided(self, lanes: Tensor, part: slice, acts: bool) -> Tensor:
-        """Return a + scale (a - a_weak). The rows of ``lanes`` are a, followed by a_weak; if not ``acts``, return a."""
-        strong, weak = lanes.chunk(2)
-        return strong + self._strengths[part] * (strong - weak) if acts else strong
 
 
 def _iterate(

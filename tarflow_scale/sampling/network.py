@@ -1,7 +1,7 @@
 """The transformer of a TarFlow block for decoding: it predicts log-scale and mean of tokens from earlier tokens.
 
-Shapes: B batch, R rows (B, or 2 B with guidance), c tokens of a call, T tokens of an image, D features, C width,
-N heads, H head width, L layers.
+Shapes: B batch, R rows (B, or 2 B with guidance), c tokens of a call, T tokens of an image, P positions of the
+cache (T, or T + 1 with a prefix token), D features, C width, K key heads, H head width, L layers.
 """
 
 import functools
@@ -10,9 +10,9 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tarflow_scale.flows.attention import TransformerLayer
+from tarflow_scale.flows.attention import TransformerLayer, normalized
 from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.tarflow import TarFlowBlock
 from tarflow_scale.sampling.windows import FixedWindow, OneQuery, Window, WindowOfTokens
@@ -65,13 +65,36 @@ class _Linear:
 
 
 class _Layer:
-    """The weights of a transformer layer; LayerNorms keep their precision."""
+    """The weights of a transformer layer; norms keep their precision."""
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype) -> None:
-        self.attention_norm = layer.attention_norm.weight.detach(), layer.attention_norm.bias.detach()
-        self.mlp_norm = layer.mlp_norm.weight.detach(), layer.mlp_norm.bias.detach()
+        self._layer = layer
         self.qkv, self.attention_out = _Linear(layer.qkv, dtype), _Linear(layer.attention_out, dtype)
         self.mlp_in, self.mlp_out = _Linear(layer.mlp_in, dtype), _Linear(layer.mlp_out, dtype)
+
+    def __call__(
+        self, h: Tensor, window: Window, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None
+    ) -> Tensor:
+        """Map ``h (R, c, C)``; see `Window.attend` for the other arguments."""
+        attended = window.attend(self._qkv(h), cache, sharpness, turn)
+        h = self.attention_out(attended, add=h)
+        normed = _normed(h, self._layer.mlp_norm)
+        if not self._layer.gated:
+            return self.mlp_out(self.mlp_in(normed, gelu=True), add=h)
+        gate, value = self.mlp_in(normed).chunk(2, dim=-1)
+        return self.mlp_out(F.gelu(gate, approximate="tanh") * value, add=h)
+
+    def _qkv(self, h: Tensor) -> Tensor:
+        layer = self._layer
+        qkv = self.qkv(_normed(h, layer.attention_norm))
+        if layer.query_norm is None or layer.key_norm is None:
+            return qkv
+        width = layer.head_width
+        sizes = [layer.num_heads * width, layer.num_key_heads * width, layer.num_key_heads * width]
+        q, k, v = qkv.split(sizes, dim=-1)
+        q = _normed(q.unflatten(-1, (-1, width)), layer.query_norm).flatten(-2)
+        k = _normed(k.unflatten(-1, (-1, width)), layer.key_norm).flatten(-2)
+        return torch.cat([q, k, v], dim=-1)
 
 
 @functools.cache
@@ -98,6 +121,7 @@ class BlockNetwork:
         self._linears = [self._proj_in, self._proj_out]
         for layer in self._layers:
             self._linears += [layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out]
+        self._turn = block.turn(self._proj_in.weight)
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._on_cpu = self._proj_in.weight.device.type == "cpu"
 
@@ -120,21 +144,28 @@ class BlockNetwork:
         PyTorch's attention, which is then used, is slower for a single query in bf16 than in fp32, although bf16
         products are faster.
         """
-        if not self._on_cpu or OneQuery.function(self.block.head_width, self.dtype) is not None:
+        if not self._on_cpu or OneQuery.function(self.block.config.head_width, self.dtype) is not None:
             return self.dtype
         return torch.promote_types(self.dtype, torch.float32)
 
-    def new_cache(self, layers: int, rows: int) -> Tensor:
-        """Allocate the cache of keys and values, zeros ``(L, 2, R, N, T, H)``."""
-        num_tokens, width = self.block.position.shape
-        heads = width // self.block.head_width
-        shape = (layers, 2, rows, heads, num_tokens, self.block.head_width)
-        return self._proj_in.weight.new_zeros(shape, dtype=self.cache_dtype)
+    def cache_shape(self, rows: int) -> tuple[int, ...]:
+        """Shape ``(L, 2, R, K, P, H)`` of the cache of keys and values."""
+        layer = self.block.layers[0]
+        assert isinstance(layer, TransformerLayer)
+        positions = self.block.num_tokens + self.block.has_prefix
+        return len(self.block.layers), 2, rows, layer.num_key_heads, positions, layer.head_width
+
+    def new_cache(self, rows: int) -> Tensor:
+        """Allocate the cache, with zeros; see `cache_shape`."""
+        return self._proj_in.weight.new_zeros(self.cache_shape(rows), dtype=self.cache_dtype)
 
     def offsets(self, y: Condition, batch: int) -> Tensor:
         """Sum of the position and condition embeddings of every token, ``(B, T, C)`` in reading order."""
-        block = self.block
-        return (block.order(block.position[None]) + block.condition(y)).detach().to(self.dtype).expand(batch, -1, -1)
+        return self.block.offsets(y).detach().to(self.dtype).expand(batch, -1, -1)
+
+    def read_prefix(self, prefix: Tensor, cache: Tensor, sharpness: Tensor | None = None) -> None:
+        """Write the keys and values of the prefix token ``(R, 1, C)`` to the cache."""
+        self._layers_of(prefix.detach().to(self.dtype), cache, WindowOfTokens(0, 1), sharpness)
 
     def parameters(
         self, tokens: Tensor, offsets: Tensor, cache: Tensor, start: int, sharpness: Tensor | None = None
@@ -147,11 +178,11 @@ class BlockNetwork:
         Args:
             tokens: ``(B, c, D)``, the tokens at positions ``start``, ``start + 1``, ... in reading order.
             offsets: ``(R, c, C)``, the result of the method `offsets` for these positions.
-            cache: see `new_cache`; positions before ``start`` are read, the positions of ``tokens`` are written.
-            start: position of the first token.
+            cache: see `cache_shape`; positions before ``start`` are read, the positions of ``tokens`` are written.
+            start: position of the first token, where the start token has position 0 and the prefix is not counted.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
         """
-        tokens, count = tokens.to(self.dtype), tokens.shape[1]
+        tokens, count, start = tokens.to(self.dtype), tokens.shape[1], start + self.block.has_prefix
         if count == 1 and tokens.is_cuda:
             out = self._replayed(tokens, offsets, cache, start, sharpness)
         elif count == 1 and self._on_cpu:
@@ -165,12 +196,14 @@ class BlockNetwork:
     ) -> Tensor:
         """Output of the block's last layer, ``(R, c, D or 2 D)``; without the axis c for `OneQuery`."""
         h = self._proj_in(tokens)
-        h = (offsets.view(-1, *h.shape) + h).view(offsets.shape)
-        for layer, layer_cache in zip(self._layers, cache, strict=False):
-            attended = window.attend(layer.qkv(_normed(h, layer.attention_norm)), layer_cache, sharpness)
-            h = layer.attention_out(attended, add=h)
-            h = layer.mlp_out(layer.mlp_in(_normed(h, layer.mlp_norm), gelu=True), add=h)
-        return self._proj_out(h)
+        h = self._layers_of((offsets.view(-1, *h.shape) + h).view(offsets.shape), cache, window, sharpness)
+        norm = self.block.final_norm
+        return self._proj_out(h if norm is None else _normed(h, norm))
+
+    def _layers_of(self, h: Tensor, cache: Tensor, window: Window, sharpness: Tensor | None) -> Tensor:
+        for layer, layer_cache in zip(self._layers, cache, strict=True):
+            h = layer(h, window, layer_cache, sharpness, self._turn)
+        return h
 
     def fixed(self, start: int, num_tokens: int, device: torch.device) -> FixedWindow:
         """The window of one token at ``start``; its shapes are the same for all positions of a bucket."""
@@ -233,12 +266,12 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(content[summed.size :].tobytes(), zlib.crc32(sums.tobytes()))
 
 
-def _normed(h: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """LayerNorm in the precision of its weights.
+def _normed(h: Tensor, norm: nn.Module) -> Tensor:
+    """Apply a norm in the precision of its weights; the result has the precision of ``h``.
 
-    On a GPU the input is cast first; on a CPU this is not needed, because the operator accepts lower precision.
+    On a GPU the input is cast first; for a LayerNorm on a CPU this is not needed, because the operator accepts lower
+    precision.
     """
-    if h.device.type == "cpu":
-        return F.layer_norm(h, h.shape[-1:], *weights)
-    wide = h.to(weights[0])
-    return F.layer_norm(wide, wide.shape[-1:], *weights).to(h)
+    if isinstance(norm, nn.LayerNorm) and h.device.type == "cpu":
+        return F.layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return normalized(norm, h)

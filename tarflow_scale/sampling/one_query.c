@@ -60,50 +60,77 @@ static inline float exponential(float x) {
     return result;
 }
 
-/* qkv (rows, 3, heads, HEAD_WIDTH); keys and values (rows, heads, capacity, HEAD_WIDTH); out (rows, heads, HEAD_WIDTH).
-   The token's own key and value are stored at `position` first. sharpness: factor on the logits of each row, or null. */
-void one_query(const word *restrict qkv, word *restrict keys, word *restrict values, word *restrict out,
-               const float *restrict sharpness, int64_t rows, int64_t heads, int64_t capacity, int64_t position,
-               int64_t threads) {
-    const float scale = 1.0f / sqrtf(HEAD_WIDTH);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t pair = 0; pair < rows * heads; pair++) {
-        const int64_t row = pair / heads, head = pair % heads;
-        const word *query = qkv + (row * 3 * heads + head) * WORDS;
-        word *own_keys = keys + pair * capacity * WORDS, *own_values = values + pair * capacity * WORDS;
-        memcpy(own_keys + position * WORDS, query + heads * WORDS, sizeof(word) * WORDS);
-        memcpy(own_values + position * WORDS, query + 2 * heads * WORDS, sizeof(word) * WORDS);
+/* The features of a head as floats. Unless rotation is null, each pair (2 i, 2 i + 1) is rotated by the angle with cosine
+   rotation[i] and sine rotation[HEAD_WIDTH / 2 + i]. */
+static inline void read_head(const word *restrict head, const float *restrict rotation, float *restrict features) {
+    for (int i = 0; i < WORDS; i++)
+        for (int lane = 0; lane < LANES; lane++) features[i * LANES + lane] = wide(head[i], lane);
+    if (!rotation) return;
+    for (int i = 0; i < HEAD_WIDTH / 2; i++) {
+        const float even = features[2 * i], odd = features[2 * i + 1];
+        const float cosine = rotation[i], sine = rotation[HEAD_WIDTH / 2 + i];
+        features[2 * i] = even * cosine - odd * sine;
+        features[2 * i + 1] = even * sine + odd * cosine;
+    }
+}
 
-        float q[LANES][WORDS], weights[position + 1], largest = -INFINITY, total = 0.0f;
-        const float factor = sharpness ? scale * sharpness[row] : scale;
-        for (int lane = 0; lane < LANES; lane++)
-            for (int i = 0; i < WORDS; i++) q[lane][i] = wide(query[i], lane) * factor;
-        for (int64_t token = 0; token <= position; token++) {
-            const word *key = own_keys + token * WORDS;
-            float logit = 0.0f;
-#pragma omp simd reduction(+ : logit)
-            for (int i = 0; i < WORDS; i++)
-                for (int lane = 0; lane < LANES; lane++) logit += q[lane][i] * wide(key[i], lane);
-            weights[token] = logit;
-            largest = logit > largest ? logit : largest;
+/* qkv (rows, heads + 2 key_heads, HEAD_WIDTH): queries, keys, values; heads / key_heads queries share a key. keys and
+   values (rows, key_heads, capacity, HEAD_WIDTH); out (rows, heads, HEAD_WIDTH). The token's own key, rotated, and value
+   are stored at `position` first. sharpness: factor on the logits of each row, or null. rotation: see read_head. */
+void one_query(const word *restrict qkv, word *restrict keys, word *restrict values, word *restrict out,
+               const float *restrict sharpness, const float *restrict rotation, int64_t rows, int64_t heads,
+               int64_t key_heads, int64_t capacity, int64_t position, int64_t threads) {
+    const float scale = 1.0f / sqrtf(HEAD_WIDTH);
+    const int64_t group = heads / key_heads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t pair = 0; pair < rows * key_heads; pair++) {
+        const int64_t row = pair / key_heads, key_head = pair % key_heads;
+        const word *token_heads = qkv + row * (heads + 2 * key_heads) * WORDS;
+        const word *own_key = token_heads + (heads + key_head) * WORDS;
+        word *own_keys = keys + pair * capacity * WORDS, *own_values = values + pair * capacity * WORDS;
+        float features[HEAD_WIDTH];
+        if (rotation) {
+            read_head(own_key, rotation, features);
+            for (int i = 0; i < WORDS; i++) own_keys[position * WORDS + i] = joined(features + i * LANES);
+        } else {
+            memcpy(own_keys + position * WORDS, own_key, sizeof(word) * WORDS);
         }
-#pragma omp simd reduction(+ : total)
-        for (int64_t token = 0; token <= position; token++) {
-            weights[token] = exponential(weights[token] - largest);
-            total += weights[token];
-        }
-        float sum[LANES][WORDS] = {{0}};
-        for (int64_t token = 0; token <= position; token++) {
-            const word *value = own_values + token * WORDS;
-            const float weight = weights[token];
+        memcpy(own_values + position * WORDS, own_key + key_heads * WORDS, sizeof(word) * WORDS);
+
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
+            float q[LANES][WORDS], weights[position + 1], largest = -INFINITY, total = 0.0f;
+            const float factor = sharpness ? scale * sharpness[row] : scale;
+            read_head(token_heads + head * WORDS, rotation, features);
             for (int lane = 0; lane < LANES; lane++)
+                for (int i = 0; i < WORDS; i++) q[lane][i] = features[i * LANES + lane] * factor;
+            for (int64_t token = 0; token <= position; token++) {
+                const word *key = own_keys + token * WORDS;
+                float logit = 0.0f;
+#pragma omp simd reduction(+ : logit)
+                for (int i = 0; i < WORDS; i++)
+                    for (int lane = 0; lane < LANES; lane++) logit += q[lane][i] * wide(key[i], lane);
+                weights[token] = logit;
+                largest = logit > largest ? logit : largest;
+            }
+#pragma omp simd reduction(+ : total)
+            for (int64_t token = 0; token <= position; token++) {
+                weights[token] = exponential(weights[token] - largest);
+                total += weights[token];
+            }
+            float sum[LANES][WORDS] = {{0}};
+            for (int64_t token = 0; token <= position; token++) {
+                const word *value = own_values + token * WORDS;
+                const float weight = weights[token];
+                for (int lane = 0; lane < LANES; lane++)
 #pragma omp simd
-                for (int i = 0; i < WORDS; i++) sum[lane][i] += weight * wide(value[i], lane);
-        }
-        for (int i = 0; i < WORDS; i++) {
-            float features[LANES];
-            for (int lane = 0; lane < LANES; lane++) features[lane] = sum[lane][i] / total;
-            out[pair * WORDS + i] = joined(features);
+                    for (int i = 0; i < WORDS; i++) sum[lane][i] += weight * wide(value[i], lane);
+            }
+            word *own_out = out + (row * heads + head) * WORDS;
+            for (int i = 0; i < WORDS; i++) {
+                float divided[LANES];
+                for (int lane = 0; lane < LANES; lane++) divided[lane] = sum[lane][i] / total;
+                own_out[i] = joined(divided);
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 """Attention of new tokens to themselves and to the cached keys and values of earlier tokens.
 
-Shapes: R rows, c tokens of a call, T tokens of an image, N heads, H head width, C = N H width. The cache of a layer is
-``(2, R, N, T, H)``: keys and values. Queries, keys and values of the c tokens are concatenated, ``(R, c, 3 C)``.
+Shapes: R rows, c tokens of a call, T cached positions, N heads, K key heads, H head width, C = N H width,
+E = (N + 2 K) H. The cache of a layer is ``(2, R, K, T, H)``: rotated keys, and values. Queries, keys and values of c
+tokens are concatenated, ``(R, c, E)``; N / K query heads share a key head.
 """
 
 import abc
@@ -15,11 +16,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from tarflow_scale.flows.rotary import rotate
 
 __all__ = ["FixedWindow", "OneQuery", "Window", "WindowOfTokens"]
 
@@ -30,13 +34,15 @@ class Window(abc.ABC):
     """The positions of some tokens in the cache, and the positions to which they attend."""
 
     @abc.abstractmethod
-    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """Write keys and values to the cache; return the attention output ``(R, c, C)`` in the precision of ``qkv``.
 
         Args:
-            qkv: queries, keys and values ``(R, c, 3 C)``.
+            qkv: queries, keys and values ``(R, c, E)``.
             cache: cache of the layer.
             sharpness: factor on the attention logits of each row, ``(R, 1, 1, 1)``.
+            turn: cosines and sines ``(2, T, H / 2)`` by which the queries and keys of all positions are rotated; see
+                `tarflow_scale.flows.rotary`.
         """
 
 
@@ -47,17 +53,17 @@ class WindowOfTokens(Window):
     start: int
     stop: int
 
-    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """See `Window.attend`."""
-        q, keys_values = _split(qkv, cache, sharpness)
+        turn = None if turn is None else turn[:, self.start : self.stop]
+        q, keys_values = _split(qkv, cache, sharpness, turn)
         cache[:, :, :, self.start : self.stop] = keys_values
         k, v = cache[0, :, :, : self.stop], cache[1, :, :, : self.stop]
         if self.stop - self.start == 1:
-            return _merge(F.scaled_dot_product_attention(q, k, v), qkv)
+            return _attention(q, k, v, qkv)
         if self.start == 0:
-            return _merge(F.scaled_dot_product_attention(q, k, v, is_causal=True), qkv)
-        mask = causal_lower_right(q.shape[2], self.stop)
-        return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), qkv)
+            return _attention(q, k, v, qkv, is_causal=True)
+        return _attention(q, k, v, qkv, attn_mask=causal_lower_right(q.shape[2], self.stop))
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,14 @@ class FixedWindow(Window):
     position: Tensor
     length: int
 
-    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """See `Window.attend`."""
-        q, keys_values = _split(qkv, cache, sharpness)
+        turn = None if turn is None else turn.index_select(1, self.position)
+        q, keys_values = _split(qkv, cache, sharpness, turn)
         cache.index_copy_(3, self.position, keys_values)
         seen = torch.arange(self.length, device=q.device) <= self.position
         k, v = cache[0, :, :, : self.length], cache[1, :, :, : self.length]
-        return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1)), qkv)
+        return _attention(q, k, v, qkv, attn_mask=seen.view(1, 1, 1, -1))
 
 
 @dataclass(frozen=True)
@@ -85,29 +92,34 @@ class OneQuery(Window):
     """One token at ``position`` on a CPU; attention uses the C code in ``one_query.c`` if it can be compiled.
 
     PyTorch's attention is made for many queries. For one query on a CPU it reads the cache much slower than the memory
-    allows, especially in bf16 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, 3 C)`` and the result ``(R, C)``.
+    allows, especially in bf16 (evals/benchmarks/one_query.py). ``qkv`` is ``(R, E)`` and the result ``(R, C)``.
     """
 
     position: int
 
-    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None = None) -> Tensor:
         """See `Window.attend`."""
-        _, rows, heads, capacity, head_width = cache.shape
+        _, rows, key_heads, capacity, head_width = cache.shape
         function = self.function(head_width, cache.dtype) if qkv.dtype == cache.dtype else None
         if function is None:  # also for fp16, and for bf16 heads of odd width, whose cache is fp32
-            return WindowOfTokens(self.position, self.position + 1).attend(qkv[:, None], cache, sharpness)[:, 0]
+            window = WindowOfTokens(self.position, self.position + 1)
+            return window.attend(qkv[:, None], cache, sharpness, turn)[:, 0]
         if not (qkv.is_contiguous() and cache.is_contiguous()):
             raise ValueError(f"got strides {qkv.stride()} and {cache.stride()}")
+        heads = qkv.shape[1] // head_width - 2 * key_heads
         out = qkv.new_empty(rows, heads * head_width)
         factors = None if sharpness is None else sharpness.float().contiguous()
+        angles = None if turn is None else turn[:, self.position].float().contiguous()
         function(
             qkv.data_ptr(),
             cache[0].data_ptr(),
             cache[1].data_ptr(),
             out.data_ptr(),
             None if factors is None else factors.data_ptr(),
+            None if angles is None else angles.data_ptr(),
             rows,
             heads,
+            key_heads,
             capacity,
             self.position,
             torch.get_num_threads(),
@@ -137,7 +149,7 @@ class OneQuery(Window):
                     output and f": {output.strip().splitlines()[0]}",
                 )
                 return None
-        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 5
+        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6
         function.restype = None
         return function  # type: ignore[no-any-return]
 
@@ -146,16 +158,21 @@ _OPTIONS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "
 """Compiler options, without -ffast-math: in a library, it makes the whole process flush subnormal numbers to zero."""
 
 
-def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Split ``qkv`` into queries ``(R, N, c, H)`` in the cache's precision, and keys and values ``(2, R, N, c, H)``."""
-    rows, count, _ = qkv.shape
-    heads = qkv.view(rows, count, 3, -1, cache.shape[-1])
-    q = heads[:, :, 0].transpose(1, 2)
+def _split(qkv: Tensor, cache: Tensor, sharpness: Tensor | None, turn: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Split ``qkv`` into queries ``(R, N, c, H)`` in the cache's precision, and keys and values ``(2, R, K, c, H)``."""
+    heads = qkv.unflatten(-1, (-1, cache.shape[-1])).transpose(1, 2)
+    key_heads = cache.shape[2]
+    q, k, v = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], dim=1)
+    q = rotate(q, turn)
     q = q if sharpness is None else q * sharpness
-    return q.to(cache.dtype), heads[:, :, 1:].permute(2, 0, 3, 1, 4)
+    return q.to(cache.dtype), torch.stack([rotate(k, turn), v])
 
 
-def _merge(attended: Tensor, qkv: Tensor) -> Tensor:
-    """Concatenate heads ``(R, N, c, H)`` to ``(R, c, C)``."""
-    rows, _, count, _ = attended.shape
-    return attended.transpose(1, 2).reshape(rows, count, -1).to(qkv.dtype)
+def _attention(q: Tensor, k: Tensor, v: Tensor, like: Tensor, **options: Any) -> Tensor:
+    """Attention of grouped queries, with concatenated heads: ``(R, c, C)`` in the type of ``like``."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cpu":  # PyTorch's kernels for a CPU do not share keys
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **options)
+    return attended.transpose(1, 2).flatten(2).to(like.dtype)

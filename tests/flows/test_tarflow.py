@@ -55,7 +55,7 @@ def test_any_shape_keeps_the_contract(
 def test_a_token_depends_on_earlier_tokens_only(flip: bool) -> None:
     torch.manual_seed(0)
     config = TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(2,))
-    block = TarFlowBlock(5, 4, 2, None, flip, config).double()
+    block = TarFlowBlock((1, 5), 4, 2, None, flip, config).double()
     with torch.no_grad():
         block.proj_out.weight.normal_()
     x = torch.randn(5, 4, dtype=torch.float64)

@@ -320,6 +320,7 @@ def test_memory_is_that_of_one_block(guided: bool, dtype: torch.dtype | None) ->
     assert held.nbytes <= rows * decoder.bytes_per_row() < 1.5 * held.nbytes
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("sharp", [False, True])
 def test_a_window_of_fixed_shape_computes_the_same(sharp: bool) -> None:
     """CUDA graphs replay this window, whose position is a tensor; here it runs without a graph."""
@@ -329,7 +330,7 @@ def test_a_window_of_fixed_shape_computes_the_same(sharp: bool) -> None:
     offsets = network.offsets(y, len(z))
     sharpness = 0.5 * torch.ones(len(z), 1, 1, 1, dtype=torch.float64) if sharp else None
     tokens = z.view(len(z), 16, 12)
-    plain, fixed = network.new_cache(2, len(z)), network.new_cache(2, len(z))
+    plain, fixed = network.new_cache(len(z)), network.new_cache(len(z))
     for t in range(15):
         one = slice(t, t + 1)
         expected = network.parameters(tokens[:, one], offsets[:, one], plain, t, sharpness)
