@@ -29,6 +29,7 @@ from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.coupling import Layer, Normalization, ZeroConv, squeeze, unsqueeze
 from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.guidance import guided
 from tarflow_scale.flows.normal import standard_normal_nats
 from tarflow_scale.flows.recompute import run_layers
 
@@ -121,10 +122,9 @@ class Level(nn.Module):
         mean, log_std = self.prior(context, y)
         if guidance is not None:
             weak_mean, weak_log_std = self.prior(context, None)
-            if guidance.what in ("both", "mean"):
-                mean = mean + guidance.scale * (mean - weak_mean)
-            if guidance.what in ("both", "log_scale"):
-                log_std = log_std + guidance.scale * (log_std - weak_log_std)
+            moved, mean = guided(log_std, mean, weak_log_std, weak_mean, guidance.scale, guidance)
+            assert moved is not None
+            log_std = moved
         latents = z * torch.exp(log_std) + mean
         return latents if context is None else torch.cat([context, latents], dim=1)
 

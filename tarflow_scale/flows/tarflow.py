@@ -25,8 +25,8 @@ c tanh(a / c), as in STARFlow at high resolution. Layers may have dropout, for s
 
 These parts are as published: the order of tokens and features (channel, row, column), the shift of outputs by one token
 with an unchanged first token, the mean class embedding for dropped labels, and the rules of guidance.
-`tarflow_scale.flows.ml_tarflow` reads the public weights. The features of a patch are in the same order with the options
-of STARFlow, whose public code (apple/ml-starflow) has the order (row, column, channel).
+`tarflow_scale.flows.ml_tarflow` reads the public weights. The options of STARFlow keep this order of features; its
+public code (apple/ml-starflow) has the order (row, column, channel).
 
 Shapes: B batch, T tokens, D features per token, C width, K classes.
 """
@@ -44,10 +44,11 @@ from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.attention import KeyValueCache, RMSNorm, TransformerLayer
 from tarflow_scale.flows.conditions import Condition, embed
 from tarflow_scale.flows.flow import Flow
+from tarflow_scale.flows.guidance import guided
 from tarflow_scale.flows.recompute import checkpoint
 from tarflow_scale.flows.rotary import rotation
 
-__all__ = ["TarFlow", "TarFlowBlock", "guided", "patchify", "unpatchify"]
+__all__ = ["TarFlow", "TarFlowBlock", "patchify", "unpatchify"]
 
 _UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
@@ -184,10 +185,11 @@ class TarFlowBlock(nn.Module):
         tokens, steps = [noise[:, :1]], noise.shape[1] - 1
         for t in range(steps):
             h = self.proj_in(tokens[-1].repeat(lanes, 1, 1).to(like)) + offsets[:, t : t + 1]
-            log_scale, mean = self.parameters_of(self._step(h, cache, sharpness, turn))
+            out = self._step(h, cache, sharpness, turn)
+            log_scale, mean = self.parameters_of(out[:batch])
             if guidance is not None:
                 strength = guidance.scale * ((t + 1) / steps if guidance.annealed else 1.0)
-                log_scale, mean = guided(log_scale, mean, strength, guidance)
+                log_scale, mean = guided(log_scale, mean, *self.parameters_of(out[batch:]), strength, guidance)
             scale = 1.0 if log_scale is None else torch.exp(log_scale.to(z))
             tokens.append(noise[:, t + 1 : t + 2] * scale + mean.to(z))
         return self.order(torch.cat(tokens if self.start_token is None else tokens[1:], dim=1))
@@ -266,31 +268,6 @@ class TarFlowBlock(nn.Module):
     def follows(self, guidance: Guidance | None) -> bool:
         """Whether guidance affects this block; without a condition, only an attention temperature does."""
         return guidance is not None and (self.class_embedding is not None or guidance.attention_temperature != 1)
-
-
-def guided(
-    log_scale: Tensor | None, mean: Tensor, strength: float | Tensor, guidance: Guidance
-) -> tuple[Tensor | None, Tensor]:
-    """Apply guidance to predictions ``(2 B, t, D)``: those with the condition, followed by those without it.
-
-    Returns ``(B, t, D)``. ``strength`` is w, a number or a tensor that broadcasts to the result. The linear rule is
-    a + w (a - a_weak). The Gaussian rule is the product of densities p^(1 + w) / p_weak^w: with s = min(sigma /
-    sigma_weak, 1)^2 and d = 1 + w - w s, the mean is ((1 + w) mean - w s mean_weak) / d and sigma is sigma / sqrt(d).
-    """
-    mean, weak_mean = mean.chunk(2)
-    log_scale, weak_log_scale = (None, None) if log_scale is None else log_scale.chunk(2)
-    if guidance.rule == "linear":
-        if guidance.what != "log_scale":
-            mean = mean + strength * (mean - weak_mean)
-        if guidance.what != "mean" and log_scale is not None and weak_log_scale is not None:
-            log_scale = log_scale + strength * (log_scale - weak_log_scale)
-        return log_scale, mean
-    if log_scale is None or weak_log_scale is None:  # both have the deviations of the latent
-        return None, mean + strength * (mean - weak_mean)
-    ratio = torch.exp(2 * (log_scale - weak_log_scale).clamp(max=0))
-    divisor = 1 + strength - strength * ratio
-    mean = ((1 + strength) * mean - strength * ratio * weak_mean) / divisor
-    return log_scale - 0.5 * torch.log(divisor), mean
 
 
 def _log_softplus(a: Tensor) -> Tensor:

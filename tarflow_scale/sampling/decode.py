@@ -25,7 +25,8 @@ from torch import Tensor
 from tarflow_scale.config.sampling import Guidance
 from tarflow_scale.flows.conditions import Condition
 from tarflow_scale.flows.flow import Decode, Flow
-from tarflow_scale.flows.tarflow import TarFlow, TarFlowBlock, guided, unpatchify
+from tarflow_scale.flows.guidance import guided
+from tarflow_scale.flows.tarflow import TarFlow, TarFlowBlock, unpatchify
 from tarflow_scale.sampling.network import BlockNetwork
 
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
@@ -293,7 +294,10 @@ class _Predictor:
             x[:, part], self._offsets[:, part], self._cache, start, self._sharpness
         )
         if self._guidance is not None:
-            log_scale, mean = guided(log_scale, mean, self._strengths[part], self._guidance)
+            mean, weak_mean = mean.chunk(2)
+            log_scale, weak_log_scale = (None, None) if log_scale is None else log_scale.chunk(2)
+            strengths = self._strengths[part]
+            log_scale, mean = guided(log_scale, mean, weak_log_scale, weak_mean, strengths, self._guidance)
         latents = z[:, start + 1 : stop + 1]
         return latents + mean if log_scale is None else torch.addcmul(mean, latents, torch.exp(log_scale))
 

@@ -177,6 +177,17 @@ def continuous(name: str, **settings: object) -> FlowCase:
     )
 
 
+STARFLOW = {
+    "width": 24, "deep_width": 48, "head_width": 24, "start_token": True, "positions": "rotary", "scale": "softplus",
+    "output_bound": 3.0, "final_norm": True, "first_order": "backward", "conditioning": "prefix",
+    "conditioned_blocks": "last",
+}  # fmt: skip
+"""Options of the published STARFlow, small."""
+GEMMA = {
+    "norm": "rms", "qk_norm": True, "mlp": "gated", "queries_per_key": 2, "positions": "rotary", "start_token": True,
+}  # fmt: skip
+"""The remaining options of layers."""
+
 FLOWS = [
     tarflow("affine", class_conditional=False),
     tarflow("conditional"),
@@ -184,6 +195,9 @@ FLOWS = [
     tarflow("volume_preserving", variant="volume_preserving"),
     tarflow("bounded", log_scale_bound=0.5, class_conditional=False),
     tarflow("logit", logit_alpha=0.05, class_conditional=False),
+    tarflow("prefix", conditioning="prefix"),
+    tarflow("starflow", **STARFLOW),
+    tarflow("gemma", **GEMMA),
     *(
         glow(
             f"{convolution}_{coupling}{'_conditional' if conditional else ''}",

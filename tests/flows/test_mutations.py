@@ -40,7 +40,8 @@ def flow_checks(case: FlowCase) -> dict[str, Callable[[Flow], None]]:
 CASES = [
     case
     for case in FLOWS
-    if case.name in ("tarflow_conditional", "tarflow_volume_preserving", "glow_lu_affine", "realnvp_conditional")
+    if case.name
+    in ("tarflow_conditional", "tarflow_starflow", "tarflow_volume_preserving", "glow_lu_affine", "realnvp_conditional")
     or case.name in ("nice_conditional", "maf_logit", "iaf_conditional")
 ]
 
@@ -70,6 +71,8 @@ def fails(check: Callable[[Flow], None], flow: Flow) -> bool:
     ("kind", "method", "place", "name"),
     [
         (TarFlowBlock, "forward", 1, "tarflow_conditional"),
+        (TarFlowBlock, "forward", 1, "tarflow_starflow"),
+        (TarFlowBlock, "forward", 1, "tarflow_gemma"),
         (ActNorm, "_map", 1, "glow_lu_affine"),
         (InvertibleConv, "_map", 1, "glow_dense_additive"),
         (InvertibleConv, "_map", 1, "glow_lu_additive"),

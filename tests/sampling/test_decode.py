@@ -16,19 +16,23 @@ from tarflow_scale.flows.tarflow import TarFlow, unpatchify
 from tarflow_scale.sampling.decode import Schedule, TarFlowDecoder
 from tarflow_scale.sampling.network import BlockNetwork, _checksum
 from tarflow_scale.sampling.windows import OneQuery
+from tests.flows.catalogue import GEMMA, STARFLOW
 
+NAMES = ["free", "bounded", "starflow", "gemma"]
 GUIDANCES = [
     None,
     Guidance(scale=1.5),
     Guidance(scale=1.5, annealed=True),
     Guidance(scale=0.8, attention_temperature=0.7, what="mean"),
     Guidance(scale=0.8, what="log_scale"),
+    Guidance(scale=1.2, rule="gaussian"),
 ]
 
 
 def flow_of(seed: int = 0, classes: int | None = 5, depth: tuple[int, ...] = (2, 1, 2), **options: object) -> TarFlow:
     torch.manual_seed(seed)
-    config = TarFlowConfig(patch_size=2, width=32, layers_per_block=depth, head_width=16, **options)  # type: ignore[arg-type]
+    sizes = {"patch_size": 2, "width": 32, "layers_per_block": depth, "head_width": 16}
+    config = TarFlowConfig.model_validate(sizes | options)
     flow = TarFlow((3, 8, 8), classes, config)
     with torch.no_grad():
         for name, parameter in flow.named_parameters():
@@ -43,7 +47,7 @@ def latents_of(flow: TarFlow, num: int = 6) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"log_scale_bound": 0.5}], ids=["free", "bounded"])
+@pytest.mark.parametrize("options", [{}, {"log_scale_bound": 0.5}, STARFLOW, GEMMA], ids=NAMES)
 def test_it_is_the_plain_inverse(guidance: Guidance | None, options: dict[str, object]) -> None:
     flow = flow_of(**options).double()
     z, y = latents_of(flow)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tarflow_scale.flows.rotary import rotate, rotation
 from tarflow_scale.sampling.windows import OneQuery, WindowOfTokens
 
 
@@ -41,6 +42,33 @@ def test_equals_the_attention_of_pytorch(
     assert found.dtype == dtype
     assert (found - expected).abs().max() < within
     assert torch.equal(cache.double(), wide)  # the token's key and value are in their place, and nothing else moved
+
+
+@pytest.mark.parametrize("position", [0, 7, 20])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (6, 1), (3, 3)])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 3e-6), (torch.bfloat16, 0.03)], ids=str)
+def test_queries_share_keys_and_positions_rotate(
+    heads: int, key_heads: int, position: int, dtype: torch.dtype, within: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(3, (heads + 2 * key_heads) * 16, generator=generator).to(dtype)
+    cache = torch.randn(2, 3, key_heads, 21, 16, generator=generator).to(dtype)
+    turn = rotation(3, 7, 16, False, 4.0, torch.zeros((), dtype=torch.float64))
+    wide = cache.double()
+    window = WindowOfTokens(position, position + 1)
+    expected = window.attend(qkv.double()[:, None], wide, None, turn)[:, 0]
+    found = OneQuery(position).attend(qkv, cache, None, turn)
+    assert (found - expected).abs().max() < within
+    assert (cache.double() - wide).abs().max() < (1e-6 if dtype == torch.float32 else 0.02)
+    q, k, v = qkv.double().unflatten(1, (-1, 16)).split([heads, key_heads, key_heads], dim=1)
+    keys = torch.cat([wide[0, :, :, :position], rotate(k[:, :, None], turn[:, position : position + 1])], dim=2)
+    values = torch.cat([wide[1, :, :, :position], v[:, :, None]], dim=2)
+    q = rotate(q[:, :, None], turn[:, position : position + 1])[:, :, 0]
+    for head in range(heads):  # a second formula, head by head
+        shared = head // (heads // key_heads)
+        weights = torch.softmax((keys[:, shared] @ q[:, head, :, None])[..., 0] / 4, dim=-1)
+        by_hand = (weights[:, None] @ values[:, shared])[:, 0]
+        assert (expected.unflatten(1, (heads, 16))[:, head] - by_hand).abs().max() < 1e-12
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

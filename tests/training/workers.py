@@ -36,7 +36,7 @@ from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
 from tarflow_scale.training.folder import check_shared
 from tarflow_scale.training.schedule import average_decay
-from tests.flows.catalogue import moved
+from tests.flows.catalogue import STARFLOW, moved
 
 RESULT = "result: "
 BATCH = 12
@@ -47,6 +47,7 @@ UNEVEN = {1: (12,), 2: (7, 5), 3: (8, 4, 0)}
 
 CONFIGS: dict[str, ModelConfig] = {
     "tarflow": TarFlowConfig(patch_size=2, width=16, head_width=8, layers_per_block=(1, 1)),
+    "starflow": TarFlowConfig.model_validate({"patch_size": 2, "layers_per_block": (1, 1)} | STARFLOW),
     "glow": GlowConfig(levels=2, steps_per_level=3, width=8),
     "realnvp": RealNVPConfig(levels=2, width=8, residual_blocks=1, normalization="batch"),
     "nice": NICEConfig(width=16, hidden_layers=2),
