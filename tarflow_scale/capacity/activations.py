@@ -128,15 +128,34 @@ def _tarflow(
 ) -> Footprint:
     channels, height, width = shape
     tokens = float(batch * (height // config.patch_size) * (width // config.patch_size))
-    features = channels * config.patch_size**2
-    affine = 4 * (1 if config.variant == "volume_preserving" else 3 if config.log_scale_bound is None else 4)
-    end = tokens * (network * config.width + features * (affine + (2 if network == 2 else 0)))
-    layer = tokens * config.width * (8.0 + 14.0 * network)
-    layers, in_flight = sum(config.layers_per_block), 6.0 * network * tokens * config.width
-    ends = len(config.layers_per_block) * end
-    if activations == "keep":
-        return Footprint(layers * layer + ends, in_flight)
-    return Footprint(layers * 4.0 * tokens * config.width + ends, layer + in_flight)
+    features, preserving = channels * config.patch_size**2, config.variant == "volume_preserving"
+    affine = 4.0 * (1 if preserving else 3 if config.log_scale_bound is None else 4)
+    affine += (4 if preserving else 8) * (config.output_bound is not None) + 13 * (config.scale == "softplus")
+    per_channel = _bytes_of_layer(config, network)
+    kept, largest = 0.0, 0.0
+    for layers, block_width in zip(config.layers_per_block, config.block_widths, strict=True):
+        layer = tokens * block_width * (per_channel if activations == "keep" else 4.0)
+        norm = 8.0 * config.final_norm
+        kept += layers * layer + tokens * (
+            (network + norm) * block_width + features * (affine + (2 if network == 2 else 0))
+        )
+        largest = max(largest, tokens * block_width)
+    in_flight = 6.0 * network * largest
+    return Footprint(kept, in_flight if activations == "keep" else largest * per_channel + in_flight)
+
+
+def _bytes_of_layer(config: TarFlowConfig, network: int) -> float:
+    """Bytes per token and channel that autograd keeps of a transformer layer."""
+    groups, per_channel = config.queries_per_key, 8.0 + 14.0 * network
+    if config.norm == "rms":
+        per_channel += 8.0  # PyTorch keeps the normalized input too
+    if config.mlp == "gated":
+        per_channel += 8.0 * network
+    if config.qk_norm:
+        per_channel += 10.0 * (1 + 1 / groups)
+    elif config.positions == "rotary":
+        return per_channel + network * (3 if groups == 1 else 1)
+    return per_channel + (0.0 if groups == 1 else 2.0 * network / groups)
 
 
 def _glow(config: GlowConfig, shape: tuple[int, ...], batch: int, activations: Activations, network: int) -> Footprint:

@@ -129,9 +129,13 @@ def _tarflow(config: TarFlowConfig, event_shape: tuple[int, ...]) -> float:
     assert tokens is not None
     features = event_shape[0] * config.patch_size**2
     out = features * (2 if config.variant == "affine" else 1)
-    layer = 24.0 * tokens * config.width**2 + 2.0 * tokens**2 * config.width
-    ends = 2.0 * tokens * config.width * (features + out)
-    return sum(ends + layers * layer for layers in config.layers_per_block)
+    squares = 2 + 2 / config.queries_per_key + (12 if config.mlp == "gated" else 8)  # weights of a layer / width^2
+    total = 0.0
+    for index, (layers, width) in enumerate(zip(config.layers_per_block, config.block_widths, strict=True)):
+        read = tokens + config.has_prefix(index)
+        layer = 2.0 * read * squares * width**2 + 2.0 * read**2 * width
+        total += 2.0 * tokens * width * (features + out) + layers * layer
+    return total
 
 
 def _glow(config: GlowConfig, event_shape: tuple[int, ...]) -> float:

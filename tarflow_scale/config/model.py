@@ -149,6 +149,15 @@ class TarFlowConfig(_FlowConfig):
         """Width of each block, in the order from data to noise."""
         return (self.width,) * (len(self.layers_per_block) - 1) + (self.deep_width or self.width,)
 
+    def has_condition(self, block: int) -> bool:
+        """Whether the block with this index, from data to noise, receives the condition, if there is one."""
+        last = block == len(self.layers_per_block) - 1
+        return self.class_conditional and (last or self.conditioned_blocks == "all")
+
+    def has_prefix(self, block: int) -> bool:
+        """Whether a block with a condition has a token for it."""
+        return self.has_condition(block) and self.conditioning == "prefix"
+
     @model_validator(mode="after")
     def _fits(self) -> "TarFlowConfig":
         for name, width in (("width", self.width), ("deep_width", self.deep_width or self.width)):

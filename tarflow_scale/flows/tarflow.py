@@ -305,9 +305,8 @@ class TarFlow(Flow):
         for index, (num_layers, block_width) in enumerate(
             zip(config.layers_per_block, config.block_widths, strict=True)
         ):
-            conditioned = config.conditioned_blocks == "all" or index == len(config.layers_per_block) - 1
             flip = (index % 2 == 1) == (config.first_order == "forward")
-            classes = num_classes if conditioned else None
+            classes = num_classes if config.has_condition(index) else None
             self.blocks.append(TarFlowBlock(grid, features, num_layers, classes, flip, config, block_width))
 
     def resized(self, height: int, width: int) -> "TarFlow":

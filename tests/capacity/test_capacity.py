@@ -78,6 +78,22 @@ FLOWS: dict[str, tuple[ModelConfig, tuple[int, ...], int]] = {
         (3, 64, 64),
         4,
     ),
+    "starflow": (
+        TarFlowConfig.model_validate(
+            {"patch_size": 2, "layers_per_block": (2, 4), **NO_LABELS, "width": 64, "head_width": 32, "deep_width": 128}
+            | {"scale": "softplus", "output_bound": 4.0, "start_token": True, "positions": "rotary", "final_norm": True}
+        ),
+        IMAGES,
+        4,
+    ),
+    "grouped": (
+        TarFlowConfig.model_validate(
+            {"patch_size": 2, "layers_per_block": (4, 4), **NO_LABELS, "width": 128, "head_width": 32, "norm": "rms"}
+            | {"mlp": "gated", "qk_norm": True, "queries_per_key": 2, "positions": "rotary"}
+        ),
+        IMAGES,
+        4,
+    ),
     "volume preserving": (
         TarFlowConfig(
             patch_size=8, width=128, head_width=32, layers_per_block=(2, 4), variant="volume_preserving", **NO_LABELS
@@ -126,7 +142,9 @@ def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "bf16"), [(name, False) for name in FLOWS] + [(name, True) for name in ("tarflow", "wide patches", "glow")]
+    ("name", "bf16"),
+    [(name, False) for name in FLOWS]
+    + [(name, True) for name in ("tarflow", "starflow", "grouped", "wide patches", "glow")],
 )
 @pytest.mark.usefixtures("one_thread")
 def test_activations_are_what_autograd_keeps(name: str, bf16: bool) -> None:

@@ -22,6 +22,7 @@ TARFLOW = TarFlowConfig(patch_size=2, width=64, head_width=32, layers_per_block=
 MODELS: list[ModelConfig] = [
     TARFLOW,
     TARFLOW.model_copy(update={"variant": "volume_preserving"}),
+    TARFLOW.model_copy(update={"deep_width": 128, "mlp": "gated", "queries_per_key": 2, "start_token": True}),
     GlowConfig(levels=3, steps_per_level=2, width=32, convolution="dense", class_conditional=False),
     RealNVPConfig(levels=3, width=8, residual_blocks=2, class_conditional=False),
     NICEConfig(couplings=3, width=20, hidden_layers=2, class_conditional=False),
@@ -61,4 +62,4 @@ def test_published_sizes() -> None:
     assert forward_flops(imagenet64, (3, 64, 64)) == pytest.approx(1.03e12, rel=0.01)
     assert training_flops(imagenet64, (3, 64, 64)) == 3 * forward_flops(imagenet64, (3, 64, 64))
     assert tokens_per_image(imagenet64, (3, 64, 64)) == 1024
-    assert tokens_per_image(MODELS[2], (3, 64, 64)) is None
+    assert tokens_per_image(MODELS[3], (3, 64, 64)) is None

@@ -145,7 +145,7 @@ def reference_guided(flow: TarFlow, z: Tensor, y: Tensor | None, guidance: Guida
 
 def tempered(layer: object, h: Tensor, temperature: float) -> Tensor:
     """A transformer layer whose attention logits are divided by ``temperature``, with the softmax written out."""
-    q, k, v = layer._heads(h)  # type: ignore[attr-defined]
+    q, k, v = layer._heads(h, None)  # type: ignore[attr-defined]
     logits = q @ k.mT / (q.shape[-1] ** 0.5 * temperature)
     logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf)
     h = h + layer._merge(logits.softmax(dim=-1) @ v)  # type: ignore[attr-defined]

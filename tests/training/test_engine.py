@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- stages, on two ranks
 
-FLOWS = ("tarflow", "glow")
+FLOWS = ("tarflow", "starflow", "glow")
 STAGES = [f"stage={stage},flow={flow}" for flow in FLOWS for stage in range(4)]
 PLAIN = [one for one in STAGES if "stage=0" in one]
 
