@@ -38,16 +38,19 @@ def rotation(
         side: square root of the number of tokens of a training image.
         like: a tensor on the right device.
     """
-    options = {"dtype": torch.float64, "device": like.device}
     pairs = (head_width // 2 - (PREFIX_PAIRS if has_prefix else 0)) // 2
-    frequencies = _BASE ** -(torch.arange(pairs, **options) / pairs)
+    frequencies = _BASE ** -(_counted(pairs, like) / pairs)
     unit = side / math.sqrt(height * width)
-    rows = (torch.arange(height, **options) * unit)[:, None, None].expand(height, width, 1)
-    columns = (torch.arange(width, **options) * unit)[None, :, None].expand(height, width, 1)
+    rows = (_counted(height, like) * unit)[:, None, None].expand(height, width, 1)
+    columns = (_counted(width, like) * unit)[None, :, None].expand(height, width, 1)
     angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1).flatten(0, 1)
     if has_prefix:
         angles = torch.nn.functional.pad(angles, (0, PREFIX_PAIRS, 1, 0))
     return torch.stack([angles.cos(), angles.sin()]).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _counted(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=like.device)
 
 
 def rotate(x: Float[Tensor, "... T H"], turn: Float[Tensor, "2 T F"] | None) -> Float[Tensor, "... T H"]:

@@ -315,12 +315,12 @@ class TarFlow(Flow):
         Raises:
             ValueError: the flow has weights for each token, or the size is not a multiple of the patch size.
         """
-        if self.log_std is not None or any(block.position is not None for block in self.blocks):
+        assert isinstance(self.config, TarFlowConfig)
+        if self.log_std is not None or self.config.positions == "learned":
             raise ValueError(
                 "images of another size need model.positions=rotary and variant=affine (got a weight for each token); "
                 "train a model with rotary positions"
             )
-        assert isinstance(self.config, TarFlowConfig)
         with torch.device("meta"):
             flow = TarFlow((self.event_shape[0], height, width), self.num_classes, self.config)
         flow.load_state_dict(self.state_dict(keep_vars=True), assign=True)
