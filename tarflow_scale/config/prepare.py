@@ -96,7 +96,9 @@ class SourceConfig(Section):
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
                 raise ValueError(f"source.{name} needs kind={' or '.join(kinds)} (got {self.kind}); remove it")
         if self.resize == "center_crop" and self.size_pixels is None:
-            raise ValueError("source.size_pixels is required for resize=center_crop (got None); set it to a number of pixels")
+            raise ValueError(
+                "source.size_pixels is required for resize=center_crop (got None); set it to a number of pixels"
+            )
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
         if self.in_place and (shaped or self.transparency == "refuse"):
             raise ValueError(

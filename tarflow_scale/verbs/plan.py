@@ -71,8 +71,8 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
         return Sizes(shape, model_size(flow), stored, None, None, "the flags")
     if not storage.exists(storage.join(data.path, MANIFEST_NAME)):
         raise ConfigError(
-            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS (or HEIGHTxWIDTH), --classes "
-            f"NUMBER (0 for none), and --channels NUMBER if it is not 3"
+            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS or "
+            f"HEIGHTxWIDTH, --classes NUMBER (0 for none), and --channels NUMBER if it is not 3"
         )
     manifest = read_manifest(data.path)
     seen = seen_by_model(manifest, crop)

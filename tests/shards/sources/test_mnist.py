@@ -206,7 +206,7 @@ def floats(path: Path) -> str:
         (single_array, r"a.npz is not an .npz file of plain arrays"),
         (other_names, r"must hold train_x or x_train \(got images\)"),
         (fewer_labels, r"a whole number of at least 0 \(got labels \(9,\) uint8 in test"),
-        (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),
+        (floats, r"images must be an array \(n, H, W\) of uint8 \(got \(30, 6, 6\) float32 in train"),
     ],
 )
 def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
