@@ -215,6 +215,15 @@ def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypat
         open_source(SourceConfig(kind="mnist", path=make(tmp_path)))
 
 
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", **{name: array[:, :, :4] if array.ndim == 3 else array for name, array in ARRAYS.items()}
+    )
+    source = open_source(SourceConfig(kind="mnist", path=str(tmp_path / "a.npz")))
+    assert source.shape == (1, 6, 4)
+    assert np.array_equal(source.image(0)[0], ARRAYS["train_x"][0, :, :4])
+
+
 def test_arrays_that_are_neither_train_nor_test_are_reported(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **ARRAYS, val_x=ARRAYS["test_x"], val_y=ARRAYS["test_y"])
     assert MnistSource(str(tmp_path / "a.npz")).lines == (
