@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tarflow_scale.config.data import ImageSize
 from tarflow_scale.config.sampling import GuardConfig, Guidance, SamplingConfig
 from tarflow_scale.errors import DataError, RegistryError, UserError
 
@@ -148,7 +149,7 @@ class DataSetFacts(Record):
     split: str
     digest: str
     """SHA-256 of the manifest."""
-    image_size_pixels: int
+    image_size_pixels: ImageSize
     num_channels: int
     class_names: tuple[str, ...]
     num_images: int
@@ -281,7 +282,7 @@ class GenerationPlan(Record):
     labels: Literal["balanced", "none"] | tuple[int, ...] | dict[int, float]
     """``balanced``: image i has label i modulo the number of classes. For the other forms see ``sampling.labels``."""
     class_names: tuple[str, ...]
-    image_size_pixels: int
+    image_size_pixels: ImageSize
     num_channels: int
     pixels: PixelFormat
     device: Literal["cpu", "cuda"]

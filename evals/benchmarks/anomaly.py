@@ -89,12 +89,12 @@ def crops(folder: Path, num: int, like: Manifest, random: np.random.Generator) -
     """Random grey crops of photographs, half a photograph wide, shrunk to the format of the data."""
     photos = [Image.open(path).convert("L") for path in sorted(folder.glob("*.png"))]
     assert photos, f"no PNG in {folder}"
-    size, found = like.image_size_pixels, list[Images]()
+    (_, height, width), found = like.event.carried_shape, list[Images]()
     for number in range(num):
         photo = photos[number % len(photos)]
         side = min(photo.size) // 2
         left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
-        small = photo.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+        small = photo.crop((left, top, left + side, top + side)).resize((width, height), Image.Resampling.LANCZOS)
         found.append(reduce_depth(np.asarray(small)[None], like.bit_depth))
     return np.stack(found)
 

@@ -57,7 +57,7 @@ bar = np.zeros_like(images[:1])
 bar[..., bar.shape[-1] // 2 - 1 : bar.shape[-1] // 2 + 1] = 255
 sets = {"normal": images[half:], "shuffled pixels": shuffled, "a bar": bar}
 if arguments.images:
-    shape = {"resize": "center_crop", "size_pixels": flow.event_shape[-1], "bit_depth": bit_depth}
+    shape = {"resize": "center_crop", "size_pixels": flow.event_shape[1:], "bit_depth": bit_depth}
     source = open_source(SourceConfig.model_validate({"kind": "folder", "path": arguments.images} | shape))
     sets[arguments.images] = np.stack([source.image(i) for i in range(len(source))])
 

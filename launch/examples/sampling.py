@@ -70,7 +70,7 @@ save(torch.cat([interpolated(flow, x[2 * i], x[2 * i + 1], 11) for i in range(5)
 assert flow.pixels is not None
 images, given = batch.events, torch.from_numpy(batch.labels) if test.manifest.num_classes else None
 if arguments.images:
-    shape = {"resize": "center_crop", "size_pixels": flow.event_shape[-1], "bit_depth": flow.pixels.bit_depth}
+    shape = {"resize": "center_crop", "size_pixels": flow.event_shape[1:], "bit_depth": flow.pixels.bit_depth}
     source = open_source(SourceConfig.model_validate({"kind": "folder", "path": arguments.images} | shape))
     images, given = np.stack([source.image(i) for i in range(len(source))]), None
 bits = image_bits_per_dim(flow, images, given, num_draws=8)

@@ -1,8 +1,8 @@
 """Data sets to read, and shards to write."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError
 
 from tarflow_scale.config.base import Section
 
@@ -11,9 +11,41 @@ __all__ = [
     "DataConfig",
     "DataSetConfig",
     "EncodedShardsConfig",
+    "ImageSize",
     "MixedDataSetConfig",
     "ShardsConfig",
+    "height_and_width",
+    "size_of",
 ]
+
+_SIDES = TypeAdapter(tuple[PositiveInt, PositiveInt])
+
+
+def _as_size(value: Any) -> "ImageSize":
+    """Validate a size in any of its forms: a number, ``[height, width]``, or text such as ``192x128``."""
+    sides = value.split("x") if isinstance(value, str) and "x" in value else value
+    try:
+        height, width = _SIDES.validate_python(sides if isinstance(sides, list | tuple) else (sides, sides))
+    except ValidationError as error:
+        raise ValueError(
+            "a size must be a number of pixels, at least 1, or a height and a width, such as 192x128"
+        ) from error
+    return size_of(height, width)
+
+
+ImageSize = Annotated[int | tuple[int, int], BeforeValidator(_as_size)]
+"""Size of images in pixels: the side of a square, or height and width of a rectangle. A square is always one number, so
+configurations and records of square images do not depend on how the size was written."""
+
+
+def size_of(height: int, width: int) -> ImageSize:
+    """The size as it is stored: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Height and width of images of a size, in pixels."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class ShardsConfig(Section):
@@ -50,8 +82,9 @@ class AugmentationConfig(Section):
 
     flip: bool = False
     """Mirror an image horizontally with probability 1/2."""
-    crop_pixels: int | None = Field(default=None, ge=1)
-    """Side in pixels of a random square crop, which is then the image size of the model. None does not crop."""
+    crop_pixels: ImageSize | None = None
+    """Size of a random crop, which is then the image size of the model: the side of a square in pixels, or
+    ``[height, width]``. None does not crop."""
 
 
 class MixedDataSetConfig(Section):

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from tarflow_scale.config.base import Section
+from tarflow_scale.config.data import ImageSize
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.config.verb import Verb, flags_of
 
@@ -27,8 +28,9 @@ class GpusConfig(Section):
     """Price of one GPU for one hour, in $."""
     curve: str | None = None
     """Path of a PNG to write, with a plot of the speed on 1 to 1,024 GPUs."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Side of the images in pixels; needed if there is no data set yet."""
+    image_size: ImageSize | None = None
+    """Size of the images in pixels: one side of a square, or height and width, such as 192x128; needed if there is no
+    data set yet."""
     channels: int = Field(default=3, ge=1)
     """Number of channels of the images; used if there is no data set yet."""
     classes: int | None = Field(default=None, ge=0)

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tarflow_scale.config.base import Root, Section
-from tarflow_scale.config.data import EncodedShardsConfig
+from tarflow_scale.config.data import EncodedShardsConfig, ImageSize
 from tarflow_scale.config.verb import Flag, Verb
 
 __all__ = ["LAYOUT_KINDS", "VERB", "PackedShardsConfig", "PrepareConfig", "SourceConfig", "SplitConfig"]
@@ -46,13 +46,14 @@ class SourceConfig(Section):
     ``path.csv`` with a header."""
     path: str | None = None
     """Path of the images; required for all kinds except ``digits``."""
-    size_pixels: int | None = Field(default=None, ge=1)
-    """Side in pixels of the square training images; None keeps the size of the images."""
+    size_pixels: ImageSize | None = None
+    """Size of the packed images: the side of a square in pixels, or ``[height, width]``, such as ``[192, 128]``. None
+    keeps the size of the images, which must all have the same one."""
     bit_depth: int | None = Field(default=None, ge=1, le=8)
     """Number of most significant bits to keep per pixel; None keeps all bits of the source."""
     resize: Literal["refuse", "center_crop"] = "refuse"
-    """``refuse``: images of another size are an error. ``center_crop``: scale the short side to ``size_pixels``, then
-    crop the centre."""
+    """``refuse``: images of another size are an error. ``center_crop``: scale an image, with its aspect ratio, until it
+    just covers ``size_pixels``, then crop the centre. For a square, this scales the short side to ``size_pixels``."""
     resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
     """Filter of ``center_crop``, recorded in the manifest. All filters are antialiased when they shrink an image."""
     orientation: Literal["apply", "ignore"] = "apply"
@@ -95,7 +96,9 @@ class SourceConfig(Section):
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
                 raise ValueError(f"source.{name} needs kind={' or '.join(kinds)} (got {self.kind}); remove it")
         if self.resize == "center_crop" and self.size_pixels is None:
-            raise ValueError("source.size_pixels is required for resize=center_crop (got None); set the side in pixels")
+            raise ValueError(
+                "source.size_pixels is required for resize=center_crop (got None); set it to a number of pixels"
+            )
         shaped = self.size_pixels is not None or self.bit_depth is not None or self.bad_images != "refuse"
         if self.in_place and (shaped or self.transparency == "refuse"):
             raise ValueError(

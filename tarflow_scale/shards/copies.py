@@ -70,4 +70,4 @@ def _split_of(source: ImageSource, splits: Mapping[str, NDArray[np.int64]]) -> N
 
 
 def _print(source: ImageSource, copies: duplicates.Copies, split: NDArray[np.int64], names: list[str]) -> None:
-    print("\n".join(duplicates.described(copies, split, names, source.origin, source.shape[1])))
+    print("\n".join(duplicates.described(copies, split, names, source.origin, min(source.shape[1:]))))

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MIN_SIZE_PIXELS = 32
-"""Minimum side of images for the search for near copies; smaller images are compared only for equality."""
+"""Minimum shorter side of images for the search for near copies; smaller images are compared only for equality."""
 _MAX_BITS = 6
 _MIN_CORRELATION = 0.9
 NO_FINGERPRINT = bytes(16)
@@ -273,7 +273,7 @@ def superfluous(copies: Copies, split: NDArray[np.int64]) -> list[Copy]:
 
 
 def described(
-    copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], size_pixels: int
+    copies: Copies, split: NDArray[np.int64], names: Sequence[str], origin: Callable[[int], str], side_pixels: int
 ) -> list[str]:
     """Lines of a report: the number of copies in each split, and some pairs as examples.
 
@@ -284,10 +284,10 @@ def described(
         split: number of the split of every image, ``(n,)``; -1 for images in no split.
         names: names of the splits.
         origin: returns the name of an image at its source, by the number of the image.
-        size_pixels: side of the images in pixels.
+        side_pixels: shorter side of the images in pixels.
     """
     title = "copies and near copies"
-    if size_pixels < MIN_SIZE_PIXELS:
+    if side_pixels < MIN_SIZE_PIXELS:
         title = f"copies (the search for near copies needs images of at least {MIN_SIZE_PIXELS} pixels)"
     elif not copies.are_told_apart:
         title = (

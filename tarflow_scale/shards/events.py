@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from tarflow_scale.config.data import AugmentationConfig
+from tarflow_scale.config.data import AugmentationConfig, ImageSize, height_and_width, size_of
 from tarflow_scale.errors import DataError
 from tarflow_scale.randomness import Purpose, raw_words
 from tarflow_scale.records import LatentFacts, VectorFacts
@@ -146,7 +146,7 @@ class ImageEvent(EventType):
     def augmented_shape(self, config: AugmentationConfig) -> tuple[int, int, int]:
         """``(C, H, W)`` of the crop."""
         channels, height, width = self.carried_shape
-        return channels, config.crop_pixels or height, config.crop_pixels or width
+        return channels, *height_and_width(config.crop_pixels or (height, width))
 
     def augment(
         self, carried: UInt8[np.ndarray, "C H W"], config: AugmentationConfig, seed: int, epoch: int, sample: int
@@ -156,9 +156,9 @@ class ImageEvent(EventType):
             return carried
         flip, top, left = raw_words(3, Purpose.AUGMENTATION, seed, epoch, sample)
         if config.crop_pixels is not None:
-            free = carried.shape[1] - config.crop_pixels + 1
-            top, left = top % free, left % free
-            carried = carried[:, top : top + config.crop_pixels, left : left + config.crop_pixels]
+            height, width = height_and_width(config.crop_pixels)
+            top, left = top % (carried.shape[1] - height + 1), left % (carried.shape[2] - width + 1)
+            carried = carried[:, top : top + height, left : left + width]
         return carried[:, :, ::-1] if config.flip and flip & 1 else carried
 
     def unpack(self, carried: UInt8[np.ndarray, "B C H W"]) -> tuple[NDArray[np.uint8], None]:
@@ -167,8 +167,8 @@ class ImageEvent(EventType):
 
     def fields(self) -> dict[str, Any]:
         """Size, channels and bit depth."""
-        channels, height, _ = self.carried_shape
-        return {"num_channels": channels, "image_size_pixels": height, "bit_depth": self.bit_depth}
+        channels, height, width = self.carried_shape
+        return {"num_channels": channels, "image_size_pixels": size_of(height, width), "bit_depth": self.bit_depth}
 
 
 class VectorEvent(EventType):
@@ -288,8 +288,9 @@ class LatentEvent(EventType):
 
     def fields(self) -> dict[str, Any]:
         """The latents; the first two fields describe them as an image of as many channels."""
-        channels, height, _ = self.facts.shape
-        return {"num_channels": channels, "image_size_pixels": height, "bit_depth": 8, "latents": self.facts}
+        channels, height, width = self.facts.shape
+        of_image = {"num_channels": channels, "image_size_pixels": size_of(height, width), "bit_depth": 8}
+        return of_image | {"latents": self.facts}
 
 
 class _Described(Protocol):
@@ -298,7 +299,7 @@ class _Described(Protocol):
     @property
     def num_channels(self) -> int: ...
     @property
-    def image_size_pixels(self) -> int: ...
+    def image_size_pixels(self) -> ImageSize: ...
     @property
     def vectors(self) -> VectorFacts | None: ...
     @property
@@ -311,8 +312,7 @@ def event_of(described: _Described, bit_depth: int) -> EventType:
         return VectorEvent(described.vectors)
     if described.latents is not None:
         return LatentEvent(described.latents)
-    size = described.image_size_pixels
-    return ImageEvent((described.num_channels, size, size), bit_depth)
+    return ImageEvent((described.num_channels, *height_and_width(described.image_size_pixels)), bit_depth)
 
 
 def encode_array(array: NDArray[Any]) -> bytes:

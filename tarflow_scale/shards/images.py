@@ -279,24 +279,29 @@ def _undecodable(origin: str, error: Exception) -> DataError:
 
 
 def resize_center_crop(
-    image: NDArray[np.uint8], size: int, resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
+    image: NDArray[np.uint8], size: tuple[int, int], resample: Literal["lanczos", "box", "bicubic"] = "lanczos"
 ) -> NDArray[np.uint8]:
-    """Resize the short side of an image ``(C, H, W)`` to ``size`` pixels, then crop the centre to a square.
+    """Resize an image ``(C, H, W)``, with its aspect ratio, until it just covers a size, then crop the centre.
+
+    Args:
+        image: the image.
+        size: height and width of the result in pixels.
+        resample: filter.
 
     Raises:
         DataError: the image is so long and narrow that the resized image would be too large.
     """
-    _, height, width = image.shape
-    scale = size / min(height, width)
-    new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
+    (_, height, width), (rows, columns) = image.shape, size
+    scale = max(rows / height, columns / width)
+    new_height, new_width = max(rows, round(height * scale)), max(columns, round(width * scale))
     if new_height * new_width > _MAX_PIXELS:
         raise DataError(
-            f"an image must not exceed {_MAX_PIXELS:,} pixels when its short side is resized to {size} (got "
+            f"an image must not exceed {_MAX_PIXELS:,} pixels when it is resized to cover {rows}x{columns} (got "
             f"{height}x{width}, resized {new_height}x{new_width}); remove it"
         )
     resized = np.asarray(to_pillow(image).resize((new_width, new_height), Image.Resampling[resample.upper()]))
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    cropped = resized[top : top + size, left : left + size]
+    top, left = (new_height - rows) // 2, (new_width - columns) // 2
+    cropped = resized[top : top + rows, left : left + columns]
     return cropped[None] if cropped.ndim == 2 else np.ascontiguousarray(cropped.transpose(2, 0, 1))
 
 

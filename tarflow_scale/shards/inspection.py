@@ -132,8 +132,8 @@ def _copies(splits: list[ShardSet]) -> list[str]:
     copies = duplicates.find_copies(duplicates.read_fingerprints([duplicates.text_of(fingerprints)]), image)
     split = np.repeat(np.arange(len(splits)), np.diff(firsts))
     names = [shards.manifest.split for shards in splits]
-    size = splits[0].manifest.image_size_pixels
-    return duplicates.described(copies, split, names, origins.__getitem__, size)
+    short_side = min(splits[0].manifest.event.carried_shape[1:])
+    return duplicates.described(copies, split, names, origins.__getitem__, short_side)
 
 
 def _columns(shards: ShardSet) -> list[tuple[str, str]]:

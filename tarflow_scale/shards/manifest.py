@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from tarflow_scale import storage
+from tarflow_scale.config.data import ImageSize
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import DataSetFacts, FileRecord, LatentFacts, Record, VectorFacts, canonical_json
 from tarflow_scale.shards.events import EventType, event_of
@@ -33,7 +34,7 @@ class Manifest(Record):
 
     name: str
     split: str
-    image_size_pixels: int = Field(ge=1)
+    image_size_pixels: ImageSize
     num_channels: int = Field(ge=1)
     class_names: tuple[str, ...]
     """Empty for a data set without labels."""

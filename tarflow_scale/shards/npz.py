@@ -53,15 +53,15 @@ def write_npz(path: str, location: str) -> int:
     """
     shards = ShardSet(path)
     manifest = shards.manifest
-    size, num = manifest.image_size_pixels, manifest.num_images
+    num, (_, height, width) = manifest.num_images, manifest.event.carried_shape
     with storage.writing(location) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = manifest.digest.encode()
         labels: list[NDArray[np.int64]] = []
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (num, size, size, 3)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num, height, width, 3)}
             np.lib.format.write_array_header_1_0(member, header)
             for batch in shards.batches(0, num, _BATCH):
-                rgb = np.broadcast_to(batch.events, (len(batch), 3, size, size))
+                rgb = np.broadcast_to(batch.events, (len(batch), 3, height, width))
                 member.write(rgb.transpose(0, 2, 3, 1).tobytes())
                 labels.append(batch.labels)
         if manifest.class_names:

@@ -1,5 +1,6 @@
 """Builds the flow for a data set."""
 
+from tarflow_scale.config.data import ImageSize, height_and_width
 from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.flows import Flow, build
@@ -18,7 +19,7 @@ def flow_of(model: ModelConfig, manifest: Manifest) -> Flow:
     return flow
 
 
-def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
+def seen_by_model(manifest: Manifest, crop_pixels: ImageSize | None) -> Manifest:
     """The manifest with the image size after cropping, which is the size that the model sees.
 
     Raises:
@@ -26,9 +27,10 @@ def seen_by_model(manifest: Manifest, crop_pixels: int | None) -> Manifest:
     """
     if crop_pixels is None:
         return manifest
-    if crop_pixels > manifest.image_size_pixels:
+    (rows, columns), (height, width) = map(height_and_width, (crop_pixels, manifest.image_size_pixels))
+    if rows > height or columns > width:
         raise DataError(
-            f"data.augmentation.crop_pixels must not exceed the image size (got {crop_pixels} and "
-            f"{manifest.image_size_pixels}); lower or remove data.augmentation.crop_pixels"
+            f"data.augmentation.crop_pixels must not exceed the image size (got {rows}x{columns} and {height}x"
+            f"{width}); lower or remove data.augmentation.crop_pixels"
         )
     return manifest.model_copy(update={"image_size_pixels": crop_pixels})

@@ -14,7 +14,7 @@ from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import card_named
 from tarflow_scale.capacity.steps import Cluster, curve, default_mfu, efficiency
 from tarflow_scale.capacity.tables import Answer, Sizes, print_answer
-from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.data import DataConfig, height_and_width
 from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.plan import GpusConfig, PlanConfig
 from tarflow_scale.errors import ConfigError
@@ -62,16 +62,17 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
                 f"model.class_conditional=true needs --classes with --image-size (got {asked.classes}); add --classes "
                 f"NUMBER, or set model.class_conditional=false"
             )
-        side = min(crop or asked.image_size, asked.image_size)
-        shape = (asked.channels, side, side)
+        height, width = height_and_width(asked.image_size)
+        rows, columns = height_and_width(crop or asked.image_size)
+        shape = (asked.channels, min(rows, height), min(columns, width))
         with torch.device("meta"):
             flow = build(model, shape, asked.classes or None)
-        stored = asked.channels * asked.image_size**2
+        stored = asked.channels * height * width
         return Sizes(shape, model_size(flow), stored, None, None, "the flags")
     if not storage.exists(storage.join(data.path, MANIFEST_NAME)):
         raise ConfigError(
-            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS, --classes "
-            f"NUMBER (0 for none), and --channels NUMBER if it is not 3"
+            f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS or "
+            f"HEIGHTxWIDTH, --classes NUMBER (0 for none), and --channels NUMBER if it is not 3"
         )
     manifest = read_manifest(data.path)
     seen = seen_by_model(manifest, crop)

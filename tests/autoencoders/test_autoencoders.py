@@ -176,7 +176,7 @@ def test_taef2_reconstructs_photographs() -> None:
             file = tar.extractfile(name)
             assert file is not None
             picture = np.array(Image.open(io.BytesIO(file.read())).convert("RGB")).transpose(2, 0, 1)
-            x = torch.from_numpy(resize_center_crop(picture, 256))[None] / 127.5 - 1
+            x = torch.from_numpy(resize_center_crop(picture, (256, 256)))[None] / 127.5 - 1
             direct = published(weights["decoder"], published(weights["encoder"], (x + 1) / 2, True), False)
             ours = autoencoder.decode(autoencoder.encode(x).mean)
             assert abs(psnr(ours, x) - psnr(2 * direct - 1, x)) < 0.01

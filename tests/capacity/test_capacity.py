@@ -403,6 +403,32 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
     assert "at most (the size without compression)" not in text
 
 
+def test_a_plan_for_a_rectangle_counts_its_own_sides(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """32x128 has as many tokens as 64x64, so the model has as many parameters; a set on disk has its own size."""
+    recipe = ["plan", str(RECIPES / "imagenet64-conditional.yaml"), *PLAN]
+    assert cli.main([*recipe, "--image-size", "32x128", "--classes", "1000"]) == 0
+    assert "466,286,784 parameters, for 3x32x128 (the flags)" in capsys.readouterr().out
+    for number in range(4):
+        path = tmp_path / f"images/{number % 2}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 6), (number, 0, 0)).save(path)
+    pack = ["prepare", "source.kind=folder", f"source.path={tmp_path}/images", f"shards.path={tmp_path}/data"]
+    assert cli.main([*pack, "split.test_fraction=0"]) == 0
+    models: list[str] = []
+    for flags in ([], ["--image-size", "6x10", "--classes", "2"]):
+        capsys.readouterr()
+        assert cli.main([*recipe, f"data.path={tmp_path}/data/train", *flags]) == 0
+        models += [line for line in capsys.readouterr().out.splitlines() if line.startswith("model")]
+    assert models[0].endswith(f"for 3x6x10 ({tmp_path}/data/train)")
+    assert models[0].partition(" (")[0] == models[1].partition(" (")[0]
+
+
+def test_a_plan_for_a_crop_is_for_the_smaller_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["plan", str(RECIPES / "imagenet64-conditional.yaml"), *PLAN, "data.augmentation.crop_pixels=[32,64]"]
+    assert cli.main([*recipe, "--image-size", "48", "--classes", "1000"]) == 0
+    assert "for 3x32x48 (the flags)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -415,6 +441,12 @@ def test_a_plan_reads_the_manifest_that_is_there(digits: Any, capsys: pytest.Cap
         (PLAN, "plan needs the data set data/imagenet64/train or its sizes (got neither); add --image-size PIXELS"),
         ([*PLAN, "--image-size", "64"], "model.class_conditional=true needs --classes with --image-size (got None)"),
         ([*PLAN, "--image-size", "65", "--classes", "9"], "must be multiples of model.patch_size"),
+        ([*PLAN, "--image-size", "64x65", "--classes", "9"], "must be multiples of model.patch_size"),
+        (
+            [*PLAN, "--image-size", "64x", "--classes", "9"],
+            "plan.image_size: a size must be a number of pixels, at least 1, or a height and a width, such as 192x128 "
+            "(got '64x')",
+        ),
         (
             ["--gpus", "64", "--gpu", "h100", "--image-size", "64", "--classes", "9"],
             "(got 256 and 32 x 64 = 2048); use training.global_batch_size=2048, or training.micro_batch_size=4",

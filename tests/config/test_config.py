@@ -269,6 +269,26 @@ def test_all_mistakes_are_reported_at_once(base: Path) -> None:
         load_config(TrainConfig, base, ["model.patch_size=0", "optimizer.peak_lr=0"])
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("16", 16), ("[16, 16]", 16), ("16x16", 16), ("[192, 128]", (192, 128)), ("192x128", (192, 128)), ("null", None)],
+)
+def test_a_size_is_one_number_for_a_square(given: str, size: int | tuple[int, int] | None) -> None:
+    source = ["source.kind=folder", "source.path=d", "shards.path=s"]
+    config = load_config(PrepareConfig, None, [*source, f"source.size_pixels={given}"])
+    assert config.source.size_pixels == size
+    stored = config.model_dump(mode="json")
+    assert stored["source"]["size_pixels"] == (list(size) if isinstance(size, tuple) else size)
+    assert PrepareConfig.model_validate(stored) == config
+
+
+@pytest.mark.parametrize("given", ["0", "[8, 0]", "[1, 2, 3]", "[8]", "8x", "8x8x8", "2.5", "{h: 8}", "wide"])
+def test_what_is_no_size_is_named(given: str) -> None:
+    source = ["source.kind=folder", "source.path=d", "shards.path=s"]
+    with pytest.raises(ConfigError, match=r"^source.size_pixels: a size must be a number of pixels, .*\(got [^()]*\)$"):
+        load_config(PrepareConfig, None, [*source, f"source.size_pixels={given}"])
+
+
 def test_overrides_win_and_defaults_fill_in(base: Path) -> None:
     config = load_config(TrainConfig, base, ["optimizer.peak_lr=1e-4", "training.seed=7", "model.layers_per_block=[3]"])
     assert config.optimizer.peak_lr == 1e-4

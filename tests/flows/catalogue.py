@@ -153,7 +153,7 @@ def autoregressive(kind: str, name: str, **settings: object) -> FlowCase:
     return FlowCase(
         name=f"{kind}_{name}",
         config=config.model_validate(base | settings),
-        event_shape=(1, 3, 3),
+        event_shape=(1, 2, 4),
         density_shape=(1, 1, 2),
         cautious=("",),
         activations=("keep", "checkpoint"),
@@ -166,7 +166,7 @@ def continuous(name: str, **settings: object) -> FlowCase:
     return FlowCase(
         name=f"continuous_{name}",
         config=ContinuousConfig.model_validate(base | settings),
-        event_shape=(1, 3, 3),
+        event_shape=(1, 2, 4),
         density_shape=(1, 1, 2),
         cautious=(),
         activations=("keep",),

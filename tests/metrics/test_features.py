@@ -66,6 +66,19 @@ def test_inception_runs_with_weights_of_the_expected_digest(tmp_path: Path) -> N
     assert torch.equal(found, extract(grey.expand(-1, 3, -1, -1))["spatial"])
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+def test_inception_stretches_both_sides_to_its_own_size(axis: int, tmp_path: Path) -> None:
+    """An image that is constant along one side stays so; 23 pixels become 299, and the other side is unchanged."""
+    weights = random_weights(tmp_path / "weights.pth")
+    extract = open_extractor(wanted(INCEPTION, storage.digest(weights)), {INCEPTION: str(weights)}, CPU)
+    line = torch.randint(0, 256, (1, 3, 299, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    narrow, wide = line.expand(-1, -1, -1, 23), line.expand(-1, -1, -1, 299)
+    if axis == 2:
+        narrow, wide = narrow.mT, wide.mT
+    assert narrow.shape[axis] == 23
+    assert torch.equal(extract(narrow)["pool"], extract(wide)["pool"])
+
+
 class Malicious:
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (Path("ran"),)

@@ -21,6 +21,7 @@ from tarflow_scale.shards.images import (
     image_size,
     reduce_depth,
     resize_center_crop,
+    to_pillow,
 )
 
 
@@ -251,8 +252,8 @@ def test_an_image_bomb_is_refused_by_its_header(width: int, height: int) -> None
 
 
 def test_a_thread_is_not_resized() -> None:
-    with pytest.raises(DataError, match=r"when its short side is resized to 64 \(got 1x1000000, resized"):
-        resize_center_crop(np.zeros((3, 1, 1_000_000), np.uint8), 64)
+    with pytest.raises(DataError, match=r"when it is resized to cover 64x64 \(got 1x1000000, resized"):
+        resize_center_crop(np.zeros((3, 1, 1_000_000), np.uint8), (64, 64))
 
 
 def test_the_same_fault_has_the_same_words() -> None:
@@ -268,10 +269,33 @@ def test_the_same_fault_has_the_same_words() -> None:
 def test_crop_takes_the_centre_of_the_short_side(height: int, width: int) -> None:
     row, column = np.mgrid[0:height, 0:width]
     image = np.stack([row * 255 / height, column * 255 / width, row * 0]).astype(np.uint8)
-    square = resize_center_crop(image, 16)
+    square = resize_center_crop(image, (16, 16))
     assert square.shape == (3, 16, 16)
     assert abs(float(square[0].mean()) - float(image[0].mean())) < 8  # centred, to half a pixel
     assert abs(float(square[1].mean()) - float(image[1].mean())) < 8
+
+
+COVER = {
+    "too wide": ((40, 60), (12, 18), (0, 5)),
+    "too high": ((60, 30), (16, 8), (2, 0)),
+    "of another size alone": ((9, 6), (12, 8), (0, 0)),
+    "rounded": ((37, 53), (12, 17), (0, 4)),
+    "as it is": ((12, 8), (12, 8), (0, 0)),
+}
+"""Sizes (height, width) of an image, of what covers 12x8 pixels, and the corner of the crop, by hand."""
+
+
+@pytest.mark.parametrize("case", COVER)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_rectangle_is_the_centre_of_what_pillow_resizes(case: str, channels: int) -> None:
+    (height, width), (rows, columns), (top, left) = COVER[case]
+    image = np.random.default_rng(0).integers(0, 256, (channels, height, width), np.uint8)
+    resized = to_pillow(image).resize((columns, rows), Image.Resampling.LANCZOS)
+    expected = np.asarray(resized.crop((left, top, left + 8, top + 12))).reshape(12, 8, channels)
+    assert np.array_equal(resize_center_crop(image, (12, 8)), expected.transpose(2, 0, 1))
+    turned = to_pillow(image.transpose(0, 2, 1)).resize((rows, columns), Image.Resampling.LANCZOS)
+    expected = np.asarray(turned.crop((top, left, top + 12, left + 8))).reshape(8, 12, channels)
+    assert np.array_equal(resize_center_crop(image.transpose(0, 2, 1), (8, 12)), expected.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -320,3 +344,11 @@ def test_contact_sheet_places_images_row_by_row() -> None:
     assert sheet[0, 3, 9] == 20
     assert sheet[0, 9, 3] == 30
     assert sheet[0, 0, 0] == sheet[0, 10, 10] == 255
+    sheet = decode_image(contact_sheet(images[:, :, :1], columns=2), "sheet")
+    assert sheet[0].tolist() == [
+        [255] * 7,
+        [255, 10, 10, 255, 20, 20, 255],
+        [255] * 7,
+        [255, 30, 30, *[255] * 4],
+        [255] * 7,
+    ]

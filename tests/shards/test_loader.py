@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tarflow_scale import storage
-from tarflow_scale.config.data import DataConfig
+from tarflow_scale.config.data import DataConfig, size_of
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards import loader as loader_module
 from tarflow_scale.shards.images import encode_png
@@ -463,33 +463,36 @@ def test_sets_that_do_not_fit_or_get_no_slot_are_refused(tmp_path: Path) -> None
         open_mix(DataConfig(path=str(a)), 31, 0)
 
 
-def test_augmentation_follows_seed_epoch_and_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "crop"), [((8, 8), (6, 6)), ((6, 9), (5, 7)), ((9, 4), (7, 4))])
+def test_augmentation_follows_seed_epoch_and_sample(
+    size: tuple[int, int], crop: tuple[int, int], tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (40, 3, 8, 8), np.uint8)
+    images = rng.integers(0, 256, (40, 3, *size), np.uint8)
     samples = [Sample(f"{i:03d}", image, 0) for i, image in enumerate(images)]
     record = PackedShard.of("train-00000.tar", samples).write(str(tmp_path))
     facts = ShardSet(str(pack(tmp_path / "x", [2]))).manifest
-    update = {"image_size_pixels": 8, "num_channels": 3, "class_names": ("a",), "shards": (record,)}
+    update = {"image_size_pixels": size_of(*size), "num_channels": 3, "class_names": ("a",), "shards": (record,)}
     publish_manifest(str(tmp_path), facts.model_copy(update=update))
-    config = DataConfig.model_validate({"path": str(tmp_path), "augmentation": {"flip": True, "crop_pixels": 6}})
+    config = DataConfig.model_validate({"path": str(tmp_path), "augmentation": {"flip": True, "crop_pixels": crop}})
     mix = open_mix(config, 4, 0)
     batches = take(loaders(mix, config), 0, 20)
     assert same(take(loaders(mix, config, ranks=2), 0, 20), batches)
     assert not same(take(loaders(mix, config, seed=4), 0, 20), batches)
-    kinds = set()
+    kinds, (height, width) = set(), crop
     for image, sample in [(im, s) for b in batches for im, s in zip(b.events, b.samples, strict=True)]:
         found = [
             (flip, top, left)
             for flip in (0, 1)
-            for top in range(3)
-            for left in range(3)
-            if np.array_equal(image, images[sample][:, top : top + 6, left : left + 6][:, :, :: 1 - 2 * flip])
+            for top in range(size[0] - height + 1)
+            for left in range(size[1] - width + 1)
+            if np.array_equal(image, images[sample][:, top : top + height, left : left + width][:, :, :: 1 - 2 * flip])
         ]
         assert len(found) == 1
         kinds.add(found[0])
-    assert len(kinds) == 18
+    assert len(kinds) == 2 * (size[0] - height + 1) * (size[1] - width + 1)
     flips_only = replace(loaders(mix, config)[0], config=DataConfig.model_validate({"path": str(tmp_path)}))
-    assert next(flips_only.batches(0)).events.shape == (4, 3, 8, 8)
+    assert next(flips_only.batches(0)).events.shape == (4, 3, *size)
 
 
 def test_a_missing_shard_is_an_error_before_the_first_step(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tarflow_scale import cli
 from tarflow_scale.errors import DataError
+from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.npz import write_npz
 from tarflow_scale.shards.reader import ShardSet
 
@@ -25,6 +26,20 @@ def test_it_holds_images_in_order_with_three_channels_and_labels(
     for channel in range(3):
         assert (images[..., channel] == batch.events[:, 0]).all()
     assert (labels == batch.labels).all()
+
+
+def test_rectangles_keep_their_height_and_width(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 6, 4), np.uint8)
+    for number, image in enumerate(images):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.png").write_bytes(encode_png(image))
+    arguments = ["source.kind=folder", f"source.path={tmp_path}/images", "split.test_fraction=0"]
+    assert cli.main(["prepare", *arguments, f"shards.path={tmp_path}/data"]) == 0
+    assert write_npz(f"{tmp_path}/data/train", f"{tmp_path}/out.npz") == 5
+    packed = ShardSet(f"{tmp_path}/data/train").take(np.arange(5)).events
+    with np.load(tmp_path / "out.npz") as file:
+        assert np.array_equal(file["arr_0"], packed.transpose(0, 2, 3, 1))
+    assert sorted(map(bytes, packed)) == sorted(map(bytes, images))
 
 
 def test_a_damaged_data_set_leaves_no_file(digits: Path, tmp_path: Path) -> None:

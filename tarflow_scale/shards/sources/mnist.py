@@ -129,9 +129,9 @@ def _read_npz(path: str) -> tuple[dict[tuple[str, str], NDArray[np.uint8]], list
 
 
 def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8], origin: str) -> None:
-    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
+    if images.dtype != np.uint8 or images.ndim != 3:
         raise DataError(
-            f"images must be square, (n, H, H) uint8 (got {images.shape} {images.dtype} in {origin}); convert them"
+            f"images must be an array (n, H, W) of uint8 (got {images.shape} {images.dtype} in {origin}); convert them"
         )
     integers = np.issubdtype(labels.dtype, np.integer)
     if not integers or labels.shape != (len(images),) or len(labels) == 0 or int(labels.min()) < 0:

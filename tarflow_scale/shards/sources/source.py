@@ -1,12 +1,14 @@
 """`ImageSource`, the interface of all sources of ``prepare``; `EncodedSource`, the base of sources of image files."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tarflow_scale.config.data import height_and_width
 from tarflow_scale.config.prepare import SourceConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.events import EventType, ImageEvent
@@ -156,49 +158,55 @@ class EncodedSource(ImageSource):
         turned = "turned upright" if config.orientation == "apply" else "orientation tags ignored"
         over = "refused" if config.transparency == "refuse" else f"over {config.transparency}"
         size = "in their size"
-        if config.resize == "center_crop":
-            size = f"short side to {config.size_pixels} pixels ({config.resample}), then centre crop"
+        if config.resize == "center_crop" and config.size_pixels is not None:
+            height, width = height_and_width(config.size_pixels)
+            to = f"short side to {height}" if height == width else f"scaled to cover {height}x{width}"
+            size = f"{to} pixels ({config.resample}), then centre crop"
         self.description = ", ".join([*filter(None, parts), turned, f"transparency {over}", size])
 
     def _settle_shape(self) -> None:
         """Determine the shape of the packed images from a few images, evenly spaced in the source.
 
-        If any of these has colours, all become RGB. Without ``size_pixels``, the first usable image sets the size.
+        If any of these has colours, all become RGB. Without ``size_pixels``, the most frequent size among these images
+        is used; of equally frequent sizes, the first.
         """
         self.check_labels()
         skip_bad = self._config.bad_images == "skip"
-        channels, first_fault = 1, None
-        usable: list[int] = []
+        shapes: dict[int, tuple[int, int, int]] = {}
+        first_fault = None
         for number in np.unique(np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int)).tolist():
             try:
-                channels = max(channels, image_size(self.encoded(number), self.place(number), self.reading)[0])
-                usable.append(number)
+                shapes[number] = image_size(self.encoded(number), self.place(number), self.reading)
             except DataError as error:
                 first_fault = first_fault or error
         if first_fault is not None and not skip_bad:
             raise BadImage(str(first_fault)) from first_fault
-        for number in usable:
+        if shapes:
+            asked, frequent = self._config.size_pixels, Counter(shape[1:] for shape in shapes.values()).most_common(1)
+            size = frequent[0][0] if asked is None else height_and_width(asked)
+            self._shape = (max(shape[0] for shape in shapes.values()), *size)
+        found = False
+        for number, shape in shapes.items():
             try:
-                size = self._square_size(self._decoded(number), number)
+                if self._config.resize == "refuse":
+                    self._check_size(shape, number)
+                if not found:
+                    self._decoded(number)  # the header may be intact in a file that cannot be decoded
+                    found = True
             except BadImage as error:
                 if not skip_bad:
                     raise
                 first_fault = first_fault or error
-            else:
-                self._shape = (channels, size, size)
-                return
-        assert first_fault is not None
-        raise BadImage(f"none of the {_SAMPLED} images that were tried can be used, for example: {first_fault}")
+        if not found:
+            raise BadImage(f"none of the {_SAMPLED} images that were tried can be used, for example: {first_fault}")
 
-    def _square_size(self, image: NDArray[np.uint8], number: int) -> int:
-        _, height, width = image.shape
-        size = self._config.size_pixels or height
-        if self._config.resize == "refuse" and (height, width) != (size, size):
+    def _check_size(self, shape: tuple[int, ...], number: int) -> None:
+        _, height, width = self.shape
+        if shape[1:] != (height, width):
             raise BadImage(
-                f"images must be squares of the same size (got {height}x{width} for {self.place(number)}, not "
-                f"{size}x{size}); set source.resize=center_crop and source.size_pixels"
+                f"all images must have the same size (got {shape[1]}x{shape[2]} for {self.place(number)}, not "
+                f"{height}x{width}); set source.resize=center_crop and source.size_pixels"
             )
-        return size
 
     def _image(self, number: int) -> NDArray[np.uint8]:
         """Image ``number`` in the shape of the data set.
@@ -210,7 +218,7 @@ class EncodedSource(ImageSource):
         image, shape, place = self._decoded(number), self.shape, self.place(number)
         if self._config.resize == "center_crop":
             try:
-                image = resize_center_crop(image, shape[1], self._config.resample)
+                image = resize_center_crop(image, shape[1:], self._config.resample)
             except DataError as error:
                 raise BadImage(f"{place}: {error}") from error
         if image.shape[0] == 1 and shape[0] == 3:
@@ -219,11 +227,7 @@ class EncodedSource(ImageSource):
             raise BadImage(
                 f"images must be all grey or all coloured (got a colour image, {place}, among grey ones); convert them"
             )
-        if image.shape != shape:
-            raise BadImage(
-                f"all images must have the same shape (got {image.shape} for {place}, not {shape}); "
-                f"set source.resize=center_crop and source.size_pixels"
-            )
+        self._check_size(image.shape, number)
         return image
 
     def _decoded(self, number: int) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from tarflow_scale import storage
+from tarflow_scale.config.data import size_of
 from tarflow_scale.config.prepare import SourceConfig, SplitConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.shards.images import Reading, image_extension, image_size
@@ -53,7 +54,7 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
 
     Raises:
         DataError: the tars cannot be used in place, because a tar is damaged, the tars belong to different splits, the
-            images are not squares of one size, or training would not find an image or a label.
+            images differ in size, or training would not find an image or a label.
     """
     path, reading = config.path or "", reading_of(config)
     if storage.exists(path) and not storage.is_folder(path):
@@ -67,14 +68,14 @@ def index_tars(config: SourceConfig, num_workers: int = 1) -> tuple[Manifest, li
     class_names, _ = classes_of_tars(scanned, config)
     shapes = {shape: place for tar in reversed(tars) for shape, place in tar.shapes.items()}
     sizes = {shape[1:] for shape in shapes}
-    if len(sizes) > 1 or any(height != width for height, width in sizes):
+    if len(sizes) > 1:
         got = ", ".join(f"{h}x{w} for {where}" for (_, h, w), where in list(shapes.items())[:2])
-        raise DataError(f"images must be squares of the same size (got {got}); {_AGAIN}")
+        raise DataError(f"all images must have the same size (got {got}); {_AGAIN}")
     indexes = [tar.index for tar in tars]
     manifest = Manifest(
         name=storage.base_name(path),
         split="train",
-        image_size_pixels=next(iter(sizes))[0],
+        image_size_pixels=size_of(*next(iter(sizes))),
         num_channels=max(shape[0] for shape in shapes),
         class_names=class_names,
         bit_depth=8,

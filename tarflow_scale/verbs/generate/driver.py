@@ -19,6 +19,7 @@ import torch
 
 from tarflow_scale import storage
 from tarflow_scale.config.cluster import ClusterConfig
+from tarflow_scale.config.data import size_of
 from tarflow_scale.config.generate import GenerateConfig, GeneratedShardsConfig, SeededSamplingConfig
 from tarflow_scale.config.sampling import DecoderConfig, SamplingConfig
 from tarflow_scale.config.versions import VersionConfig
@@ -238,7 +239,7 @@ def resolved_plan(
         sampling=settings,
         labels=rule if flow.num_classes else "none",
         class_names=version.trained_on.class_names,
-        image_size_pixels=1 if len(event.shape) == 1 else event.shape[1],
+        image_size_pixels=1 if len(event.shape) == 1 else size_of(*event.shape[1:]),
         num_channels=event.shape[0],
         pixels=version.pixels,
         device="cuda" if cluster.gpus_per_worker else "cpu",
@@ -307,8 +308,8 @@ def _write_grid(registry: str, path: str, plan: GenerationPlan) -> None:
         return
     classes = len(plan.class_names)
     columns = classes * max(1, _GRID_COLUMNS // classes) if 0 < classes <= 2 * _GRID_COLUMNS else _GRID_COLUMNS
-    zoom = max(1, min(_GRID_ZOOM, _GRID_PIXELS // (columns * (plan.image_size_pixels + 1))))
     batch = next(ShardSet(path).batches(0, min(_GRID_IMAGES, plan.num_images), _GRID_IMAGES))
+    zoom = max(1, min(_GRID_ZOOM, _GRID_PIXELS // (columns * (batch.events.shape[-1] + 1))))
     labelled = plan.labels != "none" and plan.class_names
     names = [plan.class_names[label] for label in batch.labels] if labelled else None
     storage.write_bytes(storage.join(path, _GRID), contact_sheet(batch.events, columns, zoom, names))

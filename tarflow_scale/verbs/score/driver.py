@@ -308,7 +308,7 @@ def _write_maps(scoring: ScoringConfig, data: str, flow: Flow, likelihood: NDArr
     images, nats = (np.concatenate(arrays) for arrays in zip(*maps, strict=True))
     rgb = np.broadcast_to(images, (len(chosen), 3, *images.shape[2:]))
     pairs = np.stack([rgb, overlaid(images, nats)], axis=1)[np.argsort(order)]
-    zoom = max(1, _MAP_PIXELS // pairs.shape[-1])
+    zoom = max(1, _MAP_PIXELS // max(pairs.shape[-2:]))
     sheet = contact_sheet(pairs.reshape(-1, *pairs.shape[2:]), 2 * _MAP_COLUMNS, zoom)
     storage.write_bytes(storage.join(scoring.path, _MAPS), sheet)
 

@@ -206,13 +206,22 @@ def floats(path: Path) -> str:
         (single_array, r"a.npz is not an .npz file of plain arrays"),
         (other_names, r"must hold train_x or x_train \(got images\)"),
         (fewer_labels, r"a whole number of at least 0 \(got labels \(9,\) uint8 in test"),
-        (floats, r"images must be square, \(n, H, H\) uint8 \(got \(30, 6, 6\) float32 in train"),
+        (floats, r"images must be an array \(n, H, W\) of uint8 \(got \(30, 6, 6\) float32 in train"),
     ],
 )
 def test_damage_is_named(make: Callable, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_scale.shards.sources.mnist._MAX_FILE_BYTES", 10_000)
     with pytest.raises(DataError, match=message):
         open_source(SourceConfig(kind="mnist", path=make(tmp_path)))
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", **{name: array[:, :, :4] if array.ndim == 3 else array for name, array in ARRAYS.items()}
+    )
+    source = open_source(SourceConfig(kind="mnist", path=str(tmp_path / "a.npz")))
+    assert source.shape == (1, 6, 4)
+    assert np.array_equal(source.image(0)[0], ARRAYS["train_x"][0, :, :4])
 
 
 def test_arrays_that_are_neither_train_nor_test_are_reported(tmp_path: Path) -> None:

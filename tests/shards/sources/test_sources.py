@@ -46,13 +46,36 @@ def test_a_folder_gives_classes_in_alphabetical_order(tmp_path: Path) -> None:
 def test_several_sizes_need_a_rule(tmp_path: Path) -> None:
     write(tmp_path / "a/1.png", (3, 8, 8))
     write(tmp_path / "a/2.png", (3, 8, 12))
+    with pytest.raises(DataError, match=r"the same size \(got 8x12 for .*2.png, not 8x8\); set source.resize"):
+        open_source(folder(tmp_path))
+    with pytest.raises(DataError, match=r"the same size \(got 8x8 for .*1.png, not 8x12\); set source.resize"):
+        open_source(folder(tmp_path, size_pixels=[8, 12]))
+    for size, shape in ((6, (3, 6, 6)), ([6, 9], (3, 6, 9))):
+        source = open_source(folder(tmp_path, resize="center_crop", size_pixels=size))
+        assert source.image(0).shape == source.image(1).shape == source.shape == shape
+
+
+def test_rectangles_of_one_size_need_no_rule(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"a/{number}.png", (3, 8, 12), number)
     source = open_source(folder(tmp_path))
-    with pytest.raises(
-        DataError, match=r"the same shape \(got \(3, 8, 12\) for .*2.png, not \(3, 8, 8\)\); set source.resize"
-    ):
-        source.image(1)
-    source = open_source(folder(tmp_path, resize="center_crop", size_pixels=6))
-    assert source.image(0).shape == source.image(1).shape == (3, 6, 6)
+    assert str(source.event) == "3x8x12 images, 8 bit"
+    assert source.image(2).shape == (3, 8, 12)
+
+
+def test_the_most_frequent_size_is_kept_where_others_are_skipped(tmp_path: Path) -> None:
+    for number, width in enumerate((8, 12, 12)):
+        write(tmp_path / f"a/{number}.png", (3, 8, width), number)
+    source = open_source(folder(tmp_path, bad_images="skip"))
+    assert source.shape == source.image(1).shape == (3, 8, 12)
+    with pytest.raises(DataError, match=r"the same size \(got 8x8 for .*0.png, not 8x12\)"):
+        source.image(0)
+
+
+def test_the_size_in_the_description_is_that_of_the_crop(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.png", (3, 8, 12))
+    source = open_source(folder(tmp_path, resize="center_crop", size_pixels="4x2"))
+    assert source.description.endswith("scaled to cover 4x2 pixels (lanczos), then centre crop")
 
 
 def test_a_grey_image_among_coloured_ones_is_coloured(tmp_path: Path) -> None:

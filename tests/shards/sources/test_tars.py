@@ -155,6 +155,27 @@ def test_tars_in_place_that_cannot_be_used_are_refused(tmp_path: Path, capsys: p
     assert "the name of a shard must consist of letters, digits and ._-" in capsys.readouterr().err
 
 
+def test_rectangles_are_indexed_in_place_if_they_have_one_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {"one": [(3, 6, 9)] * 3, "two": [(3, 6, 9), (3, 9, 6)]}
+    for name, sizes in shapes.items():
+        (tmp_path / name).mkdir()
+        pixels = [np.full(shape, number, np.uint8) for number, shape in enumerate(sizes)]
+        tar_of(tmp_path / name / "a.tar", [(f"{i}.png", encode_png(image)) for i, image in enumerate(pixels)])
+    arguments = ["prepare", "source.kind=webdataset", "source.in_place=true"]
+    assert cli.main([*arguments, f"source.path={tmp_path}/one", f"shards.path={tmp_path}/one"]) == 0
+    shards = ShardSet(f"{tmp_path}/one")
+    assert shards.manifest.image_size_pixels == (6, 9)
+    assert np.array_equal(shards.take(np.arange(3)).events[:, 0, 5, 8], [0, 1, 2])
+    assert cli.main(["prepare", "--check", f"{tmp_path}/one"]) == 0
+    assert cli.main([*arguments, f"source.path={tmp_path}/two", f"shards.path={tmp_path}/two"]) == 2
+    said = capsys.readouterr().err
+    assert "all images must have the same size (got 6x9 for" in said
+    assert ", 9x6 for" in said
+    assert [file.name for file in (tmp_path / "two").iterdir()] == ["a.tar"]
+
+
 def test_tars_in_place_may_use_the_same_keys_but_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         tar_of(tmp_path / f"{name}.tar", [(f"{i}.png", encode_png(images(1)[0])) for i in range(3)])
