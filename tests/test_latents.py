@@ -155,7 +155,11 @@ def test_settings_that_do_not_fit_latents_are_one_line(
     refused(capsys, arguments(top, "autoencoder=null", run="no"), "the section autoencoder")
     refused(capsys, arguments(top, "autoencoder.model=other", run="no"), "the one that made the latents")
     refused(capsys, arguments(top, "training.noise={kind: uniform}", run="no"), "training.noise.kind must be gaussian")
-    refused(capsys, arguments(top, "data.augmentation.crop_pixels=2", run="no"), "crop_pixels is for images")
+    refused(
+        capsys,
+        arguments(top, "data.augmentation.crop_pixels=2", run="no"),
+        "data.augmentation.crop_pixels needs images",
+    )
     images = [f"data.path={digits}/train", "validation=null", "data.augmentation.flip=false"]
     refused(capsys, arguments(top, *images, run="no"), "the section autoencoder")
     assert not (top / "no").exists()
@@ -163,7 +167,9 @@ def test_settings_that_do_not_fit_latents_are_one_line(
     encode = ["encode", f"registry.path={top}/registry", "registry.model=autoencoder", "cluster.executor=local"]
     assert cli.main([*encode, f"data.path={digits}", f"shards.path={plain}"]) == 0
     refused(
-        capsys, arguments(top, f"data.path={plain}/train", "validation=null", run="no"), "data.augmentation.flip is for"
+        capsys,
+        arguments(top, f"data.path={plain}/train", "validation=null", run="no"),
+        "data.augmentation.flip needs images, or latents",
     )
     score = ["score", f"registry.path={top}/registry", "registry.model=flow", f"data.path={digits}/test"]
     more = [f"calibration.path={digits}/test", f"scoring.path={tmp_path}/scores"]
