@@ -12,7 +12,7 @@ from tarflow_scale.autoencoders.rendering import Renderer
 from tarflow_scale.autoencoders.stored import AUTOENCODER_FILES, autoencoder_from_files, digest_of
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, DataError, RegistryError
-from tarflow_scale.flows import Flow, load_flow
+from tarflow_scale.flows import Flow, TarFlow, load_flow
 from tarflow_scale.flows.weights import flow_from_files
 from tarflow_scale.records import Calibration
 from tarflow_scale.registry import Registry
@@ -33,19 +33,25 @@ EXPORTED = "version.json"
 """Name of the file that ``models export`` writes beside the flow; it contains the record of the version."""
 
 
-def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None = None) -> Flow:
+def load(
+    source: str | os.PathLike[str],
+    registry: str | os.PathLike[str] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Flow:
     """Load a flow, in evaluation mode on the CPU.
 
     Args:
         source: a folder or URL that `save_flow`, ``train`` or ``models export`` wrote; or, with ``registry``,
             ``model@version``, where the version is a number, an alias or ``latest``.
         registry: folder or URL of a registry.
+        size: height and width of the images to sample, in pixels, if they differ from those of training; a TarFlow
+            with rotary positions supports this.
 
     Returns:
         The flow, including its class names if they were stored.
 
     Raises:
-        UserError: the flow does not exist or cannot be read.
+        UserError: the flow does not exist or cannot be read, or does not support the size.
     """
     name = os.fspath(source)
     model, separator, reference = name.partition("@")
@@ -54,7 +60,7 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
             raise RegistryError(
                 f"a version must be given as model@version (got {name!r}); write, for example, digits@champion"
             )
-        return _fast(load_version(os.fspath(registry), model, reference))
+        return _fast(_resized(load_version(os.fspath(registry), model, reference), size))
     if model and reference and "/" not in name and not storage.list_names(name):
         raise RegistryError(
             f"a version must be loaded from a registry (got {name!r} without one); call load({name!r}, registry=PATH)"
@@ -64,7 +70,7 @@ def load(source: str | os.PathLike[str], registry: str | os.PathLike[str] | None
     attach_renderer(flow, {file: storage.read_bytes(location) for file, location in files.items()}, name)
     if flow.num_classes and not flow.class_names:
         flow.class_names = _exported_names(storage.join(name, EXPORTED))
-    return _fast(flow)
+    return _fast(_resized(flow, size))
 
 
 def attach_renderer(flow: Flow, files: Mapping[str, bytes], origin: str) -> None:
@@ -93,6 +99,23 @@ def _exported_names(location: str) -> tuple[str, ...]:
             f"{location} must be a file that 'models export' wrote (got {type(error).__name__} when reading it); "
             f"export the version again"
         ) from error
+
+
+def _resized(flow: Flow, size: tuple[int, int] | None) -> Flow:
+    if size is None or tuple(flow.shown_shape[1:]) == tuple(size):
+        return flow
+    if not isinstance(flow, TarFlow):
+        raise ConfigError(f"size needs a TarFlow with rotary positions (got {type(flow).__name__}); leave size out")
+    factor = flow.shown_shape[1] // flow.event_shape[1]
+    if size[0] % factor or size[1] % factor:
+        raise ConfigError(
+            f"both sides of size must be multiples of the autoencoder's factor {factor} (got {size[0]}x{size[1]}); "
+            f"change size"
+        )
+    try:
+        return flow.resized(size[0] // factor, size[1] // factor)
+    except ValueError as error:
+        raise ConfigError(f"size: {error}") from error
 
 
 def _fast(flow: Flow) -> Flow:

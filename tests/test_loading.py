@@ -11,6 +11,7 @@ import tarflow_scale
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import save_flow
 from tests.conftest import Trained
+from tests.flows.catalogue import FLOWS
 
 
 def test_load_from_a_registry_and_from_a_folder(trained: Trained) -> None:
@@ -56,6 +57,23 @@ def test_a_loaded_version_knows_its_classes(trained: Trained, tmp_path: Path) ->
     by_path = tarflow_scale.load(tmp_path)
     with pytest.raises(ValueError, match="labels must be numbers if the names of classes are not known"):
         by_path.sample(2, y="7")
+
+
+def test_a_flow_with_rotary_positions_samples_another_size(trained: Trained, tmp_path: Path) -> None:
+    (case,) = (case for case in FLOWS if case.name == "tarflow_starflow")
+    save_flow(case.flow(torch.float32), tmp_path)
+    flow, larger = tarflow_scale.load(tmp_path), tarflow_scale.load(tmp_path, size=(6, 8))
+    assert flow.sample(2, 1, seed=0).shape == (2, 1, 4, 6)
+    x = larger.sample(2, 1, seed=0)
+    assert x.shape == (2, 1, 6, 8)
+    assert larger.decoder is not None  # the fast one
+    with torch.no_grad():
+        z, _ = larger(x, torch.tensor([1, 1]))
+        assert (larger.inverse(z, 1) - x).abs().max() < 1e-4
+    with pytest.raises(UserError, match=r"size: image height and width must be multiples of model.patch_size"):
+        tarflow_scale.load(tmp_path, size=(5, 8))
+    with pytest.raises(UserError, match="size: images of another size need model.positions=rotary"):
+        tarflow_scale.load("small@1", registry=trained.registry, size=(16, 16))
 
 
 def test_what_is_loaded_in_inference_mode_works_outside(trained: Trained) -> None:

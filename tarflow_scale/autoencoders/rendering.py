@@ -26,8 +26,11 @@ class Renderer:
     def __init__(self, autoencoder: Autoencoder, latents: LatentFacts) -> None:
         self._autoencoder = autoencoder
         self._latents = latents
-        self.image_shape = latents.image_shape
-        """``(K, H, W)`` of an image."""
+
+    def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """``(K, H, W)`` of the image of a latent ``(C, h, w)``."""
+        factor = self._autoencoder.factor
+        return self._autoencoder.num_channels, latent_shape[1] * factor, latent_shape[2] * factor
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:

@@ -42,7 +42,9 @@ Decode = Callable[[Tensor, Condition, Guidance | None], Tensor]
 class Rendering(Protocol):
     """Turns latents ``(B, C, h, w)`` into images; see `tarflow_scale.autoencoders.rendering`."""
 
-    image_shape: tuple[int, int, int]
+    def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """``(K, H, W)`` of the image of a latent ``(C, h, w)``."""
+        ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Images on about [-1, 1]."""

@@ -133,7 +133,7 @@ class Flow(Bijection):
     @property
     def shown_shape(self) -> tuple[int, ...]:
         """Shape of a sample: of an image if a `renderer` turns events into images, else of an event."""
-        return self.event_shape if self.renderer is None else self.renderer.image_shape
+        return self.event_shape if self.renderer is None else self.renderer.image_shape(self.event_shape)
 
     def shown(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
         """Events as samples: latents as images if there is a `renderer`, other events unchanged."""
