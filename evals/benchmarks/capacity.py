@@ -34,7 +34,8 @@ from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.memory import Ranks, memory_of
 from tarflow_scale.capacity.steps import RECOMPUTING, traffic_of
 from tarflow_scale.config.model import GlowConfig, ModelConfig, TarFlowConfig
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.flows import build
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.processes import leave

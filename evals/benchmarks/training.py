@@ -36,7 +36,8 @@ import torch
 from evals.benchmarks.measuring import Figure, synchronize, write_results
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
 from tarflow_scale.config.model import TarFlowConfig
-from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
 from tarflow_scale.runtime.processes import leave
 from tarflow_scale.runtime.provenance import peak_memory_bytes

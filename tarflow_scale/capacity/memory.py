@@ -28,7 +28,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.config.train import ParallelismConfig, Recipe
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import Recipe
 
 __all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of", "memory_per_rank"]
 

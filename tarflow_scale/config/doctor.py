@@ -9,15 +9,15 @@ from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.evaluate import EvaluateConfig, MetricsConfig, ReferenceConfig
 from tarflow_scale.config.generate import GenerateConfig, GeneratedShardsConfig
-from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.models import BrowseConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.config.score import ScoreConfig, ScoringConfig
 from tarflow_scale.config.train import (
     CheckpointConfig,
     LoggingConfig,
-    ParallelismConfig,
     TrainConfig,
+    TrainedConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -102,7 +102,7 @@ class DoctorConfig(Root):
     scoring: ScoringConfig | None = None
     metrics: CheckedMetricsConfig | None = None
     cluster: ClusterConfig | None = None
-    model: ModelConfig | None = None
+    model: TrainedConfig | None = None
     """Section of ``train``; see its manual for the keys."""
     training: TrainingConfig | None = None
     parallelism: ParallelismConfig = ParallelismConfig()

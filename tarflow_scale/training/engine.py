@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.flows import Flow, standard_normal_log_prob
 from tarflow_scale.flows.build import compile_networks
 from tarflow_scale.runtime.cores import num_threads

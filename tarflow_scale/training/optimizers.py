@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig
 from tarflow_scale.flows.build import matrices
 
 __all__ = ["build_optimizer"]

@@ -40,7 +40,8 @@ from tarflow_scale.config.model import (
     RealNVPConfig,
     TarFlowConfig,
 )
-from tarflow_scale.config.train import ParallelismConfig, TrainConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.pages.pictures import HEIGHT, WIDTH
 from tarflow_scale.records import PixelFormat

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.training.zero import deepspeed_config
 from tests.forking import HANG_SECONDS, start
