@@ -12,6 +12,9 @@ __all__ = ["AutoencoderConfig", "ConvolutionalConfig", "DecoderConfig", "Diffuse
 _TRAINED = Capabilities(vectors=False, activations=("keep",), guidance=False, separate_networks=False)
 
 
+_MOST_WIDENED = 4
+
+
 class ConvolutionalConfig(Section):
     """A convolutional autoencoder that ``train`` trains; see `tarflow_scale.autoencoders.convolutional`."""
 
@@ -50,6 +53,11 @@ class ConvolutionalConfig(Section):
         if self.posterior == "learned" and self.posterior_std != type(self).model_fields["posterior_std"].default:
             raise ValueError(f"posterior_std has no effect on posterior=learned (got {self.posterior_std}); remove it")
         return self
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.width * min(2**level, _MOST_WIDENED) for level in range(self.factor.bit_length())]
 
     @property
     def weight_of_kl(self) -> float:

@@ -28,9 +28,10 @@ def build_optimizer(
         "fused": True,
     }
     if config.kind == "adamw":
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parallelism.zero_stage == 0:
-            return _GuardedAdamW(module.parameters(), config.gradient_clip_norm, **adam)
-        return torch.optim.AdamW(module.parameters(), **adam)
+            return _GuardedAdamW(trained, config.gradient_clip_norm, **adam)
+        return torch.optim.AdamW(trained, **adam)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     chosen = {id(matrix) for matrix in matrices(module)}

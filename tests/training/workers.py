@@ -34,8 +34,9 @@ from tarflow_scale.runtime.processes import leave
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
-from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
+from tarflow_scale.training.engine import Engine, StepResult, start_process_group
 from tarflow_scale.training.folder import check_shared
+from tarflow_scale.training.objective import FlowObjective, MicroBatch
 from tarflow_scale.training.schedule import average_decay
 from tests.flows.catalogue import STARFLOW, moved
 
@@ -111,7 +112,7 @@ def small_engine(variant: Variant, device: torch.device) -> Engine:
         optimizer = OptimizerConfig(kind="muon", peak_lr=3e-3, muon_peak_lr=2e-2)
     else:
         optimizer = OptimizerConfig(peak_lr=1e-2, gradient_clip_norm=0.5)
-    return Engine(flow, device, optimizer, training, parallelism)
+    return Engine(FlowObjective(flow, conditional=True, label_drop=0.0), device, optimizer, training, parallelism)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +127,7 @@ def own_part(engine: Engine, step: int, poison: float = 0.0) -> list[MicroBatch]
     share = BATCH // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     parts = engine.num_micro_batches
-    return [MicroBatch(a, b) for a, b in zip(x[own].chunk(parts), y[own].chunk(parts), strict=True)]
+    return list(zip(x[own].chunk(parts), y[own].chunk(parts), strict=True))
 
 
 def step_on(
@@ -154,7 +155,7 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
         torch.manual_seed(step)  # probes of a continuous flow
         result = step_on(engine, step)
         released = sum(parameter.numel() == 0 for parameter in engine._parameters.values())
-        losses.append(mean_over_ranks(result.nats_per_dim))
+        losses.append(mean_over_ranks(result.values[0]))
         norms.append(result.gradient_norm)
         seen = (step + 1) * BATCH
         averages.update(seen, BATCH)
@@ -248,7 +249,7 @@ def case_load(device: torch.device, folder: str, *pairs: str) -> dict[str, Any]:
 def _continue(engine: Engine, averages: WeightAverages) -> dict[str, Any]:
     losses = []
     for step in range(6, 12):
-        losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+        losses.append(mean_over_ranks(step_on(engine, step).values[0]))
         averages.update((step + 1) * BATCH, BATCH)
     sums = [sum(float(full.double().sum()) for _, full in averages.full(half_life)) for half_life in HALF_LIVES]
     return {"losses": losses, "average_sums": sums}
@@ -273,7 +274,7 @@ def case_poison(device: torch.device, *variants: str) -> dict[str, Any]:
             "unchanged": unchanged,
             "rejected": rejected.rejected and rejected.skipped and not result.rejected,
             "unchanged_by_rejection": held,
-            "asked_with_the_mean": abs(asked[0] - mean_over_ranks(rejected.nats_per_dim)) < 1e-6,
+            "asked_with_the_mean": abs(asked[0] - mean_over_ranks(rejected.values[0])) < 1e-6,
             "next_skipped": after.skipped,
             "moved": not _same(before, now),
             "finite": all(bool(torch.isfinite(value).all()) for value in now.values()),
@@ -308,11 +309,11 @@ def case_borrowed(device: torch.device, *variants: str) -> dict[str, Any]:
             averages = WeightAverages(engine, HALF_LIVES)
             losses, seen = [], 0.0
             for step in range(5):
-                losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+                losses.append(mean_over_ranks(step_on(engine, step).values[0]))
                 averages.update((step + 1) * BATCH, BATCH)
                 if looks:
                     with engine.borrowing(averages.full()):
-                        seen = float(engine.nats(MicroBatch(*global_batch(50))).sum())
+                        seen = float(engine.figures(global_batch(50)).sum())
             curves.append(losses)
         copy = small_flow(variant.flow).eval()
         weights = dict(averages.full()) | engine.buffers()
