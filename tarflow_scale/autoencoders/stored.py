@@ -58,10 +58,9 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 def autoencoder_files(autoencoder: Autoencoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, bytes]:
     """The files of an autoencoder by name; ``weights``, by name, replace weights of the autoencoder."""
-    tensors = {
-        name: (weights or {}).get(name, tensor).detach().contiguous().cpu()
-        for name, tensor in autoencoder.state_dict().items()
-    }
+    own = autoencoder.state_dict()
+    replaced = own | {name: tensor for name, tensor in (weights or {}).items() if name in own}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in replaced.items()}
     settings = {"format": _FORMAT, "autoencoder": autoencoder.config.model_dump(mode="json")}
     return {WEIGHTS_NAME: save_tensors(tensors), CONFIG_NAME: canonical_json(settings)}
 

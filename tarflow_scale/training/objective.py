@@ -117,7 +117,9 @@ class FlowObjective(Objective[Flow]):
 
     def initialize(self, batch: Batch, micro_batch_size: int, seed: int, device: torch.device) -> None:
         """Initialize the flow from one micro batch of every rank."""
-        self.model.train().initialize(*self.inputs(batch[:micro_batch_size], seed, device, training=False))
+        x, y = self.inputs(batch[:micro_batch_size], seed, device, training=False)
+        assert x is not None
+        self.model.train().initialize(x, y)
 
     def diagnostics(self) -> dict[str, float]:
         """Diagnostics of the flow."""

@@ -21,6 +21,7 @@ from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian, fro
 from tarflow_scale.autoencoders.convolutional import FIRST_SCALE, ConvolutionalAutoencoder
 from tarflow_scale.autoencoders.pixels_given_latent import Likelihood, log_bins, log_density
 from tarflow_scale.autoencoders.similarity import psnr
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.flows.likelihood import to_levels
 from tarflow_scale.randomness import Purpose
 from tarflow_scale.runtime.distributed import all_reduce_sum
@@ -62,7 +63,7 @@ class ReconstructionObjective(Objective[Autoencoder]):
         self._noise_std = noise_std
         self._likelihood: Likelihood = "laplace"
         self.log_scale = None
-        if isinstance(autoencoder, ConvolutionalAutoencoder):
+        if isinstance(autoencoder.config, ConvolutionalConfig):
             self._likelihood = autoencoder.config.likelihood
         else:  # published autoencoders have no pixel distribution
             self.log_scale = nn.Parameter(torch.full((autoencoder.num_channels,), math.log(FIRST_SCALE)))

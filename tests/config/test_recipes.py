@@ -76,7 +76,7 @@ def test_every_recipe_says_what_to_expect(recipe: Path) -> None:
         assert any(line.startswith(f"# {word}") for line in header), word
 
 
-OWN = ("folder", "folder-gpu")
+OWN = ("folder", "folder-gpu", "folder-autoencoder")
 """Recipes for a newcomer's own images."""
 
 

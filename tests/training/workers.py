@@ -4,6 +4,7 @@ Rank 0 reads the cases from standard input, one a line, as a JSON list of the na
 line of `RESULT` and JSON. A variant is written ``stage=2,flow=glow,activations=rebuild``; see `Variant`.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from tarflow_scale.autoencoders.stored import build_autoencoder
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     ContinuousConfig,
     DequantizationConfig,
@@ -36,7 +39,8 @@ from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, StepResult, start_process_group
 from tarflow_scale.training.folder import check_shared
-from tarflow_scale.training.objective import FlowObjective, MicroBatch
+from tarflow_scale.training.objective import FlowObjective, MicroBatch, Objective
+from tarflow_scale.training.reconstruction import ReconstructionObjective
 from tarflow_scale.training.schedule import average_decay
 from tests.flows.catalogue import STARFLOW, moved
 
@@ -58,6 +62,9 @@ CONFIGS: dict[str, ModelConfig] = {
     "learned_noise": NICEConfig(width=16, hidden_layers=2, dequantization=DequantizationConfig(couplings=2, width=6)),
     "continuous": ContinuousConfig(width=6, hidden_layers=1, tolerance=1e-7),
 }
+AUTOENCODER = ConvolutionalConfig(num_channels=1, factor=2, latent_channels=2, width=8, blocks=1, kl_weight=0.5)
+AUTOENCODERS = "autoencoder", "decoder"
+"""Values of ``flow`` that are not flows: an autoencoder, or only its decoder."""
 
 
 @dataclass
@@ -93,11 +100,23 @@ def small_flow(kind: str) -> Flow:
     return flow
 
 
-def small_engine(variant: Variant, device: torch.device) -> Engine:
+def small_objective(variant: Variant) -> Objective[Any]:
+    if variant.flow in AUTOENCODERS:
+        torch.manual_seed(0)
+        only_decoder = variant.flow == "decoder"
+        autoencoder = build_autoencoder(AUTOENCODER)
+        moved(autoencoder, ("",))
+        weight = None if only_decoder else AUTOENCODER.weight_of_kl
+        return ReconstructionObjective(autoencoder, (1, 4, 4), 8, weight, 0.2 if only_decoder else 0.0)
     flow = small_flow(variant.flow)
     if variant.flow != "tarflow":
         moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
     flow.activations = variant.activations  # type: ignore[assignment]
+    return FlowObjective(flow, conditional=True, label_drop=0.0)
+
+
+def small_engine(variant: Variant, device: torch.device) -> Engine:
+    objective = small_objective(variant)
     micro = BATCH // distributed.world_size() // variant.accumulation
     training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=micro)
     parallelism = ParallelismConfig.model_validate(
@@ -112,7 +131,7 @@ def small_engine(variant: Variant, device: torch.device) -> Engine:
         optimizer = OptimizerConfig(kind="muon", peak_lr=3e-3, muon_peak_lr=2e-2)
     else:
         optimizer = OptimizerConfig(peak_lr=1e-2, gradient_clip_norm=0.5)
-    return Engine(FlowObjective(flow, conditional=True, label_drop=0.0), device, optimizer, training, parallelism)
+    return Engine(objective, device, optimizer, training, parallelism)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,10 +139,21 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.3 * torch.randn(BATCH, 1, 4, 4, generator=generator), torch.arange(BATCH) % 3
 
 
+def images_and_noise(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same batch for an autoencoder."""
+    x, _ = global_batch(step)
+    noise = torch.randn(BATCH, 2, 2, 2, generator=torch.Generator().manual_seed(step))
+    return (127.5 * (x.clamp(-1, 1) + 1)).to(torch.uint8), noise
+
+
 def own_part(engine: Engine, step: int, poison: float = 0.0) -> list[MicroBatch]:
-    """This rank's part of a global batch; ``poison`` is added to one pixel of the last rank's."""
-    x, y = global_batch(step)
-    x[-1, 0, 0, 0] += poison
+    """This rank's part of a global batch; ``poison`` is added to one number of the last rank's."""
+    if isinstance(engine.objective, ReconstructionObjective):
+        x, y = images_and_noise(step)
+        y[-1, 0, 0, 0] += poison
+    else:
+        x, y = global_batch(step)
+        x[-1, 0, 0, 0] += poison
     share = BATCH // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     parts = engine.num_micro_batches
@@ -167,6 +197,7 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
         "losses": losses,
         "norms": norms,
         "num_steps": engine.num_steps,
+        "frozen": _frozen(engine),
         "released": released,
         "initialized": all(bool(value) for name, value in engine.buffers().items() if name.endswith("initialized")),
         "average_bytes": distributed.gather(averages.num_bytes),
@@ -179,6 +210,14 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
             for half_life in HALF_LIVES
         ],
     }
+
+
+def _frozen(engine: Engine) -> str:
+    """Digest of the weights that are not trained."""
+    frozen = {name: weight for name, weight in engine.objective.named_parameters() if not weight.requires_grad}
+    if engine.stage == 3:
+        return ""
+    return hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in frozen.values())).hexdigest()
 
 
 def case_statistics(device: torch.device) -> dict[str, Any]:

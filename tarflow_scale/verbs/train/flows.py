@@ -67,7 +67,8 @@ class TrainedFlow(Subject):
         self.counted = model
         self.pixels = PixelFormat(bit_depth=manifest.bit_depth, noise=noise.kind, noise_std=noise.std)
         self.identity, self.lineage = {}, {}
-        self._model, self._manifest, self._activations = model, manifest, activations
+        self._model, self._manifest = model, manifest
+        self._activations: Activations = activations
         self._label_drop, self._guidance = training.label_drop, guidance
         self._autoencoder = _autoencoder_files(autoencoder, manifest)
         event = manifest.event
