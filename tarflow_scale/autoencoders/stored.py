@@ -58,9 +58,10 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
 
 def autoencoder_files(autoencoder: Autoencoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, bytes]:
     """The files of an autoencoder by name; ``weights``, by name, replace weights of the autoencoder."""
-    own = autoencoder.state_dict()
-    replaced = own | {name: tensor for name, tensor in (weights or {}).items() if name in own}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in replaced.items()}
+    tensors: dict[str, Tensor] = autoencoder.state_dict()
+    if weights is not None:
+        tensors |= {name: weights[name] for name in tensors if name in weights}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     settings = {"format": _FORMAT, "autoencoder": autoencoder.config.model_dump(mode="json")}
     return {WEIGHTS_NAME: save_tensors(tensors), CONFIG_NAME: canonical_json(settings)}
 

@@ -18,6 +18,7 @@ _MOST_WIDENED = 4
 class ConvolutionalConfig(Section):
     """A convolutional autoencoder that ``train`` trains; see `tarflow_scale.autoencoders.convolutional`."""
 
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"kl_weight"})
     capabilities: ClassVar[Capabilities] = _TRAINED
     kind: Literal["autoencoder"] = "autoencoder"
     """Selects this autoencoder; required."""
