@@ -36,6 +36,7 @@ __all__ = [
     "build_autoencoder",
     "digest_of",
     "read_published",
+    "with_decoder",
 ]
 
 WEIGHTS_NAME = "autoencoder.safetensors"
@@ -56,14 +57,32 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     return _KINDS[config.kind](config)
 
 
-def autoencoder_files(autoencoder: Autoencoder, weights: Mapping[str, Tensor] | None = None) -> dict[str, bytes]:
-    """The files of an autoencoder by name; ``weights``, by name, replace weights of the autoencoder."""
-    tensors: dict[str, Tensor] = autoencoder.state_dict()
-    if weights is not None:
-        tensors |= {name: weights[name] for name in tensors if name in weights}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+def autoencoder_files(autoencoder: Autoencoder, weights: dict[str, Tensor] | None = None) -> dict[str, bytes]:
+    """The files of an autoencoder, keyed by file name; ``weights``, keyed by name, replace its weights."""
+    tensors = weights if weights is not None else autoencoder.state_dict()
     settings = {"format": _FORMAT, "autoencoder": autoencoder.config.model_dump(mode="json")}
-    return {WEIGHTS_NAME: save_tensors(tensors), CONFIG_NAME: canonical_json(settings)}
+    return {WEIGHTS_NAME: _saved(tensors), CONFIG_NAME: canonical_json(settings)}
+
+
+def with_decoder(files: Mapping[str, bytes], weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files of an autoencoder with other weights; the bytes of the encoder and of the configuration stay.
+
+    Args:
+        files: the files of the autoencoder.
+        weights: new weights by name; names that the autoencoder does not have are ignored.
+    """
+    tensors = load_tensors(files[WEIGHTS_NAME])
+    parts = _encoder_parts(files)
+    tensors |= {name: weights[name] for name in tensors if name in weights and not name.startswith(parts)}
+    return {WEIGHTS_NAME: _saved(tensors), CONFIG_NAME: files[CONFIG_NAME]}
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+
+
+def _encoder_parts(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    return _KINDS[json.loads(files[CONFIG_NAME])["autoencoder"]["kind"]].encoder_parts
 
 
 def autoencoder_from_files(files: Mapping[str, bytes], origin: str) -> Autoencoder:
@@ -100,7 +119,7 @@ def _filled(config: AutoencoderConfig, tensors: dict[str, Tensor]) -> Autoencode
 
 def digest_of(files: Mapping[str, bytes]) -> str:
     """SHA-256 of the configuration and the encoder of an autoencoder, which latents and flows on them name."""
-    parts = _KINDS[json.loads(files[CONFIG_NAME])["autoencoder"]["kind"]].encoder_parts
+    parts = _encoder_parts(files)
     encoder = {name: tensor for name, tensor in load_tensors(files[WEIGHTS_NAME]).items() if name.startswith(parts)}
     digests = {CONFIG_NAME: storage.digest(files[CONFIG_NAME]), "encoder": storage.digest(save_tensors(encoder))}
     return storage.digest(canonical_json(digests))

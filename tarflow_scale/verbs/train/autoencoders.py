@@ -10,6 +10,7 @@ from tarflow_scale.autoencoders.stored import (
     autoencoder_files,
     autoencoder_from_files,
     build_autoencoder,
+    with_decoder,
 )
 from tarflow_scale.config.autoencoder import ConvolutionalConfig, DecoderConfig
 from tarflow_scale.config.train import TrainingConfig
@@ -83,11 +84,6 @@ class TrainedAutoencoder(Subject):
         self.size = model_size(autoencoder)
         self._image_shape = check_images(autoencoder, event.shape)
 
-    def _meta(self) -> Autoencoder:
-        assert isinstance(self._model, ConvolutionalConfig)
-        with torch.device("meta"):
-            return build_autoencoder(self._model)
-
     def objective(self) -> ReconstructionObjective:
         """A new autoencoder, or the registered one."""
         if isinstance(self._model, ConvolutionalConfig):
@@ -118,9 +114,11 @@ class TrainedAutoencoder(Subject):
         return contact_sheet(rows.cpu().numpy(), _COLUMNS, max(1, _SHEET_PIXELS // (_COLUMNS * width)))
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
-        """The files of the autoencoder; the encoder of a registered one keeps its bytes."""
-        first = autoencoder_from_files(self._first, "the autoencoder") if self._first else self._meta()
-        return autoencoder_files(first, weights)
+        """The files of the autoencoder; a decoder is written beside the encoder that it was trained with."""
+        if isinstance(self._model, DecoderConfig):
+            return with_decoder(self._first, weights)
+        with torch.device("meta"):
+            return autoencoder_files(build_autoencoder(self._model), weights)
 
 
 def _registered(start: VersionConfig) -> tuple[str, dict[str, bytes]]:
