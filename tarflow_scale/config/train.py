@@ -145,7 +145,8 @@ class TrainingConfig(Section):
     """Seed of initial weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs."""
+    """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs. No
+    effect on autoencoders."""
     ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
     """Half-life, in images, of the exponential moving average of the weights; a list makes several averages.
     Validation and sample grids use the first average. It is also registered last, so that it is ``latest``."""

@@ -204,6 +204,9 @@ def test_autoencoders_and_decoders_train_alike_at_every_stage_and_on_one_rank(ra
         assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
         assert two[first]["losses"][-1] < two[first]["losses"][0]
     assert untrained["frozen"] == two["stage=0,flow=decoder"]["frozen"] == two["stage=2,flow=decoder"]["frozen"]
+    scales = [ranks(number, "scales")["scales"] for number in (1, 2)]
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+    assert min(scales[0]) > 0.01
     assert untrained["parameters"] < two["stage=0,flow=autoencoder"]["parameters"]
 
 

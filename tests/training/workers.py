@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tarflow_scale.autoencoders.stored import build_autoencoder
@@ -34,6 +35,7 @@ from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.processes import leave
+from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
@@ -226,6 +228,18 @@ def case_statistics(device: torch.device) -> dict[str, Any]:
     statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
     digests = distributed.gather([tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
     return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests)}
+
+
+def case_scales(device: torch.device) -> dict[str, Any]:
+    """The measured scales of the latents of a batch of which each rank has a part."""
+    objective = small_objective(Variant(flow="decoder"))
+    assert isinstance(objective, ReconstructionObjective)
+    share = BATCH // distributed.world_size()
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    numbers = np.arange(BATCH)
+    batch = Batch(images_and_noise(0)[0].numpy(), numbers, numbers, 0 * numbers)
+    objective.initialize(batch[own], 4, 0, device)
+    return {"scales": objective.latent_scale.tolist()}
 
 
 def case_unequal(device: torch.device) -> dict[str, Any]:
