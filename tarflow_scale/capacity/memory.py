@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.config.autoencoder import DecoderConfig
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
 from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.config.train import Recipe
 
@@ -226,7 +226,7 @@ def memory_per_rank(recipe: Recipe, event_shape: tuple[int, ...], size: ModelSiz
         cuda: whether the ranks are GPUs.
     """
     training, parallelism = recipe.training, recipe.parallelism
-    assert not isinstance(recipe.model, DecoderConfig), "only the registered version knows the size of its decoder"
+    assert not isinstance(recipe.model, TunedDecoderConfig), "only the registered version knows the size of its decoder"
     footprint = activation_footprint(
         recipe.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
     )

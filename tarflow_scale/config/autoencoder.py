@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.model import Capabilities
 
-__all__ = ["AutoencoderConfig", "ConvolutionalConfig", "DecoderConfig", "DiffusersConfig", "TinyConfig"]
+__all__ = ["AutoencoderConfig", "ConvolutionalConfig", "DiffusersConfig", "TinyConfig", "TunedDecoderConfig"]
 
 _TRAINED = Capabilities(vectors=False, activations=("keep",), guidance=False, separate_networks=False)
 
@@ -66,7 +66,7 @@ class ConvolutionalConfig(Section):
         return float(self.posterior == "learned") if self.kl_weight is None else self.kl_weight
 
 
-class DecoderConfig(Section):
+class TunedDecoderConfig(Section):
     """The decoder of a registered autoencoder, which ``train`` trains further while the encoder stays as it is.
 
     The section ``autoencoder`` selects the version to start from. The result has the same encoder, so it decodes the

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tarflow_scale.config.autoencoder import DecoderConfig
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.data import ImageSize
 from tarflow_scale.config.train import TrainConfig
@@ -47,7 +47,7 @@ class PlanConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _knows_the_size(self) -> Self:
-        if isinstance(self.model, DecoderConfig):
+        if isinstance(self.model, TunedDecoderConfig):
             raise ValueError(
                 "plan needs a model that its section describes (got model.kind=decoder, the decoder of a registered "
                 "version); plan the model.kind=autoencoder of that version"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tarflow_scale.config.autoencoder import ConvolutionalConfig, DecoderConfig
+from tarflow_scale.config.autoencoder import ConvolutionalConfig, TunedDecoderConfig
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.model import FlowConfig
@@ -30,7 +30,7 @@ __all__ = [
     "ValidationConfig",
 ]
 
-TrainedConfig = Annotated[FlowConfig | ConvolutionalConfig | DecoderConfig, Field(discriminator="kind")]
+TrainedConfig = Annotated[FlowConfig | ConvolutionalConfig | TunedDecoderConfig, Field(discriminator="kind")]
 """The model to train: a flow, an autoencoder, or the decoder of a registered autoencoder."""
 
 
@@ -335,7 +335,7 @@ def _check_noise(model: TrainedConfig, noise: str) -> None:
                     f"training.noise has no effect on model.kind=autoencoder (got {noise}); set "
                     f"training.noise.kind=none"
                 )
-        case DecoderConfig():
+        case TunedDecoderConfig():
             if noise == "uniform":
                 raise ValueError(
                     "training.noise.kind must be gaussian or none for model.kind=decoder, whose noise is added to "
@@ -357,7 +357,7 @@ def _check_autoencoder(model: TrainedConfig, autoencoder: VersionConfig | None) 
     Raises:
         ValueError: it is missing or has no effect.
     """
-    if isinstance(model, DecoderConfig) and autoencoder is None:
+    if isinstance(model, TunedDecoderConfig) and autoencoder is None:
         raise ValueError(
             "model.kind=decoder needs the section autoencoder, the version to start from (got none); set "
             "autoencoder.path, autoencoder.model and autoencoder.version"

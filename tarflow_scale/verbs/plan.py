@@ -12,7 +12,7 @@ from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import card_named
 from tarflow_scale.capacity.steps import Cluster, curve, default_mfu, efficiency
 from tarflow_scale.capacity.tables import Answer, Sizes, print_answer
-from tarflow_scale.config.autoencoder import ConvolutionalConfig, DecoderConfig
+from tarflow_scale.config.autoencoder import ConvolutionalConfig, TunedDecoderConfig
 from tarflow_scale.config.data import DataConfig, height_and_width
 from tarflow_scale.config.model import FlowConfig
 from tarflow_scale.config.plan import GpusConfig, PlanConfig
@@ -39,7 +39,7 @@ def run(config: PlanConfig, dry_run: bool) -> None:
     network = card.network_bytes_per_second if asked.network is None else asked.network * _GB
     cluster = Cluster(card, asked.gpus_per_node, network)
     model = recipe.model
-    assert not isinstance(model, DecoderConfig)
+    assert not isinstance(model, TunedDecoderConfig)
     sizes = _sizes(asked, config.data, model)
     deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, sizes.model.parameters, asked.gpus)
     flops = training_flops(model, sizes.event_shape)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 
 from tarflow_scale import storage
-from tarflow_scale.config.autoencoder import DecoderConfig
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
 from tarflow_scale.config.data import DataConfig
 from tarflow_scale.config.doctor import CheckedMetricsConfig
 from tarflow_scale.config.protocols import load_protocol
@@ -59,7 +59,7 @@ def _checkpoint_bytes(
         manifest = read_manifest(data.path)
     except UserError:
         return _LEAST_BYTES, "or more (the size of a checkpoint is known once data.path is a data set)"
-    if isinstance(model, DecoderConfig):
+    if isinstance(model, TunedDecoderConfig):
         return _LEAST_BYTES, "or more (the registry knows the size of the decoder)"
 
     from tarflow_scale.training.construction import seen_by_model, size_of

@@ -12,7 +12,7 @@ from tarflow_scale.autoencoders.stored import (
     build_autoencoder,
     with_decoder,
 )
-from tarflow_scale.config.autoencoder import ConvolutionalConfig, DecoderConfig
+from tarflow_scale.config.autoencoder import ConvolutionalConfig, TunedDecoderConfig
 from tarflow_scale.config.train import TrainingConfig
 from tarflow_scale.config.versions import VersionConfig
 from tarflow_scale.errors import ConfigError
@@ -60,7 +60,7 @@ class TrainedAutoencoder(Subject):
 
     def __init__(
         self,
-        model: ConvolutionalConfig | DecoderConfig,
+        model: ConvolutionalConfig | TunedDecoderConfig,
         manifest: Manifest,
         training: TrainingConfig,
         start: VersionConfig | None,
@@ -115,7 +115,7 @@ class TrainedAutoencoder(Subject):
 
     def files(self, weights: dict[str, Tensor]) -> dict[str, bytes]:
         """The files of the autoencoder; a decoder is written beside the encoder that it was trained with."""
-        if isinstance(self._model, DecoderConfig):
+        if isinstance(self._model, TunedDecoderConfig):
             return with_decoder(self._first, weights)
         with torch.device("meta"):
             return autoencoder_files(build_autoencoder(self._model), weights)
