@@ -113,7 +113,10 @@ class DoctorConfig(Root):
     @classmethod
     def _of_a_job(cls, raw: Any) -> Any:
         jobs = (PrepareConfig, TrainConfig, EvaluateConfig, GenerateConfig, ScoreConfig)
-        if foreign := {"report", "gate", "weights", "command"} & set(raw):
+        foreign = {"report", "gate", "weights", "command"} & set(raw)
+        if "autoencoder" in raw and "model" not in raw:  # of convert; train has both
+            foreign.add("autoencoder")
+        if foreign:
             raise ValueError(
                 f"doctor takes configurations of prepare, train, evaluate, generate and score (got section "
                 f"{min(foreign)} of another verb); pass one of these files, or no file to check only this machine"
