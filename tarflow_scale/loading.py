@@ -155,10 +155,11 @@ def load_version(registry: str, model: str, reference: int | str) -> Flow:
     """Load a registered version in evaluation mode on the CPU; every file is verified against its digest."""
     store = Registry(registry, model)
     version = store.resolve(reference)
+    class_names = version.trained_on.class_names
     files, origin = store.read_files(version), f"{model}@{version.version}"
     flow = flow_from_files(files, origin)
     attach_renderer(flow, files, origin)
-    flow.class_names = version.trained_on.class_names if flow.num_classes else ()
+    flow.class_names = class_names if flow.num_classes else ()
     return flow
 
 

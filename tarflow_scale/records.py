@@ -123,7 +123,7 @@ class LatentFacts(Record):
     """Latents of an autoencoder, of which a data set consists."""
 
     autoencoder: str
-    """SHA-256 of the autoencoder, see `tarflow_scale.autoencoders.stored.digest_of`."""
+    """SHA-256 of the encoder, see `tarflow_scale.autoencoders.stored.digest_of`."""
     shape: tuple[int, int, int]
     """``(C, h, w)`` of a latent."""
     image_shape: tuple[int, int, int]
@@ -171,7 +171,7 @@ class ModelVersion(Record):
     files: dict[str, FileRecord]
     pixels: PixelFormat
     data: DataSetFacts | None
-    """Training data; None for an autoencoder of another project, whose data are not known."""
+    """Training data; None if they are not known, as for an autoencoder of another project."""
     parameters: int
     images_seen: int | None
     """Images seen in training; None if unknown, as for converted weights."""
@@ -184,16 +184,24 @@ class ModelVersion(Record):
     """The resolved configuration as JSON; None for converted weights."""
     checkpoint: str = ""
     """Path of the last checkpoint and SHA-256 of its manifest; empty for converted weights."""
+    started_from: str = ""
+    """Version from which training started, as ``model@version``, and its `weights_digest`; empty if training started
+    from random weights, or if this is not known."""
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether the version is an autoencoder; a flow on latents also has the files of its autoencoder."""
+        return "autoencoder.json" in self.files and "config.json" not in self.files
 
     @property
     def trained_on(self) -> DataSetFacts:
-        """Training data.
+        """Training data of a flow.
 
         Raises:
-            DataError: they are not known.
+            DataError: the version is an autoencoder.
         """
-        if self.data is None:
-            raise DataError(f"version {self.version} is an autoencoder without known training data; name a flow")
+        if self.is_autoencoder or self.data is None:
+            raise DataError(f"version {self.version} is an autoencoder; name the version of a flow")
         return self.data
 
     @property

@@ -53,7 +53,9 @@ def test_the_manual_names_every_key_with_default_and_meaning(capsys: pytest.Capt
     assert "training.ema_half_life_images ([50000])" in text
     assert "validation.path (required with validation)" in text  # nothing is missing without that section
     assert text.count("\n  model.class_conditional (true)\n") == 1
-    assert text.count("\nmodel.kind=") == 7
+    assert text.count("\nmodel.kind=") == 9
+    (of_autoencoders,) = (line for line in text.splitlines() if line.startswith("model.kind=autoencoder:"))
+    assert of_autoencoders.endswith(" Has no class_conditional, logit_alpha, dequantization.")
     assert "\n    0     12 + 4 E / N       12.5 " in text
     for markup in ("``", "(())", "====="):
         assert markup not in text

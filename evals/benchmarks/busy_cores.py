@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from evals.benchmarks.measuring import Figure, write_results
+from tarflow_scale.config.model import FlowConfig
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.flows import build, standard_normal_log_prob
 from tarflow_scale.runtime.cores import num_cores, spin_briefly
@@ -54,6 +55,7 @@ def work(threads: int, recipe: str) -> None:
     config = TrainConfig.load(Path(__file__).parents[2] / f"configs/train/{recipe}.yaml", [])
     shape, classes = RECIPES[recipe]
     batch = config.training.micro_batch_size
+    assert isinstance(config.model, FlowConfig)
     flow = build(config.model, shape, classes).train()
     x, y = torch.rand(batch, *shape) * 2 - 1, torch.arange(batch) % classes
     flow.initialize(x, y)

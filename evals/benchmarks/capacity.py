@@ -34,12 +34,14 @@ from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.memory import Ranks, memory_of
 from tarflow_scale.capacity.steps import RECOMPUTING, traffic_of
 from tarflow_scale.config.model import GlowConfig, ModelConfig, TarFlowConfig
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.flows import build
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.processes import leave
 from tarflow_scale.training.ema import WeightAverages
-from tarflow_scale.training.engine import Engine, MicroBatch, start_process_group
+from tarflow_scale.training.engine import Engine, start_process_group
+from tarflow_scale.training.objective import FlowObjective
 from tarflow_scale.training.zero import model_size
 
 SHAPE = (3, 32, 32)
@@ -102,9 +104,10 @@ class Trainee:
         training = TrainingConfig(total_images=1, global_batch_size=batch, micro_batch_size=case["batch"])
         muon = {"kind": "muon", "muon_peak_lr": 1e-3} if case["optimizer"] == "muon" else {}
         optimizer = OptimizerConfig.model_validate(muon)
-        self.engine = Engine(flow, device, optimizer, training, parallelism_of(case))
+        objective = FlowObjective(flow, conditional=False, label_drop=0.0)
+        self.engine = Engine(objective, device, optimizer, training, parallelism_of(case))
         self.averages = WeightAverages(self.engine, (1000,))
-        self.batches = [MicroBatch(x, None)] * case["accumulated"]
+        self.batches = [(x, None)] * case["accumulated"]
 
     def step(self) -> None:
         """A step and the average after it."""

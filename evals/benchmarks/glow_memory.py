@@ -51,6 +51,7 @@ def worker(variant: list[str], device: str, steps: int) -> None:
 def large(device: str) -> dict[str, float]:
     """One training step of the 256x256 recipe on one image: parameters, seconds, and peak memory of the process."""
     config = TrainConfig.load(RECIPE, [])
+    assert isinstance(config.model, GlowConfig)
     torch.manual_seed(0)
     flow = build(config.model, (3, 256, 256), None).to(device)
     x = (torch.randint(0, 32, (1, 3, 256, 256), device=device) + torch.rand(1, 3, 256, 256, device=device)) / 16 - 1

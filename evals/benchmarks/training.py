@@ -32,19 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from evals.benchmarks.measuring import Figure, synchronize, write_results
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
-from tarflow_scale.config.model import TarFlowConfig
-from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainConfig, TrainingConfig
+from tarflow_scale.config.model import FlowConfig, TarFlowConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, TrainConfig, TrainingConfig
+from tarflow_scale.errors import ConfigError
 from tarflow_scale.flows import Flow, build, standard_normal_log_prob
 from tarflow_scale.runtime.processes import leave
 from tarflow_scale.runtime.provenance import peak_memory_bytes
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
-from tarflow_scale.training.engine import Engine, MicroBatch, start_process_group
+from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.meter import peak_flops_of
+from tarflow_scale.training.objective import FlowObjective
 from tarflow_scale.training.upload import Uploader
 
 SHAPE, BATCH, CLASSES = (3, 32, 32), 8, 10
@@ -61,10 +65,10 @@ def small_flow() -> Flow:
     return build(MODEL, SHAPE, CLASSES).train()
 
 
-def batch_of(shape: tuple[int, int, int], num: int, classes: int | None, device: str) -> MicroBatch:
-    """Synthetic images."""
+def batch_of(shape: tuple[int, int, int], num: int, classes: int | None, device: str) -> tuple[Tensor, Tensor | None]:
+    """Synthetic images and labels."""
     x = torch.rand(num, *shape, device=device) * 2 - 1
-    return MicroBatch(x, None if classes is None else torch.arange(num, device=device) % classes)
+    return x, None if classes is None else torch.arange(num, device=device) % classes
 
 
 def bare_step() -> Callable[[], Any]:
@@ -74,7 +78,7 @@ def bare_step() -> Callable[[], Any]:
     batch = batch_of(SHAPE, BATCH, CLASSES, "cpu")
 
     def step() -> float:
-        z, log_det = flow(batch.x, batch.y)
+        z, log_det = flow(*batch)
         loss = -(standard_normal_log_prob(z) + log_det).mean() / flow.num_dims
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -90,7 +94,8 @@ def engine_of(stage: int) -> Engine:
     device = start_process_group(threads=1)
     training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=BATCH)
     parallelism = ParallelismConfig.model_validate({"zero_stage": stage})
-    return Engine(small_flow(), device, OptimizerConfig(), training, parallelism)
+    objective = FlowObjective(small_flow(), conditional=True, label_drop=0.0)
+    return Engine(objective, device, OptimizerConfig(), training, parallelism)
 
 
 def timed(step: Callable[[], Any]) -> float:
@@ -120,7 +125,7 @@ def overheads(rounds: int) -> dict[str, Figure]:
         for _ in range(WARM_UP):
             step()
     with engines["looked"].borrowing(WeightAverages(engines["looked"], (1000,)).full()):
-        engines["looked"].nats(batch)
+        engines["looked"].figures(batch)
 
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
@@ -198,17 +203,21 @@ def median_seconds(step: Callable[[], Any], device: str = "cpu", steps: int = ST
 def utilisation(arguments: argparse.Namespace) -> dict[str, Figure]:
     """Speed of a configuration's step on one device, of synthetic images."""
     config = TrainConfig.load(arguments.config, arguments.overrides)
+    model = config.model
+    if not isinstance(model, FlowConfig):
+        raise ConfigError(f"this benchmark measures flows (got model.kind={model.kind}); name the recipe of a flow")
     shape = (arguments.channels, arguments.pixels, arguments.pixels)
     device = start_process_group(threads=config.training.threads)
     size = config.training.micro_batch_size
     training = config.training.model_copy(update={"global_batch_size": size})  # of one rank, without accumulation
     torch.manual_seed(0)
     with device:
-        flow = build(config.model, shape, arguments.classes)
+        flow = build(model, shape, arguments.classes)
     batch = batch_of(shape, size, flow.num_classes, device.type)
-    flow.initialize(batch.x, batch.y)
+    flow.initialize(*batch)
     flow.activations = config.parallelism.activations
-    engine = Engine(flow, device, config.optimizer, training, config.parallelism)
+    objective = FlowObjective(flow, flow.num_classes is not None, 0.0)
+    engine = Engine(objective, device, config.optimizer, training, config.parallelism)
     averages = WeightAverages(engine, training.ema_half_life_images)
 
     def step() -> None:
@@ -218,10 +227,10 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, Figure]:
     seconds = median_seconds(step, device.type, arguments.steps)
     dtype = torch.bfloat16 if config.parallelism.precision == "bf16" else torch.float32
     peak = arguments.peak_flops or peak_flops_of(device) or matmul_flops(device.type, dtype)
-    rate, tokens = size / seconds, tokens_per_image(config.model, shape)
+    rate, tokens = size / seconds, tokens_per_image(model, shape)
     figures: dict[str, Figure] = {
         "images_per_second": ("", rate, "images/s"),
-        "mfu": (">= 0.4 on an H200", rate * training_flops(config.model, shape) / peak, "of the peak"),
+        "mfu": (">= 0.4 on an H200", rate * training_flops(model, shape) / peak, "of the peak"),
         "peak": ("", peak / 1e12, "TFLOP/s"),
         "peak_memory": ("", peak_memory_bytes(device.type) / 2**30, "GiB"),
     }

@@ -1,15 +1,20 @@
 """What autoencoders have in common: images to a Gaussian over latents, latents to images."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tarflow_scale.config.autoencoder import AutoencoderConfig
 
-__all__ = ["Autoencoder", "LatentGaussian"]
+__all__ = ["Autoencoder", "LatentGaussian", "from_stored"]
+
+
+def from_stored(images: UInt8[Tensor, "B K H W"]) -> Float[Tensor, "B K H W"]:
+    """Stored pixels as floats on [-1, 1], which autoencoders take."""
+    return 2 * images.float() / 255 - 1
 
 
 class LatentGaussian(NamedTuple):
@@ -26,6 +31,13 @@ class LatentGaussian(NamedTuple):
     def at(self, noise: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """The latent that standard normal noise stands for."""
         return self.mean if self.log_var is None else self.mean + torch.exp(0.5 * self.log_var) * noise
+
+    def widened(self, std: Float[Tensor, " C"]) -> "LatentGaussian":
+        """The Gaussian of a latent plus noise of this standard deviation for each channel."""
+        variance = std.square()[:, None, None].expand_as(self.mean)
+        if self.log_var is not None:
+            variance = variance + self.log_var.exp()
+        return LatentGaussian(self.mean, variance.log())
 
     def log_prob(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, " B"]:
         """Log q(z | x) of latents, in nats.
@@ -55,6 +67,8 @@ _LOG_TWO_PI = 1.8378770664093453
 class Autoencoder(nn.Module, ABC):
     """Encodes images ``(B, K, H, W)`` on [-1, 1] as latents ``(B, C, H / f, W / f)``, and decodes them."""
 
+    encoder_parts: ClassVar[tuple[str, ...]] = ("encoder.",)
+    """How the names of the encoder's tensors begin; all other tensors have no effect on latents."""
     config: AutoencoderConfig
     factor: int
     """Factor f between the sides of an image and of its latent."""

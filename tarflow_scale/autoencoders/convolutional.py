@@ -3,9 +3,6 @@
 Encoder: a 3x3 convolution; for every halving, residual blocks and a convolution of stride 2; residual blocks; a group
 norm and a 3x3 convolution to mean and log-variance. The decoder mirrors it, with nearest upsampling before each
 convolution. A residual block is x + conv(silu(norm(conv(silu(norm(x)))))), whose last convolution starts at zero.
-
-The loss is the negative of the bound  E_q[log p(x | z)] - weight KL(q(z | x) || N(0, 1)),  in nats (Kingma and Welling,
-arXiv 1312.6114).
 """
 
 import math
@@ -18,13 +15,12 @@ from torch import Tensor, nn
 from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
 from tarflow_scale.config.autoencoder import ConvolutionalConfig
 
-__all__ = ["ConvolutionalAutoencoder"]
+__all__ = ["FIRST_SCALE", "ConvolutionalAutoencoder"]
 
 _GROUP_CHANNELS = 8
 """Channels of a group of the group norms."""
-_MOST_WIDENED = 4
 _LOG_VAR_BOUND = 20.0
-_FIRST_SCALE = 0.1
+FIRST_SCALE = 0.1
 """Scale of the pixel distribution before training, on [-1, 1]."""
 
 
@@ -39,7 +35,7 @@ class ConvolutionalAutoencoder(Autoencoder):
             config.num_channels,
             config.latent_channels,
         )
-        widths = [config.width * min(2**level, _MOST_WIDENED) for level in range(config.factor.bit_length())]
+        widths = config.widths
         moments = 2 if config.posterior == "learned" else 1
         self._log_var = 2 * math.log(config.posterior_std) if config.posterior == "fixed" else None
         self.encoder = nn.Sequential(
@@ -66,7 +62,7 @@ class ConvolutionalAutoencoder(Autoencoder):
             ),
             *_last(widths[0], config.num_channels),
         )
-        self.log_scale = nn.Parameter(torch.full((config.num_channels,), math.log(_FIRST_SCALE)))
+        self.log_scale = nn.Parameter(torch.full((config.num_channels,), math.log(FIRST_SCALE)))
         """Logarithm of the scale of the pixel distribution, for each channel."""
 
     def encode(self, x: Float[Tensor, "B K H W"]) -> LatentGaussian:

@@ -4,7 +4,7 @@ The package is imported when such an autoencoder is built. Latents keep the scal
 published configuration is not applied, because `encode` measures the mean and scale of each channel.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,8 @@ class DiffusersAutoencoder(Autoencoder):
     Raises:
         ConfigError: diffusers is not installed, or the settings are not those of an ``AutoencoderKL``.
     """
+
+    encoder_parts: ClassVar[tuple[str, ...]] = ("inner.encoder.", "inner.quant_conv.")
 
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__()

@@ -1,5 +1,8 @@
 """An autoencoder on disk: ``autoencoder.safetensors`` and ``autoencoder.json``, alone or beside a flow on its latents.
 
+Latents, and flows on them, name the autoencoder by the digest of its configuration and its encoder. Autoencoders that
+differ only in the decoder have the same digest, so each of them can decode the latents of the other.
+
 Nothing is pickled. Published weights are read from a folder of diffusers (``config.json`` and one safetensors file), or
 from the two files of taef2 (``taef2_encoder.safetensors`` and ``taef2_decoder.safetensors``).
 """
@@ -20,7 +23,7 @@ from tarflow_scale.autoencoders.contract import Autoencoder
 from tarflow_scale.autoencoders.convolutional import ConvolutionalAutoencoder
 from tarflow_scale.autoencoders.diffusers_kl import DiffusersAutoencoder
 from tarflow_scale.autoencoders.tiny import TinyAutoencoder
-from tarflow_scale.config.autoencoder import AutoencoderConfig, ConvolutionalConfig, DiffusersConfig, TinyConfig
+from tarflow_scale.config.autoencoder import AutoencoderConfig, DiffusersConfig, TinyConfig
 from tarflow_scale.errors import DataError
 from tarflow_scale.records import canonical_json
 
@@ -33,32 +36,53 @@ __all__ = [
     "build_autoencoder",
     "digest_of",
     "read_published",
+    "with_decoder",
 ]
 
 WEIGHTS_NAME = "autoencoder.safetensors"
 CONFIG_NAME = "autoencoder.json"
 AUTOENCODER_FILES = CONFIG_NAME, WEIGHTS_NAME
 _FORMAT = 1
+_KINDS: dict[str, type[Any]] = {
+    "autoencoder": ConvolutionalAutoencoder,
+    "tiny": TinyAutoencoder,
+    "diffusers": DiffusersAutoencoder,
+}
 _TINY = {"encoder": "taef2_encoder.safetensors", "decoder": "taef2_decoder.safetensors"}
 _DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     """A new autoencoder with random weights."""
-    match config:
-        case ConvolutionalConfig():
-            return ConvolutionalAutoencoder(config)
-        case TinyConfig():
-            return TinyAutoencoder(config)
-        case DiffusersConfig():
-            return DiffusersAutoencoder(config)
+    return _KINDS[config.kind](config)
 
 
-def autoencoder_files(autoencoder: Autoencoder) -> dict[str, bytes]:
-    """The files of an autoencoder by name."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in autoencoder.state_dict().items()}
+def autoencoder_files(autoencoder: Autoencoder, weights: dict[str, Tensor] | None = None) -> dict[str, bytes]:
+    """The files of an autoencoder, keyed by file name; ``weights``, keyed by name, replace its weights."""
+    tensors = weights if weights is not None else autoencoder.state_dict()
     settings = {"format": _FORMAT, "autoencoder": autoencoder.config.model_dump(mode="json")}
-    return {WEIGHTS_NAME: save_tensors(tensors), CONFIG_NAME: canonical_json(settings)}
+    return {WEIGHTS_NAME: _saved(tensors), CONFIG_NAME: canonical_json(settings)}
+
+
+def with_decoder(files: Mapping[str, bytes], weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The files of an autoencoder with other weights; the bytes of the encoder and of the configuration stay.
+
+    Args:
+        files: the files of the autoencoder.
+        weights: new weights by name; names that the autoencoder does not have are ignored.
+    """
+    tensors = load_tensors(files[WEIGHTS_NAME])
+    parts = _encoder_parts(files)
+    tensors |= {name: weights[name] for name in tensors if name in weights and not name.startswith(parts)}
+    return {WEIGHTS_NAME: _saved(tensors), CONFIG_NAME: files[CONFIG_NAME]}
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+
+
+def _encoder_parts(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    return _KINDS[json.loads(files[CONFIG_NAME])["autoencoder"]["kind"]].encoder_parts
 
 
 def autoencoder_from_files(files: Mapping[str, bytes], origin: str) -> Autoencoder:
@@ -94,8 +118,10 @@ def _filled(config: AutoencoderConfig, tensors: dict[str, Tensor]) -> Autoencode
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """SHA-256 of the two files of an autoencoder, which latents and flows on them name."""
-    digests = {name: storage.digest(files[name]) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+    """SHA-256 of the configuration and the encoder of an autoencoder, which latents and flows on them name."""
+    parts = _encoder_parts(files)
+    encoder = {name: tensor for name, tensor in load_tensors(files[WEIGHTS_NAME]).items() if name.startswith(parts)}
+    digests = {CONFIG_NAME: storage.digest(files[CONFIG_NAME]), "encoder": storage.digest(save_tensors(encoder))}
     return storage.digest(canonical_json(digests))
 
 

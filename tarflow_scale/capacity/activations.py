@@ -25,7 +25,9 @@ times its largest feature map.
 import math
 from dataclasses import dataclass
 
+from tarflow_scale.capacity.convolutions import autoencoder_activations
 from tarflow_scale.capacity.flops import STAGES, linear_flops, realnvp_couplings
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     Activations,
     ContinuousConfig,
@@ -63,13 +65,21 @@ class Footprint:
 
 
 def activation_footprint(
-    config: ModelConfig, event_shape: tuple[int, ...], batch: int, activations: Activations, bf16: bool
+    config: ModelConfig | ConvolutionalConfig,
+    event_shape: tuple[int, ...],
+    batch: int,
+    activations: Activations,
+    bf16: bool,
 ) -> Footprint:
     """Memory of activations in a forward and backward pass of ``batch`` images.
 
     It does not include the bf16 copies of weights that autocast makes for the forward pass.
     """
     network = 2 if bf16 else 4
+    if isinstance(config, ConvolutionalConfig):
+        inside, of_loss = autoencoder_activations(config, event_shape)
+        in_flight = 2.0 * network * config.width * math.prod(event_shape[1:])
+        return Footprint(batch * (network * inside + 4 * of_loss), batch * in_flight)
     footprint = _of_flow(config, event_shape, batch, activations, network)
     noise = config.dequantization
     if noise is None:

@@ -29,6 +29,8 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from tarflow_scale.capacity.convolutions import autoencoder_flops
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     ContinuousConfig,
     DequantizationConfig,
@@ -46,8 +48,10 @@ from tarflow_scale.flows.vector_realnvp import COUPLINGS
 __all__ = ["STAGES", "forward_flops", "linear_flops", "realnvp_couplings", "tokens_per_image", "training_flops"]
 
 
-def forward_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
-    """Operations of ``flow(x, dequantize=True)`` for one image ``(C, H, W)``."""
+def forward_flops(config: ModelConfig | ConvolutionalConfig, event_shape: tuple[int, ...]) -> float:
+    """Operations of ``flow(x, dequantize=True)``, or of an autoencoder, for one image ``(C, H, W)``."""
+    if isinstance(config, ConvolutionalConfig):
+        return autoencoder_flops(config, event_shape)
     return _encoding_flops(config, event_shape) + _dequantizer_flops(config.dequantization, event_shape)
 
 
@@ -88,7 +92,7 @@ def _encoding_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
             return 3 * size * evaluations * linear_flops(widths)
 
 
-def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
+def training_flops(config: ModelConfig | ConvolutionalConfig, event_shape: tuple[int, ...]) -> float:
     """Operations of a training step per image; the backward pass takes twice as many as the forward pass.
 
     Recomputed activations are not counted, so recomputation does not raise the utilisation.
@@ -96,7 +100,7 @@ def training_flops(config: ModelConfig, event_shape: tuple[int, ...]) -> float:
     return 3 * forward_flops(config, event_shape)
 
 
-def tokens_per_image(config: ModelConfig, event_shape: tuple[int, ...]) -> int | None:
+def tokens_per_image(config: ModelConfig | ConvolutionalConfig, event_shape: tuple[int, ...]) -> int | None:
     """Number of tokens per image in a TarFlow; None for models without tokens."""
     if not isinstance(config, TarFlowConfig):
         return None

@@ -28,7 +28,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
-from tarflow_scale.config.train import ParallelismConfig, Recipe
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import Recipe
 
 __all__ = ["BUCKET_ELEMENTS", "LIVE_ELEMENTS", "Memory", "ModelSize", "Ranks", "memory_of", "memory_per_rank"]
 
@@ -224,6 +226,7 @@ def memory_per_rank(recipe: Recipe, event_shape: tuple[int, ...], size: ModelSiz
         cuda: whether the ranks are GPUs.
     """
     training, parallelism = recipe.training, recipe.parallelism
+    assert not isinstance(recipe.model, TunedDecoderConfig), "only the registered version knows the size of its decoder"
     footprint = activation_footprint(
         recipe.model, event_shape, training.micro_batch_size, parallelism.activations, parallelism.precision == "bf16"
     )

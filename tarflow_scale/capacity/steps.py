@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from tarflow_scale.capacity.gpus import Card
 from tarflow_scale.capacity.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
-from tarflow_scale.config.train import ParallelismConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 
 __all__ = [
     "Cluster",

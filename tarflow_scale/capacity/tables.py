@@ -225,7 +225,7 @@ def _assumptions(answer: Answer) -> str:
     ]
     if scenario.recipe.model.kind != "tarflow":
         lines.append(
-            "the MFU of this kind of flow is not known; on a CPU, Glow reached 0.6 times the MFU of TarFlow (same "
+            "the MFU of this kind of model is not known; on a CPU, Glow reached 0.6 times the MFU of TarFlow (same "
             "file); pass --mfu with a measured value if you have one"
         )
     if parallelism.precision == "fp32":

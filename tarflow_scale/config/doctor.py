@@ -9,15 +9,15 @@ from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.data import DataConfig, DataSetConfig
 from tarflow_scale.config.evaluate import EvaluateConfig, MetricsConfig, ReferenceConfig
 from tarflow_scale.config.generate import GenerateConfig, GeneratedShardsConfig
-from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.models import BrowseConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.config.score import ScoreConfig, ScoringConfig
 from tarflow_scale.config.train import (
     CheckpointConfig,
     LoggingConfig,
-    ParallelismConfig,
     TrainConfig,
+    TrainedConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -102,7 +102,7 @@ class DoctorConfig(Root):
     scoring: ScoringConfig | None = None
     metrics: CheckedMetricsConfig | None = None
     cluster: ClusterConfig | None = None
-    model: ModelConfig | None = None
+    model: TrainedConfig | None = None
     """Section of ``train``; see its manual for the keys."""
     training: TrainingConfig | None = None
     parallelism: ParallelismConfig = ParallelismConfig()
@@ -113,7 +113,10 @@ class DoctorConfig(Root):
     @classmethod
     def _of_a_job(cls, raw: Any) -> Any:
         jobs = (PrepareConfig, TrainConfig, EvaluateConfig, GenerateConfig, ScoreConfig)
-        if foreign := {"report", "gate", "weights", "command"} & set(raw):
+        foreign = {"report", "gate", "weights", "command"} & set(raw)
+        if "autoencoder" in raw and "model" not in raw:  # of convert; train has both
+            foreign.add("autoencoder")
+        if foreign:
             raise ValueError(
                 f"doctor takes configurations of prepare, train, evaluate, generate and score (got section "
                 f"{min(foreign)} of another verb); pass one of these files, or no file to check only this machine"

@@ -33,11 +33,10 @@ def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseMode
     """Describe a section, or a union of sections: first the keys that all kinds have, then the keys of each kind."""
     if not field.is_required() and field.default is None:
         required = f"required with {path}"
-    first, *rest_of_union = sections
-    is_union = bool(rest_of_union)
-    shared = [name for name in first.model_fields if is_union and all(_same(name, first, s) for s in rest_of_union)]
+    first, is_union = sections[0], len(sections) > 1
+    shared = [name for name in first.model_fields if is_union and _is_shared(name, sections)]
     indent = "  " if "." in path else ""
-    kinds = "One of the kinds below; `kind` is required. The keys that all kinds have come first."
+    kinds = "One of the kinds below; `kind` is required. The keys that most kinds have come first."
     lines = [f"{indent}{path}:  {kinds}"] if is_union else []
     for name in shared:
         lines += _describe(f"{path}.{name}", first.model_fields[name], required)
@@ -45,15 +44,19 @@ def _describe_sections(path: str, field: FieldInfo, sections: list[type[BaseMode
         own = " ".join((field.description or "").split())
         summary, *rest = _paragraphs(f"{own} {section.__doc__ or ''}".strip())
         kind = f".kind={section.model_fields['kind'].default}" if is_union else ""
-        lines += [f"{indent}{path}{kind}:  {summary}", *rest]
+        without = [name for name in shared if name not in section.model_fields]
+        lacking = f" Has no {', '.join(without)}." if without else ""
+        lines += [f"{indent}{path}{kind}:  {summary}{lacking}", *rest]
         for name, inner in section.model_fields.items():
             if name not in shared and not (is_union and name == "kind"):
                 lines += _describe(f"{path}.{name}", inner, required)
     return lines
 
 
-def _same(name: str, first: type[BaseModel], other: type[BaseModel]) -> bool:
-    return repr(first.model_fields.get(name)) == repr(other.model_fields.get(name))
+def _is_shared(name: str, sections: list[type[BaseModel]]) -> bool:
+    """Whether more than half of the sections have this key, all with the same type, default and meaning."""
+    fields = [repr(section.model_fields[name]) for section in sections if name in section.model_fields]
+    return len(set(fields)) == 1 and 2 * len(fields) > len(sections)
 
 
 def _default(field: FieldInfo) -> str:

@@ -15,6 +15,7 @@ __all__ = [
     "Capabilities",
     "ContinuousConfig",
     "DequantizationConfig",
+    "FlowConfig",
     "GlowConfig",
     "IAFConfig",
     "MAFConfig",
@@ -319,8 +320,7 @@ class ContinuousConfig(_FlowConfig):
         return self
 
 
-ModelConfig = Annotated[
-    TarFlowConfig | GlowConfig | NICEConfig | RealNVPConfig | MAFConfig | IAFConfig | ContinuousConfig,
-    Field(discriminator="kind"),
-]
-"""The flow to train."""
+FlowConfig = TarFlowConfig | GlowConfig | NICEConfig | RealNVPConfig | MAFConfig | IAFConfig | ContinuousConfig
+"""A flow of any kind."""
+ModelConfig = Annotated[FlowConfig, Field(discriminator="kind")]
+"""A flow of any kind, selected by its key ``kind``."""

@@ -1,7 +1,10 @@
 """Configuration of the verb ``plan``: a recipe of ``train`` and the GPUs for it."""
 
-from pydantic import Field
+from typing import Self
 
+from pydantic import Field, model_validator
+
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
 from tarflow_scale.config.base import Section
 from tarflow_scale.config.data import ImageSize
 from tarflow_scale.config.train import TrainConfig
@@ -41,6 +44,15 @@ class PlanConfig(TrainConfig):
     """Predict memory, speed, traffic and cost of a recipe of ``train``. Needs no GPU and no data set."""
 
     plan: GpusConfig
+
+    @model_validator(mode="after")
+    def _knows_the_size(self) -> Self:
+        if isinstance(self.model, TunedDecoderConfig):
+            raise ValueError(
+                "plan needs a model that its section describes (got model.kind=decoder, the decoder of a registered "
+                "version); plan the model.kind=autoencoder of that version"
+            )
+        return self
 
 
 VERB = Verb(

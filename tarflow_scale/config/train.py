@@ -1,4 +1,4 @@
-"""Configuration of the verb ``train``: optimizer, schedule, length, parallelism, checkpoints, validation, log.
+"""Configuration of the verb ``train``: optimizer, schedule, length, checkpoints, validation, log.
 
 Progress is counted in images, so that it does not depend on the batch size and the number of ranks.
 """
@@ -7,9 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from tarflow_scale.config.autoencoder import ConvolutionalConfig, TunedDecoderConfig
 from tarflow_scale.config.base import Root, Section
 from tarflow_scale.config.data import DataConfig, DataSetConfig
-from tarflow_scale.config.model import Activations, ModelConfig
+from tarflow_scale.config.model import FlowConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.config.verb import Verb
 from tarflow_scale.config.versions import RegistryConfig, VersionConfig
 
@@ -19,15 +21,17 @@ __all__ = [
     "LoggingConfig",
     "NoiseConfig",
     "OptimizerConfig",
-    "ParallelismConfig",
     "Recipe",
     "ScheduleConfig",
     "SpikeConfig",
     "TrainConfig",
+    "TrainedConfig",
     "TrainingConfig",
     "ValidationConfig",
-    "ZeroPlusPlusConfig",
 ]
+
+TrainedConfig = Annotated[FlowConfig | ConvolutionalConfig | TunedDecoderConfig, Field(discriminator="kind")]
+"""The model to train: a flow, an autoencoder, or the decoder of a registered autoencoder."""
 
 
 class OptimizerConfig(Section):
@@ -96,14 +100,15 @@ class ScheduleConfig(Section):
 
 
 class NoiseConfig(Section):
-    """Noise that is added to quantized pixels before the flow sees them."""
+    """Noise that is added to quantized pixels, or to latents, before the model sees them."""
 
     kind: Literal["uniform", "gaussian", "none"] = "uniform"
     """``uniform``: dequantization inside the bin, for an exact likelihood and bits/dim.
     ``gaussian``: noise with standard deviation ``std``, for sample quality; the model then has no bits/dim.
-    ``none``: no noise, for vectors; their likelihood is measured in nats."""
+    ``none``: no noise, for vectors, whose likelihood is measured in nats, and for autoencoders."""
     std: float = Field(default=0.0, ge=0)
-    """Standard deviation of the noise, for pixels on [-1, 1]; required by ``gaussian``."""
+    """Standard deviation of the noise; required by ``gaussian``. The unit is that of pixels on [-1, 1]; for latents it
+    is the standard deviation of each channel."""
 
     @model_validator(mode="after")
     def _std_fits_kind(self) -> "NoiseConfig":
@@ -140,7 +145,8 @@ class TrainingConfig(Section):
     """Seed of initial weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs."""
+    """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs. No
+    effect on autoencoders."""
     ema_half_life_images: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(50_000,), min_length=1)
     """Half-life, in images, of the exponential moving average of the weights; a list makes several averages.
     Validation and sample grids use the first average. It is also registered last, so that it is ``latest``."""
@@ -167,77 +173,6 @@ class TrainingConfig(Section):
         return value
 
 
-class ZeroPlusPlusConfig(Section):
-    """ZeRO++ (arXiv 2306.10209): less traffic between nodes at stage 3, on CUDA."""
-
-    secondary_partition_ranks: int = Field(default=1, ge=1)
-    """hpZ: number of ranks that share a second copy of the weights, usually the ranks of a node, so that the backward
-    pass gathers weights inside the node. A rank's part of the copy takes 4 bytes per parameter, divided by this number.
-    1 turns hpZ off."""
-    quantized_weights: bool = False
-    """qwZ: weights are sent as int8."""
-    quantized_gradients: bool = False
-    """qgZ: gradients are sent as int4."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether any of these settings is on."""
-        return self != ZeroPlusPlusConfig()
-
-
-class ParallelismConfig(Section):
-    """DeepSpeed ZeRO. Stage 1 divides the optimizer's state among ranks, stage 2 also gradients, stage 3 also weights.
-
-    The table shows the memory of a rank in bytes per parameter, for N ranks and E moving averages, without activations:
-    memory that is always allocated, and additional memory in the backward pass. Buckets are two to four buffers of 50
-    million numbers.
-
-    ===== ================== ============= ===============================================================
-    stage always             N = 8, E = 1  additional
-    ===== ================== ============= ===============================================================
-    0     12 + 4 E / N       12.5          gradients 4, and 4 for the copy that is reduced over ranks
-    1     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 4 and buckets where gradients accumulate
-    2     4 + (12 + 4 E) / N 6.0           4 / N and buckets; 8 / N and buckets where gradients accumulate
-    3     (20 + 4 E) / N     3.0           4 for gathered weights, at most a billion of them
-    ===== ================== ============= ===============================================================
-
-    Use stage 0 for models of up to about 0.2 billion parameters (4.1 GB), because it spends the least time waiting for
-    buckets. Use stage 1 or 2 for 0.2 to 3 billion parameters, such as every published TarFlow; 3 billion parameters at
-    stage 2 on 8 ranks need 20 GB per GPU. Both stages need the same memory unless gradients accumulate; then stage 2
-    saves memory, but reduces gradients over ranks for every micro batch. Use stage 3 for larger models or small GPUs.
-    Offloading saves more memory at the cost of speed: it moves the (16 + 4 E) / N bytes of the optimizer to main
-    memory. The verb ``plan`` computes memory, speed and traffic of a recipe at all stages.
-    """
-
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: compute matrix products in bfloat16 by autocast; parameters, affine maps and sums stay fp32."""
-    activations: Activations = "keep"
-    """How the backward pass gets activations. ``keep``: from memory. ``checkpoint``: keep only the inputs of layers,
-    and run each layer again. ``rebuild`` (Glow): invert the layers one by one, so that memory does not grow with depth.
-    The last two take more time."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """``optimizer``: keep master weights, moments and averages in main memory, and update them on the CPU (stages 1 to
-    3). ``all``: also keep the weights there, and fetch them when they are needed (stage 3)."""
-    compile: bool = False
-    """Compile the transformer layers of TarFlow or the coupling networks of Glow with torch.compile; the first step
-    then takes about a minute."""
-    zero_plus_plus: ZeroPlusPlusConfig = ZeroPlusPlusConfig()
-
-    @model_validator(mode="after")
-    def _stage_allows(self) -> "ParallelismConfig":
-        stage = self.zero_stage
-        if self.offload == "optimizer" and stage == 0:
-            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3 (got 0); raise zero_stage")
-        if self.offload == "all" and stage != 3:
-            raise ValueError(f"offload=all needs zero_stage 3 (got {stage}); use offload=optimizer or zero_stage=3")
-        if self.zero_plus_plus.enabled and stage != 3:
-            raise ValueError(f"zero_plus_plus needs zero_stage 3 (got {stage}); raise zero_stage or remove the section")
-        if self.compile and self.activations == "rebuild":
-            raise ValueError("compile needs activations=keep or checkpoint (got rebuild); use checkpoint")
-        return self
-
-
 class CheckpointConfig(Section):
     """Checkpoints, from which a run resumes: how often they are written, and which are kept."""
 
@@ -253,7 +188,7 @@ class CheckpointConfig(Section):
 
 
 class ValidationConfig(DataSetConfig):
-    """Measurement of bits/dim on held-out images during training, with averaged weights."""
+    """Measurement of the loss on held-out images during training, with averaged weights."""
 
     every_images: int = Field(ge=1)
     """Number of training images between validations."""
@@ -286,7 +221,7 @@ class LoggingConfig(Section):
 class Recipe(Section):
     """The sections that determine memory, traffic and speed of a training step."""
 
-    model: ModelConfig
+    model: TrainedConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     parallelism: ParallelismConfig
@@ -302,7 +237,7 @@ class TrainConfig(Root):
 
     OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"autoencoder"})
     data: DataConfig
-    model: ModelConfig
+    model: TrainedConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
@@ -312,13 +247,15 @@ class TrainConfig(Root):
     logging: LoggingConfig
     registry: RegistryConfig
     autoencoder: VersionConfig | None = None
-    """Of a flow on latents: the registered autoencoder that made them; the flow is registered together with it."""
+    """A registered autoencoder. For a flow on latents: one whose encoder made them; the flow is registered together
+    with it. For ``model.kind=decoder``: the autoencoder to start from."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         _check_recipe(self.model, self.optimizer, self.training, self.parallelism)
+        _check_autoencoder(self.model, self.autoencoder)
         guidance = self.logging.preview_guidance
-        if guidance > 0 and not self.model.class_conditional:
+        if guidance > 0 and isinstance(self.model, FlowConfig) and not self.model.class_conditional:
             raise ValueError(
                 f"logging.preview_guidance needs model.class_conditional=true (got {guidance} and false); set "
                 f"preview_guidance to 0"
@@ -345,7 +282,7 @@ class TrainConfig(Root):
 
 
 def _check_recipe(
-    model: ModelConfig, optimizer: OptimizerConfig, training: TrainingConfig, parallelism: ParallelismConfig
+    model: TrainedConfig, optimizer: OptimizerConfig, training: TrainingConfig, parallelism: ParallelismConfig
 ) -> None:
     """Check rules that concern several sections.
 
@@ -359,16 +296,7 @@ def _check_recipe(
             f"training.global_batch_size must be a multiple of training.micro_batch_size "
             f"(got {batch} and {micro}); use {micro * max(1, batch // micro)}"
         )
-    if model.logit_alpha is not None and training.noise.kind != "uniform":
-        raise ValueError(
-            f"model.logit_alpha needs training.noise.kind=uniform, which stays inside [-1, 1] (got "
-            f"{training.noise.kind}); remove model.logit_alpha, or set the noise to uniform"
-        )
-    if model.dequantization is not None and training.noise.kind != "uniform":
-        raise ValueError(
-            f"model.dequantization needs training.noise.kind=uniform, which stays in the bins of pixels (got "
-            f"{training.noise.kind}); remove model.dequantization, or set the noise to uniform"
-        )
+    _check_noise(model, training.noise.kind)
     if parallelism.activations not in capabilities.activations:
         raise ValueError(
             f"parallelism.activations must be {' or '.join(capabilities.activations)} for this model (got "
@@ -394,10 +322,57 @@ def _check_recipe(
         )
 
 
+def _check_noise(model: TrainedConfig, noise: str) -> None:
+    """Check that the model can be trained with this kind of noise.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    match model:
+        case ConvolutionalConfig():
+            if noise != "none":
+                raise ValueError(
+                    f"training.noise has no effect on model.kind=autoencoder (got {noise}); set "
+                    f"training.noise.kind=none"
+                )
+        case TunedDecoderConfig():
+            if noise == "uniform":
+                raise ValueError(
+                    "training.noise.kind must be gaussian or none for model.kind=decoder, whose noise is added to "
+                    "latents (got uniform); change training.noise.kind"
+                )
+        case _:
+            needs = {"logit_alpha": "which stays inside [-1, 1]", "dequantization": "which stays in the bins of pixels"}
+            for key, reason in needs.items():
+                if getattr(model, key) is not None and noise != "uniform":
+                    raise ValueError(
+                        f"model.{key} needs training.noise.kind=uniform, {reason} (got {noise}); remove model.{key}, "
+                        f"or set the noise to uniform"
+                    )
+
+
+def _check_autoencoder(model: TrainedConfig, autoencoder: VersionConfig | None) -> None:
+    """Check that the section ``autoencoder`` is there if a decoder is trained, and not if a new autoencoder is trained.
+
+    Raises:
+        ValueError: it is missing or has no effect.
+    """
+    if isinstance(model, TunedDecoderConfig) and autoencoder is None:
+        raise ValueError(
+            "model.kind=decoder needs the section autoencoder, the version to start from (got none); set "
+            "autoencoder.path, autoencoder.model and autoencoder.version"
+        )
+    if isinstance(model, ConvolutionalConfig) and autoencoder is not None:
+        raise ValueError(
+            f"the section autoencoder has no effect on model.kind=autoencoder (got {autoencoder.model}); remove it, or "
+            f"set model.kind=decoder to train the decoder of that version"
+        )
+
+
 VERB = Verb(
     "verbs.train.driver",
     TrainConfig,
-    "train a flow on shards under DeepSpeed and register it",
+    "train a flow or an autoencoder on shards under DeepSpeed and register it",
     "launch/torchrun.sh 2 configs/train/digits.yaml optimizer.peak_lr=1e-3",
     imports="PyTorch",
 )

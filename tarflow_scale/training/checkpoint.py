@@ -60,6 +60,8 @@ class TrainState(Record):
     """Number of corrupt samples that were replaced by other samples."""
     loss_sum: float
     """Sum of nats per dimension over the steps since the last line of the log."""
+    figure_sums: tuple[float, ...] = ()
+    """The same sums of the other figures of the objective."""
     loss_steps: int = Field(ge=0)
     seconds: float = Field(ge=0)
     """Training time so far."""

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
-from tarflow_scale.flows import Flow, standard_normal_log_prob
-from tarflow_scale.flows.build import compile_networks
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.runtime.cores import num_threads
 from tarflow_scale.runtime.distributed import (
     all_reduce_sum,
@@ -31,25 +30,18 @@ from tarflow_scale.runtime.distributed import (
     rank,
     world_size,
 )
+from tarflow_scale.training.objective import MicroBatch, Objective, Values
 from tarflow_scale.training.optimizers import build_optimizer
 from tarflow_scale.training.zero import deepspeed_config
 
-__all__ = ["MOMENTS", "MOMENTUM", "Engine", "MicroBatch", "StepResult", "start_process_group"]
+__all__ = ["MOMENTS", "MOMENTUM", "Engine", "StepResult", "start_process_group"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments. At ZeRO stages 1 to 3 they are partitioned like the master weights."""
 MOMENTUM = "momentum_buffer"
 """Name of Muon's momentum. It is complete on every rank that holds a part of the matrix in its partition."""
-_PREFIX = "flow."
+_PREFIX = "model."
 _TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Input of one forward pass: ``x (B, C, H, W)`` float; ``y`` labels ``(B,)``, conditions ``(B, K)`` or None."""
-
-    x: Tensor
-    y: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,28 +49,16 @@ class StepResult:
     """Result of one optimizer step.
 
     Args:
-        nats_per_dim: mean loss over this rank's images.
+        values: means of the objective's figures over this rank's images; the first is the loss in nats per dimension.
         gradient_norm: gradient norm over all ranks, before clipping.
         skipped: whether all ranks kept their weights, because a gradient was not finite or the step was rejected.
         rejected: whether the function ``reject`` of `Engine.step` refused the loss.
     """
 
-    nats_per_dim: float
+    values: Values
     gradient_norm: float
     skipped: bool
     rejected: bool = False
-
-
-class _NatsPerImage(nn.Module):
-    """DeepSpeed wraps this module. Returns negative log-likelihoods ``(B,)``; upper bounds if noise is learned."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        z, log_det = self.flow(x, y, dequantize=True)  # checks of log_prob_of_images would synchronize with the device
-        return -(standard_normal_log_prob(z) + log_det)
 
 
 def start_process_group(threads: int) -> torch.device:
@@ -104,17 +84,17 @@ def start_process_group(threads: int) -> torch.device:
 
 
 class Engine:
-    """Trains a flow with DeepSpeed.
+    """Trains a model with DeepSpeed.
 
     Args:
-        flow: a new flow, equal on all ranks; the engine moves it to ``device`` and owns it.
+        objective: the objective with a new model, equal on all ranks; the engine moves it to ``device`` and owns it.
         device: this rank's device.
         optimizer, training, parallelism: sections of the configuration.
     """
 
     def __init__(
         self,
-        flow: Flow,
+        objective: Objective[Any],
         device: torch.device,
         optimizer: OptimizerConfig,
         training: TrainingConfig,
@@ -123,13 +103,11 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.device = device
         self.stage: Literal[0, 1, 2, 3] = parallelism.zero_stage
-        self.num_dims = flow.num_dims
-        flow = flow.to(device).train()
-        check_equal(flow)
+        self.objective = module = objective.to(device).train()
+        check_equal(module)
         if parallelism.compile:
-            compile_networks(flow)
-        module = _NatsPerImage(flow)
-        self.num_parameters = sum(p.numel() for p in module.parameters())
+            module.compile_networks()
+        self.num_parameters = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         settings = deepspeed_config(optimizer, training, parallelism, self.num_parameters, world_size())
         self.num_micro_batches = settings["gradient_accumulation_steps"]
         client = build_optimizer(module, optimizer, parallelism)
@@ -139,9 +117,10 @@ class Engine:
         self._engine, _, _, _ = deepspeed.initialize(model=module, optimizer=client, config=settings)
         if world_size() == 1 and self.stage == 0:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients for a sum over one rank
-        self.names = [name.removeprefix(_PREFIX) for name, _ in module.named_parameters()]
-        self._parameters = dict(zip(self.names, module.parameters(), strict=True))
-        self._module = module
+        self._parameters = {
+            name.removeprefix(_PREFIX): weight for name, weight in module.named_parameters() if weight.requires_grad
+        }
+        self.names = list(self._parameters)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -153,8 +132,7 @@ class Engine:
     ) -> StepResult:
         """Make one optimizer step on this rank's share of a global batch.
 
-        The loss is the mean negative log-likelihood in nats per dimension, so that the size of gradients does not
-        depend on the size of images.
+        The loss is in nats per dimension, so that the size of gradients does not depend on the size of images.
 
         Args:
             micro_batches: inputs, one for each accumulated pass.
@@ -166,15 +144,16 @@ class Engine:
             group["lr"] = peak * rate
         running = [(buffer, buffer.clone()) for name, buffer in self.buffers().items() if "running_" in name]
         skipped_before = self._engine.skipped_steps
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(1, device=self.device)
         rejected = False
         count = 0
         for batch in micro_batches:
-            loss = self._engine(batch.x, batch.y).mean() / self.num_dims
-            total += loss.detach()
+            figures = self._engine(*batch)
+            loss = figures[:, 0].mean() / self.objective.num_dims
+            total = total + torch.cat([loss.detach()[None], figures[:, 1:].detach().mean(dim=0)])
             count += 1
             if reject is not None and count == self.num_micro_batches:
-                rejected = reject(float(all_reduce_sum(total.double())) / (count * world_size()))
+                rejected = reject(float(all_reduce_sum(total[0].double())) / (count * world_size()))
                 # Every ZeRO stage skips the update if a gradient is not finite.
                 loss = loss * float("nan") if rejected else loss
             self._engine.backward(loss)
@@ -186,18 +165,18 @@ class Engine:
             for buffer, before in running:  # undo what the forward pass of a skipped step wrote
                 buffer.copy_(before)
         return StepResult(
-            nats_per_dim=float(total) / count,
+            values=tuple(value / count for value in total.tolist()),
             gradient_norm=float(norm) if norm is not None else 0.0,
             skipped=skipped,
             rejected=rejected,
         )
 
-    def nats(self, batch: MicroBatch) -> Tensor:
-        """Negative log-likelihood ``(B,)`` in nats, without gradient or dropout; all ranks must call."""
+    def figures(self, batch: MicroBatch) -> Tensor:
+        """The objective's figures ``(B, F)``, without gradient or dropout; all ranks must call."""
         self._engine.eval()
         try:
             with torch.no_grad():
-                return self._engine(batch.x, batch.y)
+                return self._engine(*batch)
         finally:
             self._engine.train()
 
@@ -325,13 +304,9 @@ class Engine:
             for name in self.names:
                 self.set_working_copy(name, kept[name] if kept is not None else self.full_weight(name))
 
-    def diagnostics(self) -> dict[str, float]:
-        """Diagnostics of the flow's latest pass on this rank."""
-        return self._module.flow.diagnostics()
-
     def buffers(self) -> dict[str, Tensor]:
         """Buffers by name. They are equal on all ranks, because running statistics are computed over all ranks."""
-        return {name.removeprefix(_PREFIX): buffer for name, buffer in self._module.named_buffers()}
+        return {name.removeprefix(_PREFIX): buffer for name, buffer in self.objective.named_buffers()}
 
     @contextmanager
     def exchanged(self, tensors: Sequence[Tensor | None]) -> Generator[None]:

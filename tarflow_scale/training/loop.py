@@ -21,7 +21,6 @@ from torch import Tensor
 
 from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.records import PixelFormat
 from tarflow_scale.runtime import console, distributed, provenance
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.quarantine import check_share
@@ -30,10 +29,10 @@ from tarflow_scale.training import checkpoint, run_log
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
-from tarflow_scale.training.engine import Engine, MicroBatch, StepResult
+from tarflow_scale.training.engine import Engine, StepResult
 from tarflow_scale.training.meter import Meter
-from tarflow_scale.training.noise import conditions, model_input
-from tarflow_scale.training.progress import Progress, bits_per_dim, progress_line
+from tarflow_scale.training.objective import MicroBatch, Values
+from tarflow_scale.training.progress import Progress, progress_line
 from tarflow_scale.training.spikes import LossHistory
 from tarflow_scale.training.upload import Uploader
 from tarflow_scale.training.validation import Validation
@@ -51,23 +50,19 @@ class Loop:
     """The training loop, with the objects that it uses.
 
     Args:
-        engine: trains the flow.
+        engine: trains the model.
         averages: moving averages of the weights.
         reader: reads this rank's batches.
-        pixels: conversion of stored pixels to floats.
-        conditional: whether the flow takes labels or other conditions.
         course: length, checkpoints and learning rate of the run.
         training, checkpoints, logging: sections of the configuration.
         validation: held-out images, or None.
         meter: measures speed.
-        preview: draws a sample grid.
+        preview: draws a picture.
     """
 
     engine: Engine
     averages: WeightAverages
     reader: Loader
-    pixels: PixelFormat
-    conditional: bool
     course: Course
     training: TrainingConfig
     checkpoints: CheckpointConfig
@@ -100,7 +95,9 @@ class Loop:
                 with self.meter.spending("data"):
                     batch = next(batches)
                 result = self._step(batch, progress)
-                diagnostics = self.engine.diagnostics()  # before validation and previews, which overwrite them
+                diagnostics = (
+                    self.engine.objective.diagnostics()
+                )  # before validation and previews, which overwrite them
                 stopping = self._agree(result, stop.reason, batch.num_replaced, progress)
                 now = progress.images_seen
                 self.meter.stepped(now - before)
@@ -135,23 +132,22 @@ class Loop:
         return result
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
-        device, seed, size = self.engine.device, self.training.seed, self.training.micro_batch_size
+        engine, size = self.engine, self.training.micro_batch_size
         for low in range(0, len(batch), size):
             part = batch[low : low + size]
-            x = model_input(part, self.pixels, seed, device)
-            y = conditions(part, self.training.label_drop, seed, device) if self.conditional else None
-            yield MicroBatch(x, y)
+            yield engine.objective.inputs(part, self.training.seed, engine.device, training=True)
 
     def _agree(self, result: StepResult, reason: str, num_replaced: int, progress: Progress) -> str:
-        """Sum loss, stop requests and replaced samples over ranks. Returns the reason to stop, or an empty string."""
-        own = [result.nats_per_dim, float(bool(reason)), float(num_replaced)]
+        """Add up figures, stop requests and replaced samples of all ranks. Returns the reason to stop, or ""."""
+        own = [float(bool(reason)), float(num_replaced), *result.values]
         sums = distributed.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.engine.device))
-        loss, stops, replaced = sums.tolist()
+        stops, replaced, *totals = sums.tolist()
+        values = tuple(total / distributed.world_size() for total in totals)
         progress.num_replaced += round(replaced)
         allowed = self.reader.config.max_corrupt_fraction
         check_share(progress.num_replaced, progress.images_seen, allowed, self.logging.path)
         if result.rejected:
-            self._after_spike(loss / distributed.world_size(), progress)
+            self._after_spike(values[0], progress)
         elif result.skipped:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
@@ -162,7 +158,7 @@ class Loop:
                     f"lower optimizer.peak_lr, or resume from an older checkpoint"
                 )
         else:
-            progress.take(loss / distributed.world_size())
+            progress.take(values)
         return (reason or "another rank") if stops > 0 else ""
 
     def _after_spike(self, loss: float, progress: Progress) -> None:
@@ -191,22 +187,21 @@ class Loop:
     def _show(self, bar: console.ProgressBar, result: StepResult, progress: Progress) -> None:
         memory = provenance.peak_memory_bytes(self.engine.device.type)
         rate = self.course.rate_at(progress.images_seen)
-        bar.tell(*progress_line(progress, self.pixels, rate, result.gradient_norm, self.meter.figures(), memory))
+        text, speed = self.engine.objective.text, self.meter.figures()
+        bar.tell(*progress_line(progress, text, rate, result.gradient_norm, speed, memory))
 
     def _log(
         self,
         log: run_log.Log,
         result: StepResult,
         progress: Progress,
-        validated: float | None,
+        validated: Values | None,
         diagnostics: dict[str, float],
     ) -> None:
-        loss = progress.loss_sum / progress.loss_steps if progress.loss_steps else None
-        progress.loss_sum, progress.loss_steps = 0.0, 0
+        figures = self.engine.objective.record
         record: dict[str, Any] = {
             "images": progress.images_seen,
-            "nats_per_dim": loss,
-            "bits_per_dim": bits_per_dim(loss, self.pixels),
+            **figures(progress.means()),
             "learning_rate": self.course.rate_at(progress.images_seen),
             "gradient_norm": result.gradient_norm if math.isfinite(result.gradient_norm) else None,
             "skipped_steps": progress.skipped_steps,
@@ -218,16 +213,15 @@ class Loop:
             **diagnostics,
         }
         if validated is not None:
-            held_out = {"nats": validated, "bits": bits_per_dim(validated, self.pixels)}
-            record |= {f"validation_{unit}_per_dim": value for unit, value in held_out.items()}
+            record |= {f"validation_{name}": value for name, value in figures(validated).items()}
         log(record)
 
-    def _validate(self, before: int, now: int, done: bool, progress: Progress) -> float | None:
-        """Nats per dimension of held-out images; None if validation is not due."""
+    def _validate(self, before: int, now: int, done: bool, progress: Progress) -> Values | None:
+        """Means of the objective's figures over held-out images; None if validation is not due."""
         if self.validation is None or not (done or _crossed(before, now, self.validation.every_images)):
             return None
         with self.meter.spending("validation"):
-            progress.held_out = self.validation.nats_per_dim(self.engine, self.averages)
+            progress.held_out = self.validation.means(self.engine, self.averages)
         return progress.held_out
 
     def _save(self, progress: Progress, uploads: Uploader) -> None:
@@ -238,7 +232,8 @@ class Loop:
                 skipped_steps=progress.skipped_steps,
                 skipped_in_a_row=progress.skipped_in_a_row,
                 num_replaced=progress.num_replaced,
-                loss_sum=progress.loss_sum,
+                loss_sum=progress.sums[0],
+                figure_sums=progress.sums[1:],
                 loss_steps=progress.loss_steps,
                 seconds=progress.elapsed,
                 recent_losses=progress.losses.losses,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig
 from tarflow_scale.flows.build import matrices
 
 __all__ = ["build_optimizer"]
@@ -27,9 +28,10 @@ def build_optimizer(
         "fused": True,
     }
     if config.kind == "adamw":
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if parallelism.zero_stage == 0:
-            return _GuardedAdamW(module.parameters(), config.gradient_clip_norm, **adam)
-        return torch.optim.AdamW(module.parameters(), **adam)
+            return _GuardedAdamW(trained, config.gradient_clip_norm, **adam)
+        return torch.optim.AdamW(trained, **adam)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     chosen = {id(matrix) for matrix in matrices(module)}

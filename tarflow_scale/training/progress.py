@@ -6,14 +6,15 @@ The line shows only numbers that each step already has on the host, so that no s
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tarflow_scale.config.train import TrainingConfig
-from tarflow_scale.records import PixelFormat
 from tarflow_scale.training.checkpoint import TrainState
+from tarflow_scale.training.objective import Values
 from tarflow_scale.training.spikes import LossHistory
 
-__all__ = ["Progress", "bits_per_dim", "progress_line"]
+__all__ = ["Progress", "progress_line"]
 
 _SHOWN_STEPS = 20
 """Number of steps over which the progress line averages the loss."""
@@ -29,15 +30,16 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     num_replaced: int = 0
-    loss_sum: float = 0.0
+    sums: Values = (0.0,)
+    """Sums of the objective's figures over the steps since the last line of the log; the first is the loss."""
     loss_steps: int = 0
     roll_backs: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
-    """Losses of the last steps since the process started, in nats per dimension; only for the progress line."""
-    held_out: float | None = None
-    """Loss of the last validation since the process started, in nats per dimension."""
+    recent: deque[Values] = field(default_factory=lambda: deque(maxlen=_SHOWN_STEPS))
+    """Figures of the last steps since the process started; only for the progress line."""
+    held_out: Values | None = None
+    """Figures of the last validation since the process started."""
 
     @property
     def elapsed(self) -> float:
@@ -53,31 +55,34 @@ class Progress:
             skipped_steps=state.skipped_steps,
             skipped_in_a_row=state.skipped_in_a_row,
             num_replaced=state.num_replaced,
-            loss_sum=state.loss_sum,
+            sums=(state.loss_sum, *state.figure_sums),
             loss_steps=state.loss_steps,
             roll_backs=state.roll_backs,
             seconds=state.seconds,
         )
 
-    def take(self, loss: float) -> None:
-        """Count the loss of a step: the mean over all ranks, in nats per dimension."""
+    def take(self, values: Values) -> None:
+        """Count a step: the means of the objective's figures over all ranks."""
         self.skipped_in_a_row = 0
-        self.loss_sum += loss
+        self.sums = _sum([self.sums, values]) if self.loss_steps else values
         self.loss_steps += 1
-        self.losses.add(loss)
-        self.recent.append(loss)
+        self.losses.add(values[0])
+        self.recent.append(values)
+
+    def means(self) -> Values | None:
+        """Means of the figures over the steps since the last call; None if there were no steps."""
+        sums, num = self.sums, self.loss_steps
+        self.sums, self.loss_steps = (0.0,) * len(sums), 0
+        return tuple(total / num for total in sums) if num else None
 
 
-def bits_per_dim(nats_per_dim: float | None, pixels: PixelFormat) -> float | None:
-    """Convert a loss to bits/dim; None if there is no loss, or no uniform dequantization."""
-    if nats_per_dim is None or pixels.noise != "uniform":
-        return None
-    return nats_per_dim / math.log(2) + pixels.bit_depth - 1
+def _sum(rows: Sequence[Values]) -> Values:
+    return tuple(map(sum, zip(*rows, strict=True)))
 
 
 def progress_line(
     progress: Progress,
-    pixels: PixelFormat,
+    text: Callable[[Values], str],
     learning_rate: float,
     gradient_norm: float,
     speed: dict[str, float | None],
@@ -87,22 +92,17 @@ def progress_line(
 
     Args:
         progress: progress of the run.
-        pixels: conversion of stored pixels to floats, which decides the unit of the loss.
+        text: function that turns the objective's figures into text.
         learning_rate: rate of the last step.
         gradient_norm: norm of the gradient of the last step, before clipping.
         speed: result of `tarflow_scale.training.meter.Meter.figures`.
         memory_bytes: peak memory of this rank.
     """
-
-    def loss(nats: float) -> str:
-        bits = bits_per_dim(nats, pixels)
-        return f"{nats:.3f} nats/dim" if bits is None else f"{bits:.3f} bits/dim"
-
     brief: list[str] = []
     if progress.recent:
-        brief.append(loss(sum(progress.recent) / len(progress.recent)))
+        brief.append(text(tuple(total / len(progress.recent) for total in _sum(progress.recent))))
     if progress.held_out is not None:
-        brief.append(f"held out {loss(progress.held_out)} (averaged weights)")
+        brief.append(f"held out {text(progress.held_out)} (averaged weights)")
     mfu, waiting = speed["mfu"], speed["data_wait_fraction"]
     details = [
         *([] if mfu is None else [f"MFU {mfu:.0%}"]),

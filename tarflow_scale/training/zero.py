@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from tarflow_scale.capacity.memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, ModelSize
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
 
 __all__ = ["deepspeed_config", "model_size"]

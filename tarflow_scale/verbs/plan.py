@@ -6,23 +6,21 @@ be planned before its data are packed. The arithmetic is in `tarflow_scale.capac
 
 import math
 
-import torch
-
 from tarflow_scale import storage
 from tarflow_scale.capacity.advice import Scenario, by_stage
 from tarflow_scale.capacity.flops import training_flops
 from tarflow_scale.capacity.gpus import card_named
 from tarflow_scale.capacity.steps import Cluster, curve, default_mfu, efficiency
 from tarflow_scale.capacity.tables import Answer, Sizes, print_answer
+from tarflow_scale.config.autoencoder import ConvolutionalConfig, TunedDecoderConfig
 from tarflow_scale.config.data import DataConfig, height_and_width
-from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.config.model import FlowConfig
 from tarflow_scale.config.plan import GpusConfig, PlanConfig
 from tarflow_scale.errors import ConfigError
-from tarflow_scale.flows import build
 from tarflow_scale.pages.pictures import Panel, panels_png
 from tarflow_scale.shards.manifest import MANIFEST_NAME, read_manifest
-from tarflow_scale.training.construction import flow_of, seen_by_model
-from tarflow_scale.training.zero import deepspeed_config, model_size
+from tarflow_scale.training.construction import seen_by_model, size_of
+from tarflow_scale.training.zero import deepspeed_config
 
 __all__ = ["run"]
 
@@ -40,9 +38,11 @@ def run(config: PlanConfig, dry_run: bool) -> None:
     card = card_named(asked.gpu)
     network = card.network_bytes_per_second if asked.network is None else asked.network * _GB
     cluster = Cluster(card, asked.gpus_per_node, network)
-    sizes = _sizes(asked, config.data, recipe.model)
+    model = recipe.model
+    assert not isinstance(model, TunedDecoderConfig)
+    sizes = _sizes(asked, config.data, model)
     deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, sizes.model.parameters, asked.gpus)
-    flops = training_flops(recipe.model, sizes.event_shape)
+    flops = training_flops(model, sizes.event_shape)
     mfu = asked.mfu or default_mfu(recipe.parallelism)
     scenario = Scenario(recipe, sizes.event_shape, sizes.model, flops, cluster, mfu, asked.gpus)
     points = curve(scenario.work(recipe), cluster, mfu, recipe.training.global_batch_size)
@@ -53,11 +53,11 @@ def run(config: PlanConfig, dry_run: bool) -> None:
         print(f"wrote {asked.curve}")
 
 
-def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
+def _sizes(asked: GpusConfig, data: DataConfig, model: FlowConfig | ConvolutionalConfig) -> Sizes:
     """Sizes of the images and the model, from the flags if ``--image-size`` is given, else from the manifest."""
     crop = data.augmentation.crop_pixels
     if asked.image_size is not None:
-        if model.class_conditional and not asked.classes:
+        if isinstance(model, FlowConfig) and model.class_conditional and not asked.classes:
             raise ConfigError(
                 f"model.class_conditional=true needs --classes with --image-size (got {asked.classes}); add --classes "
                 f"NUMBER, or set model.class_conditional=false"
@@ -65,10 +65,8 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
         height, width = height_and_width(asked.image_size)
         rows, columns = height_and_width(crop or asked.image_size)
         shape = (asked.channels, min(rows, height), min(columns, width))
-        with torch.device("meta"):
-            flow = build(model, shape, asked.classes or None)
         stored = asked.channels * height * width
-        return Sizes(shape, model_size(flow), stored, None, None, "the flags")
+        return Sizes(shape, size_of(model, shape, asked.classes or None), stored, None, None, "the flags")
     if not storage.exists(storage.join(data.path, MANIFEST_NAME)):
         raise ConfigError(
             f"plan needs the data set {data.path} or its sizes (got neither); add --image-size PIXELS or "
@@ -76,11 +74,10 @@ def _sizes(asked: GpusConfig, data: DataConfig, model: ModelConfig) -> Sizes:
         )
     manifest = read_manifest(data.path)
     seen = seen_by_model(manifest, crop)
-    with torch.device("meta"):
-        flow = flow_of(model, seen)
     packed = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
     decoded = math.prod(manifest.event.carried_shape)
-    return Sizes(seen.event.shape, model_size(flow), decoded, packed, manifest.codec, data.path)
+    size = size_of(model, seen.event.shape, seen.num_classes or None, seen.event.num_conditions)
+    return Sizes(seen.event.shape, size, decoded, packed, manifest.codec, data.path)
 
 
 def _drawn(answer: Answer) -> bytes:

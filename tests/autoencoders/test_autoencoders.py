@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from tarflow_scale.autoencoders.stored import (
     build_autoencoder,
     digest_of,
     read_published,
+    with_decoder,
 )
 from tarflow_scale.config.autoencoder import ConvolutionalConfig, TinyConfig
 from tarflow_scale.errors import ConfigError, DataError
@@ -245,6 +246,31 @@ def test_files_give_the_same_autoencoder(config: ConvolutionalConfig | TinyConfi
         torch.equal(a, b) for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert digest_of(files) == digest_of(autoencoder_files(again))
+
+
+@pytest.mark.parametrize("config", [OWN, TinyConfig(latent_channels=4, width=8)], ids=lambda config: config.kind)
+def test_another_decoder_leaves_the_bytes_of_the_encoder_and_the_digest(
+    config: ConvolutionalConfig | TinyConfig,
+) -> None:
+    """Also where weights are stored in half precision: an encoder that is written again in fp32 has other bytes."""
+    autoencoder = build_autoencoder(config).half()
+    files, parts = autoencoder_files(autoencoder), autoencoder.encoder_parts
+    weights = {name: torch.randn(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+    other = with_decoder(files, weights | {"latent_scale": torch.ones(4)})
+    assert digest_of(other) == digest_of(files)
+    before, after = (load(content["autoencoder.safetensors"]) for content in (files, other))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        expected = tensor if name.startswith(parts) else weights[name]
+        assert after[name].dtype == expected.dtype
+        assert torch.equal(after[name], expected)
+    assert any(name.startswith(parts) for name in before)
+    assert autoencoder_from_files(other, "here").config == config
+    encoder = next(name for name in before if name.startswith(parts))
+    changed = autoencoder_files(autoencoder, before | {encoder: before[encoder] + 1})
+    assert digest_of(changed) != digest_of(files)
+    renamed = files | {"autoencoder.json": files["autoencoder.json"].replace(b"4", b"5")}
+    assert digest_of(renamed) != digest_of(files)
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "not finite", "another shape", "not JSON"])

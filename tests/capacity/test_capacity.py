@@ -5,14 +5,16 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tarflow_scale import cli
+from tarflow_scale.autoencoders.stored import build_autoencoder
 from tarflow_scale.capacity.activations import Footprint, activation_footprint
 from tarflow_scale.capacity.advice import USABLE, Scenario, advice, by_stage, largest_micro_batch, variant
 from tarflow_scale.capacity.flops import training_flops
@@ -30,6 +32,7 @@ from tarflow_scale.capacity.steps import (
     traffic_of,
 )
 from tarflow_scale.capacity.tables import DECODED_BYTES_PER_SECOND
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     DequantizationConfig,
     GlowConfig,
@@ -40,10 +43,12 @@ from tarflow_scale.config.model import (
     RealNVPConfig,
     TarFlowConfig,
 )
-from tarflow_scale.config.train import ParallelismConfig, TrainConfig
-from tarflow_scale.flows import Flow, build
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import TrainConfig
+from tarflow_scale.flows import build
 from tarflow_scale.pages.pictures import HEIGHT, WIDTH
 from tarflow_scale.records import PixelFormat
+from tarflow_scale.training.reconstruction import ReconstructionObjective
 from tarflow_scale.training.zero import model_size
 from tests.conftest import TOP
 
@@ -122,9 +127,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
+def saved_bytes(module: nn.Module, of: Callable[[torch.Tensor], object], x: torch.Tensor, bf16: bool) -> int:
     """Bytes of the tensors that autograd saves in a forward pass, each counted once, without weights and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*flow.parameters(), *flow.buffers())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +142,7 @@ def saved_bytes(flow: Flow, x: torch.Tensor, bf16: bool) -> int:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        _ = flow(x, None, dequantize=True)
+        _ = of(x)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -158,11 +163,25 @@ def test_activations_are_what_autograd_keeps(name: str, bf16: bool) -> None:
     found: dict[str, int] = {}
     for how in flow.capabilities.activations:
         flow.activations = how
-        found[how] = saved_bytes(flow, x, bf16)
+        found[how] = saved_bytes(flow, lambda x: flow(x, None, dequantize=True), x, bf16)
         casts = 2 * model_size(flow).low_precision if bf16 and how == "keep" else 0
         expected = activation_footprint(config, shape, batch, how, bf16).kept + casts
         assert expected == pytest.approx(found[how], rel=0.15), how
     assert found == dict(sorted(found.items(), key=lambda item: -item[1]))  # each kind keeps less than the one before
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.usefixtures("one_thread")
+def test_activations_of_autoencoders_are_what_autograd_keeps(factor: int, bf16: bool) -> None:
+    config, shape, batch = ConvolutionalConfig(factor=factor, latent_channels=4, width=16), (3, 32, 32), 4
+    objective = ReconstructionObjective(build_autoencoder(config), shape, 8, 1.0, 0.0)
+    images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8)
+    noise = torch.randn(batch, 4, 32 // factor, 32 // factor)
+    saved = saved_bytes(objective, lambda images: objective(images, noise), images, bf16)
+    casts = 2 * model_size(objective).low_precision if bf16 else 0
+    expected = activation_footprint(config, shape, batch, "keep", bf16).kept + casts
+    assert expected == pytest.approx(saved, rel=0.15)
 
 
 def test_kept_activations_grow_with_the_batch() -> None:

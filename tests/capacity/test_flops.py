@@ -5,7 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tarflow_scale.autoencoders.stored import build_autoencoder
 from tarflow_scale.capacity.flops import forward_flops, tokens_per_image, training_flops
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     DequantizationConfig,
     GlowConfig,
@@ -54,6 +56,18 @@ def test_the_formula_counts_what_pytorch_counts(config: ModelConfig) -> None:
         assert attention > 0
         counted -= attention / 2
     assert forward_flops(config, shape) == pytest.approx(counted, rel=1e-12)
+
+
+@pytest.mark.parametrize("posterior", ["learned", "fixed"])
+@pytest.mark.parametrize("factor", [2, 8])
+def test_the_formula_of_autoencoders_counts_what_pytorch_counts(factor: int, posterior: str) -> None:
+    settings = {"factor": factor, "latent_channels": 3, "width": 8, "blocks": 2, "posterior": posterior}
+    config, shape = ConvolutionalConfig.model_validate(settings), (3, 16, 24)
+    autoencoder = build_autoencoder(config)
+    with FlopCounterMode(display=False) as counter:
+        autoencoder.decode(autoencoder.encode(torch.zeros(2, *shape)).mean)
+    assert forward_flops(config, shape) == pytest.approx(counter.get_total_flops() / 2, rel=1e-12)
+    assert tokens_per_image(config, shape) is None
 
 
 def test_published_sizes() -> None:

@@ -139,7 +139,8 @@ def test_every_gate_names_protocols_that_exist(file: Path) -> None:
         ),
         (
             "model.kind=gan",
-            "model.kind: must be one of 'tarflow', 'glow', 'nice', 'realnvp', 'maf', 'iaf', 'continuous' (got 'gan')",
+            "model.kind: must be one of 'tarflow', 'glow', 'nice', 'realnvp', 'maf', 'iaf', 'continuous', "
+            "'autoencoder', 'decoder' (got 'gan')",
         ),
         ("model.width=100", "model: width must be a multiple of head_width (got 100 and 64); change either"),
         ("parallelism.zero_stage=4", "parallelism.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),

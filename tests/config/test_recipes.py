@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import yaml
 from tarflow_scale import cli
 from tarflow_scale.config.train import TrainConfig
 from tarflow_scale.records import VectorFacts
+from tarflow_scale.registry import Registry
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.manifest import Manifest, ShardRecord
 from tarflow_scale.shards.writer import publish_manifest
@@ -76,7 +78,7 @@ def test_every_recipe_says_what_to_expect(recipe: Path) -> None:
         assert any(line.startswith(f"# {word}") for line in header), word
 
 
-OWN = ("folder", "folder-gpu")
+OWN = ("folder", "folder-gpu", "folder-autoencoder")
 """Recipes for a newcomer's own images."""
 
 
@@ -136,6 +138,47 @@ def test_the_recipe_for_a_gpu_says_what_plan_says(tmp_path: Path, capsys: pytest
         (operations,) = re.findall(r"([\d.e+]+) FLOP in total", plan)
         assert f"{float(operations):.1e}".replace("+", "") in said
     assert "not measured" in said
+
+
+def test_the_commands_of_the_autoencoder_recipe_run(tmp_path: Path) -> None:
+    """The run, ``encode`` and the decoder as the header says, on smaller images and fewer of them."""
+    for number in range(20):
+        image = np.random.default_rng(number).integers(0, 256, (3, 16, 16), np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{number}.png").write_bytes(encode_png(image))
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(TOP / name)
+    said = header("folder-autoencoder")
+    lines = re.findall(
+        r"(?:tarflow-scale|launch/torchrun\.sh 2) ((?:prepare |encode |configs/train).*?)(?= [A-Z]\w+:|$)", said
+    )
+    commands = [shlex.split(line) for line in lines]
+    smaller = [
+        "training.total_images=64", "training.global_batch_size=16", "model.width=8", "schedule.warmup_images=16",
+        "schedule.decay_images=16", "checkpoint.every_images=48", "validation.every_images=48",
+    ]  # fmt: skip
+    more = {
+        "prepare": ["source.path=images", "source.size_pixels=16"],
+        "encode": ["cluster.executor=local"],
+        "configs/train/folder-autoencoder.yaml": smaller,
+    }
+    verbs = [words[0] for words in commands]
+    assert verbs == [
+        "prepare",
+        "configs/train/folder-autoencoder.yaml",
+        "encode",
+        "configs/train/folder-autoencoder.yaml",
+    ]
+    for words in commands:
+        given = [
+            part for part in more[words[0]] if not (part.startswith("model.") and "model={kind: decoder}" in words)
+        ]
+        verb = [] if words[0] in ("prepare", "encode") else ["train"]
+        result = command(*verb, *words, *given, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    registry = Registry(f"{tmp_path}/runs/registry", "decoder-64")
+    assert registry.resolve("latest").started_from.startswith("autoencoder-64@1 ")
+    assert (tmp_path / "data/mine-64-latents/train/manifest.json").exists()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tarflow_scale.config.train import OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import OptimizerConfig, TrainingConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.training.zero import deepspeed_config
 from tests.forking import HANG_SECONDS, start
@@ -184,6 +185,29 @@ def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(rank
         assert two[first]["losses"][-1] < two[first]["losses"][0]
     assert two[SOLVED[1]]["losses"] == pytest.approx(two[SOLVED[0]]["losses"], rel=1e-4, abs=1e-5)  # a solver's own
     assert max(two[SOLVED[1]]["average_errors"]) < 1e-6
+
+
+# --- autoencoders
+
+RECONSTRUCTIONS = [f"stage={stage},flow={kind}" for kind in ("autoencoder", "decoder") for stage in (0, 2, 3)]
+
+
+@distributed
+def test_autoencoders_and_decoders_train_alike_at_every_stage_and_on_one_rank(ranks: Ranks) -> None:
+    two = ranks(2, "curves", 15, *RECONSTRUCTIONS)
+    one = ranks(1, "curves", 15, *RECONSTRUCTIONS[::3])
+    untrained = ranks(1, "curves", 0, RECONSTRUCTIONS[3])[RECONSTRUCTIONS[3]]
+    for variant in RECONSTRUCTIONS:
+        first = f"stage=0,{variant.partition(',')[2]}"
+        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
+        assert max(two[variant]["average_errors"]) < 1e-6
+        assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
+        assert two[first]["losses"][-1] < two[first]["losses"][0]
+    assert untrained["frozen"] == two["stage=0,flow=decoder"]["frozen"] == two["stage=2,flow=decoder"]["frozen"]
+    scales = [ranks(number, "scales")["scales"] for number in (1, 2)]
+    assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+    assert min(scales[0]) > 0.01
+    assert untrained["parameters"] < two["stage=0,flow=autoencoder"]["parameters"]
 
 
 # --- settings that must not change the result

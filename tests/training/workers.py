@@ -4,6 +4,7 @@ Rank 0 reads the cases from standard input, one a line, as a JSON list of the na
 line of `RESULT` and JSON. A variant is written ``stage=2,flow=glow,activations=rebuild``; see `Variant`.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from tarflow_scale.autoencoders.stored import build_autoencoder
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.model import (
     ContinuousConfig,
     DequantizationConfig,
@@ -24,17 +28,21 @@ from tarflow_scale.config.model import (
     RealNVPConfig,
     TarFlowConfig,
 )
-from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, ParallelismConfig, TrainingConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
+from tarflow_scale.config.train import CheckpointConfig, OptimizerConfig, TrainingConfig
 from tarflow_scale.errors import UserError
 from tarflow_scale.flows import Flow, build
 from tarflow_scale.records import PixelFormat
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.processes import leave
+from tarflow_scale.shards.reader import Batch
 from tarflow_scale.training import checkpoint
 from tarflow_scale.training.checkpoint import TrainState
 from tarflow_scale.training.ema import WeightAverages
-from tarflow_scale.training.engine import Engine, MicroBatch, StepResult, start_process_group
+from tarflow_scale.training.engine import Engine, StepResult, start_process_group
 from tarflow_scale.training.folder import check_shared
+from tarflow_scale.training.objective import FlowObjective, MicroBatch, Objective
+from tarflow_scale.training.reconstruction import ReconstructionObjective
 from tarflow_scale.training.schedule import average_decay
 from tests.flows.catalogue import STARFLOW, moved
 
@@ -56,6 +64,9 @@ CONFIGS: dict[str, ModelConfig] = {
     "learned_noise": NICEConfig(width=16, hidden_layers=2, dequantization=DequantizationConfig(couplings=2, width=6)),
     "continuous": ContinuousConfig(width=6, hidden_layers=1, tolerance=1e-7),
 }
+AUTOENCODER = ConvolutionalConfig(num_channels=1, factor=2, latent_channels=2, width=8, blocks=1, kl_weight=0.5)
+AUTOENCODERS = "autoencoder", "decoder"
+"""Values of ``flow`` that are not flows: an autoencoder, or only its decoder."""
 
 
 @dataclass
@@ -91,11 +102,23 @@ def small_flow(kind: str) -> Flow:
     return flow
 
 
-def small_engine(variant: Variant, device: torch.device) -> Engine:
+def small_objective(variant: Variant) -> Objective[Any]:
+    if variant.flow in AUTOENCODERS:
+        torch.manual_seed(0)
+        only_decoder = variant.flow == "decoder"
+        autoencoder = build_autoencoder(AUTOENCODER)
+        moved(autoencoder, ("",))
+        weight = None if only_decoder else AUTOENCODER.weight_of_kl
+        return ReconstructionObjective(autoencoder, (1, 4, 4), 8, weight, 0.2 if only_decoder else 0.0)
     flow = small_flow(variant.flow)
     if variant.flow != "tarflow":
         moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
     flow.activations = variant.activations  # type: ignore[assignment]
+    return FlowObjective(flow, conditional=True, label_drop=0.0)
+
+
+def small_engine(variant: Variant, device: torch.device) -> Engine:
+    objective = small_objective(variant)
     micro = BATCH // distributed.world_size() // variant.accumulation
     training = TrainingConfig(total_images=1, global_batch_size=BATCH, micro_batch_size=micro)
     parallelism = ParallelismConfig.model_validate(
@@ -110,7 +133,7 @@ def small_engine(variant: Variant, device: torch.device) -> Engine:
         optimizer = OptimizerConfig(kind="muon", peak_lr=3e-3, muon_peak_lr=2e-2)
     else:
         optimizer = OptimizerConfig(peak_lr=1e-2, gradient_clip_norm=0.5)
-    return Engine(flow, device, optimizer, training, parallelism)
+    return Engine(objective, device, optimizer, training, parallelism)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,14 +141,25 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.3 * torch.randn(BATCH, 1, 4, 4, generator=generator), torch.arange(BATCH) % 3
 
 
+def images_and_noise(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same batch for an autoencoder."""
+    x, _ = global_batch(step)
+    noise = torch.randn(BATCH, 2, 2, 2, generator=torch.Generator().manual_seed(step))
+    return (127.5 * (x.clamp(-1, 1) + 1)).to(torch.uint8), noise
+
+
 def own_part(engine: Engine, step: int, poison: float = 0.0) -> list[MicroBatch]:
-    """This rank's part of a global batch; ``poison`` is added to one pixel of the last rank's."""
-    x, y = global_batch(step)
-    x[-1, 0, 0, 0] += poison
+    """This rank's part of a global batch; ``poison`` is added to one number of the last rank's."""
+    if isinstance(engine.objective, ReconstructionObjective):
+        x, y = images_and_noise(step)
+        y[-1, 0, 0, 0] += poison
+    else:
+        x, y = global_batch(step)
+        x[-1, 0, 0, 0] += poison
     share = BATCH // distributed.world_size()
     own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     parts = engine.num_micro_batches
-    return [MicroBatch(a, b) for a, b in zip(x[own].chunk(parts), y[own].chunk(parts), strict=True)]
+    return list(zip(x[own].chunk(parts), y[own].chunk(parts), strict=True))
 
 
 def step_on(
@@ -153,7 +187,7 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
         torch.manual_seed(step)  # probes of a continuous flow
         result = step_on(engine, step)
         released = sum(parameter.numel() == 0 for parameter in engine._parameters.values())
-        losses.append(mean_over_ranks(result.nats_per_dim))
+        losses.append(mean_over_ranks(result.values[0]))
         norms.append(result.gradient_norm)
         seen = (step + 1) * BATCH
         averages.update(seen, BATCH)
@@ -165,6 +199,7 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
         "losses": losses,
         "norms": norms,
         "num_steps": engine.num_steps,
+        "frozen": _frozen(engine),
         "released": released,
         "initialized": all(bool(value) for name, value in engine.buffers().items() if name.endswith("initialized")),
         "average_bytes": distributed.gather(averages.num_bytes),
@@ -179,12 +214,32 @@ def _curve(device: torch.device, steps: int, variant: Variant) -> dict[str, Any]
     }
 
 
+def _frozen(engine: Engine) -> str:
+    """Digest of the weights that are not trained."""
+    frozen = {name: weight for name, weight in engine.objective.named_parameters() if not weight.requires_grad}
+    if engine.stage == 3:
+        return ""
+    return hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in frozen.values())).hexdigest()
+
+
 def case_statistics(device: torch.device) -> dict[str, Any]:
     """How a Glow was initialised on ranks with uneven parts of the batch."""
     flow = small_flow("glow")
     statistics = {name: value.float().tolist() for name, value in flow.state_dict().items() if ".norm" in name}
     digests = distributed.gather([tensor.numpy().tobytes() for tensor in flow.state_dict().values()])
     return {"statistics": statistics, "ranks_are_equal": all(one == digests[0] for one in digests)}
+
+
+def case_scales(device: torch.device) -> dict[str, Any]:
+    """The measured scales of the latents of a batch of which each rank has a part."""
+    objective = small_objective(Variant(flow="decoder"))
+    assert isinstance(objective, ReconstructionObjective)
+    share = BATCH // distributed.world_size()
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    numbers = np.arange(BATCH)
+    batch = Batch(images_and_noise(0)[0].numpy(), numbers, numbers, 0 * numbers)
+    objective.initialize(batch[own], 4, 0, device)
+    return {"scales": objective.latent_scale.tolist()}
 
 
 def case_unequal(device: torch.device) -> dict[str, Any]:
@@ -247,7 +302,7 @@ def case_load(device: torch.device, folder: str, *pairs: str) -> dict[str, Any]:
 def _continue(engine: Engine, averages: WeightAverages) -> dict[str, Any]:
     losses = []
     for step in range(6, 12):
-        losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+        losses.append(mean_over_ranks(step_on(engine, step).values[0]))
         averages.update((step + 1) * BATCH, BATCH)
     sums = [sum(float(full.double().sum()) for _, full in averages.full(half_life)) for half_life in HALF_LIVES]
     return {"losses": losses, "average_sums": sums}
@@ -272,7 +327,7 @@ def case_poison(device: torch.device, *variants: str) -> dict[str, Any]:
             "unchanged": unchanged,
             "rejected": rejected.rejected and rejected.skipped and not result.rejected,
             "unchanged_by_rejection": held,
-            "asked_with_the_mean": abs(asked[0] - mean_over_ranks(rejected.nats_per_dim)) < 1e-6,
+            "asked_with_the_mean": abs(asked[0] - mean_over_ranks(rejected.values[0])) < 1e-6,
             "next_skipped": after.skipped,
             "moved": not _same(before, now),
             "finite": all(bool(torch.isfinite(value).all()) for value in now.values()),
@@ -307,11 +362,11 @@ def case_borrowed(device: torch.device, *variants: str) -> dict[str, Any]:
             averages = WeightAverages(engine, HALF_LIVES)
             losses, seen = [], 0.0
             for step in range(5):
-                losses.append(mean_over_ranks(step_on(engine, step).nats_per_dim))
+                losses.append(mean_over_ranks(step_on(engine, step).values[0]))
                 averages.update((step + 1) * BATCH, BATCH)
                 if looks:
                     with engine.borrowing(averages.full()):
-                        seen = float(engine.nats(MicroBatch(*global_batch(50))).sum())
+                        seen = float(engine.figures(global_batch(50)).sum())
             curves.append(losses)
         copy = small_flow(variant.flow).eval()
         weights = dict(averages.full()) | engine.buffers()

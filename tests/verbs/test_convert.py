@@ -99,4 +99,4 @@ def test_another_flow_is_not_overwritten(world: Path, tmp_path: Path, capsys: py
     state = torch.load(world / "model_0.05.pth", weights_only=True)
     torch.save(state | {"blocks.0.proj_in.bias": torch.zeros(64)}, tmp_path / "same_sizes.pth")
     assert cli.main([*convert(world, f"output.path={tmp_path}/flow"), f"weights.path={tmp_path}/same_sizes.pth"]) == 2
-    assert "holds another flow (model.safetensors differs)" in capsys.readouterr().err
+    assert "holds another model (model.safetensors differs)" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.runtime.processes import exclusive
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.noise import model_input
-from tarflow_scale.training.validation import _NOISE_SEED
+from tarflow_scale.training.validation import NOISE_SEED
 from tarflow_scale.verbs.evaluate import worker
 from tarflow_scale.verbs.train.identity import batch_statistics
 from tests import forking
@@ -91,7 +91,7 @@ def test_a_first_run_can_be_watched(digits: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     said = [
         "importing PyTorch",
-        "initializing the flow",
+        "initializing the model",
         "starting DeepSpeed",
         "training begins: up to 96; figures every",
     ]
@@ -513,7 +513,7 @@ def test_validation_and_several_averages(trained: Trained, tmp_path: Path) -> No
     flow = load_flow(str(tmp_path / "looks/model"))
     batch = ShardSet(f"{trained.data}/test").take(np.arange(101))
     assert flow.pixels is not None
-    x = model_input(batch, flow.pixels, _NOISE_SEED, torch.device("cpu"))
+    x = model_input(batch, flow.pixels, NOISE_SEED, torch.device("cpu"))
     bits = bits_per_dim(flow.log_prob(x, torch.from_numpy(batch.labels)), 64, 4).mean()
     assert seen["looks"][-1]["validation_bits_per_dim"] == pytest.approx(bits.item(), abs=1e-4)
     registry = Registry(str(tmp_path / "registry-plain"), "small")
@@ -536,7 +536,7 @@ def test_learned_noise_passes_all_verbs(trained: Trained, tmp_path: Path) -> Non
     assert all(float(one.detach().abs().max()) > 0 for one in flow.dequantizer.parameters())
     shards = ShardSet(f"{trained.data}/test")
     batch = shards.take(np.arange(101))
-    x, y = model_input(batch, flow.pixels, _NOISE_SEED, torch.device("cpu")), torch.from_numpy(batch.labels)
+    x, y = model_input(batch, flow.pixels, NOISE_SEED, torch.device("cpu")), torch.from_numpy(batch.labels)
     bound, density = (float(bits_per_dim(of(x, y), 64, 4).mean()) for of in (flow.log_prob_of_images, flow.log_prob))
     seen = curve(tmp_path / "run")[-1]["validation_bits_per_dim"]
     assert seen == pytest.approx(bound, abs=1e-4)

@@ -24,7 +24,7 @@ from functools import partial
 from tarflow_scale import storage
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.doctor import CHECKS, DoctorConfig
-from tarflow_scale.config.train import ParallelismConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.errors import Unfit, UserError
 from tarflow_scale.pool import temporary_folder
 from tarflow_scale.runtime import distributed

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tarflow_scale.config.cluster import ClusterConfig
-from tarflow_scale.config.train import ParallelismConfig
+from tarflow_scale.config.parallelism import ParallelismConfig
 from tarflow_scale.runtime import distributed
 from tarflow_scale.runtime.provenance import installed_version
 from tarflow_scale.verbs.doctor.finding import Finding, failed, ok, skipped, warning

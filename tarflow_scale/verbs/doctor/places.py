@@ -7,11 +7,11 @@ import uuid
 from collections.abc import Callable
 
 from tarflow_scale import storage
+from tarflow_scale.config.autoencoder import TunedDecoderConfig
 from tarflow_scale.config.data import DataConfig
 from tarflow_scale.config.doctor import CheckedMetricsConfig
-from tarflow_scale.config.model import ModelConfig
 from tarflow_scale.config.protocols import load_protocol
-from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainingConfig
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, TrainedConfig, TrainingConfig
 from tarflow_scale.errors import RegistryError, StorageError, UserError
 from tarflow_scale.registry import Registry, Store
 from tarflow_scale.verbs.doctor.finding import Finding, failed, from_message, ok, skipped, warning
@@ -33,7 +33,7 @@ _SKEW_SECONDS = 60.0
 def disk(
     logging: LoggingConfig | None,
     data: DataConfig | None,
-    model: ModelConfig | None,
+    model: TrainedConfig | None,
     training: TrainingConfig | None,
     checkpoint: CheckpointConfig | None,
 ) -> list[Finding]:
@@ -50,7 +50,7 @@ def disk(
 
 
 def _checkpoint_bytes(
-    data: DataConfig, model: ModelConfig, training: TrainingConfig, checkpoint: CheckpointConfig
+    data: DataConfig, model: TrainedConfig, training: TrainingConfig, checkpoint: CheckpointConfig
 ) -> tuple[int, str]:
     """Size of all checkpoints that a run keeps, and a text that explains it."""
     from tarflow_scale.shards.manifest import read_manifest
@@ -59,13 +59,13 @@ def _checkpoint_bytes(
         manifest = read_manifest(data.path)
     except UserError:
         return _LEAST_BYTES, "or more (the size of a checkpoint is known once data.path is a data set)"
-    import torch
+    if isinstance(model, TunedDecoderConfig):
+        return _LEAST_BYTES, "or more (the registry knows the size of the decoder)"
 
-    from tarflow_scale.training.construction import flow_of, seen_by_model
+    from tarflow_scale.training.construction import seen_by_model, size_of
 
-    with torch.device("meta"):
-        flow = flow_of(model, seen_by_model(manifest, data.augmentation.crop_pixels))
-    num_parameters = sum(parameter.numel() for parameter in flow.parameters())
+    seen = seen_by_model(manifest, data.augmentation.crop_pixels)
+    num_parameters = size_of(model, seen.event.shape, seen.num_classes or None, seen.event.num_conditions).parameters
     # fp32 weights, two moments of the optimizer, and the moving averages
     each = 4 * num_parameters * (3 + len(training.ema_half_life_images))
     kept = checkpoint.keep_last + 1  # the newest is complete before the oldest is removed

@@ -65,11 +65,13 @@ def show(config: ModelsConfig, dry_run: bool) -> None:
     version = resolve(state, config.registry.version, registry.model)
     number = version.version
     held = [alias for alias, holder in state.aliases.items() if holder == number]
+    data, pixels = version.data, version.pixels
     rows: list[tuple[str, ...]] = [
         ("version", f"{registry.model}@{number}" + (f" ({', '.join(held)})" if held else "")),
         ("weights", version.weights_digest),
-        ("data", f"{version.trained_on.name}/{version.trained_on.split}, manifest {version.trained_on.digest}"),
-        ("samples", f"{event_of(version.trained_on, version.pixels.bit_depth)}, noise: {version.pixels.noise}"),
+        *([("started from", version.started_from)] if version.started_from else []),
+        ("data", "not known" if data is None else f"{data.name}/{data.split}, manifest {data.digest}"),
+        ("samples", "not known" if data is None else f"{event_of(data, pixels.bit_depth)}, noise: {pixels.noise}"),
         ("trained", f"{_images(version)} images, {version.parameters:,} parameters"),
         ("config", version.config_digest),
         ("checkpoint", version.checkpoint or "not known"),
@@ -305,7 +307,8 @@ def _provenance(version: ModelVersion) -> dict[str, str]:
     """Properties of a version that `diff` compares in addition to its settings."""
     return {
         "(code)": version.git_commit,
-        "(data manifest)": version.trained_on.digest[:12],
+        "(data manifest)": "not known" if version.data is None else version.data.digest[:12],
+        "(started from)": version.started_from,
         "(images seen)": _images(version),
         "(parameters)": f"{version.parameters:,}",
         "(averaged over)": f"{version.ema_half_life_images} images",

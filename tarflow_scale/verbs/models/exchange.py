@@ -57,7 +57,7 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
 
     Raises:
         ConfigError: no path or no model is given.
-        DataError: the folder contains files.
+        DataError: the folder contains files, or the version is an autoencoder.
         RegistryError: the version does not exist, or one of its files is damaged.
     """
     path, model = _path_and_model(config.registry, config.command)
@@ -68,14 +68,14 @@ def export_version(config: ModelsConfig, dry_run: bool) -> None:
         raise DataError(
             f"command.path must be a new or empty folder (got files in {path}); choose another command.path"
         )
-    reports = state.reports.get(version.version, [])
+    data, reports = version.trained_on, state.reports.get(version.version, [])
     if dry_run:
         print(f"dry run: would write {model}@{version.version} with {len(reports)} reports to {path}")
         return
     files = registry.read_files(version)
     grid = next((report.grid for report in reversed(reports) if report.grid is not None), None)
     drawn = registry.read("samples", grid) if grid is not None else None
-    if drawn is None and config.command.samples and version.trained_on.vectors is None:
+    if drawn is None and config.command.samples and data.vectors is None:
         drawn = _drawn_samples(files, version)
     if drawn is not None:
         files[_SAMPLES] = drawn

@@ -1,1 +1,1 @@
-"""Verb ``train``: train a flow on shards and register it."""
+"""Verb ``train``: train a flow or an autoencoder on shards and register it."""

@@ -1,6 +1,6 @@
-"""Verb ``train``: train a flow on shards and register it.
+"""Verb ``train``: train a flow or an autoencoder on shards and register it.
 
-Open the data, build the flow, start DeepSpeed, train from the latest checkpoint to the configured number of images,
+Open the data, build the model, start DeepSpeed, train from the latest checkpoint to the configured number of images,
 export the averaged weights and register them. The same command continues a run that stopped. To use several ranks,
 start it with torchrun; see ``launch/``.
 
@@ -25,9 +25,8 @@ import torch
 from tarflow_scale import storage
 from tarflow_scale.capacity.flops import tokens_per_image, training_flops
 from tarflow_scale.config.data import DataConfig
-from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, Recipe, TrainConfig, TrainingConfig
+from tarflow_scale.config.train import CheckpointConfig, LoggingConfig, Recipe, TrainConfig
 from tarflow_scale.errors import Interrupted, UserError
-from tarflow_scale.flows import Flow
 from tarflow_scale.pages.runs import CURVE_NAME, CurveFile
 from tarflow_scale.records import canonical_json
 from tarflow_scale.runtime import distributed
@@ -35,38 +34,35 @@ from tarflow_scale.runtime.processes import exclusive
 from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.mix import Mix
 from tarflow_scale.training import run_log
-from tarflow_scale.training.construction import flow_of
 from tarflow_scale.training.course import Course
 from tarflow_scale.training.ema import WeightAverages
 from tarflow_scale.training.engine import Engine, start_process_group
 from tarflow_scale.training.folder import STOP_SECONDS, check_shared, describe_run, follow_launcher
 from tarflow_scale.training.loop import Loop
 from tarflow_scale.training.meter import Meter, peak_flops_of
-from tarflow_scale.training.noise import conditions, model_input
 from tarflow_scale.training.progress import Progress
-from tarflow_scale.training.zero import deepspeed_config, model_size
+from tarflow_scale.training.zero import deepspeed_config
 from tarflow_scale.verbs.train.identity import identity_of
 from tarflow_scale.verbs.train.inputs import Inputs, open_inputs
 from tarflow_scale.verbs.train.overview import print_overview
 from tarflow_scale.verbs.train.preview import preview_of
 from tarflow_scale.verbs.train.publish import Publication
+from tarflow_scale.verbs.train.subject import Subject
 
 __all__ = ["run"]
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
-    """Train the flow, export it and register it.
+    """Train the model, export it and register it.
 
     Raises:
         UserError: the data set, the batch sizes or the run folder do not fit the configuration.
         Interrupted: the run was asked to stop and can continue.
     """
     data, logging, recipe = config.data, config.logging, config.recipe
-    inputs = open_inputs(data, config.validation, recipe.model, recipe.training, config.autoencoder)
-    with torch.device("meta"):
-        size = model_size(flow_of(recipe.model, inputs.manifest))
-    ranks = distributed.world_size()
-    deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, size.parameters, ranks)
+    inputs = open_inputs(data, config.validation, recipe, logging, config.autoencoder)
+    subject, ranks = inputs.subject, distributed.world_size()
+    deepspeed_config(recipe.optimizer, recipe.training, recipe.parallelism, subject.size.parameters, ranks)
     run_log.check_log_packages(logging.tensorboard, logging.wandb_project)
     course = Course(
         logging.path,
@@ -74,12 +70,12 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         recipe.training,
         config.schedule,
         recipe.optimizer.peak_lr,
-        identity_of(inputs.mix, data, recipe),
+        identity_of(inputs.mix, data, recipe, subject.identity),
     )
     latest = course.latest(reads_files=False)
     if distributed.is_main():
         output = f"{logging.path}, registry {config.registry.path}"
-        print_overview(recipe, inputs, size, data.shuffle_block, course.begins(latest), output)
+        print_overview(recipe, inputs, data.shuffle_block, course.begins(latest), output)
     if dry_run:
         if latest is not None and (line := course.rate_change(latest[1])):
             _say(line)
@@ -89,10 +85,9 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         logging.path,
         config.registry,
         inputs.mix.manifest.facts().model_copy(update={"image_size_pixels": inputs.manifest.image_size_pixels}),
-        size.parameters,
         recipe.training.ema_half_life_images[0],
         config.model_dump(mode="json"),
-        inputs.autoencoder,
+        subject,
     )
     follow_launcher()
     if ranks > 1:
@@ -116,33 +111,26 @@ def _train(
     publication: Publication,
     device: torch.device,
 ) -> None:
-    model, training, manifest = recipe.model, recipe.training, inputs.manifest
+    training, subject = recipe.training, inputs.subject
     torch.manual_seed(training.seed)
-    flow = flow_of(model, manifest)
-    flow.pixels, flow.activations, flow.latents = inputs.pixels, recipe.parallelism.activations, manifest.latents
+    objective = subject.objective().to(device)
     reader = _loader(inputs.mix, data, training.seed, logging.path, device)
-    _say("initializing the flow on the first images; a checkpoint, if there is one, replaces the result")
-    _initialize(flow.to(device), reader, training, model.class_conditional)
+    _say("initializing the model on the first images; a checkpoint, if there is one, replaces the result")
+    objective.initialize(reader.first(), training.micro_batch_size, training.seed, device)
+    distributed.broadcast_module(objective)
     _say("starting DeepSpeed")
-    engine = Engine(flow, device, recipe.optimizer, training, recipe.parallelism)
+    engine = Engine(objective, device, recipe.optimizer, training, recipe.parallelism)
     loop = Loop(
         engine=engine,
         averages=WeightAverages(engine, training.ema_half_life_images),
         reader=reader,
-        pixels=inputs.pixels,
-        conditional=model.class_conditional,
         course=course,
         training=training,
         checkpoints=checkpoint,
         logging=logging,
         validation=inputs.validation,
-        meter=Meter(
-            flops_per_image=training_flops(model, manifest.event.shape),
-            tokens_per_image=tokens_per_image(model, manifest.event.shape),
-            peak_flops=logging.peak_flops or peak_flops_of(device),
-            ranks=distributed.world_size(),
-        ),
-        preview=preview_of(inputs, model, logging.path, logging.preview_guidance, device),
+        meter=_meter(subject, inputs.manifest.event.shape, logging.peak_flops or peak_flops_of(device)),
+        preview=preview_of(subject, logging.path),
     )
     progress = loop.resume()
     _say(_next_steps(logging, progress.images_seen, course.total_images))
@@ -152,7 +140,15 @@ def _train(
     for half_life in reversed(training.ema_half_life_images):
         weights = loop.averaged_weights(half_life)
         if distributed.is_main():
-            publication.publish(flow, weights, half_life, progress.images_seen)
+            publication.publish(weights, half_life, progress.images_seen, device)
+
+
+def _meter(subject: Subject, shape: tuple[int, ...], peak_flops: float | None) -> Meter:
+    """A meter; it reports no utilisation if the operations of a step are not known."""
+    counted, ranks = subject.counted, distributed.world_size()
+    if counted is None:
+        return Meter(0.0, None, None, ranks)
+    return Meter(training_flops(counted, shape), tokens_per_image(counted, shape), peak_flops, ranks)
 
 
 def _say(text: str) -> None:
@@ -220,17 +216,3 @@ def _loader(mix: Mix, data: DataConfig, seed: int, path: str, device: torch.devi
         quarantine_path=str(storage.local(path) / f"quarantine-{rank:05d}.jsonl"),
         pin_memory=device.type == "cuda",
     )
-
-
-def _initialize(flow: Flow, reader: Loader, training: TrainingConfig, conditional: bool) -> None:
-    """Initialize the flow from a micro batch of every rank, before DeepSpeed partitions the weights.
-
-    A resumed run repeats it; the checkpoint then overwrites the result.
-    """
-    assert flow.pixels is not None
-    batch = reader.first()[: training.micro_batch_size]
-    device = next(flow.parameters()).device
-    x = model_input(batch, flow.pixels, training.seed, device)
-    y = conditions(batch, 0.0, training.seed, device) if conditional else None
-    flow.train().initialize(x, y)
-    distributed.broadcast_module(flow)

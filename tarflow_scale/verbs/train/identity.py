@@ -6,16 +6,15 @@ The number of ranks, ZeRO stage, logging and length of training may change; for 
 from typing import Any
 
 from tarflow_scale.config.data import DataConfig
-from tarflow_scale.config.model import ModelConfig
-from tarflow_scale.config.train import Recipe, TrainingConfig
+from tarflow_scale.config.train import Recipe, TrainedConfig, TrainingConfig
 from tarflow_scale.runtime import distributed
 from tarflow_scale.shards.mix import Mix
 
 __all__ = ["batch_statistics", "identity_of"]
 
 
-def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
-    """The identity of a run, which every checkpoint stores.
+def identity_of(mix: Mix, data: DataConfig, recipe: Recipe, of_subject: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run, which every checkpoint stores; ``of_subject`` is `Subject.identity`.
 
     A setting that older checkpoints lack is left out if it has its default value, so that their runs can continue.
     """
@@ -30,6 +29,7 @@ def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
         **({"data.augmentation": augmentation.model_dump(mode="json")} if augmentation != type(augmentation)() else {}),
         "data.shuffle_block": data.shuffle_block,
         "model": recipe.model.model_dump(mode="json"),
+        **of_subject,
         **batch_statistics(recipe.model, training),
         **{f"training.{key}": value for key, value in constant.items()},
         "training.ema_half_life_images": half_lives[0] if len(half_lives) == 1 else list(half_lives),
@@ -37,7 +37,7 @@ def identity_of(mix: Mix, data: DataConfig, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def batch_statistics(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]:
+def batch_statistics(model: TrainedConfig, training: TrainingConfig) -> dict[str, Any]:
     """How a batch is divided for the statistics of batch normalization; empty for models without it.
 
     A forward pass takes one micro batch of every rank. If together they are the whole batch, the division among ranks

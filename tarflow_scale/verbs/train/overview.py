@@ -4,8 +4,7 @@ import torch
 
 from tarflow_scale import storage
 from tarflow_scale.capacity.flops import training_flops
-from tarflow_scale.capacity.memory import ModelSize, memory_per_rank
-from tarflow_scale.config.model import ModelConfig
+from tarflow_scale.capacity.memory import memory_per_rank
 from tarflow_scale.config.train import Recipe, TrainingConfig
 from tarflow_scale.runtime import console, distributed
 from tarflow_scale.shards.manifest import Manifest
@@ -20,15 +19,12 @@ _REMOTE_READ_BYTES = 1_000_000
 """Reading fewer bytes at once from a store costs more CPU time than decoding (evals/results/loader-cpu.json)."""
 
 
-def print_overview(
-    recipe: Recipe, inputs: Inputs, size: ModelSize, shuffle_block: int, begins: str, output: str
-) -> None:
+def print_overview(recipe: Recipe, inputs: Inputs, shuffle_block: int, begins: str, output: str) -> None:
     """Print the overview as a table.
 
     Args:
         recipe: model, optimizer, training and parallelism.
-        inputs: the data sets.
-        size: number of parameters.
+        inputs: the data sets, and what the run trains.
         shuffle_block: number of samples per block, ``data.shuffle_block``.
         begins: text that says where training begins.
         output: text that says where results go.
@@ -36,25 +32,15 @@ def print_overview(
     training, parallelism, ranks = recipe.training, recipe.parallelism, distributed.world_size()
     mix, manifest = inputs.mix, inputs.manifest
     steps = -(-training.total_images // training.global_batch_size)
-    memory = memory_per_rank(recipe, manifest.event.shape, size, ranks, torch.cuda.is_available())
-    state = memory.total - memory.activations - memory.context
-    host = f", {memory.in_main / _GIB:.3f} GiB in main memory" if memory.in_main else ""
     loader = mix.num_slots // ranks * 2 * shuffle_block * mix.bytes_per_sample
     rows = [
         *(("data", _data_row(part, manifest)) for part in mix.parts),
-        ("model", f"{recipe.model.kind}, {size.parameters:,} parameters"),
+        ("model", f"{recipe.model.kind}, {inputs.subject.size.parameters:,} parameters"),
         ("ranks", f"{ranks}, ZeRO stage {parallelism.zero_stage}, {parallelism.precision}"),
         ("batch", _batch_arithmetic(training, ranks)),
         ("length", f"{steps:,} steps = {steps * training.global_batch_size:,} images"),
         ("begins", begins),
-        ("operations", _operations(recipe.model, manifest, steps * training.global_batch_size)),
-        ("state", f"{state / _GIB:.3f} GiB per rank (weights, gradients, moments, averages, buckets){host}"),
-        ("activations", f"about {memory.activations / _GIB:.3f} GiB per rank ({parallelism.activations})"),
-        (
-            "memory",
-            f"about {memory.total / _GIB:.3f} GiB per rank at its peak ({memory.phase}), besides Python and "
-            f"PyTorch (1 GiB on a CPU); the verb plan shows details",
-        ),
+        *_costs(recipe, inputs, steps * training.global_batch_size),
         ("loader", f"at most {loader / _GIB:.4f} GiB per rank (slots x 2 blocks x bytes per sample)"),
         ("reads", _read_size(shuffle_block, mix)),
         ("output", output),
@@ -62,9 +48,25 @@ def print_overview(
     print(console.table(rows, ("train", "")))
 
 
-def _operations(model: ModelConfig, manifest: Manifest, images: int) -> str:
-    flops = training_flops(model, manifest.event.shape)
-    return f"{flops / 1e12:.3g} TFLOP per image, {flops * images:.2g} FLOP for the run"
+def _costs(recipe: Recipe, inputs: Inputs, images: int) -> list[tuple[str, str]]:
+    """Operations and memory; the decoder of a registered autoencoder is not described by a section."""
+    subject, shape, parallelism = inputs.subject, inputs.manifest.event.shape, recipe.parallelism
+    if subject.counted is None:
+        return [("memory", f"not known before the first step for model.kind={recipe.model.kind}")]
+    flops = training_flops(subject.counted, shape)
+    memory = memory_per_rank(recipe, shape, subject.size, distributed.world_size(), torch.cuda.is_available())
+    state = memory.total - memory.activations - memory.context
+    host = f", {memory.in_main / _GIB:.3f} GiB in main memory" if memory.in_main else ""
+    return [
+        ("operations", f"{flops / 1e12:.3g} TFLOP per image, {flops * images:.2g} FLOP for the run"),
+        ("state", f"{state / _GIB:.3f} GiB per rank (weights, gradients, moments, averages, buckets){host}"),
+        ("activations", f"about {memory.activations / _GIB:.3f} GiB per rank ({parallelism.activations})"),
+        (
+            "memory",
+            f"about {memory.total / _GIB:.3f} GiB per rank at its peak ({memory.phase}), besides Python and "
+            f"PyTorch (1 GiB on a CPU); the verb plan shows details",
+        ),
+    ]
 
 
 def _data_row(part: MixPart, manifest: Manifest) -> str:
