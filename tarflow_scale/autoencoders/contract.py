@@ -4,12 +4,17 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tarflow_scale.config.autoencoder import AutoencoderConfig
 
-__all__ = ["Autoencoder", "LatentGaussian"]
+__all__ = ["Autoencoder", "LatentGaussian", "from_stored"]
+
+
+def from_stored(images: UInt8[Tensor, "B K H W"]) -> Float[Tensor, "B K H W"]:
+    """Stored pixels as floats on [-1, 1], which autoencoders take."""
+    return 2 * images.float() / 255 - 1
 
 
 class LatentGaussian(NamedTuple):
@@ -26,6 +31,13 @@ class LatentGaussian(NamedTuple):
     def at(self, noise: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """The latent that standard normal noise stands for."""
         return self.mean if self.log_var is None else self.mean + torch.exp(0.5 * self.log_var) * noise
+
+    def widened(self, std: Float[Tensor, " C"]) -> "LatentGaussian":
+        """The Gaussian of a latent plus noise of this standard deviation for each channel."""
+        variance = std.square()[:, None, None].expand_as(self.mean)
+        if self.log_var is not None:
+            variance = variance + self.log_var.exp()
+        return LatentGaussian(self.mean, variance.log())
 
     def log_prob(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, " B"]:
         """Log q(z | x) of latents, in nats.
@@ -70,6 +82,20 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """The images of latents, mostly on [-1, 1]; values beyond are clipped where images are stored."""
+
+    def log_prob_of_levels(
+        self, levels: UInt8[Tensor, "B K H W"], bit_depth: int, z: Float[Tensor, "B C h w"]
+    ) -> Float[Tensor, " B"]:
+        """Log p(x | z) of the levels of pixels, in nats, computed in float64 from the decoded values.
+
+        Raises:
+            ValueError: the autoencoder gives levels no probability.
+        """
+        del levels, bit_depth, z
+        raise ValueError(
+            f"levels of pixels need an autoencoder with a distribution of bins, logistic or gaussian (got "
+            f"{type(self).__name__} without one); use another autoencoder"
+        )
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of an image ``(K, H, W)``.

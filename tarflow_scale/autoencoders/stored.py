@@ -31,6 +31,7 @@ __all__ = [
     "autoencoder_files",
     "autoencoder_from_files",
     "build_autoencoder",
+    "config_from",
     "digest_of",
     "read_published",
 ]
@@ -69,12 +70,20 @@ def autoencoder_from_files(files: Mapping[str, bytes], origin: str) -> Autoencod
         ConfigError: the autoencoder needs a package that is not installed.
     """
     try:
-        settings: dict[str, Any] = json.loads(files[CONFIG_NAME])
-        config: AutoencoderConfig = TypeAdapter(AutoencoderConfig).validate_python(settings["autoencoder"])
-        return _filled(config, load_tensors(files[WEIGHTS_NAME]))
+        return _filled(config_from(files[CONFIG_NAME]), load_tensors(files[WEIGHTS_NAME]))
     except (KeyError, ValueError, TypeError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{origin} does not hold an autoencoder ({reason}); export or convert it again") from error
+
+
+def config_from(content: bytes) -> AutoencoderConfig:
+    """The configuration in the file `CONFIG_NAME`.
+
+    Raises:
+        ValueError, KeyError, TypeError: the content is not such a file.
+    """
+    settings: dict[str, Any] = json.loads(content)
+    return TypeAdapter(AutoencoderConfig).validate_python(settings["autoencoder"])
 
 
 def _filled(config: AutoencoderConfig, tensors: dict[str, Tensor]) -> Autoencoder:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tarflow_scale.autoencoders.contract import from_stored
 from tarflow_scale.config.encode import EncodingConfig
 from tarflow_scale.errors import NumericsError
 from tarflow_scale.loading import load_autoencoder, worker_device
@@ -112,7 +113,7 @@ class ShardEncoder:
         for low in range(0, len(stored), size):
             part = stored[low : low + size]
             batch = source.decoded(part)
-            x = 2 * torch.from_numpy(np.ascontiguousarray(batch.events)).float() / 255 - 1
+            x = from_stored(torch.from_numpy(np.ascontiguousarray(batch.events)))
             moments = [self._moments(x)]
             sums.add(moments[0], self._event.facts.has_variance)
             if self._encoding.mirrored:
