@@ -35,7 +35,7 @@ class Renderer:
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """Images on about [-1, 1]."""
-        z, decoder = self._encoders(x), self._autoencoder
+        z, decoder = self._decoder_input(x), self._autoencoder
         return torch.cat([decoder.decode(part) for part in z.split(_AT_ONCE)]).to(x.dtype)
 
     @torch.no_grad()
@@ -69,11 +69,11 @@ class Renderer:
         self, levels: UInt8[Tensor, "B K H W"], bit_depth: int, x: Float[Tensor, "B C h w"]
     ) -> Float[Tensor, " B"]:
         """Log p(image | latent) for standardised latents; see `Autoencoder.log_prob_of_levels`."""
-        parts = zip(levels.split(_AT_ONCE), self._encoders(x).split(_AT_ONCE), strict=True)
+        parts = zip(levels.split(_AT_ONCE), self._decoder_input(x).split(_AT_ONCE), strict=True)
         return torch.cat([self._autoencoder.log_prob_of_levels(image, bit_depth, z) for image, z in parts])
 
-    def _encoders(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """Latents in the scale of the encoder, on whose device the autoencoder then is."""
+    def _decoder_input(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Latents in the scale of the encoder; the autoencoder moves to their device."""
         weight = next(self._autoencoder.to(x.device).parameters())
         wide = torch.promote_types(x.dtype, torch.float32)
         mean, scale = self._mean_and_scale(x.device, wide)

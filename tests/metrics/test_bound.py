@@ -115,7 +115,7 @@ def factor_analysis(off_mean: float = 0.0, off_std: float = 1.0) -> tuple[Flow, 
     factor += torch.diag(torch.linspace(0.5, 1.2, NUM_LATENTS, dtype=torch.float64))
     autoencoder = LinearAutoencoder(shift, factor @ factor.T, off_mean, off_std)
     flow = prepared(GaussianFlow(shift, factor), autoencoder, FACTS, NOISE_STD)
-    images = np.random.default_rng(2).integers(0, 256, (6, *IMAGE), dtype=np.uint8)
+    images = np.random.default_rng(2).integers(0, 256, (24, *IMAGE), dtype=np.uint8)
     with torch.no_grad():
         mean = autoencoder.weight @ shift + autoencoder.bias
         covariance = autoencoder.weight @ factor @ factor.T @ autoencoder.weight.T
@@ -137,24 +137,22 @@ def test_with_the_exact_posterior_every_draw_is_the_likelihood_of_factor_analysi
 @pytest.mark.parametrize(("off_mean", "off_std"), [(0.5, 1.0), (0.0, 1.5), (-0.3, 0.8)])
 def test_a_worse_posterior_loses_its_divergence(off_mean: float, off_std: float) -> None:
     flow, batch, exact = factor_analysis(off_mean, off_std)
-    weights = log_weights(flow, batch, None, protocol(1000))
-    std = off_std**2
-    kl = 0.5 * NUM_LATENTS * (std + std * off_mean**2 - 1 - math.log(std))
-    lost = exact - weights.mean(dim=0)
-    error = float(weights.std()) / math.sqrt(weights.numel())
-    assert abs(float(lost.mean()) - kl) < 5 * error < kl / 4
+    lost = exact - log_weights(flow, batch, None, protocol(500))
+    variance = off_std**2
+    kl = 0.5 * NUM_LATENTS * (variance + variance * off_mean**2 - 1 - math.log(variance))
+    error = float(lost.std()) / math.sqrt(lost.numel())
+    assert abs(float(lost.mean()) - kl) < 5 * error < kl / 2
 
 
 def test_importance_weights_tighten_the_bound_towards_the_likelihood() -> None:
     flow, batch, exact = factor_analysis(off_mean=0.4, off_std=1.6)
     weights = log_weights(flow, batch, None, protocol(1024))
     gaps = [
-        float((exact - combine_draws(weights.unflatten(0, (num, -1)), "importance").mean(dim=0)).mean())
-        for num in (1, 4, 16, 64, 256)
+        float((exact - combine_draws(weights.unflatten(0, (num, -1)), "importance")).mean()) for num in (1, 4, 16, 64)
     ]
-    assert gaps[0] == pytest.approx(float((exact - weights.mean(dim=0)).mean()))
-    assert all(looser > 1.5 * tighter for looser, tighter in itertools.pairwise(gaps[:4]))
-    assert abs(gaps[4]) < 0.02 < gaps[0] / 20
+    assert gaps[0] > 1.5
+    assert all(looser > 2 * tighter for looser, tighter in itertools.pairwise(gaps))
+    assert abs(gaps[3]) < 0.05
     one, many = (bits_per_dim_bound(flow, batch, None, protocol(8, kind)).mean() for kind in ("mean", "importance"))
     assert float(one - many) > 0.02
 
@@ -167,12 +165,11 @@ def random_flow(model: Flow) -> Flow:
     return model
 
 
-@pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
-@pytest.mark.parametrize("posterior", ["learned", "fixed"])
+@pytest.mark.parametrize(("likelihood", "posterior"), [("logistic", "learned"), ("gaussian", "fixed")])
 def test_the_weights_of_all_images_add_up_to_one(likelihood: str, posterior: str) -> None:
     """The mean of the weights estimates p(x) without bias, so its sum over every image of one bit is near 1."""
     torch.manual_seed(0)
-    sizes = {"num_channels": 1, "factor": 2, "latent_channels": 2, "width": 8, "blocks": 1, "posterior_std": 0.4}
+    sizes = {"num_channels": 1, "factor": 2, "latent_channels": 2, "width": 8, "blocks": 1, "posterior_std": 1.0}
     config = ConvolutionalConfig.model_validate(sizes | {"posterior": posterior, "likelihood": likelihood})
     autoencoder = build_autoencoder(config)
     nn.init.constant_(autoencoder.get_parameter("log_scale"), math.log(0.4))
@@ -181,9 +178,9 @@ def test_the_weights_of_all_images_add_up_to_one(likelihood: str, posterior: str
     model = build(TarFlowConfig.model_validate(sections | {"class_conditional": False}), LATENT)
     flow = prepared(random_flow(model), autoencoder, facts, 0.3)
     images = np.array(list(itertools.product((0, 128), repeat=NUM_PIXELS)), dtype=np.uint8).reshape(-1, *IMAGE)
-    totals = log_weights(flow, batch_of(images), None, protocol(300, bit_depth=1)).exp().sum(dim=1)
+    totals = log_weights(flow, batch_of(images), None, protocol(100, bit_depth=1)).exp().sum(dim=1)
     error = float(totals.std()) / math.sqrt(len(totals))
-    assert error < 0.03
+    assert error < 0.04
     assert float(totals.mean()) == pytest.approx(1, abs=4 * error)
 
 

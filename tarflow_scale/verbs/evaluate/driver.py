@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import storage
-from tarflow_scale.autoencoders.stored import CONFIG_NAME, config_from
+from tarflow_scale.autoencoders.stored import CONFIG_NAME, config_from_files
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.evaluate import EvaluateConfig
 from tarflow_scale.config.protocols import (
@@ -213,7 +213,8 @@ def _check_bound(registry: Registry, version: ModelVersion, protocol: BoundProto
             f"protocol {protocol.name} needs a flow on latents (got a model of "
             f"{event_of(version.trained_on, version.pixels.bit_depth)}); use a protocol with metric: bits_per_dim"
         )
-    autoencoder = config_from(registry.read(CONFIG_NAME, version.files[CONFIG_NAME]))
+    content = registry.read(CONFIG_NAME, version.files[CONFIG_NAME])
+    autoencoder = config_from_files({CONFIG_NAME: content}, f"{registry.model}@{version.version}")
     if autoencoder.bins is None or not latents.has_variance:
         lack = "a probability of pixels" if autoencoder.bins is None else "a variance of latents"
         raise ConfigError(
