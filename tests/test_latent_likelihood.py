@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from tarflow_scale.autoencoders.contract import Autoencoder, from_stored
 from tarflow_scale.autoencoders.pixels_given_latent import log_bins
 from tarflow_scale.autoencoders.stored import build_autoencoder
 from tarflow_scale.config.autoencoder import ConvolutionalConfig, TinyConfig
+from tarflow_scale.config.protocols import BoundProtocol
 from tarflow_scale.density import image_bits_per_dim
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.loading import load_autoencoder
+from tarflow_scale.metrics.bits import sample_hashes
 from tarflow_scale.randomness import Purpose, generator
 from tarflow_scale.records import MetricsReport
 from tarflow_scale.registry import Registry
@@ -170,11 +173,7 @@ def test_nats_of_latents_are_the_validation_loss(world: Path, capsys: pytest.Cap
 
 
 def test_the_id_of_nats_depends_on_how_latents_are_standardised(world: Path) -> None:
-    """Equal latents with another mean have other nats."""
-    from dataclasses import replace
-
-    from tarflow_scale.metrics.bits import sample_hashes
-
+    """Equal latents with another mean have other nats, so they are other samples to a protocol."""
     batch = ShardSet(f"{world}/latents/test").take(np.arange(2))
     assert batch.latents is not None
     moved = replace(batch, latents=batch.latents.model_copy(update={"mean": (0.0, 0.0)}))
@@ -257,8 +256,6 @@ def test_latents_of_another_encode_are_refused(
 
 def test_autoencoders_without_a_bound_name_the_other_protocol(world: Path) -> None:
     """The driver finds it before any work; the version is one of the flow with another autoencoder's facts."""
-    from tarflow_scale.config.protocols import BoundProtocol
-
     registry = Registry(f"{world}/registry", "flow")
     version, protocol = registry.resolve(1), BoundProtocol.model_validate(BOUND)
     _check_bound(registry, version, protocol)

@@ -190,8 +190,8 @@ def _check_noise(version: ModelVersion, protocol: BitsPerDimProtocol | LatentNat
     if isinstance(protocol, LatentNatsProtocol):
         if std != protocol.noise_std:
             raise ConfigError(
-                f"protocol {protocol.name} needs a model trained with noise of deviation {protocol.noise_std} (got "
-                f"{std}), because nats with different noise are not comparable; use a protocol with noise_std: {std}"
+                f"protocol {protocol.name} needs a model trained with a noise std of {protocol.noise_std} (got {std}), "
+                f"because nats with different noise are not comparable; use a protocol with noise_std: {std}"
             )
     elif version.trained_on.latents is not None:
         raise ConfigError(
