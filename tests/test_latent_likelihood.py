@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_one_line(
     shutil.copytree(trained.registry, tmp_path / "registry")
     for protocol, data, reason in (
         (BOUND, digits, "needs a flow on latents (got a model of 1x8x8 images, 4 bit)"),
-        (NATS, latents, "must be from the same run of encode as the training data, 1x8x8 images"),
+        (NATS, latents, "must be latents from the same run of encode as the training data, 1x8x8 images"),
     ):
         given = evaluate_arguments(world, data, protocol, model="small")
         refused(capsys, [*given, f"registry.path={tmp_path}/registry"], reason)
@@ -251,7 +251,11 @@ def test_latents_of_another_encode_are_refused(
     encode = ["encode", f"registry.path={world}/registry", "registry.model=autoencoder", "cluster.executor=local"]
     assert cli.main([*encode, f"data.path={digits}/test", f"shards.path={tmp_path}/test"]) == 0
     given = evaluate_arguments(world, tmp_path, NATS)
-    refused(capsys, [*given, f"reference.path={tmp_path}/test"], "must be from the same run of encode")
+    capsys.readouterr()
+    reason = "must be latents from the same run of encode as the training data, 2x4x4 latents of"
+    refused(capsys, [*given, f"reference.path={tmp_path}/test"], reason)
+    assert cli.main([*given, f"reference.path={tmp_path}/test"]) == 2
+    assert "(got dtype was float32, is float16; mean was [" in capsys.readouterr().err
 
 
 def test_autoencoders_without_a_bound_name_the_other_protocol(world: Path) -> None:

@@ -41,7 +41,7 @@ from tarflow_scale.metrics.measure import Measured
 from tarflow_scale.metrics.protocol_id import images_digest, protocol_id, unit_of
 from tarflow_scale.metrics.reference import Binding
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json
+from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json, changes
 from tarflow_scale.registry import Lease, Registry
 from tarflow_scale.runtime import console, provenance
 from tarflow_scale.shards.events import LatentEvent, event_of
@@ -159,15 +159,17 @@ def _check(registry: Registry, version: ModelVersion, job: Evaluation) -> None:
     """Raise an error if the version does not fit the data or the protocols."""
     trained = event_of(version.trained_on, version.pixels.bit_depth)
     for manifest in (job.data, job.reference):
-        got, expected = manifest.event, trained.shown
+        got, expected, found = manifest.event, trained.shown, str(manifest.event)
         if isinstance(got, LatentEvent):
-            fits, rule = got == trained, f"be from the same run of encode as the training data, {trained}"
+            fits, rule = got == trained, f"be latents from the same run of encode as the training data, {trained}"
+            if isinstance(trained, LatentEvent):
+                found = changes(*(event.facts.model_dump(mode="json") for event in (trained, got)))
         else:
             fits = (got.shape, got.num_conditions) == (expected.shape, expected.num_conditions)
             rule = f"have the shape and the conditions of the training data, {expected.shape}"
         if not fits:
             raise DataError(
-                f"the data must {rule} (got {got} in {manifest.name}/{manifest.split}); evaluate on data of the same "
+                f"the data must {rule} (got {found} in {manifest.name}/{manifest.split}); evaluate on data of the same "
                 f"kind as the training data"
             )
     names = version.trained_on.class_names
