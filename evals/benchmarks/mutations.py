@@ -79,6 +79,13 @@ MUTATIONS = (
         "gain > requirement.margin",
         ("tests/registry/test_gate.py",),
     ),
+    Mutation(
+        "bound: the density of a drawn latent has no training noise",
+        "autoencoders/rendering.py",
+        "centre, log_var = latent.widened(noise_std * scale.flatten())",
+        "centre, log_var = latent",
+        ("tests/metrics/test_bound.py",),
+    ),
 )
 
 

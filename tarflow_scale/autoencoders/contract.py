@@ -85,6 +85,20 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """The images of latents, mostly on [-1, 1]; values beyond are clipped where images are stored."""
 
+    def log_prob_of_levels(
+        self, levels: UInt8[Tensor, "B K H W"], bit_depth: int, z: Float[Tensor, "B C h w"]
+    ) -> Float[Tensor, " B"]:
+        """Log p(x | z) of the levels of pixels, in nats, computed in float64 from the decoded values.
+
+        Raises:
+            ValueError: the autoencoder gives levels no probability.
+        """
+        del levels, bit_depth, z
+        raise ValueError(
+            f"levels of pixels need an autoencoder with a distribution of bins, logistic or gaussian (got "
+            f"{type(self).__name__} without one); use another autoencoder"
+        )
+
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of an image ``(K, H, W)``.
 

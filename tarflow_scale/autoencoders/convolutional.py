@@ -9,10 +9,11 @@ import math
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
+from tarflow_scale.autoencoders.pixels_given_latent import log_bins
 from tarflow_scale.config.autoencoder import ConvolutionalConfig
 
 __all__ = ["FIRST_SCALE", "ConvolutionalAutoencoder"]
@@ -76,6 +77,15 @@ class ConvolutionalAutoencoder(Autoencoder):
     def decode(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K H W"]:
         """The means of the pixel distributions."""
         return self.decoder(z)
+
+    def log_prob_of_levels(
+        self, levels: UInt8[Tensor, "B K H W"], bit_depth: int, z: Float[Tensor, "B C h w"]
+    ) -> Float[Tensor, " B"]:
+        """See `Autoencoder.log_prob_of_levels`."""
+        bins = self.config.bins
+        if bins is None:
+            return super().log_prob_of_levels(levels, bit_depth, z)
+        return log_bins(bins, levels, bit_depth, self.decode(z).double(), self.log_scale.double())
 
 
 class _Residual(nn.Module):

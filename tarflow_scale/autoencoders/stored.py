@@ -34,6 +34,7 @@ __all__ = [
     "autoencoder_files",
     "autoencoder_from_files",
     "build_autoencoder",
+    "config_from_files",
     "digest_of",
     "read_published",
     "with_decoder",
@@ -92,13 +93,29 @@ def autoencoder_from_files(files: Mapping[str, bytes], origin: str) -> Autoencod
         DataError: a file is missing or damaged, or the weights do not fit the configuration.
         ConfigError: the autoencoder needs a package that is not installed.
     """
+    config = config_from_files(files, origin)
+    try:
+        return _filled(config, load_tensors(files[WEIGHTS_NAME]))
+    except (KeyError, ValueError, SafetensorError, RuntimeError) as error:
+        raise _unusable(origin, error) from error
+
+
+def config_from_files(files: Mapping[str, bytes], origin: str) -> AutoencoderConfig:
+    """The configuration of an autoencoder; only the file `CONFIG_NAME` is needed.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
     try:
         settings: dict[str, Any] = json.loads(files[CONFIG_NAME])
-        config: AutoencoderConfig = TypeAdapter(AutoencoderConfig).validate_python(settings["autoencoder"])
-        return _filled(config, load_tensors(files[WEIGHTS_NAME]))
-    except (KeyError, ValueError, TypeError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{origin} does not hold an autoencoder ({reason}); export or convert it again") from error
+        return TypeAdapter(AutoencoderConfig).validate_python(settings["autoencoder"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise _unusable(origin, error) from error
+
+
+def _unusable(origin: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{origin} does not hold an autoencoder ({reason}); export or convert it again")
 
 
 def _filled(config: AutoencoderConfig, tensors: dict[str, Tensor]) -> Autoencoder:

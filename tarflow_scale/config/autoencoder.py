@@ -45,6 +45,11 @@ class ConvolutionalConfig(Section):
     """Distribution of a pixel around the decoded value, with a learned scale for each channel. ``logistic`` and
     ``gaussian`` give each level of a pixel a probability. ``laplace`` is a density, whose loss is an L1 distance."""
 
+    @property
+    def bins(self) -> Literal["logistic", "gaussian"] | None:
+        """The distribution of pixels, if it gives each level of a pixel a probability."""
+        return None if self.likelihood == "laplace" else self.likelihood
+
     @model_validator(mode="after")
     def _fits(self) -> "ConvolutionalConfig":
         if self.factor & (self.factor - 1):
@@ -82,6 +87,8 @@ class TunedDecoderConfig(Section):
 class TinyConfig(Section):
     """The tiny autoencoder of FLUX.2's latents (taef2); see `tarflow_scale.autoencoders.tiny`."""
 
+    bins: ClassVar[None] = None
+    """It has no distribution of pixels."""
     kind: Literal["tiny"] = "tiny"
     """Selects this autoencoder; required."""
     latent_channels: int = Field(default=32, ge=1)
@@ -93,6 +100,8 @@ class TinyConfig(Section):
 class DiffusersConfig(Section):
     """An ``AutoencoderKL`` of the package diffusers; see `tarflow_scale.autoencoders.diffusers_kl`."""
 
+    bins: ClassVar[None] = None
+    """It has no distribution of pixels."""
     kind: Literal["diffusers"] = "diffusers"
     """Selects this autoencoder; required."""
     settings: dict[str, Any]

@@ -11,10 +11,12 @@ from tarflow_scale.config.versions import Name
 
 __all__ = [
     "BitsPerDimProtocol",
+    "BoundProtocol",
     "FrechetProtocol",
     "GateConfig",
     "InceptionScoreProtocol",
     "KernelProtocol",
+    "LatentNatsProtocol",
     "LikelihoodProtocol",
     "ManifoldProtocol",
     "NatsProtocol",
@@ -57,14 +59,33 @@ class NatsProtocol(_LikelihoodProtocol):
         return "vectors"
 
 
-class BitsPerDimProtocol(_LikelihoodProtocol):
-    """Negative log-likelihood of a whole split under uniform dequantization, in bits per dimension."""
+class LatentNatsProtocol(_LikelihoodProtocol):
+    """Mean negative log-likelihood of the stored latents of a split, in nats per dimension of standardised latents.
 
-    metric: Literal["bits_per_dim"]
+    Latents are drawn and get noise as in the validation of ``train``, so the number is the validation loss.
+    """
+
+    metric: Literal["latent_nats"]
+    noise_std: float = Field(ge=0)
+    """Standard deviation of the noise, in units of standardised latents; must equal that of the model's training."""
+    num_draws: int = Field(default=1, ge=1)
+    """Number of draws of latent and noise per image; the result is the mean of their nats."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+    @property
+    def events(self) -> str:
+        """Description of the data that the protocol can measure."""
+        return "latents"
+
+
+class _DrawsProtocol(_LikelihoodProtocol):
+    """Keys that are common to the likelihoods of images, which are averaged over random draws."""
+
     bit_depth: int = Field(ge=1, le=8)
     """Number of bits per pixel, for 2^bit_depth levels; must equal the bit depth of the data set."""
     num_draws: int = Field(default=1, ge=1)
-    """Number of dequantization draws per image."""
+    """Number of draws per image."""
     estimate: Literal["mean", "importance"] = "mean"
     """How the draws of an image are combined. ``mean``: the mean of their bits/dim, an upper bound on the bits/dim
     of the discrete image. ``importance``: the log of their mean density, a tighter bound, exact in the limit of many
@@ -78,7 +99,35 @@ class BitsPerDimProtocol(_LikelihoodProtocol):
         return f"{self.bit_depth}-bit images"
 
 
-LikelihoodProtocol = NatsProtocol | BitsPerDimProtocol
+class BitsPerDimProtocol(_DrawsProtocol):
+    """Negative log-likelihood of a whole split under uniform dequantization, in bits per dimension.
+
+    A draw is one draw of dequantization noise.
+    """
+
+    metric: Literal["bits_per_dim"]
+
+
+class BoundProtocol(_DrawsProtocol):
+    """Bound on the negative log-likelihood of a split, in bits per dimension of pixels, for a flow on latents.
+
+    A draw is a latent from the encoder's Gaussian, with the training noise; see `tarflow_scale.metrics.bound`. The
+    distance between the bound and the likelihood is not known, so the number is never compared with ``bits_per_dim``.
+    """
+
+    metric: Literal["bits_per_dim_bound"]
+
+    @model_validator(mode="after")
+    def _is_named_a_bound(self) -> "BoundProtocol":
+        if "bound" not in self.name.lower():
+            raise ValueError(
+                f"the name of a protocol with metric=bits_per_dim_bound must contain the word bound, because tables "
+                f"show the name (got {self.name}); use name: {self.name}_bound"
+            )
+        return self
+
+
+LikelihoodProtocol = NatsProtocol | LatentNatsProtocol | BitsPerDimProtocol | BoundProtocol
 """A protocol that measures the likelihood of each sample of a split."""
 
 

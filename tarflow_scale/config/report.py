@@ -20,7 +20,7 @@ class PublishedRow(Section):
     source: str
     """Where the number is published: paper and table, or URL."""
     note: str = ""
-    """Remarks on how the number was measured."""
+    """Remarks on how the number was measured. On a leaderboard of bounds, they must contain the word bound."""
 
 
 class LeaderboardConfig(Section):

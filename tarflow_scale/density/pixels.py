@@ -36,6 +36,7 @@ def image_tensor(flow: Flow, images: UInt8[np.ndarray, "B C H W"], seed: int = 0
     """
     if flow.pixels is None or flow.pixels.noise != "uniform":
         form = "an unknown format" if flow.pixels is None else f"{flow.pixels.noise} noise"
+        form = form if flow.latents is None else "latents"
         raise ValueError(f"bits/dim need a flow of uniformly dequantized images (got {form}); load another model")
     kind = getattr(images, "dtype", type(images).__name__)
     if kind != np.uint8:

@@ -11,7 +11,9 @@ from tarflow_scale.randomness import Purpose, generator
 __all__ = ["latents"]
 
 
-def latents(seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0) -> Tensor:
+def latents(
+    seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0, purpose: Purpose = Purpose.LATENT
+) -> Tensor:
     """Standard normal ``z (len(indices), D)`` fp32, drawn on the CPU; row i depends on (seed, indices[i], attempt).
 
     Args:
@@ -19,8 +21,9 @@ def latents(seed: int, indices: Sequence[int], num_dims: int, attempt: int = 0) 
         indices: indices of the samples.
         num_dims: number of dimensions D.
         attempt: number of the attempt, from 0; a rejected sample is drawn again with the next number.
+        purpose: streams of different purposes differ.
     """
     z = np.empty((len(indices), num_dims), dtype=np.float32)
     for row, index in enumerate(indices):
-        z[row] = generator(Purpose.LATENT, seed, index, attempt).standard_normal(num_dims, np.float32)
+        z[row] = generator(purpose, seed, index, attempt).standard_normal(num_dims, np.float32)
     return torch.from_numpy(z)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tarflow_scale.config.protocols import BitsPerDimProtocol
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, dequantized
 from tarflow_scale.metrics.baseline import MAX_DIMS, PixelGaussian
+from tarflow_scale.records import canonical_json
 from tarflow_scale.shards.reader import Batch, ShardSet
 
 __all__ = ["dequantized_draws", "gaussian_bits_per_dim", "gaussian_nats", "sample_hashes"]
@@ -29,8 +30,13 @@ def dequantized_draws(batch: Batch, protocol: BitsPerDimProtocol) -> list[Tensor
 
 
 def sample_hashes(batch: Batch) -> tuple[str, ...]:
-    """SHA-256 of each sample, computed over its stored values and then its condition values, if it has any."""
+    """SHA-256 of each sample, computed over its stored values, and then over what else determines its likelihood.
+
+    These are the condition values of vectors, and the mean and scale that standardise latents.
+    """
     given = [b""] * len(batch) if batch.conditions is None else [row.tobytes() for row in batch.conditions]
+    if batch.latents is not None:
+        given = [canonical_json([batch.latents.mean, batch.latents.scale])] * len(batch)
     pairs = zip(batch.events, given, strict=True)
     return tuple(hashlib.sha256(event.tobytes() + condition).hexdigest() for event, condition in pairs)
 

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from tarflow_scale import storage
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
+    BoundProtocol,
     FrechetProtocol,
     KernelProtocol,
+    LatentNatsProtocol,
     LikelihoodProtocol,
     ManifoldProtocol,
     NatsProtocol,
@@ -38,8 +40,12 @@ def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
     match protocol:
         case BitsPerDimProtocol():
             return "bits/dim"
+        case BoundProtocol():
+            return "bits/dim, bound"
         case NatsProtocol():
             return "nats"
+        case LatentNatsProtocol():
+            return "nats/dim of latents"
         case FrechetProtocol() if protocol.extractor == "pixels":
             return f"levels of {protocol.bit_depth} bits, squared"
         case FrechetProtocol() if protocol.extractor == "inception-v3-compat":

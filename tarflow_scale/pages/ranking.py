@@ -8,7 +8,7 @@ evaluation measured by the same protocol, have no rank either.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tarflow_scale.config.protocols import LikelihoodProtocol, SampledProtocol
+from tarflow_scale.config.protocols import BoundProtocol, LikelihoodProtocol, SampledProtocol
 from tarflow_scale.config.report import LeaderboardConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.pages.numbers import decimals_of, fixed, round_ticks
@@ -116,8 +116,9 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     """Rank the newest number of every version, and add baselines and published numbers.
 
     Raises:
-        ConfigError: the rows from registries have different protocol ids.
+        ConfigError: the rows from registries have different protocol ids, or bounds are not called bounds.
     """
+    _check_bounds(board, protocol)
     names = [entry.model for entry in entries]
     measured = [row for entry in entries for row in _rows(board, protocol, entry, names.count(entry.model) > 1)]
     ids = {row.metric.protocol_id: row.model for row in measured if row.metric}
@@ -133,6 +134,24 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     published = [Row(row.model, row.value, source=row.source, note=row.note) for row in board.published]
     every = [*numbered, *_baselines(protocol, ours), *published]
     return Ranking(board, protocol, tuple(sorted(every, key=lambda row: sign * row.value)))
+
+
+def _check_bounds(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol) -> None:
+    """Check that a board of bounds says so, and does not compare them with published numbers that are no bounds."""
+    if not isinstance(protocol, BoundProtocol):
+        return
+    if "bound" not in board.title.lower():
+        raise ConfigError(
+            f"leaderboard {board.name} must have the word bound in its title, because protocol {protocol.name} "
+            f"measures a bound (got {board.title!r}); change the title"
+        )
+    for row in board.published:
+        if "bound" not in row.note.lower():
+            raise ConfigError(
+                f"leaderboard {board.name} may contain only published numbers with the word bound in their note, "
+                f"because its protocol measures a bound (got {row.note!r} for {row.model}); remove the row, or correct "
+                f"the note"
+            )
 
 
 def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:

@@ -101,8 +101,9 @@ def read_contender(registry: Registry, state: ModelState, version: int) -> Conte
         from safetensors.numpy import load as load_arrays  # imported here, because most versions do not need NumPy
 
         arrays = load_arrays(registry.read("the file of values per image", record))
-        costs = arrays["nats"] if "nats" in arrays else arrays["bits_per_dim"]
-        pairs = zip(arrays["image_sha256"], costs, strict=True)
+        images = arrays.pop("image_sha256")
+        (costs,) = arrays.values()
+        pairs = zip(images, costs, strict=True)
         per_image[digest] = sorted((image.tobytes(), float(cost)) for image, cost in pairs)
     approvals = tuple(approval.user for approval in state.approvals.get(version, []))
     data, weights = state.versions[version].data, state.versions[version].weights_digest

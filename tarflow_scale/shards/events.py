@@ -43,7 +43,7 @@ class EventType(ABC):
     noises: ClassVar[tuple[str, ...]]
     """Kinds of training noise that suit the events."""
     kind: str
-    """Name by which an evaluation protocol selects this type: ``8-bit images`` or ``vectors``."""
+    """Name by which an evaluation protocol selects this type: ``8-bit images``, ``vectors`` or ``latents``."""
     shape: tuple[int, ...]
     """Shape of an event; a batch of B events is ``(B, *shape)``."""
     size: str
@@ -223,7 +223,7 @@ class VectorEvent(EventType):
 class LatentEvent(EventType):
     """A latent ``(C, h, w)``; in a batch its moments ``(n C, h, w)`` float32, means before log-variances."""
 
-    noun = "latents"
+    noun = kind = "latents"
     noises = ("gaussian",)
     level = math.inf
 
@@ -233,12 +233,11 @@ class LatentEvent(EventType):
         self.can_flip = facts.has_mirrored
         self.shape = facts.shape
         self.size = "x".join(map(str, facts.shape))
-        self.kind = f"latents of {facts.autoencoder[:12]}"
         self._moments = (2 * channels if facts.has_variance else channels, height, width)
         self._stored = np.dtype({"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}[facts.dtype])
         self._bytes = math.prod(self._moments) * self._stored.itemsize
         self.carried_shape = 1, 1, self._bytes * (2 if facts.has_mirrored else 1)
-        self._words = f"{self.size} {self.kind}"
+        self._words = f"{self.size} latents of {facts.autoencoder[:12]}"
 
     @property
     def shown(self) -> ImageEvent:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tarflow_scale.config.protocols import BitsPerDimProtocol, ManifoldProtocol
+from tarflow_scale.config.protocols import BitsPerDimProtocol, BoundProtocol, ManifoldProtocol
 from tarflow_scale.config.report import LeaderboardConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.pages.markdown import markdown
@@ -13,6 +13,7 @@ from tarflow_scale.records import DataSetFacts, MetricsReport, MetricValue, Mode
 from tarflow_scale.registry import ModelState
 
 BITS = BitsPerDimProtocol(name="bits", metric="bits_per_dim", bit_depth=8)
+BOUND = BoundProtocol(name="bits_bound", metric="bits_per_dim_bound", bit_depth=8)
 RECALL = ManifoldProtocol(
     name="recall", metric="recall", extractor="pixels", num_images=10, num_reference_images=10, bit_depth=8
 )
@@ -66,6 +67,19 @@ def test_several_protocol_ids_are_refused_unless_one_is_asked_for() -> None:
         rank(board(), BITS, entries)
     for whole_or_first_digits in ("a" * 64, "a" * 12):  # as reports show them
         assert [row.model for row in rank(board(protocol_id=whole_or_first_digits), BITS, entries).rows] == ["a@1"]
+
+
+def test_a_board_of_bounds_calls_its_numbers_and_published_ones_bounds() -> None:
+    entries = [entry("exact", 1.0), entry("a", 2.0, protocol=BOUND)]
+    title = {"title": "It: upper bound"}
+    with pytest.raises(ConfigError, match=r"leaderboard it must have the word bound in its title, .*\(got 'It'\)"):
+        rank(board(), BOUND, entries)
+    with pytest.raises(ConfigError, match=r"with the word bound in their note, .*\(got '' for Other"):
+        rank(board(**title, published=PUBLISHED), BOUND, entries)
+    published = [{**PUBLISHED[0], "note": "a bound, too"}]
+    found = rank(board(**title, published=published), BOUND, entries)
+    assert [row.model for row in found.rows] == ["Other <b>|x", "a@1"]
+    assert [row.model for row in rank(board(), BITS, entries).rows] == ["exact@1"]
 
 
 def test_models_of_one_name_in_two_registries_are_told_apart() -> None:

@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.stored import CONFIG_NAME, config_from_files
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.evaluate import EvaluateConfig
 from tarflow_scale.config.protocols import (
     BitsPerDimProtocol,
+    BoundProtocol,
     FrechetProtocol,
+    LatentNatsProtocol,
     LikelihoodProtocol,
     NatsProtocol,
     load_protocol,
@@ -38,10 +41,10 @@ from tarflow_scale.metrics.measure import Measured
 from tarflow_scale.metrics.protocol_id import images_digest, protocol_id, unit_of
 from tarflow_scale.metrics.reference import Binding
 from tarflow_scale.pool import Pool
-from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json
+from tarflow_scale.records import FileRecord, MetricsReport, MetricValue, ModelVersion, canonical_json, changes
 from tarflow_scale.registry import Lease, Registry
 from tarflow_scale.runtime import console, provenance
-from tarflow_scale.shards.events import event_of
+from tarflow_scale.shards.events import LatentEvent, event_of
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.verbs.evaluate.job import Evaluation, moments_of
 from tarflow_scale.verbs.evaluate.worker import EvaluationUnit
@@ -64,7 +67,7 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
     job = Evaluation(
         config.metrics, config.data, config.reference, config.sampling, config.cluster, (registry, version)
     )
-    _check(version, job)
+    _check(registry, version, job)
     units = job.units()
     _print_plan(f"evaluate {name}: {version.parameters:,} parameters", job, units, config.cluster)
     if dry_run:
@@ -152,14 +155,22 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
     print(console.table(rows, ("protocol", "bound to", "images")))
 
 
-def _check(version: ModelVersion, job: Evaluation) -> None:
+def _check(registry: Registry, version: ModelVersion, job: Evaluation) -> None:
     """Raise an error if the version does not fit the data or the protocols."""
+    trained = event_of(version.trained_on, version.pixels.bit_depth)
     for manifest in (job.data, job.reference):
-        got, expected = manifest.event, event_of(version.trained_on, version.pixels.bit_depth).shown
-        if (got.shape, got.num_conditions) != (expected.shape, expected.num_conditions):
+        got, expected, found = manifest.event, trained.shown, str(manifest.event)
+        if isinstance(got, LatentEvent):
+            fits, rule = got == trained, f"be latents from the same run of encode as the training data, {trained}"
+            if isinstance(trained, LatentEvent):
+                found = changes(*(event.facts.model_dump(mode="json") for event in (trained, got)))
+        else:
+            fits = (got.shape, got.num_conditions) == (expected.shape, expected.num_conditions)
+            rule = f"have the shape and the conditions of the training data, {expected.shape}"
+        if not fits:
             raise DataError(
-                f"the data must have the shape and the conditions of the training data, {expected.shape} (got {got} in "
-                f"{manifest.name}/{manifest.split}); evaluate on data of the same kind as the training data"
+                f"the data must {rule} (got {found} in {manifest.name}/{manifest.split}); evaluate on data of the same "
+                f"kind as the training data"
             )
     names = version.trained_on.class_names
     if names and job.data.class_names != names:
@@ -169,11 +180,49 @@ def _check(version: ModelVersion, job: Evaluation) -> None:
             f"with the same classes"
         )
     for protocol in job.protocols.values():
-        if isinstance(protocol, BitsPerDimProtocol) and version.pixels.noise != "uniform":
+        if isinstance(protocol, BoundProtocol):
+            _check_bound(registry, version, protocol)
+        elif isinstance(protocol, BitsPerDimProtocol | LatentNatsProtocol):
+            _check_noise(version, protocol)
+
+
+def _check_noise(version: ModelVersion, protocol: BitsPerDimProtocol | LatentNatsProtocol) -> None:
+    """Raise an error if the model was trained with other noise than the protocol needs."""
+    noise, std = version.pixels.noise, version.pixels.noise_std
+    if isinstance(protocol, LatentNatsProtocol):
+        if std != protocol.noise_std:
             raise ConfigError(
-                f"protocol {protocol.name} needs a model trained with uniform noise (got {version.pixels.noise}); "
-                f"a model of noisy data has no bits/dim"
+                f"protocol {protocol.name} needs a model trained with a noise std of {protocol.noise_std} (got {std}), "
+                f"because nats with different noise are not comparable; use a protocol with noise_std: {std}"
             )
+    elif version.trained_on.latents is not None:
+        raise ConfigError(
+            f"protocol {protocol.name} needs a model of pixels (got a flow on latents, whose bits/dim have only a "
+            f"bound); use a protocol with metric: bits_per_dim_bound"
+        )
+    elif noise != "uniform":
+        raise ConfigError(
+            f"protocol {protocol.name} needs a model trained with uniform noise (got {noise}); a model of noisy data "
+            f"has no bits/dim"
+        )
+
+
+def _check_bound(registry: Registry, version: ModelVersion, protocol: BoundProtocol) -> None:
+    """Raise an error if the version has no bound: it needs a probability of pixels and a density of latents."""
+    latents = version.trained_on.latents
+    if latents is None:
+        raise ConfigError(
+            f"protocol {protocol.name} needs a flow on latents (got a model of "
+            f"{event_of(version.trained_on, version.pixels.bit_depth)}); use a protocol with metric: bits_per_dim"
+        )
+    content = registry.read(CONFIG_NAME, version.files[CONFIG_NAME])
+    autoencoder = config_from_files({CONFIG_NAME: content}, f"{registry.model}@{version.version}")
+    if autoencoder.bins is None or not latents.has_variance:
+        lack = "a probability of pixels" if autoencoder.bins is None else "a variance of latents"
+        raise ConfigError(
+            f"protocol {protocol.name} needs an autoencoder with {lack} (got one of kind {autoencoder.kind} without "
+            f"it); use a protocol with metric: latent_nats on latents, such as evals/protocols/latent-nats.yaml"
+        )
 
 
 def _costs(job: Evaluation, path: str) -> NDArray[np.float64]:

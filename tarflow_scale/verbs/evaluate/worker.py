@@ -4,7 +4,7 @@ Sample i depends only on (model, seed, i), and the boundaries of parts are fixed
 the same numbers. Images are not sent to other processes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,13 +13,20 @@ from torch import Tensor
 from tarflow_scale import storage
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.evaluate import ReferenceConfig
-from tarflow_scale.config.protocols import BitsPerDimProtocol, LikelihoodProtocol, NatsProtocol
+from tarflow_scale.config.protocols import (
+    BitsPerDimProtocol,
+    BoundProtocol,
+    LatentNatsProtocol,
+    LikelihoodProtocol,
+    NatsProtocol,
+)
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
 from tarflow_scale.loading import calibration_for, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantized_draws, sample_hashes
+from tarflow_scale.metrics.bound import bits_per_dim_bound
 from tarflow_scale.metrics.features import Extractor, open_extractor
 from tarflow_scale.metrics.frechet import Moments
 from tarflow_scale.metrics.parts import Arrays, FeatureSet, Images, Part, PartUnit
@@ -28,6 +35,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.sampling import Sampler
 from tarflow_scale.shards.images import contact_sheet
 from tarflow_scale.shards.reader import Batch, ShardSet
+from tarflow_scale.training.noise import model_input
 
 __all__ = ["GRID_NAME", "EvaluationUnit", "Scorer"]
 
@@ -96,10 +104,20 @@ class Scorer:
         hashes: list[str] = []
         _check_fits(self._flow, protocol)
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
-            cost = self._nats(batch, protocol) if isinstance(protocol, NatsProtocol) else self._bits(batch, protocol)
-            costs.append(cost.double().cpu().numpy())
+            costs.append(self._costs(batch, protocol).double().cpu().numpy())
             hashes.extend(sample_hashes(batch))
         return {protocol.metric: np.concatenate(costs), "hashes": np.array(hashes)}
+
+    def _costs(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor:
+        match protocol:
+            case NatsProtocol():
+                return self._nats(batch, protocol)
+            case LatentNatsProtocol():
+                return self._latent_nats(batch, protocol)
+            case BitsPerDimProtocol():
+                return self._bits(batch, protocol)
+            case BoundProtocol():
+                return bits_per_dim_bound(self._flow, batch, self._labels(batch, protocol), protocol)
 
     def _bits(self, batch: Batch, protocol: BitsPerDimProtocol) -> Tensor:
         y = self._labels(batch, protocol)
@@ -111,6 +129,16 @@ class Scorer:
         given = batch.conditions if self._flow.num_conditions is not None else None
         y = self._labels(batch, protocol) if given is None else torch.from_numpy(given).to(self._device)
         return -self._flow.log_prob(torch.from_numpy(batch.events).to(self._device), y)
+
+    def _latent_nats(self, batch: Batch, protocol: LatentNatsProtocol) -> Tensor:
+        """Nats per dimension. Draw k has the random numbers that training uses in epoch k; validation uses epoch 0."""
+        assert self._flow.pixels is not None
+        log_probs: list[Tensor] = []
+        for draw in range(protocol.num_draws):
+            numbered = replace(batch, epochs=np.full_like(batch.epochs, draw))
+            x = model_input(numbered, self._flow.pixels, protocol.seed, self._device)
+            log_probs.append(self._flow.log_prob(x, self._labels(batch, protocol)).double())
+        return -combine_draws(torch.stack(log_probs), "mean") / self._flow.num_dims
 
     def _labels(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor | None:
         given = protocol.labels == "given" and self._flow.num_classes is not None
@@ -175,14 +203,15 @@ def _check_fits(flow: Flow, protocol: LikelihoodProtocol) -> None:
     A flow can be evaluated without labels, but a flow conditioned on numbers needs these numbers. Learned
     dequantization noise fits only the bit depth of its training data.
     """
-    if isinstance(protocol, NatsProtocol):
-        if protocol.labels == "none" and flow.num_conditions is not None:
-            raise ConfigError(
-                f"protocol {protocol.name} must give labels to a flow that is conditioned on numbers (got labels: "
-                f"none, and a flow that takes {flow.num_conditions} numbers); use labels: given"
-            )
-    elif flow.dequantizer is not None and flow.pixels is not None and flow.pixels.bit_depth != protocol.bit_depth:
+    is_given = flow.num_conditions is not None
+    if isinstance(protocol, NatsProtocol) and protocol.labels == "none" and is_given:
+        raise ConfigError(
+            f"protocol {protocol.name} must give labels to a flow that is conditioned on numbers (got labels: none, "
+            f"and a flow that takes {flow.num_conditions} numbers); use labels: given"
+        )
+    learned = flow.pixels.bit_depth if flow.dequantizer is not None and flow.pixels is not None else None
+    if isinstance(protocol, BitsPerDimProtocol) and learned not in (None, protocol.bit_depth):
         raise ConfigError(
             f"protocol {protocol.name} needs a model that learned its dequantization on {protocol.bit_depth}-bit data "
-            f"(got {flow.pixels.bit_depth}-bit data); use a model without model.dequantization, or another protocol"
+            f"(got {learned}-bit data); use a model without model.dequantization, or another protocol"
         )

@@ -7,8 +7,8 @@ anomalous, the verb also reports how well each score separates ``data`` from ``a
 
 Reads the version (and a background model) and the sets ``data``, ``calibration`` and optionally ``anomalies``. Writes
 into ``scoring.path``: ``scores.csv`` or ``.parquet``, one row per image; ``summary.json``; ``maps.png`` if configured;
-and ``parts/`` while it works. It is an error if a model was trained on noisy images, because it has no likelihood, or
-if the images of a set do not have the shape of the model.
+and ``parts/`` while it works. It is an error if a model was trained on noisy images or on latents, because it has no
+exact likelihood, or if the images of a set do not have the shape of the model.
 """
 
 import csv
@@ -136,6 +136,11 @@ def run(config: ScoreConfig, dry_run: bool) -> None:
 
 
 def _check(section: VersionConfig, version: ModelVersion, manifests: list[Manifest]) -> None:
+    if version.trained_on.latents is not None:
+        raise ConfigError(
+            f"score needs a model of pixels (got {section.model}@{version.version}, a flow on latents, which has only "
+            f"a bound on the likelihood); score with a model of pixels, or measure the bound with evaluate"
+        )
     if version.pixels.noise != "uniform":
         raise ConfigError(
             f"{section.model}@{version.version} has no likelihood of images (trained with {version.pixels.noise} "
