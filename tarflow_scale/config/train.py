@@ -135,6 +135,7 @@ class SpikeConfig(Section):
 class TrainingConfig(Section):
     """Length of training, batch sizes, seed, noise and moving averages."""
 
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"latent_norm_weight"})
     total_images: int = Field(ge=1)
     """Number of images that the run has seen at its end; an image counts every time that it is used."""
     global_batch_size: int = Field(ge=1)
@@ -144,6 +145,9 @@ class TrainingConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of initial weights, order of samples, noise and label dropping."""
     noise: NoiseConfig = NoiseConfig()
+    latent_norm_weight: float = Field(default=0.0, ge=0)
+    """TarFlow: weight, in the loss per dimension, of the mean square of the tokens between each two blocks (STARFlow
+    uses 1e-4); it keeps their scale from growing. The log shows the likelihood without this term."""
     label_drop: float = Field(default=0.1, ge=0, le=1)
     """Probability that the label of a sample is dropped. This trains the unconditional model that guidance needs. No
     effect on autoencoders."""
@@ -305,6 +309,11 @@ def _check_recipe(
     if parallelism.zero_stage == 3 and not capabilities.divided_weights:
         raise ValueError(
             f"parallelism.zero_stage=3, which divides weights, is not supported for model.kind={kind} (got both); use 2"
+        )
+    if training.latent_norm_weight > 0 and kind != "tarflow":
+        raise ValueError(
+            f"training.latent_norm_weight has no effect on model.kind={kind} (got {training.latent_norm_weight:g}); "
+            f"remove it"
         )
     muon = optimizer.kind == "muon"
     if not capabilities.separate_networks and (parallelism.compile or muon):

@@ -10,13 +10,16 @@ import pytest
 import yaml
 
 from tarflow_scale import cli
+from tarflow_scale.autoencoders.stored import autoencoder_files, build_autoencoder, digest_of
+from tarflow_scale.config.autoencoder import ConvolutionalConfig
 from tarflow_scale.config.train import TrainConfig
-from tarflow_scale.records import VectorFacts
+from tarflow_scale.records import LatentFacts, VectorFacts
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.manifest import Manifest, ShardRecord
 from tarflow_scale.shards.writer import publish_manifest
 from tests.conftest import TOP, command
+from tests.test_latents import register
 
 RECIPES = sorted((TOP / "configs/train").glob("*.yaml"))
 FORMATS = {
@@ -24,12 +27,12 @@ FORMATS = {
     "mnist": (28, 1, 10, 8), "cifar10": (32, 3, 10, 8),
     "imagenet64": (64, 3, 1000, 8), "imagenet128": (128, 3, 1000, 8), "afhq256": (256, 3, 3, 8),
     "celebahq256": (256, 3, 0, 5), "images512": (512, 3, 10, 8), "images1024": (1024, 3, 10, 8),
-    "vectors": (1, 2, 2, 8),
+    "vectors": (1, 2, 2, 8), "imagenet256-latents": (32, 4, 1000, 8), "imagenet512-latents": (64, 4, 1000, 8),
 }  # fmt: skip
 """Pixels, channels, classes and bits of the data set that a recipe names."""
 
 
-def stand_in(path: Path, name: str) -> None:
+def stand_in(path: Path, name: str, latents: LatentFacts | None = None) -> None:
     """A data set that opens like the one of a recipe; its shard has the size that is announced, and no samples."""
     pixels, channels, classes, bits = FORMATS[name]
     path.mkdir(parents=True)
@@ -47,8 +50,28 @@ def stand_in(path: Path, name: str) -> None:
         recipe="0" * 64,
         shards=(record,),
         vectors=VectorFacts(num_values=channels) if name == "vectors" else None,
+        latents=latents,
     )
     publish_manifest(str(path), manifest)
+
+
+def autoencoder_of(registry: Path, model: str, name: str) -> LatentFacts:
+    """Register a small autoencoder in place of the one of a recipe; the facts of its latents."""
+    pixels, channels, _, bits = FORMATS[name]
+    config = ConvolutionalConfig(factor=8, latent_channels=channels, width=8, blocks=1)
+    autoencoder = build_autoencoder(config)
+    register(registry, model, autoencoder)
+    return LatentFacts(
+        autoencoder=digest_of(autoencoder_files(autoencoder)),
+        shape=(channels, pixels, pixels),
+        image_shape=(3, 8 * pixels, 8 * pixels),
+        bit_depth=bits,
+        has_variance=True,
+        dtype="float16",
+        has_mirrored=True,
+        mean=(0.0,) * channels,
+        scale=(1.0,) * channels,
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -58,7 +81,12 @@ def test_every_recipe_has_a_plan(
     config = TrainConfig.load(recipe, [])
     (name,) = {part for part in Path(config.data.path).parts if part in FORMATS}
     paths = [f"data.path={tmp_path}/train", "data.verify=size", f"logging.path={tmp_path}/run"]
-    stand_in(tmp_path / "train", name)
+    latents = None
+    if name.endswith("latents"):
+        assert config.autoencoder is not None
+        latents = autoencoder_of(tmp_path / "registry", config.autoencoder.model, name)
+        paths.append(f"autoencoder.path={tmp_path}/registry")
+    stand_in(tmp_path / "train", name, latents)
     if config.validation is not None:
         stand_in(tmp_path / "test", name)
         paths.append(f"validation.path={tmp_path}/test")

@@ -114,7 +114,8 @@ def small_objective(variant: Variant) -> Objective[Any]:
     if variant.flow != "tarflow":
         moved(flow, ("",))  # at the start most gradients are rounding errors, which Adam makes as large as any
     flow.activations = variant.activations  # type: ignore[assignment]
-    return FlowObjective(flow, conditional=True, label_drop=0.0)
+    penalty = 1e-2 if variant.flow == "starflow" else 0.0
+    return FlowObjective(flow, conditional=True, label_drop=0.0, latent_norm_weight=penalty)
 
 
 def small_engine(variant: Variant, device: torch.device) -> Engine:

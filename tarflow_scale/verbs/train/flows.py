@@ -69,14 +69,15 @@ class TrainedFlow(Subject):
         self.identity, self.lineage = {}, {}
         self._model, self._manifest = model, manifest
         self._activations: Activations = activations
-        self._label_drop, self._guidance = training.label_drop, guidance
+        self._label_drop, self._latent_norm_weight = training.label_drop, training.latent_norm_weight
+        self._guidance = guidance
         self._autoencoder = _autoencoder_files(autoencoder, manifest)
         event = manifest.event
         self.size = size_of(model, event.shape, manifest.num_classes or None, event.num_conditions)
 
     def objective(self) -> FlowObjective:
         """A new flow."""
-        return FlowObjective(self._flow(), self._model.class_conditional, self._label_drop)
+        return FlowObjective(self._flow(), self._model.class_conditional, self._label_drop, self._latent_norm_weight)
 
     def _flow(self) -> Flow:
         flow = flow_of(self._model, self._manifest)
