@@ -20,9 +20,11 @@ __all__ = [
     "LikelihoodProtocol",
     "ManifoldProtocol",
     "NatsProtocol",
+    "PerImageProtocol",
     "Protocol",
     "Requirement",
     "SampledProtocol",
+    "SimilarityProtocol",
     "load_gate",
     "load_protocol",
 ]
@@ -33,6 +35,11 @@ class _Protocol(Section):
     """Whether a larger number is better."""
     name: Name
     """Name of the metric in reports."""
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the protocol measures reconstructions by an autoencoder, and not a flow."""
+        return False
 
     @property
     def digest(self) -> str:
@@ -131,6 +138,34 @@ LikelihoodProtocol = NatsProtocol | LatentNatsProtocol | BitsPerDimProtocol | Bo
 """A protocol that measures the likelihood of each sample of a split."""
 
 
+class SimilarityProtocol(_Protocol):
+    """Mean similarity of the images of a split and their reconstructions by an autoencoder; every value is stored.
+
+    An image is decoded from the mean of its latents, and its pixels are quantized to the nearest level.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    metric: Literal["psnr", "ssim"]
+    """``psnr``: peak signal-to-noise ratio in dB. ``ssim``: structural similarity (Wang et al., 2004), at most 1; see
+    `tarflow_scale.autoencoders.similarity`."""
+    bit_depth: int = Field(ge=1, le=8)
+    """Number of bits per pixel; must equal the bit depth of the data set."""
+
+    @property
+    def reconstructs(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
+    def events(self) -> str:
+        """Description of the data that the protocol can measure."""
+        return f"{self.bit_depth}-bit images"
+
+
+PerImageProtocol = LikelihoodProtocol | SimilarityProtocol
+"""A protocol that gives a value to each sample of a split."""
+
+
 class _SampledProtocol(_Protocol):
     """Keys that are common to all protocols for generated images."""
 
@@ -143,7 +178,7 @@ class _SampledProtocol(_Protocol):
     """Required SHA-256 of the weights file of the extractor. With None, ``inception-v3-compat`` is checked against the
     published digest prefix 6726825d. ``pixels`` has no weights file."""
     num_images: int = Field(ge=2)
-    """Number of generated images."""
+    """Number of generated images, or of reconstructed images from the start of a split."""
     seed: int = Field(default=0, ge=0)
     """Seed of the latents."""
     labels: Literal["balanced"] = "balanced"
@@ -173,13 +208,22 @@ class _SampledProtocol(_Protocol):
 class FrechetProtocol(_SampledProtocol):
     """Fréchet distance between Gaussians fitted to features of generated images and of all reference images."""
 
+    OMITTED_AT_DEFAULT: ClassVar[frozenset[str]] = frozenset({"images"})
     metric: Literal["frechet"]
+    images: Literal["generated", "reconstructed"] = "generated"
+    """``generated``: images that a flow draws. ``reconstructed``: images of the split that an autoencoder decodes from
+    the means of their latents; ``rounding`` should then be ``nearest``."""
     layer: Literal["pool", "spatial"] = "pool"
     """``pool``: the output of the extractor. ``spatial``: the layer of sFID, the first 7 channels of ``mixed_6/conv``
     in the graph of ADM's evaluator, which torch-fidelity's conversion calls ``Mixed_6d.branch1x1``."""
     estimate: Literal["plain", "infinity"] = "plain"
     """``plain``: the distance for all generated images. ``infinity``: the distance for infinitely many generated
     images, extrapolated in 1 / n (arXiv 1911.07023) from subsets with a fifth of the images up to all of them."""
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the images are reconstructions."""
+        return self.images == "reconstructed"
 
     @model_validator(mode="after")
     def _layer_is_there(self) -> "FrechetProtocol":
@@ -268,11 +312,11 @@ SampledProtocol = FrechetProtocol | KernelProtocol | InceptionScoreProtocol | Ma
 """A protocol that measures generated images."""
 
 
-class Protocol(RootModel[Annotated[LikelihoodProtocol | SampledProtocol, Field(discriminator="metric")]]):
+class Protocol(RootModel[Annotated[PerImageProtocol | SampledProtocol, Field(discriminator="metric")]]):
     """Content of a protocol file, for any metric."""
 
 
-def load_protocol(path: str, key: str = "metrics.protocols") -> LikelihoodProtocol | SampledProtocol:
+def load_protocol(path: str, key: str = "metrics.protocols") -> PerImageProtocol | SampledProtocol:
     """Read a protocol file; ``key`` is the configuration key that contains ``path``, for error messages.
 
     Raises:
@@ -321,7 +365,7 @@ class GateConfig(Section):
     """Names of users who must have approved the version (``models approve``)."""
 
 
-def load_gate(path: str, key: str) -> tuple[GateConfig, dict[str, LikelihoodProtocol | SampledProtocol]]:
+def load_gate(path: str, key: str) -> tuple[GateConfig, dict[str, PerImageProtocol | SampledProtocol]]:
     """Read a gate file and the protocol files of its requirements; return the gate and a mapping from path to protocol.
 
     ``key`` is the configuration key that contains ``path``, for error messages.

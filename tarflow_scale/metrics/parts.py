@@ -118,11 +118,12 @@ def _rows(location: str, layer: str) -> NDArray[np.float32]:
 class Images:
     """The images that an extractor reads, and the settings that convert their values to pixel levels.
 
-    kind: ``sample`` for images generated from latents of ``seed``; ``reference`` for images of the reference data set:
+    kind: ``sample`` for images generated from latents of ``seed``; ``reconstruction`` for images of the split that an
+    autoencoder decodes; ``reference`` for images of the reference data set:
     all of them in order if ``seed`` is None, otherwise a random subset of ``num`` images.
     """
 
-    kind: Literal["sample", "reference"]
+    kind: Literal["sample", "reconstruction", "reference"]
     num: int
     seed: int | None
     bit_depth: int

@@ -9,10 +9,11 @@ from tarflow_scale.config.protocols import (
     FrechetProtocol,
     KernelProtocol,
     LatentNatsProtocol,
-    LikelihoodProtocol,
     ManifoldProtocol,
     NatsProtocol,
+    PerImageProtocol,
     SampledProtocol,
+    SimilarityProtocol,
 )
 from tarflow_scale.records import canonical_json
 
@@ -24,7 +25,7 @@ def images_digest(hashes: Iterable[str]) -> str:
     return storage.digest("".join(sorted(hashes)).encode())
 
 
-def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, images: str) -> str:
+def protocol_id(protocol: PerImageProtocol | SampledProtocol, extractor: str, images: str) -> str:
     """The protocol id, which is stored with every number.
 
     Args:
@@ -35,7 +36,7 @@ def protocol_id(protocol: LikelihoodProtocol | SampledProtocol, extractor: str, 
     return storage.digest(canonical_json({"protocol": protocol.digest, "extractor": extractor, "images": images}))
 
 
-def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
+def unit_of(protocol: PerImageProtocol | SampledProtocol) -> str:
     """Unit of the values that a protocol measures."""
     match protocol:
         case BitsPerDimProtocol():
@@ -46,6 +47,10 @@ def unit_of(protocol: LikelihoodProtocol | SampledProtocol) -> str:
             return "nats"
         case LatentNatsProtocol():
             return "nats/dim of latents"
+        case SimilarityProtocol():
+            return "dB" if protocol.metric == "psnr" else "SSIM"
+        case FrechetProtocol() if protocol.reconstructs:
+            return f"{unit_of(protocol.model_copy(update={'images': 'generated'}))}, reconstructions"
         case FrechetProtocol() if protocol.extractor == "pixels":
             return f"levels of {protocol.bit_depth} bits, squared"
         case FrechetProtocol() if protocol.extractor == "inception-v3-compat":

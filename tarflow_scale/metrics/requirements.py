@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, LikelihoodProtocol, SampledProtocol
+from tarflow_scale.config.protocols import FrechetProtocol, InceptionScoreProtocol, PerImageProtocol, SampledProtocol
 from tarflow_scale.metrics.features import layer_of
 from tarflow_scale.metrics.parts import FeatureSet, Images, Part, parts_of
 
@@ -35,8 +35,8 @@ class PartIdentity:
 class ProtocolInputs:
     """The inputs that one protocol needs.
 
-    samples: features of generated images. reference: features of the reference images. real: features of some real
-    images, for the baseline. likelihoods: parts with the bits/dim or nats of each sample of the split.
+    samples: features of generated or reconstructed images. reference: features of the reference images. real: features
+    of some real images, for the baseline. likelihoods: parts with the value of each sample of the split.
     """
 
     samples: FeatureSet | None = None
@@ -50,7 +50,7 @@ class ProtocolInputs:
 
 
 def requirements_of(
-    protocols: Mapping[str, LikelihoodProtocol | SampledProtocol],
+    protocols: Mapping[str, PerImageProtocol | SampledProtocol],
     extractors: Mapping[str, str],
     num_test: int,
     num_reference: int,
@@ -69,7 +69,7 @@ def requirements_of(
     """
     requirements: dict[str, ProtocolInputs] = {}
     for path, protocol in protocols.items():
-        if isinstance(protocol, LikelihoodProtocol):
+        if isinstance(protocol, PerImageProtocol):
             folder = identity.folder(["likelihoods", protocol.digest, identity.weights, identity.test, identity.device])
             requirements[path] = ProtocolInputs(likelihoods=tuple(parts_of(folder, num_test)))
         else:
@@ -84,11 +84,12 @@ def requirements_of(
         if features is None:
             return None
         images, layers_of_pass = features.images, tuple(sorted(layers[_pass_of(features)]))
-        source = identity.weights if images.kind == "sample" else identity.reference
+        weights = identity.weights
+        sources = {"sample": weights, "reconstruction": [weights, identity.test], "reference": identity.reference}
         size = images.num if images.kind == "reference" and images.seed is not None else None
         seen = [images.kind, images.seed, images.bit_depth, images.rounding, size]
         extractor = [features.extractor, features.extractor_digest, layers_of_pass, features.reduced]
-        folder = identity.folder(["features", source, seen, extractor, identity.device])
+        folder = identity.folder(["features", sources[images.kind], seen, extractor, identity.device])
         return replace(features, layers=layers_of_pass, folder=folder)
 
     return {
@@ -100,7 +101,7 @@ def requirements_of(
 def _pass_of(features: FeatureSet) -> Any:
     """A key that is equal for feature sets from the same pass over images, even with different numbers of samples."""
     images = features.images
-    return (replace(images, num=0) if images.kind == "sample" else images, features.extractor, features.reduced)
+    return (images if images.kind == "reference" else replace(images, num=0), features.extractor, features.reduced)
 
 
 def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, baselines: bool) -> ProtocolInputs:
@@ -112,7 +113,9 @@ def _of_samples(protocol: SampledProtocol, extractor: str, num_reference: int, b
     def real(num: int) -> Images:
         return Images("reference", min(num, num_reference), None if num >= num_reference else seed, depth, rounding)
 
-    samples = features(Images("sample", protocol.num_images, seed, depth, rounding))
+    samples = features(
+        Images("reconstruction" if protocol.reconstructs else "sample", protocol.num_images, seed, depth, rounding)
+    )
     if isinstance(protocol, InceptionScoreProtocol):
         return ProtocolInputs(samples)
     if isinstance(protocol, FrechetProtocol):

@@ -8,7 +8,7 @@ evaluation measured by the same protocol, have no rank either.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tarflow_scale.config.protocols import BoundProtocol, LikelihoodProtocol, SampledProtocol
+from tarflow_scale.config.protocols import BoundProtocol, PerImageProtocol, SampledProtocol
 from tarflow_scale.config.report import LeaderboardConfig
 from tarflow_scale.errors import ConfigError
 from tarflow_scale.pages.numbers import decimals_of, fixed, round_ticks
@@ -60,7 +60,7 @@ class Ranking:
     """A leaderboard with its rows, best first."""
 
     board: LeaderboardConfig
-    protocol: LikelihoodProtocol | SampledProtocol
+    protocol: PerImageProtocol | SampledProtocol
     rows: tuple[Row, ...]
 
     @property
@@ -112,7 +112,7 @@ class Ranking:
         return next((row.metric.protocol_id for row in self.ours if row.metric), "")
 
 
-def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
+def rank(board: LeaderboardConfig, protocol: PerImageProtocol | SampledProtocol, entries: Sequence[Entry]) -> Ranking:
     """Rank the newest number of every version, and add baselines and published numbers.
 
     Raises:
@@ -136,7 +136,7 @@ def rank(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtoco
     return Ranking(board, protocol, tuple(sorted(every, key=lambda row: sign * row.value)))
 
 
-def _check_bounds(board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol) -> None:
+def _check_bounds(board: LeaderboardConfig, protocol: PerImageProtocol | SampledProtocol) -> None:
     """Check that a board of bounds says so, and does not compare them with published numbers that are no bounds."""
     if not isinstance(protocol, BoundProtocol):
         return
@@ -154,7 +154,7 @@ def _check_bounds(board: LeaderboardConfig, protocol: LikelihoodProtocol | Sampl
             )
 
 
-def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
+def _baselines(protocol: PerImageProtocol | SampledProtocol, ours: Sequence[Row]) -> list[Row]:
     """Rows of the baselines. Each is shown once, because it depends on protocol and reference, not on the model."""
     values = {
         kind: row.report.baselines[f"{kind}_{protocol.name}"]
@@ -166,7 +166,7 @@ def _baselines(protocol: LikelihoodProtocol | SampledProtocol, ours: Sequence[Ro
 
 
 def _rows(
-    board: LeaderboardConfig, protocol: LikelihoodProtocol | SampledProtocol, entry: Entry, is_namesake: bool
+    board: LeaderboardConfig, protocol: PerImageProtocol | SampledProtocol, entry: Entry, is_namesake: bool
 ) -> list[Row]:
     """Rows of one model. ``is_namesake`` is true if a model in another registry has the same name."""
     rows: list[Row] = []

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from operator import ge, le
 from statistics import NormalDist, fmean, stdev
 
-from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, Requirement, SampledProtocol
+from tarflow_scale.config.protocols import GateConfig, PerImageProtocol, Requirement, SampledProtocol
 from tarflow_scale.records import DataSetFacts, MetricsReport, MetricValue, Record
 from tarflow_scale.registry.registry import Registry
 from tarflow_scale.registry.state import ModelState
 
 __all__ = ["Contender", "Decision", "Reason", "Rival", "decide", "lead", "read_contender"]
 
-Protocol = LikelihoodProtocol | SampledProtocol
+Protocol = PerImageProtocol | SampledProtocol
 
 
 class Reason(Record):

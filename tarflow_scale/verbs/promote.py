@@ -14,14 +14,14 @@ resume.
 from collections.abc import Mapping
 
 from tarflow_scale.config.promote import GateRef, PromoteConfig
-from tarflow_scale.config.protocols import GateConfig, LikelihoodProtocol, SampledProtocol, load_gate
+from tarflow_scale.config.protocols import GateConfig, PerImageProtocol, SampledProtocol, load_gate
 from tarflow_scale.errors import ConfigError, PromotionRefused, RegistryError
 from tarflow_scale.registry import Contender, ModelState, Registry, decide, read_contender, resolve
 from tarflow_scale.runtime import console
 
 __all__ = ["run"]
 
-Protocols = Mapping[str, LikelihoodProtocol | SampledProtocol]
+Protocols = Mapping[str, PerImageProtocol | SampledProtocol]
 
 
 def run(config: PromoteConfig, dry_run: bool) -> None:

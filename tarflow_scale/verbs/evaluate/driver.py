@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.contract import Autoencoder
+from tarflow_scale.autoencoders.similarity import SSIM_PIXELS
 from tarflow_scale.autoencoders.stored import CONFIG_NAME, config_from_files
 from tarflow_scale.config.cluster import ClusterConfig
 from tarflow_scale.config.evaluate import EvaluateConfig
@@ -29,11 +31,12 @@ from tarflow_scale.config.protocols import (
     BoundProtocol,
     FrechetProtocol,
     LatentNatsProtocol,
-    LikelihoodProtocol,
     NatsProtocol,
+    PerImageProtocol,
     load_protocol,
 )
 from tarflow_scale.errors import AlreadyReported, ConfigError, DataError, NumericsError, StorageError, UserError
+from tarflow_scale.loading import load_autoencoder
 from tarflow_scale.metrics.baseline import PixelGaussian, gaussian_for
 from tarflow_scale.metrics.bits import gaussian_bits_per_dim, gaussian_nats
 from tarflow_scale.metrics.frechet import Moments, frechet_distance, merged
@@ -74,7 +77,7 @@ def run(config: EvaluateConfig, dry_run: bool, once: bool = False) -> None:
         return
     with Pool(**config.cluster.model_dump()) as pool:
         job.make(pool, units)
-        if not all(isinstance(protocol, LikelihoodProtocol) for protocol in job.protocols.values()):
+        if not all(isinstance(protocol, PerImageProtocol) for protocol in job.protocols.values()):
             print("comparing with the references; standard errors repeat this for each of 50 blocks", flush=True)
         bindings = job.bind()
         measured = job.measure(pool, bindings)
@@ -157,6 +160,13 @@ def bind(config: EvaluateConfig, dry_run: bool) -> None:
 
 def _check(registry: Registry, version: ModelVersion, job: Evaluation) -> None:
     """Raise an error if the version does not fit the data or the protocols."""
+    for protocol in job.protocols.values():
+        if protocol.reconstructs != version.is_autoencoder:
+            needed, got = ("an autoencoder", "a flow") if protocol.reconstructs else ("a flow", "an autoencoder")
+            raise ConfigError(f"protocol {protocol.name} measures {needed} (got {got}); choose another protocol")
+    if version.is_autoencoder:
+        _check_images(load_autoencoder(registry.path, registry.model, version.version)[0], job)
+        return
     trained = event_of(version.trained_on, version.pixels.bit_depth)
     for manifest in (job.data, job.reference):
         got, expected, found = manifest.event, trained.shown, str(manifest.event)
@@ -184,6 +194,22 @@ def _check(registry: Registry, version: ModelVersion, job: Evaluation) -> None:
             _check_bound(registry, version, protocol)
         elif isinstance(protocol, BitsPerDimProtocol | LatentNatsProtocol):
             _check_noise(version, protocol)
+
+
+def _check_images(autoencoder: Autoencoder, job: Evaluation) -> None:
+    """Raise an error if the autoencoder cannot encode the images, or the images are too small for a protocol."""
+    for manifest in (job.data, job.reference):
+        try:
+            autoencoder.latent_shape(manifest.event.carried_shape)
+        except ValueError as error:
+            raise DataError(f"{manifest.name}/{manifest.split}: {error}") from error
+    side = min(job.data.event.carried_shape[1:])
+    for protocol in job.protocols.values():
+        if protocol.metric == "ssim" and side < SSIM_PIXELS:
+            raise ConfigError(
+                f"protocol {protocol.name} needs images with sides of at least {SSIM_PIXELS} pixels (got {side}); use "
+                f"metric: psnr"
+            )
 
 
 def _check_noise(version: ModelVersion, protocol: BitsPerDimProtocol | LatentNatsProtocol) -> None:
@@ -247,7 +273,7 @@ def _value(
     job: Evaluation, path: str, measured: Mapping[str, Measured], bindings: Mapping[str, Binding]
 ) -> MetricValue:
     protocol = job.protocols[path]
-    if isinstance(protocol, LikelihoodProtocol):
+    if isinstance(protocol, PerImageProtocol):
         costs = _costs(job, path)
         error = float(costs.std(ddof=1) / math.sqrt(len(costs))) if len(costs) > 1 else 0.0
         number, extractor, images = Measured(float(costs.mean()), error), "none", images_digest(_hashes(job, path))
@@ -269,7 +295,7 @@ def _value(
 
 def _stored(registry: Registry, job: Evaluation, path: str) -> FileRecord | None:
     """Store bits/dim or nats of each image in the registry, so that two models can be compared image by image."""
-    if not isinstance(job.protocols[path], LikelihoodProtocol):
+    if not isinstance(job.protocols[path], PerImageProtocol):
         return None
     hashes = list(map(bytes.fromhex, _hashes(job, path)))
     image = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
@@ -288,7 +314,7 @@ def _baselines(job: Evaluation, bindings: Mapping[str, Binding], data: str, refe
         assert real is not None
         baselines[f"real_{protocol.name}"] = frechet_distance(merged(moments_of(real, protocol.layer)), moments)
         gaussian = gaussian_for(protocol, moments) or gaussian
-        if gaussian is not None and protocol.extractor == "pixels":
+        if gaussian is not None and not protocol.reconstructs and protocol.extractor == "pixels":
             levels = gaussian.sample_levels(protocol.num_images, protocol.seed)
             baselines[f"gaussian_{protocol.name}"] = frechet_distance(Moments.of(levels), moments)
     for protocol in job.protocols.values():

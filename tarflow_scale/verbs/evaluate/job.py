@@ -15,8 +15,8 @@ from tarflow_scale.config.protocols import (
     FrechetProtocol,
     InceptionScoreProtocol,
     KernelProtocol,
-    LikelihoodProtocol,
     ManifoldProtocol,
+    PerImageProtocol,
     SampledProtocol,
     load_protocol,
 )
@@ -79,7 +79,7 @@ class Evaluation:
         }
         protocols = {path: load_protocol(path) for path in metrics.protocols}
         self._sampled: dict[str, SampledProtocol] = {
-            path: protocol for path, protocol in protocols.items() if not isinstance(protocol, LikelihoodProtocol)
+            path: protocol for path, protocol in protocols.items() if not isinstance(protocol, PerImageProtocol)
         }
         self.protocols = protocols if registered else {path: protocols[path] for path in self._sampled}
         self.data, self.reference = read_manifest(data.path), read_manifest(reference.path)
@@ -117,7 +117,7 @@ class Evaluation:
     def num_images(self, path: str) -> int:
         """Number of images that a protocol measures."""
         protocol = self.protocols[path]
-        return self.data.num_images if isinstance(protocol, LikelihoodProtocol) else protocol.num_images
+        return self.data.num_images if isinstance(protocol, PerImageProtocol) else protocol.num_images
 
     def units(self) -> list[EvaluationUnit]:
         """List the parts that are needed, without duplicates."""
@@ -208,6 +208,15 @@ def _check_protocols(job: Evaluation) -> None:
                     f"{manifest.name}/{manifest.split}); choose another protocol"
                 )
     for protocol in job.protocols.values():
+        if (
+            isinstance(protocol, FrechetProtocol)
+            and protocol.reconstructs
+            and job.data.num_images < protocol.num_images
+        ):
+            raise ConfigError(
+                f"protocol {protocol.name} needs {protocol.num_images} images to reconstruct (got "
+                f"{job.data.num_images} in {job.data.name}/{job.data.split}); use the data set of the protocol"
+            )
         if isinstance(protocol, KernelProtocol | ManifoldProtocol):
             num_images = job.reference.num_images
             if protocol.num_reference_images > num_images:

@@ -5,12 +5,15 @@ the same numbers. Images are not sent to other processes.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tarflow_scale import storage
+from tarflow_scale.autoencoders.contract import from_stored
+from tarflow_scale.autoencoders.similarity import psnr, ssim
 from tarflow_scale.config.data import DataSetConfig
 from tarflow_scale.config.evaluate import ReferenceConfig
 from tarflow_scale.config.protocols import (
@@ -19,12 +22,14 @@ from tarflow_scale.config.protocols import (
     LatentNatsProtocol,
     LikelihoodProtocol,
     NatsProtocol,
+    PerImageProtocol,
+    SimilarityProtocol,
 )
 from tarflow_scale.config.sampling import SamplingConfig
 from tarflow_scale.errors import ConfigError, NumericsError
 from tarflow_scale.flows import Flow
 from tarflow_scale.flows.likelihood import bits_per_dim, combine_draws, quantize
-from tarflow_scale.loading import calibration_for, load_version, worker_device
+from tarflow_scale.loading import calibration_for, load_autoencoder, load_version, worker_device
 from tarflow_scale.metrics.bits import dequantized_draws, sample_hashes
 from tarflow_scale.metrics.bound import bits_per_dim_bound
 from tarflow_scale.metrics.features import Extractor, open_extractor
@@ -44,20 +49,22 @@ GRID_NAME = "grid.png"
 _GRID_IMAGES, _GRID_COLUMNS = 64, 8
 _IMAGES_AT_ONCE = 128
 """Batch size for scoring and reading if ``sampling.batch_size`` is not set."""
+_RECONSTRUCTED_AT_ONCE = 16
+"""Batch size of autoencoders, which have large feature maps."""
 
 
 @dataclass(frozen=True)
 class EvaluationUnit(PartUnit):
-    """A part to make: features of a set of images, or likelihoods that a protocol measures."""
+    """A part to make: features of a set of images, or values that a protocol measures for each sample."""
 
-    work: FeatureSet | LikelihoodProtocol
+    work: FeatureSet | PerImageProtocol
 
 
 class Scorer:
-    """Holds the flow and the open data sets; makes one part at a time.
+    """Holds the flow or the autoencoder, and the open data sets; makes one part at a time.
 
     Args:
-        version: ``(registry, model, version)`` of the flow; None if only references are computed.
+        version: ``(registry, model, version)`` of the model; None if only references are computed.
         data: the split to score.
         reference: the reference images.
         sampling: the section ``sampling``.
@@ -85,31 +92,39 @@ class Scorer:
         self._extractors: dict[tuple[str, tuple[str, ...], int], Extractor] = {}
         if version is not None:
             registry, model, number = version
+            self._data = ShardSet(data.path, data.verify)
+            if Registry(registry, model).resolve(number).is_autoencoder:
+                self._autoencoder = load_autoencoder(registry, model, number)[0].to(self._device)
+                return
             self._flow = load_version(registry, model, number).to(self._device)
             self._decoding = calibration_for(Registry(registry, model), number, sampling, gpu)
             self._samplers = {0: Sampler(self._flow, 0, sampling, self._decoding)}  # refuses settings that do not fit
-            self._data = ShardSet(data.path, data.verify)
 
     def run(self, unit: EvaluationUnit) -> None:
         """Make the part of a unit."""
-        if isinstance(unit.work, LikelihoodProtocol):
-            unit.part.write(self._likelihoods(unit.part, unit.work))
+        if isinstance(unit.work, PerImageProtocol):
+            unit.part.write(self._values(unit.part, unit.work))
         else:
             unit.part.write(self._features(unit.part, unit.work))
 
     @torch.no_grad()
-    def _likelihoods(self, part: Part, protocol: LikelihoodProtocol) -> Arrays:
-        """Compute bits/dim or nats of each sample, and its hash. The keys are the name of the metric and ``hashes``."""
-        costs: list[np.ndarray] = []
+    def _values(self, part: Part, protocol: PerImageProtocol) -> Arrays:
+        """Compute the value of each sample, and its hash. The keys are the name of the metric and ``hashes``."""
+        values: list[np.ndarray] = []
         hashes: list[str] = []
-        _check_fits(self._flow, protocol)
+        if isinstance(protocol, LikelihoodProtocol):
+            _check_fits(self._flow, protocol)
         for batch in self._data.batches(part.start, part.stop, self._batch_size):
-            costs.append(self._costs(batch, protocol).double().cpu().numpy())
+            values.append(self._value(batch, protocol).double().cpu().numpy())
             hashes.extend(sample_hashes(batch))
-        return {protocol.metric: np.concatenate(costs), "hashes": np.array(hashes)}
+        return {protocol.metric: np.concatenate(values), "hashes": np.array(hashes)}
 
-    def _costs(self, batch: Batch, protocol: LikelihoodProtocol) -> Tensor:
+    def _value(self, batch: Batch, protocol: PerImageProtocol) -> Tensor:
         match protocol:
+            case SimilarityProtocol():
+                decoded = self._reconstructed(batch, protocol.bit_depth, "nearest")
+                original = from_stored(torch.from_numpy(np.ascontiguousarray(batch.events)))
+                return (psnr if protocol.metric == "psnr" else ssim)(original, from_stored(decoded))
             case NatsProtocol():
                 return self._nats(batch, protocol)
             case LatentNatsProtocol():
@@ -144,12 +159,25 @@ class Scorer:
         given = protocol.labels == "given" and self._flow.num_classes is not None
         return torch.from_numpy(batch.labels).to(self._device) if given else None
 
+    @torch.no_grad()
+    def _reconstructed(self, batch: Batch, bit_depth: int, rounding: Literal["floor", "nearest", "truncate"]) -> Tensor:
+        """Images ``(B, K, H, W)`` uint8 on the CPU, decoded from the means of the latents of a batch."""
+        images = torch.from_numpy(np.ascontiguousarray(batch.events))
+        parts: list[Tensor] = []
+        for x in images.split(_RECONSTRUCTED_AT_ONCE):
+            latent = self._autoencoder.encode(from_stored(x.to(self._device)))
+            parts.append(quantize(self._autoencoder.decode(latent.mean), bit_depth, rounding).cpu())
+        return torch.cat(parts)
+
     def _features(self, part: Part, features: FeatureSet) -> Arrays:
         arrays: Arrays = {}
         if features.images.kind == "sample":
             images = self._sampled(part, features.images)
             if part.start == 0:
                 storage.write_bytes(storage.join(part.folder, GRID_NAME), self._grid(images))
+        elif features.images.kind == "reconstruction":
+            batch = self._data.take(np.arange(part.start, part.stop))
+            images = self._reconstructed(batch, features.images.bit_depth, features.images.rounding)
         else:
             batch = self._real(part, features.images)
             images = torch.from_numpy(batch.events)
