@@ -30,7 +30,8 @@ def test_a_store_without_create_if_absent_is_refused_or_has_one_writer(
 
     monkeypatch.setattr(storage, "create", overwrites)
     with pytest.raises(
-        RegistryError, match=r"does not support create-if-absent \(8 writers created 100 names 800 times\); use a"
+        RegistryError,
+        match=r"create-if-absent \(8 writers competed for 100 names, and 800 creations succeeded\); use a",
     ):
         Store(str(tmp_path)).init()
     assert list(tmp_path.iterdir()) == []

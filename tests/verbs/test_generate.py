@@ -311,7 +311,7 @@ def test_too_many_bad_images_end_the_generation(
     assert cli.main(arguments(trained, tmp_path / "out")) == 2
     said = capsys.readouterr().err
     assert "not finite, 0 saturated; sampling.guard.most_redrawn_share=0.01 allows 3 of 150)" in said
-    assert "; lower sampling.temperature and choose another shards.path" in said  # there is no guidance
+    assert "; lower sampling.temperature (with a new shards.path)" in said  # there is no guidance
     assert not (tmp_path / "out/manifest.json").exists()
     for _ in range(4):  # nor does it pass by being run again
         assert cli.main(arguments(trained, tmp_path / "out")) == 2

@@ -573,7 +573,7 @@ def test_jumps_of_the_loss(trained: Trained, tmp_path: Path, rule: str) -> None:
     whole = train_arguments(trained.data, tmp_path / "whole", tmp_path / "registry", *more)
     result = command(*whole)
     assert result.returncode == 0, result.stderr
-    assert f"images ({rule})" in result.stderr
+    assert f"images (training.spike.rule={rule})" in result.stderr
     last = curve(tmp_path / "whole")[-1]
     assert 0 < last["skipped_steps"] < 40
     assert last["roll_backs"] == (last["skipped_steps"] if rule == "roll_back" else 0)
