@@ -17,7 +17,7 @@ __all__ = ["Purpose", "generator", "integer", "permutation", "raw_words"]
 class Purpose(IntEnum):
     """Purpose of a stream of random numbers; streams of different purposes never overlap.
 
-    Stored results depend on these numbers: append new ones, never renumber.
+    Stored results depend on the value of each member: append new members, and never change a value.
     """
 
     SHARD_ORDER = 1

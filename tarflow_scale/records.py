@@ -270,7 +270,7 @@ class Calibration(Record):
     max_error: float
     """Largest absolute difference between a pixel and the same pixel decoded exactly, for pixels on [-1, 1]."""
     mean_error: float
-    """Mean of the same absolute differences."""
+    """Mean absolute difference between a pixel and the same pixel decoded exactly."""
     pixels_within_one_level: float
     """Share of 8-bit pixels that differ from exact decoding by at most one level."""
     exact_seconds: float

@@ -46,9 +46,9 @@ __all__ = ["Footprint", "activation_footprint"]
 
 
 _AROUND_COUPLING = {("affine", 4): 26.0, ("affine", 2): 20.0, ("additive", 4): 14.0, ("additive", 2): 9.0}
-"""Bytes per channel and pixel that a step of Glow keeps for the backward pass, besides those inside its network: the
-feature maps before and after the convolution, the network's input, shift and scale. The key is the kind of coupling and
-the number of bytes per number inside the network."""
+"""Bytes per channel and pixel that a step of Glow keeps for the backward pass: the feature maps before and after the
+convolution, and the input, shift and scale of the network, without activations inside the network. The key is a pair:
+the kind of coupling, and the bytes of one value inside the network."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class TinyConfig(Section):
     """The tiny autoencoder of FLUX.2's latents (taef2); see `tarflow_scale.autoencoders.tiny`."""
 
     bins: ClassVar[None] = None
-    """It has no distribution of pixels."""
+    """None: this autoencoder defines no distribution of pixels."""
     kind: Literal["tiny"] = "tiny"
     """Selects this autoencoder; required."""
     latent_channels: int = Field(default=32, ge=1)
@@ -101,7 +101,7 @@ class DiffusersConfig(Section):
     """An ``AutoencoderKL`` of the package diffusers; see `tarflow_scale.autoencoders.diffusers_kl`."""
 
     bins: ClassVar[None] = None
-    """It has no distribution of pixels."""
+    """None: this autoencoder defines no distribution of pixels."""
     kind: Literal["diffusers"] = "diffusers"
     """Selects this autoencoder; required."""
     settings: dict[str, Any]

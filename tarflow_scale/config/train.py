@@ -361,10 +361,10 @@ def _check_noise(model: TrainedConfig, noise: str) -> None:
 
 
 def _check_autoencoder(model: TrainedConfig, autoencoder: VersionConfig | None) -> None:
-    """Check that the section ``autoencoder`` is there if a decoder is trained, and not if a new autoencoder is trained.
+    """Check the section ``autoencoder``: a decoder requires it, and a new autoencoder forbids it.
 
     Raises:
-        ValueError: it is missing or has no effect.
+        ValueError: the section is missing, or would have no effect.
     """
     if isinstance(model, TunedDecoderConfig) and autoencoder is None:
         raise ValueError(

@@ -32,7 +32,8 @@ from tarflow_scale.sampling.network import BlockNetwork
 __all__ = ["BlockCost", "Progress", "Schedule", "TarFlowDecoder", "decoder_of"]
 
 _LIMIT = 1e4
-"""Every iteration clamps tokens to this magnitude. Otherwise, they could overflow and turn exact tokens into NaN."""
+"""Every iteration clamps tokens to this magnitude. Otherwise, tokens that have not converged could overflow and turn
+tokens that have converged into NaN."""
 _RECHECK = 2
 """Number of iterations between convergence tests, after the planned iterations."""
 _ACTIVATIONS = 16

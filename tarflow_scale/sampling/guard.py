@@ -34,7 +34,7 @@ class Quality(Record):
     """Number of values of the accepted images that lie outside [-1, 1] by more than the width of a pixel level."""
 
     def plus(self, other: "Quality") -> "Quality":
-        """The sums of the counts of both objects."""
+        """Add each count of ``other`` to the same count of this object."""
         return Quality(**{name: getattr(self, name) + getattr(other, name) for name in Quality.model_fields})
 
 

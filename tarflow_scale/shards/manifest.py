@@ -50,7 +50,7 @@ class Manifest(Record):
     vectors: VectorFacts | None = None
     """Lengths of vectors and conditions; None for others. A vector of length D counts as a pixel of D channels."""
     latents: LatentFacts | None = None
-    """The latents of an autoencoder; None for other events."""
+    """Description of the latents, if the samples are latents of an autoencoder; else None."""
     reading: Reading | None = None
     """How image files were converted to pixels; None if the source had no image files."""
 

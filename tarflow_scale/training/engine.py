@@ -137,8 +137,8 @@ class Engine:
         Args:
             micro_batches: inputs, one for each accumulated pass.
             rate: learning rate, as a fraction of its peak.
-            reject: function that gets the mean loss over all ranks before the last backward pass. If it returns True,
-                the step changes nothing. It must return the same value on all ranks.
+            reject: function that is called before the last backward pass with the mean loss over all ranks. If it
+                returns True, the step changes nothing. It must return the same value on all ranks.
         """
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
