@@ -267,7 +267,7 @@ def test_autoencoders_without_a_bound_name_the_other_protocol(world: Path) -> No
     tiny = Registry(f"{world}/registry", "tiny")
     facts = version.trained_on
     assert facts.latents is not None
-    without_bins = version.model_copy(update={"files": tiny.resolve(1).files})
+    without_bins = version.model_copy(update={"files": version.files | tiny.resolve(1).files})
     with pytest.raises(
         ConfigError, match="a probability of pixels .got one of kind tiny without it.; use .*latent_nats"
     ):
