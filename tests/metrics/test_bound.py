@@ -170,9 +170,9 @@ def random_flow(model: Flow) -> Flow:
 def test_the_weights_of_all_images_add_up_to_one(likelihood: str, posterior: str) -> None:
     """The mean of the weights estimates p(x) without bias, so its sum over every image of one bit is near 1."""
     torch.manual_seed(0)
-    sizes = {"num_channels": 1, "factor": 2, "latent_channels": 2, "width": 8, "blocks": 1}
-    sizes |= {"posterior_std": 1.0} if posterior == "fixed" else {}
-    config = ConvolutionalConfig.model_validate(sizes | {"posterior": posterior, "likelihood": likelihood})
+    sizes = {"num_channels": 1, "factor": 2, "latent_channels": 2, "width": 8, "blocks": 1, "likelihood": likelihood}
+    of_posterior = {"posterior": posterior} | ({"posterior_std": 1.0} if posterior == "fixed" else {})
+    config = ConvolutionalConfig.model_validate(sizes | of_posterior)
     autoencoder = build_autoencoder(config)
     nn.init.constant_(autoencoder.get_parameter("log_scale"), math.log(0.4))
     facts = FACTS.model_copy(update={"mean": (0.1, -0.2), "scale": (0.5, 0.8)})
