@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflow_scale.autoencoders.contract import Autoencoder, LatentGaussian
 from tarflow_scale.config.autoencoder import DiffusersConfig
-from tarflow_scale.errors import ConfigError
+from tarflow_scale.errors import ConfigError, needs_package
 
 __all__ = ["DiffusersAutoencoder"]
 
@@ -57,8 +57,5 @@ def _class() -> Any:
     try:
         from diffusers import AutoencoderKL  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError(
-            f"this autoencoder needs the package diffusers (got {type(error).__name__}: {error}); install "
-            f"tarflow-scale[latents]"
-        ) from error
+        raise ConfigError(needs_package("an AutoencoderKL", "diffusers", "latents")) from error
     return AutoencoderKL

@@ -219,7 +219,7 @@ def test_without_diffusers_one_line_says_what_to_install(
     diffusers_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"install tarflow-scale\[latents\]"):
+    with pytest.raises(ConfigError, match=r"needs the package diffusers .*\[latents\]'"):
         read_published(str(diffusers_folder))
 
 

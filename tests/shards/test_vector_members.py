@@ -46,7 +46,7 @@ def npy(array: np.ndarray) -> bytes:
         ({"npy": npy(np.zeros(3, "<f4"))}, "no .condition.npy"),
         (
             {"npy": npy(np.zeros(4, "<f4")), "condition.npy": npy(np.zeros(2, "<f4"))},
-            r"3 float32 numbers .got float32 \(4,\)",
+            r"float32 \(3,\) .got float32 \(4,\)",
         ),
         ({"npy": npy(np.zeros(3)), "condition.npy": npy(np.zeros(2, "<f4"))}, "got float64"),
         ({"npy": npy(np.full(3, np.nan, "<f4")), "condition.npy": npy(np.zeros(2, "<f4"))}, "finite"),

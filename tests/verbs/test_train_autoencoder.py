@@ -281,7 +281,7 @@ def test_verbs_of_flows_refuse_an_autoencoder(
     generate = ["generate", *registry, local, "sampling.num_images=4", f"shards.path={tmp_path}/g"]
     refused(capsys, generate, "is an autoencoder; name the version of a flow")
     score = ["score", *registry, local, f"data.path={digits}/test", f"calibration.path={digits}/test"]
-    refused(capsys, [*score, f"scoring.path={tmp_path}/s"], "ae@")
+    refused(capsys, [*score, f"scoring.path={tmp_path}/s"], "is an autoencoder; name the version of a flow")
     export = ["models", "export", *registry, f"command.path={tmp_path}/e"]
     refused(capsys, export, "is an autoencoder; name the version of a flow")
     plan = ["plan", *tuning(top, digits)[1:], "--gpus", "1", "--gpu", "h100"]
