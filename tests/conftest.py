@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tarflow_scale import cli
 from tarflow_scale.config.prepare import PrepareConfig
 from tarflow_scale.pool import OBJECT_STORE_BYTES
 from tarflow_scale.verbs.prepare.driver import run as prepare
@@ -185,3 +186,9 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     result = command(*train_arguments(digits, folder / "run", folder / "registry"))
     assert result.returncode == 0, result.stderr
     return Trained(digits, folder / "run", folder / "registry")
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str) -> None:
+    """Check that a command ends with exit code 2, and that its last line names the reason."""
+    assert cli.main(arguments) == 2
+    assert reason in capsys.readouterr().err.strip().splitlines()[-1]

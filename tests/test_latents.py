@@ -19,7 +19,7 @@ from tarflow_scale.shards.loader import Loader
 from tarflow_scale.shards.mix import open_mix
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.noise import model_input
-from tests.conftest import command, train_arguments
+from tests.conftest import command, refused, train_arguments
 
 NOISE = ("training.noise={kind: gaussian, std: 0.1}", "data.augmentation.flip=true", "model.patch_size=1")
 
@@ -142,11 +142,6 @@ def test_an_exported_version_is_whole(top: Path, tmp_path: Path) -> None:
     (tmp_path / "e/autoencoder.json").write_text((tmp_path / "e/autoencoder.json").read_text().replace("0.02", "0.03"))
     with pytest.raises(DataError, match="must have the autoencoder of its latents"):
         load(tmp_path / "e")
-
-
-def refused(capsys: pytest.CaptureFixture[str], given: list[str], reason: str) -> None:
-    assert cli.main(given) == 2
-    assert reason in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_latents_are_one_line(

@@ -323,6 +323,7 @@ class TarFlow(Flow):
             )
         with torch.device("meta"):
             flow = TarFlow((self.event_shape[0], height, width), self.num_classes, self.config)
+        flow.dequantizer = self.dequantizer  # `build` adds it, not the class
         flow.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         for block, own in zip(flow.blocks, self.blocks, strict=True):
             block.side = own.side

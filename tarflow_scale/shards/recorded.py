@@ -1,4 +1,4 @@
-"""Shards that any number of writers make in one folder, each with the same bytes whoever makes it.
+"""Shards that several writers make in one folder; a shard has the same bytes from every writer.
 
 A writer stores a note and the record of what the shard will be, then writes the shard, then reads it back. The record
 is created only if it is absent, so a shard that comes out with other bytes than before is noticed.

@@ -5,9 +5,10 @@ import cmath
 import pytest
 import torch
 
-from tarflow_scale.config.model import TarFlowConfig
+from tarflow_scale.config.model import DequantizationConfig, TarFlowConfig
 from tarflow_scale.flows import TarFlow, build
 from tarflow_scale.flows.rotary import PREFIX_PAIRS, rotate, rotation
+from tarflow_scale.records import PixelFormat
 from tests.flows import conformance
 from tests.flows.catalogue import FLOWS
 
@@ -66,6 +67,18 @@ def test_a_flow_takes_images_of_another_size() -> None:
         assert torch.equal(same.log_prob(x), flow.log_prob(x))
 
 
+def test_learned_noise_goes_with_a_flow_of_another_size() -> None:
+    noise = DequantizationConfig(couplings=2, width=4)
+    sizes = {"patch_size": 2, "width": 8, "head_width": 8, "layers_per_block": (1,), "class_conditional": False}
+    config = TarFlowConfig.model_validate(sizes | {"positions": "rotary", "dequantization": noise})
+    flow = build(config, (1, 4, 4), None)
+    assert isinstance(flow, TarFlow)
+    flow.pixels = PixelFormat(bit_depth=8, noise="uniform")
+    larger = flow.resized(8, 4)
+    assert larger.state_dict().keys() == flow.state_dict().keys()
+    assert torch.isfinite(larger.log_prob_of_images(torch.rand(2, 1, 8, 4) * 2 - 1)).all()
+
+
 def test_positions_of_another_size_stay_in_the_range_of_training() -> None:
     flow = starflow()
     larger = flow.resized(16, 24)
@@ -73,10 +86,9 @@ def test_positions_of_another_size_stay_in_the_range_of_training() -> None:
         part.blocks[0].turn(torch.zeros((), dtype=torch.float64))  # type: ignore[operator]
         for part in (flow, larger)
     )
-    assert first.shape[1], second.shape[1] == (2 * 3, 8 * 12)
-    angles = [turn[1, :, 0].asin().max() for turn in (first, second)]
-    assert angles[0] == pytest.approx(1.0)  # the second row
-    assert angles[1] <= 2.0
+    assert (first.shape[1], second.shape[1]) == (2 * 3, 8 * 12)
+    angles = [torch.atan2(turn[1, :, 0], turn[0, :, 0]).max().item() for turn in (first, second)]
+    assert angles == pytest.approx([1.0, 7 * 0.25])  # the last rows: of 2 rows one apart, of 8 a quarter apart
 
 
 def test_learned_positions_have_one_size() -> None:

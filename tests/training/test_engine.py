@@ -3,7 +3,7 @@
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,16 @@ FAMILY = [
 SOLVED = [f"stage={stage},flow=continuous" for stage in (0, 2)]
 
 
+def check_alike(two: dict[str, Any], one: dict[str, Any], variants: Sequence[str]) -> None:
+    """Every stage on two ranks has the losses of stage 0, which has those of one rank; they fall."""
+    for variant in variants:
+        first = f"stage=0,{variant.partition(',')[2]}"
+        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
+        assert max(two[variant]["average_errors"]) < 1e-6
+        assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
+        assert two[first]["losses"][-1] < two[first]["losses"][0]
+
+
 @pytest.mark.slow
 @distributed
 def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(ranks: Ranks) -> None:
@@ -177,12 +187,7 @@ def test_the_rest_of_the_family_trains_alike_at_every_stage_and_on_one_rank(rank
     """
     two = ranks(2, "curves", 15, *FAMILY, *SOLVED)
     one = ranks(1, "curves", 15, *FAMILY[::3])
-    for variant in FAMILY:
-        first = f"stage=0,{variant.partition(',')[2]}"
-        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
-        assert max(two[variant]["average_errors"]) < 1e-6
-        assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
-        assert two[first]["losses"][-1] < two[first]["losses"][0]
+    check_alike(two, one, FAMILY)
     assert two[SOLVED[1]]["losses"] == pytest.approx(two[SOLVED[0]]["losses"], rel=1e-4, abs=1e-5)  # a solver's own
     assert max(two[SOLVED[1]]["average_errors"]) < 1e-6
 
@@ -197,12 +202,7 @@ def test_autoencoders_and_decoders_train_alike_at_every_stage_and_on_one_rank(ra
     two = ranks(2, "curves", 15, *RECONSTRUCTIONS)
     one = ranks(1, "curves", 15, *RECONSTRUCTIONS[::3])
     untrained = ranks(1, "curves", 0, RECONSTRUCTIONS[3])[RECONSTRUCTIONS[3]]
-    for variant in RECONSTRUCTIONS:
-        first = f"stage=0,{variant.partition(',')[2]}"
-        assert two[variant]["losses"] == pytest.approx(two[first]["losses"], rel=1e-6, abs=1e-6), variant
-        assert max(two[variant]["average_errors"]) < 1e-6
-        assert two[first]["losses"] == pytest.approx(one[first]["losses"], rel=1e-4, abs=1e-5), variant
-        assert two[first]["losses"][-1] < two[first]["losses"][0]
+    check_alike(two, one, RECONSTRUCTIONS)
     assert untrained["frozen"] == two["stage=0,flow=decoder"]["frozen"] == two["stage=2,flow=decoder"]["frozen"]
     scales = [ranks(number, "scales")["scales"] for number in (1, 2)]
     assert scales[1] == pytest.approx(scales[0], rel=1e-5)

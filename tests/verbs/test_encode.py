@@ -1,4 +1,4 @@
-"""Encoding: latents are those of the autoencoder, the same bytes whoever makes them, and mistakes are one line."""
+"""Encoding: latents are those of the autoencoder, every worker writes the same bytes, and mistakes are one line."""
 
 import json
 import signal
@@ -19,6 +19,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.shards.events import LatentEvent
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.reader import ShardSet
+from tests.conftest import refused
 from tests.forking import start
 
 KINDS = {
@@ -179,12 +180,6 @@ def test_killed_drivers_leave_what_the_next_one_completes(world: Path, tmp_path:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str) -> None:
-    assert cli.main(arguments) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert reason in error
 
 
 def test_other_latents_and_other_files_are_refused(

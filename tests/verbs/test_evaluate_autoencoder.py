@@ -16,7 +16,7 @@ from tarflow_scale.records import PixelFormat
 from tarflow_scale.registry import Registry
 from tarflow_scale.shards.images import encode_png
 from tarflow_scale.shards.reader import ShardSet
-from tests.conftest import Trained
+from tests.conftest import Trained, refused
 
 PROTOCOLS = {
     "psnr": "metric: psnr\nbit_depth: 8\n",
@@ -88,12 +88,6 @@ def test_the_numbers_are_those_of_the_reconstructions(top: Path) -> None:
     assert report.baselines["real_rfd"] < report.metrics["rfd"].value
     assert "gaussian_rfd" not in report.baselines
     assert len({metric.protocol_id for metric in report.metrics.values()}) == 3
-
-
-def refused(capsys: pytest.CaptureFixture[str], given: list[str], reason: str) -> None:
-    assert cli.main(given) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert reason in error
 
 
 def test_mistakes_are_one_line(top: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tarflow_scale.registry import Registry
 from tarflow_scale.shards.reader import ShardSet
 from tarflow_scale.training.noise import sample_noise
 from tarflow_scale.training.validation import NOISE_SEED
-from tests.conftest import command, train_arguments
+from tests.conftest import command, refused, train_arguments
 from tests.verbs.test_train import curve, kill_after_checkpoint, start
 
 AUTOENCODER = "model={kind: autoencoder, num_channels: 1, factor: 2, latent_channels: 3, width: 8, kl_weight: 0.1}"
@@ -217,12 +217,6 @@ def test_a_version_without_known_data_is_shown(top: Path, capsys: pytest.Capture
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], given: list[str], reason: str) -> None:
-    assert cli.main(given) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert reason in error
 
 
 def test_settings_that_do_not_fit_are_one_line(top: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
